@@ -1,0 +1,120 @@
+"""Configuration: typed, validated once, byte strings parsed here and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from gemini.errors import ConfigError
+from gemini.placement.plan import PlacementPlan
+from gemini.placement.policy import StaticPlacement
+from gemini.tiers import parse_nbytes
+
+__all__ = ["GeminiConfig", "NVMeConfig"]
+
+WORKING_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NVMeConfig:
+    """The disk tier: one preallocated swap file in a directory."""
+
+    path: str | Path
+    """Directory for the swap file; it must exist and be writable. One run at a time may use it."""
+    budget: str | int
+    """Most bytes the swap file may take; what the plan needs is reserved at construction."""
+    engine: Literal["auto", "io_uring", "aio", "threads"] = "auto"
+    """How the kernel is asked for bytes; "auto" takes the best that works here."""
+    queue_depth: int = 32
+    """Kernel requests in flight at most."""
+    direct: bool = True
+    """Bypass the page cache (O_DIRECT) where the file system allows it."""
+
+    def __post_init__(self) -> None:
+        parse_nbytes(self.budget, name="NVMeConfig.budget")
+        if self.engine not in ("auto", "io_uring", "aio", "threads"):
+            raise ConfigError(
+                f'NVMeConfig.engine: expected "auto", "io_uring", "aio" or "threads", got {self.engine!r}'
+            )
+        _check_int("NVMeConfig.queue_depth", self.queue_depth, 1, 4096)
+
+    @property
+    def budget_nbytes(self) -> int:
+        """The budget in bytes."""
+        return parse_nbytes(self.budget, name="NVMeConfig.budget")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeminiConfig:
+    """Everything the engine may be told; each field has a default that works."""
+
+    device: str | torch.device | None = None
+    """Where forward and backward run: "cuda", "cuda:1", "cpu", or "simulated" (host memory that plays a device with
+    its own budget and its own copies, for tests). None: cuda if there is one, else cpu."""
+    dtype: torch.dtype = torch.bfloat16
+    """Working dtype of floating-point parameters: bfloat16, float16 (with dynamic loss scaling) or float32."""
+    device_budget: str | int | None = None
+    """Bytes of device memory that everything together may take, activations included. None: what is free at
+    construction, less a tenth. Has no meaning on the CPU, where the host budget is the only memory budget."""
+    host_budget: str | int | None = None
+    """Bytes of host memory the engine may hold. None: what is available at construction, less a tenth."""
+    nvme: NVMeConfig | None = None
+    """The disk tier; None: there is none."""
+    placement: Literal["auto"] | StaticPlacement | PlacementPlan = "auto"
+    """Who decides where chunks live: "auto" fills the fastest tiers the budgets allow, a StaticPlacement gives byte
+    fractions per tier, a PlacementPlan is taken as it is."""
+    gradient_accumulation: bool = True
+    """Whether several backward passes may come before one optimizer step. Gradients then wait as float32 (4 bytes a
+    parameter); False keeps them in the working dtype (2 bytes) and makes a second backward an error."""
+    prefetch_depth: int = 2
+    """Units fetched ahead of their use."""
+    activation_reserve: str | int | None = None
+    """Device bytes kept free for activations and temporaries until the first step has measured them. None: 30 % of
+    the device budget. Without meaning on the CPU."""
+    tile_numel: int = 1 << 20
+    """Parameters in a tile, the unit in which optimizer state travels; a multiple of 4096."""
+    ring_depth: int = 4
+    """Tiles in flight between the disk and the optimizer: one read, one updated, one written and one spare."""
+    num_threads: int | None = None
+    """Native worker threads; None: the processors this process may run on, at most 16."""
+    isa: Literal["auto", "scalar", "avx2", "avx512", "neon"] = "auto"
+    """Instruction set of the native kernels; all give the same bits, forcing one is for tests."""
+    initial_loss_scale: float = 2.0**16
+    """First loss scale for float16; a power of two."""
+    seed: int = 0
+    """Seed for parameters that the engine itself initialises (models built on the meta device)."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in WORKING_DTYPES:
+            names = ", ".join(str(dtype) for dtype in WORKING_DTYPES)
+            raise ConfigError(f"GeminiConfig.dtype: expected one of {names}, got {self.dtype!r}")
+        for name in ("device_budget", "host_budget", "activation_reserve"):
+            value = getattr(self, name)
+            if value is not None:
+                parse_nbytes(value, name=f"GeminiConfig.{name}")
+        if self.nvme is not None and not isinstance(self.nvme, NVMeConfig):
+            raise ConfigError(f"GeminiConfig.nvme: expected an NVMeConfig or None, got {self.nvme!r}")
+        if self.placement != "auto" and not isinstance(self.placement, (StaticPlacement, PlacementPlan)):
+            raise ConfigError(
+                f'GeminiConfig.placement: expected "auto", a StaticPlacement or a PlacementPlan, got {self.placement!r}'
+            )
+        _check_int("GeminiConfig.prefetch_depth", self.prefetch_depth, 0, 64)
+        _check_int("GeminiConfig.ring_depth", self.ring_depth, 2, 64)
+        _check_int("GeminiConfig.tile_numel", self.tile_numel, 4096, 1 << 28)
+        if self.tile_numel % 4096:
+            raise ConfigError(f"GeminiConfig.tile_numel: expected a multiple of 4096, got {self.tile_numel}")
+        if self.num_threads is not None:
+            _check_int("GeminiConfig.num_threads", self.num_threads, 1, 1024)
+        if self.isa not in ("auto", "scalar", "avx2", "avx512", "neon"):
+            raise ConfigError(f"GeminiConfig.isa: unknown instruction set {self.isa!r}")
+        mantissa_is_one = self.initial_loss_scale > 0 and float(self.initial_loss_scale).hex().startswith("0x1.0000000000000p")
+        if not mantissa_is_one:
+            raise ConfigError(f"GeminiConfig.initial_loss_scale: expected a power of two, got {self.initial_loss_scale}")
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(f"{name}: expected an int from {low} to {high}, got {value!r}")

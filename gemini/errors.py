@@ -1,0 +1,88 @@
+"""The errors a user of this package can meet.
+
+Every message names the object, what was expected, what was found and what to do about it.
+"""
+
+from __future__ import annotations
+
+import os
+
+__all__ = [
+    "CheckpointMismatchError",
+    "ConfigError",
+    "GeminiError",
+    "IllegalTransitionError",
+    "ModelError",
+    "OffloadIOError",
+    "OutOfTierMemoryError",
+    "WorkerError",
+]
+
+
+class GeminiError(Exception):
+    """Root of all errors raised by this package."""
+
+
+class ConfigError(GeminiError, ValueError):
+    """A configuration value is unknown, malformed or contradicts another one."""
+
+
+class ModelError(GeminiError, RuntimeError):
+    """The wrapped model, or one of its parameters, is not in the state the engine needs."""
+
+
+class OutOfTierMemoryError(GeminiError, MemoryError):
+    """A memory tier cannot hold what has to live there."""
+
+
+class IllegalTransitionError(GeminiError, RuntimeError):
+    """A chunk was asked to do something its state does not allow."""
+
+
+class WorkerError(GeminiError, RuntimeError):
+    """A job of the native worker pool failed or was cancelled."""
+
+
+class CheckpointMismatchError(GeminiError, ValueError):
+    """Saved state does not fit the model or optimizer it is loaded into."""
+
+
+class OffloadIOError(GeminiError, OSError):
+    """A read or write of offloaded bytes failed; carries where and why.
+
+    Args:
+        operation: what was attempted, a verb such as "read", "write" or "open".
+        path: file concerned.
+        errno_value: positive errno of the failure.
+        offset: first byte of the transfer in the file, if there was one.
+        nbytes: bytes asked for.
+        nbytes_done: bytes moved before the failure.
+        hint: what the user can do, a clause without a full stop.
+    """
+
+    def __init__(
+        self,
+        operation: str,
+        path: str,
+        errno_value: int,
+        *,
+        offset: int | None = None,
+        nbytes: int | None = None,
+        nbytes_done: int = 0,
+        hint: str = "",
+    ) -> None:
+        message = f"cannot {operation} {path}"
+        if nbytes is not None and offset is not None:
+            message += f": {nbytes} bytes at offset {offset}, {nbytes_done} done"
+        message += f": {os.strerror(errno_value)} (errno {errno_value})"
+        if hint:
+            message += f"; {hint}"
+        super().__init__(errno_value, message, path)
+        self.operation = operation
+        self.path = path
+        self.offset = offset
+        self.nbytes = nbytes
+        self.nbytes_done = nbytes_done
+
+    def __str__(self) -> str:
+        return str(self.strerror)

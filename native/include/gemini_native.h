@@ -1,0 +1,258 @@
+/*
+ * gemini_native.h - the C interface of Gemini's native layer.
+ *
+ * Rules that hold for every function:
+ *   - Return 0 on success or a negative errno value; the global errno is never the channel.
+ *   - No C++ exception crosses this interface (out of memory is -ENOMEM).
+ *   - Sizes ending in `numel` count elements, those ending in `nbytes` count bytes.
+ *   - Pointers to tensor data need the natural alignment of their element type only;
+ *     64-byte alignment is fastest. Buffers of one call must not overlap unless said so.
+ *   - Results are bit-identical for every instruction set and every number of threads.
+ *   - Floating point follows IEEE 754 binary32/binary64, round to nearest even, with no
+ *     contraction of a*b+c into a fused operation.
+ *   - Nothing here knows torch, Python or the interpreter lock. Calls may come from any thread.
+ *
+ * Between the two CDEF markers the text is plain C that cffi parses as it stands:
+ * no preprocessor directives are allowed there.
+ */
+#ifndef GEMINI_NATIVE_H
+#define GEMINI_NATIVE_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* CDEF-BEGIN */
+
+/* ------------------------------------------------------------------ instruction sets */
+
+enum gn_isa {
+    GN_ISA_AUTO = 0,   /* the best one this processor has */
+    GN_ISA_SCALAR = 1, /* plain C++, present everywhere */
+    GN_ISA_AVX2 = 2,   /* x86-64 with AVX2, FMA and F16C */
+    GN_ISA_AVX512 = 3, /* x86-64 with AVX-512 F, BW, DQ and VL */
+    GN_ISA_NEON = 4    /* AArch64 */
+};
+
+/* Best instruction set of this processor that was compiled in; never GN_ISA_AUTO. */
+int32_t gn_isa_best(void);
+
+/* 0 if kernels can run with `isa` here, -ENOTSUP if the processor or the build lacks it,
+ * -EINVAL if the value is unknown. */
+int32_t gn_isa_check(int32_t isa);
+
+/* ------------------------------------------------------------------ element types */
+
+enum gn_dtype {
+    GN_DTYPE_F32 = 0, /* IEEE binary32 */
+    GN_DTYPE_BF16 = 1, /* upper half of binary32 */
+    GN_DTYPE_F16 = 2  /* IEEE binary16 */
+};
+
+/* ------------------------------------------------------------------ casts */
+
+/* Convert `numel` elements, rounding to nearest even. src and dst must not overlap.
+ * Blocking, single thread. -EINVAL: unknown type or negative count; -ENOTSUP: isa. */
+int32_t gn_cast(void *dst, int32_t dst_dtype, const void *src, int32_t src_dtype,
+                int64_t numel, int32_t isa);
+
+/* Split float32 masters into a bf16 working weight and an int16 residual, losslessly:
+ *     working  = (bits(master) + 0x8000) >> 16            nearest bf16, ties away from zero
+ *     residual = bits(master) - (working << 16)           in [-32768, 32767], modulo 2^32
+ * Blocking, single thread. */
+int32_t gn_split_master(uint16_t *working, int16_t *residual, const float *master,
+                        int64_t numel, int32_t isa);
+
+/* Inverse of gn_split_master: bits(master) = (working << 16) + residual, modulo 2^32. */
+int32_t gn_join_master(float *master, const uint16_t *working, const int16_t *residual,
+                       int64_t numel, int32_t isa);
+
+/* ------------------------------------------------------------------ gradients */
+
+enum gn_grad_mode {
+    GN_GRAD_STORE = 0, /* dst = convert(src) */
+    GN_GRAD_ADD = 1    /* dst = dst + convert(src), in float32; dst_dtype must be GN_DTYPE_F32 */
+};
+
+/* One parameter's gradient on its way to its home. */
+typedef struct gn_grad_args {
+    int32_t mode;      /* gn_grad_mode */
+    int32_t src_dtype; /* gn_dtype */
+    int32_t dst_dtype; /* src_dtype or GN_DTYPE_F32 */
+    int32_t isa;       /* gn_isa */
+    const void *src;   /* [numel]; read only; may equal dst only when mode is STORE and types agree */
+    void *dst;         /* [numel]; may be NULL with STORE: then only the sum of squares is computed */
+    int64_t numel;
+    double *sumsq;     /* out: sum of squares of the values stored in dst (of src if dst is NULL);
+                          NULL: not wanted */
+} gn_grad_args;
+
+/* Store or add one gradient and compute the sum of squares of the result.
+ *
+ * The sum's order is fixed, so that every instruction set, thread count and device can
+ * reproduce its bits: values are squared in binary64 (exact); elements are cut into blocks of
+ * 4096, zero padded; within a block a[i] += a[i + h] for h = 2048, 1024 .. 1; the block sums
+ * are padded with zeros to a power of two and reduced the same way, h = half the length first.
+ * An infinite or NaN element makes the result infinite or NaN; no finite float32 does.
+ * numel = 0 gives 0.0. Blocking, single thread. */
+int32_t gn_grad_store(const gn_grad_args *args);
+
+/* ------------------------------------------------------------------ Adam */
+
+enum gn_state_format {
+    GN_FORMAT_SPLIT_BF16 = 0, /* working bf16, master = int16 residual: see gn_split_master */
+    GN_FORMAT_F16_MASTER = 1, /* working f16, master float32; working = round-to-nearest-even(master) */
+    GN_FORMAT_F32 = 2         /* working float32 is the master; `master` is ignored */
+};
+
+/* Hyper-parameters of a run of elements. All factors are already rounded to float32. */
+typedef struct gn_adam_segment {
+    int64_t begin; /* first element, relative to the pointers of the call */
+    int64_t end;   /* one past the last element; segments are sorted and disjoint;
+                      elements in no segment are left untouched */
+    float beta1_complement; /* 1 - beta1 */
+    float beta2;
+    float beta2_complement; /* 1 - beta2 */
+    float neg_step_size;    /* -lr / (1 - beta1^t) */
+    float bias2_sqrt;       /* sqrt(1 - beta2^t) */
+    float eps;
+    float decay;            /* AdamW: 1 - lr * weight_decay; 1 for none */
+    float l2;               /* Adam: weight_decay added to the gradient; 0 for none */
+} gn_adam_segment;
+
+typedef struct gn_adam_args {
+    int32_t format;     /* gn_state_format */
+    int32_t grad_dtype; /* gn_dtype; any of the three with any format */
+    int32_t isa;        /* gn_isa */
+    float grad_scale;   /* multiplies every gradient: unscaling and clipping folded together */
+    void *working;      /* [numel] bf16, f16 or float32; overwritten */
+    void *master;       /* [numel] int16 or float32; overwritten; NULL for GN_FORMAT_F32 */
+    float *momentum;    /* [numel]; overwritten */
+    float *variance;    /* [numel]; overwritten */
+    const void *grad;   /* [numel]; read only */
+    int64_t numel;
+    const gn_adam_segment *segments;
+    int64_t num_segments;
+} gn_adam_args;
+
+/* One Adam or AdamW update in place, in one pass. Per element, every operation rounded to
+ * binary32, in torch.optim.AdamW's order of operations (Loshchilov & Hutter 2019, algorithm 2):
+ *     p = master;  g = float(grad) * grad_scale
+ *     if l2 != 0:  g = g + l2 * p
+ *     p = p * decay
+ *     m = m + beta1_complement * (g - m)
+ *     v = v * beta2 + (beta2_complement * g) * g
+ *     p = p + (neg_step_size * m) / (sqrt(v) / bias2_sqrt + eps)
+ * Blocking, single thread. -EINVAL: unknown format or type, unsorted segments or segments
+ * out of [0, numel]. */
+int32_t gn_adam_update(const gn_adam_args *args);
+
+/* ------------------------------------------------------------------ worker pool */
+
+/* A fixed set of threads that run the kernels above, most urgent job first. */
+typedef struct gn_pool gn_pool;
+
+/* Start `num_threads` >= 1 threads. With num_cpus > 0 every thread is restricted to the
+ * processors in `cpus`; a refusal by the kernel is ignored (affinity is a wish). */
+int32_t gn_pool_create(gn_pool **pool, int32_t num_threads, const int32_t *cpus, int32_t num_cpus);
+
+/* Drop what is queued, finish what is running, join the threads, free. NULL is allowed.
+ * Dropped tickets complete with -ECANCELED. Must not be called from two threads at once. */
+int32_t gn_pool_destroy(gn_pool *pool);
+
+/* Submit a job; never blocks. `args` and its segment array are copied, the buffers they point to must stay
+ * valid until the ticket has completed. Jobs with a lower `priority` start first, equal ones in
+ * order of submission; a job is cut into blocks that any idle thread takes. A job's result does not
+ * depend on the cut. *ticket is never 0. */
+int32_t gn_pool_submit_adam(gn_pool *pool, const gn_adam_args *args, int32_t priority, uint64_t *ticket);
+int32_t gn_pool_submit_grad(gn_pool *pool, const gn_grad_args *args, int32_t priority, uint64_t *ticket);
+int32_t gn_pool_submit_copy(gn_pool *pool, void *dst, const void *src, int64_t nbytes,
+                            int32_t priority, uint64_t *ticket);
+
+/* Wait for a ticket. Returns the job's result, -ETIMEDOUT after timeout_ns (negative: wait for
+ * ever; 0: only look) or -EINVAL for a ticket that was never issued. May be asked
+ * repeatedly and from several threads; results of completed tickets cost no memory when they are 0. */
+int32_t gn_pool_wait(gn_pool *pool, uint64_t ticket, int64_t timeout_ns);
+
+/* ------------------------------------------------------------------ asynchronous file I/O */
+
+enum gn_io_backend {
+    GN_IO_URING = 1,  /* io_uring */
+    GN_IO_AIO = 2,    /* Linux native AIO (io_submit) */
+    GN_IO_THREADS = 3 /* pread/pwrite in threads; works everywhere */
+};
+
+enum gn_io_op { GN_IO_READ = 0, GN_IO_WRITE = 1 };
+
+enum gn_io_open_flag {
+    GN_IO_OPEN_READ = 1,
+    GN_IO_OPEN_WRITE = 2,
+    GN_IO_OPEN_CREATE = 4,
+    GN_IO_OPEN_TRUNCATE = 8,
+    GN_IO_OPEN_DIRECT = 16 /* use O_DIRECT for aligned requests if the file system takes it */
+};
+
+/* One engine: a queue to the kernel and the files opened through it. */
+typedef struct gn_io gn_io;
+
+/* What became of a request. */
+typedef struct gn_io_result {
+    int32_t status;      /* 0, or -errno (reading past the end of the file is -ENODATA) */
+    int32_t file;
+    int32_t op;
+    int64_t offset;      /* of the request */
+    int64_t nbytes;      /* asked for */
+    int64_t nbytes_done; /* transferred before the error */
+} gn_io_result;
+
+typedef struct gn_io_request {
+    int32_t file; /* from gn_io_open */
+    int32_t op;   /* gn_io_op */
+    void *buffer; /* must stay valid, and for a read untouched, until the ticket has completed */
+    int64_t nbytes;
+    int64_t offset;
+} gn_io_request;
+
+/* 0 if `backend` works on this machine now, else why not (-ENOSYS, -EPERM, ...). */
+int32_t gn_io_probe(int32_t backend);
+
+/* Start an engine with at most `queue_depth` kernel requests in flight (1..4096). GN_IO_THREADS uses
+ * `num_threads` threads, the others ignore it. */
+int32_t gn_io_create(gn_io **io, int32_t backend, int32_t queue_depth, int32_t num_threads);
+
+/* Complete what the kernel already has, cancel the rest (-ECANCELED), close the files, free.
+ * NULL is allowed. */
+int32_t gn_io_destroy(gn_io *io);
+
+/* Open `path`; returns a file number >= 0 or -errno. With GN_IO_OPEN_DIRECT requests whose offset,
+ * length and buffer are all multiples of 4096 go through O_DIRECT, all others through the page cache;
+ * where the file system refuses O_DIRECT everything goes through the page cache and
+ * gn_io_is_direct says so. Created files get mode 0600. */
+int32_t gn_io_open(gn_io *io, const char *path, int32_t flags);
+int32_t gn_io_is_direct(gn_io *io, int32_t file); /* 1, 0 or -EBADF */
+int32_t gn_io_close(gn_io *io, int32_t file);     /* -EBUSY while requests are in flight */
+int32_t gn_io_sync(gn_io *io, int32_t file);      /* fdatasync; blocking */
+
+/* Queue `count` requests as one batch; writes one ticket (never 0) per request. Never waits for the device: requests
+ * beyond the queue depth wait inside the engine. Requests longer than 1 GiB are split and short
+ * transfers are continued, so a ticket completes when every byte has moved or an error ended it.
+ * Requests of different tickets may complete in any order, even on the same bytes.
+ * -EINVAL / -EBADF: a request is malformed; then none of the batch was queued. */
+int32_t gn_io_submit(gn_io *io, const gn_io_request *requests, int64_t count, uint64_t *tickets);
+
+/* Wait for a ticket as gn_pool_wait does. Returns the request's status; `result`, if not NULL, is
+ * filled once the request has completed. A ticket that completed without error may be asked again. */
+int32_t gn_io_wait(gn_io *io, uint64_t ticket, int64_t timeout_ns, gn_io_result *result);
+
+/* Bytes moved since creation. */
+int32_t gn_io_stats(gn_io *io, int64_t *nbytes_read, int64_t *nbytes_written);
+
+/* CDEF-END */
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* GEMINI_NATIVE_H */
