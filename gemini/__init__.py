@@ -1,0 +1,38 @@
+"""Train models larger than memory: chunks of parameters that move among device, host and NVMe."""
+
+from gemini.config import GeminiConfig, NVMeConfig
+from gemini.ddp import GeminiDDP
+from gemini.errors import (
+    CheckpointMismatchError,
+    ConfigError,
+    GeminiError,
+    IllegalTransitionError,
+    ModelError,
+    OffloadIOError,
+    OutOfTierMemoryError,
+    WorkerError,
+)
+from gemini.optimizer import HybridAdam
+from gemini.placement.plan import PlacementPlan
+from gemini.placement.policy import StaticPlacement
+from gemini.report import MemoryReport
+from gemini.tiers import MemoryTier
+
+__all__ = [
+    "CheckpointMismatchError",
+    "ConfigError",
+    "GeminiConfig",
+    "GeminiDDP",
+    "GeminiError",
+    "HybridAdam",
+    "IllegalTransitionError",
+    "MemoryReport",
+    "MemoryTier",
+    "ModelError",
+    "NVMeConfig",
+    "OffloadIOError",
+    "OutOfTierMemoryError",
+    "PlacementPlan",
+    "StaticPlacement",
+    "WorkerError",
+]

@@ -1,0 +1,298 @@
+"""Put an engine together: lay the model out, plan, claim memory and disk, bring the weights home.
+
+Whatever fails here leaves nothing behind: the model is untouched until memory and disk have been claimed.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from gemini.chunk.layout import ChunkLayout, ChunkSpec, build_layout, layout_summary
+from gemini.chunk.manager import ChunkCore
+from gemini.chunk.module_tree import describe_model
+from gemini.config import GeminiConfig
+from gemini.gradients import GradientStore
+from gemini.kernels.device import select_device_kernels
+from gemini.materialize import (
+    InitFn,
+    find_init_fn,
+    initialise_buffers,
+    initialise_module,
+    replace_meta_parameters,
+    write_home,
+)
+from gemini.offload.home import TiledHome
+from gemini.offload.resources import Resources, budgets_of, has_device_tier, open_resources
+from gemini.placement.plan import (
+    ChunkDemand,
+    ChunkPlacement,
+    MemoryDemand,
+    PlacementPlan,
+    RuntimeShape,
+    largest_buffers,
+    memory_demand,
+)
+from gemini.placement.policy import Budgets, choose_plan
+from gemini.runtime import Runtime
+from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, parse_nbytes, round_up
+from gemini.update import MASTER_DTYPE, UpdatePipeline
+
+__all__ = ["Blueprint", "assemble", "draw_blueprint"]
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_RESERVE = 0.3
+"""Part of the device budget kept for activations until they have been measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blueprint:
+    """Everything that is decided before a byte is allocated."""
+
+    layout: ChunkLayout
+    demands: tuple[ChunkDemand, ...]
+    shape: RuntimeShape
+    plan: PlacementPlan
+    memory: MemoryDemand
+    budgets: dict[MemoryTier, int | None]
+    chunks_at_once: int
+
+
+def draw_blueprint(model: torch.nn.Module, config: GeminiConfig) -> Blueprint:
+    """Lay a model out and place its chunks. Neither allocates nor changes anything; the model may be on "meta".
+
+    Args:
+        model: the user's model.
+        config: what the user asked for.
+
+    Returns:
+        Layout, plan and the bytes they take.
+
+    Raises:
+        ConfigError: the configuration contradicts itself or the machine.
+        ModelError: the model has parameters that cannot be placed.
+        OutOfTierMemoryError: the budgets cannot hold the model.
+    """
+    layout = build_layout(describe_model(model, working_dtype=config.dtype))
+    demands = tuple(_demand_of(chunk, layout) for chunk in layout.chunks)
+    shape = RuntimeShape(
+        has_device=has_device_tier(config),
+        tile_numel=config.tile_numel,
+        ring_depth=config.ring_depth,
+        grad_itemsize=4 if config.gradient_accumulation else config.dtype.itemsize,
+    )
+    budgets = budgets_of(config)
+    device_nbytes = budgets[MemoryTier.DEVICE]
+    host_nbytes = budgets[MemoryTier.HOST]
+    assert host_nbytes is not None
+    chunks_at_once = max(len(unit.chunk_ids) for unit in layout.units)
+    plan = choose_plan(
+        config.placement,
+        demands,
+        shape,
+        Budgets(
+            device=None if device_nbytes is None else device_nbytes - _reserve_of(config, device_nbytes),
+            host=host_nbytes,
+            nvme=None if config.nvme is None else config.nvme.budget_nbytes - IO_ALIGNMENT_NBYTES,
+        ),
+        prefetch_depth=config.prefetch_depth,
+        chunks_at_once=chunks_at_once,
+    )
+    return Blueprint(
+        layout=layout,
+        demands=demands,
+        shape=shape,
+        plan=plan,
+        memory=memory_demand(demands, plan, shape),
+        budgets=budgets,
+        chunks_at_once=chunks_at_once,
+    )
+
+
+def _reserve_of(config: GeminiConfig, device_nbytes: int) -> int:
+    if config.activation_reserve is not None:
+        return parse_nbytes(config.activation_reserve, name="activation_reserve")
+    return int(device_nbytes * DEFAULT_RESERVE)
+
+
+def _demand_of(chunk: ChunkSpec, layout: ChunkLayout) -> ChunkDemand:
+    master = MASTER_DTYPE[chunk.dtype] if chunk.is_trainable else None
+    return ChunkDemand(
+        chunk_id=chunk.chunk_id,
+        numel=chunk.numel,
+        working_itemsize=chunk.dtype.itemsize,
+        master_itemsize=master.itemsize if master is not None else 0,
+        is_trainable=chunk.is_trainable,
+        is_pinned=chunk.unit_id == layout.root.unit_id,
+    )
+
+
+def assemble(model: torch.nn.Module, config: GeminiConfig, *, init_fn: InitFn | None) -> Runtime:
+    """Build the runtime for a model and move its weights into it.
+
+    Args:
+        model: changed in place: its parameters become views of chunks.
+        config: what the user asked for.
+        init_fn: gives modules on the meta device their first values; None: the model's own way.
+
+    Returns:
+        The runtime, ready for the first step.
+
+    Raises:
+        ConfigError: the configuration contradicts itself or the machine.
+        ModelError: the model has parameters or buffers that cannot be placed.
+        OutOfTierMemoryError: the budgets, or the machine, cannot hold the model.
+        OffloadIOError: the swap file cannot be made, claimed or filled.
+    """
+    blueprint = draw_blueprint(model, config)
+    logger.info("%s", layout_summary(blueprint.layout))
+    disk_nbytes = blueprint.memory.total(MemoryTier.NVME)
+    resources = open_resources(config, blueprint.budgets, disk_nbytes=disk_nbytes)
+    try:
+        runtime = _build(model, config, blueprint, resources, init_fn or find_init_fn(model))
+    except BaseException:
+        resources.close()
+        raise
+    return runtime
+
+
+def _build(
+    model: torch.nn.Module, config: GeminiConfig, blueprint: Blueprint, resources: Resources, init_fn: InitFn
+) -> Runtime:
+    device = resources.transfers.device
+    shape, plan, layout = blueprint.shape, blueprint.plan, blueprint.layout
+    buffers = largest_buffers(blueprint.demands, plan, shape)
+    kernels = select_device_kernels(device)
+    core = ChunkCore(
+        resources,
+        num_slots=plan.num_slots,
+        slot_nbytes=plan.slot_nbytes,
+        num_fetch_slots=shape.num_fetch_slots,
+        fetch_slot_nbytes=buffers["fetch slots"],
+        num_protected=max(1, min(blueprint.chunks_at_once, plan.num_slots - 1)),
+    )
+    gradients = GradientStore(
+        resources,
+        device_kernels=kernels,
+        grad_dtype_of=lambda spec: torch.float32 if config.gradient_accumulation else spec.dtype,
+        num_slots=shape.num_grad_slots,
+        device_slot_nbytes=buffers["device gradient slots"],
+        disk_slot_nbytes=buffers["disk gradient slots"],
+    )
+    updates = UpdatePipeline(
+        resources,
+        tile_numel=shape.tile_numel,
+        ring_depth=shape.ring_depth,
+        ring_nbytes=buffers["update ring"],
+        device_kernels=kernels,
+    )
+    is_meta = replace_meta_parameters(model, device=device, dtype=config.dtype)
+    if any(buffer.is_meta for buffer in model.buffers()):
+        initialise_buffers(model, init_fn, device=device, seed=config.seed)
+    params = dict(model.named_parameters())
+    states: dict[int, TiledHome] = {}
+    for unit in layout.units:
+        unit_params = [params[s.spec.name] for c in unit.own_chunk_ids for s in layout.chunks[c].slots]
+        if is_meta:
+            _initialise_unit(model, layout, unit.unit_id, unit_params, init_fn, seed=config.seed)
+        for chunk_id in unit.own_chunk_ids:
+            spec, homes = layout.chunks[chunk_id], plan.chunks[chunk_id]
+            working, state, grad = _open_homes(blueprint.demands[chunk_id], homes, shape, resources)
+            owned = [params[slot.spec.name] for slot in spec.slots]
+            write_home(
+                spec,
+                [param.detach().to("cpu") for param in owned],
+                working,
+                state,
+                tile_numel=shape.tile_numel,
+                transfers=resources.transfers,
+                isa=resources.isa,
+            )
+            core.add(spec, owned, working, is_resident=homes.is_resident)
+            if state is not None and grad is not None and homes.grad is not None:
+                states[chunk_id] = state
+                gradients.add_chunk(spec, grad, homes.grad)
+    for homes in plan.chunks:
+        if homes.is_resident:
+            core.settle(homes.chunk_id)
+    for name, buffer in model.named_buffers():
+        if buffer.device != device:
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+    return Runtime(
+        config,
+        layout=layout,
+        plan=plan,
+        demand=blueprint.memory,
+        resources=resources,
+        core=core,
+        states=states,
+        gradients=gradients,
+        updates=updates,
+    )
+
+
+def _open_homes(
+    demand: ChunkDemand, homes: ChunkPlacement, shape: RuntimeShape, resources: Resources
+) -> tuple[TiledHome, TiledHome | None, TiledHome | None]:
+    """Claim memory and disk for a chunk's working weights, state and gradients."""
+    tiles = range(demand.num_tiles(shape.tile_numel))
+
+    def open_home(tiers: tuple[MemoryTier, ...], tile_nbytes: list[int], purpose: str) -> TiledHome:
+        on_device = sum(n for t, n in zip(tiers, tile_nbytes, strict=True) if t is MemoryTier.DEVICE)
+        return TiledHome(
+            tiers,
+            tile_nbytes,
+            arena=resources.arena,
+            store=resources.store,
+            device_buffer=resources.transfers.allocate(on_device, purpose) if on_device else None,
+            purpose=purpose,
+        )
+
+    def aligned(nbytes: int) -> int:
+        return round_up(nbytes, IO_ALIGNMENT_NBYTES)
+
+    working = open_home(
+        homes.working, [aligned(demand.working_tile_nbytes(t, shape.tile_numel)) for t in tiles], "working"
+    )
+    if homes.grad is None:
+        return working, None, None
+    state = open_home(homes.state, [demand.state_tile_nbytes(t, shape.tile_numel) for t in tiles], "state")
+    grad_nbytes = [aligned(demand.tile_length(t, shape.tile_numel) * shape.grad_itemsize) for t in tiles]
+    grad = open_home((homes.grad,) * len(tiles), grad_nbytes, "gradients")
+    for home in (state, grad):
+        if home.host_buffer is not None:
+            home.host_buffer.zero_()  # touch the pages now, not in the first step
+    return working, state, grad
+
+
+def _initialise_unit(
+    model: torch.nn.Module,
+    layout: ChunkLayout,
+    unit_id: int,
+    params: list[torch.nn.Parameter],
+    init_fn: InitFn,
+    *,
+    seed: int,
+) -> None:
+    """Give a unit's parameters real float32 memory and first values; they lose it when the chunk takes over."""
+    for param in params:
+        if param.is_floating_point():
+            param.data = torch.empty(param.shape, dtype=torch.float32)
+        else:
+            param.data = torch.zeros(param.shape, dtype=param.dtype)
+    own = {id(param) for param in params}
+    unit = layout.units[unit_id]
+    others = {other.module_name for other in layout.units if other.unit_id != unit_id}
+    root = model.get_submodule(unit.module_name)
+    inside = [
+        (f"{unit.module_name}.{name}".strip("."), module)
+        for name, module in root.named_modules()
+        if any(id(param) in own for param in module.parameters())
+    ]
+    for name, module in reversed(inside):
+        if name not in others:
+            initialise_module(name, module, init_fn, seed=seed)

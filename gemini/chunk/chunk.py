@@ -1,0 +1,118 @@
+"""One chunk at run time: its parameters, its home and its copy in compute memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from gemini.chunk.fetch import Fetch
+from gemini.chunk.layout import ChunkSpec, ParamSlot
+from gemini.chunk.state import ChunkState, check_transition
+from gemini.offload.home import TiledHome
+
+__all__ = ["Chunk", "Slot", "placeholder"]
+
+
+class Slot:
+    """A buffer of compute memory that chunks take turns in.
+
+    Args:
+        buffer: uint8 [slot bytes], page aligned, with a storage of its own.
+    """
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        self.buffer = buffer
+        self.chunk: Chunk | None = None
+
+    @property
+    def address(self) -> int:
+        """Address of the first byte; identifies the storage."""
+        return self.buffer.data_ptr()
+
+
+class Chunk:
+    """The working weights of one chunk and the parameters that show them.
+
+    Args:
+        spec: which parameters lie where.
+        params: the parameters (or plain tensors), in the order of `spec.slots`.
+        home: where the working weights live between uses.
+        is_resident: whether compute memory always holds them.
+    """
+
+    def __init__(
+        self, spec: ChunkSpec, params: Sequence[torch.Tensor], home: TiledHome, *, is_resident: bool
+    ) -> None:
+        self.spec = spec
+        self.params = list(params)
+        self.home = home
+        self.is_resident = is_resident
+        self.slot: Slot | None = None
+        self.fetch: Fetch | None = None
+        self.compute: torch.Tensor | None = None
+        """The weights in compute memory, [spec.numel] of spec.dtype; None while they are away."""
+        self._state = ChunkState.AT_HOME
+        self._num_leases = 0
+
+    @property
+    def state(self) -> ChunkState:
+        """Where the chunk is in its life."""
+        return self._state
+
+    @property
+    def name(self) -> str:
+        """What to call the chunk in messages."""
+        first = self.spec.slots[0].spec.name if self.spec.slots else "empty"
+        return f"chunk {self.spec.chunk_id} ({first} and {max(len(self.spec.slots) - 1, 0)} more)"
+
+    def transition(self, to: ChunkState) -> None:
+        """Enter a state.
+
+        Raises:
+            IllegalTransitionError: the transition table does not allow it.
+        """
+        check_transition(self.name, self._state, to)
+        self._state = to
+
+    def lease(self) -> None:
+        """Keep the chunk where it is until the lease is given back; leases nest."""
+        if self._num_leases == 0:
+            self.transition(ChunkState.LEASED)
+        self._num_leases += 1
+
+    def unlease(self) -> None:
+        """Give one lease back."""
+        assert self._num_leases > 0, f"{self.name}: no lease to give back"
+        self._num_leases -= 1
+        if self._num_leases == 0:
+            self.transition(ChunkState.READY)
+
+    def drop_leases(self) -> None:
+        """Give all leases back, after an exception has unwound whoever held them."""
+        if self._num_leases:
+            self._num_leases = 1
+            self.unlease()
+
+    def bind(self, buffer: torch.Tensor) -> None:
+        """Let the parameters show the weights in `buffer`, uint8 in compute memory."""
+        self.compute = buffer[: self.spec.working_nbytes].view(self.spec.dtype)
+        for slot, param in zip(self.spec.slots, self.params, strict=True):
+            param.data = param_view(self.compute, slot)
+
+    def unbind(self, missing: torch.Tensor) -> None:
+        """Let the parameters show a placeholder, a scalar of the right dtype and device."""
+        self.compute = None
+        for slot, param in zip(self.spec.slots, self.params, strict=True):
+            param.data = missing.expand(slot.spec.shape)
+
+
+def param_view(flat: torch.Tensor, slot: ParamSlot) -> torch.Tensor:
+    """Return a parameter's part of a chunk-sized tensor, in the parameter's shape."""
+    return flat[slot.begin : slot.end].view(slot.spec.shape)
+
+
+def placeholder(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return the scalar that absent weights show: NaN, so that a use nobody announced cannot go unseen."""
+    value = float("nan") if dtype.is_floating_point else 0
+    return torch.full((), value, dtype=dtype, device=device)

@@ -1,0 +1,115 @@
+"""A chunk's working weights on their way from home into compute memory."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import torch
+
+from gemini.errors import GeminiError
+from gemini.kernels.pool import Ticket, WorkerPool
+from gemini.offload.home import TiledHome, TileRun
+from gemini.offload.io import IoTicket
+from gemini.offload.transfer import Move, Transfers
+from gemini.tiers import MemoryTier
+
+__all__ = ["Fetch"]
+
+
+class Fetch:
+    """One fetch, started at construction and driven by `poll` until `finish`.
+
+    Host memory that is compute memory is filled by the disk itself. A device is filled by uploads; what
+    comes from disk passes through `staging` first.
+
+    Args:
+        home: where the weights are.
+        dst: uint8 compute memory, at least the home's bytes.
+        transfers: the device's copy engine.
+        pool: copies between two places of host memory.
+        staging: uint8 host memory of the same length as `dst`; needed for a device when tiles live on disk.
+    """
+
+    def __init__(
+        self,
+        home: TiledHome,
+        dst: torch.Tensor,
+        *,
+        transfers: Transfers,
+        pool: WorkerPool,
+        staging: torch.Tensor | None = None,
+    ) -> None:
+        self.staging = staging
+        self.nbytes_from = dict.fromkeys(MemoryTier, 0)
+        self._dst = dst
+        self._transfers = transfers
+        self._reads: list[tuple[TileRun, IoTicket]] = []
+        self._copies: list[Ticket] = []
+        self._uploads: list[Move] = []
+        has_device = transfers.compute_tier is MemoryTier.DEVICE
+        for run in home.runs():
+            self.nbytes_from[run.tier] += run.nbytes
+            part = slice(run.begin, run.begin + run.nbytes)
+            if run.tier is MemoryTier.NVME:
+                landing = staging if has_device else dst
+                assert landing is not None, "weights on disk reach a device through host memory"
+                self._reads.append((run, home.read_run(run, landing[part])))
+                continue
+            assert home.host_buffer is not None
+            source = home.host_buffer[run.home_offset : run.home_offset + run.nbytes]
+            if has_device:
+                self._uploads.append(transfers.upload(dst[part], source))
+            else:
+                self._copies.append(pool.submit_copy(dst[part], source))
+
+    def poll(self) -> bool:
+        """Move on without waiting: upload what the disk has delivered.
+
+        Returns:
+            Whether nothing is left to be started.
+
+        Raises:
+            OffloadIOError: a read failed.
+        """
+        if self._reads and all(ticket.is_done() for _, ticket in self._reads):
+            self._upload_what_was_read()
+        return not self._reads
+
+    def finish(self) -> None:
+        """Wait until compute may use the weights.
+
+        Raises:
+            OffloadIOError: a read failed.
+        """
+        self._upload_what_was_read()
+        for copy in self._copies:
+            copy.wait()
+        for upload in self._uploads:
+            upload.wait_on_compute()
+
+    def may_reuse_staging(self) -> bool:
+        """Return whether the staging buffer has been left by every copy."""
+        return not self._reads and all(upload.is_done() for upload in self._uploads)
+
+    def wait_for_staging(self) -> None:
+        """Block until the staging buffer has been left by every copy."""
+        self._upload_what_was_read()
+        for upload in self._uploads:
+            upload.wait_on_host()
+
+    def abandon(self) -> None:
+        """Wait for everything under way without caring for the outcome, so that the buffers may be reused."""
+        for ticket in [*(ticket for _, ticket in self._reads), *self._copies]:
+            with suppress(GeminiError):
+                ticket.wait()
+        self._reads.clear()
+        for upload in self._uploads:
+            upload.wait_on_host()
+
+    def _upload_what_was_read(self) -> None:
+        for run, ticket in self._reads:
+            ticket.wait()
+            if self.staging is not None:
+                part = slice(run.begin, run.begin + run.nbytes)
+                self._uploads.append(self._transfers.upload(self._dst[part], self.staging[part]))
+        self._reads.clear()

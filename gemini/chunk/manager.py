@@ -1,0 +1,360 @@
+"""Chunks and the compute memory they take turns in: access, release, prefetch, evict, move.
+
+Deciding *which* chunk leaves or comes early belongs to gemini.placement; a decision reaches this module as a
+call or as the `next_use` function, and here the bytes move.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from gemini.chunk.chunk import Chunk, Slot, placeholder
+from gemini.chunk.fetch import Fetch
+from gemini.chunk.layout import ChunkSpec
+from gemini.chunk.state import ChunkState
+from gemini.errors import GeminiError, OutOfTierMemoryError
+from gemini.offload.home import TiledHome
+from gemini.offload.resources import Resources
+from gemini.placement.eviction import farthest_next_use
+from gemini.tiers import MemoryTier, format_nbytes
+
+__all__ = ["ChunkCore", "MoveStats"]
+
+
+@dataclass(slots=True)
+class MoveStats:
+    """What the moves of working weights have cost since the counters were reset."""
+
+    num_fetches: int = 0
+    """Fetches of a chunk into compute memory."""
+    num_misses: int = 0
+    """Fetches that started only when the weights were needed."""
+    fetched_nbytes: int = 0
+    """Bytes fetched into compute memory."""
+    read_nbytes: int = 0
+    """Part of `fetched_nbytes` that came from disk."""
+    stall_s: float = 0.0
+    """Seconds that compute waited for fetches, as seen by the launching thread."""
+
+
+class ChunkCore:
+    """The chunks of one engine and the slots they share.
+
+    Args:
+        resources: memory, disk, threads and copy engine; not closed here.
+        num_slots: slots that chunks without a residence take turns in.
+        slot_nbytes: bytes of a slot.
+        num_fetch_slots: host buffers between disk and device.
+        fetch_slot_nbytes: bytes of such a buffer; 0 if none are needed.
+        num_protected: how many of the most recently used chunks are never evicted.
+    """
+
+    def __init__(
+        self,
+        resources: Resources,
+        *,
+        num_slots: int,
+        slot_nbytes: int,
+        num_fetch_slots: int = 0,
+        fetch_slot_nbytes: int = 0,
+        num_protected: int = 1,
+    ) -> None:
+        self.resources = resources
+        self.chunks: list[Chunk] = []
+        self.stats = MoveStats()
+        self.next_use: Callable[[int], int] = lambda chunk_id: 0
+        """Moments until a chunk is used again; the runtime puts its trace here."""
+        transfers = resources.transfers
+        self._slots = [Slot(transfers.allocate(slot_nbytes, "slots")) for _ in range(num_slots)]
+        self._slot_by_address = {slot.address: slot for slot in self._slots}
+        self._free_slots = list(reversed(self._slots))
+        self._num_protected = num_protected
+        self._recent: list[int] = []
+        self._staging = [
+            resources.arena.allocate(fetch_slot_nbytes, "fetch slots") for _ in range(num_fetch_slots if fetch_slot_nbytes else 0)
+        ]
+        self._draining: list[Fetch] = []
+        self._placeholders: dict[torch.dtype, torch.Tensor] = {}
+
+    # ---------------------------------------------------------------- registering
+
+    def add(self, spec: ChunkSpec, params: Sequence[torch.Tensor], home: TiledHome, *, is_resident: bool) -> Chunk:
+        """Take charge of a chunk whose home already holds its weights, or will before the first access.
+
+        Args:
+            spec: the layout; `spec.chunk_id` must be the number of chunks added so far.
+            params: parameters or tensors to bind, in the order of the layout's slots.
+            home: where the weights live.
+            is_resident: keep them in compute memory all the time: in the home itself where that is compute
+                memory, else in a copy.
+
+        Returns:
+            The chunk, at home; `settle` makes a resident one ready.
+        """
+        assert spec.chunk_id == len(self.chunks)
+        chunk = Chunk(spec, params, home, is_resident=is_resident)
+        chunk.unbind(self._placeholder(spec.dtype))
+        self.chunks.append(chunk)
+        return chunk
+
+    def settle(self, chunk_id: int) -> None:
+        """Bring a resident chunk into compute memory for good."""
+        chunk = self.chunks[chunk_id]
+        assert chunk.is_resident and chunk.state is ChunkState.AT_HOME
+        compute_tier = self.resources.transfers.compute_tier
+        if set(chunk.home.tiers) <= {compute_tier}:
+            in_place = chunk.home.device_buffer if compute_tier is MemoryTier.DEVICE else chunk.home.host_buffer
+            if in_place is None:
+                in_place = torch.empty(0, dtype=torch.uint8, device=self.resources.transfers.device)
+            chunk.bind(in_place)
+            chunk.transition(ChunkState.READY)
+            return
+        buffer = self.resources.transfers.allocate(sum(chunk.home.tile_nbytes), "resident copies")
+        chunk.slot = Slot(buffer)
+        self._start_fetch(chunk)
+        self._finish_fetch(chunk)
+
+    # ---------------------------------------------------------------- hot path
+
+    def access(self, chunk_id: int) -> Chunk:
+        """Lease a chunk: its parameters show its weights until as many `release` calls follow.
+
+        Raises:
+            OutOfTierMemoryError: every slot is leased.
+            OffloadIOError: the weights cannot be read.
+        """
+        chunk = self.ensure(chunk_id)
+        chunk.lease()
+        return chunk
+
+    def release(self, chunk_id: int) -> None:
+        """Give one lease back; the weights stay until their slot is needed."""
+        self.chunks[chunk_id].unlease()
+
+    def ensure(self, chunk_id: int) -> Chunk:
+        """Make a chunk's weights usable now, without a lease: it stays among the last few used.
+
+        Raises:
+            OutOfTierMemoryError: every slot is leased.
+            OffloadIOError: the weights cannot be read.
+        """
+        chunk = self.chunks[chunk_id]
+        if chunk.is_resident:
+            return chunk
+        if chunk.compute is None:
+            start = time.perf_counter()
+            if chunk.fetch is None:
+                self._take_slot(chunk, protect=())
+                self._start_fetch(chunk)
+                self.stats.num_misses += 1
+            self._finish_fetch(chunk)
+            self.stats.stall_s += time.perf_counter() - start
+        if chunk_id in self._recent:
+            self._recent.remove(chunk_id)
+        self._recent.append(chunk_id)
+        del self._recent[: -self._num_protected]
+        return chunk
+
+    def prefetch(self, chunk_id: int, *, protect: Iterable[int] = ()) -> bool:
+        """Start fetching a chunk that will be needed soon, if that costs nothing that is needed sooner.
+
+        Args:
+            chunk_id: what to fetch.
+            protect: chunks that must not be evicted for it.
+
+        Returns:
+            Whether the chunk is in compute memory or on its way there.
+        """
+        chunk = self.chunks[chunk_id]
+        if chunk.is_resident or chunk.compute is not None or chunk.fetch is not None:
+            return True
+        if self._needs_staging(chunk) and not self._reclaim_staging():
+            return False
+        if not self._free_slots:
+            victim = self._choose_victim(set(protect))
+            if victim is None or self.next_use(victim.spec.chunk_id) <= self.next_use(chunk_id):
+                return False
+            self.evict(victim.spec.chunk_id)
+        self._take_slot(chunk, protect=protect)
+        self._start_fetch(chunk)
+        return True
+
+    def poll(self) -> None:
+        """Push every fetch under way one stage further, and finish those that are complete."""
+        for slot in self._slots:
+            chunk = slot.chunk
+            if chunk is not None and chunk.fetch is not None:
+                chunk.fetch.poll()
+
+    def evict(self, chunk_id: int) -> None:
+        """Free a chunk's slot; the home still holds the weights, so nothing is copied.
+
+        Raises:
+            IllegalTransitionError: the chunk is leased.
+        """
+        chunk = self.chunks[chunk_id]
+        assert not chunk.is_resident, f"{chunk.name} is resident"
+        if chunk.state is ChunkState.AT_HOME:
+            return
+        if chunk.fetch is not None:
+            chunk.fetch.abandon()
+            chunk.fetch = None
+        chunk.transition(ChunkState.AT_HOME)
+        self._leave_slot(chunk)
+
+    # ---------------------------------------------------------------- for the optimizer and for others
+
+    def chunk_in(self, storage_address: int) -> Chunk | None:
+        """Return the chunk whose weights a slot's storage holds now, None if the address is no slot's."""
+        slot = self._slot_by_address.get(storage_address)
+        return slot.chunk if slot is not None else None
+
+    def is_slot(self, storage_address: int) -> bool:
+        """Return whether a storage is a slot, that is, memory that is refilled."""
+        return storage_address in self._slot_by_address
+
+    def begin_update(self, chunk_id: int) -> Chunk:
+        """Reserve a chunk for the optimizer; a copy in a slot is given up, a resident one stays.
+
+        Raises:
+            IllegalTransitionError: the chunk is leased.
+        """
+        chunk = self.chunks[chunk_id]
+        if not chunk.is_resident:
+            self.evict(chunk_id)
+        chunk.transition(ChunkState.UPDATING)
+        return chunk
+
+    def end_update(self, chunk_id: int) -> None:
+        """Give a chunk back after `begin_update`."""
+        chunk = self.chunks[chunk_id]
+        chunk.transition(ChunkState.READY if chunk.is_resident else ChunkState.AT_HOME)
+
+    def drop_leases(self) -> None:
+        """Give all leases back, after an exception has unwound whoever held them."""
+        for chunk in self.chunks:
+            chunk.drop_leases()
+
+    def close(self) -> None:
+        """Abandon what is under way and give slots and homes back; parameters show placeholders from here on."""
+        for chunk in self.chunks:
+            if chunk.state is ChunkState.CLOSED:
+                continue
+            if chunk.fetch is not None:
+                chunk.fetch.abandon()
+                chunk.fetch = None
+            chunk.unbind(self._placeholder(chunk.spec.dtype))
+            chunk.transition(ChunkState.CLOSED)
+            if chunk.is_resident and chunk.slot is not None:
+                self.resources.transfers.free(chunk.slot.buffer, "resident copies")
+            chunk.slot = None
+            chunk.home.close()
+        for slot in self._slots:
+            self.resources.transfers.free(slot.buffer, "slots")
+        for buffer in self._staging:
+            self.resources.arena.free(buffer)
+        self._slots, self._free_slots, self._staging, self._draining = [], [], [], []
+        self._slot_by_address.clear()
+
+    # ---------------------------------------------------------------- inside
+
+    def _placeholder(self, dtype: torch.dtype) -> torch.Tensor:
+        if dtype not in self._placeholders:
+            self._placeholders[dtype] = placeholder(dtype, self.resources.transfers.device)
+        return self._placeholders[dtype]
+
+    def _take_slot(self, chunk: Chunk, *, protect: Iterable[int]) -> None:
+        if not self._free_slots:
+            victim = self._choose_victim(set(protect))
+            if victim is None:
+                raise self._no_slot_error(chunk)
+            self.evict(victim.spec.chunk_id)
+        slot = self._free_slots.pop()
+        slot.chunk = chunk
+        chunk.slot = slot
+
+    def _leave_slot(self, chunk: Chunk) -> None:
+        assert chunk.slot is not None
+        chunk.unbind(self._placeholder(chunk.spec.dtype))
+        chunk.slot.chunk = None
+        self._free_slots.append(chunk.slot)
+        chunk.slot = None
+
+    def _choose_victim(self, protect: set[int]) -> Chunk | None:
+        movable = {
+            slot.chunk.spec.chunk_id: slot.chunk
+            for slot in self._slots
+            if slot.chunk is not None and slot.chunk.state in (ChunkState.READY, ChunkState.FETCHING)
+        }
+        candidates = [i for i in movable if i not in protect and i not in self._recent]
+        if not candidates:
+            return None
+        return movable[farthest_next_use(candidates, {i: self.next_use(i) for i in candidates})]
+
+    def _no_slot_error(self, chunk: Chunk) -> OutOfTierMemoryError:
+        tier = self.resources.transfers.compute_tier
+        held = "; ".join(f"{slot.chunk.name} {slot.chunk.state.value}" for slot in self._slots if slot.chunk is not None)
+        return OutOfTierMemoryError(
+            f"cannot fetch {chunk.name}, {format_nbytes(chunk.spec.working_nbytes)}, to {tier.value} memory: all "
+            f"{len(self._slots)} slots are in use ({held}); raise {tier.value}_budget, so that the plan can give more slots"
+        )
+
+    def _needs_staging(self, chunk: Chunk) -> bool:
+        return chunk.home.is_on_disk and self.resources.transfers.compute_tier is MemoryTier.DEVICE
+
+    def _reclaim_staging(self) -> bool:
+        """Collect staging buffers that every copy has left; return whether one is free."""
+        for fetch in [fetch for fetch in self._draining if fetch.may_reuse_staging()]:
+            self._draining.remove(fetch)
+            self._staging.append(fetch.staging)
+        return bool(self._staging)
+
+    def _claim_staging(self) -> torch.Tensor:
+        if not self._reclaim_staging():
+            self._draining[0].wait_for_staging()
+            self._reclaim_staging()
+        return self._staging.pop()
+
+    def _start_fetch(self, chunk: Chunk) -> None:
+        assert chunk.slot is not None
+        staging = self._claim_staging() if self._needs_staging(chunk) else None
+        chunk.transition(ChunkState.FETCHING)
+        try:
+            chunk.fetch = Fetch(
+                chunk.home,
+                chunk.slot.buffer,
+                transfers=self.resources.transfers,
+                pool=self.resources.pool,
+                staging=staging,
+            )
+        except GeminiError:
+            self._fail_fetch(chunk)
+            raise
+        if staging is not None:
+            self._draining.append(chunk.fetch)
+        self.stats.num_fetches += 1
+        self.stats.fetched_nbytes += sum(chunk.fetch.nbytes_from.values())
+        self.stats.read_nbytes += chunk.fetch.nbytes_from[MemoryTier.NVME]
+
+    def _finish_fetch(self, chunk: Chunk) -> None:
+        assert chunk.fetch is not None and chunk.slot is not None
+        try:
+            chunk.fetch.finish()
+        except GeminiError:
+            chunk.fetch.abandon()
+            self._fail_fetch(chunk)
+            raise
+        chunk.fetch = None
+        chunk.bind(chunk.slot.buffer)
+        chunk.transition(ChunkState.READY)
+
+    def _fail_fetch(self, chunk: Chunk) -> None:
+        """Return to a state from which the fetch can be tried again."""
+        chunk.fetch = None
+        chunk.transition(ChunkState.AT_HOME)
+        if not chunk.is_resident:
+            self._leave_slot(chunk)

@@ -1,0 +1,246 @@
+"""GeminiDDP: a model whose parameters live in chunks, with the training loop it always had."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from gemini.assembly import assemble
+from gemini.config import GeminiConfig
+from gemini.errors import CheckpointMismatchError, ConfigError, ModelError
+from gemini.hooks import HookSet
+from gemini.materialize import InitFn
+from gemini.report import MemoryReport, make_report
+from gemini.runtime import Runtime
+from gemini.weights import load_master, read_master, read_working
+
+__all__ = ["GeminiDDP", "runtime_of"]
+
+_OWNER_ATTRIBUTE = "_gemini_runtime"
+
+
+def runtime_of(param: torch.Tensor) -> Runtime | None:
+    """Return the runtime that manages a parameter, None if none does."""
+    runtime: Runtime | None = getattr(param, _OWNER_ATTRIBUTE, None)
+    return runtime
+
+
+class GeminiDDP(torch.nn.Module):
+    """Wrap a model so that it trains within the memory budgets given.
+
+    The model's parameters are moved, chunk by chunk, to where the plan wants them: the float32 value each has now
+    becomes its master. From here on call the engine (or `engine.module`, or methods such as
+    `engine.module.generate`), `loss.backward()` and a HybridAdam's `step()` as usual. Between uses a parameter may
+    be away: its `.data` then shows NaN; read weights with `state_dict()` or `master_state_dict()`.
+
+    Args:
+        module: the model; on the CPU, or on the meta device, in which case it is initialised unit by unit straight
+            into its homes.
+        config: budgets and choices; None: defaults.
+        init_fn: for models on the meta device: gives one module's own parameters and buffers their first values.
+            None: transformers' `_init_weights` or the module's `reset_parameters`.
+
+    Attributes:
+        module: the user's model.
+
+    Raises:
+        ConfigError: the configuration contradicts itself or the machine.
+        ModelError: the model is managed already, or has parameters that cannot be placed.
+        OutOfTierMemoryError: the budgets cannot hold the model; says which tier is short by how much.
+        OffloadIOError: the swap file cannot be made, claimed or filled.
+    """
+
+    def __init__(
+        self, module: torch.nn.Module, config: GeminiConfig | None = None, *, init_fn: InitFn | None = None
+    ) -> None:
+        super().__init__()
+        if not isinstance(module, torch.nn.Module):
+            raise ConfigError(f"GeminiDDP: expected a torch.nn.Module, got {type(module).__name__}")
+        _refuse_managed(module)
+        self.module = module
+        self._runtime = assemble(module, config or GeminiConfig(), init_fn=init_fn)
+        for param in module.parameters():
+            setattr(param, _OWNER_ATTRIBUTE, self._runtime)
+        self._hooks = HookSet(self._runtime)
+        self._hooks.install(
+            module,
+            {
+                unit.unit_id: module.get_submodule(unit.module_name)
+                for unit in self._runtime.layout.units
+                if unit.module_name
+            },
+            [param for param in module.parameters() if param.requires_grad],
+        )
+
+    @property
+    def runtime(self) -> Runtime:
+        """The machinery behind the engine."""
+        return self._runtime
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; arguments and result are the model's own."""
+        return self.module(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Run backward; the same as `loss.backward()`."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Clip the gradients at hand by their global L2 norm, as `torch.nn.utils.clip_grad_norm_` does.
+
+        torch's own function finds no gradients, because they do not wait in `.grad`. The factor is applied by the next
+        optimizer step.
+
+        Args:
+            max_norm: largest norm allowed.
+
+        Returns:
+            The norm before clipping, float32 [] on the CPU; NaN if a gradient is not finite, and then the next optimizer
+            step is skipped.
+        """
+        norm = self._runtime.gradient_norm(list(self._runtime.layout.slot_by_name.values()))
+        if norm == norm:
+            self._runtime.clip(norm, max_norm)
+        return torch.tensor(norm, dtype=torch.float32)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients at hand.
+
+        Args:
+            set_to_none: accepted for compatibility; gradients never wait in `.grad`.
+        """
+        self._runtime.clear_gradients()
+
+    def memory_report(self) -> MemoryReport:
+        """Return bytes per tier, formula beside measurement, and what the moves have cost."""
+        return make_report(self._runtime)
+
+    def trace_memory(self) -> AbstractContextManager[None]:
+        """Measure activations and temporaries of what runs inside the context; slow on the CPU, free on CUDA."""
+        return self._runtime.probe.trace()
+
+    # ---------------------------------------------------------------- weights in and out
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the working weights and buffers of the wrapped model, copied to the CPU.
+
+        Names are the wrapped model's own, so the result loads into a plain copy of it.
+
+        Args:
+            *args: not accepted.
+            **kwargs: `prefix` is honoured, `keep_vars` must be false, others are not accepted.
+
+        Returns:
+            Parameters (tied names share memory) and persistent buffers.
+
+        Raises:
+            ConfigError: an argument cannot be honoured.
+        """
+        prefix = kwargs.pop("prefix", "")
+        if args or kwargs.pop("keep_vars", False) or set(kwargs) - {"destination"}:
+            raise ConfigError("GeminiDDP.state_dict: only prefix= can be given; the result is always a copy on the CPU")
+        return {prefix + name: tensor for name, tensor in self._named_tensors(read_working)}
+
+    def master_state_dict(self) -> dict[str, torch.Tensor]:
+        """Return as `state_dict`, with trainable parameters as their float32 masters."""
+        return dict(self._named_tensors(read_master))
+
+    def _named_tensors(self, read: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        self._runtime.finish_writes()
+        by_id: dict[int, torch.Tensor] = {}
+        slots = self._runtime.layout.slot_by_name
+        first_name = {id(param): name for name, param in self.module.named_parameters()}
+        for name, param in self.module.named_parameters(remove_duplicate=False):
+            if id(param) not in by_id:
+                by_id[id(param)] = read(self._runtime, slots[first_name[id(param)]])
+            yield name, by_id[id(param)]
+        for module_name, module in self.module.named_modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in module._non_persistent_buffers_set:
+                    yield f"{module_name}.{name}".strip("."), buffer.detach().cpu().clone()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights into their homes; their float32 values become the masters, the moments stay.
+
+        Args:
+            state_dict: as from `state_dict` or the plain model's.
+            strict: whether names must match exactly.
+            assign: must be false.
+
+        Returns:
+            Missing and unexpected names, as torch returns them.
+
+        Raises:
+            CheckpointMismatchError: names or shapes do not match; nothing has been loaded.
+            ConfigError: `assign` was asked for.
+        """
+        if assign:
+            raise ConfigError("GeminiDDP.load_state_dict: assign=True would take the parameters out of their chunks")
+        first_name = {id(param): name for name, param in self.module.named_parameters()}
+        params = {name: first_name[id(p)] for name, p in self.module.named_parameters(remove_duplicate=False)}
+        buffers = dict(self.module.named_buffers(remove_duplicate=False))
+        given = {params.get(name, name) for name in state_dict}
+        missing = [name for name in (*first_name.values(), *self._persistent_buffers()) if name not in given]
+        unexpected = [name for name in state_dict if name not in params and name not in buffers]
+        if strict and (missing or unexpected):
+            raise CheckpointMismatchError(f"load_state_dict: missing {missing}, unexpected {unexpected}")
+        slots = self._runtime.layout.slot_by_name
+        for name, value in state_dict.items():
+            expected = slots[params[name]].spec.shape if name in params else tuple(getattr(buffers.get(name), "shape", ()))
+            if name not in unexpected and tuple(value.shape) != tuple(expected):
+                raise CheckpointMismatchError(
+                    f"load_state_dict: {name} has shape {tuple(value.shape)}, expected {tuple(expected)}"
+                )
+        for name, value in state_dict.items():
+            if name in params:
+                load_master(self._runtime, slots[params[name]], value)
+            elif name in buffers:
+                buffers[name].copy_(value)
+        return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
+
+    def _persistent_buffers(self) -> list[str]:
+        return [
+            f"{module_name}.{name}".strip(".")
+            for module_name, module in self.module.named_modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and name not in module._non_persistent_buffers_set
+        ]
+
+    # ---------------------------------------------------------------- life
+
+    def _apply(self, fn: Any, recurse: bool = True) -> GeminiDDP:
+        raise ModelError(
+            "a GeminiDDP cannot be moved or cast: its parameters live where the plan put them; "
+            "set GeminiConfig(device=..., dtype=...) instead of calling .to(), .cuda(), .half() or the like"
+        )
+
+    def close(self) -> None:
+        """Give memory, threads and the swap file back; the weights are gone with them. Idempotent."""
+        self._hooks.remove()
+        self._runtime.close()
+        for param in self.module.parameters():
+            if runtime_of(param) is self._runtime:
+                delattr(param, _OWNER_ATTRIBUTE)
+
+    def __enter__(self) -> GeminiDDP:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _refuse_managed(module: torch.nn.Module) -> None:
+    for child in module.modules():
+        if isinstance(child, GeminiDDP):
+            raise ModelError("the model contains a GeminiDDP already; wrap the plain model once")
+    for name, param in module.named_parameters():
+        if runtime_of(param) is not None:
+            raise ModelError(
+                f"parameter {name} is managed by another GeminiDDP; close() that one first, or wrap a copy of the model"
+            )

@@ -1,0 +1,324 @@
+"""Gradients on their way from autograd to where they wait for the update.
+
+A gradient that compute memory's own tier keeps goes straight to its home. One that leaves a device travels by
+chunk through a device slot and a host slot; one that waits on disk is put together in a host slot first. On
+arrival at host memory the sum of squares is taken in the pass that stores or adds.
+
+Gradients are consumed by the update: after `clear` there are none.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from gemini.chunk.layout import ChunkSpec
+from gemini.errors import ModelError
+from gemini.kernels.cpu import GradMode
+from gemini.kernels.device import DeviceKernels
+from gemini.kernels.pool import GradTicket
+from gemini.offload.home import TiledHome
+from gemini.offload.io import IoTicket
+from gemini.offload.resources import Resources
+from gemini.offload.transfer import Move
+from gemini.tiers import MemoryTier
+
+__all__ = ["GradChunk", "GradientStore"]
+
+MAX_JOBS_IN_FLIGHT = 4
+"""Gradients whose autograd buffers may be alive at once while the worker pool stores them."""
+
+
+@dataclass
+class GradChunk:
+    """The gradients of one chunk in the step under way."""
+
+    spec: ChunkSpec
+    home: TiledHome
+    tier: MemoryTier
+    sumsq: dict[int, GradTicket | torch.Tensor] = field(default_factory=dict)
+    """Sum of squares of each gradient that has arrived, by position in the layout."""
+    has_left: bool = False
+    """Whether this step's gradients are, in part, already on disk."""
+
+
+@dataclass
+class _Slot:
+    buffer: torch.Tensor
+    busy: IoTicket | None = None
+
+
+@dataclass
+class _Departure:
+    """A chunk's gradients travelling from a device slot to a host slot."""
+
+    chunk: GradChunk
+    positions: list[int]
+    device_slot: _Slot
+    host_slot: _Slot
+    move: Move
+
+
+class GradientStore:
+    """All gradients of one engine.
+
+    Args:
+        resources: memory, disk, threads and copy engine; not closed here.
+        device_kernels: store gradients that stay on the device.
+        grad_dtype_of: dtype in which a chunk's gradients wait.
+        num_slots: slots of each kind.
+        device_slot_nbytes: bytes of a slot between device and host; 0 if none travel there.
+        disk_slot_nbytes: bytes of a slot between host and disk; 0 if none travel there.
+    """
+
+    def __init__(
+        self,
+        resources: Resources,
+        *,
+        device_kernels: DeviceKernels,
+        grad_dtype_of: Callable[[ChunkSpec], torch.dtype],
+        num_slots: int,
+        device_slot_nbytes: int,
+        disk_slot_nbytes: int,
+    ) -> None:
+        self._resources = resources
+        self._device_kernels = device_kernels
+        self._dtype_of = grad_dtype_of
+        self._chunks: dict[int, GradChunk] = {}
+        self._is_in_backward = False
+        self._jobs: list[GradTicket] = []
+        self._device_slots: list[_Slot] = []
+        self._staging_slots: list[_Slot] = []
+        self._disk_slots: list[_Slot] = []
+        if device_slot_nbytes:
+            allocate = resources.transfers.allocate
+            self._device_slots = [_Slot(allocate(device_slot_nbytes, "gradient slots")) for _ in range(num_slots)]
+            self._staging_slots = self._host_slots(num_slots, device_slot_nbytes)
+        if disk_slot_nbytes:
+            self._disk_slots = self._host_slots(num_slots, disk_slot_nbytes)
+        self._on_device: OrderedDict[int, tuple[_Slot, list[int]]] = OrderedDict()
+        self._departures: list[_Departure] = []
+        self._in_disk_slot: OrderedDict[int, _Slot] = OrderedDict()
+
+    def _host_slots(self, count: int, nbytes: int) -> list[_Slot]:
+        return [_Slot(self._resources.arena.allocate(nbytes, "gradient slots")) for _ in range(count)]
+
+    def add_chunk(self, spec: ChunkSpec, home: TiledHome, tier: MemoryTier) -> None:
+        """Take charge of a trainable chunk's gradients; `tier` is their home's."""
+        self._chunks[spec.chunk_id] = GradChunk(spec=spec, home=home, tier=tier)
+
+    # ---------------------------------------------------------------- during backward
+
+    def put(self, chunk_id: int, position: int, grad: torch.Tensor) -> None:
+        """Take one parameter's gradient as autograd hands it over.
+
+        Args:
+            chunk_id: the parameter's chunk.
+            position: its position in the chunk's layout.
+            grad: any float dtype, the parameter's shape; may be freed by the caller, not written to.
+
+        Raises:
+            ModelError: a second backward pass before the update, and gradients are not kept as float32.
+        """
+        if not self._is_in_backward:
+            self._is_in_backward = True
+            torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)  # type: ignore[attr-defined]
+        chunk = self._chunks[chunk_id]
+        if grad.is_sparse:
+            grad = grad.to_dense()
+        flat = grad.detach().reshape(-1)
+        self._check_accumulation(chunk, position)
+        if chunk.tier is MemoryTier.DEVICE:
+            mode = GradMode.ADD if position in chunk.sumsq else GradMode.STORE
+            chunk.sumsq[position] = self._device_kernels.store_gradient(self._view(chunk, position), flat, mode=mode)
+        elif self._resources.transfers.compute_tier is MemoryTier.DEVICE:
+            self._put_in_device_slot(chunk, position, flat)
+        else:
+            self._put_on_host(chunk, position, flat)
+
+    def end_backward(self) -> None:
+        """Send off what waits in device slots; called by autograd when a backward pass has ended."""
+        self._is_in_backward = False
+        while self._on_device:
+            self._depart(next(iter(self._on_device)))
+
+    def _check_accumulation(self, chunk: GradChunk, position: int) -> None:
+        again = position in chunk.sumsq
+        if again and self._dtype_of(chunk.spec) is not torch.float32:
+            raise ModelError(
+                f"a second gradient for {chunk.spec.slots[position].spec.name} arrived before optimizer.step(): several "
+                f"backward passes per step need float32 gradients, but they are kept as {self._dtype_of(chunk.spec)}; "
+                "set GeminiConfig(gradient_accumulation=True), or call optimizer.zero_grad() to drop the first"
+            )
+
+    def _put_in_device_slot(self, chunk: GradChunk, position: int, flat: torch.Tensor) -> None:
+        chunk_id = chunk.spec.chunk_id
+        waiting = self._on_device.get(chunk_id)
+        if waiting is None:
+            waiting = (self._claim_device_slot(), [])
+            self._on_device[chunk_id] = waiting
+        slot, positions = waiting
+        place = chunk.spec.slots[position]
+        staged = slot.buffer.view(chunk.spec.dtype)[place.begin : place.end]
+        if position in positions:
+            staged.add_(flat)
+        else:
+            staged.copy_(flat)
+            positions.append(position)
+        if len(positions) == len(chunk.spec.slots):
+            self._depart(chunk_id)
+
+    def _claim_device_slot(self) -> _Slot:
+        if len(self._on_device) == len(self._device_slots):
+            self._depart(next(iter(self._on_device)))
+        in_use = [id(slot) for slot, _ in self._on_device.values()]
+        slot = next(slot for slot in self._device_slots if id(slot) not in in_use)
+        # The slot's last download starts after compute submitted before it; compute submitted now must not
+        # overwrite what that download still reads.
+        for departure in [d for d in self._departures if d.device_slot is slot]:
+            departure.move.wait_on_compute()
+        return slot
+
+    def _depart(self, chunk_id: int) -> None:
+        slot, positions = self._on_device.pop(chunk_id)
+        chunk = self._chunks[chunk_id]
+        if len(self._departures) == len(self._staging_slots):
+            self._arrive(self._departures.pop(0))
+        in_use = [id(departure.host_slot) for departure in self._departures]
+        host_slot = next(slot for slot in self._staging_slots if id(slot) not in in_use)
+        nbytes = chunk.spec.working_nbytes
+        move = self._resources.transfers.download(host_slot.buffer[:nbytes], slot.buffer[:nbytes])
+        self._departures.append(_Departure(chunk, positions, slot, host_slot, move))
+
+    def _arrive(self, departure: _Departure) -> None:
+        departure.move.wait_on_host()
+        spec = departure.chunk.spec
+        staged = departure.host_slot.buffer.view(spec.dtype)
+        tickets = []
+        for position in departure.positions:
+            place = spec.slots[position]
+            tickets.append(self._put_on_host(departure.chunk, position, staged[place.begin : place.end]))
+        for ticket in tickets:
+            ticket.wait()
+
+    def _put_on_host(self, chunk: GradChunk, position: int, flat: torch.Tensor) -> GradTicket:
+        if chunk.tier is MemoryTier.NVME:
+            self._claim_disk_slot(chunk)
+        mode = GradMode.STORE
+        previous = chunk.sumsq.get(position)
+        if previous is not None:
+            assert isinstance(previous, GradTicket)
+            previous.wait()
+            mode = GradMode.ADD
+        ticket = self._resources.pool.submit_gradient(self._view(chunk, position), flat.contiguous(), mode=mode)
+        chunk.sumsq[position] = ticket
+        self._jobs.append(ticket)
+        if len(self._jobs) > MAX_JOBS_IN_FLIGHT:
+            self._jobs.pop(0).wait()
+        return ticket
+
+    def _view(self, chunk: GradChunk, position: int) -> torch.Tensor:
+        """Return a gradient's place in its home or, on the way to disk, in its slot; 1D, of the waiting dtype."""
+        slot = self._in_disk_slot.get(chunk.spec.chunk_id)
+        buffer = slot.buffer if slot is not None else chunk.home.device_buffer
+        if buffer is None:
+            buffer = chunk.home.host_buffer
+        assert buffer is not None
+        place = chunk.spec.slots[position]
+        return buffer.view(self._dtype_of(chunk.spec))[place.begin : place.end]
+
+    def _claim_disk_slot(self, chunk: GradChunk) -> None:
+        chunk_id = chunk.spec.chunk_id
+        if chunk_id in self._in_disk_slot:
+            self._in_disk_slot.move_to_end(chunk_id)
+            return
+        if len(self._in_disk_slot) == len(self._disk_slots):
+            self._write_out(next(iter(self._in_disk_slot)))
+        in_use = [id(slot) for slot in self._in_disk_slot.values()]
+        slot = next(slot for slot in self._disk_slots if id(slot) not in in_use)
+        if slot.busy is not None:
+            slot.busy.wait()
+            slot.busy = None
+        if chunk.has_left:
+            (run,) = chunk.home.runs()
+            chunk.home.read_run(run, slot.buffer[: run.nbytes]).wait()
+        self._in_disk_slot[chunk_id] = slot
+
+    def _write_out(self, chunk_id: int) -> None:
+        slot = self._in_disk_slot.pop(chunk_id)
+        chunk = self._chunks[chunk_id]
+        for ticket in chunk.sumsq.values():
+            assert isinstance(ticket, GradTicket)
+            ticket.wait()
+        (run,) = chunk.home.runs()
+        slot.busy = chunk.home.write_run(run, slot.buffer[: run.nbytes])
+        chunk.has_left = True
+
+    # ---------------------------------------------------------------- between backward and update
+
+    def finish(self) -> None:
+        """Block until every gradient has reached its home."""
+        self.end_backward()
+        while self._departures:
+            self._arrive(self._departures.pop(0))
+        while self._jobs:
+            self._jobs.pop(0).wait()
+        for chunk_id in list(self._in_disk_slot):
+            self._write_out(chunk_id)
+
+    def arrived(self, chunk_id: int) -> Sequence[int]:
+        """Return the positions that have a gradient, in the layout's order; call `finish` first."""
+        return sorted(self._chunks[chunk_id].sumsq)
+
+    def sums_of_squares(self) -> dict[str, float]:
+        """Return the sum of squares of each gradient that has arrived, by parameter name; blocks on the device once.
+
+        Infinite or NaN where a gradient is not finite. Scaled by the square of the loss scale, if there is one.
+        """
+        self.finish()
+        sums: dict[str, float] = {}
+        on_device: list[tuple[str, torch.Tensor]] = []
+        for chunk in self._chunks.values():
+            for position, value in chunk.sumsq.items():
+                name = chunk.spec.slots[position].spec.name
+                if isinstance(value, GradTicket):
+                    sums[name] = value.sumsq()
+                else:
+                    on_device.append((name, value))
+        if on_device:
+            values = torch.stack([value for _, value in on_device]).tolist()
+            sums.update(zip((name for name, _ in on_device), values, strict=True))
+        return sums
+
+    def dtype_of(self, chunk_id: int) -> torch.dtype:
+        """Return the dtype in which a chunk's gradients wait."""
+        return self._dtype_of(self._chunks[chunk_id].spec)
+
+    def home_of(self, chunk_id: int) -> TiledHome:
+        """Return where a chunk's gradients wait: the tiles of its state, all in one tier."""
+        return self._chunks[chunk_id].home
+
+    def clear(self) -> None:
+        """Forget all gradients."""
+        self.finish()
+        for chunk in self._chunks.values():
+            chunk.sumsq.clear()
+            chunk.has_left = False
+
+    def close(self) -> None:
+        """Give slots and homes back."""
+        self._on_device.clear()
+        for departure in self._departures:
+            departure.move.wait_on_host()
+        self._departures.clear()
+        for slot in self._device_slots:
+            self._resources.transfers.free(slot.buffer, "gradient slots")
+        for slot in self._staging_slots + self._disk_slots:
+            self._resources.arena.free(slot.buffer)
+        for chunk in self._chunks.values():
+            chunk.home.close()
+        self._device_slots, self._staging_slots, self._disk_slots = [], [], []
+        self._chunks.clear()

@@ -1,0 +1,182 @@
+"""Module and autograd hooks that turn what torch does into calls on the runtime. No policy here.
+
+Hooks sit on the modules of units and on the model itself, so that the user may call the model, a method such as
+`generate`, or the engine; all come through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+__all__ = ["HookSet", "RuntimeEvents"]
+
+
+class RuntimeEvents(Protocol):
+    """What the hooks tell."""
+
+    def begin_forward(self) -> None:
+        """Handle the start of the outermost forward of the model."""
+
+    def end_forward(self) -> None:
+        """Handle the end of the outermost forward, by return or exception."""
+
+    def enter_unit(self, unit_id: int) -> None:
+        """Make a unit's weights usable and keep them until `exit_unit`."""
+
+    def exit_unit(self, unit_id: int) -> None:
+        """Give back what `enter_unit` took."""
+
+    def use_parameter(self, param: torch.nn.Parameter) -> None:
+        """Make one parameter usable until the outermost forward ends."""
+
+    def take_gradient(self, param: torch.nn.Parameter) -> None:
+        """Take the gradient autograd has just accumulated into `param.grad`."""
+
+    def is_borrowed(self, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor lies in memory that will be refilled with other weights."""
+
+    def wrap_outputs(self, output: Any) -> Any:
+        """Prepare what the model returns for backward (loss scaling)."""
+
+
+class HookSet:
+    """All hooks of one engine; `remove` takes them off.
+
+    Args:
+        events: told of everything.
+    """
+
+    def __init__(self, events: RuntimeEvents) -> None:
+        self._events = events
+        self._handles: list[Any] = []
+        self._mode = _OutsideUseMode(events)
+        self._depth = 0
+        self._entered: list[int] = []
+
+    def install(
+        self,
+        root: torch.nn.Module,
+        unit_modules: dict[int, torch.nn.Module],
+        params: list[torch.nn.Parameter],
+    ) -> None:
+        """Put the hooks on.
+
+        Args:
+            root: the user's model.
+            unit_modules: module of each unit but the root's.
+            params: trainable parameters.
+        """
+        self._handles.append(root.register_forward_pre_hook(self._before_model, prepend=True))
+        self._handles.append(root.register_forward_hook(self._after_model, always_call=True))
+        for unit_id, module in unit_modules.items():
+            before, after = self._unit_hooks(unit_id)
+            self._handles.append(module.register_forward_pre_hook(before, prepend=True))
+            self._handles.append(module.register_forward_hook(after, always_call=True))
+        for param in params:
+            self._handles.append(param.register_post_accumulate_grad_hook(self._events.take_gradient))
+
+    def remove(self) -> None:
+        """Take all hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # The hooks below are kept out of torch.compile's graphs: a compiled block runs between them.
+
+    @torch.compiler.disable
+    def _before_model(self, module: torch.nn.Module, args: Any) -> None:
+        if self._depth == 0:
+            self._entered.clear()
+            self._events.begin_forward()
+            self._mode.resume()
+        self._depth += 1
+
+    @torch.compiler.disable
+    def _after_model(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
+        if self._depth == 0:  # the pre-hook failed before it had begun anything
+            return None
+        self._depth -= 1
+        if self._depth:
+            return None
+        self._mode.pause()
+        output = self._events.wrap_outputs(self._own_outputs(output))
+        self._events.end_forward()
+        return output
+
+    def _unit_hooks(self, unit_id: int) -> tuple[Callable[..., None], Callable[..., Any]]:
+        @torch.compiler.disable
+        def before(module: torch.nn.Module, args: Any) -> None:
+            self._events.enter_unit(unit_id)
+            if not self._entered:
+                self._mode.pause()
+            self._entered.append(unit_id)
+
+        @torch.compiler.disable
+        def after(module: torch.nn.Module, args: Any, output: Any) -> Any:
+            if not self._entered or self._entered[-1] != unit_id:
+                return None  # the pre-hook failed before it had entered the unit
+            output = self._own_outputs(output)
+            self._entered.pop()
+            self._events.exit_unit(unit_id)
+            if not self._entered and self._depth:
+                self._mode.resume()
+            return output
+
+        return before, after
+
+    def _own_outputs(self, output: Any) -> Any:
+        """Copy outputs that are views of borrowed weights: the memory will hold other weights soon."""
+
+        def own(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.clone() if self._events.is_borrowed(tensor) else tensor
+
+        if isinstance(output, torch.Tensor):
+            return own(output)
+        return output if output is None else tree_map_only(torch.Tensor, own, output)
+
+
+class _OutsideUseMode(TorchFunctionMode):
+    """Catches parameters used outside the module that owns them, by a parent that calls functions on them.
+
+    Active while the model, but none of its units, is running: there, every torch function is looked at.
+
+    Args:
+        events: told of each parameter that a function is about to use.
+    """
+
+    _METADATA = frozenset({"__get__", "size", "dim", "numel", "stride", "is_floating_point", "element_size", "ndimension"})
+
+    def __init__(self, events: RuntimeEvents) -> None:
+        super().__init__()
+        self._events = events
+        self._is_active = False
+
+    def resume(self) -> None:
+        """Start catching."""
+        if not self._is_active:
+            self._is_active = True
+            self.__enter__()
+
+    def pause(self) -> None:
+        """Stop catching, unless the user has entered a mode of their own meanwhile."""
+        depth = torch._C._len_torch_function_stack()
+        if self._is_active and torch._C._get_function_stack_at(depth - 1) is self:
+            self._is_active = False
+            self.__exit__(None, None, None)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ not in self._METADATA:
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, torch.nn.Parameter):
+                    self._events.use_parameter(value)
+                elif isinstance(value, (list, tuple)):
+                    for item in value:
+                        if isinstance(item, torch.nn.Parameter):
+                            self._events.use_parameter(item)
+        return func(*args, **kwargs)

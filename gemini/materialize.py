@@ -1,0 +1,179 @@
+"""Bring a model's weights into their homes, unit by unit, tile by tile.
+
+Weights come from the model as the user built it, or, for one built on the meta device, from its own initialisation,
+run for one unit at a time. Either way the float32 value a parameter had becomes its master, exactly.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+
+import torch
+
+from gemini.chunk.layout import ChunkSpec
+from gemini.errors import ModelError
+from gemini.kernels.cpu import Isa, cast, split_master
+from gemini.offload.home import TiledHome
+from gemini.offload.transfer import Transfers
+from gemini.tiers import MemoryTier
+from gemini.update import record_views
+
+__all__ = ["InitFn", "find_init_fn", "initialise_module", "initialise_buffers", "replace_meta_parameters", "write_home"]
+
+InitFn = Callable[[torch.nn.Module], None]
+"""Gives a module's own parameters and buffers their first values."""
+
+
+def find_init_fn(model: torch.nn.Module) -> InitFn:
+    """Return the way a model initialises a module: transformers' `_init_weights`, else `reset_parameters`."""
+    for module in model.modules():
+        init_weights = getattr(module, "_init_weights", None)
+        if callable(init_weights):
+            return init_weights  # type: ignore[no-any-return]
+    return _reset_parameters
+
+
+def _reset_parameters(module: torch.nn.Module) -> None:
+    reset = getattr(module, "reset_parameters", None)
+    if callable(reset):
+        reset()
+
+
+def replace_meta_parameters(model: torch.nn.Module, *, device: torch.device, dtype: torch.dtype) -> bool:
+    """Give every parameter on the meta device a stand-in on `device`, keeping ties, flags and hooks' owners.
+
+    Args:
+        model: changed in place.
+        device: compute device.
+        dtype: working dtype of floating-point parameters.
+
+    Returns:
+        Whether there was any.
+    """
+    stand_ins: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, param in module._parameters.items():
+            if param is None or not param.is_meta:
+                continue
+            if id(param) not in stand_ins:
+                kind = dtype if param.dtype.is_floating_point else param.dtype
+                missing = torch.zeros((), dtype=kind, device=device).expand(param.shape)
+                stand_ins[id(param)] = torch.nn.Parameter(missing, requires_grad=param.requires_grad)
+            module._parameters[name] = stand_ins[id(param)]
+    return bool(stand_ins)
+
+
+def initialise_module(name: str, module: torch.nn.Module, init_fn: InitFn, *, seed: int) -> None:
+    """Run a module's initialisation with a random state that depends on the seed and the module's name alone.
+
+    So the weights depend neither on the layout nor on the order in which units are built.
+
+    Args:
+        name: fully qualified name.
+        module: its parameters are real for the moment.
+        init_fn: how it is done.
+        seed: the configuration's.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(zlib.crc32(name.encode()) ^ seed)
+        with torch.no_grad():
+            init_fn(module)
+
+
+def initialise_buffers(model: torch.nn.Module, init_fn: InitFn, *, device: torch.device, seed: int) -> None:
+    """Make buffers on the meta device real and let their modules fill them.
+
+    Raises:
+        ModelError: a buffer's module does not fill it, so its values are lost.
+    """
+    for module_name, module in model.named_modules():
+        fresh = []
+        for name, buffer in module._buffers.items():
+            if buffer is None or not buffer.is_meta:
+                continue
+            if buffer.dtype.is_floating_point:
+                blank = torch.full_like(buffer, float("nan"), device=device)
+            else:
+                blank = torch.full_like(buffer, torch.iinfo(buffer.dtype).min if buffer.dtype != torch.bool else 0, device=device)
+            module._buffers[name] = blank
+            fresh.append((name, blank.clone()))
+        if not fresh:
+            continue
+        initialise_module(module_name, module, init_fn, seed=seed)
+        for name, blank in fresh:
+            now = module._buffers[name]
+            if now is not None and now.numel() and torch.equal(torch.nan_to_num(now), torch.nan_to_num(blank)):
+                raise ModelError(
+                    f"buffer {module_name}.{name} was built on the meta device and the model's initialisation does not "
+                    "fill it: build the model with real buffers (gemini.empty_parameters() leaves them alone) or pass "
+                    "GeminiDDP(..., init_fn=...) that fills it"
+                )
+
+
+def write_home(
+    spec: ChunkSpec,
+    sources: list[torch.Tensor],
+    working: TiledHome,
+    state: TiledHome | None,
+    *,
+    tile_numel: int,
+    transfers: Transfers,
+    isa: Isa,
+) -> None:
+    """Write a chunk's first weights, and zero moments, to their homes.
+
+    Args:
+        spec: the chunk.
+        sources: the parameters' values on the CPU, in the order of the layout's slots; read only.
+        working: home of the working weights.
+        state: home of the optimizer state; None for frozen chunks.
+        tile_numel: elements in a tile.
+        transfers: reaches homes on the device.
+        isa: instruction set of the kernels.
+    """
+    for tile in range(len(working.tiers)):
+        begin = tile * tile_numel
+        length = min(tile_numel, spec.numel - begin)
+        weights = torch.zeros(working.tile_nbytes[tile], dtype=torch.uint8)
+        typed = weights[: length * spec.dtype.itemsize].view(spec.dtype)
+        if state is None:
+            for part, into in _overlaps(spec, sources, begin, length):
+                typed[into].copy_(part)
+        else:
+            record = torch.zeros(state.tile_nbytes[tile], dtype=torch.uint8)
+            master = torch.zeros(length, dtype=torch.float32)
+            for part, into in _overlaps(spec, sources, begin, length):
+                master[into].copy_(part)
+            residual, _, _ = record_views(record, length, spec.dtype)
+            if residual is None:
+                typed.copy_(master)
+            elif residual.dtype is torch.int16:
+                split_master(typed, residual, master, isa=isa)
+            else:
+                residual.copy_(master)
+                cast(typed, master, isa=isa)
+            _put_tile(state, tile, record, transfers)
+        _put_tile(working, tile, weights, transfers)
+
+
+def _overlaps(
+    spec: ChunkSpec, sources: list[torch.Tensor], begin: int, length: int
+) -> Iterator[tuple[torch.Tensor, slice]]:
+    """Yield the part of each parameter inside a tile, flat, and where in the tile it goes."""
+    for slot, source in zip(spec.slots, sources, strict=True):
+        low, high = max(slot.begin, begin), min(slot.end, begin + length)
+        if low < high:
+            flat = source.detach().reshape(-1)
+            yield flat[low - slot.begin : high - slot.begin], slice(low - begin, high - begin)
+
+
+def _put_tile(home: TiledHome, tile: int, content: torch.Tensor, transfers: Transfers) -> None:
+    tier = home.tiers[tile]
+    if tier is MemoryTier.NVME:
+        home.write_tile(tile, content).wait()
+        home.finish_writes()
+    elif tier is MemoryTier.HOST:
+        home.tile(tile).copy_(content)
+    else:
+        transfers.upload(home.tile(tile), content).wait_on_host()

@@ -1,0 +1,94 @@
+"""How much memory everything but chunks takes: activations, temporaries, gradients still with autograd.
+
+On CUDA the allocator knows. On the CPU and the simulated device a dispatch mode counts the storages that
+operations create; it slows every operation down, so it runs only inside `trace`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gemini.tiers import MemoryTier, TierLedger
+
+__all__ = ["MemoryProbe"]
+
+
+class MemoryProbe:
+    """Measures the non-model peak of compute memory, step by step.
+
+    Args:
+        device: compute device.
+        ledger: knows what chunks hold on it.
+    """
+
+    def __init__(self, device: torch.device, ledger: TierLedger) -> None:
+        self.non_model_peak_nbytes: int | None = None
+        """The most non-model bytes seen in any step; None until one was measured."""
+        self._device = device
+        self._ledger = ledger
+
+    def begin_step(self) -> None:
+        """Start measuring a step, where that costs nothing."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def end_step(self) -> None:
+        """Take the step's peak, where that costs nothing."""
+        if self._device.type == "cuda":
+            held = self._ledger.held_nbytes(MemoryTier.DEVICE)
+            self._note(torch.cuda.max_memory_allocated(self._device) - held)
+
+    @contextmanager
+    def trace(self) -> Iterator[None]:
+        """Count what operations allocate while the context is open; on CUDA there is nothing to do."""
+        if self._device.type == "cuda":
+            yield
+            return
+        counter = _StorageCounter()
+        with counter:
+            yield
+        self._note(counter.peak_nbytes)
+
+    def _note(self, peak_nbytes: int) -> None:
+        self.non_model_peak_nbytes = max(self.non_model_peak_nbytes or 0, peak_nbytes)
+
+
+class _StorageCounter(TorchDispatchMode):
+    """Adds up the storages that operations create, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak_nbytes = 0
+        self._live_nbytes = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = {
+            value.untyped_storage()._cdata for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)
+        }
+        output = func(*args, **(kwargs or {}))
+        for value in tree_leaves(output):
+            if isinstance(value, torch.Tensor):
+                self._count(value.untyped_storage(), inputs)
+        return output
+
+    def _count(self, storage: torch.UntypedStorage, inputs: set[int]) -> None:
+        key = storage._cdata
+        if key in self._known or key in inputs:
+            return
+        nbytes = storage.nbytes()
+        self._known.add(key)
+        self._live_nbytes += nbytes
+        self.peak_nbytes = max(self.peak_nbytes, self._live_nbytes)
+        weakref.finalize(storage, self._forget, key, nbytes)
+
+    def _forget(self, key: int, nbytes: int) -> None:
+        self._known.discard(key)
+        self._live_nbytes -= nbytes

@@ -1,0 +1,98 @@
+"""Exact-size host memory, page aligned, page-locked for CUDA where there is one.
+
+torch's pinned allocator rounds every allocation up to a power of two; here a buffer takes its bytes rounded
+up to a page and nothing more. Each buffer is its own anonymous memory file, so it can be given back alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+
+import torch
+
+from gemini.errors import OutOfTierMemoryError
+from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, TierLedger, format_nbytes, round_up
+
+__all__ = ["HostArena"]
+
+logger = logging.getLogger(__name__)
+
+HUGE_PAGE_NBYTES = 2 << 20
+
+
+class HostArena:
+    """Hand out host buffers against the host budget.
+
+    Args:
+        ledger: charged for every buffer before it is mapped.
+        is_pinned: page-lock buffers so that a CUDA device can copy from and to them asynchronously.
+    """
+
+    def __init__(self, ledger: TierLedger, *, is_pinned: bool = False) -> None:
+        self._ledger = ledger
+        self._is_pinned = is_pinned
+        self._buffers: dict[int, tuple[str, int]] = {}
+        self._has_warned = False
+
+    def allocate(self, nbytes: int, purpose: str) -> torch.Tensor:
+        """Map a buffer.
+
+        Args:
+            nbytes: bytes wanted; rounded up to a page.
+            purpose: the ledger's word for what the bytes are for.
+
+        Returns:
+            uint8 tensor [rounded up bytes] on the CPU, zero, page aligned, with a storage of its own.
+
+        Raises:
+            OutOfTierMemoryError: the host budget or the machine cannot give the bytes.
+        """
+        nbytes = round_up(max(nbytes, 1), IO_ALIGNMENT_NBYTES)
+        self._ledger.charge(MemoryTier.HOST, purpose, nbytes)
+        try:
+            buffer = torch.frombuffer(_map_anonymous_file(nbytes), dtype=torch.uint8)
+        except OSError as error:
+            self._ledger.credit(MemoryTier.HOST, purpose, nbytes)
+            raise OutOfTierMemoryError(
+                f"the machine refused {format_nbytes(nbytes)} of host memory for {purpose}: {error}; lower host_budget"
+            ) from error
+        if self._is_pinned:
+            self._pin(buffer)
+        self._buffers[buffer.data_ptr()] = (purpose, nbytes)
+        return buffer
+
+    def free(self, buffer: torch.Tensor) -> None:
+        """Give a buffer back; its memory goes when the last view of it does."""
+        purpose, nbytes = self._buffers.pop(buffer.data_ptr())
+        self._ledger.credit(MemoryTier.HOST, purpose, nbytes)
+        if self._is_pinned:
+            torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+
+    def close(self) -> None:
+        """Give every buffer back."""
+        for address, (purpose, nbytes) in self._buffers.items():
+            self._ledger.credit(MemoryTier.HOST, purpose, nbytes)
+            if self._is_pinned:
+                torch.cuda.cudart().cudaHostUnregister(address)
+        self._buffers.clear()
+
+    def _pin(self, buffer: torch.Tensor) -> None:
+        status = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
+        if int(status) != 0 and not self._has_warned:
+            self._has_warned = True
+            logger.warning("page-locking host memory failed (%s); copies to the device will not overlap compute", status)
+
+
+def _map_anonymous_file(nbytes: int) -> mmap.mmap:
+    """Map a memory file of exactly `nbytes`, huge pages advised."""
+    descriptor = os.memfd_create("gemini")
+    try:
+        os.ftruncate(descriptor, nbytes)
+        mapping = mmap.mmap(descriptor, nbytes)
+    finally:
+        os.close(descriptor)
+    if nbytes >= HUGE_PAGE_NBYTES:
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    return mapping

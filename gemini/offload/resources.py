@@ -1,0 +1,145 @@
+"""What one engine owns outside its chunks: budgets, memory, disk, threads and the way between them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from gemini.config import GeminiConfig
+from gemini.errors import ConfigError
+from gemini.kernels.cpu import Isa, resolve_isa
+from gemini.kernels.pool import WorkerPool
+from gemini.offload.arena import HostArena
+from gemini.offload.store import DiskStore
+from gemini.offload.transfer import CpuTransfers, CudaTransfers, SimulatedTransfers, Transfers
+from gemini.tiers import MemoryTier, TierLedger, parse_nbytes
+
+__all__ = ["Resources", "budgets_of", "has_device_tier", "open_resources"]
+
+SIMULATED = "simulated"
+MARGIN = 0.9
+"""Part of what is free that is taken where the user gave no budget."""
+MAX_DEFAULT_THREADS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """Everything with a life cycle that chunks share; `close` ends it in the right order."""
+
+    ledger: TierLedger
+    arena: HostArena
+    pool: WorkerPool
+    transfers: Transfers
+    store: DiskStore | None
+    isa: Isa
+
+    def close(self) -> None:
+        """End all I/O and threads and give all memory and the swap file back."""
+        self.transfers.synchronize()
+        if self.store is not None:
+            self.store.close()
+        self.pool.close()
+        self.arena.close()
+
+
+def has_device_tier(config: GeminiConfig) -> bool:
+    """Return whether compute memory is apart from host memory."""
+    return _device_of(config) is not None
+
+
+def _device_of(config: GeminiConfig) -> torch.device | str | None:
+    """Return the CUDA device, "simulated", or None for the CPU."""
+    wanted = config.device
+    if wanted is None:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+    if wanted == SIMULATED:
+        return SIMULATED
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise ConfigError(
+            f'GeminiConfig.device: expected "cuda", "cpu", "simulated" or None, got {wanted!r}'
+        ) from error
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        raise ConfigError(f"GeminiConfig.device: {device.type!r} devices are not supported; use cuda or cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"GeminiConfig.device: {wanted!r} was asked for, but torch finds no CUDA device")
+    return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
+
+
+def budgets_of(config: GeminiConfig) -> dict[MemoryTier, int | None]:
+    """Turn the configured budgets into bytes.
+
+    Args:
+        config: where a budget is None, what is free now counts, less a tenth.
+
+    Returns:
+        Bytes per tier; None for a tier that does not exist (the device on a CPU, NVMe without a directory).
+
+    Raises:
+        ConfigError: a device budget was given for a computation that was put on the CPU by name.
+    """
+    device = _device_of(config)
+    if device is None:
+        if config.device_budget is not None and config.device is not None:
+            raise ConfigError(
+                'GeminiConfig: device_budget has no meaning with device="cpu", where host_budget is the memory budget; '
+                "leave one of them out"
+            )
+        device_nbytes = None
+    elif config.device_budget is not None:
+        device_nbytes = parse_nbytes(config.device_budget, name="device_budget")
+    elif isinstance(device, torch.device):
+        device_nbytes = int(torch.cuda.mem_get_info(device)[0] * MARGIN)
+    else:
+        device_nbytes = int(psutil.virtual_memory().available * MARGIN / 2)
+    if config.host_budget is not None:
+        host_nbytes = parse_nbytes(config.host_budget, name="host_budget")
+    else:
+        host_nbytes = int(psutil.virtual_memory().available * MARGIN)
+    return {
+        MemoryTier.DEVICE: device_nbytes,
+        MemoryTier.HOST: host_nbytes,
+        MemoryTier.NVME: config.nvme.budget_nbytes if config.nvme is not None else None,
+    }
+
+
+def open_resources(config: GeminiConfig, budgets: dict[MemoryTier, int | None], *, disk_nbytes: int) -> Resources:
+    """Start threads, claim the swap file and prepare memory.
+
+    Args:
+        config: what the user asked for.
+        budgets: from `budgets_of`.
+        disk_nbytes: bytes the swap file must hold; 0 leaves the disk alone.
+
+    Returns:
+        The resources; the caller closes them.
+
+    Raises:
+        OffloadIOError: the swap file cannot be made, claimed or filled.
+        ConfigError: disk space is needed and no NVMe tier is configured, or a forced engine does not work here.
+    """
+    device = _device_of(config)
+    isa = resolve_isa(config.isa)
+    ledger = TierLedger(budgets)
+    store = None
+    if disk_nbytes:
+        if config.nvme is None:
+            raise ConfigError("this plan puts bytes on disk: give GeminiConfig(nvme=NVMeConfig(path=..., budget=...))")
+        store = DiskStore(config.nvme, capacity_nbytes=disk_nbytes)
+    num_threads = config.num_threads or min(len(os.sched_getaffinity(0)), MAX_DEFAULT_THREADS)
+    pool = WorkerPool(num_threads, isa=isa)
+    arena = HostArena(ledger, is_pinned=isinstance(device, torch.device))
+    transfers: Transfers
+    if device is None:
+        transfers = CpuTransfers(arena)
+    elif isinstance(device, torch.device):
+        transfers = CudaTransfers(device, ledger)
+    else:
+        transfers = SimulatedTransfers(ledger, pool)
+    return Resources(ledger=ledger, arena=arena, pool=pool, transfers=transfers, store=store, isa=isa)

@@ -1,0 +1,238 @@
+"""HybridAdam: Adam and AdamW over chunks, as a torch.optim.Optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+
+from gemini.chunk.layout import ParamSlot
+from gemini.ddp import runtime_of
+from gemini.errors import CheckpointMismatchError, ConfigError
+from gemini.kernels.adam_tile import AdamHyper, AdamSegment
+from gemini.runtime import Runtime, SlotUpdate
+from gemini.weights import load_moments, read_moments
+
+__all__ = ["HybridAdam"]
+
+
+class HybridAdam(torch.optim.Optimizer):
+    """Adam with decoupled (default) or classic weight decay, run where the state lives.
+
+    Parameter groups, learning-rate schedulers and `state_dict` work as with torch.optim.AdamW, and so does the
+    arithmetic, in float32. Hyper-parameters are read when `step` is called. A step consumes the gradients; one whose
+    gradients are not finite changes nothing and is counted as skipped.
+
+    Args:
+        params: `engine.parameters()` or parameter groups made of them; frozen parameters are passed over.
+        lr: learning rate.
+        betas: decay rates of the moments.
+        eps: added to the denominator.
+        weight_decay: per unit of learning rate if decoupled (AdamW), else added to the gradient (Adam).
+        adamw_mode: whether weight decay is decoupled.
+        max_grad_norm: clip the global L2 norm of the gradients of all groups to this; None: do not clip.
+
+    Raises:
+        ConfigError: a value is out of range, or a parameter does not belong to a GeminiDDP, or not to the same one.
+
+    Source: Kingma & Ba 2015; Loshchilov & Hutter 2019, algorithm 2; the order of operations is gn_adam_update's.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        adamw_mode: bool = True,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ConfigError(f"HybridAdam.max_grad_norm: expected a positive number or None, got {max_grad_norm!r}")
+        self.max_grad_norm = max_grad_norm
+        self.last_grad_norm: float | None = None
+        """Global norm of the last step's gradients before clipping; NaN if it was skipped; None before the first."""
+        self._runtime: Runtime | None = None
+        self._slots: dict[int, ParamSlot] = {}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "adamw_mode": adamw_mode}
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of the engine's parameters; frozen ones are passed over.
+
+        Args:
+            param_group: `{"params": ..., "lr": ..., ...}` as for any torch optimizer.
+
+        Raises:
+            ConfigError: a parameter is not managed by the engine of the others, or a value is out of range.
+        """
+        params = param_group["params"]
+        params = [params] if isinstance(params, torch.Tensor) else list(params)
+        names = [entry[0] for entry in params if isinstance(entry, tuple)]
+        for entry in params:
+            self._adopt(entry[1] if isinstance(entry, tuple) else entry)
+        kept = [e for e in params if (e[1] if isinstance(e, tuple) else e).requires_grad]
+        assert not names or len(names) == len(params)
+        super().add_param_group({**param_group, "params": kept})
+        _check_group(self.param_groups[-1])
+
+    def _adopt(self, param: torch.Tensor) -> None:
+        runtime = runtime_of(param)
+        if runtime is None:
+            raise ConfigError(
+                f"HybridAdam: a parameter of shape {tuple(param.shape)} belongs to no GeminiDDP; wrap the model first and "
+                "pass engine.parameters()"
+            )
+        if self._runtime is not None and runtime is not self._runtime:
+            raise ConfigError("HybridAdam: the parameters belong to different GeminiDDPs; use one optimizer for each")
+        self._runtime = runtime
+        slot = runtime.slot_of(param)
+        if slot is not None:
+            self._slots[id(param)] = slot
+
+    @property
+    def runtime(self) -> Runtime:
+        """The machinery of the engine whose parameters these are."""
+        if self._runtime is None:
+            raise ConfigError("HybridAdam: there are no parameters; pass engine.parameters()")
+        return self._runtime
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update all parameters that have a gradient, and consume the gradients.
+
+        Args:
+            closure: evaluates the model and returns the loss; called once, with gradients enabled.
+
+        Returns:
+            The closure's loss, None without one.
+
+        Raises:
+            OffloadIOError: state could not be read or written.
+            ModelError: the engine was closed.
+            ConfigError: a group's hyper-parameters are out of range.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        runtime = self.runtime
+        for group in self.param_groups:
+            _check_group(group)
+        params = [(group, p) for group in self.param_groups for p in group["params"]]
+        norm = runtime.gradient_norm([self._slots[id(p)] for _, p in params])
+        self.last_grad_norm = norm
+        if not math.isfinite(norm):
+            runtime.skip_update("a gradient is infinite or NaN")
+            return loss
+        if self.max_grad_norm is not None:
+            runtime.clip(norm, self.max_grad_norm)
+        with_gradient = runtime.slots_with_gradient()
+        updates = []
+        for group, param in params:
+            slot = self._slots[id(param)]
+            if slot.spec.name not in with_gradient or not slot.spec.numel:
+                continue
+            state = self.state[param]
+            state["step"] = int(state.get("step", 0)) + 1
+            segment = AdamSegment(begin=slot.begin, end=slot.end, hyper=_hyper_of(group), step=state["step"])
+            updates.append(SlotUpdate(slot=slot, segment=segment))
+        runtime.update(updates)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients at hand.
+
+        Args:
+            set_to_none: accepted for compatibility; gradients never wait in `.grad`.
+        """
+        self.runtime.clear_gradients()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state in torch.optim.AdamW's form: `step`, `exp_avg` and `exp_avg_sq` per parameter.
+
+        The moments are read from wherever they live into new CPU tensors, 8 bytes per parameter.
+        """
+        self.runtime.finish_writes()
+        packed = super().state_dict()
+        index_of = self._index_of_params()
+        packed["state"] = {}
+        for param, state in self.state.items():
+            momentum, variance = read_moments(self.runtime, self._slots[id(param)])
+            packed["state"][index_of[id(param)]] = {
+                "step": torch.tensor(float(state["step"])),
+                "exp_avg": momentum,
+                "exp_avg_sq": variance,
+            }
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict`, or torch.optim.AdamW's, returned.
+
+        Args:
+            state_dict: groups and state; the parameters must come in the same order.
+
+        Raises:
+            CheckpointMismatchError: groups or shapes do not match; nothing has been loaded.
+        """
+        groups = state_dict["param_groups"]
+        expected, found = ([len(g["params"]) for g in gs] for gs in (self.param_groups, groups))
+        if expected != found:
+            raise CheckpointMismatchError(f"HybridAdam: expected parameter groups of {expected} parameters, got {found}")
+        params = [param for group in self.param_groups for param in group["params"]]
+        ids = [index for group in groups for index in group["params"]]
+        for index, param in zip(ids, params, strict=True):
+            entry = state_dict["state"].get(index)
+            slot = self._slots[id(param)]
+            if entry is not None and tuple(entry["exp_avg"].shape) != slot.spec.shape:
+                raise CheckpointMismatchError(
+                    f"HybridAdam: the state of {slot.spec.name} has shape {tuple(entry['exp_avg'].shape)}, expected "
+                    f"{slot.spec.shape}"
+                )
+        for group, saved in zip(self.param_groups, groups, strict=True):
+            group.update({key: value for key, value in saved.items() if key in group and key != "params"})
+        self.state.clear()
+        for index, param in zip(ids, params, strict=True):
+            entry = state_dict["state"].get(index)
+            if entry is not None:
+                load_moments(self.runtime, self._slots[id(param)], entry["exp_avg"], entry["exp_avg_sq"])
+                self.state[param]["step"] = int(entry["step"])
+
+    def _index_of_params(self) -> dict[int, int]:
+        params = (param for group in self.param_groups for param in group["params"])
+        return {id(param): index for index, param in enumerate(params)}
+
+
+def _hyper_of(group: dict[str, Any]) -> AdamHyper:
+    beta1, beta2 = group["betas"]
+    return AdamHyper(
+        lr=float(group["lr"]),
+        beta1=float(beta1),
+        beta2=float(beta2),
+        eps=float(group["eps"]),
+        weight_decay=float(group["weight_decay"]),
+        is_decoupled=bool(group["adamw_mode"]),
+    )
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    """Raise ConfigError if a group's hyper-parameters are out of range."""
+    beta1, beta2 = group["betas"]
+    for name, value, is_good in (
+        ("lr", group["lr"], group["lr"] >= 0),
+        ("betas", group["betas"], 0 <= beta1 < 1 and 0 <= beta2 < 1),
+        ("eps", group["eps"], group["eps"] >= 0),
+        ("weight_decay", group["weight_decay"], group["weight_decay"] >= 0),
+    ):
+        if not is_good:
+            raise ConfigError(f"HybridAdam: {name} is out of range: {value!r}")

@@ -1,0 +1,135 @@
+"""What the engine's memory looks like and what its moves have cost, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+import psutil
+
+from gemini.placement.plan import MemoryDemand
+from gemini.runtime import Runtime
+from gemini.tiers import MemoryTier, format_nbytes
+
+__all__ = ["MemoryReport", "TierReport", "make_report"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierReport:
+    """One tier's bytes: what the formula says beside what was measured."""
+
+    tier: str
+    budget_nbytes: int | None
+    """None: no such tier, or no limit."""
+    planned_nbytes: dict[str, int]
+    """By purpose, computed before anything was allocated."""
+    held_nbytes: dict[str, int]
+    """By purpose, as allocated now."""
+    peak_nbytes: int
+    """The most that was allocated at any time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryReport:
+    """Memory and moves of one engine since it was built."""
+
+    tiers: tuple[TierReport, ...]
+    num_steps: int
+    num_skipped_steps: int
+    num_params: int
+    """Elements of all parameters."""
+    num_chunks: int
+    num_resident_chunks: int
+    num_slots: int
+    slot_nbytes: int
+    num_fetches: int
+    num_misses: int
+    """Fetches that started only when the weights were needed."""
+    num_trace_mismatches: int
+    fetched_nbytes: int
+    nvme_read_nbytes: int
+    nvme_written_nbytes: int
+    fetch_stall_s: float
+    """Seconds that forward and backward waited for weights."""
+    update_stall_s: float
+    """Seconds that the optimizer waited for the disk."""
+    non_model_peak_nbytes: int | None
+    """Activations and temporaries at their peak; None until measured (on the CPU: inside `engine.trace_memory()`)."""
+    resident_set_nbytes: int
+    """Resident memory of the process now."""
+    io_engine: str | None
+    """How the disk is driven; None without one."""
+    is_direct_io: bool | None
+    instruction_set: str
+
+    def to_json(self) -> str:
+        """Return the report as JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.num_params:,} parameters in {self.num_chunks} chunks, {self.num_resident_chunks} of them resident; "
+            f"{self.num_slots} slots of {format_nbytes(self.slot_nbytes)}"
+        ]
+        for tier in self.tiers:
+            if not tier.planned_nbytes and not tier.peak_nbytes:
+                continue
+            budget = "no limit" if tier.budget_nbytes is None else f"budget {format_nbytes(tier.budget_nbytes)}"
+            planned = sum(tier.planned_nbytes.values())
+            lines.append(
+                f"{tier.tier:>7}: peak {format_nbytes(tier.peak_nbytes)}, planned {format_nbytes(planned)}, {budget}"
+            )
+            lines += [f"{'':9}{purpose:<18}{format_nbytes(n):>12}" for purpose, n in tier.planned_nbytes.items()]
+        lines.append(
+            f"{self.num_steps} steps ({self.num_skipped_steps} skipped): {self.num_fetches} fetches, {self.num_misses} of "
+            f"them late, {format_nbytes(self.fetched_nbytes)}; disk read {format_nbytes(self.nvme_read_nbytes)}, written "
+            f"{format_nbytes(self.nvme_written_nbytes)}; stalls {self.fetch_stall_s:.2f} s for weights, "
+            f"{self.update_stall_s:.2f} s in updates"
+        )
+        return "\n".join(lines)
+
+
+def make_report(runtime: Runtime) -> MemoryReport:
+    """Collect a report; cheap, moves nothing."""
+    resources, core, stats = runtime.resources, runtime.core, runtime.core.stats
+    store = resources.store
+    return MemoryReport(
+        tiers=tuple(_tier_report(runtime, runtime.demand, tier) for tier in MemoryTier),
+        num_steps=runtime.num_steps,
+        num_skipped_steps=runtime.num_skipped_steps,
+        num_params=sum(slot.spec.numel for slot in runtime.layout.slot_by_name.values()),
+        num_chunks=len(core.chunks),
+        num_resident_chunks=sum(chunk.is_resident for chunk in core.chunks),
+        num_slots=runtime.plan.num_slots,
+        slot_nbytes=runtime.plan.slot_nbytes,
+        num_fetches=stats.num_fetches,
+        num_misses=stats.num_misses,
+        num_trace_mismatches=runtime.num_trace_mismatches,
+        fetched_nbytes=stats.fetched_nbytes,
+        nvme_read_nbytes=store.nbytes_read if store is not None else 0,
+        nvme_written_nbytes=store.nbytes_written if store is not None else 0,
+        fetch_stall_s=stats.stall_s,
+        update_stall_s=runtime.update_stall_s,
+        non_model_peak_nbytes=runtime.probe.non_model_peak_nbytes,
+        resident_set_nbytes=psutil.Process().memory_info().rss,
+        io_engine=store.backend.value if store is not None else None,
+        is_direct_io=store.is_direct if store is not None else None,
+        instruction_set=resources.isa.value,
+    )
+
+
+def _tier_report(runtime: Runtime, demand: MemoryDemand, tier: MemoryTier) -> TierReport:
+    ledger = runtime.resources.ledger
+    if tier is MemoryTier.NVME:
+        held = demand.by_purpose[tier]
+        peak = runtime.resources.store.held_nbytes if runtime.resources.store is not None else 0
+    else:
+        held, peak = ledger.by_purpose(tier), ledger.peak_nbytes(tier)
+    return TierReport(
+        tier=tier.value,
+        budget_nbytes=ledger.budget_nbytes(tier),
+        planned_nbytes=demand.by_purpose[tier],
+        held_nbytes=held,
+        peak_nbytes=peak,
+    )

@@ -1,0 +1,398 @@
+"""Turns a plan into moves, step by step: what the hooks report becomes leases, fetches, gradients and updates.
+
+All decisions are asked of gemini.placement, all bytes moved by gemini.chunk and gemini.offload. One runtime serves
+one engine; it is driven from the thread that trains and, on CUDA, from autograd's device thread, never from
+both at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gemini.chunk.layout import ChunkLayout, ParamSlot
+from gemini.chunk.manager import ChunkCore
+from gemini.config import GeminiConfig
+from gemini.errors import GeminiError, ModelError
+from gemini.gradients import GradientStore
+from gemini.kernels.adam_tile import AdamSegment
+from gemini.memory_probe import MemoryProbe
+from gemini.offload.home import TiledHome
+from gemini.offload.resources import Resources
+from gemini.placement.plan import MemoryDemand, PlacementPlan
+from gemini.placement.tracer import AccessHistory, Phase
+from gemini.saved import SavedWeights
+from gemini.scaler import LossScaler, scale_gradients_of
+from gemini.update import UpdateJob, UpdatePipeline
+
+__all__ = ["Runtime", "SlotUpdate"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotUpdate:
+    """One parameter's hyper-parameters in this step."""
+
+    slot: ParamSlot
+    segment: AdamSegment
+    """In chunk coordinates."""
+
+
+class Runtime:
+    """Everything of one engine that moves.
+
+    Args:
+        config: what the user asked for.
+        layout: units and chunks.
+        plan: homes of all chunks.
+        demand: bytes the plan takes.
+        resources: closed by `close`.
+        core: chunks and slots; closed by `close`.
+        states: home of each trainable chunk's optimizer state, by chunk id; closed by `close`.
+        gradients: closed by `close`.
+        updates: closed by `close`.
+    """
+
+    def __init__(
+        self,
+        config: GeminiConfig,
+        *,
+        layout: ChunkLayout,
+        plan: PlacementPlan,
+        demand: MemoryDemand,
+        resources: Resources,
+        core: ChunkCore,
+        states: Mapping[int, TiledHome],
+        gradients: GradientStore,
+        updates: UpdatePipeline,
+    ) -> None:
+        self.config = config
+        self.layout = layout
+        self.plan = plan
+        self.demand = demand
+        self.resources = resources
+        self.core = core
+        self.states = states
+        self.gradients = gradients
+        self.probe = MemoryProbe(resources.transfers.device, resources.ledger)
+        self.scaler = LossScaler(config.initial_loss_scale) if config.dtype is torch.float16 else None
+        self.num_steps = 0
+        self.num_skipped_steps = 0
+        self._updates = updates
+        self._histories = {phase: AccessHistory() for phase in Phase}
+        self._phase = Phase.TRAIN
+        self._is_in_step = False
+        core.next_use = self._next_use
+        self._saved = SavedWeights(self._chunk_id_in, self._weights_in_backward)
+        self._entered: list[tuple[int, bool]] = []
+        self._used_outside: list[int] = []
+        self._place_of_param: dict[int, tuple[int, int]] = {
+            id(param): (chunk.spec.chunk_id, position)
+            for chunk in core.chunks
+            for position, param in enumerate(chunk.params)
+        }
+        self._has_pushed_for_model = False
+        self._clip_factor = 1.0
+        self._lost: str | None = None
+        self._is_closed = False
+
+    # ---------------------------------------------------------------- forward
+
+    def begin_forward(self) -> None:
+        """Start the outermost forward.
+
+        Raises:
+            ModelError: the engine is closed, its state was lost, or a parameter was moved or re-flagged.
+        """
+        self._check_usable()
+        self._check_params()
+        self._drop_leftovers()
+        self._phase = Phase.TRAIN if torch.is_grad_enabled() else Phase.INFERENCE
+        if self._phase is Phase.INFERENCE or not self._is_in_step:
+            self._history.begin_step(self._phase)
+        if self._phase is Phase.TRAIN and not self._is_in_step:
+            self._is_in_step = True
+            self.probe.begin_step()
+        self._has_pushed_for_model = torch.is_grad_enabled()
+        if self._has_pushed_for_model:
+            self._saved.push()
+
+    def end_forward(self) -> None:
+        """End the outermost forward, by return or exception."""
+        if self._has_pushed_for_model:
+            self._saved.pop()
+            self._has_pushed_for_model = False
+        for chunk_id in self._used_outside:
+            self.core.release(chunk_id)
+        self._used_outside.clear()
+        if self._phase is Phase.INFERENCE:
+            self._history.end_step()
+            self._phase = Phase.TRAIN
+
+    def enter_unit(self, unit_id: int) -> None:
+        """Lease a unit's chunks and start fetching what comes next.
+
+        Raises:
+            OutOfTierMemoryError: no slot can be freed.
+            OffloadIOError: weights cannot be read.
+            ModelError: the engine is closed or its state was lost.
+        """
+        self._check_usable()
+        unit = self.layout.units[unit_id]
+        leased: list[int] = []
+        try:
+            for chunk_id in unit.chunk_ids:
+                self.core.access(chunk_id)
+                leased.append(chunk_id)
+        except GeminiError:
+            for chunk_id in leased:
+                self.core.release(chunk_id)
+            raise
+        for chunk_id in unit.chunk_ids:
+            self._record(chunk_id)
+        self._fetch_ahead()
+        is_grad_enabled = torch.is_grad_enabled()
+        if is_grad_enabled:
+            self._saved.push()
+        self._entered.append((unit_id, is_grad_enabled))
+
+    def exit_unit(self, unit_id: int) -> None:
+        """Give a unit's leases back."""
+        entered, has_pushed = self._entered.pop()
+        assert entered == unit_id, f"left unit {unit_id} while in unit {entered}"
+        if has_pushed:
+            self._saved.pop()
+        for chunk_id in self.layout.units[unit_id].chunk_ids:
+            self.core.release(chunk_id)
+
+    def use_parameter(self, param: torch.nn.Parameter) -> None:
+        """Lease a parameter's chunk until the outermost forward ends."""
+        place = self._place_of_param.get(id(param))
+        if place is None or self.core.chunks[place[0]].is_resident or place[0] in self._used_outside:
+            return
+        self.core.access(place[0])
+        self._used_outside.append(place[0])
+        self._record(place[0])
+
+    def wrap_outputs(self, output: Any) -> Any:
+        """Scale the gradients that will enter the model through its outputs, if float16 needs it."""
+        if self.scaler is None or not torch.is_grad_enabled():
+            return output
+        return scale_gradients_of(output, self.scaler.scale)
+
+    def is_borrowed(self, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor lies in a slot."""
+        return type(tensor) is torch.Tensor and self.core.is_slot(tensor.untyped_storage().data_ptr())
+
+    # ---------------------------------------------------------------- backward
+
+    def take_gradient(self, param: torch.nn.Parameter) -> None:
+        """Take a gradient from autograd."""
+        grad, param.grad = param.grad, None
+        chunk_id, position = self._place_of_param[id(param)]
+        assert grad is not None
+        self.gradients.put(chunk_id, position, grad)
+
+    def _chunk_id_in(self, storage_address: int) -> int | None:
+        chunk = self.core.chunk_in(storage_address)
+        return chunk.spec.chunk_id if chunk is not None else None
+
+    def _weights_in_backward(self, chunk_id: int) -> torch.Tensor:
+        self._check_usable()
+        chunk = self.core.ensure(chunk_id)
+        self._record(chunk_id)
+        self._fetch_ahead()
+        assert chunk.slot is not None
+        return chunk.slot.buffer
+
+    # ---------------------------------------------------------------- update
+
+    def slot_of(self, param: torch.Tensor) -> ParamSlot | None:
+        """Return a parameter's place in the layout, None if it is not the engine's."""
+        place = self._place_of_param.get(id(param))
+        return None if place is None else self.layout.chunks[place[0]].slots[place[1]]
+
+    def gradient_norm(self, slots: Sequence[ParamSlot]) -> float:
+        """Return the exact L2 norm of some parameters' gradients, loss scale taken out; infinite or NaN on overflow.
+
+        The sum over parameters is correctly rounded, so it depends neither on their order nor on the layout.
+
+        Args:
+            slots: the parameters; those without a gradient count as zero.
+        """
+        sums = self.gradients.sums_of_squares()
+        values = [sums[slot.spec.name] for slot in slots if slot.spec.name in sums]
+        if not all(map(math.isfinite, values)):
+            return math.nan
+        return math.sqrt(math.fsum(values)) / self._loss_scale
+
+    def clip(self, norm: float, max_norm: float) -> None:
+        """Scale the gradients at hand so that a norm becomes at most `max_norm`, as torch's clip_grad_norm_ does."""
+        self._clip_factor = min(1.0, max_norm / (norm + 1e-6))
+
+    def slots_with_gradient(self) -> set[str]:
+        """Return the names of the parameters that have a gradient."""
+        self.gradients.finish()
+        return {
+            self.layout.chunks[chunk_id].slots[position].spec.name
+            for chunk_id in self.states
+            for position in self.gradients.arrived(chunk_id)
+        }
+
+    def update(self, updates: Sequence[SlotUpdate]) -> None:
+        """Update parameters and consume all gradients.
+
+        Args:
+            updates: the parameters to update; all of them have a gradient.
+
+        Raises:
+            OffloadIOError: state could not be read or written; the engine refuses to go on.
+            ModelError: the engine is closed or its state was lost.
+        """
+        self._check_usable()
+        by_chunk: dict[int, list[AdamSegment]] = {}
+        for update in updates:
+            by_chunk.setdefault(update.slot.chunk_id, []).append(update.segment)
+        grad_scale = self._clip_factor / self._loss_scale
+        jobs = [
+            UpdateJob(
+                chunk=self.core.begin_update(chunk_id),
+                state=self.states[chunk_id],
+                grad=self.gradients.home_of(chunk_id),
+                grad_dtype=self.gradients.dtype_of(chunk_id),
+                segments=tuple(sorted(by_chunk[chunk_id], key=lambda segment: segment.begin)),
+                grad_scale=grad_scale,
+            )
+            for chunk_id in sorted(by_chunk)
+        ]
+        try:
+            self._updates.run(jobs)
+        except BaseException as error:
+            self._lost = f"an optimizer step failed half way ({error})"
+            raise
+        finally:
+            for job in jobs:
+                self.core.end_update(job.chunk.spec.chunk_id)
+        if self.scaler is not None:
+            self.scaler.update(found_overflow=False)
+        self.num_steps += 1
+        self._end_step()
+
+    def skip_update(self, reason: str) -> None:
+        """Drop the gradients of a step whose norm is not finite."""
+        if self.scaler is not None:
+            logger.info("step skipped: %s; the loss scale falls from %g", reason, self.scaler.scale)
+            self.scaler.update(found_overflow=True)
+        else:
+            logger.warning("step skipped and nothing changed: %s", reason)
+        self.num_skipped_steps += 1
+        self._end_step()
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients at hand."""
+        self.gradients.clear()
+        self._clip_factor = 1.0
+
+    def finish_writes(self) -> None:
+        """Block until every byte written has reached the disk.
+
+        Raises:
+            OffloadIOError: a write failed.
+        """
+        self._updates.drain()
+        for chunk in self.core.chunks:
+            chunk.home.finish_writes()
+        for state in self.states.values():
+            state.finish_writes()
+
+    @property
+    def num_trace_mismatches(self) -> int:
+        """Accesses of training steps that came in another order than in the step before."""
+        return self._histories[Phase.TRAIN].num_mismatches
+
+    @property
+    def update_stall_s(self) -> float:
+        """Seconds that updates have waited for the disk."""
+        return self._updates.stall_s
+
+    def _end_step(self) -> None:
+        self.clear_gradients()
+        self._histories[Phase.TRAIN].end_step()
+        if self._is_in_step:
+            self._is_in_step = False
+            self.probe.end_step()
+
+    @property
+    def _loss_scale(self) -> float:
+        return self.scaler.scale if self.scaler is not None else 1.0
+
+    # ---------------------------------------------------------------- trace and prefetch
+
+    @property
+    def _history(self) -> AccessHistory:
+        return self._histories[self._phase]
+
+    def _record(self, chunk_id: int) -> None:
+        if not self.core.chunks[chunk_id].is_resident:
+            self._history.record(chunk_id)
+
+    def _next_use(self, chunk_id: int) -> int:
+        return self._history.next_use_distance(chunk_id)
+
+    def _fetch_ahead(self) -> None:
+        self.core.poll()
+        upcoming = self._history.upcoming(self.config.prefetch_depth)
+        for chunk_id in upcoming:
+            if not self.core.prefetch(chunk_id, protect=upcoming):
+                break
+
+    # ---------------------------------------------------------------- life
+
+    def _check_usable(self) -> None:
+        if self._is_closed:
+            raise ModelError("this GeminiDDP has been closed; wrap the model again to go on")
+        if self._lost is not None:
+            raise ModelError(
+                f"the optimizer state was lost: {self._lost}; some parameters were updated and some were not, so load a "
+                "checkpoint into a new GeminiDDP"
+            )
+
+    def _check_params(self) -> None:
+        """Refuse parameters that were moved, replaced in place or re-flagged behind the engine's back."""
+        for chunk in self.core.chunks:
+            for slot, param in zip(chunk.spec.slots, chunk.params, strict=True):
+                if param.requires_grad != chunk.spec.is_trainable:
+                    raise ModelError(
+                        f"parameter {slot.spec.name} had requires_grad={chunk.spec.is_trainable} when it was wrapped and "
+                        f"has {param.requires_grad} now; set requires_grad before GeminiDDP(...), which plans state for it"
+                    )
+                if param.dtype is not chunk.spec.dtype or param.device.type != self.resources.transfers.device.type:
+                    raise ModelError(
+                        f"parameter {slot.spec.name} was {chunk.spec.dtype} on {self.resources.transfers.device} when it "
+                        f"was wrapped and is {param.dtype} on {param.device} now; GeminiDDP moves and casts parameters "
+                        "itself: set GeminiConfig(device=..., dtype=...) and do not call .to(), .cuda() or .half()"
+                    )
+
+    def _drop_leftovers(self) -> None:
+        """Forget what an exception in an earlier forward or backward may have left behind."""
+        self._entered.clear()
+        self._used_outside.clear()
+        self.core.drop_leases()
+
+    def close(self) -> None:
+        """Wait for what is under way and give everything back; idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._updates.close()
+        self.gradients.close()
+        for state in self.states.values():
+            state.close()
+        self.core.close()
+        self.resources.close()

@@ -1,0 +1,111 @@
+"""Weights that autograd saves in forward, found again in backward wherever they are then.
+
+[Note: Saved views of weights]
+Autograd saves views of weights (F.linear keeps `weight.t()`), and with them the address the weights had in forward.
+A chunk that leaves its slot makes such a view point at another chunk's weights, and nothing would notice. So, while a
+unit runs, tensors that lie in a slot are saved as (chunk, offset, shape, strides) and rebuilt in backward on the
+chunk's slot of that moment, fetching it if need be. Everything else goes to the hooks that were active before: the
+user's own, or those of activation checkpointing, which therefore sees every tensor but weights, in forward and in
+recomputation alike. Because weights reach backward in no other way, it needs no leases: a chunk used by the node that
+is running is among the most recently used, which are never evicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gemini.errors import ModelError
+
+__all__ = ["SavedWeights"]
+
+PackHook = Callable[[torch.Tensor], Any]
+UnpackHook = Callable[[Any], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _WeightView:
+    """A view of a chunk's weights, valid wherever the chunk is."""
+
+    chunk_id: int
+    dtype: torch.dtype
+    offset: int
+    """First element, in elements of `dtype` from the start of the chunk."""
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Versioned:
+    """A tensor and the version it had; with hooks in place autograd does not compare them, so we do."""
+
+    tensor: torch.Tensor
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Delegated:
+    """What the hooks that were active before made of a tensor, and how they undo it."""
+
+    packed: Any
+    unpack: UnpackHook
+
+
+class SavedWeights:
+    """Pushes and pops the saved-tensor hooks of one engine.
+
+    Args:
+        chunk_id_of: the chunk whose weights a storage address holds now; None if the storage is no slot.
+        weights_of: the chunk's weights as uint8 compute memory, fetched if need be.
+    """
+
+    def __init__(
+        self, chunk_id_of: Callable[[int], int | None], weights_of: Callable[[int], torch.Tensor]
+    ) -> None:
+        self._chunk_id_of = chunk_id_of
+        self._weights_of = weights_of
+
+    def push(self) -> None:
+        """Put our hooks on top, passing on to what is there now all but weights."""
+        previous: tuple[PackHook, UnpackHook] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+        def pack(tensor: torch.Tensor) -> Any:
+            view = self._view_of(tensor)
+            if view is not None:
+                return view
+            if previous is not None:
+                return _Delegated(previous[0](tensor), previous[1])
+            return _Versioned(tensor, tensor._version)
+
+        torch._C._autograd._push_saved_tensors_default_hooks(pack, self._unpack)
+
+    def pop(self) -> None:
+        """Take our hooks off again."""
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+
+    def _view_of(self, tensor: torch.Tensor) -> _WeightView | None:
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            return None
+        chunk_id = self._chunk_id_of(tensor.untyped_storage().data_ptr())
+        if chunk_id is None:
+            return None
+        return _WeightView(
+            chunk_id, tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride())
+        )
+
+    def _unpack(self, packed: Any) -> torch.Tensor:
+        if isinstance(packed, _WeightView):
+            weights = self._weights_of(packed.chunk_id).view(packed.dtype)
+            return weights.as_strided(packed.shape, packed.strides, packed.offset)
+        if isinstance(packed, _Delegated):
+            return packed.unpack(packed.packed)
+        tensor: torch.Tensor = packed.tensor
+        if tensor._version != packed.version:
+            raise ModelError(
+                f"a tensor of shape {tuple(tensor.shape)} needed for gradient computation was modified in place after "
+                f"it was saved (version {tensor._version}, expected {packed.version}); clone it before changing it"
+            )
+        return tensor

@@ -1,0 +1,169 @@
+"""Read and write single parameters and their state in their homes, wherever these are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from gemini.chunk.layout import ParamSlot
+from gemini.kernels.cpu import cast, join_master, split_master
+from gemini.offload.home import TiledHome
+from gemini.runtime import Runtime
+from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, round_up
+from gemini.update import record_views
+
+__all__ = ["load_master", "load_moments", "read_master", "read_moments", "read_working"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A parameter's share of one tile."""
+
+    tile: int
+    length: int
+    """Elements in the tile."""
+    in_tile: slice
+    in_param: slice
+
+
+def read_working(runtime: Runtime, slot: ParamSlot) -> torch.Tensor:
+    """Return a parameter's working weights, a CPU copy in its shape."""
+    chunk = runtime.core.chunks[slot.chunk_id]
+    flat = torch.empty(slot.spec.numel, dtype=slot.spec.dtype)
+    for part in _parts(runtime, slot):
+        with _tile(runtime, chunk.home, part.tile, write=False) as tile:
+            flat[part.in_param] = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
+    return flat.view(slot.spec.shape)
+
+
+def read_master(runtime: Runtime, slot: ParamSlot) -> torch.Tensor:
+    """Return a parameter's float32 master, a CPU copy in its shape; frozen parameters as they are."""
+    state = runtime.states.get(slot.chunk_id)
+    if state is None:
+        return read_working(runtime, slot)
+    chunk = runtime.core.chunks[slot.chunk_id]
+    flat = torch.empty(slot.spec.numel, dtype=torch.float32)
+    for part in _parts(runtime, slot):
+        with (
+            _tile(runtime, chunk.home, part.tile, write=False) as tile,
+            _tile(runtime, state, part.tile, write=False) as record,
+        ):
+            working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
+            master = record_views(record, part.length, slot.spec.dtype)[0]
+            if master is None:
+                flat[part.in_param] = working
+            elif master.dtype is torch.int16:
+                join_master(flat[part.in_param], working, master[part.in_tile])
+            else:
+                flat[part.in_param] = master[part.in_tile]
+    return flat.view(slot.spec.shape)
+
+
+def load_master(runtime: Runtime, slot: ParamSlot, value: torch.Tensor) -> None:
+    """Make `value`, of any float dtype, a parameter's master and working weight.
+
+    A copy in compute memory is brought up to date.
+
+    Args:
+        runtime: the engine's.
+        slot: the parameter.
+        value: same shape, any device.
+    """
+    chunk = runtime.core.begin_update(slot.chunk_id)
+    state = runtime.states.get(slot.chunk_id)
+    flat = value.detach().to("cpu").reshape(-1)
+    try:
+        for part in _parts(runtime, slot):
+            with _tile(runtime, chunk.home, part.tile, write=True) as tile:
+                working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
+                if state is None:
+                    working.copy_(flat[part.in_param])
+                else:
+                    source = flat[part.in_param].to(torch.float32).contiguous()
+                    with _tile(runtime, state, part.tile, write=True) as record:
+                        _store(record, part, slot.spec.dtype, working, source)
+        if chunk.compute is not None and chunk.slot is not None:
+            chunk.compute[slot.begin : slot.end].copy_(read_working(runtime, slot).reshape(-1))
+    finally:
+        runtime.core.end_update(slot.chunk_id)
+
+
+def _store(
+    record: torch.Tensor, part: _Part, dtype: torch.dtype, working: torch.Tensor, source: torch.Tensor
+) -> None:
+    master = record_views(record, part.length, dtype)[0]
+    if master is None:
+        working.copy_(source)
+    elif master.dtype is torch.int16:
+        split_master(working, master[part.in_tile], source)
+    else:
+        master[part.in_tile] = source
+        cast(working, source)
+
+
+def read_moments(runtime: Runtime, slot: ParamSlot) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a trainable parameter's momentum and variance, float32 CPU copies in its shape."""
+    momentum = torch.empty(slot.spec.numel, dtype=torch.float32)
+    variance = torch.empty(slot.spec.numel, dtype=torch.float32)
+    for part in _parts(runtime, slot):
+        with _tile(runtime, runtime.states[slot.chunk_id], part.tile, write=False) as record:
+            _, first, second = record_views(record, part.length, slot.spec.dtype)
+            momentum[part.in_param] = first[part.in_tile]
+            variance[part.in_param] = second[part.in_tile]
+    return momentum.view(slot.spec.shape), variance.view(slot.spec.shape)
+
+
+def load_moments(runtime: Runtime, slot: ParamSlot, momentum: torch.Tensor, variance: torch.Tensor) -> None:
+    """Set a trainable parameter's momentum and variance; same shape, any float dtype and device."""
+    for part in _parts(runtime, slot):
+        with _tile(runtime, runtime.states[slot.chunk_id], part.tile, write=True) as record:
+            _, first, second = record_views(record, part.length, slot.spec.dtype)
+            first[part.in_tile] = momentum.detach().to("cpu").reshape(-1)[part.in_param]
+            second[part.in_tile] = variance.detach().to("cpu").reshape(-1)[part.in_param]
+
+
+def _parts(runtime: Runtime, slot: ParamSlot) -> Iterator[_Part]:
+    tile_numel = runtime.config.tile_numel
+    numel = runtime.layout.chunks[slot.chunk_id].numel
+    for tile in range(slot.begin // tile_numel, -(-slot.end // tile_numel)):
+        begin = tile * tile_numel
+        length = min(tile_numel, numel - begin)
+        low, high = max(slot.begin, begin), min(slot.end, begin + length)
+        yield _Part(tile, length, slice(low - begin, high - begin), slice(low - slot.begin, high - slot.begin))
+
+
+def _typed(tile: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
+    return tile[: length * dtype.itemsize].view(dtype)
+
+
+@contextmanager
+def _tile(runtime: Runtime, home: TiledHome, tile: int, *, write: bool) -> Iterator[torch.Tensor]:
+    """Yield a tile as uint8 host memory; with `write`, changes reach the home when the context closes."""
+    tier = home.tiers[tile]
+    if tier is MemoryTier.HOST:
+        yield home.tile(tile)
+        return
+    if tier is MemoryTier.NVME:
+        buffer = _aligned_buffer(home.tile_nbytes[tile])
+        home.read_tile(tile, buffer).wait()
+        yield buffer
+        if write:
+            home.write_tile(tile, buffer).wait()
+            home.finish_writes()
+        return
+    buffer = _aligned_buffer(home.tile_nbytes[tile])
+    transfers = runtime.resources.transfers
+    transfers.download(buffer, home.tile(tile)).wait_on_host()
+    yield buffer
+    if write:
+        transfers.upload(home.tile(tile), buffer).wait_on_host()
+
+
+def _aligned_buffer(nbytes: int) -> torch.Tensor:
+    """Return uint8 [nbytes], page aligned, outside any budget: one tile, for the moment."""
+    padded = torch.empty(round_up(nbytes, IO_ALIGNMENT_NBYTES) + IO_ALIGNMENT_NBYTES, dtype=torch.uint8)
+    skip = -padded.data_ptr() % IO_ALIGNMENT_NBYTES
+    return padded[skip : skip + nbytes]
