@@ -111,9 +111,8 @@ class HookSet:
     def _unit_hooks(self, unit_id: int) -> tuple[Callable[..., None], Callable[..., Any]]:
         @torch.compiler.disable
         def before(module: torch.nn.Module, args: Any) -> None:
+            self._mode.pause()  # first, or it would see the engine itself handle parameters
             self._events.enter_unit(unit_id)
-            if not self._entered:
-                self._mode.pause()
             self._entered.append(unit_id)
 
         @torch.compiler.disable

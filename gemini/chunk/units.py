@@ -125,12 +125,7 @@ class _UnitChooser:
         return not self._is_stage([node for node in siblings if node.class_name == child.class_name], child)
 
     def _is_stage(self, group: list[ModuleNode], child: ModuleNode) -> bool:
-        """Return whether a module in a row is itself a row of blocks.
-
-        Args:
-            group: its siblings of the same class, itself included.
-            child: the module.
-        """
+        """Return whether a module in a row is itself a row of blocks; group: siblings of its class, itself included."""
         if child.is_atomic:
             return False
         if child.class_name in _PLAIN_CONTAINER_NAMES:

@@ -12,7 +12,18 @@ from dataclasses import dataclass
 
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, round_up
 
-__all__ = ["ChunkDemand", "ChunkPlacement", "MemoryDemand", "PlacementPlan", "RuntimeShape", "memory_demand"]
+__all__ = [
+    "ChunkDemand",
+    "ChunkPlacement",
+    "DemandTally",
+    "MemoryDemand",
+    "PlacementPlan",
+    "RuntimeShape",
+    "memory_demand",
+    "state_record_nbytes",
+]
+
+_TIERS = tuple(MemoryTier)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,13 +74,15 @@ class ChunkPlacement:
 
     chunk_id: int
     working: tuple[MemoryTier, ...]
-    """Home of each tile of the working weights, where the optimizer reads and writes them. All DEVICE or none."""
+    """Home of each tile of the working weights, where the optimizer reads and writes them. All DEVICE or none; a
+    trainable chunk's are DEVICE exactly when its state is."""
     state: tuple[MemoryTier, ...]
     """Home of each tile of the state; empty for frozen chunks. All DEVICE (then `working` is too) or none."""
     grad: MemoryTier | None
     """Where gradients wait for the update; None for frozen chunks. DEVICE exactly when the state is there."""
     is_resident: bool
-    """Whether compute memory always holds the working weights; then fetching them costs nothing."""
+    """Whether compute memory always holds the working weights; then fetching them costs nothing. True where all of
+    `working` is in compute memory; elsewhere it costs a copy there."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +125,8 @@ class MemoryDemand:
 
 
 def state_record_nbytes(length: int, master_itemsize: int) -> int:
-    """Return the bytes of a state record of `length` elements: master, momentum, variance, each aligned for direct I/O."""
-    return sum(round_up(length * itemsize, IO_ALIGNMENT_NBYTES) for itemsize in (master_itemsize, 4, 4))
+    """Return the bytes of a state record of `length` elements: master, momentum, variance, each direct-I/O aligned."""
+    return _aligned(length * master_itemsize) + 2 * _aligned(length * 4)
 
 
 def memory_demand(chunks: Sequence[ChunkDemand], plan: PlacementPlan, shape: RuntimeShape) -> MemoryDemand:
@@ -130,28 +143,75 @@ def memory_demand(chunks: Sequence[ChunkDemand], plan: PlacementPlan, shape: Run
 
     Source: docs/memory_model.md.
     """
-    compute = MemoryTier.DEVICE if shape.has_device else MemoryTier.HOST
-    held: dict[MemoryTier, Counter[str]] = {tier: Counter() for tier in MemoryTier}
-    largest: Counter[str] = Counter()
+    tally = DemandTally(shape)
     for demand, homes in zip(chunks, plan.chunks, strict=True):
-        for tile, tier in enumerate(homes.working):
-            held[tier]["working"] += _aligned(demand.working_tile_nbytes(tile, shape.tile_numel))
-        for tile, tier in enumerate(homes.state):
-            held[tier]["state"] += demand.state_tile_nbytes(tile, shape.tile_numel)
+        tally.add(demand, homes)
+    return tally.demand(plan.num_slots, plan.slot_nbytes)
+
+
+class DemandTally:
+    """The formula as a running sum, so that a search may change one chunk's homes without counting all anew.
+
+    Args:
+        shape: sizes of the buffers.
+    """
+
+    def __init__(self, shape: RuntimeShape) -> None:
+        self._shape = shape
+        self._compute = MemoryTier.DEVICE if shape.has_device else MemoryTier.HOST
+        self._held: dict[MemoryTier, Counter[str]] = {tier: Counter() for tier in _TIERS}
+        self._needs: dict[str, Counter[int]] = {}  # of each kind of shared buffer: how many chunks need which bytes
+
+    def add(self, demand: ChunkDemand, homes: ChunkPlacement) -> None:
+        """Count a chunk."""
+        self._count(demand, homes, 1)
+
+    def remove(self, demand: ChunkDemand, homes: ChunkPlacement) -> None:
+        """Take back what `add` counted for the same chunk and homes."""
+        self._count(demand, homes, -1)
+
+    def demand(self, num_slots: int, slot_nbytes: int) -> MemoryDemand:
+        """Return the bytes of all chunks counted, with the buffers they share."""
+        shape = self._shape
+        largest = {purpose: max(sizes, default=0) for purpose, sizes in self._needs.items()}
+        device_gradient = largest.get("device gradient slots", 0)
+        by_purpose = {tier: dict(sums) for tier, sums in self._held.items()}
+        host, device = by_purpose[MemoryTier.HOST], by_purpose[MemoryTier.DEVICE]
+        by_purpose[self._compute]["slots"] = num_slots * slot_nbytes
+        host["update ring"] = shape.ring_depth * largest.get("update ring", 0)
+        host["fetch slots"] = shape.num_fetch_slots * largest.get("fetch slots", 0)
+        host["gradient slots"] = shape.num_grad_slots * (device_gradient + largest.get("disk gradient slots", 0))
+        device["gradient slots"] = shape.num_grad_slots * device_gradient
+        return MemoryDemand(
+            by_purpose={tier: {purpose: n for purpose, n in sums.items() if n} for tier, sums in by_purpose.items()}
+        )
+
+    def _count(self, demand: ChunkDemand, homes: ChunkPlacement, sign: int) -> None:
+        shape, held = self._shape, self._held
+        lengths = _tile_lengths(demand, shape.tile_numel)
+        working_nbytes = [_aligned(length * demand.working_itemsize) for length in lengths]
+        state_nbytes = [state_record_nbytes(length, demand.master_itemsize) for length in lengths]
+        kinds = (("working", homes.working, working_nbytes), ("state", homes.state, state_nbytes))
+        for purpose, tiers, (full_nbytes, last_nbytes) in kinds:
+            for tier in _TIERS:
+                num_tiles = tiers.count(tier)
+                if num_tiles:
+                    missing = full_nbytes - last_nbytes if tiers[-1] is tier else 0
+                    held[tier][purpose] += sign * (num_tiles * full_nbytes - missing)
         if homes.grad is not None:
-            held[homes.grad]["gradients"] += _aligned(demand.numel * shape.grad_itemsize)
-        if homes.is_resident and set(homes.working) != {compute}:
-            held[compute]["resident copies"] += _aligned(demand.working_nbytes)
-        for purpose, nbytes in _buffer_needs(demand, homes, shape).items():
-            largest[purpose] = max(largest[purpose], nbytes)
-    held[compute]["slots"] = plan.num_slots * plan.slot_nbytes
-    held[MemoryTier.HOST]["update ring"] = shape.ring_depth * largest["update ring"]
-    held[MemoryTier.HOST]["fetch slots"] = shape.num_fetch_slots * largest["fetch slots"]
-    held[MemoryTier.DEVICE]["gradient slots"] = shape.num_grad_slots * largest["device gradient slots"]
-    held[MemoryTier.HOST]["gradient slots"] = shape.num_grad_slots * (
-        largest["device gradient slots"] + largest["disk gradient slots"]
-    )
-    return MemoryDemand(by_purpose={tier: {k: v for k, v in sums.items() if v} for tier, sums in held.items()})
+            held[homes.grad]["gradients"] += sign * _aligned(demand.numel * shape.grad_itemsize)
+        if homes.is_resident and homes.working.count(self._compute) < len(homes.working):
+            held[self._compute]["resident copies"] += sign * _aligned(demand.working_nbytes)
+        for purpose, needed in _buffer_needs(demand, homes, shape).items():
+            sizes = self._needs.setdefault(purpose, Counter())
+            sizes[needed] += sign
+            if not sizes[needed]:
+                del sizes[needed]
+
+
+def _tile_lengths(demand: ChunkDemand, tile_numel: int) -> tuple[int, int]:
+    """Return the elements of a tile that is not the last, and of the last."""
+    return tile_numel, demand.tile_length(demand.num_tiles(tile_numel) - 1, tile_numel)
 
 
 def _buffer_needs(demand: ChunkDemand, homes: ChunkPlacement, shape: RuntimeShape) -> dict[str, int]:
@@ -170,20 +230,51 @@ def _buffer_needs(demand: ChunkDemand, homes: ChunkPlacement, shape: RuntimeShap
     return needs
 
 
+def _ring_tile_nbytes(demand: ChunkDemand, homes: ChunkPlacement, shape: RuntimeShape) -> int:
+    """Return the largest ring buffer one of the chunk's tiles needs: what is on disk must come to host memory."""
+    if not homes.state:  # frozen: nothing is updated
+        return 0
+    full_numel, last_numel = _tile_lengths(demand, shape.tile_numel)
+    last_pair = (homes.state[-1], homes.working[-1])
+    full_pairs = _distinct_pairs(homes.state[:-1], homes.working[:-1])
+    largest = 0
+    for length, pairs in ((full_numel, full_pairs), (last_numel, {last_pair})):
+        for state_tier, working_tier in pairs:
+            nbytes = state_record_nbytes(length, demand.master_itemsize) if state_tier is MemoryTier.NVME else 0
+            if working_tier is MemoryTier.NVME:
+                nbytes += _aligned(length * demand.working_itemsize)
+            if homes.grad is MemoryTier.NVME:
+                nbytes += _aligned(length * shape.grad_itemsize)
+            largest = max(largest, nbytes)
+    return largest
+
+
+def _distinct_pairs(
+    state: tuple[MemoryTier, ...], working: tuple[MemoryTier, ...]
+) -> set[tuple[MemoryTier, MemoryTier]]:
+    """Return the combinations of tiers that tiles have; quick for the usual chunk, which has one."""
+    if state and state.count(state[0]) == len(state) and working.count(working[0]) == len(working):
+        return {(state[0], working[0])}
+    return set(zip(state, working, strict=True))
+
+
 def _aligned(nbytes: int) -> int:
     return round_up(nbytes, IO_ALIGNMENT_NBYTES)
 
 
-def _ring_tile_nbytes(demand: ChunkDemand, homes: ChunkPlacement, shape: RuntimeShape) -> int:
-    """Return the largest ring buffer one of the chunk's tiles needs: what is on disk must come to host memory."""
-    largest = 0
-    for tile, state_tier in enumerate(homes.state):
-        nbytes = 0
-        if state_tier is MemoryTier.NVME:
-            nbytes += demand.state_tile_nbytes(tile, shape.tile_numel)
-        if homes.working[tile] is MemoryTier.NVME:
-            nbytes += _aligned(demand.working_tile_nbytes(tile, shape.tile_numel))
-        if homes.grad is MemoryTier.NVME:
-            nbytes += _aligned(demand.tile_length(tile, shape.tile_numel) * shape.grad_itemsize)
-        largest = max(largest, nbytes)
+def largest_buffers(chunks: Sequence[ChunkDemand], plan: PlacementPlan, shape: RuntimeShape) -> dict[str, int]:
+    """Return the bytes of one shared buffer of each kind, 0 where none is needed.
+
+    Args:
+        chunks: the chunks, by id.
+        plan: their homes.
+        shape: sizes of the buffers.
+
+    Returns:
+        Bytes of one of the "update ring", the "fetch slots", the "device gradient slots" and the "disk gradient slots".
+    """
+    largest = dict.fromkeys(("update ring", "fetch slots", "device gradient slots", "disk gradient slots"), 0)
+    for demand, homes in zip(chunks, plan.chunks, strict=True):
+        for kind, nbytes in _buffer_needs(demand, homes, shape).items():
+            largest[kind] = max(largest[kind], nbytes)
     return largest

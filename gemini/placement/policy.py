@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Literal
 
-from gemini.errors import ConfigError
+from gemini.placement.auto import auto_placement
+from gemini.placement.check import Budgets, check_plan
+from gemini.placement.plan import ChunkDemand, PlacementPlan, RuntimeShape
+from gemini.placement.static import StaticPlacement, static_placement
 
-__all__ = ["StaticPlacement"]
+__all__ = ["Budgets", "StaticPlacement", "auto_placement", "check_plan", "choose_plan", "static_placement"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StaticPlacement:
-    """Fixed fractions, counted in bytes: what is neither on the device nor on disk lives in host memory.
+def choose_plan(
+    placement: Literal["auto"] | StaticPlacement | PlacementPlan,
+    chunks: Sequence[ChunkDemand],
+    shape: RuntimeShape,
+    budgets: Budgets,
+    *,
+    prefetch_depth: int,
+    chunks_at_once: int = 2,
+) -> PlacementPlan:
+    """Return the plan that `GeminiConfig.placement` asks for, checked against the budgets.
 
-    Fractions are met to within one tile of a chunk's record, except that what lives on the device does so by whole
-    chunks, because a parameter must be contiguous there.
+    Args:
+        placement: who decides.
+        chunks: the chunks, by id.
+        shape: sizes of the buffers.
+        budgets: bytes per tier.
+        prefetch_depth: units to be fetched ahead.
+        chunks_at_once: the most chunks without a residence that must be in compute memory at the same time.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: the placement contradicts the tiers there are, or is for other chunks.
+        OutOfTierMemoryError: it does not fit.
     """
-
-    param_device: float = 0.0
-    """Fraction of the working-weight bytes that live on the device. Must be 0 on the CPU."""
-    param_nvme: float = 0.0
-    """Fraction of the working-weight bytes that live on disk."""
-    state_device: float = 0.0
-    """Fraction of the optimizer-state bytes that live on the device; at most `param_device`."""
-    state_nvme: float = 0.0
-    """Fraction of the optimizer-state bytes that live on disk."""
-    grad_nvme: float = 0.0
-    """Fraction of the gradient bytes that wait on disk, by whole chunks."""
-
-    def __post_init__(self) -> None:
-        for name in self.__slots__:
-            fraction = getattr(self, name)
-            if not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
-                raise ConfigError(f"StaticPlacement.{name}: expected a fraction from 0 to 1, got {fraction!r}")
-        for kind in ("param", "state"):
-            if getattr(self, f"{kind}_device") + getattr(self, f"{kind}_nvme") > 1:
-                raise ConfigError(f"StaticPlacement: {kind}_device + {kind}_nvme must not exceed 1")
-        if self.state_device > self.param_device:
-            raise ConfigError("StaticPlacement: state_device must not exceed param_device: the device updates in place")
+    if isinstance(placement, PlacementPlan):
+        check_plan(chunks, placement, shape, budgets, chunks_at_once=chunks_at_once)
+        return placement
+    if isinstance(placement, StaticPlacement):
+        return static_placement(
+            chunks, shape, placement, budgets, prefetch_depth=prefetch_depth, chunks_at_once=chunks_at_once
+        )
+    return auto_placement(chunks, shape, budgets, prefetch_depth=prefetch_depth, chunks_at_once=chunks_at_once)

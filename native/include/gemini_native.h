@@ -9,7 +9,8 @@
  *     64-byte alignment is fastest. Buffers of one call must not overlap unless said so.
  *   - Results are bit-identical for every instruction set and every number of threads.
  *   - Floating point follows IEEE 754 binary32/binary64, round to nearest even, with no
- *     contraction of a*b+c into a fused operation.
+ *     contraction of a*b+c into a fused operation and with subnormals, whatever mode the caller's
+ *     thread is in. Which NaN an arithmetic operation yields is not fixed; casts keep sign and payload.
  *   - Nothing here knows torch, Python or the interpreter lock. Calls may come from any thread.
  *
  * Between the two CDEF markers the text is plain C that cffi parses as it stands:
@@ -158,8 +159,12 @@ typedef struct gn_pool gn_pool;
  * processors in `cpus`; a refusal by the kernel is ignored (affinity is a wish). */
 int32_t gn_pool_create(gn_pool **pool, int32_t num_threads, const int32_t *cpus, int32_t num_cpus);
 
-/* Drop what is queued, finish what is running, join the threads, free. NULL is allowed.
- * Dropped tickets complete with -ECANCELED. Must not be called from two threads at once. */
+/* Drop what is queued, finish what is running, join the threads. Dropped tickets complete with -ECANCELED;
+ * gn_pool_wait still answers for every ticket, submitting is refused with -ECANCELED. Blocking; a second
+ * call does nothing. Must not be called from two threads at once. */
+int32_t gn_pool_shutdown(gn_pool *pool);
+
+/* gn_pool_shutdown, release who is still inside gn_pool_wait, free. NULL is allowed. */
 int32_t gn_pool_destroy(gn_pool *pool);
 
 /* Submit a job; never blocks. `args` and its segment array are copied, the buffers they point to must stay

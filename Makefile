@@ -1,0 +1,74 @@
+# Two commands do everything, set-up included: `make quickstart` and `make test`.
+# Needed: Python 3.10-3.13 with its C headers, g++ and make. Everything is kept in .venv.
+
+PYTHON ?=
+PY := .venv/bin/python
+BUILT := .venv/.built
+TOOLS := .venv/.tools
+
+BOOTSTRAP = $(or $(PYTHON),python3) .ci/bootstrap.py $(if $(PYTHON),--python $(PYTHON))
+PACKAGING := pyproject.toml setup.py .ci/bootstrap.py
+NATIVE_SOURCES := $(shell find native -name '*.cpp' -o -name '*.h' -o -name '*.py')
+CPP_SOURCES = $(filter %.cpp %.h,$(NATIVE_SOURCES))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup quickstart test check check-format lint typecheck docstrings check-native format gpu bench clean
+
+help:  ## say what can be made (this text)
+	@echo "Gemini: train models far larger than the device's memory. Start with: make quickstart"
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "The first call makes .venv; name another interpreter with PYTHON=/path/to/python3."
+
+setup: $(BUILT)  ## make .venv and build the native module; keeps a torch that is already installed
+
+quickstart: $(BUILT)  ## train a model larger than its memory budget, in about a minute
+	$(PY) examples/quickstart.py
+
+test: $(BUILT)  ## run the tests; those that need a GPU say so and are skipped without one
+	$(PY) -m pytest -q
+
+check: check-format lint typecheck docstrings check-native  ## everything that must hold before a commit, tests last
+	@$(MAKE) --no-print-directory test
+
+check-format: $(TOOLS)
+	$(PY) -m ruff format --check .
+
+lint: $(TOOLS)
+	$(PY) -m ruff check .
+
+typecheck: $(TOOLS)
+	$(PY) -m mypy
+
+docstrings: $(TOOLS)
+	$(PY) -m pydoclint --quiet gemini zero
+
+check-native: $(TOOLS)
+	.venv/bin/clang-format --dry-run -Werror $(CPP_SOURCES)
+
+format: $(TOOLS)  ## rewrite the sources in the project's form
+	$(PY) -m ruff check --fix --select I .
+	$(PY) -m ruff format .
+	.venv/bin/clang-format -i $(CPP_SOURCES)
+
+gpu: $(BUILT)  ## run the GPU tests, then measure and write benchmarks/results
+	$(PY) -m pytest -m gpu tests
+	$(PY) benchmarks/gpu.py --out benchmarks/results
+
+bench: $(BUILT)  ## measure what this machine without a GPU can measure
+	$(PY) benchmarks/cpu.py --out benchmarks/results
+
+clean:  ## remove .venv and everything built
+	rm -rf .venv build dist *.egg-info gemini/_native* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# All of it when the packaging changed, only the native module when its sources did.
+$(BUILT): $(PACKAGING) $(NATIVE_SOURCES)
+	@$(BOOTSTRAP) $(if $(filter $(PACKAGING),$?),,--native)
+	@touch $@
+
+$(TOOLS): $(PACKAGING) | $(BUILT)
+	@$(BOOTSTRAP) --tools
+	@touch $@

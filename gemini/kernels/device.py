@@ -1,0 +1,312 @@
+"""The Adam update and the gradient store for tensors in device memory, bit-identical to the native layer.
+
+Two implementations: separate torch operations, which run on any device (host memory may play one), and Triton kernels.
+`select_device_kernels` chooses. Knows tensors and segments, nothing of chunks, tiers or streams: everything is issued
+on the current stream of the tensors' device, and nothing waits for the device.
+
+[Note: Exact rounding on a device]
+Every operation of gn_adam_update is rounded to float32 on its own. What a device, or torch, would do otherwise:
+  - a * b + c contracted into a fused operation: here one torch operation each; Triton's `enable_fp_fusion=False`.
+  - torch divides by a Python number by multiplying with its reciprocal on CUDA: the divisor is a 0-dim tensor there.
+  - torch.sqrt of float32 is not correctly rounded on the CPU (MKL; one unit off for one input in six): it is taken in
+    float64 and rounded to float32, which is exact even if float64's is one unit off, because the root of a float32 is
+    never closer than 2^-50 (relative) to the middle of two float32. Triton: sqrt_rn.
+  - approximate division: Triton's div_rn.
+  - subnormal numbers flushed to zero: the first use of a device tests Triton for it. On the CPU torch flushes only if
+    the program has called torch.set_flush_denormal.
+NaN is NaN everywhere, but which NaN is not fixed.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gemini.kernels.adam_tile import AdamHyper, AdamSegment, SegmentFactors, StateFormat, state_format_of
+from gemini.kernels.cpu import GradMode
+
+__all__ = ["DeviceKernels", "DeviceTile", "device_adam_update", "device_store_gradient", "select_device_kernels"]
+
+logger = logging.getLogger(__name__)
+
+SUM_BLOCK_NUMEL = 4096  # elements of a block of gn_grad_store's sum
+_SLICE_NUMEL = 1 << 20  # elements a torch operation works on at a time; bounds the temporaries
+_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class DeviceTile:
+    """The tensors of one update in device memory; all 1D [numel], contiguous, on one device, not overlapping.
+
+    The same fields as gemini.kernels.cpu.AdamTile, but a type of its own: a native kernel must not meet an address in
+    device memory. The tile only refers to the tensors.
+
+    Raises:
+        ValueError: a dtype, shape or device does not fit, or the segments are not sorted, disjoint and inside the tile.
+    """
+
+    working: Tensor  # [numel] bfloat16, float16 or float32; decides the state format; overwritten
+    master: Tensor | None  # [numel] int16 residual, float32 master, or None; see StateFormat; overwritten
+    momentum: Tensor  # [numel] float32; overwritten
+    variance: Tensor  # [numel] float32; overwritten
+    grad: Tensor  # [numel] float32, bfloat16 or float16; read only
+    grad_scale: float  # multiplies every gradient; rounded to float32
+    segments: tuple[AdamSegment, ...]
+
+    def __post_init__(self) -> None:
+        _check_tensor("DeviceTile.working", self.working, _FLOAT_DTYPES, self.working)
+        _check_tensor("DeviceTile.momentum", self.momentum, (torch.float32,), self.working)
+        _check_tensor("DeviceTile.variance", self.variance, (torch.float32,), self.working)
+        _check_tensor("DeviceTile.grad", self.grad, _FLOAT_DTYPES, self.working)
+        master_dtype = self.state_format.master_dtype
+        if self.master is not None and master_dtype is not None:
+            _check_tensor("DeviceTile.master", self.master, (master_dtype,), self.working)
+        elif self.master is not None or master_dtype is not None:
+            found = None if self.master is None else self.master.dtype
+            raise ValueError(
+                f"DeviceTile.master: expected {master_dtype} for working weights of {self.working.dtype}, got {found}"
+            )
+        _check_segments(self.segments, self.working.numel())
+
+    @property
+    def state_format(self) -> StateFormat:
+        """Format that follows from the working dtype."""
+        return state_format_of(self.working.dtype)
+
+
+class AdamUpdate(Protocol):
+    """Signature of an Adam update."""
+
+    def __call__(self, tile: DeviceTile) -> None:
+        """Update a tile in place; see device_adam_update."""
+
+
+class StoreGradient(Protocol):
+    """Signature of a gradient store."""
+
+    def __call__(self, dst: Tensor | None, src: Tensor, *, mode: GradMode) -> Tensor:
+        """Store or add a gradient; see device_store_gradient."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceKernels:
+    """The kernels that serve one device."""
+
+    name: str
+    """"triton" or "torch"."""
+    adam_update: AdamUpdate
+    store_gradient: StoreGradient
+
+
+def select_device_kernels(device: torch.device) -> DeviceKernels:
+    """Choose the kernels for a device and log the choice: Triton's on CUDA if they work and agree, else torch's.
+
+    Waits for the device once: Triton's kernels are compared with torch's on a small tile, because older versions of
+    Triton (3.2 and 3.4; not 3.6 and later) flush subnormal numbers in divisions and roots.
+
+    Args:
+        device: where the tensors live.
+
+    Returns:
+        The kernels; keep them, choosing is not for the hot path.
+    """
+    kernels = DeviceKernels(name="torch", adam_update=device_adam_update, store_gradient=device_store_gradient)
+    if device.type == "cuda":
+        try:
+            kernels = _triton_kernels(device)
+        except Exception as error:  # Triton's compiler and launcher raise whatever they like
+            logger.warning("optimizer kernels on %s: not Triton's but slower ones of torch: %s", device, error)
+    logger.info("optimizer kernels on %s: %s", device, kernels.name)
+    return kernels
+
+
+def _triton_kernels(device: torch.device) -> DeviceKernels:
+    """Return Triton's kernels once they have given torch's bits on a small tile."""
+    from gemini.kernels.triton_adam import triton_adam_update
+    from gemini.kernels.triton_gradient import triton_store_gradient
+
+    tiles = [_make_probe_tile(device) for _ in range(2)]
+    device_adam_update(tiles[0])
+    triton_adam_update(tiles[1])
+    sums = [
+        device_store_gradient(None, tiles[0].grad, mode=GradMode.STORE),
+        triton_store_gradient(None, tiles[1].grad, mode=GradMode.STORE),
+    ]
+    pairs = [(getattr(tiles[0], name), getattr(tiles[1], name)) for name in ("working", "momentum", "variance")]
+    if not (all(torch.equal(*pair) for pair in pairs) and torch.equal(*sums)):
+        raise RuntimeError("this version of Triton rounds differently; install the one that came with torch or a newer")
+    return DeviceKernels(name="triton", adam_update=triton_adam_update, store_gradient=triton_store_gradient)
+
+
+def _make_probe_tile(device: torch.device) -> DeviceTile:
+    """Return a float32 tile whose values and gradients span all magnitudes, subnormal numbers included."""
+    numel = 5000
+    values = torch.linspace(-148.0, 60.0, numel, device=device).exp2_()
+    hyper = AdamHyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-30, weight_decay=0.1)
+    return DeviceTile(
+        working=values.clone(),
+        master=None,
+        momentum=-values,
+        variance=values * 0.3,
+        grad=values * 0.9,
+        grad_scale=0.7,
+        segments=(AdamSegment(begin=1, end=numel, hyper=hyper, step=3),),
+    )
+
+
+def device_adam_update(tile: DeviceTile) -> None:
+    """Apply one Adam or AdamW update in place with torch operations.
+
+    Takes about 20 bytes of temporaries per element of a slice of 2^20 elements. The result is valid on the current
+    stream; nothing waits for it.
+
+    Args:
+        tile: tensors and hyper-parameters; elements in no segment are left untouched.
+
+    Source: gn_adam_update in native/include/gemini_native.h; see [Note: Exact rounding on a device].
+    """
+    for segment in tile.segments:
+        bias2_sqrt = torch.full((), segment.factors.bias2_sqrt, dtype=torch.float32, device=tile.working.device)
+        for begin in range(segment.begin, segment.end, _SLICE_NUMEL):
+            part = slice(begin, min(begin + _SLICE_NUMEL, segment.end))
+            _update_slice(tile, part, segment.factors, bias2_sqrt)
+
+
+def _update_slice(tile: DeviceTile, part: slice, factors: SegmentFactors, bias2_sqrt: Tensor) -> None:
+    """Update one slice; `bias2_sqrt` is float32 [] on the tile's device."""
+    master = _load_master(tile, part)
+    momentum, variance = tile.momentum[part], tile.variance[part]
+    grad = tile.grad[part].to(torch.float32) * tile.grad_scale
+    if factors.l2 != 0.0:
+        grad += master * factors.l2
+    master = master * factors.decay
+    momentum += (grad - momentum) * factors.beta1_complement
+    variance *= factors.beta2
+    variance += (grad * factors.beta2_complement) * grad
+    del grad
+    denominator = variance.to(torch.float64).sqrt_().to(torch.float32)
+    denominator /= bias2_sqrt
+    denominator += factors.eps
+    master += (momentum * factors.neg_step_size) / denominator
+    _store_master(tile, part, master)
+
+
+def _load_master(tile: DeviceTile, part: slice) -> Tensor:
+    """Return the float32 masters of a slice; may be a view of the tile."""
+    working = tile.working[part]
+    if tile.master is None:
+        return working
+    master = tile.master[part]
+    if tile.state_format is StateFormat.FP16_MASTER:
+        return master
+    bits = working.view(torch.int16).to(torch.int32) << 16
+    bits += master
+    return bits.view(torch.float32)
+
+
+def _store_master(tile: DeviceTile, part: slice, master: Tensor) -> None:
+    """Write float32 masters back to a slice and derive the working weights."""
+    working = tile.working[part]
+    if tile.master is not None and tile.state_format is StateFormat.SPLIT_BF16:
+        # The residual is the low half as it stands: working << 16 has zeros there.
+        bits = master.view(torch.int32)
+        tile.master[part].copy_(bits)
+        working.view(torch.int16).copy_((bits + 0x8000) >> 16)
+        return
+    if tile.master is not None:
+        tile.master[part].copy_(master)
+    working.copy_(master)
+
+
+def device_store_gradient(dst: Tensor | None, src: Tensor, *, mode: GradMode) -> Tensor:
+    """Store or add a gradient with torch operations and return the sum of squares of the result.
+
+    Takes about 16 bytes of temporaries per element of a slice of 2^20 elements. The result is valid on the current
+    stream; nothing waits for it.
+
+    Args:
+        dst: [numel], contiguous, of src's dtype or float32; overwritten. None with STORE: only the sum is wanted.
+        src: gradient, [numel], contiguous, float32, bfloat16 or float16; read only. May be dst with STORE.
+        mode: STORE replaces dst; ADD adds to it in float32, then dst must be float32.
+
+    Returns:
+        The sum, float64 [] on src's device; infinite or NaN exactly if an element is.
+
+    Raises:
+        ValueError: a dtype, shape or device does not fit.
+
+    Source: gn_grad_store in native/include/gemini_native.h, bit for bit.
+    """
+    check_gradient(dst, src, mode)
+    block_sums = new_block_sums(src)
+    for begin in range(0, src.numel(), _SLICE_NUMEL):
+        values = src[begin : begin + _SLICE_NUMEL]
+        if dst is not None:
+            target = dst[begin : begin + _SLICE_NUMEL]
+            if mode is GradMode.ADD:
+                target += values
+            else:
+                target.copy_(values)
+            values = target
+        first = begin // SUM_BLOCK_NUMEL
+        num_blocks = -(-values.numel() // SUM_BLOCK_NUMEL)
+        squares = torch.zeros(num_blocks * SUM_BLOCK_NUMEL, dtype=torch.float64, device=src.device)
+        squares[: values.numel()] = values
+        squares *= squares
+        block_sums[first : first + num_blocks] = fold_halves(squares.view(num_blocks, SUM_BLOCK_NUMEL))
+    return fold_halves(block_sums)
+
+
+def new_block_sums(src: Tensor) -> Tensor:
+    """Return zeros for the block sums of a gradient, padded to a power of two: float64 [>= 1] on its device."""
+    num_blocks = -(-src.numel() // SUM_BLOCK_NUMEL)
+    return torch.zeros(1 << max(num_blocks - 1, 0).bit_length(), dtype=torch.float64, device=src.device)
+
+
+def fold_halves(values: Tensor) -> Tensor:
+    """Sum the last dimension, a power of two long: add its halves until one element is left, and drop it."""
+    while values.shape[-1] > 1:
+        half = values.shape[-1] // 2
+        values = values[..., :half] + values[..., half:]
+    return values.squeeze(-1)
+
+
+def check_gradient(dst: Tensor | None, src: Tensor, mode: GradMode) -> None:
+    """Raise ValueError unless the tensors fit gn_grad_store."""
+    _check_tensor("store_gradient: src", src, _FLOAT_DTYPES, src)
+    if dst is not None:
+        dtypes = (torch.float32,) if mode is GradMode.ADD else (torch.float32, src.dtype)
+        _check_tensor("store_gradient: dst", dst, dtypes, src)
+    elif mode is GradMode.ADD:
+        raise ValueError("store_gradient: dst: expected a float32 tensor to add to, got None")
+
+
+def _check_segments(segments: tuple[AdamSegment, ...], numel: int) -> None:
+    """Raise ValueError unless segments are sorted, disjoint and inside the tile."""
+    previous_end = 0
+    for segment in segments:
+        if not previous_end <= segment.begin <= segment.end <= numel:
+            raise ValueError(
+                f"DeviceTile.segments: expected sorted, disjoint ranges within [0, {numel}], got "
+                f"[{segment.begin}, {segment.end}) after {previous_end}"
+            )
+        previous_end = segment.end
+
+
+def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], like: Tensor) -> None:
+    """Raise ValueError unless a tensor is 1D, contiguous, of one of the dtypes and of another's length and device."""
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+    if tensor.dim() != 1 or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name}: expected a contiguous 1D tensor, got shape {list(tensor.shape)} and stride "
+            f"{list(tensor.stride())}; pass tensor.view(-1) of contiguous memory"
+        )
+    if tensor.numel() != like.numel():
+        raise ValueError(f"{name}: expected {like.numel()} elements, got {tensor.numel()}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {tensor.device}")

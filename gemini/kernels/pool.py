@@ -1,0 +1,247 @@
+"""A pool of native threads that run kernels beside Python.
+
+Jobs take tensors by address; the pool keeps those tensors alive until the job has completed. It knows nothing of
+chunks. Not usable in a process forked after its construction: threads do not survive a fork.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from gemini._native import ffi, lib
+from gemini.errors import WorkerError
+from gemini.kernels.adam_tile import AdamTile
+from gemini.kernels.cpu import GradMode, Isa, address_of, check_status, make_adam_args, make_grad_args
+
+__all__ = ["GradTicket", "Ticket", "WorkerPool"]
+
+# A wait is cut into slices so that Python can handle signals, such as Ctrl-C, between them.
+WAIT_SLICE_S = 0.1
+# Completed jobs nobody waited for may keep this many sets of tensors alive.
+MIN_RETAINED_JOBS = 16
+
+
+class Ticket:
+    """A submitted job. Safe to use from several threads."""
+
+    def __init__(self, pool: WorkerPool, number: int, description: str) -> None:
+        self._pool = pool
+        self._number = number
+        self._description = description
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Block, without the interpreter lock, until the job has completed.
+
+        Args:
+            timeout_s: longest wait in seconds; None waits for ever.
+
+        Raises:
+            TimeoutError: the job has not completed in time; it goes on.
+            WorkerError: the pool was closed before the job began.
+        """
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        status = -errno.ETIMEDOUT
+        while status == -errno.ETIMEDOUT:
+            slice_s = WAIT_SLICE_S
+            if deadline_s is not None:
+                slice_s = max(0.0, min(slice_s, deadline_s - time.monotonic()))
+            status = self._pool._poll(self._number, slice_s)
+            if status == -errno.ETIMEDOUT and slice_s == 0.0:
+                raise TimeoutError(f"{self._description} (ticket {self._number}) not done within {timeout_s} s")
+        if status == -errno.ECANCELED:
+            raise WorkerError(
+                f"{self._description} (ticket {self._number}) was cancelled: the worker pool was closed before it "
+                "began; wait for tickets before closing the pool"
+            )
+        if status != 0:
+            raise WorkerError(f"{self._description} (ticket {self._number}) failed: {os.strerror(-status)}")
+
+    def is_done(self) -> bool:
+        """Return whether wait() would return or raise at once, without a timeout."""
+        return self._pool._poll(self._number, 0.0) != -errno.ETIMEDOUT
+
+
+class GradTicket(Ticket):
+    """A submitted gradient job, whose result is a sum of squares."""
+
+    def __init__(self, pool: WorkerPool, number: int, description: str, sumsq: Any) -> None:
+        super().__init__(pool, number, description)
+        self._sumsq = sumsq  # double *, written when the job completes
+
+    def sumsq(self) -> float:
+        """Wait, then return the sum of squares that store_gradient would have returned.
+
+        Returns:
+            Sum of squares of the stored gradient.
+
+        Raises:
+            WorkerError: the pool was closed before the job began.
+        """
+        self.wait()
+        return float(self._sumsq[0])
+
+
+class WorkerPool:
+    """A fixed set of native threads. Jobs with a lower priority number start first, equal ones in order.
+
+    Tensors of a job must not be touched until its ticket has completed. Closing cancels what has not begun;
+    tickets stay valid after that.
+
+    Args:
+        num_threads: threads to start, at least 1.
+        isa: instruction set of the kernels; results are the same for all.
+        cpus: processors the threads are restricted to; empty: no restriction. Refusals are ignored.
+
+    Raises:
+        ValueError: num_threads is out of range.
+        ConfigError: the machine lacks this instruction set.
+        OSError: the threads could not be started.
+    """
+
+    def __init__(self, num_threads: int, *, isa: Isa = Isa.AUTO, cpus: Sequence[int] = ()) -> None:
+        check_status(lib.gn_isa_check(isa.code), "WorkerPool", isa)
+        if not 1 <= num_threads <= 4096:
+            raise ValueError(f"WorkerPool: num_threads: expected 1 to 4096, got {num_threads}")
+        handle = ffi.new("gn_pool **")
+        status = lib.gn_pool_create(handle, num_threads, ffi.new("int32_t[]", list(cpus)), len(cpus))
+        if status != 0:
+            raise OSError(-status, f"cannot start {num_threads} worker threads: {os.strerror(-status)}")
+        self._num_threads = num_threads
+        self._isa = isa
+        # Tickets refer to the pool, so the native object outlives every question about a ticket.
+        self._handle = ffi.gc(handle[0], lib.gn_pool_destroy)
+        self._lock = threading.Lock()
+        self._close_lock = threading.Lock()
+        self._retained: dict[int, tuple[object, ...]] = {}
+        self._sweep_at = MIN_RETAINED_JOBS
+
+    @property
+    def num_threads(self) -> int:
+        """Number of threads."""
+        return self._num_threads
+
+    def submit_adam(self, tile: AdamTile, *, priority: int = 0) -> Ticket:
+        """Queue one Adam update; see adam_update.
+
+        Args:
+            tile: tensors and hyper-parameters; the segments are copied.
+            priority: lower starts first.
+
+        Returns:
+            The job's ticket.
+
+        Raises:
+            WorkerError: the pool is closed.
+        """
+        args, _segments = make_adam_args(tile, self._isa)
+        number = self._submit("adam update", lib.gn_pool_submit_adam, (args, priority), (tile,))
+        return Ticket(self, number, "adam update")
+
+    def submit_gradient(
+        self, dst: Tensor | None, src: Tensor, *, mode: GradMode = GradMode.STORE, priority: int = 0
+    ) -> GradTicket:
+        """Queue one gradient; see store_gradient.
+
+        Args:
+            dst: where the gradient goes; None: only the sum of squares is computed.
+            src: the gradient; read only.
+            mode: store or add.
+            priority: lower starts first.
+
+        Returns:
+            The job's ticket, which gives the sum of squares.
+
+        Raises:
+            ValueError: a tensor is not 1D contiguous on the CPU, or dtypes, lengths or mode do not fit.
+            WorkerError: the pool is closed.
+        """
+        sumsq = ffi.new("double *")
+        args = make_grad_args(dst, src, mode, self._isa, sumsq)
+        number = self._submit("gradient", lib.gn_pool_submit_grad, (args, priority), (dst, src, sumsq))
+        return GradTicket(self, number, "gradient", sumsq)
+
+    def submit_copy(self, dst: Tensor, src: Tensor, *, priority: int = 0) -> Ticket:
+        """Queue a copy of bytes between contiguous CPU tensors of any dtype and shape.
+
+        Args:
+            dst: as many bytes as src; overwritten; must not overlap src.
+            src: read only.
+            priority: lower starts first.
+
+        Returns:
+            The job's ticket.
+
+        Raises:
+            ValueError: a tensor is not contiguous on the CPU, or the byte counts differ.
+            WorkerError: the pool is closed.
+        """
+        for name, tensor in (("dst", dst), ("src", src)):
+            if tensor.device.type != "cpu" or not tensor.is_contiguous():
+                raise ValueError(f"submit_copy: {name}: expected a contiguous CPU tensor, got {_describe(tensor)}")
+        if dst.nbytes != src.nbytes:
+            raise ValueError(f"submit_copy: dst has {dst.nbytes} bytes, src has {src.nbytes}; expected as many")
+        args = (address_of(dst), address_of(src), src.nbytes, priority)
+        number = self._submit("copy", lib.gn_pool_submit_copy, args, (dst, src))
+        return Ticket(self, number, "copy")
+
+    def close(self) -> None:
+        """Cancel what has not begun, finish what has, end the threads. Blocking; a second call does nothing."""
+        with self._close_lock:
+            lib.gn_pool_shutdown(self._handle)
+        with self._lock:
+            self._retained.clear()
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _submit(
+        self, operation: str, submit_fn: Callable[..., int], args: tuple[Any, ...], retained: tuple[object, ...]
+    ) -> int:
+        number = ffi.new("uint64_t *")
+        # Under the lock, so that close() cannot come between the two lines and leave a tensor retained.
+        with self._lock:
+            status = submit_fn(self._handle, *args, number)
+            if status == 0:
+                self._retained[int(number[0])] = retained
+        if status == -errno.ECANCELED:
+            raise WorkerError(f"cannot submit {operation}: the worker pool is closed")
+        check_status(status, operation, self._isa)
+        if len(self._retained) >= self._sweep_at:
+            self._sweep()
+        return int(number[0])
+
+    def _poll(self, number: int, timeout_s: float) -> int:
+        """Wait for a ticket; let go of its tensors if it has completed."""
+        status = int(lib.gn_pool_wait(self._handle, number, int(timeout_s * 1e9)))
+        if status != -errno.ETIMEDOUT:
+            with self._lock:
+                self._retained.pop(number, None)
+        return status
+
+    def _sweep(self) -> None:
+        """Let go of the tensors of completed jobs; doubling the mark makes this cheap per job."""
+        with self._lock:
+            numbers = list(self._retained)
+        for number in numbers:
+            self._poll(number, 0.0)
+        self._sweep_at = max(MIN_RETAINED_JOBS, 2 * len(self._retained))
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"shape {list(tensor.shape)}, stride {list(tensor.stride())} on {tensor.device}"

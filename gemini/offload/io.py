@@ -1,0 +1,513 @@
+"""Asynchronous reads and writes of tensors, on the native I/O engine.
+
+Knows files, buffers and tickets. Must not know chunks, extents or who wants the bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import errno
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+
+from gemini._native import ffi, lib
+from gemini.errors import ConfigError, OffloadIOError
+from gemini.tiers import IO_ALIGNMENT_NBYTES
+
+__all__ = [
+    "IoBackend",
+    "IoBuffer",
+    "IoEngine",
+    "IoFile",
+    "IoOpenFlag",
+    "IoOperation",
+    "IoRequest",
+    "IoStats",
+    "IoTicket",
+    "available_backends",
+    "choose_backend",
+    "empty_aligned",
+]
+
+_log = logging.getLogger(__name__)
+
+# A blocked native wait hears neither Ctrl-C nor close(): it is taken in slices of this length.
+_WAIT_SLICE_NS = 50_000_000
+
+
+class IoBackend(enum.Enum):
+    """Kernel interface that carries the bytes, best first."""
+
+    URING = "io_uring"
+    AIO = "aio"
+    THREADS = "threads"
+
+
+class IoOperation(enum.Enum):
+    """Direction of a transfer, seen from memory."""
+
+    READ = "read"
+    WRITE = "write"
+
+
+class IoOpenFlag(enum.IntFlag):
+    """How a file is opened; the values are those of gn_io_open_flag."""
+
+    READ = lib.GN_IO_OPEN_READ
+    WRITE = lib.GN_IO_OPEN_WRITE
+    CREATE = lib.GN_IO_OPEN_CREATE
+    TRUNCATE = lib.GN_IO_OPEN_TRUNCATE
+    DIRECT = lib.GN_IO_OPEN_DIRECT
+    """Bypass the page cache for requests whose offset, length and address are multiples of 4096."""
+
+
+_NATIVE_BACKENDS = {
+    IoBackend.URING: lib.GN_IO_URING,
+    IoBackend.AIO: lib.GN_IO_AIO,
+    IoBackend.THREADS: lib.GN_IO_THREADS,
+}
+_NATIVE_OPERATIONS = {IoOperation.READ: lib.GN_IO_READ, IoOperation.WRITE: lib.GN_IO_WRITE}
+
+_HINTS = {
+    errno.ENOSPC: "free space on that file system, or keep more in a faster tier",
+    errno.EDQUOT: "the disk quota is used up: raise it, or keep more in a faster tier",
+    errno.EFBIG: "the file size limit is reached: raise it (ulimit -f), or keep more in a faster tier",
+    errno.EIO: "the device failed: look at the kernel log (dmesg) and at the health of the drive",
+    errno.ENODATA: "the file ends before the bytes asked for: it was truncated or never written that far",
+    errno.ECANCELED: "the engine was closed before this transfer was known to be complete",
+    errno.EBADF: "the file is closed, or was not opened for this operation",
+    errno.ESRCH: "the engine belongs to the parent process: open another one after a fork",
+}
+
+
+def available_backends() -> tuple[IoBackend, ...]:
+    """Return the backends that work on this machine now, best first."""
+    return tuple(backend for backend in IoBackend if lib.gn_io_probe(_NATIVE_BACKENDS[backend]) == 0)
+
+
+def choose_backend(name: str) -> IoBackend:
+    """Turn a configuration value into a backend that works here.
+
+    Args:
+        name: "auto" for the best one, or "io_uring", "aio" or "threads".
+
+    Returns:
+        The backend; for "auto" without io_uring the next best, after a warning.
+
+    Raises:
+        ConfigError: the name is unknown, or that backend does not work on this machine.
+    """
+    if name == "auto":
+        chosen = available_backends()[0]
+        if chosen is not IoBackend.URING:
+            _log.warning("io_uring does not work here (%s); using %s instead", _why_not(IoBackend.URING), chosen.value)
+        return chosen
+    try:
+        backend = IoBackend(name)
+    except ValueError:
+        raise ConfigError(f'I/O engine: expected "auto", "io_uring", "aio" or "threads", got {name!r}') from None
+    why = _why_not(backend)
+    if why:
+        raise ConfigError(f'I/O engine {name!r} does not work on this machine: {why}; use "auto"')
+    return backend
+
+
+def _why_not(backend: IoBackend) -> str:
+    status = lib.gn_io_probe(_NATIVE_BACKENDS[backend])
+    if status == 0:
+        return ""
+    why = f"{os.strerror(-status)} (errno {-status})"
+    if backend is IoBackend.URING and -status in (errno.EPERM, errno.EACCES):
+        why += ", forbidden by a container's seccomp profile or by sysctl kernel.io_uring_disabled"
+    if backend is IoBackend.AIO and -status == errno.EAGAIN:
+        why += ", sysctl fs.aio-max-nr is used up"
+    return why
+
+
+def empty_aligned(numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """Make a host tensor that direct I/O accepts.
+
+    Args:
+        numel: elements; choose their bytes a multiple of 4096 if the whole tensor is to travel directly.
+        dtype: any.
+
+    Returns:
+        Uninitialised CPU tensor [numel] whose address is a multiple of 4096.
+    """
+    nbytes = numel * dtype.itemsize
+    raw = torch.empty(nbytes + IO_ALIGNMENT_NBYTES, dtype=torch.uint8)
+    skip = -raw.data_ptr() % IO_ALIGNMENT_NBYTES
+    return raw[skip : skip + nbytes].view(dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IoBuffer:
+    """Memory that is not a tensor."""
+
+    address: int
+    """First byte."""
+    nbytes: int
+    """Length."""
+    owner: object
+    """Whatever keeps the memory valid; referenced until the transfer is complete."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IoRequest:
+    """One transfer between memory and a file."""
+
+    file: IoFile
+    operation: IoOperation
+    buffer: torch.Tensor | IoBuffer
+    """CPU tensor, contiguous, any dtype; read only for a write, overwritten by a read."""
+    offset: int
+    """First byte in the file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IoStats:
+    """Bytes an engine has moved since its creation."""
+
+    nbytes_read: int
+    nbytes_written: int
+
+
+def _describe(buffer: torch.Tensor | IoBuffer) -> IoBuffer:
+    if isinstance(buffer, IoBuffer):
+        return buffer
+    if buffer.device.type != "cpu" or buffer.layout is not torch.strided or not buffer.is_contiguous():
+        raise ValueError(
+            f"I/O needs a contiguous CPU tensor, got shape {tuple(buffer.shape)}, stride "
+            f"{buffer.stride() if buffer.layout is torch.strided else buffer.layout} on {buffer.device}; "
+            "copy it with .cpu().contiguous() first"
+        )
+    nbytes = buffer.numel() * buffer.element_size()
+    if nbytes > 0 and buffer.data_ptr() == 0:
+        raise ValueError(f"I/O needs a tensor with memory, got shape {tuple(buffer.shape)} with an empty storage")
+    return IoBuffer(address=buffer.data_ptr(), nbytes=nbytes, owner=buffer)
+
+
+class IoTicket:
+    """The promise of one transfer; made by an IoEngine only.
+
+    Args:
+        engine: whose transfer it is.
+        request: what was asked for.
+        number: the native ticket.
+        nbytes: length of the transfer.
+    """
+
+    __slots__ = ("_engine", "_file", "_is_settled", "_nbytes", "_number", "_offset", "_operation", "_outcome")
+
+    def __init__(self, engine: IoEngine, request: IoRequest, number: int, nbytes: int) -> None:
+        self._engine = engine
+        self._file = request.file
+        self._operation = request.operation
+        self._offset = request.offset
+        self._number = number
+        self._nbytes = nbytes
+        self._is_settled = False
+        self._outcome = (0, 0)  # status, bytes done; valid once settled
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the transfer."""
+        return self._nbytes
+
+    def is_done(self) -> bool:
+        """Return whether the transfer has completed or failed; never blocks."""
+        return self._settle(0)
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Block until the transfer is complete. May be called again, and from several threads.
+
+        Args:
+            timeout_s: give up after this many seconds; None: never.
+
+        Raises:
+            OffloadIOError: the transfer failed or was cancelled by closing the engine.
+            TimeoutError: it is still under way.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while not self._settle(self._slice_ns(deadline)):
+            if deadline is not None and time.monotonic() >= deadline:
+                raise TimeoutError(f"{self._operation.value} of {self._file.path} not complete after {timeout_s} s")
+        status, nbytes_done = self._outcome
+        if status != 0:
+            raise OffloadIOError(
+                self._operation.value,
+                self._file.path,
+                -status,
+                offset=self._offset,
+                nbytes=self._nbytes,
+                nbytes_done=nbytes_done,
+                hint=_HINTS.get(-status, ""),
+            )
+
+    @staticmethod
+    def _slice_ns(deadline: float | None) -> int:
+        if deadline is None:
+            return _WAIT_SLICE_NS
+        return max(0, min(_WAIT_SLICE_NS, int((deadline - time.monotonic()) * 1e9)))
+
+    def _settle(self, timeout_ns: int) -> bool:
+        if not self._is_settled:
+            outcome = self._engine._ask(self._number, timeout_ns)
+            if outcome is None:
+                return False
+            self._outcome = outcome
+            self._is_settled = True
+        return True
+
+
+class IoFile:
+    """An open file; made by IoEngine.open only.
+
+    Args:
+        engine: through which the bytes go.
+        path: for messages.
+        number: the native file number.
+    """
+
+    __slots__ = ("_engine", "_number", "path")
+
+    def __init__(self, engine: IoEngine, path: str, number: int) -> None:
+        self._engine = engine
+        self._number = number
+        self.path = path
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether aligned requests bypass the page cache; may turn False at the first such request."""
+        with self._engine._borrow() as native:
+            return bool(lib.gn_io_is_direct(native, self._number) == 1)
+
+    def read(self, buffer: torch.Tensor | IoBuffer, offset: int) -> IoTicket:
+        """Start filling a buffer from the file; see IoEngine.submit."""
+        request = IoRequest(file=self, operation=IoOperation.READ, buffer=buffer, offset=offset)
+        return self._engine.submit([request])[0]
+
+    def write(self, buffer: torch.Tensor | IoBuffer, offset: int) -> IoTicket:
+        """Start writing a buffer to the file; see IoEngine.submit."""
+        request = IoRequest(file=self, operation=IoOperation.WRITE, buffer=buffer, offset=offset)
+        return self._engine.submit([request])[0]
+
+    def sync(self) -> None:
+        """Block until what was written is on the device (fdatasync).
+
+        Raises:
+            OffloadIOError: the device failed.
+        """
+        with self._engine._borrow() as native:
+            self._check("sync", lib.gn_io_sync(native, self._number))
+
+    def close(self) -> None:
+        """Close the file.
+
+        Raises:
+            OffloadIOError: transfers are under way (EBUSY), or it is closed already (EBADF).
+        """
+        with self._engine._borrow() as native:
+            self._check("close", lib.gn_io_close(native, self._number))
+
+    def _check(self, operation: str, status: int) -> None:
+        if status != 0:
+            raise OffloadIOError(operation, self.path, -status, hint=_HINTS.get(-status, ""))
+
+
+class IoEngine:
+    """A queue to the kernel and the files opened through it. All methods may be called from any thread.
+
+    Args:
+        backend: how the kernel is asked.
+        queue_depth: kernel requests in flight at most, 1..4096; more wait inside the engine.
+        num_threads: threads of IoBackend.THREADS; the others ignore it.
+
+    Raises:
+        OffloadIOError: the kernel refuses, or a value is out of range.
+    """
+
+    def __init__(self, backend: IoBackend, *, queue_depth: int = 32, num_threads: int = 4) -> None:
+        handle = ffi.new("gn_io **")
+        status = lib.gn_io_create(handle, _NATIVE_BACKENDS[backend], queue_depth, num_threads)
+        if status != 0:
+            raise OffloadIOError("start I/O engine", backend.value, -status, hint=_why_not(backend))
+        self.backend = backend
+        self._native = handle[0]
+        self._condition = threading.Condition()  # guards everything below
+        self._num_borrowers = 0
+        self._is_closed = False  # nothing new may enter the native engine
+        self._is_destroyed = False  # nobody is inside it any more, and every outcome is known
+        self._in_flight: dict[int, object] = {}  # ticket -> owner of its buffer, oldest first
+        self._failures: dict[int, tuple[int, int]] = {}  # ticket -> (status, bytes done)
+        self._unasked_failures: set[int] = set()
+        self._stats = IoStats(nbytes_read=0, nbytes_written=0)
+        self._finalizer = weakref.finalize(self, _destroy, self._native, self._in_flight)
+
+    def open(self, path: str | os.PathLike[str], flags: IoOpenFlag = IoOpenFlag.READ) -> IoFile:
+        """Open a file.
+
+        Args:
+            path: where it is; files are created with mode 0600.
+            flags: READ, WRITE or both, with CREATE, TRUNCATE and DIRECT as wanted.
+
+        Returns:
+            The file; the engine closes it with itself.
+
+        Raises:
+            OffloadIOError: the file cannot be opened that way.
+        """
+        name = os.fsdecode(path)
+        with self._borrow() as native:
+            number = lib.gn_io_open(native, os.fsencode(name), int(flags))
+        if number < 0:
+            raise OffloadIOError("open", name, -number, hint=_HINTS.get(-number, ""))
+        return IoFile(self, name, number)
+
+    def submit(self, requests: Sequence[IoRequest]) -> list[IoTicket]:
+        """Start a batch of transfers; does not wait for the device.
+
+        The engine keeps every buffer alive until its transfer is complete. Transfers of different tickets may
+        complete in any order, even on the same bytes.
+
+        Args:
+            requests: what to move.
+
+        Returns:
+            One ticket for each request, in their order.
+
+        Raises:
+            ValueError: a tensor is not contiguous or not on the CPU, or an offset is negative; nothing was started.
+            OffloadIOError: a file is closed or not open for this operation; nothing was started.
+        """
+        if not requests:
+            return []
+        buffers = [_describe(request.buffer) for request in requests]
+        native_requests = ffi.new("gn_io_request[]", len(requests))
+        for native_request, request, buffer in zip(native_requests, requests, buffers, strict=True):
+            if request.offset < 0 or buffer.nbytes < 0:
+                raise ValueError(f"expected offset and length >= 0, got {request.offset} and {buffer.nbytes}")
+            if request.file._engine is not self:
+                raise ValueError(f"{request.file.path} was opened by another engine")
+            native_request.file = request.file._number
+            native_request.op = _NATIVE_OPERATIONS[request.operation]
+            native_request.buffer = ffi.cast("void *", buffer.address)
+            native_request.nbytes = buffer.nbytes
+            native_request.offset = request.offset
+        numbers = ffi.new("uint64_t[]", len(requests))
+        with self._borrow() as native, self._condition:
+            status = lib.gn_io_submit(native, native_requests, len(requests), numbers)
+            if status != 0:
+                first = requests[0]
+                hint = _HINTS.get(-status, "")
+                raise OffloadIOError(f"submit a {first.operation.value} of", first.file.path, -status, hint=hint)
+            for number, buffer in zip(numbers, buffers, strict=True):
+                self._in_flight[number] = buffer.owner
+            self._drop_completed(2 * len(requests))
+        return [
+            IoTicket(self, request, number, buffer.nbytes)
+            for request, number, buffer in zip(requests, numbers, buffers, strict=True)
+        ]
+
+    def stats(self) -> IoStats:
+        """Return the bytes moved since creation; after close(), until then."""
+        with self._condition:
+            return self._stats if self._is_destroyed else self._read_stats()
+
+    def close(self) -> None:
+        """Complete what the kernel already has, cancel the rest, close the files. Closing again does nothing.
+
+        A ticket that was not known to be complete fails with ECANCELED from then on.
+        """
+        with self._condition:
+            if self._is_closed:
+                self._condition.wait_for(lambda: self._is_destroyed)
+                return
+            self._is_closed = True
+            self._condition.wait_for(lambda: self._num_borrowers == 0)
+            self._drop_completed(len(self._in_flight))
+            if self._unasked_failures:
+                _log.warning("I/O engine closed with %d failed transfers nobody asked for", len(self._unasked_failures))
+            self._failures.update(dict.fromkeys(self._in_flight, (-errno.ECANCELED, 0)))
+            self._stats = self._read_stats()
+            self._finalizer()
+            self._is_destroyed = True
+            self._condition.notify_all()
+
+    def __enter__(self) -> IoEngine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _borrow(self) -> Iterator[object]:
+        # close() waits for the borrowers, so that no thread is inside the native engine when it goes.
+        with self._condition:
+            if self._is_closed:
+                raise OffloadIOError("use I/O engine", self.backend.value, errno.EBADF, hint="it was closed before")
+            self._num_borrowers += 1
+        try:
+            yield self._native
+        finally:
+            with self._condition:
+                self._num_borrowers -= 1
+                if self._is_closed:
+                    self._condition.notify_all()
+
+    def _ask(self, number: int, timeout_ns: int) -> tuple[int, int] | None:
+        """Return (status, bytes done) of a ticket, or None if it is not complete after `timeout_ns`."""
+        with self._condition:
+            if self._is_closed:
+                self._condition.wait_for(lambda: self._is_destroyed)
+                return self._failures.get(number, (0, 0))
+        result = ffi.new("gn_io_result *")
+        try:
+            with self._borrow() as native:
+                status = lib.gn_io_wait(native, number, timeout_ns, result)
+        except OffloadIOError:
+            return None  # closed meanwhile: the next question finds the outcome
+        if status == -errno.ETIMEDOUT and result.status == 0:
+            return None
+        with self._condition:
+            self._in_flight.pop(number, None)
+            self._unasked_failures.discard(number)
+            if status != 0:
+                self._failures[number] = (status, result.nbytes_done)
+        return status, result.nbytes_done
+
+    def _drop_completed(self, max_count: int) -> None:
+        """Let go of the oldest buffers whose transfers are complete, asked for or not; needs the lock."""
+        result = ffi.new("gn_io_result *")
+        while self._in_flight and max_count > 0:
+            number = next(iter(self._in_flight))
+            status = lib.gn_io_wait(self._native, number, 0, result)
+            if status == -errno.ETIMEDOUT and result.status == 0:
+                return
+            del self._in_flight[number]
+            if status != 0:
+                self._failures[number] = (status, result.nbytes_done)
+                self._unasked_failures.add(number)
+            max_count -= 1
+
+    def _read_stats(self) -> IoStats:
+        counts = ffi.new("int64_t[2]")
+        lib.gn_io_stats(self._native, counts, counts + 1)
+        return IoStats(nbytes_read=counts[0], nbytes_written=counts[1])
+
+
+def _destroy(native: object, in_flight: dict[int, object]) -> None:
+    """End a native engine, then let go of the buffers it may have used until that moment."""
+    lib.gn_io_destroy(native)
+    in_flight.clear()

@@ -1,0 +1,173 @@
+"""What a step does, in which order: recorded once, then used to tell what comes next.
+
+The tracer knows ids of units and numbers of bytes; it knows neither modules nor tensors.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+from bisect import bisect_right
+from dataclasses import dataclass
+
+__all__ = ["NEVER", "Access", "AccessHistory", "Phase"]
+
+NEVER = sys.maxsize
+"""Distance to a use that no trace knows of."""
+
+
+class Phase(enum.Enum):
+    """Kinds of steps; each has an order of its own."""
+
+    TRAIN = "train"
+    """Forward and backward."""
+    INFERENCE = "inference"
+    """Forward only."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """One entry of a unit during a step."""
+
+    moment: int
+    """How many accesses came before in the step."""
+    chunk_ids: tuple[int, ...]
+    """Chunks the unit needs in compute memory."""
+    is_backward: bool
+
+
+class AccessHistory:
+    """The order in which units are entered, this step and in the last complete step of the same phase.
+
+    A cursor follows the last complete step. An access that comes in another order moves it to the next place where the
+    unit is used, so that prediction goes on from there; a step whose accesses are all as before costs nothing to keep.
+    """
+
+    def __init__(self) -> None:
+        self._traces: dict[Phase, _Trace] = {}
+        self._phase: Phase | None = None
+        self._is_in_step = False
+        self._cursor = -1  # position in the trace of the access recorded last
+        self._units: list[int] = []
+        self._non_model_nbytes: list[int] = []
+        self._num_mismatches = 0
+        self._peak_non_model_nbytes = 0
+
+    @property
+    def num_mismatches(self) -> int:
+        """Accesses that were not the one the trace had next; those made while there was no trace do not count."""
+        return self._num_mismatches
+
+    @property
+    def peak_non_model_nbytes(self) -> int:
+        """The most non-model bytes recorded at any access of any step; 0 if none were."""
+        return self._peak_non_model_nbytes
+
+    @property
+    def has_trace(self) -> bool:
+        """Whether a complete step of the current phase is known."""
+        return self._trace is not None
+
+    def begin_step(self, phase: Phase) -> None:
+        """Start a step; one that was not ended is forgotten.
+
+        Args:
+            phase: its kind.
+        """
+        self._phase = phase
+        self._is_in_step = True
+        self._cursor = -1
+        self._units = []
+        self._non_model_nbytes = []
+
+    def end_step(self) -> None:
+        """Keep the accesses since `begin_step` as the order of their phase, if there were any."""
+        if self._is_in_step and self._phase is not None and self._units:
+            previous = self._traces.get(self._phase)
+            if previous is None or previous.units != self._units:
+                self._traces[self._phase] = _Trace(self._units)
+            self._traces[self._phase].non_model_nbytes = tuple(self._non_model_nbytes)
+        self._is_in_step = False
+        self._cursor = -1
+
+    def record(self, unit_id: int, non_model_nbytes: int | None = None) -> None:
+        """Note that a unit is entered.
+
+        Args:
+            unit_id: the unit.
+            non_model_nbytes: bytes that everything but parameters, gradients and states takes now, if measured.
+        """
+        if self._is_in_step:
+            self._units.append(unit_id)
+        if non_model_nbytes is not None:
+            if self._is_in_step:
+                self._non_model_nbytes.append(non_model_nbytes)
+            self._peak_non_model_nbytes = max(self._peak_non_model_nbytes, non_model_nbytes)
+        trace = self._trace
+        if trace is None:
+            return
+        expected = (self._cursor + 1) % len(trace.units)
+        if trace.units[expected] == unit_id:
+            self._cursor = expected
+            return
+        self._num_mismatches += 1
+        if self._cursor >= 0 and trace.units[self._cursor] == unit_id:
+            return  # entered again, as activation checkpointing does
+        position = trace.next_position(unit_id, self._cursor)
+        if position is not None:
+            self._cursor = position
+
+    def upcoming(self, limit: int) -> tuple[int, ...]:
+        """Return the next distinct units, nearest first; after the end of the step the next one begins alike.
+
+        Args:
+            limit: the most units to return.
+
+        Returns:
+            Unit ids; empty if no step of this phase is known. The unit entered last is among them if it comes again.
+        """
+        trace = self._trace
+        if trace is None or limit <= 0:
+            return ()
+        found: dict[int, None] = {}
+        num_units = len(trace.units)
+        for offset in range(1, num_units + 1):
+            found[trace.units[(self._cursor + offset) % num_units]] = None
+            if len(found) == limit or len(found) == len(trace.positions):
+                break
+        return tuple(found)
+
+    def next_use_distance(self, unit_id: int) -> int:
+        """Return how many accesses ahead the next use of a unit is: 1 is the very next, NEVER if no trace has it."""
+        trace = self._trace
+        position = None if trace is None else trace.next_position(unit_id, self._cursor)
+        if trace is None or position is None:
+            return NEVER
+        return position - self._cursor if position > self._cursor else position - self._cursor + len(trace.units)
+
+    def non_model_nbytes(self, phase: Phase) -> tuple[int, ...]:
+        """Return the non-model bytes measured in the last complete step of a phase, in the order of its accesses."""
+        trace = self._traces.get(phase)
+        return () if trace is None else trace.non_model_nbytes
+
+    @property
+    def _trace(self) -> _Trace | None:
+        return None if self._phase is None else self._traces.get(self._phase)
+
+
+class _Trace:
+    """The accesses of a complete step, and where each unit occurs among them."""
+
+    def __init__(self, units: list[int]) -> None:
+        self.units = units
+        self.non_model_nbytes: tuple[int, ...] = ()
+        self.positions: dict[int, list[int]] = {}
+        for position, unit_id in enumerate(units):
+            self.positions.setdefault(unit_id, []).append(position)
+
+    def next_position(self, unit_id: int, cursor: int) -> int | None:
+        """Return where the unit occurs next after the cursor, from the start again after the end."""
+        positions = self.positions.get(unit_id)
+        if positions is None:
+            return None
+        return positions[bisect_right(positions, cursor) % len(positions)]

@@ -1,0 +1,70 @@
+// Adam: argument checks and the walk over segments. The formula is in kernels_template.h.
+#include <errno.h>
+
+#include <algorithm>
+
+#include "float_mode.h"
+#include "jobs.h"
+
+namespace gn {
+namespace {
+
+bool are_segments_valid(const gn_adam_args& args) {
+    if (args.num_segments < 0 || (args.num_segments > 0 && !args.segments)) return false;
+    int64_t previous_end = 0;
+    for (int64_t i = 0; i < args.num_segments; ++i) {
+        const gn_adam_segment& segment = args.segments[i];
+        if (segment.begin < previous_end || segment.end < segment.begin || segment.end > args.numel)
+            return false;
+        previous_end = segment.end;
+    }
+    return true;
+}
+
+void* advance(void* base, int64_t nbytes) { return base ? static_cast<char*>(base) + nbytes : nullptr; }
+
+// Bytes per element of working and master, by gn_state_format.
+constexpr int64_t kWorkingNbytes[3] = {2, 2, 4};
+constexpr int64_t kMasterNbytes[3] = {2, 4, 0};
+
+}  // namespace
+
+int32_t check_adam(const gn_adam_args* args, const Kernels** kernels) {
+    if (!args || args->numel < 0 || !is_dtype(args->grad_dtype)) return -EINVAL;
+    if (args->format < GN_FORMAT_SPLIT_BF16 || args->format > GN_FORMAT_F32) return -EINVAL;
+    if (args->numel > 0) {
+        if (!args->working || !args->momentum || !args->variance || !args->grad) return -EINVAL;
+        if (!args->master && args->format != GN_FORMAT_F32) return -EINVAL;
+    }
+    if (!are_segments_valid(*args)) return -EINVAL;
+    return find_kernels(args->isa, kernels);
+}
+
+void run_adam(const Kernels& kernels, const gn_adam_args& args, int64_t begin, int64_t end) {
+    const gn_adam_segment* last = args.segments + args.num_segments;
+    const gn_adam_segment* segment =
+        std::partition_point(args.segments, last, [=](const gn_adam_segment& s) { return s.end <= begin; });
+    for (; segment != last && segment->begin < end; ++segment) {
+        const int64_t first = std::max(begin, segment->begin);
+        AdamRun run;
+        run.working = advance(args.working, first * kWorkingNbytes[args.format]);
+        run.master = advance(args.master, first * kMasterNbytes[args.format]);
+        run.momentum = args.momentum + first;
+        run.variance = args.variance + first;
+        run.grad = static_cast<const char*>(args.grad) + first * dtype_nbytes(args.grad_dtype);
+        run.numel = std::min(end, segment->end) - first;
+        run.grad_scale = args.grad_scale;
+        run.factors = segment;
+        if (run.numel > 0) kernels.adam[args.format][args.grad_dtype](run);
+    }
+}
+
+}  // namespace gn
+
+int32_t gn_adam_update(const gn_adam_args* args) {
+    const gn::Kernels* kernels = nullptr;
+    if (const int32_t status = gn::check_adam(args, &kernels)) return status;
+    const gn::ScopedFloatMode float_mode;
+    gn::run_adam(*kernels, *args, 0, args->numel);
+    return 0;
+}

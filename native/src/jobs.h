@@ -1,0 +1,34 @@
+// Internal: what the blocking functions and the worker pool share. A job is checked once, then run in pieces.
+#ifndef GEMINI_JOBS_H
+#define GEMINI_JOBS_H
+
+#include <stdint.h>
+
+#include "kernels.h"
+
+namespace gn {
+
+// 0, -EINVAL or -ENOTSUP, and the kernels to run with.
+int32_t check_adam(const gn_adam_args* args, const Kernels** kernels);
+int32_t check_grad(const gn_grad_args* args, const Kernels** kernels);
+
+// Update the elements [begin, end) of a checked job.
+void run_adam(const Kernels& kernels, const gn_adam_args& args, int64_t begin, int64_t end);
+
+// Number of leaves of the sum-of-squares tree.
+inline int64_t num_sumsq_blocks(int64_t numel) { return (numel + kSumsqBlockNumel - 1) / kSumsqBlockNumel; }
+
+// Store or add the elements [begin, end) of a checked job; begin is a multiple of kSumsqBlockNumel, end is
+// too or is numel. Writes the block sums from block_sums[begin / kSumsqBlockNumel] on; null: not wanted.
+void run_grad(const Kernels& kernels, const gn_grad_args& args, int64_t begin, int64_t end,
+              double* block_sums);
+
+// Smallest power of two that is >= count and >= 1.
+int64_t padded_count(int64_t count);
+
+// Reduce padded_count(num_blocks) sums, those past num_blocks being zero; overwrites them.
+double reduce_block_sums(double* block_sums, int64_t num_blocks);
+
+}  // namespace gn
+
+#endif  // GEMINI_JOBS_H

@@ -1,0 +1,311 @@
+// The worker pool: persistent threads that take blocks of the most urgent job.
+#include <errno.h>
+#include <string.h>
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
+
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "float_mode.h"
+#include "jobs.h"
+
+namespace {
+
+// One unit of work of a thread: long against the cost of taking it, short enough to spread a small job.
+constexpr int64_t kBlockNumel = 16 * gn::kSumsqBlockNumel;
+constexpr int64_t kBlockNbytes = 256 * 1024;
+
+constexpr int32_t kMaxThreads = 4096;
+// Longer waits than this (some thirty years) are waits for ever; the clock cannot overflow.
+constexpr int64_t kMaxTimeoutNs = int64_t{1000} * 1000 * 1000 * 1000 * 1000 * 1000;
+
+struct Job {
+    int32_t priority = 0;
+    int64_t num_blocks = 0;
+    int64_t num_taken = 0;     // blocks some thread has taken
+    int64_t num_finished = 0;  // blocks that are done
+    bool is_cancelled = false;
+
+    virtual ~Job() = default;
+    virtual void run_block(int64_t block) = 0;
+    virtual void finish() {}  // called once, after the last block, by the thread that ran it
+};
+
+struct AdamJob final : Job {
+    gn_adam_args args;
+    std::vector<gn_adam_segment> segments;
+    const gn::Kernels* kernels;
+
+    AdamJob(const gn_adam_args& source, const gn::Kernels* kernels)
+        : args(source), segments(source.segments, source.segments + source.num_segments), kernels(kernels) {
+        args.segments = segments.data();
+        num_blocks = (args.numel + kBlockNumel - 1) / kBlockNumel;
+    }
+    void run_block(int64_t block) override {
+        const int64_t begin = block * kBlockNumel;
+        gn::run_adam(*kernels, args, begin, std::min(args.numel, begin + kBlockNumel));
+    }
+};
+
+struct GradJob final : Job {
+    gn_grad_args args;
+    std::vector<double> block_sums;
+    const gn::Kernels* kernels;
+
+    GradJob(const gn_grad_args& source, const gn::Kernels* kernels) : args(source), kernels(kernels) {
+        num_blocks = (args.numel + kBlockNumel - 1) / kBlockNumel;
+        if (args.sumsq) block_sums.resize(static_cast<size_t>(gn::padded_count(num_leaves())));
+    }
+    int64_t num_leaves() const { return gn::num_sumsq_blocks(args.numel); }
+    void run_block(int64_t block) override {
+        const int64_t begin = block * kBlockNumel;
+        gn::run_grad(*kernels, args, begin, std::min(args.numel, begin + kBlockNumel),
+                     args.sumsq ? block_sums.data() : nullptr);
+    }
+    void finish() override {
+        if (args.sumsq) *args.sumsq = gn::reduce_block_sums(block_sums.data(), num_leaves());
+    }
+};
+
+struct CopyJob final : Job {
+    char* dst;
+    const char* src;
+    int64_t nbytes;
+
+    CopyJob(void* to, const void* from, int64_t count)
+        : dst(static_cast<char*>(to)), src(static_cast<const char*>(from)), nbytes(count) {
+        num_blocks = (nbytes + kBlockNbytes - 1) / kBlockNbytes;
+    }
+    void run_block(int64_t block) override {
+        const int64_t begin = block * kBlockNbytes;
+        memcpy(dst + begin, src + begin, static_cast<size_t>(std::min(kBlockNbytes, nbytes - begin)));
+    }
+};
+
+}  // namespace
+
+// One mutex guards everything but the blocks' own work. Every job issued and not yet completed is in
+// `pending`; those with untaken blocks are also in `queue`. A ticket below next_ticket that is not pending
+// has completed without error, so completed jobs cost nothing. A job cannot fail once it is queued.
+struct gn_pool {
+    std::mutex mutex;
+    std::condition_variable work_available;
+    std::condition_variable progress;  // a job completed, or was cancelled, or a waiter left
+    std::map<std::pair<int32_t, uint64_t>, Job*> queue;
+    std::unordered_map<uint64_t, std::unique_ptr<Job>> pending;
+    uint64_t next_ticket = 1;
+    int64_t num_waiters = 0;
+    bool is_shut_down = false;
+    std::vector<std::thread> threads;
+
+    void work();
+    int32_t submit(std::unique_ptr<Job> job, int32_t priority, uint64_t* ticket);
+    int32_t wait(uint64_t ticket, int64_t timeout_ns);
+    void shut_down();
+};
+
+void gn_pool::work() {
+    const gn::ScopedFloatMode float_mode;
+    std::unique_lock<std::mutex> lock(mutex);
+    for (;;) {
+        work_available.wait(lock, [this] { return is_shut_down || !queue.empty(); });
+        if (queue.empty()) return;
+        const auto first = queue.begin();
+        Job* job = first->second;
+        const uint64_t ticket = first->first.second;
+        const int64_t block = job->num_taken++;
+        if (job->num_taken == job->num_blocks) queue.erase(first);
+        lock.unlock();
+        job->run_block(block);
+        lock.lock();
+        if (++job->num_finished < job->num_blocks) continue;
+        lock.unlock();
+        job->finish();
+        lock.lock();
+        // The job's memory is freed outside the lock, after nobody can find it any more.
+        auto node = pending.extract(ticket);
+        progress.notify_all();
+        lock.unlock();
+        node = {};
+        lock.lock();
+    }
+}
+
+int32_t gn_pool::submit(std::unique_ptr<Job> job, int32_t priority, uint64_t* ticket) {
+    Job* added = job.get();
+    added->priority = priority;
+    if (added->num_blocks == 0) added->finish();
+    const std::lock_guard<std::mutex> guard(mutex);
+    if (is_shut_down) return -ECANCELED;
+    if (added->num_blocks > 0) {
+        const auto entry = pending.emplace(next_ticket, std::move(job)).first;
+        try {
+            queue.emplace(std::make_pair(priority, next_ticket), added);
+        } catch (const std::bad_alloc&) {
+            pending.erase(entry);
+            throw;
+        }
+        if (added->num_blocks > 1)
+            work_available.notify_all();
+        else
+            work_available.notify_one();
+    }
+    *ticket = next_ticket++;
+    return 0;
+}
+
+int32_t gn_pool::wait(uint64_t ticket, int64_t timeout_ns) {
+    std::unique_lock<std::mutex> lock(mutex);
+    if (ticket == 0 || ticket >= next_ticket) return -EINVAL;
+    const auto is_settled = [this, ticket] {
+        const auto entry = pending.find(ticket);
+        return entry == pending.end() || entry->second->is_cancelled;
+    };
+    ++num_waiters;
+    if (timeout_ns < 0 || timeout_ns > kMaxTimeoutNs)
+        progress.wait(lock, is_settled);
+    else if (timeout_ns > 0)
+        progress.wait_for(lock, std::chrono::nanoseconds(timeout_ns), is_settled);
+    const int32_t status = !is_settled() ? -ETIMEDOUT : pending.count(ticket) ? -ECANCELED : 0;
+    --num_waiters;
+    if (is_shut_down) progress.notify_all();
+    return status;
+}
+
+void gn_pool::shut_down() {
+    {
+        const std::lock_guard<std::mutex> guard(mutex);
+        is_shut_down = true;
+        for (auto entry = queue.begin(); entry != queue.end();) {
+            Job* job = entry->second;
+            if (job->num_taken > 0) {
+                ++entry;
+                continue;
+            }
+            job->is_cancelled = true;
+            entry = queue.erase(entry);
+        }
+        work_available.notify_all();
+        progress.notify_all();
+    }
+    for (std::thread& thread : threads) thread.join();
+    threads.clear();
+}
+
+namespace {
+
+// Affinity is a wish: out-of-range numbers and refusals are ignored.
+void restrict_to_cpus(std::thread& thread, const int32_t* cpus, int32_t num_cpus) {
+#if defined(__linux__)
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    for (int32_t i = 0; i < num_cpus; ++i)
+        if (cpus[i] >= 0 && cpus[i] < CPU_SETSIZE) CPU_SET(cpus[i], &set);
+    (void)pthread_setaffinity_np(thread.native_handle(), sizeof(set), &set);
+#else
+    (void)thread;
+    (void)cpus;
+    (void)num_cpus;
+#endif
+}
+
+// Run `body`, turning what it throws into a negative errno.
+template <class Body>
+int32_t guarded(Body body) {
+    try {
+        return body();
+    } catch (const std::bad_alloc&) {
+        return -ENOMEM;
+    } catch (const std::system_error& error) {
+        return error.code().value() > 0 ? -error.code().value() : -EAGAIN;
+    } catch (...) {
+        return -ENOMEM;
+    }
+}
+
+}  // namespace
+
+int32_t gn_pool_create(gn_pool** pool, int32_t num_threads, const int32_t* cpus, int32_t num_cpus) {
+    if (!pool || num_threads < 1 || num_threads > kMaxThreads) return -EINVAL;
+    if (num_cpus < 0 || (num_cpus > 0 && !cpus)) return -EINVAL;
+    return guarded([=]() -> int32_t {
+        std::unique_ptr<gn_pool> created(new gn_pool);
+        try {
+            created->threads.reserve(static_cast<size_t>(num_threads));
+            for (int32_t i = 0; i < num_threads; ++i) {
+                created->threads.emplace_back(&gn_pool::work, created.get());
+                if (num_cpus > 0) restrict_to_cpus(created->threads.back(), cpus, num_cpus);
+            }
+        } catch (...) {
+            created->shut_down();
+            throw;
+        }
+        *pool = created.release();
+        return 0;
+    });
+}
+
+int32_t gn_pool_shutdown(gn_pool* pool) {
+    if (!pool) return -EINVAL;
+    return guarded([=]() -> int32_t {
+        pool->shut_down();
+        return 0;
+    });
+}
+
+int32_t gn_pool_destroy(gn_pool* pool) {
+    if (!pool) return 0;
+    return guarded([=]() -> int32_t {
+        pool->shut_down();
+        {
+            std::unique_lock<std::mutex> lock(pool->mutex);
+            pool->progress.wait(lock, [pool] { return pool->num_waiters == 0; });
+        }
+        delete pool;
+        return 0;
+    });
+}
+
+int32_t gn_pool_submit_adam(gn_pool* pool, const gn_adam_args* args, int32_t priority, uint64_t* ticket) {
+    const gn::Kernels* kernels = nullptr;
+    if (!pool || !ticket) return -EINVAL;
+    if (const int32_t status = gn::check_adam(args, &kernels)) return status;
+    return guarded([=]() -> int32_t {
+        return pool->submit(std::make_unique<AdamJob>(*args, kernels), priority, ticket);
+    });
+}
+
+int32_t gn_pool_submit_grad(gn_pool* pool, const gn_grad_args* args, int32_t priority, uint64_t* ticket) {
+    const gn::Kernels* kernels = nullptr;
+    if (!pool || !ticket) return -EINVAL;
+    if (const int32_t status = gn::check_grad(args, &kernels)) return status;
+    return guarded([=]() -> int32_t {
+        return pool->submit(std::make_unique<GradJob>(*args, kernels), priority, ticket);
+    });
+}
+
+int32_t gn_pool_submit_copy(gn_pool* pool, void* dst, const void* src, int64_t nbytes, int32_t priority,
+                            uint64_t* ticket) {
+    if (!pool || !ticket || nbytes < 0 || (nbytes > 0 && (!dst || !src))) return -EINVAL;
+    return guarded([=]() -> int32_t {
+        return pool->submit(std::make_unique<CopyJob>(dst, src, nbytes), priority, ticket);
+    });
+}
+
+int32_t gn_pool_wait(gn_pool* pool, uint64_t ticket, int64_t timeout_ns) {
+    if (!pool) return -EINVAL;
+    return guarded([=]() -> int32_t { return pool->wait(ticket, timeout_ns); });
+}

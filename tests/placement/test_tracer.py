@@ -1,0 +1,151 @@
+"""The order of accesses is learnt from a step and followed in the next ones."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gemini.placement.tracer import NEVER, AccessHistory, Phase
+
+STEP = [0, 1, 2, 3, 3, 2, 1, 0]
+
+
+def traced(units: list[int], phase: Phase = Phase.TRAIN) -> AccessHistory:
+    history = AccessHistory()
+    record_step(history, units, phase)
+    return history
+
+
+def record_step(history: AccessHistory, units: list[int], phase: Phase = Phase.TRAIN) -> None:
+    history.begin_step(phase)
+    for unit_id in units:
+        history.record(unit_id)
+    history.end_step()
+
+
+def test_first_step_predicts_nothing_and_counts_no_mismatch():
+    history = AccessHistory()
+    history.begin_step(Phase.TRAIN)
+    history.record(4)
+    assert not history.has_trace
+    assert history.upcoming(3) == ()
+    assert history.next_use_distance(4) == NEVER
+    assert history.num_mismatches == 0
+
+
+def test_upcoming_units_are_distinct_and_nearest_first():
+    history = traced(STEP)
+    history.begin_step(Phase.TRAIN)
+    assert history.upcoming(3) == (0, 1, 2)
+    for unit_id in (0, 1, 2):
+        history.record(unit_id)
+    assert history.upcoming(10) == (3, 2, 1, 0)
+
+
+def test_upcoming_goes_on_with_the_start_of_the_next_step():
+    history = traced([5, 6, 7])
+    history.begin_step(Phase.TRAIN)
+    for unit_id in (5, 6, 7):
+        history.record(unit_id)
+    assert history.upcoming(2) == (5, 6)
+
+
+def test_next_use_distance_counts_accesses_and_wraps():
+    history = traced(STEP)
+    history.begin_step(Phase.TRAIN)
+    assert history.next_use_distance(0) == 1
+    for unit_id in (0, 1, 2, 3, 3):
+        history.record(unit_id)
+    assert [history.next_use_distance(unit_id) for unit_id in (2, 1, 0, 3)] == [1, 2, 3, 7]
+    assert history.next_use_distance(99) == NEVER
+
+
+def test_equal_steps_have_no_mismatch():
+    history = traced(STEP)
+    record_step(history, STEP)
+    record_step(history, STEP)
+    assert history.num_mismatches == 0
+
+
+def test_skipped_unit_moves_the_cursor_past_it():
+    history = traced([0, 1, 2, 3, 4])
+    history.begin_step(Phase.TRAIN)
+    history.record(0)
+    history.record(2)
+    assert history.num_mismatches == 1
+    assert history.upcoming(2) == (3, 4)
+
+
+def test_unit_entered_again_leaves_the_cursor_where_it_is():
+    history = traced([0, 1, 2])
+    history.begin_step(Phase.TRAIN)
+    history.record(0)
+    history.record(0)
+    assert history.num_mismatches == 1
+    assert history.upcoming(1) == (1,)
+
+
+def test_unknown_unit_is_a_mismatch_and_the_next_step_knows_it():
+    history = traced([0, 1])
+    record_step(history, [0, 9, 1])
+    assert history.num_mismatches == 1
+    history.begin_step(Phase.TRAIN)
+    history.record(0)
+    assert history.upcoming(1) == (9,)
+
+
+def test_order_that_changed_is_followed_from_the_next_step_on():
+    history = traced([0, 1, 2])
+    record_step(history, [2, 1, 0])
+    mismatches = history.num_mismatches
+    assert mismatches > 0
+    record_step(history, [2, 1, 0])
+    assert history.num_mismatches == mismatches
+
+
+def test_phases_have_traces_of_their_own():
+    history = traced(STEP)
+    record_step(history, [0, 1, 2, 3], Phase.INFERENCE)
+    history.begin_step(Phase.TRAIN)
+    for unit_id in (0, 1, 2, 3):
+        history.record(unit_id)
+    assert history.upcoming(1) == (3,)
+    history.begin_step(Phase.INFERENCE)
+    for unit_id in (0, 1, 2, 3):
+        history.record(unit_id)
+    assert history.upcoming(1) == (0,)
+
+
+def test_step_without_accesses_or_without_end_keeps_the_old_trace():
+    history = traced([0, 1])
+    record_step(history, [])
+    history.begin_step(Phase.TRAIN)
+    history.record(7)
+    history.begin_step(Phase.TRAIN)
+    assert history.upcoming(5) == (0, 1)
+
+
+def test_non_model_bytes_are_kept_with_their_peak():
+    history = AccessHistory()
+    history.begin_step(Phase.TRAIN)
+    history.record(0, 100)
+    history.record(1, 300)
+    history.record(2, 200)
+    history.end_step()
+    assert history.non_model_nbytes(Phase.TRAIN) == (100, 300, 200)
+    assert history.non_model_nbytes(Phase.INFERENCE) == ()
+    assert history.peak_non_model_nbytes == 300
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=20), st.data())
+def test_upcoming_equals_a_search_through_the_trace(units, data):
+    history = traced(units)
+    history.begin_step(Phase.TRAIN)
+    num_recorded = data.draw(st.integers(0, len(units)))
+    for unit_id in units[:num_recorded]:
+        history.record(unit_id)
+    rotated = units[num_recorded:] + units[:num_recorded]
+    assert history.upcoming(len(units)) == tuple(dict.fromkeys(rotated))
+    for unit_id in set(units):
+        assert history.next_use_distance(unit_id) == rotated.index(unit_id) + 1

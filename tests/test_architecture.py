@@ -1,0 +1,237 @@
+"""The shape of the tree: imports point down only, and a few habits that a reader cannot be asked to police."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = ("gemini", "zero")
+PROGRAMS = ("examples", "benchmarks")
+MAX_MODULE_LINES = 500
+
+LAYERS = (
+    ("examples", "benchmarks"),
+    ("zero",),
+    ("gemini.__init__",),
+    ("gemini.ddp", "gemini.optimizer", "gemini.checkpoint", "gemini.report"),
+    ("gemini",),  # every other module directly in gemini: runtime, hooks, update, materialize ...
+    ("gemini.chunk", "gemini.placement", "gemini.offload"),
+    ("gemini.kernels",),
+    ("gemini._native",),
+)
+"""Top to bottom: a module may import from its own layer and those below. The longest matching prefix counts."""
+
+ONLY_IMPORTS = {
+    "gemini.errors": set(),
+    "gemini.tiers": {"gemini.errors"},
+    "gemini.config": {"gemini.errors", "gemini.tiers", "gemini.placement.plan", "gemini.placement.policy"},
+}
+"""Leaves: all that they may import of ours. Every module may import them, except where a layer below says otherwise."""
+
+LEAF_READERS_REFUSED = {"gemini.config": ("gemini.placement", "gemini.kernels")}
+"""Who may not import a leaf: what config itself is made of, and what takes plain numbers only."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import statement's target."""
+
+    source: str
+    target: str
+    line: int
+    runs_at_import: bool
+    """Whether it is executed when the module is imported: not inside a function, not for type checking only."""
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line} imports {self.target}"
+
+
+def library_files() -> list[Path]:
+    return [path for top in LIBRARY for path in sorted((ROOT / top).rglob("*.py"))]
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """All modules by dotted name; a package is its __init__."""
+    files = [path for top in LIBRARY + PROGRAMS for path in sorted((ROOT / top).rglob("*.py"))]
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files}
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def resolve(name: str) -> str:
+    """Return our module that a dotted name means; other people's names are returned as they are."""
+    if name == "gemini._native" or name.startswith("gemini._native."):
+        return "gemini._native"
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        prefix = ".".join(parts[:length])
+        for module in (prefix, f"{prefix}.__init__"):
+            if module in modules():
+                return module
+    return name
+
+
+def imports_of(module: str) -> Iterator[Import]:
+    yield from _imports_in(module, parsed(modules()[module]).body, runs_at_import=True)
+
+
+def _imports_in(module: str, body: list[ast.stmt], *, runs_at_import: bool) -> Iterator[Import]:
+    for node in body:
+        runs_inside = runs_at_import and not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            runs_inside = False
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = _absolute(module, node)
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        for name in names:
+            yield Import(module, resolve(name), node.lineno, runs_inside)
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.stmt):
+                yield from _imports_in(module, [child], runs_at_import=runs_inside)
+            elif isinstance(child, (ast.ExceptHandler, ast.match_case)):
+                yield from _imports_in(module, child.body, runs_at_import=runs_inside)
+
+
+def _absolute(module: str, node: ast.ImportFrom) -> str:
+    if node.level == 0:
+        return node.module or ""
+    package = module.split(".")[: -node.level]
+    return ".".join([*package, *([node.module] if node.module else [])])
+
+
+def is_within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def layer_of(module: str) -> int:
+    matches = [
+        (len(prefix), number) for number, layer in enumerate(LAYERS) for prefix in layer if is_within(module, prefix)
+    ]
+    return max(matches)[1]
+
+
+def is_ours(module: str) -> bool:
+    return module.split(".")[0] in LIBRARY + PROGRAMS
+
+
+def is_allowed(each: Import) -> bool:
+    if not is_ours(each.target):
+        return True
+    if each.source in ONLY_IMPORTS:
+        return each.target in ONLY_IMPORTS[each.source]
+    if each.target in ONLY_IMPORTS:
+        return not any(is_within(each.source, package) for package in LEAF_READERS_REFUSED.get(each.target, ()))
+    return layer_of(each.source) <= layer_of(each.target)
+
+
+def reachable(module: str) -> dict[str, Import | None]:
+    """All modules that importing this one imports, each with the import that led there."""
+    found: dict[str, Import | None] = {module: None}
+    waiting = [module]
+    while waiting:
+        current = waiting.pop()
+        for each in imports_of(current) if current in modules() else ():
+            if each.runs_at_import and each.target not in found:
+                found[each.target] = each
+                waiting.append(each.target)
+    return found
+
+
+def calls_in(path: Path) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Call):
+            yield node.lineno, ast.unparse(node.func)
+
+
+def named(paths_and_lines: Iterator[tuple[Path, int]]) -> list[str]:
+    return [f"{path.relative_to(ROOT)}:{line}" for path, line in paths_and_lines]
+
+
+def test_imports_point_down() -> None:
+    refused = [str(each) for module in modules() for each in imports_of(module) if not is_allowed(each)]
+    assert refused == []
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    circles = [
+        str(each)
+        for module in modules()
+        for each in imports_of(module)
+        if each.runs_at_import and each.target != module and module in reachable(each.target)
+    ]
+    assert circles == []
+
+
+def test_deciding_placement_needs_no_torch() -> None:
+    placement = [module for module in modules() if is_within(module, "gemini.placement")]
+    with_torch = [
+        str(each)
+        for module in placement
+        for target, each in reachable(module).items()
+        if target.split(".")[0] in ("torch", "triton")
+    ]
+    assert placement
+    assert with_torch == []
+
+
+def test_only_kernels_and_offload_touch_the_compiled_module() -> None:
+    users = {each.source for module in modules() for each in imports_of(module) if each.target == "gemini._native"}
+    assert {user for user in users if not user.startswith(("gemini.kernels.", "gemini.offload."))} == set()
+
+
+@pytest.mark.parametrize("call", ["print", "logging.basicConfig", "os.getenv", "os.putenv", "getenv", "basicConfig"])
+def test_the_library_never_calls(call: str) -> None:
+    found = ((path, line) for path in library_files() for line, name in calls_in(path) if name == call)
+    assert named(found) == []
+
+
+def test_the_library_reads_no_environment_variables() -> None:
+    found = (
+        (path, node.lineno)
+        for path in library_files()
+        for node in ast.walk(parsed(path))
+        if (isinstance(node, ast.Attribute) and ast.unparse(node) == "os.environ")
+        or (isinstance(node, ast.ImportFrom) and node.module == "os" and "environ" in [n.name for n in node.names])
+    )
+    assert named(found) == []
+
+
+def test_every_package_says_what_it_exports() -> None:
+    without = [
+        str(path.relative_to(ROOT))
+        for path in library_files()
+        if path.name == "__init__.py" and "__all__" not in _assigned_names(parsed(path))
+    ]
+    assert without == []
+
+
+def _assigned_names(tree: ast.Module) -> set[str]:
+    names = set()
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names
+
+
+def test_every_folder_of_the_library_is_a_package() -> None:
+    folders = {path.parent for path in library_files()}
+    assert [str(folder.relative_to(ROOT)) for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
+def test_modules_stay_short_enough_to_read() -> None:
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in library_files()}
+    too_long = {str(path.relative_to(ROOT)): length for path, length in lengths.items() if length > MAX_MODULE_LINES}
+    assert too_long == {}
