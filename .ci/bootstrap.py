@@ -319,7 +319,11 @@ def build_native(interpreter: Interpreter) -> None:
 def pip(*arguments: str, env: Optional[dict] = None) -> None:
     # Twice quiet: errors only. Without it a mirror that lacks one package fills the screen with warnings.
     command = [str(VENV_PYTHON), "-m", "pip", "--disable-pip-version-check", "-qq", *arguments]
-    run(command, hint="check the network and pip's configuration (pip config list)", env=env)
+    run(
+        command,
+        hint="the message above says why; often it is the network or pip's configuration (pip config list)",
+        env=env,
+    )
 
 
 def run(command: List[str], *, hint: str, env: Optional[dict] = None) -> None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import ChunkLayout, ChunkSpec, build_layout, layout_summary
-from gemini.chunk.manager import ChunkCore
 from gemini.chunk.module_tree import describe_model
 from gemini.config import GeminiConfig
 from gemini.gradients import GradientStore
@@ -26,6 +26,7 @@ from gemini.materialize import (
 )
 from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources, budgets_of, has_device_tier, open_resources
+from gemini.offload.slots import FixedSlots
 from gemini.placement.plan import (
     ChunkDemand,
     ChunkPlacement,
@@ -168,8 +169,7 @@ def _build(
     kernels = select_device_kernels(device)
     core = ChunkCore(
         resources,
-        num_slots=plan.num_slots,
-        slot_nbytes=plan.slot_nbytes,
+        slots=FixedSlots(resources.transfers, num_slots=plan.num_slots, slot_nbytes=plan.slot_nbytes),
         num_fetch_slots=shape.num_fetch_slots,
         fetch_slot_nbytes=buffers["fetch slots"],
         num_protected=max(1, min(blueprint.chunks_at_once, plan.num_slots - 1)),

@@ -10,7 +10,7 @@ import torch
 
 from gemini.errors import ConfigError
 from gemini.placement.plan import PlacementPlan
-from gemini.placement.policy import StaticPlacement
+from gemini.placement.static import StaticPlacement
 from gemini.tiers import parse_nbytes
 
 __all__ = ["GeminiConfig", "NVMeConfig"]
@@ -110,9 +110,13 @@ class GeminiConfig:
             _check_int("GeminiConfig.num_threads", self.num_threads, 1, 1024)
         if self.isa not in ("auto", "scalar", "avx2", "avx512", "neon"):
             raise ConfigError(f"GeminiConfig.isa: unknown instruction set {self.isa!r}")
-        mantissa_is_one = self.initial_loss_scale > 0 and float(self.initial_loss_scale).hex().startswith("0x1.0000000000000p")
+        mantissa_is_one = self.initial_loss_scale > 0 and float(self.initial_loss_scale).hex().startswith(
+            "0x1.0000000000000p"
+        )
         if not mantissa_is_one:
-            raise ConfigError(f"GeminiConfig.initial_loss_scale: expected a power of two, got {self.initial_loss_scale}")
+            raise ConfigError(
+                f"GeminiConfig.initial_loss_scale: expected a power of two, got {self.initial_loss_scale}"
+            )
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

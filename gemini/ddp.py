@@ -99,8 +99,8 @@ class GeminiDDP(torch.nn.Module):
             max_norm: largest norm allowed.
 
         Returns:
-            The norm before clipping, float32 [] on the CPU; NaN if a gradient is not finite, and then the next optimizer
-            step is skipped.
+            The norm before clipping, float32 [] on the CPU; NaN if a gradient is not finite, and then the next
+            optimizer step is skipped.
         """
         norm = self._runtime.gradient_norm(list(self._runtime.layout.slot_by_name.values()))
         if norm == norm:
@@ -125,7 +125,7 @@ class GeminiDDP(torch.nn.Module):
 
     # ---------------------------------------------------------------- weights in and out
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the working weights and buffers of the wrapped model, copied to the CPU.
 
         Names are the wrapped model's own, so the result loads into a plain copy of it.
@@ -190,7 +190,9 @@ class GeminiDDP(torch.nn.Module):
             raise CheckpointMismatchError(f"load_state_dict: missing {missing}, unexpected {unexpected}")
         slots = self._runtime.layout.slot_by_name
         for name, value in state_dict.items():
-            expected = slots[params[name]].spec.shape if name in params else tuple(getattr(buffers.get(name), "shape", ()))
+            expected = (
+                slots[params[name]].spec.shape if name in params else tuple(getattr(buffers.get(name), "shape", ()))
+            )
             if name not in unexpected and tuple(value.shape) != tuple(expected):
                 raise CheckpointMismatchError(
                     f"load_state_dict: {name} has shape {tuple(value.shape)}, expected {tuple(expected)}"

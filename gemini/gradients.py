@@ -125,7 +125,7 @@ class GradientStore:
         """
         if not self._is_in_backward:
             self._is_in_backward = True
-            torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
         chunk = self._chunks[chunk_id]
         if grad.is_sparse:
             grad = grad.to_dense()
@@ -149,8 +149,9 @@ class GradientStore:
         again = position in chunk.sumsq
         if again and self._dtype_of(chunk.spec) is not torch.float32:
             raise ModelError(
-                f"a second gradient for {chunk.spec.slots[position].spec.name} arrived before optimizer.step(): several "
-                f"backward passes per step need float32 gradients, but they are kept as {self._dtype_of(chunk.spec)}; "
+                f"a second gradient for {chunk.spec.slots[position].spec.name} arrived before optimizer.step(): "
+                "several backward passes per step need float32 gradients, but they are kept as "
+                f"{self._dtype_of(chunk.spec)}; "
                 "set GeminiConfig(gradient_accumulation=True), or call optimizer.zero_grad() to drop the first"
             )
 

@@ -7,13 +7,20 @@ Hooks sit on the modules of units and on the model itself, so that the user may 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 __all__ = ["HookSet", "RuntimeEvents"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _disable_compile(function: _Function) -> _Function:
+    """Keep a hook out of torch.compile's graphs."""
+    return torch.compiler.disable(function)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class RuntimeEvents(Protocol):
@@ -32,7 +39,7 @@ class RuntimeEvents(Protocol):
         """Give back what `enter_unit` took."""
 
     def use_parameter(self, param: torch.nn.Parameter) -> None:
-        """Make one parameter usable until the outermost forward ends."""
+        """Make one parameter usable until the unit, or the model, that is running ends."""
 
     def take_gradient(self, param: torch.nn.Parameter) -> None:
         """Take the gradient autograd has just accumulated into `param.grad`."""
@@ -54,9 +61,11 @@ class HookSet:
     def __init__(self, events: RuntimeEvents) -> None:
         self._events = events
         self._handles: list[Any] = []
-        self._mode = _OutsideUseMode(events)
+        self._mode = _ForeignUseMode(events)
         self._depth = 0
         self._entered: list[int] = []
+        self._compiled_units: set[int] = set()
+        self._is_model_compiled = False
 
     def install(
         self,
@@ -71,6 +80,10 @@ class HookSet:
             unit_modules: module of each unit but the root's.
             params: trainable parameters.
         """
+        self._is_model_compiled = _is_compiled(root)
+        self._compiled_units = {
+            unit_id for unit_id, module in unit_modules.items() if any(map(_is_compiled, module.modules()))
+        }
         self._handles.append(root.register_forward_pre_hook(self._before_model, prepend=True))
         self._handles.append(root.register_forward_hook(self._after_model, always_call=True))
         for unit_id, module in unit_modules.items():
@@ -78,7 +91,8 @@ class HookSet:
             self._handles.append(module.register_forward_pre_hook(before, prepend=True))
             self._handles.append(module.register_forward_hook(after, always_call=True))
         for param in params:
-            self._handles.append(param.register_post_accumulate_grad_hook(self._events.take_gradient))
+            handle = param.register_post_accumulate_grad_hook(self._events.take_gradient)  # type: ignore[no-untyped-call]
+            self._handles.append(handle)
 
     def remove(self) -> None:
         """Take all hooks off."""
@@ -88,15 +102,16 @@ class HookSet:
 
     # The hooks below are kept out of torch.compile's graphs: a compiled block runs between them.
 
-    @torch.compiler.disable
+    @_disable_compile
     def _before_model(self, module: torch.nn.Module, args: Any) -> None:
         if self._depth == 0:
             self._entered.clear()
+            self._mode.pause()
             self._events.begin_forward()
-            self._mode.resume()
+            self._watch()
         self._depth += 1
 
-    @torch.compiler.disable
+    @_disable_compile
     def _after_model(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
         if self._depth == 0:  # the pre-hook failed before it had begun anything
             return None
@@ -109,24 +124,32 @@ class HookSet:
         return output
 
     def _unit_hooks(self, unit_id: int) -> tuple[Callable[..., None], Callable[..., Any]]:
-        @torch.compiler.disable
+        @_disable_compile
         def before(module: torch.nn.Module, args: Any) -> None:
             self._mode.pause()  # first, or it would see the engine itself handle parameters
             self._events.enter_unit(unit_id)
             self._entered.append(unit_id)
+            self._watch()
 
-        @torch.compiler.disable
+        @_disable_compile
         def after(module: torch.nn.Module, args: Any, output: Any) -> Any:
             if not self._entered or self._entered[-1] != unit_id:
                 return None  # the pre-hook failed before it had entered the unit
+            self._mode.pause()
             output = self._own_outputs(output)
             self._entered.pop()
             self._events.exit_unit(unit_id)
-            if not self._entered and self._depth:
-                self._mode.resume()
+            self._watch()
             return output
 
         return before, after
+
+    def _watch(self) -> None:
+        """Catch foreign uses wherever user code runs next, unless that is a compiled graph or nothing of ours."""
+        is_running = self._depth > 0 or bool(self._entered)
+        is_compiled = self._is_model_compiled or (self._entered and self._entered[-1] in self._compiled_units)
+        if is_running and not is_compiled:
+            self._mode.resume()
 
     def _own_outputs(self, output: Any) -> Any:
         """Copy outputs that are views of borrowed weights: the memory will hold other weights soon."""
@@ -139,16 +162,18 @@ class HookSet:
         return output if output is None else tree_map_only(torch.Tensor, own, output)
 
 
-class _OutsideUseMode(TorchFunctionMode):
-    """Catches parameters used outside the module that owns them, by a parent that calls functions on them.
+class _ForeignUseMode(TorchFunctionMode):
+    """Catches parameters used by code other than their unit's: a parent, or another unit, that reads them directly.
 
-    Active while the model, but none of its units, is running: there, every torch function is looked at.
+    Active while the model runs; every torch function is looked at, which costs a microsecond or two.
 
     Args:
         events: told of each parameter that a function is about to use.
     """
 
-    _METADATA = frozenset({"__get__", "size", "dim", "numel", "stride", "is_floating_point", "element_size", "ndimension"})
+    _METADATA = frozenset(
+        {"__get__", "__set__", "size", "dim", "numel", "stride", "is_floating_point", "element_size", "ndimension"}
+    )
 
     def __init__(self, events: RuntimeEvents) -> None:
         super().__init__()
@@ -159,7 +184,7 @@ class _OutsideUseMode(TorchFunctionMode):
         """Start catching."""
         if not self._is_active:
             self._is_active = True
-            self.__enter__()
+            self.__enter__()  # type: ignore[no-untyped-call]
 
     def pause(self) -> None:
         """Stop catching, unless the user has entered a mode of their own meanwhile."""
@@ -179,3 +204,8 @@ class _OutsideUseMode(TorchFunctionMode):
                         if isinstance(item, torch.nn.Parameter):
                             self._events.use_parameter(item)
         return func(*args, **kwargs)
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    """Return whether torch.compile runs a module, in either of its two forms."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None

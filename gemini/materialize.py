@@ -84,6 +84,12 @@ def initialise_module(name: str, module: torch.nn.Module, init_fn: InitFn, *, se
 def initialise_buffers(model: torch.nn.Module, init_fn: InitFn, *, device: torch.device, seed: int) -> None:
     """Make buffers on the meta device real and let their modules fill them.
 
+    Args:
+        model: changed in place.
+        init_fn: fills a module's buffers.
+        device: compute device.
+        seed: the configuration's.
+
     Raises:
         ModelError: a buffer's module does not fill it, so its values are lost.
     """
@@ -95,7 +101,9 @@ def initialise_buffers(model: torch.nn.Module, init_fn: InitFn, *, device: torch
             if buffer.dtype.is_floating_point:
                 blank = torch.full_like(buffer, float("nan"), device=device)
             else:
-                blank = torch.full_like(buffer, torch.iinfo(buffer.dtype).min if buffer.dtype != torch.bool else 0, device=device)
+                blank = torch.full_like(
+                    buffer, torch.iinfo(buffer.dtype).min if buffer.dtype != torch.bool else 0, device=device
+                )
             module._buffers[name] = blank
             fresh.append((name, blank.clone()))
         if not fresh:
@@ -109,6 +117,13 @@ def initialise_buffers(model: torch.nn.Module, init_fn: InitFn, *, device: torch
                     "fill it: build the model with real buffers (gemini.empty_parameters() leaves them alone) or pass "
                     "GeminiDDP(..., init_fn=...) that fills it"
                 )
+
+
+def _unlikely_value(dtype: torch.dtype) -> float:
+    """Return a value that no initialisation leaves in place: NaN, or the least integer."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    return 0 if dtype is torch.bool else torch.iinfo(dtype).min
 
 
 def write_home(

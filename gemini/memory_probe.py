@@ -60,11 +60,11 @@ class MemoryProbe:
         self.non_model_peak_nbytes = max(self.non_model_peak_nbytes or 0, peak_nbytes)
 
 
-class _StorageCounter(TorchDispatchMode):
+class _StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the storages that operations create, until they are freed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak_nbytes = 0
         self._live_nbytes = 0
         self._known: set[int] = set()

@@ -84,8 +84,8 @@ class HybridAdam(torch.optim.Optimizer):
         runtime = runtime_of(param)
         if runtime is None:
             raise ConfigError(
-                f"HybridAdam: a parameter of shape {tuple(param.shape)} belongs to no GeminiDDP; wrap the model first and "
-                "pass engine.parameters()"
+                f"HybridAdam: a parameter of shape {tuple(param.shape)} belongs to no GeminiDDP; wrap the model "
+                "first and pass engine.parameters()"
             )
         if self._runtime is not None and runtime is not self._runtime:
             raise ConfigError("HybridAdam: the parameters belong to different GeminiDDPs; use one optimizer for each")
@@ -188,7 +188,9 @@ class HybridAdam(torch.optim.Optimizer):
         groups = state_dict["param_groups"]
         expected, found = ([len(g["params"]) for g in gs] for gs in (self.param_groups, groups))
         if expected != found:
-            raise CheckpointMismatchError(f"HybridAdam: expected parameter groups of {expected} parameters, got {found}")
+            raise CheckpointMismatchError(
+                f"HybridAdam: expected parameter groups of {expected} parameters, got {found}"
+            )
         params = [param for group in self.param_groups for param in group["params"]]
         ids = [index for group in groups for index in group["params"]]
         for index, param in zip(ids, params, strict=True):

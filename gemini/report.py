@@ -82,10 +82,10 @@ class MemoryReport:
             )
             lines += [f"{'':9}{purpose:<18}{format_nbytes(n):>12}" for purpose, n in tier.planned_nbytes.items()]
         lines.append(
-            f"{self.num_steps} steps ({self.num_skipped_steps} skipped): {self.num_fetches} fetches, {self.num_misses} of "
-            f"them late, {format_nbytes(self.fetched_nbytes)}; disk read {format_nbytes(self.nvme_read_nbytes)}, written "
-            f"{format_nbytes(self.nvme_written_nbytes)}; stalls {self.fetch_stall_s:.2f} s for weights, "
-            f"{self.update_stall_s:.2f} s in updates"
+            f"{self.num_steps} steps ({self.num_skipped_steps} skipped): {self.num_fetches} fetches, "
+            f"{self.num_misses} of them late, {format_nbytes(self.fetched_nbytes)}; disk read "
+            f"{format_nbytes(self.nvme_read_nbytes)}, written {format_nbytes(self.nvme_written_nbytes)}; stalls "
+            f"{self.fetch_stall_s:.2f} s for weights, {self.update_stall_s:.2f} s in updates"
         )
         return "\n".join(lines)
 
@@ -113,9 +113,9 @@ def make_report(runtime: Runtime) -> MemoryReport:
         update_stall_s=runtime.update_stall_s,
         non_model_peak_nbytes=runtime.probe.non_model_peak_nbytes,
         resident_set_nbytes=psutil.Process().memory_info().rss,
-        io_engine=store.backend.value if store is not None else None,
+        io_engine=store.backend.name.lower() if store is not None else None,
         is_direct_io=store.is_direct if store is not None else None,
-        instruction_set=resources.isa.value,
+        instruction_set=resources.isa.name.lower(),
     )
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import ChunkLayout, ParamSlot
-from gemini.chunk.manager import ChunkCore
+from gemini.chunk.state import ChunkState
 from gemini.config import GeminiConfig
 from gemini.errors import GeminiError, ModelError
 from gemini.gradients import GradientStore
@@ -25,6 +26,7 @@ from gemini.memory_probe import MemoryProbe
 from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources
 from gemini.placement.plan import MemoryDemand, PlacementPlan
+from gemini.placement.prefetch import choose_prefetch
 from gemini.placement.tracer import AccessHistory, Phase
 from gemini.saved import SavedWeights
 from gemini.scaler import LossScaler, scale_gradients_of
@@ -42,6 +44,16 @@ class SlotUpdate:
     slot: ParamSlot
     segment: AdamSegment
     """In chunk coordinates."""
+
+
+@dataclass
+class _Entry:
+    """A unit that is running."""
+
+    unit_id: int
+    has_pushed_hooks: bool
+    borrowed: list[int] = field(default_factory=list)
+    """Chunks of other units that this one has used."""
 
 
 class Runtime:
@@ -90,8 +102,8 @@ class Runtime:
         self._is_in_step = False
         core.next_use = self._next_use
         self._saved = SavedWeights(self._chunk_id_in, self._weights_in_backward)
-        self._entered: list[tuple[int, bool]] = []
-        self._used_outside: list[int] = []
+        self._entered: list[_Entry] = []
+        self._borrowed_by_model: list[int] = []
         self._place_of_param: dict[int, tuple[int, int]] = {
             id(param): (chunk.spec.chunk_id, position)
             for chunk in core.chunks
@@ -128,15 +140,18 @@ class Runtime:
         if self._has_pushed_for_model:
             self._saved.pop()
             self._has_pushed_for_model = False
-        for chunk_id in self._used_outside:
+        for chunk_id in self._borrowed_by_model:
             self.core.release(chunk_id)
-        self._used_outside.clear()
+        self._borrowed_by_model.clear()
         if self._phase is Phase.INFERENCE:
             self._history.end_step()
             self._phase = Phase.TRAIN
 
     def enter_unit(self, unit_id: int) -> None:
         """Lease a unit's chunks and start fetching what comes next.
+
+        Args:
+            unit_id: the unit.
 
         Raises:
             OutOfTierMemoryError: no slot can be freed.
@@ -160,25 +175,28 @@ class Runtime:
         is_grad_enabled = torch.is_grad_enabled()
         if is_grad_enabled:
             self._saved.push()
-        self._entered.append((unit_id, is_grad_enabled))
+        self._entered.append(_Entry(unit_id, is_grad_enabled))
 
     def exit_unit(self, unit_id: int) -> None:
         """Give a unit's leases back."""
-        entered, has_pushed = self._entered.pop()
-        assert entered == unit_id, f"left unit {unit_id} while in unit {entered}"
-        if has_pushed:
+        entry = self._entered.pop()
+        assert entry.unit_id == unit_id, f"left unit {unit_id} while in unit {entry.unit_id}"
+        if entry.has_pushed_hooks:
             self._saved.pop()
-        for chunk_id in self.layout.units[unit_id].chunk_ids:
+        for chunk_id in (*self.layout.units[unit_id].chunk_ids, *entry.borrowed):
             self.core.release(chunk_id)
 
     def use_parameter(self, param: torch.nn.Parameter) -> None:
-        """Lease a parameter's chunk until the outermost forward ends."""
+        """Lease a parameter's chunk until the unit that is running, or else the outermost forward, ends."""
         place = self._place_of_param.get(id(param))
-        if place is None or self.core.chunks[place[0]].is_resident or place[0] in self._used_outside:
+        if place is None or self.core.chunks[place[0]].state is ChunkState.LEASED:
             return
-        self.core.access(place[0])
-        self._used_outside.append(place[0])
-        self._record(place[0])
+        chunk_id = place[0]
+        if self.core.chunks[chunk_id].is_resident:
+            return
+        self.core.access(chunk_id)
+        self._record(chunk_id)
+        (self._entered[-1].borrowed if self._entered else self._borrowed_by_model).append(chunk_id)
 
     def wrap_outputs(self, output: Any) -> Any:
         """Scale the gradients that will enter the model through its outputs, if float16 needs it."""
@@ -219,12 +237,15 @@ class Runtime:
         return None if place is None else self.layout.chunks[place[0]].slots[place[1]]
 
     def gradient_norm(self, slots: Sequence[ParamSlot]) -> float:
-        """Return the exact L2 norm of some parameters' gradients, loss scale taken out; infinite or NaN on overflow.
+        """Compute the exact L2 norm of some parameters' gradients, loss scale taken out.
 
         The sum over parameters is correctly rounded, so it depends neither on their order nor on the layout.
 
         Args:
             slots: the parameters; those without a gradient count as zero.
+
+        Returns:
+            The norm; NaN if a gradient is infinite or NaN.
         """
         sums = self.gradients.sums_of_squares()
         values = [sums[slot.spec.name] for slot in slots if slot.spec.name in sums]
@@ -346,11 +367,24 @@ class Runtime:
         return self._history.next_use_distance(chunk_id)
 
     def _fetch_ahead(self) -> None:
+        """Start the fetches that the trace says will be needed soon."""
+        depth = self.config.prefetch_depth
+        if depth == 0 or self.plan.num_slots == 0:
+            return
         self.core.poll()
-        upcoming = self._history.upcoming(self.config.prefetch_depth)
-        for chunk_id in upcoming:
-            if not self.core.prefetch(chunk_id, protect=upcoming):
+        decisions = choose_prefetch(
+            self._history.upcoming(depth + self.plan.num_slots),
+            self.core.in_memory(),
+            num_free_slots=self.core.num_free_slots(),
+            evictable=self.core.evictable(),
+            depth=depth,
+        )
+        for decision in decisions:
+            if not self.core.can_prefetch(decision.fetch_chunk):
                 break
+            if decision.evict_chunk is not None:
+                self.core.evict(decision.evict_chunk)
+            self.core.prefetch(decision.fetch_chunk)
 
     # ---------------------------------------------------------------- life
 
@@ -359,8 +393,8 @@ class Runtime:
             raise ModelError("this GeminiDDP has been closed; wrap the model again to go on")
         if self._lost is not None:
             raise ModelError(
-                f"the optimizer state was lost: {self._lost}; some parameters were updated and some were not, so load a "
-                "checkpoint into a new GeminiDDP"
+                f"the optimizer state was lost: {self._lost}; some parameters were updated and some were not, so "
+                "load a checkpoint into a new GeminiDDP"
             )
 
     def _check_params(self) -> None:
@@ -369,20 +403,20 @@ class Runtime:
             for slot, param in zip(chunk.spec.slots, chunk.params, strict=True):
                 if param.requires_grad != chunk.spec.is_trainable:
                     raise ModelError(
-                        f"parameter {slot.spec.name} had requires_grad={chunk.spec.is_trainable} when it was wrapped and "
-                        f"has {param.requires_grad} now; set requires_grad before GeminiDDP(...), which plans state for it"
+                        f"parameter {slot.spec.name} had requires_grad={chunk.spec.is_trainable} when it was wrapped "
+                        f"and has {param.requires_grad} now; set it before GeminiDDP(...), which plans state for it"
                     )
                 if param.dtype is not chunk.spec.dtype or param.device.type != self.resources.transfers.device.type:
                     raise ModelError(
-                        f"parameter {slot.spec.name} was {chunk.spec.dtype} on {self.resources.transfers.device} when it "
-                        f"was wrapped and is {param.dtype} on {param.device} now; GeminiDDP moves and casts parameters "
-                        "itself: set GeminiConfig(device=..., dtype=...) and do not call .to(), .cuda() or .half()"
+                        f"parameter {slot.spec.name} was {chunk.spec.dtype} on {self.resources.transfers.device} when "
+                        f"it was wrapped and is {param.dtype} on {param.device} now; GeminiDDP moves and casts "
+                        "parameters itself: set GeminiConfig(device=..., dtype=...), and no .to(), .cuda() or .half()"
                     )
 
     def _drop_leftovers(self) -> None:
         """Forget what an exception in an earlier forward or backward may have left behind."""
         self._entered.clear()
-        self._used_outside.clear()
+        self._borrowed_by_model.clear()
         self.core.drop_leases()
 
     def close(self) -> None:

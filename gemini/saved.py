@@ -62,9 +62,7 @@ class SavedWeights:
         weights_of: the chunk's weights as uint8 compute memory, fetched if need be.
     """
 
-    def __init__(
-        self, chunk_id_of: Callable[[int], int | None], weights_of: Callable[[int], torch.Tensor]
-    ) -> None:
+    def __init__(self, chunk_id_of: Callable[[int], int | None], weights_of: Callable[[int], torch.Tensor]) -> None:
         self._chunk_id_of = chunk_id_of
         self._weights_of = weights_of
 
@@ -93,7 +91,7 @@ class SavedWeights:
         if chunk_id is None:
             return None
         return _WeightView(
-            chunk_id, tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride())
+            chunk_id, tensor.dtype, int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride())
         )
 
     def _unpack(self, packed: Any) -> torch.Tensor:

@@ -60,7 +60,8 @@ def record_views(
         parts.append(record[begin : begin + nbytes].view(dtype) if dtype is not None else None)
         begin += round_up(nbytes, IO_ALIGNMENT_NBYTES)
     master, momentum, variance = parts
-    assert momentum is not None and variance is not None
+    assert momentum is not None
+    assert variance is not None
     return master, momentum, variance
 
 
@@ -99,13 +100,20 @@ class _Tile:
     index: int
     length: int
     segments: tuple[AdamSegment, ...]
-    working: torch.Tensor
+    weights: torch.Tensor
+    """Working weights, uint8, padding included."""
     record: torch.Tensor
     grad: torch.Tensor
     ring_buffer: torch.Tensor | None
-    reads: list[IoTicket]
+    reads: list[IoTicket] = field(default_factory=list)
     adam: Ticket | None = None
     leaving: list[IoTicket | Move] = field(default_factory=list)
+
+    @property
+    def working(self) -> torch.Tensor:
+        """Working weights, [length] of the chunk's dtype."""
+        dtype = self.job.chunk.spec.dtype
+        return self.weights[: self.length * dtype.itemsize].view(dtype)
 
     def has_left(self) -> bool:
         return all(way.is_done() for way in self.leaving)
@@ -222,14 +230,13 @@ class UpdatePipeline:
             else:
                 part = home.tile(index)
             parts.append(part)
-        record, working, grad = parts
-        dtype = job.chunk.spec.dtype
+        record, weights, grad = parts
         return _Tile(
             job=job,
             index=index,
             length=length,
             segments=segments,
-            working=working[: length * dtype.itemsize].view(dtype),
+            weights=weights,
             record=record,
             grad=grad[: length * job.grad_dtype.itemsize].view(job.grad_dtype),
             ring_buffer=ring_buffer,
@@ -277,8 +284,7 @@ class UpdatePipeline:
         if job.state.tiers[index] is MemoryTier.NVME:
             tile.leaving.append(job.state.write_tile(index, tile.record))
         if chunk.home.tiers[index] is MemoryTier.NVME:
-            nbytes = chunk.home.tile_nbytes[index]
-            tile.leaving.append(chunk.home.write_tile(index, _whole_tile(tile.working, nbytes)))
+            tile.leaving.append(chunk.home.write_tile(index, tile.weights))
         if chunk.slot is not None:
             self._refresh_copy(tile, chunk)
         self._leaving.append(tile)
@@ -318,17 +324,15 @@ class UpdatePipeline:
             segments = clip_segments(job.segments, begin, begin + length)
             if not segments:
                 continue
-            dtype = job.chunk.spec.dtype
             tile = _Tile(
                 job=job,
                 index=index,
                 length=length,
                 segments=segments,
-                working=job.chunk.home.tile(index)[: length * dtype.itemsize].view(dtype),
+                weights=job.chunk.home.tile(index),
                 record=job.state.tile(index),
                 grad=job.grad.tile(index)[: length * job.grad_dtype.itemsize].view(job.grad_dtype),
                 ring_buffer=None,
-                reads=[],
             )
             self._device_kernels.adam_update(DeviceTile(**_tile_fields(tile)))
 
@@ -345,13 +349,6 @@ def _tile_fields(tile: _Tile) -> dict[str, Any]:
         "grad_scale": tile.job.grad_scale,
         "segments": tile.segments,
     }
-
-
-def _whole_tile(part: torch.Tensor, nbytes: int) -> torch.Tensor:
-    """Return the padded tile that `part`, typed, begins."""
-    storage = part.untyped_storage()
-    begin = part.storage_offset() * part.element_size()
-    return torch.empty(0, dtype=torch.uint8).set_(storage, begin, (nbytes,))
 
 
 def _wait_quietly(ticket: Ticket | IoTicket | Move | None) -> None:

@@ -91,9 +91,7 @@ def load_master(runtime: Runtime, slot: ParamSlot, value: torch.Tensor) -> None:
         runtime.core.end_update(slot.chunk_id)
 
 
-def _store(
-    record: torch.Tensor, part: _Part, dtype: torch.dtype, working: torch.Tensor, source: torch.Tensor
-) -> None:
+def _store(record: torch.Tensor, part: _Part, dtype: torch.dtype, working: torch.Tensor, source: torch.Tensor) -> None:
     master = record_views(record, part.length, dtype)[0]
     if master is None:
         working.copy_(source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -14,16 +15,13 @@ from gemini.offload.home import TiledHome
 __all__ = ["Chunk", "Slot", "placeholder"]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class Slot:
-    """A buffer of compute memory that chunks take turns in.
+    """A buffer of compute memory and the chunk it holds, or will hold when its fetch has ended."""
 
-    Args:
-        buffer: uint8 [slot bytes], page aligned, with a storage of its own.
-    """
-
-    def __init__(self, buffer: torch.Tensor) -> None:
-        self.buffer = buffer
-        self.chunk: Chunk | None = None
+    buffer: torch.Tensor
+    """uint8 [slot bytes], page aligned, with a storage of its own."""
+    chunk: Chunk
 
     @property
     def address(self) -> int:
@@ -41,9 +39,7 @@ class Chunk:
         is_resident: whether compute memory always holds them.
     """
 
-    def __init__(
-        self, spec: ChunkSpec, params: Sequence[torch.Tensor], home: TiledHome, *, is_resident: bool
-    ) -> None:
+    def __init__(self, spec: ChunkSpec, params: Sequence[torch.Tensor], home: TiledHome, *, is_resident: bool) -> None:
         self.spec = spec
         self.params = list(params)
         self.home = home
@@ -68,6 +64,9 @@ class Chunk:
 
     def transition(self, to: ChunkState) -> None:
         """Enter a state.
+
+        Args:
+            to: the state.
 
         Raises:
             IllegalTransitionError: the transition table does not allow it.

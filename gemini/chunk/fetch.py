@@ -99,7 +99,8 @@ class Fetch:
 
     def abandon(self) -> None:
         """Wait for everything under way without caring for the outcome, so that the buffers may be reused."""
-        for ticket in [*(ticket for _, ticket in self._reads), *self._copies]:
+        tickets: list[IoTicket | Ticket] = [*(ticket for _, ticket in self._reads), *self._copies]
+        for ticket in tickets:
             with suppress(GeminiError):
                 ticket.wait()
         self._reads.clear()

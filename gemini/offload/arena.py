@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import mmap
 import os
+from typing import Any
 
 import torch
 
@@ -68,21 +69,27 @@ class HostArena:
         purpose, nbytes = self._buffers.pop(buffer.data_ptr())
         self._ledger.credit(MemoryTier.HOST, purpose, nbytes)
         if self._is_pinned:
-            torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+            _cuda_runtime().cudaHostUnregister(buffer.data_ptr())
 
     def close(self) -> None:
         """Give every buffer back."""
         for address, (purpose, nbytes) in self._buffers.items():
             self._ledger.credit(MemoryTier.HOST, purpose, nbytes)
             if self._is_pinned:
-                torch.cuda.cudart().cudaHostUnregister(address)
+                _cuda_runtime().cudaHostUnregister(address)
         self._buffers.clear()
 
     def _pin(self, buffer: torch.Tensor) -> None:
-        status = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
+        status = _cuda_runtime().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
         if int(status) != 0 and not self._has_warned:
             self._has_warned = True
-            logger.warning("page-locking host memory failed (%s); copies to the device will not overlap compute", status)
+            logger.warning(
+                "page-locking host memory failed (%s); copies to the device will not overlap compute", status
+            )
+
+
+def _cuda_runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def _map_anonymous_file(nbytes: int) -> mmap.mmap:

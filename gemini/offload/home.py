@@ -104,7 +104,8 @@ class TiledHome:
     def tile(self, tile: int) -> torch.Tensor:
         """Return a tile that lives in host or device memory, uint8 [its bytes]."""
         buffer = self.device_buffer if self.tiers[tile] is MemoryTier.DEVICE else self.host_buffer
-        assert buffer is not None and self.tiers[tile] is not MemoryTier.NVME
+        assert buffer is not None
+        assert self.tiers[tile] is not MemoryTier.NVME
         return buffer[self._offsets[tile] : self._offsets[tile] + self.tile_nbytes[tile]]
 
     def read_tile(self, tile: int, into: torch.Tensor) -> IoTicket:
@@ -124,7 +125,8 @@ class TiledHome:
         return self._read(run.home_offset, into)
 
     def _read(self, offset: int, into: torch.Tensor) -> IoTicket:
-        assert self._store is not None and self._extent is not None
+        assert self._store is not None
+        assert self._extent is not None
         self.finish_writes()
         return self._store.read(self._extent, into, offset=offset)
 
@@ -145,7 +147,8 @@ class TiledHome:
         return self._write(run.home_offset, source)
 
     def _write(self, offset: int, source: torch.Tensor) -> IoTicket:
-        assert self._store is not None and self._extent is not None
+        assert self._store is not None
+        assert self._extent is not None
         ticket = self._store.write(self._extent, source, offset=offset)
         self.writes.append(ticket)
         return ticket

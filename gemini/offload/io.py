@@ -343,6 +343,7 @@ class IoEngine:
             raise OffloadIOError("start I/O engine", backend.value, -status, hint=_why_not(backend))
         self.backend = backend
         self._native = handle[0]
+        self._pid = os.getpid()  # the child of a fork must not touch the lock, whose holder it may lack
         self._condition = threading.Condition()  # guards everything below
         self._num_borrowers = 0
         self._is_closed = False  # nothing new may enter the native engine
@@ -426,8 +427,11 @@ class IoEngine:
     def close(self) -> None:
         """Complete what the kernel already has, cancel the rest, close the files. Closing again does nothing.
 
-        A ticket that was not known to be complete fails with ECANCELED from then on.
+        A ticket that was not known to be complete fails with ECANCELED from then on. In the child of a fork nothing
+        happens.
         """
+        if os.getpid() != self._pid:
+            return
         with self._condition:
             if self._is_closed:
                 self._condition.wait_for(lambda: self._is_destroyed)
@@ -454,6 +458,8 @@ class IoEngine:
     @contextlib.contextmanager
     def _borrow(self) -> Iterator[object]:
         # close() waits for the borrowers, so that no thread is inside the native engine when it goes.
+        if os.getpid() != self._pid:
+            raise OffloadIOError("use I/O engine", self.backend.value, errno.ESRCH, hint=_HINTS[errno.ESRCH])
         with self._condition:
             if self._is_closed:
                 raise OffloadIOError("use I/O engine", self.backend.value, errno.EBADF, hint="it was closed before")
@@ -468,6 +474,8 @@ class IoEngine:
 
     def _ask(self, number: int, timeout_ns: int) -> tuple[int, int] | None:
         """Return (status, bytes done) of a ticket, or None if it is not complete after `timeout_ns`."""
+        if os.getpid() != self._pid:
+            return (-errno.ESRCH, 0)
         with self._condition:
             if self._is_closed:
                 self._condition.wait_for(lambda: self._is_destroyed)

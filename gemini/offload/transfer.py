@@ -7,6 +7,7 @@ ordered by events). Nothing outside this module knows which one it talks to.
 
 from __future__ import annotations
 
+import mmap
 from typing import Protocol
 
 import torch
@@ -107,9 +108,7 @@ class SimulatedTransfers:
         """Return uint8 [nbytes rounded up to a page] charged to the device."""
         nbytes = round_up(max(nbytes, 1), IO_ALIGNMENT_NBYTES)
         self._ledger.charge(MemoryTier.DEVICE, purpose, nbytes)
-        padded = torch.empty(nbytes + IO_ALIGNMENT_NBYTES, dtype=torch.uint8)
-        skip = -padded.data_ptr() % IO_ALIGNMENT_NBYTES
-        return torch.frombuffer(memoryview(padded.numpy()), dtype=torch.uint8, count=nbytes, offset=skip)
+        return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
 
     def free(self, buffer: torch.Tensor, purpose: str) -> None:
         """Credit the device."""
@@ -156,8 +155,8 @@ class CudaTransfers:
     def __init__(self, device: torch.device, ledger: TierLedger) -> None:
         self.device = device
         self._ledger = ledger
-        self._upload_stream = torch.cuda.Stream(device)
-        self._download_stream = torch.cuda.Stream(device)
+        self._upload_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._download_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def allocate(self, nbytes: int, purpose: str) -> torch.Tensor:
         """Return uint8 [nbytes rounded up to a page] from torch's caching allocator."""
@@ -197,7 +196,7 @@ class _CudaMove:
         self._device = device
 
     def is_done(self) -> bool:
-        return bool(self._event.query())
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def wait_on_host(self) -> None:
         self._event.synchronize()

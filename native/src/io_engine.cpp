@@ -27,6 +27,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <stdexcept>
 #include <system_error>
 #include <thread>
 #include <unordered_map>
@@ -99,7 +100,8 @@ struct Request : Transfer {
     int64_t nbytes_done = 0;
     int32_t status = 0;
     int32_t num_retries = 0;
-    bool is_via_direct = false;
+    bool is_via_direct = false;      // its present transfer
+    bool is_direct_refused = false;  // a direct transfer of it came back with -EINVAL
     bool is_complete = false;
 };
 
@@ -237,11 +239,22 @@ int32_t guarded(Function function) noexcept {
         return function();
     } catch (const std::bad_alloc&) {
         return -ENOMEM;
+    } catch (const std::length_error&) {
+        return -ENOMEM;
     } catch (const std::system_error& error) {
         return error.code().value() > 0 ? -error.code().value() : -EIO;
     } catch (...) {
         return -EIO;
     }
+}
+
+// Run a function on an engine. The child of a fork has the engine's memory but not its thread, and its
+// mutex in any state: there, nothing but -ESRCH is safe.
+template <typename Function>
+int32_t guarded_on(gn_io* io, Function function) noexcept {
+    if (io == nullptr) return -EINVAL;
+    if (!io->is_in_creating_process()) return -ESRCH;
+    return guarded(function);
 }
 
 }  // namespace
@@ -477,7 +490,7 @@ void gn_io::aim_locked(Request* request) {
     request->nbytes = std::min(asked.nbytes - request->nbytes_done, gn::io::kMaxTransferNbytes);
     const auto address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(request->buffer) & 0xFFF);
     const int64_t misaligned = (address | request->offset | request->nbytes) % gn::io::kAlignmentNbytes;
-    request->is_via_direct = file.is_direct && misaligned == 0;
+    request->is_via_direct = file.is_direct && !request->is_direct_refused && misaligned == 0;
     request->fd = request->is_via_direct ? file.direct.get() : file.buffered.get();
 }
 
@@ -522,7 +535,7 @@ void gn_io::settle_locked(Request* request) {
     --num_in_flight_;
     const int64_t moved = request->result;
     if (moved == -EINVAL && request->is_via_direct) {
-        request->file->is_direct = false;  // accepted at open, refused in use: some file systems do that
+        request->is_direct_refused = true;
         queue_.push_front(request);
     } else if (moved == -EINTR || moved == -EAGAIN) {
         retry_locked(request, static_cast<int32_t>(moved));
@@ -531,6 +544,8 @@ void gn_io::settle_locked(Request* request) {
     } else if (moved == 0) {
         complete_locked(request, request->is_write ? -EIO : -ENODATA);
     } else {
+        // Accepted at open but refused in use: some file systems do that.
+        if (request->is_direct_refused) request->file->is_direct = false;
         request->num_retries = 0;
         request->nbytes_done += moved;
         (request->is_write ? nbytes_written_ : nbytes_read_) += moved;
@@ -604,8 +619,7 @@ int32_t gn_io_create(gn_io** io, int32_t backend, int32_t queue_depth, int32_t n
 }
 
 int32_t gn_io_destroy(gn_io* io) {
-    // The child of a fork has the memory but not the threads: there is nothing it could end.
-    if (io == nullptr || !io->is_in_creating_process()) return 0;
+    if (io == nullptr || !io->is_in_creating_process()) return 0;  // a child has nothing to end
     return gn::io::guarded([=] {
         delete io;
         return 0;
@@ -615,42 +629,33 @@ int32_t gn_io_destroy(gn_io* io) {
 int32_t gn_io_open(gn_io* io, const char* path, int32_t flags) {
     constexpr int32_t kAccess = GN_IO_OPEN_READ | GN_IO_OPEN_WRITE;
     constexpr int32_t kKnown = kAccess | GN_IO_OPEN_CREATE | GN_IO_OPEN_TRUNCATE | GN_IO_OPEN_DIRECT;
-    if (io == nullptr || path == nullptr || (flags & kAccess) == 0 || (flags & ~kKnown) != 0) return -EINVAL;
-    return gn::io::guarded([=] { return io->open_file(path, flags); });
+    if (path == nullptr || (flags & kAccess) == 0 || (flags & ~kKnown) != 0) return -EINVAL;
+    return gn::io::guarded_on(io, [=] { return io->open_file(path, flags); });
 }
 
 int32_t gn_io_is_direct(gn_io* io, int32_t file) {
-    if (io == nullptr) return -EINVAL;
-    return gn::io::guarded([=] { return io->is_direct(file); });
+    return gn::io::guarded_on(io, [=] { return io->is_direct(file); });
 }
 
 int32_t gn_io_close(gn_io* io, int32_t file) {
-    if (io == nullptr) return -EINVAL;
-    return gn::io::guarded([=] { return io->close_file(file); });
+    return gn::io::guarded_on(io, [=] { return io->close_file(file); });
 }
 
 int32_t gn_io_sync(gn_io* io, int32_t file) {
-    if (io == nullptr) return -EINVAL;
-    return gn::io::guarded([=] { return io->sync_file(file); });
+    return gn::io::guarded_on(io, [=] { return io->sync_file(file); });
 }
 
 int32_t gn_io_submit(gn_io* io, const gn_io_request* requests, int64_t count, uint64_t* tickets) {
-    if (io == nullptr || count < 0) return -EINVAL;
-    if (count == 0) return 0;
-    if (requests == nullptr || tickets == nullptr) return -EINVAL;
-    if (!io->is_in_creating_process()) return -ESRCH;
-    return gn::io::guarded([=] { return io->submit(requests, count, tickets); });
+    if (count < 0 || (count > 0 && (requests == nullptr || tickets == nullptr))) return -EINVAL;
+    return gn::io::guarded_on(io, [=] { return io->submit(requests, count, tickets); });
 }
 
 int32_t gn_io_wait(gn_io* io, uint64_t ticket, int64_t timeout_ns, gn_io_result* result) {
-    if (io == nullptr) return -EINVAL;
-    if (!io->is_in_creating_process()) return -ESRCH;
-    return gn::io::guarded([=] { return io->wait(ticket, timeout_ns, result); });
+    return gn::io::guarded_on(io, [=] { return io->wait(ticket, timeout_ns, result); });
 }
 
 int32_t gn_io_stats(gn_io* io, int64_t* nbytes_read, int64_t* nbytes_written) {
-    if (io == nullptr) return -EINVAL;
-    return gn::io::guarded([=] {
+    return gn::io::guarded_on(io, [=] {
         io->stats(nbytes_read, nbytes_written);
         return 0;
     });

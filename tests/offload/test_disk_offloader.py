@@ -10,6 +10,7 @@ import resource
 import signal
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -81,12 +82,12 @@ def test_asynchronous_calls_run_their_callbacks_once(offloader: DiskOffloader) -
     copies = [tensor.clone() for tensor in tensors]
     calls: list[int] = []
     for i, tensor in enumerate(tensors):
-        offloader.async_write(tensor, lambda i=i: calls.append(i))
+        offloader.async_write(tensor, partial(calls.append, i))
     offloader.sync_write_events()
     assert sorted(calls) == list(range(20))
     assert all(held_nbytes(tensor) == 0 for tensor in tensors)
     for i, tensor in enumerate(tensors):
-        offloader.async_read(tensor, lambda i=i: calls.append(100 + i))
+        offloader.async_read(tensor, partial(calls.append, 100 + i))
     offloader.sync_read_events()
     assert sorted(calls[20:]) == list(range(100, 120))
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, copies, strict=True))
@@ -148,7 +149,6 @@ def test_collected_tensor_gives_its_place_back(offloader: DiskOffloader) -> None
         tensors = make_tensors(5)
         offloader.sync_writev(tensors)
         del tensors
-        gc.collect()
     survivor = torch.ones(1)
     offloader.sync_write(survivor)
     assert offloader._allocator.held_nbytes == 4096
@@ -195,7 +195,7 @@ def test_closing_finishes_what_is_under_way(tmp_path: Path) -> None:
     calls: list[int] = []
     offloader = DiskOffloader(tmp_path)
     for i, tensor in enumerate(make_tensors(10)):
-        offloader.async_write(tensor, lambda i=i: calls.append(i))
+        offloader.async_write(tensor, partial(calls.append, i))
     offloader.close()
     assert sorted(calls) == list(range(10))
 

@@ -413,22 +413,33 @@ HOSTILE_LIBC = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/aio_abi.h>
 #include <stdarg.h>
+#include <stdlib.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 /* Every transfer is cut short, every other call is refused at first, batches are taken one by one. */
 static __thread unsigned count;
-static size_t less(size_t n) { return n > 12288 && count % 3 ? (n / 3 & ~4095ul) : n > 1 ? n - n / 3 : n; }
+static size_t less(size_t n) {
+    if (n % 4096 == 0) return n > 4096 ? (n - n / 3) & ~4095ul : n; /* may be direct: keep it legal */
+    return n > 12288 && count % 3 ? n / 3 : n - n / 3;
+}
 static int refuse(int how) { if (count++ % 2) return 0; errno = how; return 1; }
+/* With REFUSE_DIRECT, O_DIRECT is accepted at open but not in use. */
+static int refuse_direct(int fd) {
+    if (!getenv("REFUSE_DIRECT") || !(fcntl(fd, F_GETFL) & O_DIRECT)) return 0;
+    errno = EINVAL;
+    return 1;
+}
 typedef ssize_t (*mover)(int, void*, size_t, off_t);
 ssize_t pread(int fd, void* b, size_t n, off_t o) {
-    if (refuse(count % 4 ? EAGAIN : EINTR)) return -1;
+    if (refuse(count % 4 ? EAGAIN : EINTR) || refuse_direct(fd)) return -1;
     return ((mover)dlsym(RTLD_NEXT, "pread"))(fd, b, less(n), o);
 }
 ssize_t pread64(int fd, void* b, size_t n, off_t o) { return pread(fd, b, n, o); }
 ssize_t pwrite(int fd, const void* b, size_t n, off_t o) {
-    if (refuse(count % 4 ? EAGAIN : EINTR)) return -1;
+    if (refuse(count % 4 ? EAGAIN : EINTR) || refuse_direct(fd)) return -1;
     return ((mover)dlsym(RTLD_NEXT, "pwrite"))(fd, (void*)b, less(n), o);
 }
 ssize_t pwrite64(int fd, const void* b, size_t n, off_t o) { return pwrite(fd, b, n, o); }
@@ -442,6 +453,7 @@ long syscall(long number, ...) {
         if (refuse(count % 4 ? EAGAIN : EINTR)) return -1;
         a[1] = a[1] > 0 ? 1 : a[1];
         struct iocb* block = ((struct iocb**)a[2])[0];
+        if (refuse_direct(block->aio_fildes)) return -1;
         block->aio_nbytes = less(block->aio_nbytes);
     }
     if (number == SYS_io_uring_enter) {
@@ -491,29 +503,41 @@ for backend in map(int, backends):
     counts = ffi.new("int64_t[2]")
     assert lib.gn_io_stats(io[0], counts, counts + 1) == 0
     assert counts[0] == counts[1] == sum(sizes)
+    print(backend, lib.gn_io_is_direct(io[0], file))
     assert lib.gn_io_destroy(io[0]) == 0
-    print(backend)
 """
 
 
-def test_short_and_refused_transfers_are_continued(tmp_path: Path) -> None:
+def run_with_hostile_libc(directory: Path, backends: tuple[IoBackend, ...], **environment: str) -> list[str]:
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         pytest.skip("needs a C compiler")
-    (tmp_path / "hostile.c").write_text(HOSTILE_LIBC)
-    library = tmp_path / "hostile.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, tmp_path / "hostile.c", "-ldl"], check=True)
+    (directory / "hostile.c").write_text(HOSTILE_LIBC)
+    library = directory / "hostile.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, directory / "hostile.c", "-ldl"], check=True)
     numbers = {IoBackend.URING: "1", IoBackend.AIO: "2", IoBackend.THREADS: "3"}
-    arguments = [_native.__file__, str(tmp_path), *(numbers[backend] for backend in BACKENDS)]
     finished = subprocess.run(
-        [sys.executable, "-c", HOSTILE_PROGRAM, *arguments],
-        env={**os.environ, "LD_PRELOAD": str(library)},
+        [sys.executable, "-c", HOSTILE_PROGRAM, _native.__file__, directory, *(numbers[each] for each in backends)],
+        env={**os.environ, "LD_PRELOAD": str(library), **environment},
         capture_output=True,
         text=True,
         check=False,
     )
     assert finished.stderr == ""
-    assert finished.stdout.split() == [numbers[backend] for backend in BACKENDS]
+    return finished.stdout.splitlines()
+
+
+def test_short_and_refused_transfers_are_continued(tmp_path: Path) -> None:
+    printed = run_with_hostile_libc(tmp_path, BACKENDS)
+    with IoEngine(IoBackend.THREADS) as engine:
+        is_direct = engine.open(tmp_path / "f", NEW_DIRECT).is_direct
+    assert [line.split()[1] for line in printed] == [str(int(is_direct))] * len(BACKENDS)
+
+
+def test_direct_io_refused_in_use_is_replaced_by_the_page_cache(tmp_path: Path) -> None:
+    backends = tuple(backend for backend in BACKENDS if backend is not IoBackend.URING)  # libc does not see its files
+    printed = run_with_hostile_libc(tmp_path, backends, REFUSE_DIRECT="1")
+    assert [line.split()[1] for line in printed] == ["0"] * len(backends)
 
 
 def forbid_uring() -> bool:
@@ -522,7 +546,7 @@ def forbid_uring() -> bool:
     program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in lines))
     header = struct.pack("HxxxxxxP", len(lines), ctypes.addressof(program))
     libc = ctypes.CDLL(None, use_errno=True)
-    return libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, header, 0, 0) == 0
+    return bool(libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, header, 0, 0) == 0)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")

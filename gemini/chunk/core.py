@@ -7,7 +7,7 @@ call or as the `next_use` function, and here the bytes move.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from gemini.chunk.state import ChunkState
 from gemini.errors import GeminiError, OutOfTierMemoryError
 from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources
+from gemini.offload.slots import SlotSource
 from gemini.placement.eviction import farthest_next_use
 from gemini.tiers import MemoryTier, format_nbytes
 
@@ -46,8 +47,7 @@ class ChunkCore:
 
     Args:
         resources: memory, disk, threads and copy engine; not closed here.
-        num_slots: slots that chunks without a residence take turns in.
-        slot_nbytes: bytes of a slot.
+        slots: compute memory that chunks without a residence take turns in; closed with the core.
         num_fetch_slots: host buffers between disk and device.
         fetch_slot_nbytes: bytes of such a buffer; 0 if none are needed.
         num_protected: how many of the most recently used chunks are never evicted.
@@ -57,8 +57,7 @@ class ChunkCore:
         self,
         resources: Resources,
         *,
-        num_slots: int,
-        slot_nbytes: int,
+        slots: SlotSource,
         num_fetch_slots: int = 0,
         fetch_slot_nbytes: int = 0,
         num_protected: int = 1,
@@ -68,14 +67,13 @@ class ChunkCore:
         self.stats = MoveStats()
         self.next_use: Callable[[int], int] = lambda chunk_id: 0
         """Moments until a chunk is used again; the runtime puts its trace here."""
-        transfers = resources.transfers
-        self._slots = [Slot(transfers.allocate(slot_nbytes, "slots")) for _ in range(num_slots)]
-        self._slot_by_address = {slot.address: slot for slot in self._slots}
-        self._free_slots = list(reversed(self._slots))
+        self._source = slots
+        self._slots: dict[int, Slot] = {}  # those in use, by address of their storage
         self._num_protected = num_protected
         self._recent: list[int] = []
         self._staging = [
-            resources.arena.allocate(fetch_slot_nbytes, "fetch slots") for _ in range(num_fetch_slots if fetch_slot_nbytes else 0)
+            resources.arena.allocate(fetch_slot_nbytes, "fetch slots")
+            for _ in range(num_fetch_slots if fetch_slot_nbytes else 0)
         ]
         self._draining: list[Fetch] = []
         self._placeholders: dict[torch.dtype, torch.Tensor] = {}
@@ -104,7 +102,8 @@ class ChunkCore:
     def settle(self, chunk_id: int) -> None:
         """Bring a resident chunk into compute memory for good."""
         chunk = self.chunks[chunk_id]
-        assert chunk.is_resident and chunk.state is ChunkState.AT_HOME
+        assert chunk.is_resident
+        assert chunk.state is ChunkState.AT_HOME
         compute_tier = self.resources.transfers.compute_tier
         if set(chunk.home.tiers) <= {compute_tier}:
             in_place = chunk.home.device_buffer if compute_tier is MemoryTier.DEVICE else chunk.home.host_buffer
@@ -114,14 +113,38 @@ class ChunkCore:
             chunk.transition(ChunkState.READY)
             return
         buffer = self.resources.transfers.allocate(sum(chunk.home.tile_nbytes), "resident copies")
-        chunk.slot = Slot(buffer)
+        chunk.slot = Slot(buffer, chunk)
         self._start_fetch(chunk)
         self._finish_fetch(chunk)
+
+    def unsettle(self, chunk_id: int) -> None:
+        """Give up a resident chunk's copy; from here on it takes turns in the slots.
+
+        Args:
+            chunk_id: the chunk.
+
+        Raises:
+            IllegalTransitionError: the chunk is leased.
+        """
+        chunk = self.chunks[chunk_id]
+        assert chunk.is_resident
+        assert chunk.slot is not None, f"{chunk.name} has no copy to give up"
+        chunk.transition(ChunkState.AT_HOME)
+        chunk.unbind(self._placeholder(chunk.spec.dtype))
+        self.resources.transfers.free(chunk.slot.buffer, "resident copies")
+        chunk.slot = None
+        chunk.is_resident = False
 
     # ---------------------------------------------------------------- hot path
 
     def access(self, chunk_id: int) -> Chunk:
         """Lease a chunk: its parameters show its weights until as many `release` calls follow.
+
+        Args:
+            chunk_id: the chunk.
+
+        Returns:
+            The chunk, leased.
 
         Raises:
             OutOfTierMemoryError: every slot is leased.
@@ -138,6 +161,12 @@ class ChunkCore:
     def ensure(self, chunk_id: int) -> Chunk:
         """Make a chunk's weights usable now, without a lease: it stays among the last few used.
 
+        Args:
+            chunk_id: the chunk.
+
+        Returns:
+            The chunk, ready or leased.
+
         Raises:
             OutOfTierMemoryError: every slot is leased.
             OffloadIOError: the weights cannot be read.
@@ -148,7 +177,7 @@ class ChunkCore:
         if chunk.compute is None:
             start = time.perf_counter()
             if chunk.fetch is None:
-                self._take_slot(chunk, protect=())
+                self._take_slot(chunk)
                 self._start_fetch(chunk)
                 self.stats.num_misses += 1
             self._finish_fetch(chunk)
@@ -159,39 +188,52 @@ class ChunkCore:
         del self._recent[: -self._num_protected]
         return chunk
 
-    def prefetch(self, chunk_id: int, *, protect: Iterable[int] = ()) -> bool:
-        """Start fetching a chunk that will be needed soon, if that costs nothing that is needed sooner.
+    def can_prefetch(self, chunk_id: int) -> bool:
+        """Return whether a fetch of this chunk could start now without waiting, given a slot."""
+        return not self._needs_staging(self.chunks[chunk_id]) or self._reclaim_staging()
+
+    def prefetch(self, chunk_id: int) -> None:
+        """Start fetching a chunk that will be needed soon; one that is there or on its way is left alone.
 
         Args:
-            chunk_id: what to fetch.
-            protect: chunks that must not be evicted for it.
+            chunk_id: the chunk.
 
-        Returns:
-            Whether the chunk is in compute memory or on its way there.
+        Raises:
+            OutOfTierMemoryError: no slot is free and none can be freed.
         """
         chunk = self.chunks[chunk_id]
         if chunk.is_resident or chunk.compute is not None or chunk.fetch is not None:
-            return True
-        if self._needs_staging(chunk) and not self._reclaim_staging():
-            return False
-        if not self._free_slots:
-            victim = self._choose_victim(set(protect))
-            if victim is None or self.next_use(victim.spec.chunk_id) <= self.next_use(chunk_id):
-                return False
-            self.evict(victim.spec.chunk_id)
-        self._take_slot(chunk, protect=protect)
+            return
+        self._take_slot(chunk)
         self._start_fetch(chunk)
-        return True
+
+    def in_memory(self) -> set[int]:
+        """Return the chunks that are in a slot or on their way to one."""
+        return {slot.chunk.spec.chunk_id for slot in self._slots.values()}
+
+    def evictable(self) -> set[int]:
+        """Return the chunks whose slots could be taken now: neither leased nor among the most recently used."""
+        return {
+            slot.chunk.spec.chunk_id
+            for slot in self._slots.values()
+            if slot.chunk.state is ChunkState.READY and slot.chunk.spec.chunk_id not in self._recent
+        }
+
+    def num_free_slots(self) -> int:
+        """Return how many slots are empty."""
+        return self._source.num_free()
 
     def poll(self) -> None:
         """Push every fetch under way one stage further, and finish those that are complete."""
-        for slot in self._slots:
-            chunk = slot.chunk
-            if chunk is not None and chunk.fetch is not None:
-                chunk.fetch.poll()
+        for slot in self._slots.values():
+            if slot.chunk.fetch is not None:
+                slot.chunk.fetch.poll()
 
     def evict(self, chunk_id: int) -> None:
         """Free a chunk's slot; the home still holds the weights, so nothing is copied.
+
+        Args:
+            chunk_id: the chunk; not resident.
 
         Raises:
             IllegalTransitionError: the chunk is leased.
@@ -210,15 +252,21 @@ class ChunkCore:
 
     def chunk_in(self, storage_address: int) -> Chunk | None:
         """Return the chunk whose weights a slot's storage holds now, None if the address is no slot's."""
-        slot = self._slot_by_address.get(storage_address)
+        slot = self._slots.get(storage_address)
         return slot.chunk if slot is not None else None
 
     def is_slot(self, storage_address: int) -> bool:
         """Return whether a storage is a slot, that is, memory that is refilled."""
-        return storage_address in self._slot_by_address
+        return storage_address in self._slots
 
     def begin_update(self, chunk_id: int) -> Chunk:
         """Reserve a chunk for the optimizer; a copy in a slot is given up, a resident one stays.
+
+        Args:
+            chunk_id: the chunk.
+
+        Returns:
+            The chunk, updating.
 
         Raises:
             IllegalTransitionError: the chunk is leased.
@@ -249,16 +297,17 @@ class ChunkCore:
                 chunk.fetch = None
             chunk.unbind(self._placeholder(chunk.spec.dtype))
             chunk.transition(ChunkState.CLOSED)
-            if chunk.is_resident and chunk.slot is not None:
-                self.resources.transfers.free(chunk.slot.buffer, "resident copies")
+            if chunk.slot is not None:
+                if chunk.is_resident:
+                    self.resources.transfers.free(chunk.slot.buffer, "resident copies")
+                else:
+                    self._leave_slot(chunk)
             chunk.slot = None
             chunk.home.close()
-        for slot in self._slots:
-            self.resources.transfers.free(slot.buffer, "slots")
+        self._source.close()
         for buffer in self._staging:
             self.resources.arena.free(buffer)
-        self._slots, self._free_slots, self._staging, self._draining = [], [], [], []
-        self._slot_by_address.clear()
+        self._staging, self._draining = [], []
 
     # ---------------------------------------------------------------- inside
 
@@ -267,40 +316,34 @@ class ChunkCore:
             self._placeholders[dtype] = placeholder(dtype, self.resources.transfers.device)
         return self._placeholders[dtype]
 
-    def _take_slot(self, chunk: Chunk, *, protect: Iterable[int]) -> None:
-        if not self._free_slots:
-            victim = self._choose_victim(set(protect))
-            if victim is None:
+    def _take_slot(self, chunk: Chunk) -> None:
+        """Give a chunk a slot, evicting others for it if need be."""
+        nbytes = sum(chunk.home.tile_nbytes)
+        while (buffer := self._source.acquire(nbytes)) is None:
+            candidates = self.evictable() or self._fetching()
+            if not candidates:
                 raise self._no_slot_error(chunk)
-            self.evict(victim.spec.chunk_id)
-        slot = self._free_slots.pop()
-        slot.chunk = chunk
-        chunk.slot = slot
+            self.evict(farthest_next_use(candidates, {i: self.next_use(i) for i in candidates}))
+        chunk.slot = Slot(buffer, chunk)
+        self._slots[chunk.slot.address] = chunk.slot
+
+    def _fetching(self) -> set[int]:
+        """Return chunks fetched ahead that have not been used yet; they leave only if nothing else can."""
+        return {slot.chunk.spec.chunk_id for slot in self._slots.values() if slot.chunk.state is ChunkState.FETCHING}
 
     def _leave_slot(self, chunk: Chunk) -> None:
         assert chunk.slot is not None
         chunk.unbind(self._placeholder(chunk.spec.dtype))
-        chunk.slot.chunk = None
-        self._free_slots.append(chunk.slot)
+        del self._slots[chunk.slot.address]
+        self._source.give_back(chunk.slot.buffer)
         chunk.slot = None
-
-    def _choose_victim(self, protect: set[int]) -> Chunk | None:
-        movable = {
-            slot.chunk.spec.chunk_id: slot.chunk
-            for slot in self._slots
-            if slot.chunk is not None and slot.chunk.state in (ChunkState.READY, ChunkState.FETCHING)
-        }
-        candidates = [i for i in movable if i not in protect and i not in self._recent]
-        if not candidates:
-            return None
-        return movable[farthest_next_use(candidates, {i: self.next_use(i) for i in candidates})]
 
     def _no_slot_error(self, chunk: Chunk) -> OutOfTierMemoryError:
         tier = self.resources.transfers.compute_tier
-        held = "; ".join(f"{slot.chunk.name} {slot.chunk.state.value}" for slot in self._slots if slot.chunk is not None)
+        held = "; ".join(f"{slot.chunk.name} {slot.chunk.state.value}" for slot in self._slots.values())
         return OutOfTierMemoryError(
             f"cannot fetch {chunk.name}, {format_nbytes(chunk.spec.working_nbytes)}, to {tier.value} memory: all "
-            f"{len(self._slots)} slots are in use ({held}); raise {tier.value}_budget, so that the plan can give more slots"
+            f"{len(self._slots)} slots are in use ({held or 'none can be made'}); raise {tier.value}_budget"
         )
 
     def _needs_staging(self, chunk: Chunk) -> bool:
@@ -310,6 +353,7 @@ class ChunkCore:
         """Collect staging buffers that every copy has left; return whether one is free."""
         for fetch in [fetch for fetch in self._draining if fetch.may_reuse_staging()]:
             self._draining.remove(fetch)
+            assert fetch.staging is not None
             self._staging.append(fetch.staging)
         return bool(self._staging)
 
@@ -341,7 +385,8 @@ class ChunkCore:
         self.stats.read_nbytes += chunk.fetch.nbytes_from[MemoryTier.NVME]
 
     def _finish_fetch(self, chunk: Chunk) -> None:
-        assert chunk.fetch is not None and chunk.slot is not None
+        assert chunk.fetch is not None
+        assert chunk.slot is not None
         try:
             chunk.fetch.finish()
         except GeminiError:

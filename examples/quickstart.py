@@ -1,0 +1,139 @@
+"""Train GPT-2 small (124 M parameters) on Python's own sources, with most of it on disk. `make quickstart` runs this.
+
+With plain PyTorch, weights, gradients and AdamW's moments take 2 GB before the first activation. Here the engine may
+hold a third of that in memory: the moments live in a swap file, and the weights of most blocks are fetched from it
+twice a step, for forward and for backward, while the blocks before them compute.
+
+The training loop is the usual one: see `train`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+import torch
+import transformers
+from lm_training import (
+    CausalLMLoss,
+    TrainingDisplay,
+    check_disk_space,
+    choose_dtype,
+    encode,
+    print_memory_table,
+    random_windows,
+    read_stdlib,
+    resident_nbytes,
+    run_example,
+    write_summary,
+)
+from rich.console import Console
+
+from gemini import GeminiConfig, GeminiDDP, HybridAdam, NVMeConfig
+
+HOST_BUDGETS = {torch.float32: "640MiB", torch.bfloat16: "500MiB"}
+NVME_BUDGET_NBYTES = 2 * 2**30
+TEXT_NBYTES = 2_000_000
+VOCAB_SIZE = 8192
+NUM_ROWS, NUM_TOKENS = 1, 256
+NUM_WARM_UP_STEPS = 5
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=32, help="optimizer steps (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="decides first weights and batches")
+    parser.add_argument("--lr", type=float, default=6e-4, help="learning rate after warm-up (%(default)s)")
+    parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="working weights (%(default)s)")
+    parser.add_argument("--host-budget", help='memory for the engine, such as "640MiB"')
+    parser.add_argument("--nvme", type=Path, help="directory for the swap file (OUT/swap)")
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="where results go (%(default)s)")
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # a small model, for the tests
+    return parser.parse_args()
+
+
+def build_model(*, is_tiny: bool) -> CausalLMLoss:
+    """Describe the model without giving it memory; the engine initialises it unit by unit."""
+    shape = {"n_layer": 4, "n_embd": 128, "n_head": 4, "vocab_size": VOCAB_SIZE} if is_tiny else {}
+    config = transformers.GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **shape)
+    with torch.device("meta"):
+        model = transformers.GPT2LMHeadModel(config)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return CausalLMLoss(model.train())
+
+
+def train(
+    engine: GeminiDDP, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], display: TrainingDisplay, *, lr: float
+) -> None:
+    """Train on each batch."""
+    optimizer = HybridAdam(engine.parameters(), lr=lr, weight_decay=0.1, max_grad_norm=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / NUM_WARM_UP_STEPS))
+    for inputs, targets in batches:
+        loss = engine(inputs, targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        display.step_done(loss.item())
+
+
+def run(console: Console, arguments: argparse.Namespace) -> None:
+    """Prepare, train and report."""
+    start = time.perf_counter()
+    import_nbytes = resident_nbytes()["now"]
+    dtype, reason = choose_dtype(arguments.dtype)
+    console.print(f"Working weights: {reason}")
+    ids = encode(read_stdlib(TEXT_NBYTES), vocab_size=VOCAB_SIZE, cache=arguments.out)
+    console.print(f"Text: the standard library's sources, {len(ids):,} tokens of byte-level BPE")
+    batches = random_windows(ids, num_rows=NUM_ROWS, num_tokens=NUM_TOKENS, seed=arguments.seed)
+    encoded = time.perf_counter()
+
+    swap = arguments.nvme or arguments.out / "swap"
+    check_disk_space(swap, NVME_BUDGET_NBYTES)
+    config = GeminiConfig(
+        device="cpu",
+        dtype=dtype,
+        host_budget=arguments.host_budget or HOST_BUDGETS[dtype],
+        nvme=NVMeConfig(path=swap, budget=NVME_BUDGET_NBYTES),
+        seed=arguments.seed,
+    )
+    with GeminiDDP(build_model(is_tiny=arguments.tiny), config) as engine:
+        built = time.perf_counter()
+        report = engine.memory_report()
+        console.print(
+            f"Model: {report.num_params:,} parameters in {report.num_chunks} chunks, {report.num_resident_chunks} of "
+            f"them always in memory; swap file in {swap}"
+        )
+        display = TrainingDisplay(
+            engine, num_steps=arguments.steps, num_tokens=NUM_ROWS * NUM_TOKENS, console=console
+        )
+        with display:
+            train(engine, islice(batches, arguments.steps), display, lr=arguments.lr)
+        report = engine.memory_report()
+    trained = time.perf_counter()
+
+    print_memory_table(report, import_nbytes=import_nbytes, console=console)
+    write_summary(
+        arguments.out / "summary.json",
+        log=display.log,
+        report=report,
+        settings={**vars(arguments), "dtype": str(dtype), "host_budget": config.host_budget},
+        import_nbytes=import_nbytes,
+        phase_s={"text": encoded - start, "construction": built - encoded, "steps": trained - built},
+    )
+    log = display.log
+    console.print(
+        f"Loss {log.losses[0]:.2f} -> {log.losses[-1]:.2f} in {len(log.losses)} steps of {log.num_tokens} tokens, "
+        f"{log.tokens_per_s:.0f} tokens/s, {time.perf_counter() - start:.0f} s in all; "
+        f"details in {arguments.out / 'summary.json'}"
+    )
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments()
+    sys.exit(run_example(lambda console: run(console, arguments)))

@@ -1,0 +1,8 @@
+"""Make the helpers of this folder importable, and what holds for training tests."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # importmode=importlib leaves sys.path alone
