@@ -10,6 +10,7 @@ read and written, 2 read), torch's float32 28 (4 + 4 + 4 read and written, 4 rea
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -96,7 +97,7 @@ def main() -> None:
         for isa in supported_isas():
             add(
                 f"split Adam {isa.name.lower()}, 1 thread",
-                lambda isa=isa: adam_update(tile, isa=isa),
+                functools.partial(adam_update, tile, isa=isa),
                 SPLIT_NBYTES * numel,
             )
         add(f"split Adam, {num_threads} threads", lambda: pool.submit_adam(tile).wait(), SPLIT_NBYTES * numel)

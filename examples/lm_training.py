@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import resource
 import shutil
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +34,7 @@ __all__ = [
     "TrainingLog",
     "check_disk_space",
     "choose_dtype",
+    "enable_checkpointing",
     "encode",
     "print_memory_table",
     "random_windows",
@@ -51,50 +53,49 @@ _SKIPPED_DIRECTORIES = {"test", "tests", "site-packages", "dist-packages", "idle
 # ---------------------------------------------------------------- text
 
 
-def read_stdlib(max_nbytes: int) -> str:
-    """Return sources of Python's own standard library, always the same ones in the same order.
+def read_stdlib(max_nbytes: int) -> list[str]:
+    """Return source files of Python's own standard library, always the same ones in the same order.
 
     Args:
-        max_nbytes: the text stops after the file that reaches this.
+        max_nbytes: the last file is the one that reaches this.
     """
-    root = Path(sysconfig.get_path("stdlib"))
-    texts = []
+    texts: list[str] = []
     total_nbytes = 0
-    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
-        if _SKIPPED_DIRECTORIES.isdisjoint(path.relative_to(root).parts) and total_nbytes < max_nbytes:
-            texts.append(path.read_text(encoding="utf-8", errors="replace"))
-            total_nbytes += path.stat().st_size
-    return "".join(texts)
+    for directory, subdirectories, names in os.walk(sysconfig.get_path("stdlib")):
+        subdirectories[:] = sorted(set(subdirectories) - _SKIPPED_DIRECTORIES)
+        for name in sorted(name for name in names if name.endswith(".py")):
+            if total_nbytes >= max_nbytes:
+                return texts
+            texts.append(Path(directory, name).read_text(encoding="utf-8", errors="replace"))
+            total_nbytes += len(texts[-1])
+    return texts
 
 
-def encode(text: str, *, vocab_size: int, cache: Path) -> torch.Tensor:
-    """Train a byte-level BPE tokenizer on a text and encode the text with it; both are kept for the next run.
+def encode(texts: Sequence[str], *, vocab_size: int, cache: Path) -> torch.Tensor:
+    """Train a byte-level BPE tokenizer on texts and encode them with it; both are kept for the next run.
 
     Args:
-        text: training text of tokenizer and model.
+        texts: what tokenizer and model learn from.
         vocab_size: tokens the tokenizer may have.
         cache: directory for the tokenizer and the encoded text.
 
     Returns:
         Token ids, int64 [num_tokens].
     """
-    stem = f"bpe-{vocab_size}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    ids_path = cache / f"{stem}.pt"
-    if ids_path.exists():
-        ids: torch.Tensor = torch.load(ids_path)
-        return ids
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-    lines = text.splitlines(keepends=True)
-    tokenizer.train_from_iterator(lines, trainer)
-    ids = torch.tensor([token for line in tokenizer.encode_batch_fast(lines) for token in line.ids])
-    cache.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(cache / f"{stem}.json"))
-    torch.save(ids, ids_path)
-    return ids
+    digest = hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
+    tokenizer_path, ids_path = (cache / f"bpe-{vocab_size}-{digest}{suffix}" for suffix in (".json", ".pt"))
+    if not ids_path.exists():
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+        tokenizer.train_from_iterator(texts, trainer)
+        cache.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(str(tokenizer_path))
+        torch.save(torch.cat([torch.tensor(tokenizer.encode(text).ids) for text in texts]), ids_path)
+    ids: torch.Tensor = torch.load(ids_path)
+    return ids.long()
 
 
 def random_windows(
@@ -149,6 +150,13 @@ class CausalLMLoss(torch.nn.Module):
     def _slice_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = self.model.get_output_embeddings()(hidden)
         return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Let a Hugging Face model recompute each block's activations in backward instead of keeping them."""
+    # The second name is the one before transformers 5.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def choose_dtype(name: str) -> tuple[torch.dtype, str]:

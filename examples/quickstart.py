@@ -23,6 +23,7 @@ from lm_training import (
     TrainingDisplay,
     check_disk_space,
     choose_dtype,
+    enable_checkpointing,
     encode,
     print_memory_table,
     random_windows,
@@ -37,7 +38,7 @@ from gemini import GeminiConfig, GeminiDDP, HybridAdam, NVMeConfig
 
 HOST_BUDGETS = {torch.float32: "640MiB", torch.bfloat16: "500MiB"}
 NVME_BUDGET_NBYTES = 2 * 2**30
-TEXT_NBYTES = 2_000_000
+TEXT_NBYTES = 1_000_000
 VOCAB_SIZE = 8192
 NUM_ROWS, NUM_TOKENS = 1, 256
 NUM_WARM_UP_STEPS = 5
@@ -63,7 +64,7 @@ def build_model(*, is_tiny: bool) -> CausalLMLoss:
     config = transformers.GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **shape)
     with torch.device("meta"):
         model = transformers.GPT2LMHeadModel(config)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(model)
     return CausalLMLoss(model.train())
 
 

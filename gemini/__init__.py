@@ -1,5 +1,6 @@
 """Train models larger than memory: chunks of parameters that move among device, host and NVMe."""
 
+from gemini.chunk.manager import ChunkManager
 from gemini.config import GeminiConfig, NVMeConfig
 from gemini.ddp import GeminiDDP
 from gemini.errors import (
@@ -20,6 +21,7 @@ from gemini.tiers import MemoryTier
 
 __all__ = [
     "CheckpointMismatchError",
+    "ChunkManager",
     "ConfigError",
     "GeminiConfig",
     "GeminiDDP",

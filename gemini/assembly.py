@@ -27,6 +27,7 @@ from gemini.materialize import (
 from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources, budgets_of, has_device_tier, open_resources
 from gemini.offload.slots import FixedSlots
+from gemini.offload.transfer import CpuTransfers
 from gemini.placement.plan import (
     ChunkDemand,
     ChunkPlacement,
@@ -169,9 +170,13 @@ def _build(
     kernels = select_device_kernels(device)
     core = ChunkCore(
         resources,
-        slots=FixedSlots(resources.transfers, num_slots=plan.num_slots, slot_nbytes=plan.slot_nbytes),
-        num_fetch_slots=shape.num_fetch_slots,
-        fetch_slot_nbytes=buffers["fetch slots"],
+        slots=FixedSlots(resources.transfers, num_slots=plan.num_slots, slot_nbytes=plan.slot_nbytes, purpose="slots"),
+        staging=FixedSlots(
+            CpuTransfers(resources.arena),
+            num_slots=shape.num_fetch_slots if buffers["fetch slots"] else 0,
+            slot_nbytes=buffers["fetch slots"],
+            purpose="fetch slots",
+        ),
         num_protected=max(1, min(blueprint.chunks_at_once, plan.num_slots - 1)),
     )
     gradients = GradientStore(

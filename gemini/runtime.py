@@ -17,7 +17,6 @@ import torch
 
 from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import ChunkLayout, ParamSlot
-from gemini.chunk.state import ChunkState
 from gemini.config import GeminiConfig
 from gemini.errors import GeminiError, ModelError
 from gemini.gradients import GradientStore
@@ -189,7 +188,7 @@ class Runtime:
     def use_parameter(self, param: torch.nn.Parameter) -> None:
         """Lease a parameter's chunk until the unit that is running, or else the outermost forward, ends."""
         place = self._place_of_param.get(id(param))
-        if place is None or self.core.chunks[place[0]].state is ChunkState.LEASED:
+        if place is None or self.core.chunks[place[0]].is_leased:
             return
         chunk_id = place[0]
         if self.core.chunks[chunk_id].is_resident:

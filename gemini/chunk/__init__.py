@@ -1,0 +1,6 @@
+"""What moves: parameters packed into chunks, their states, and the memory they take turns in."""
+
+from gemini.chunk.layout import ChunkLayout, ChunkSpec, ParamSlot, ParamSpec, UnitSpec, build_layout
+from gemini.chunk.module_tree import describe_model
+
+__all__ = ["ChunkLayout", "ChunkSpec", "ParamSlot", "ParamSpec", "UnitSpec", "build_layout", "describe_model"]

@@ -57,6 +57,11 @@ class Chunk:
         return self._state
 
     @property
+    def is_leased(self) -> bool:
+        """Whether anyone holds a lease."""
+        return self._num_leases > 0
+
+    @property
     def name(self) -> str:
         """What to call the chunk in messages."""
         first = self.spec.slots[0].spec.name if self.spec.slots else "empty"

@@ -48,8 +48,7 @@ class ChunkCore:
     Args:
         resources: memory, disk, threads and copy engine; not closed here.
         slots: compute memory that chunks without a residence take turns in; closed with the core.
-        num_fetch_slots: host buffers between disk and device.
-        fetch_slot_nbytes: bytes of such a buffer; 0 if none are needed.
+        staging: host memory between disk and device; closed with the core.
         num_protected: how many of the most recently used chunks are never evicted.
     """
 
@@ -58,8 +57,7 @@ class ChunkCore:
         resources: Resources,
         *,
         slots: SlotSource,
-        num_fetch_slots: int = 0,
-        fetch_slot_nbytes: int = 0,
+        staging: SlotSource,
         num_protected: int = 1,
     ) -> None:
         self.resources = resources
@@ -134,6 +132,28 @@ class ChunkCore:
         self.resources.transfers.free(chunk.slot.buffer, "resident copies")
         chunk.slot = None
         chunk.is_resident = False
+
+    def rehome(self, chunk_id: int, home: TiledHome, *, is_resident: bool) -> TiledHome:
+        """Let a chunk live elsewhere; its weights are in the new home already.
+
+        Args:
+            chunk_id: the chunk; not leased.
+            home: its new home.
+            is_resident: whether that is compute memory, so that it is used in place.
+
+        Returns:
+            The old home; the caller frees it.
+        """
+        chunk = self.chunks[chunk_id]
+        if chunk.is_resident:
+            chunk.transition(ChunkState.AT_HOME)
+            chunk.unbind(self._placeholder(chunk.spec.dtype))
+        else:
+            self.evict(chunk_id)
+        old_home, chunk.home, chunk.is_resident = chunk.home, home, is_resident
+        if is_resident:
+            self.settle(chunk_id)
+        return old_home
 
     # ---------------------------------------------------------------- hot path
 
@@ -305,9 +325,11 @@ class ChunkCore:
             chunk.slot = None
             chunk.home.close()
         self._source.close()
-        for buffer in self._staging:
-            self.resources.arena.free(buffer)
-        self._staging, self._draining = [], []
+        for fetch in self._draining:
+            assert fetch.staging is not None
+            self._staging.give_back(fetch.staging)
+        self._draining = []
+        self._staging.close()
 
     # ---------------------------------------------------------------- inside
 
@@ -350,22 +372,29 @@ class ChunkCore:
         return chunk.home.is_on_disk and self.resources.transfers.compute_tier is MemoryTier.DEVICE
 
     def _reclaim_staging(self) -> bool:
-        """Collect staging buffers that every copy has left; return whether one is free."""
+        """Give staging buffers back that every copy has left; return whether one is free."""
         for fetch in [fetch for fetch in self._draining if fetch.may_reuse_staging()]:
             self._draining.remove(fetch)
             assert fetch.staging is not None
-            self._staging.append(fetch.staging)
-        return bool(self._staging)
+            self._staging.give_back(fetch.staging)
+        return self._staging.num_free() > 0
 
-    def _claim_staging(self) -> torch.Tensor:
-        if not self._reclaim_staging():
+    def _claim_staging(self, chunk: Chunk) -> torch.Tensor:
+        nbytes = sum(chunk.home.tile_nbytes)
+        self._reclaim_staging()
+        while (buffer := self._staging.acquire(nbytes)) is None:
+            if not self._draining:
+                raise OutOfTierMemoryError(
+                    f"cannot fetch {chunk.name}: {format_nbytes(nbytes)} of host memory are needed between disk and "
+                    "device; raise host_budget"
+                )
             self._draining[0].wait_for_staging()
             self._reclaim_staging()
-        return self._staging.pop()
+        return buffer
 
     def _start_fetch(self, chunk: Chunk) -> None:
         assert chunk.slot is not None
-        staging = self._claim_staging() if self._needs_staging(chunk) else None
+        staging = self._claim_staging(chunk) if self._needs_staging(chunk) else None
         chunk.transition(ChunkState.FETCHING)
         try:
             chunk.fetch = Fetch(

@@ -20,7 +20,8 @@ from types import TracebackType
 import torch
 
 from gemini._native import ffi, lib
-from gemini.errors import ConfigError, OffloadIOError
+from gemini.errors import OffloadIOError
+from gemini.offload.io_backends import IoBackend, available_backends, choose_backend, explain_refusal, native_number
 from gemini.tiers import IO_ALIGNMENT_NBYTES
 
 __all__ = [
@@ -44,14 +45,6 @@ _log = logging.getLogger(__name__)
 _WAIT_SLICE_NS = 50_000_000
 
 
-class IoBackend(enum.Enum):
-    """Kernel interface that carries the bytes, best first."""
-
-    URING = "io_uring"
-    AIO = "aio"
-    THREADS = "threads"
-
-
 class IoOperation(enum.Enum):
     """Direction of a transfer, seen from memory."""
 
@@ -70,11 +63,6 @@ class IoOpenFlag(enum.IntFlag):
     """Bypass the page cache for requests whose offset, length and address are multiples of 4096."""
 
 
-_NATIVE_BACKENDS = {
-    IoBackend.URING: lib.GN_IO_URING,
-    IoBackend.AIO: lib.GN_IO_AIO,
-    IoBackend.THREADS: lib.GN_IO_THREADS,
-}
 _NATIVE_OPERATIONS = {IoOperation.READ: lib.GN_IO_READ, IoOperation.WRITE: lib.GN_IO_WRITE}
 
 _HINTS = {
@@ -87,50 +75,6 @@ _HINTS = {
     errno.EBADF: "the file is closed, or was not opened for this operation",
     errno.ESRCH: "the engine belongs to the parent process: open another one after a fork",
 }
-
-
-def available_backends() -> tuple[IoBackend, ...]:
-    """Return the backends that work on this machine now, best first."""
-    return tuple(backend for backend in IoBackend if lib.gn_io_probe(_NATIVE_BACKENDS[backend]) == 0)
-
-
-def choose_backend(name: str) -> IoBackend:
-    """Turn a configuration value into a backend that works here.
-
-    Args:
-        name: "auto" for the best one, or "io_uring", "aio" or "threads".
-
-    Returns:
-        The backend; for "auto" without io_uring the next best, after a warning.
-
-    Raises:
-        ConfigError: the name is unknown, or that backend does not work on this machine.
-    """
-    if name == "auto":
-        chosen = available_backends()[0]
-        if chosen is not IoBackend.URING:
-            _log.warning("io_uring does not work here (%s); using %s instead", _why_not(IoBackend.URING), chosen.value)
-        return chosen
-    try:
-        backend = IoBackend(name)
-    except ValueError:
-        raise ConfigError(f'I/O engine: expected "auto", "io_uring", "aio" or "threads", got {name!r}') from None
-    why = _why_not(backend)
-    if why:
-        raise ConfigError(f'I/O engine {name!r} does not work on this machine: {why}; use "auto"')
-    return backend
-
-
-def _why_not(backend: IoBackend) -> str:
-    status = lib.gn_io_probe(_NATIVE_BACKENDS[backend])
-    if status == 0:
-        return ""
-    why = f"{os.strerror(-status)} (errno {-status})"
-    if backend is IoBackend.URING and -status in (errno.EPERM, errno.EACCES):
-        why += ", forbidden by a container's seccomp profile or by sysctl kernel.io_uring_disabled"
-    if backend is IoBackend.AIO and -status == errno.EAGAIN:
-        why += ", sysctl fs.aio-max-nr is used up"
-    return why
 
 
 def empty_aligned(numel: int, dtype: torch.dtype) -> torch.Tensor:
@@ -338,9 +282,9 @@ class IoEngine:
 
     def __init__(self, backend: IoBackend, *, queue_depth: int = 32, num_threads: int = 4) -> None:
         handle = ffi.new("gn_io **")
-        status = lib.gn_io_create(handle, _NATIVE_BACKENDS[backend], queue_depth, num_threads)
+        status = lib.gn_io_create(handle, native_number(backend), queue_depth, num_threads)
         if status != 0:
-            raise OffloadIOError("start I/O engine", backend.value, -status, hint=_why_not(backend))
+            raise OffloadIOError("start I/O engine", backend.value, -status, hint=explain_refusal(backend))
         self.backend = backend
         self._native = handle[0]
         self._pid = os.getpid()  # the child of a fork must not touch the lock, whose holder it may lack
@@ -469,8 +413,7 @@ class IoEngine:
         finally:
             with self._condition:
                 self._num_borrowers -= 1
-                if self._is_closed:
-                    self._condition.notify_all()
+                self._condition.notify_all()
 
     def _ask(self, number: int, timeout_ns: int) -> tuple[int, int] | None:
         """Return (status, bytes done) of a ticket, or None if it is not complete after `timeout_ns`."""

@@ -1,4 +1,4 @@
-"""Reusable buffers of compute memory.
+"""Reusable buffers for chunks, in compute memory and, on their way there, in host memory.
 
 An engine has as many slots, of one size, as its plan says. A ChunkManager used by itself makes and drops them as its
 chunks come and go.
@@ -15,14 +15,12 @@ from gemini.offload.transfer import Transfers
 
 __all__ = ["FixedSlots", "GrowingSlots", "SlotSource"]
 
-PURPOSE = "slots"
-
 
 class SlotSource(Protocol):
     """Where buffers for chunks come from."""
 
     def acquire(self, nbytes: int) -> torch.Tensor | None:
-        """Return uint8 compute memory of at least `nbytes`, None if nothing is free."""
+        """Return uint8 memory of at least `nbytes`, None if nothing is free."""
 
     def give_back(self, buffer: torch.Tensor) -> None:
         """Return a buffer from `acquire`."""
@@ -38,15 +36,17 @@ class FixedSlots:
     """A fixed number of equal buffers, allocated at once.
 
     Args:
-        transfers: the device's memory.
+        transfers: source of the memory.
         num_slots: how many.
         slot_nbytes: bytes of each.
+        purpose: the ledger's word for them.
     """
 
-    def __init__(self, transfers: Transfers, *, num_slots: int, slot_nbytes: int) -> None:
+    def __init__(self, transfers: Transfers, *, num_slots: int, slot_nbytes: int, purpose: str) -> None:
         self._transfers = transfers
+        self._purpose = purpose
         self._slot_nbytes = slot_nbytes
-        self._all = [transfers.allocate(slot_nbytes, PURPOSE) for _ in range(num_slots)]
+        self._all = [transfers.allocate(slot_nbytes, purpose) for _ in range(num_slots)]
         self._free = list(reversed(self._all))
 
     def acquire(self, nbytes: int) -> torch.Tensor | None:
@@ -65,7 +65,7 @@ class FixedSlots:
     def close(self) -> None:
         """Free every buffer."""
         for buffer in self._all:
-            self._transfers.free(buffer, PURPOSE)
+            self._transfers.free(buffer, self._purpose)
         self._all, self._free = [], []
 
 
@@ -73,22 +73,24 @@ class GrowingSlots:
     """Buffers of the size asked for, as long as the tier's budget lasts.
 
     Args:
-        transfers: the device's memory.
+        transfers: source of the memory.
+        purpose: the ledger's word for them.
     """
 
-    def __init__(self, transfers: Transfers) -> None:
+    def __init__(self, transfers: Transfers, *, purpose: str) -> None:
         self._transfers = transfers
+        self._purpose = purpose
 
     def acquire(self, nbytes: int) -> torch.Tensor | None:
         """Return a new buffer, None if the budget does not allow it."""
         try:
-            return self._transfers.allocate(nbytes, PURPOSE)
+            return self._transfers.allocate(nbytes, self._purpose)
         except OutOfTierMemoryError:
             return None
 
     def give_back(self, buffer: torch.Tensor) -> None:
         """Free a buffer."""
-        self._transfers.free(buffer, PURPOSE)
+        self._transfers.free(buffer, self._purpose)
 
     def num_free(self) -> int:
         """Return 0: whether there is room shows only when it is asked for."""
