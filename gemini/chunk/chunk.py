@@ -85,12 +85,13 @@ class Chunk:
             self.transition(ChunkState.LEASED)
         self._num_leases += 1
 
-    def unlease(self) -> None:
-        """Give one lease back."""
+    def unlease(self) -> bool:
+        """Give one lease back; return whether it was the last."""
         assert self._num_leases > 0, f"{self.name}: no lease to give back"
         self._num_leases -= 1
         if self._num_leases == 0:
             self.transition(ChunkState.READY)
+        return self._num_leases == 0
 
     def drop_leases(self) -> None:
         """Give all leases back, after an exception has unwound whoever held them."""

@@ -69,10 +69,7 @@ class ChunkCore:
         self._slots: dict[int, Slot] = {}  # those in use, by address of their storage
         self._num_protected = num_protected
         self._recent: list[int] = []
-        self._staging = [
-            resources.arena.allocate(fetch_slot_nbytes, "fetch slots")
-            for _ in range(num_fetch_slots if fetch_slot_nbytes else 0)
-        ]
+        self._staging = staging
         self._draining: list[Fetch] = []
         self._placeholders: dict[torch.dtype, torch.Tensor] = {}
 
@@ -174,9 +171,9 @@ class ChunkCore:
         chunk.lease()
         return chunk
 
-    def release(self, chunk_id: int) -> None:
-        """Give one lease back; the weights stay until their slot is needed."""
-        self.chunks[chunk_id].unlease()
+    def release(self, chunk_id: int) -> bool:
+        """Give one lease back and return whether it was the last; the weights stay until their slot is needed."""
+        return self.chunks[chunk_id].unlease()
 
     def ensure(self, chunk_id: int) -> Chunk:
         """Make a chunk's weights usable now, without a lease: it stays among the last few used.
@@ -267,6 +264,12 @@ class ChunkCore:
             chunk.fetch = None
         chunk.transition(ChunkState.AT_HOME)
         self._leave_slot(chunk)
+
+    def evict_idle(self) -> None:
+        """Free every slot that is not leased."""
+        self._recent.clear()
+        for chunk_id in self.evictable() | self._fetching():
+            self.evict(chunk_id)
 
     # ---------------------------------------------------------------- for the optimizer and for others
 

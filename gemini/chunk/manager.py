@@ -12,7 +12,7 @@ from gemini.chunk.chunk import Chunk
 from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import SLOT_ALIGNMENT_NUMEL, ChunkSpec, ParamSlot, ParamSpec
 from gemini.config import GeminiConfig
-from gemini.errors import ConfigError, IllegalTransitionError
+from gemini.errors import ConfigError, IllegalTransitionError, OutOfTierMemoryError
 from gemini.offload.home import TiledHome
 from gemini.offload.resources import budgets_of, open_resources
 from gemini.offload.slots import GrowingSlots
@@ -119,8 +119,8 @@ class ChunkManager:
         chunk = self._core.chunks[self._check_id(chunk_id)]
         if not chunk.is_leased:
             raise IllegalTransitionError(f"{chunk.name} is {chunk.state.value!r}: there is no lease to give back")
-        self._core.release(chunk_id)
-        if is_modified and chunk.slot is not None and not chunk.is_leased:
+        was_last = self._core.release(chunk_id)
+        if was_last and is_modified and chunk.slot is not None:
             self._write(chunk.home, self._to_host(chunk.slot.buffer))
 
     @contextmanager
@@ -209,6 +209,14 @@ class ChunkManager:
             raise ConfigError("there is no device tier: GeminiConfig.device is the CPU")
         if tier is MemoryTier.NVME and resources.store is None:
             raise ConfigError("there is no NVMe tier: give GeminiConfig(nvme=NVMeConfig(path=..., budget=...))")
+        try:
+            return self._allocate_home(tier, nbytes)
+        except OutOfTierMemoryError:
+            self._core.evict_idle()
+            return self._allocate_home(tier, nbytes)
+
+    def _allocate_home(self, tier: MemoryTier, nbytes: int) -> TiledHome:
+        resources = self._resources
         on_device = tier is MemoryTier.DEVICE
         return TiledHome(
             (tier,),

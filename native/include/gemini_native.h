@@ -47,28 +47,27 @@ int32_t gn_isa_check(int32_t isa);
 /* ------------------------------------------------------------------ element types */
 
 enum gn_dtype {
-    GN_DTYPE_F32 = 0, /* IEEE binary32 */
+    GN_DTYPE_F32 = 0,  /* IEEE binary32 */
     GN_DTYPE_BF16 = 1, /* upper half of binary32 */
-    GN_DTYPE_F16 = 2  /* IEEE binary16 */
+    GN_DTYPE_F16 = 2   /* IEEE binary16 */
 };
 
 /* ------------------------------------------------------------------ casts */
 
 /* Convert `numel` elements, rounding to nearest even. src and dst must not overlap.
  * Blocking, single thread. -EINVAL: unknown type or negative count; -ENOTSUP: isa. */
-int32_t gn_cast(void *dst, int32_t dst_dtype, const void *src, int32_t src_dtype,
-                int64_t numel, int32_t isa);
+int32_t gn_cast(void* dst, int32_t dst_dtype, const void* src, int32_t src_dtype, int64_t numel, int32_t isa);
 
 /* Split float32 masters into a bf16 working weight and an int16 residual, losslessly:
  *     working  = (bits(master) + 0x8000) >> 16            nearest bf16, ties away from zero
  *     residual = bits(master) - (working << 16)           in [-32768, 32767], modulo 2^32
  * Blocking, single thread. */
-int32_t gn_split_master(uint16_t *working, int16_t *residual, const float *master,
-                        int64_t numel, int32_t isa);
+int32_t gn_split_master(uint16_t* working, int16_t* residual, const float* master, int64_t numel,
+                        int32_t isa);
 
 /* Inverse of gn_split_master: bits(master) = (working << 16) + residual, modulo 2^32. */
-int32_t gn_join_master(float *master, const uint16_t *working, const int16_t *residual,
-                       int64_t numel, int32_t isa);
+int32_t gn_join_master(float* master, const uint16_t* working, const int16_t* residual, int64_t numel,
+                       int32_t isa);
 
 /* ------------------------------------------------------------------ gradients */
 
@@ -83,11 +82,11 @@ typedef struct gn_grad_args {
     int32_t src_dtype; /* gn_dtype */
     int32_t dst_dtype; /* src_dtype or GN_DTYPE_F32 */
     int32_t isa;       /* gn_isa */
-    const void *src;   /* [numel]; read only; may equal dst only when mode is STORE and types agree */
-    void *dst;         /* [numel]; may be NULL with STORE: then only the sum of squares is computed */
+    const void* src;   /* [numel]; read only; may equal dst only when mode is STORE and types agree */
+    void* dst;         /* [numel]; may be NULL with STORE: then only the sum of squares is computed */
     int64_t numel;
-    double *sumsq;     /* out: sum of squares of the values stored in dst (of src if dst is NULL);
-                          NULL: not wanted */
+    double* sumsq; /* out: sum of squares of the values stored in dst (of src if dst is NULL);
+                      NULL: not wanted */
 } gn_grad_args;
 
 /* Store or add one gradient and compute the sum of squares of the result.
@@ -98,7 +97,7 @@ typedef struct gn_grad_args {
  * are padded with zeros to a power of two and reduced the same way, h = half the length first.
  * An infinite or NaN element makes the result infinite or NaN; no finite float32 does.
  * numel = 0 gives 0.0. Blocking, single thread. */
-int32_t gn_grad_store(const gn_grad_args *args);
+int32_t gn_grad_store(const gn_grad_args* args);
 
 /* ------------------------------------------------------------------ Adam */
 
@@ -110,17 +109,17 @@ enum gn_state_format {
 
 /* Hyper-parameters of a run of elements. All factors are already rounded to float32. */
 typedef struct gn_adam_segment {
-    int64_t begin; /* first element, relative to the pointers of the call */
-    int64_t end;   /* one past the last element; segments are sorted and disjoint;
-                      elements in no segment are left untouched */
+    int64_t begin;          /* first element, relative to the pointers of the call */
+    int64_t end;            /* one past the last element; segments are sorted and disjoint;
+                               elements in no segment are left untouched */
     float beta1_complement; /* 1 - beta1 */
     float beta2;
     float beta2_complement; /* 1 - beta2 */
     float neg_step_size;    /* -lr / (1 - beta1^t) */
     float bias2_sqrt;       /* sqrt(1 - beta2^t) */
     float eps;
-    float decay;            /* AdamW: 1 - lr * weight_decay; 1 for none */
-    float l2;               /* Adam: weight_decay added to the gradient; 0 for none */
+    float decay; /* AdamW: 1 - lr * weight_decay; 1 for none */
+    float l2;    /* Adam: weight_decay added to the gradient; 0 for none */
 } gn_adam_segment;
 
 typedef struct gn_adam_args {
@@ -128,13 +127,13 @@ typedef struct gn_adam_args {
     int32_t grad_dtype; /* gn_dtype; any of the three with any format */
     int32_t isa;        /* gn_isa */
     float grad_scale;   /* multiplies every gradient: unscaling and clipping folded together */
-    void *working;      /* [numel] bf16, f16 or float32; overwritten */
-    void *master;       /* [numel] int16 or float32; overwritten; NULL for GN_FORMAT_F32 */
-    float *momentum;    /* [numel]; overwritten */
-    float *variance;    /* [numel]; overwritten */
-    const void *grad;   /* [numel]; read only */
+    void* working;      /* [numel] bf16, f16 or float32; overwritten */
+    void* master;       /* [numel] int16 or float32; overwritten; NULL for GN_FORMAT_F32 */
+    float* momentum;    /* [numel]; overwritten */
+    float* variance;    /* [numel]; overwritten */
+    const void* grad;   /* [numel]; read only */
     int64_t numel;
-    const gn_adam_segment *segments;
+    const gn_adam_segment* segments;
     int64_t num_segments;
 } gn_adam_args;
 
@@ -148,7 +147,7 @@ typedef struct gn_adam_args {
  *     p = p + (neg_step_size * m) / (sqrt(v) / bias2_sqrt + eps)
  * Blocking, single thread. -EINVAL: unknown format or type, unsorted segments or segments
  * out of [0, numel]. */
-int32_t gn_adam_update(const gn_adam_args *args);
+int32_t gn_adam_update(const gn_adam_args* args);
 
 /* ------------------------------------------------------------------ worker pool */
 
@@ -157,29 +156,29 @@ typedef struct gn_pool gn_pool;
 
 /* Start `num_threads` >= 1 threads. With num_cpus > 0 every thread is restricted to the
  * processors in `cpus`; a refusal by the kernel is ignored (affinity is a wish). */
-int32_t gn_pool_create(gn_pool **pool, int32_t num_threads, const int32_t *cpus, int32_t num_cpus);
+int32_t gn_pool_create(gn_pool** pool, int32_t num_threads, const int32_t* cpus, int32_t num_cpus);
 
 /* Drop what is queued, finish what is running, join the threads. Dropped tickets complete with -ECANCELED;
  * gn_pool_wait still answers for every ticket, submitting is refused with -ECANCELED. Blocking; a second
  * call does nothing. Must not be called from two threads at once. */
-int32_t gn_pool_shutdown(gn_pool *pool);
+int32_t gn_pool_shutdown(gn_pool* pool);
 
 /* gn_pool_shutdown, release who is still inside gn_pool_wait, free. NULL is allowed. */
-int32_t gn_pool_destroy(gn_pool *pool);
+int32_t gn_pool_destroy(gn_pool* pool);
 
 /* Submit a job; never blocks. `args` and its segment array are copied, the buffers they point to must stay
  * valid until the ticket has completed. Jobs with a lower `priority` start first, equal ones in
  * order of submission; a job is cut into blocks that any idle thread takes. A job's result does not
  * depend on the cut. *ticket is never 0. */
-int32_t gn_pool_submit_adam(gn_pool *pool, const gn_adam_args *args, int32_t priority, uint64_t *ticket);
-int32_t gn_pool_submit_grad(gn_pool *pool, const gn_grad_args *args, int32_t priority, uint64_t *ticket);
-int32_t gn_pool_submit_copy(gn_pool *pool, void *dst, const void *src, int64_t nbytes,
-                            int32_t priority, uint64_t *ticket);
+int32_t gn_pool_submit_adam(gn_pool* pool, const gn_adam_args* args, int32_t priority, uint64_t* ticket);
+int32_t gn_pool_submit_grad(gn_pool* pool, const gn_grad_args* args, int32_t priority, uint64_t* ticket);
+int32_t gn_pool_submit_copy(gn_pool* pool, void* dst, const void* src, int64_t nbytes, int32_t priority,
+                            uint64_t* ticket);
 
 /* Wait for a ticket. Returns the job's result, -ETIMEDOUT after timeout_ns (negative: wait for
  * ever; 0: only look) or -EINVAL for a ticket that was never issued. May be asked
  * repeatedly and from several threads; results of completed tickets cost no memory when they are 0. */
-int32_t gn_pool_wait(gn_pool *pool, uint64_t ticket, int64_t timeout_ns);
+int32_t gn_pool_wait(gn_pool* pool, uint64_t ticket, int64_t timeout_ns);
 
 /* ------------------------------------------------------------------ asynchronous file I/O */
 
@@ -204,7 +203,7 @@ typedef struct gn_io gn_io;
 
 /* What became of a request. */
 typedef struct gn_io_result {
-    int32_t status;      /* 0, or -errno (reading past the end of the file is -ENODATA) */
+    int32_t status; /* 0, or -errno (reading past the end of the file is -ENODATA) */
     int32_t file;
     int32_t op;
     int64_t offset;      /* of the request */
@@ -215,7 +214,7 @@ typedef struct gn_io_result {
 typedef struct gn_io_request {
     int32_t file; /* from gn_io_open */
     int32_t op;   /* gn_io_op */
-    void *buffer; /* must stay valid, and for a read untouched, until the ticket has completed */
+    void* buffer; /* must stay valid, and for a read untouched, until the ticket has completed */
     int64_t nbytes;
     int64_t offset;
 } gn_io_request;
@@ -225,34 +224,34 @@ int32_t gn_io_probe(int32_t backend);
 
 /* Start an engine with at most `queue_depth` kernel requests in flight (1..4096). GN_IO_THREADS uses
  * `num_threads` threads, the others ignore it. */
-int32_t gn_io_create(gn_io **io, int32_t backend, int32_t queue_depth, int32_t num_threads);
+int32_t gn_io_create(gn_io** io, int32_t backend, int32_t queue_depth, int32_t num_threads);
 
 /* Complete what the kernel already has, cancel the rest (-ECANCELED), close the files, free.
  * NULL is allowed. */
-int32_t gn_io_destroy(gn_io *io);
+int32_t gn_io_destroy(gn_io* io);
 
 /* Open `path`; returns a file number >= 0 or -errno. With GN_IO_OPEN_DIRECT requests whose offset,
  * length and buffer are all multiples of 4096 go through O_DIRECT, all others through the page cache;
  * where the file system refuses O_DIRECT everything goes through the page cache and
  * gn_io_is_direct says so. Created files get mode 0600. */
-int32_t gn_io_open(gn_io *io, const char *path, int32_t flags);
-int32_t gn_io_is_direct(gn_io *io, int32_t file); /* 1, 0 or -EBADF */
-int32_t gn_io_close(gn_io *io, int32_t file);     /* -EBUSY while requests are in flight */
-int32_t gn_io_sync(gn_io *io, int32_t file);      /* fdatasync; blocking */
+int32_t gn_io_open(gn_io* io, const char* path, int32_t flags);
+int32_t gn_io_is_direct(gn_io* io, int32_t file); /* 1, 0 or -EBADF */
+int32_t gn_io_close(gn_io* io, int32_t file);     /* -EBUSY while requests are in flight */
+int32_t gn_io_sync(gn_io* io, int32_t file);      /* fdatasync; blocking */
 
-/* Queue `count` requests as one batch; writes one ticket (never 0) per request. Never waits for the device: requests
- * beyond the queue depth wait inside the engine. Requests longer than 1 GiB are split and short
+/* Queue `count` requests as one batch; writes one ticket (never 0) per request. Never waits for the device:
+ * requests beyond the queue depth wait inside the engine. Requests longer than 1 GiB are split and short
  * transfers are continued, so a ticket completes when every byte has moved or an error ended it.
  * Requests of different tickets may complete in any order, even on the same bytes.
  * -EINVAL / -EBADF: a request is malformed; then none of the batch was queued. */
-int32_t gn_io_submit(gn_io *io, const gn_io_request *requests, int64_t count, uint64_t *tickets);
+int32_t gn_io_submit(gn_io* io, const gn_io_request* requests, int64_t count, uint64_t* tickets);
 
 /* Wait for a ticket as gn_pool_wait does. Returns the request's status; `result`, if not NULL, is
  * filled once the request has completed. A ticket that completed without error may be asked again. */
-int32_t gn_io_wait(gn_io *io, uint64_t ticket, int64_t timeout_ns, gn_io_result *result);
+int32_t gn_io_wait(gn_io* io, uint64_t ticket, int64_t timeout_ns, gn_io_result* result);
 
 /* Bytes moved since creation. */
-int32_t gn_io_stats(gn_io *io, int64_t *nbytes_read, int64_t *nbytes_written);
+int32_t gn_io_stats(gn_io* io, int64_t* nbytes_read, int64_t* nbytes_written);
 
 /* CDEF-END */
 
