@@ -98,7 +98,7 @@ def draw_blueprint(model: torch.nn.Module, config: GeminiConfig) -> Blueprint:
         Budgets(
             device=None if device_nbytes is None else device_nbytes - _reserve_of(config, device_nbytes),
             host=host_nbytes,
-            nvme=None if config.nvme is None else config.nvme.budget_nbytes - IO_ALIGNMENT_NBYTES,
+            nvme=budgets[MemoryTier.NVME],
         ),
         prefetch_depth=config.prefetch_depth,
         chunks_at_once=chunks_at_once,
@@ -231,7 +231,8 @@ def _build(
         config,
         layout=layout,
         plan=plan,
-        demand=blueprint.memory,
+        demands=blueprint.demands,
+        shape=shape,
         resources=resources,
         core=core,
         states=states,

@@ -10,7 +10,7 @@ import torch
 
 from gemini.errors import ConfigError
 from gemini.placement.plan import PlacementPlan
-from gemini.placement.static import StaticPlacement
+from gemini.placement.policy import StaticPlacement
 from gemini.tiers import parse_nbytes
 
 __all__ = ["GeminiConfig", "NVMeConfig"]

@@ -15,6 +15,7 @@ from gemini.chunk.layout import ChunkSpec
 from gemini.errors import ModelError
 from gemini.kernels.cpu import Isa, cast, split_master
 from gemini.offload.home import TiledHome
+from gemini.offload.io import empty_aligned
 from gemini.offload.transfer import Transfers
 from gemini.tiers import MemoryTier
 from gemini.update import record_views
@@ -150,13 +151,13 @@ def write_home(
     for tile in range(len(working.tiers)):
         begin = tile * tile_numel
         length = min(tile_numel, spec.numel - begin)
-        weights = torch.zeros(working.tile_nbytes[tile], dtype=torch.uint8)
+        weights = empty_aligned(working.tile_nbytes[tile]).zero_()
         typed = weights[: length * spec.dtype.itemsize].view(spec.dtype)
         if state is None:
             for part, into in _overlaps(spec, sources, begin, length):
                 typed[into].copy_(part)
         else:
-            record = torch.zeros(state.tile_nbytes[tile], dtype=torch.uint8)
+            record = empty_aligned(state.tile_nbytes[tile]).zero_()
             master = torch.zeros(length, dtype=torch.float32)
             for part, into in _overlaps(spec, sources, begin, length):
                 master[into].copy_(part)

@@ -24,16 +24,21 @@ from gemini.kernels.adam_tile import AdamSegment
 from gemini.memory_probe import MemoryProbe
 from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources
-from gemini.placement.plan import MemoryDemand, PlacementPlan
+from gemini.placement.plan import ChunkDemand, MemoryDemand, PlacementPlan, RuntimeShape, memory_demand
 from gemini.placement.prefetch import choose_prefetch
+from gemini.placement.residency import adapt_residency
 from gemini.placement.tracer import AccessHistory, Phase
 from gemini.saved import SavedWeights
 from gemini.scaler import LossScaler, scale_gradients_of
+from gemini.tiers import MemoryTier, format_nbytes
 from gemini.update import UpdateJob, UpdatePipeline
 
 __all__ = ["Runtime", "SlotUpdate"]
 
 logger = logging.getLogger(__name__)
+
+NON_MODEL_MARGIN = 1.05
+"""Activations and temporaries may grow by this factor after the step that measured them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +67,8 @@ class Runtime:
         config: what the user asked for.
         layout: units and chunks.
         plan: homes of all chunks.
-        demand: bytes the plan takes.
+        demands: what placement knows of them, by id.
+        shape: sizes of the buffers.
         resources: closed by `close`.
         core: chunks and slots; closed by `close`.
         states: home of each trainable chunk's optimizer state, by chunk id; closed by `close`.
@@ -76,7 +82,8 @@ class Runtime:
         *,
         layout: ChunkLayout,
         plan: PlacementPlan,
-        demand: MemoryDemand,
+        demands: Sequence[ChunkDemand],
+        shape: RuntimeShape,
         resources: Resources,
         core: ChunkCore,
         states: Mapping[int, TiledHome],
@@ -86,7 +93,8 @@ class Runtime:
         self.config = config
         self.layout = layout
         self.plan = plan
-        self.demand = demand
+        self._demands = demands
+        self._shape = shape
         self.resources = resources
         self.core = core
         self.states = states
@@ -99,6 +107,7 @@ class Runtime:
         self._histories = {phase: AccessHistory() for phase in Phase}
         self._phase = Phase.TRAIN
         self._is_in_step = False
+        self._is_adapted = False
         core.next_use = self._next_use
         self._saved = SavedWeights(self._chunk_id_in, self._weights_in_backward)
         self._entered: list[_Entry] = []
@@ -112,6 +121,11 @@ class Runtime:
         self._clip_factor = 1.0
         self._lost: str | None = None
         self._is_closed = False
+
+    @property
+    def demand(self) -> MemoryDemand:
+        """Bytes by tier and purpose that the plan in force takes."""
+        return memory_demand(self._demands, self.plan, self._shape)
 
     # ---------------------------------------------------------------- forward
 
@@ -347,10 +361,46 @@ class Runtime:
         if self._is_in_step:
             self._is_in_step = False
             self.probe.end_step()
+            if self.config.placement == "auto" and not self._is_adapted:
+                self._adapt_residency()
 
     @property
     def _loss_scale(self) -> float:
         return self.scaler.scale if self.scaler is not None else 1.0
+
+    def _adapt_residency(self) -> None:
+        """Once a step has been measured, let as many chunks reside on the device as really fit."""
+        budget = self.resources.ledger.budget_nbytes(MemoryTier.DEVICE)
+        peak = self.probe.non_model_peak_nbytes
+        if not self._shape.has_device or budget is None or peak is None:
+            return
+        self._is_adapted = True
+        plan = adapt_residency(
+            self._demands, self.plan, self._shape, device_nbytes=budget - int(peak * NON_MODEL_MARGIN)
+        )
+        for before, after in zip(self.plan.chunks, plan.chunks, strict=True):
+            if before.is_resident and not after.is_resident:
+                self.core.unsettle(after.chunk_id)
+        for before, after in zip(self.plan.chunks, plan.chunks, strict=True):
+            if after.is_resident and not before.is_resident:
+                self.core.reside(after.chunk_id)
+        self.plan = plan
+        held = self.demand.total(MemoryTier.DEVICE)
+        logger.info(
+            "the first step took %s beside chunks; chunks may now take %s of the device and take %s",
+            format_nbytes(peak),
+            format_nbytes(budget - peak),
+            format_nbytes(held),
+        )
+        if held + peak > budget:
+            logger.warning(
+                "the device budget of %s is short by %s: chunks take %s and everything else %s; use smaller batches or "
+                "activation checkpointing, or raise device_budget",
+                format_nbytes(budget),
+                format_nbytes(held + peak - budget),
+                format_nbytes(held),
+                format_nbytes(peak),
+            )
 
     # ---------------------------------------------------------------- trace and prefetch
 

@@ -11,8 +11,9 @@ import torch
 from gemini.chunk.layout import ParamSlot
 from gemini.kernels.cpu import cast, join_master, split_master
 from gemini.offload.home import TiledHome
+from gemini.offload.io import empty_aligned
 from gemini.runtime import Runtime
-from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, round_up
+from gemini.tiers import MemoryTier
 from gemini.update import record_views
 
 __all__ = ["load_master", "load_moments", "read_master", "read_moments", "read_working"]
@@ -145,23 +146,16 @@ def _tile(runtime: Runtime, home: TiledHome, tile: int, *, write: bool) -> Itera
         yield home.tile(tile)
         return
     if tier is MemoryTier.NVME:
-        buffer = _aligned_buffer(home.tile_nbytes[tile])
+        buffer = empty_aligned(home.tile_nbytes[tile])
         home.read_tile(tile, buffer).wait()
         yield buffer
         if write:
             home.write_tile(tile, buffer).wait()
             home.finish_writes()
         return
-    buffer = _aligned_buffer(home.tile_nbytes[tile])
+    buffer = empty_aligned(home.tile_nbytes[tile])
     transfers = runtime.resources.transfers
     transfers.download(buffer, home.tile(tile)).wait_on_host()
     yield buffer
     if write:
         transfers.upload(home.tile(tile), buffer).wait_on_host()
-
-
-def _aligned_buffer(nbytes: int) -> torch.Tensor:
-    """Return uint8 [nbytes], page aligned, outside any budget: one tile, for the moment."""
-    padded = torch.empty(round_up(nbytes, IO_ALIGNMENT_NBYTES) + IO_ALIGNMENT_NBYTES, dtype=torch.uint8)
-    skip = -padded.data_ptr() % IO_ALIGNMENT_NBYTES
-    return padded[skip : skip + nbytes]

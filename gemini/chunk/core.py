@@ -112,6 +112,19 @@ class ChunkCore:
         self._start_fetch(chunk)
         self._finish_fetch(chunk)
 
+    def reside(self, chunk_id: int) -> None:
+        """Give a chunk that has taken turns in the slots a copy of its own, which stays.
+
+        Args:
+            chunk_id: the chunk; not leased.
+
+        Raises:
+            OutOfTierMemoryError: there is no room for the copy.
+        """
+        self.evict(chunk_id)
+        self.chunks[chunk_id].is_resident = True
+        self.settle(chunk_id)
+
     def unsettle(self, chunk_id: int) -> None:
         """Give up a resident chunk's copy; from here on it takes turns in the slots.
 

@@ -14,6 +14,7 @@ from gemini.chunk.layout import SLOT_ALIGNMENT_NUMEL, ChunkSpec, ParamSlot, Para
 from gemini.config import GeminiConfig
 from gemini.errors import ConfigError, IllegalTransitionError, OutOfTierMemoryError
 from gemini.offload.home import TiledHome
+from gemini.offload.io import empty_aligned
 from gemini.offload.resources import budgets_of, open_resources
 from gemini.offload.slots import GrowingSlots
 from gemini.offload.transfer import CpuTransfers
@@ -243,7 +244,7 @@ class ChunkManager:
         """Return a chunk's bytes in host memory; what is returned may be the home itself."""
         home = chunk.home
         if home.is_on_disk:
-            content = torch.empty(home.tile_nbytes[0], dtype=torch.uint8)
+            content = empty_aligned(home.tile_nbytes[0])
             home.read_tile(0, content).wait()
             return content
         return self._to_host(home.tile(0)) if home.device_buffer is not None else home.tile(0)
@@ -273,9 +274,7 @@ def _pack(named: Mapping[str, torch.Tensor], *, chunk_id: int, dtype: torch.dtyp
 
 def _aligned_copy(spec: ChunkSpec, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return a chunk's bytes, uint8 on the CPU, padded to whole pages."""
-    content = torch.zeros(
-        max(round_up(spec.working_nbytes, IO_ALIGNMENT_NBYTES), IO_ALIGNMENT_NBYTES), dtype=torch.uint8
-    )
+    content = empty_aligned(max(round_up(spec.working_nbytes, IO_ALIGNMENT_NBYTES), IO_ALIGNMENT_NBYTES)).zero_()
     typed = content[: spec.working_nbytes].view(spec.dtype)
     for slot, tensor in zip(spec.slots, tensors, strict=True):
         typed[slot.begin : slot.end].copy_(tensor.detach().reshape(-1))

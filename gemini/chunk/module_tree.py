@@ -12,11 +12,10 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from gemini.chunk.call_paths import compiled_layers, find_bypassed_modules, unwrap_compiled
 from gemini.chunk.layout import ParamSpec
 from gemini.errors import ModelError
 
-__all__ = ["ModuleNode", "ModuleTree", "ParamEntry", "describe_model"]
+__all__ = ["ModuleNode", "ModuleTree", "ParamEntry", "compiled_layers", "describe_model", "unwrap_compiled"]
 
 _CONTAINER_TYPES = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _ATOMIC_TYPES = (nn.MultiheadAttention, torch.jit.ScriptModule)
@@ -39,11 +38,9 @@ class ModuleNode:
     is_container: bool
     """Whether it is a ModuleList, ModuleDict or Sequential, or derives from one."""
     is_atomic: bool
-    """Whether it uses its children's parameters without calling them, so that it must not be cut."""
+    """Whether it always uses its children's parameters without calling them, so that cutting it gains nothing."""
     is_compiled: bool
     """Whether it is a torch.compile wrapper together with the module inside."""
-    is_bypassed: bool
-    """Whether some parent's code uses it, or something under it, without calling it: its hooks cannot be relied on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +90,6 @@ def describe_model(model: nn.Module, *, working_dtype: torch.dtype) -> ModuleTre
     params = _describe_params(model, working_dtype)
     canonical_name = {id(param): name for name, param in model.named_parameters(remove_duplicate=True)}
     modules, name_by_id = _unique_modules(model)
-    bypassed = find_bypassed_modules(module for _, module in modules)
     nodes = []
     for name, module in modules:
         inner = unwrap_compiled(module)
@@ -107,7 +103,6 @@ def describe_model(model: nn.Module, *, working_dtype: torch.dtype) -> ModuleTre
                 is_container=isinstance(inner, _CONTAINER_TYPES),
                 is_atomic=isinstance(inner, _ATOMIC_TYPES),
                 is_compiled=inner is not module,
-                is_bypassed=id(module) in bypassed,
             )
         )
     return ModuleTree(
@@ -115,6 +110,19 @@ def describe_model(model: nn.Module, *, working_dtype: torch.dtype) -> ModuleTre
         params=params,
         no_split_classes=_no_split_classes(module for _, module in modules),
     )
+
+
+def compiled_layers(module: nn.Module) -> list[nn.Module]:
+    """Return a module and, where it is a torch.compile wrapper, what it wraps, outermost first."""
+    layers = [module]
+    while (wrapped := layers[-1]._modules.get("_orig_mod")) is not None:
+        layers.append(wrapped)
+    return layers
+
+
+def unwrap_compiled(module: nn.Module) -> nn.Module:
+    """Return the module inside a torch.compile wrapper, or the module itself."""
+    return compiled_layers(module)[-1]
 
 
 def _describe_params(model: nn.Module, working_dtype: torch.dtype) -> tuple[ParamEntry, ...]:

@@ -1,8 +1,8 @@
 """Which modules become units: rules over the module tree, nothing about bytes moved or tensors.
 
 [Note: Unit rules]
-A unit is hooked, so it must be a module that is called and that nobody goes around (`ModuleNode.is_bypassed`).
-In order:
+A unit is hooked, so it must be a module that can be called. Where other code uses its parameters without calling it,
+they are fetched on that use, so the rules need not know. In order:
 
 1. *Blocks named by the model*: outermost modules whose class is in `_no_split_modules`.
 2. *Repeated blocks*: children of a ModuleList, ModuleDict or Sequential with two or more children that hold parameters.
@@ -210,7 +210,7 @@ class _UnitChooser:
     # -- what is known of a module
 
     def _can_be_unit(self, node: ModuleNode) -> bool:
-        return node.is_called and not node.is_bypassed and node.name != self._tree.nodes[0].name
+        return node.is_called and node.name != self._tree.nodes[0].name
 
     def _is_named_block(self, node: ModuleNode) -> bool:
         return node.class_name in self._tree.no_split_classes

@@ -158,7 +158,6 @@ def flat_tree(drawn: list[tuple[tuple[int, ...], torch.dtype, bool]], num_module
             is_container=False,
             is_atomic=False,
             is_compiled=False,
-            is_bypassed=False,
         )
         for index in range(num_modules)
     ]
@@ -171,7 +170,6 @@ def flat_tree(drawn: list[tuple[tuple[int, ...], torch.dtype, bool]], num_module
         is_container=True,
         is_atomic=False,
         is_compiled=False,
-        is_bypassed=False,
     )
     return ModuleTree(nodes=(root, *leaves), params=tuple(ParamEntry(spec=spec, aliases=()) for spec in specs))
 
