@@ -151,13 +151,13 @@ def write_home(
     for tile in range(len(working.tiers)):
         begin = tile * tile_numel
         length = min(tile_numel, spec.numel - begin)
-        weights = empty_aligned(working.tile_nbytes[tile]).zero_()
+        weights = empty_aligned(working.tile_nbytes[tile], torch.uint8).zero_()
         typed = weights[: length * spec.dtype.itemsize].view(spec.dtype)
         if state is None:
             for part, into in _overlaps(spec, sources, begin, length):
                 typed[into].copy_(part)
         else:
-            record = empty_aligned(state.tile_nbytes[tile]).zero_()
+            record = empty_aligned(state.tile_nbytes[tile], torch.uint8).zero_()
             master = torch.zeros(length, dtype=torch.float32)
             for part, into in _overlaps(spec, sources, begin, length):
                 master[into].copy_(part)

@@ -146,14 +146,14 @@ def _tile(runtime: Runtime, home: TiledHome, tile: int, *, write: bool) -> Itera
         yield home.tile(tile)
         return
     if tier is MemoryTier.NVME:
-        buffer = empty_aligned(home.tile_nbytes[tile])
+        buffer = empty_aligned(home.tile_nbytes[tile], torch.uint8)
         home.read_tile(tile, buffer).wait()
         yield buffer
         if write:
             home.write_tile(tile, buffer).wait()
             home.finish_writes()
         return
-    buffer = empty_aligned(home.tile_nbytes[tile])
+    buffer = empty_aligned(home.tile_nbytes[tile], torch.uint8)
     transfers = runtime.resources.transfers
     transfers.download(buffer, home.tile(tile)).wait_on_host()
     yield buffer

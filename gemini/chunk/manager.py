@@ -244,7 +244,7 @@ class ChunkManager:
         """Return a chunk's bytes in host memory; what is returned may be the home itself."""
         home = chunk.home
         if home.is_on_disk:
-            content = empty_aligned(home.tile_nbytes[0])
+            content = empty_aligned(home.tile_nbytes[0], torch.uint8)
             home.read_tile(0, content).wait()
             return content
         return self._to_host(home.tile(0)) if home.device_buffer is not None else home.tile(0)
@@ -274,7 +274,9 @@ def _pack(named: Mapping[str, torch.Tensor], *, chunk_id: int, dtype: torch.dtyp
 
 def _aligned_copy(spec: ChunkSpec, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return a chunk's bytes, uint8 on the CPU, padded to whole pages."""
-    content = empty_aligned(max(round_up(spec.working_nbytes, IO_ALIGNMENT_NBYTES), IO_ALIGNMENT_NBYTES)).zero_()
+    content = empty_aligned(
+        max(round_up(spec.working_nbytes, IO_ALIGNMENT_NBYTES), IO_ALIGNMENT_NBYTES), torch.uint8
+    ).zero_()
     typed = content[: spec.working_nbytes].view(spec.dtype)
     for slot, tensor in zip(spec.slots, tensors, strict=True):
         typed[slot.begin : slot.end].copy_(tensor.detach().reshape(-1))
