@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,12 +36,15 @@ class NVMeConfig:
     """Bypass the page cache (O_DIRECT) where the file system allows it."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.path, (str, os.PathLike)) or not os.fspath(self.path):
+            raise ConfigError(f"NVMeConfig.path: expected a directory as a str or Path, got {self.path!r}")
         parse_nbytes(self.budget, name="NVMeConfig.budget")
         if self.engine not in ("auto", "io_uring", "aio", "threads"):
             raise ConfigError(
                 f'NVMeConfig.engine: expected "auto", "io_uring", "aio" or "threads", got {self.engine!r}'
             )
         _check_int("NVMeConfig.queue_depth", self.queue_depth, 1, 4096)
+        _check_bool("NVMeConfig.direct", self.direct)
 
     @property
     def budget_nbytes(self) -> int:
@@ -101,6 +106,8 @@ class GeminiConfig:
             raise ConfigError(
                 f'GeminiConfig.placement: expected "auto", a StaticPlacement or a PlacementPlan, got {self.placement!r}'
             )
+        _check_bool("GeminiConfig.gradient_accumulation", self.gradient_accumulation)
+        _check_int("GeminiConfig.seed", self.seed, 0, 2**32 - 1)
         _check_int("GeminiConfig.prefetch_depth", self.prefetch_depth, 0, 64)
         _check_int("GeminiConfig.ring_depth", self.ring_depth, 2, 64)
         _check_int("GeminiConfig.tile_numel", self.tile_numel, 4096, 1 << 28)
@@ -109,14 +116,23 @@ class GeminiConfig:
         if self.num_threads is not None:
             _check_int("GeminiConfig.num_threads", self.num_threads, 1, 1024)
         if self.isa not in ("auto", "scalar", "avx2", "avx512", "neon"):
-            raise ConfigError(f"GeminiConfig.isa: unknown instruction set {self.isa!r}")
-        mantissa_is_one = self.initial_loss_scale > 0 and float(self.initial_loss_scale).hex().startswith(
-            "0x1.0000000000000p"
-        )
-        if not mantissa_is_one:
             raise ConfigError(
-                f"GeminiConfig.initial_loss_scale: expected a power of two, got {self.initial_loss_scale}"
+                'GeminiConfig.isa: expected "auto", "scalar", "avx2", "avx512" or "neon", got ' + repr(self.isa)
             )
+        if not _is_power_of_two(self.initial_loss_scale):
+            raise ConfigError(
+                f"GeminiConfig.initial_loss_scale: expected a power of two, got {self.initial_loss_scale!r}"
+            )
+
+
+def _is_power_of_two(value: object) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.frexp(value)[0] == 0.5  # type: ignore[arg-type]
+
+
+def _check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}: expected True or False, got {value!r}")
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

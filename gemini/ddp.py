@@ -116,7 +116,12 @@ class GeminiDDP(torch.nn.Module):
         self._runtime.clear_gradients()
 
     def memory_report(self) -> MemoryReport:
-        """Return bytes per tier, formula beside measurement, and what the moves have cost."""
+        """Return bytes per tier, formula beside measurement, and what the moves have cost.
+
+        Raises:
+            ModelError: the engine is closed or its state was lost.
+        """
+        self._runtime.check_usable()
         return make_report(self._runtime)
 
     def trace_memory(self) -> AbstractContextManager[None]:
@@ -150,6 +155,7 @@ class GeminiDDP(torch.nn.Module):
         return dict(self._named_tensors(read_master))
 
     def _named_tensors(self, read: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        self._runtime.check_usable()
         self._runtime.finish_writes()
         by_id: dict[int, torch.Tensor] = {}
         slots = self._runtime.layout.slot_by_name
@@ -180,6 +186,7 @@ class GeminiDDP(torch.nn.Module):
         """
         if assign:
             raise ConfigError("GeminiDDP.load_state_dict: assign=True would take the parameters out of their chunks")
+        self._runtime.check_usable()
         first_name = {id(param): name for name, param in self.module.named_parameters()}
         params = {name: first_name[id(p)] for name, p in self.module.named_parameters(remove_duplicate=False)}
         buffers = dict(self.module.named_buffers(remove_duplicate=False))

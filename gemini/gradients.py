@@ -146,7 +146,7 @@ class GradientStore:
             self._depart(next(iter(self._on_device)))
 
     def _check_accumulation(self, chunk: GradChunk, position: int) -> None:
-        again = position in chunk.sumsq
+        again = position in chunk.sumsq or any(d.chunk is chunk and position in d.positions for d in self._departures)
         if again and self._dtype_of(chunk.spec) is not torch.float32:
             raise ModelError(
                 f"a second gradient for {chunk.spec.slots[position].spec.name} arrived before optimizer.step(): "

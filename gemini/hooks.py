@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = ["HookSet", "RuntimeEvents"]
 
@@ -37,6 +37,9 @@ class RuntimeEvents(Protocol):
 
     def exit_unit(self, unit_id: int) -> None:
         """Give back what `enter_unit` took."""
+
+    def enter_backward(self, unit_id: int) -> None:
+        """Make a unit's weights usable: backward has reached its outputs."""
 
     def use_parameter(self, param: torch.nn.Parameter) -> None:
         """Make one parameter usable until the unit, or the model, that is running ends."""
@@ -139,6 +142,7 @@ class HookSet:
             output = self._own_outputs(output)
             self._entered.pop()
             self._events.exit_unit(unit_id)
+            self._watch_backward(unit_id, output)
             self._watch()
             return output
 
@@ -150,6 +154,21 @@ class HookSet:
         is_compiled = self._is_model_compiled or (self._entered and self._entered[-1] in self._compiled_units)
         if is_running and not is_compiled:
             self._mode.resume()
+
+    def _watch_backward(self, unit_id: int, output: Any) -> None:
+        """Report when backward is about to run a unit.
+
+        transformers checkpoints `forward` inside `__call__`: its recomputation uses the weights and fires no other hook.
+        """
+        if not torch.is_grad_enabled():
+            return
+
+        def reached(gradient: torch.Tensor) -> None:
+            self._events.enter_backward(unit_id)
+
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                tensor.register_hook(reached)  # type: ignore[no-untyped-call]
 
     def _own_outputs(self, output: Any) -> Any:
         """Copy outputs that are views of borrowed weights: the memory will hold other weights soon."""

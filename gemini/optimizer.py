@@ -77,8 +77,8 @@ class HybridAdam(torch.optim.Optimizer):
             self._adopt(entry[1] if isinstance(entry, tuple) else entry)
         kept = [e for e in params if (e[1] if isinstance(e, tuple) else e).requires_grad]
         assert not names or len(names) == len(params)
+        _check_group({**self.defaults, **param_group})
         super().add_param_group({**param_group, "params": kept})
-        _check_group(self.param_groups[-1])
 
     def _adopt(self, param: torch.Tensor) -> None:
         runtime = runtime_of(param)
@@ -229,12 +229,9 @@ def _hyper_of(group: dict[str, Any]) -> AdamHyper:
 
 def _check_group(group: dict[str, Any]) -> None:
     """Raise ConfigError if a group's hyper-parameters are out of range."""
-    beta1, beta2 = group["betas"]
-    for name, value, is_good in (
-        ("lr", group["lr"], group["lr"] >= 0),
-        ("betas", group["betas"], 0 <= beta1 < 1 and 0 <= beta2 < 1),
-        ("eps", group["eps"], group["eps"] >= 0),
-        ("weight_decay", group["weight_decay"], group["weight_decay"] >= 0),
-    ):
-        if not is_good:
-            raise ConfigError(f"HybridAdam: {name} is out of range: {value!r}")
+    for name in ("lr", "eps", "weight_decay"):
+        if not 0 <= group[name] < math.inf:
+            raise ConfigError(f"HybridAdam.{name}: expected a finite number of at least 0, got {group[name]!r}")
+    betas = tuple(group["betas"])
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ConfigError(f"HybridAdam.betas: expected two numbers from 0 to below 1, got {group['betas']!r}")

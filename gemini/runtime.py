@@ -135,7 +135,7 @@ class Runtime:
         Raises:
             ModelError: the engine is closed, its state was lost, or a parameter was moved or re-flagged.
         """
-        self._check_usable()
+        self.check_usable()
         self._check_params()
         self._drop_leftovers()
         self._phase = Phase.TRAIN if torch.is_grad_enabled() else Phase.INFERENCE
@@ -171,20 +171,20 @@ class Runtime:
             OffloadIOError: weights cannot be read.
             ModelError: the engine is closed or its state was lost.
         """
-        self._check_usable()
+        self.check_usable()
         unit = self.layout.units[unit_id]
         leased: list[int] = []
         try:
             for chunk_id in unit.chunk_ids:
                 self.core.access(chunk_id)
                 leased.append(chunk_id)
+            for chunk_id in unit.chunk_ids:
+                self._record(chunk_id)
+            self._fetch_ahead()
         except GeminiError:
             for chunk_id in leased:
                 self.core.release(chunk_id)
             raise
-        for chunk_id in unit.chunk_ids:
-            self._record(chunk_id)
-        self._fetch_ahead()
         is_grad_enabled = torch.is_grad_enabled()
         if is_grad_enabled:
             self._saved.push()
@@ -223,6 +223,18 @@ class Runtime:
 
     # ---------------------------------------------------------------- backward
 
+    def enter_backward(self, unit_id: int) -> None:
+        """Make a unit's weights usable before backward runs it, for recomputation that fires no hooks.
+
+        Needs no lease: the chunks of the unit used last are never evicted, and autograd runs all of a unit before
+        anything that came before it in forward.
+        """
+        self._check_usable()
+        for chunk_id in self.layout.units[unit_id].chunk_ids:
+            self.core.ensure(chunk_id)
+            self._record(chunk_id)
+        self._fetch_ahead()
+
     def take_gradient(self, param: torch.nn.Parameter) -> None:
         """Take a gradient from autograd."""
         grad, param.grad = param.grad, None
@@ -235,7 +247,7 @@ class Runtime:
         return chunk.spec.chunk_id if chunk is not None else None
 
     def _weights_in_backward(self, chunk_id: int) -> torch.Tensor:
-        self._check_usable()
+        self.check_usable()
         chunk = self.core.ensure(chunk_id)
         self._record(chunk_id)
         self._fetch_ahead()
@@ -260,6 +272,7 @@ class Runtime:
         Returns:
             The norm; NaN if a gradient is infinite or NaN.
         """
+        self.check_usable()
         sums = self.gradients.sums_of_squares()
         values = [sums[slot.spec.name] for slot in slots if slot.spec.name in sums]
         if not all(map(math.isfinite, values)):
@@ -289,27 +302,25 @@ class Runtime:
             OffloadIOError: state could not be read or written; the engine refuses to go on.
             ModelError: the engine is closed or its state was lost.
         """
-        self._check_usable()
+        self.check_usable()
         by_chunk: dict[int, list[AdamSegment]] = {}
         for update in updates:
             by_chunk.setdefault(update.slot.chunk_id, []).append(update.segment)
         grad_scale = self._clip_factor / self._loss_scale
-        jobs = [
-            UpdateJob(
-                chunk=self.core.begin_update(chunk_id),
-                state=self.states[chunk_id],
-                grad=self.gradients.home_of(chunk_id),
-                grad_dtype=self.gradients.dtype_of(chunk_id),
-                segments=tuple(sorted(by_chunk[chunk_id], key=lambda segment: segment.begin)),
-                grad_scale=grad_scale,
-            )
-            for chunk_id in sorted(by_chunk)
-        ]
+        jobs: list[UpdateJob] = []
         try:
-            self._updates.run(jobs)
-        except BaseException as error:
-            self._lost = f"an optimizer step failed half way ({error})"
-            raise
+            for chunk_id in sorted(by_chunk):
+                jobs.append(
+                    UpdateJob(
+                        chunk=self.core.begin_update(chunk_id),
+                        state=self.states[chunk_id],
+                        grad=self.gradients.home_of(chunk_id),
+                        grad_dtype=self.gradients.dtype_of(chunk_id),
+                        segments=tuple(sorted(by_chunk[chunk_id], key=lambda segment: segment.begin)),
+                        grad_scale=grad_scale,
+                    )
+                )
+            self._run_updates(jobs)
         finally:
             for job in jobs:
                 self.core.end_update(job.chunk.spec.chunk_id)
@@ -317,6 +328,14 @@ class Runtime:
             self.scaler.update(found_overflow=False)
         self.num_steps += 1
         self._end_step()
+        self._fetch_ahead()
+
+    def _run_updates(self, jobs: Sequence[UpdateJob]) -> None:
+        try:
+            self._updates.run(jobs)
+        except BaseException as error:
+            self._lost = f"an optimizer step failed half way ({error})"
+            raise
 
     def skip_update(self, reason: str) -> None:
         """Drop the gradients of a step whose norm is not finite."""
@@ -329,7 +348,12 @@ class Runtime:
         self._end_step()
 
     def clear_gradients(self) -> None:
-        """Forget the gradients at hand."""
+        """Forget the gradients at hand.
+
+        Raises:
+            ModelError: the engine is closed or its state was lost.
+        """
+        self.check_usable()
         self.gradients.clear()
         self._clip_factor = 1.0
 
@@ -437,7 +461,8 @@ class Runtime:
 
     # ---------------------------------------------------------------- life
 
-    def _check_usable(self) -> None:
+    def check_usable(self) -> None:
+        """Raise ModelError if the engine is closed or its state was lost."""
         if self._is_closed:
             raise ModelError("this GeminiDDP has been closed; wrap the model again to go on")
         if self._lost is not None:
@@ -461,6 +486,12 @@ class Runtime:
                         f"it was wrapped and is {param.dtype} on {param.device} now; GeminiDDP moves and casts "
                         "parameters itself: set GeminiConfig(device=..., dtype=...), and no .to(), .cuda() or .half()"
                     )
+            moved = chunk.find_moved()
+            if moved is not None:
+                raise ModelError(
+                    f"parameter {moved.spec.name} no longer shows its chunk: its .data was replaced since; "
+                    "load values with engine.load_state_dict instead"
+                )
 
     def _drop_leftovers(self) -> None:
         """Forget what an exception in an earlier forward or backward may have left behind."""

@@ -301,10 +301,14 @@ class UpdatePipeline:
 
     def _retire(self, tile: _Tile) -> None:
         start = time.perf_counter()
-        tile.wait_until_left()
-        self.stall_s += time.perf_counter() - start
-        if tile.ring_buffer is not None:
-            self._free.append(tile.ring_buffer)
+        try:
+            tile.wait_until_left()
+        finally:
+            for way in tile.leaving:
+                _wait_quietly(way)  # one of them may have failed while another still reads the buffer
+            self.stall_s += time.perf_counter() - start
+            if tile.ring_buffer is not None:
+                self._free.append(tile.ring_buffer)
 
     def _abandon(self) -> None:
         """Wait for everything under way, whatever becomes of it, so that the buffers are free again."""

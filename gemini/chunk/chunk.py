@@ -50,6 +50,7 @@ class Chunk:
         """The weights in compute memory, [spec.numel] of spec.dtype; None while they are away."""
         self._state = ChunkState.AT_HOME
         self._num_leases = 0
+        self._addresses: list[int] = []
 
     @property
     def state(self) -> ChunkState:
@@ -104,12 +105,21 @@ class Chunk:
         self.compute = buffer[: self.spec.working_nbytes].view(self.spec.dtype)
         for slot, param in zip(self.spec.slots, self.params, strict=True):
             param.data = param_view(self.compute, slot)
+        self._addresses = [param.data_ptr() for param in self.params]
+
+    def find_moved(self) -> ParamSlot | None:
+        """Return the place of a parameter that no longer shows what the chunk bound it to, None if all do."""
+        for slot, param, address in zip(self.spec.slots, self.params, self._addresses, strict=True):
+            if param.data_ptr() != address:
+                return slot
+        return None
 
     def unbind(self, missing: torch.Tensor) -> None:
         """Let the parameters show a placeholder, a scalar of the right dtype and device."""
         self.compute = None
         for slot, param in zip(self.spec.slots, self.params, strict=True):
             param.data = missing.expand(slot.spec.shape)
+        self._addresses = [param.data_ptr() for param in self.params]
 
 
 def param_view(flat: torch.Tensor, slot: ParamSlot) -> torch.Tensor:

@@ -220,7 +220,10 @@ class ChunkCore:
 
     def can_prefetch(self, chunk_id: int) -> bool:
         """Return whether a fetch of this chunk could start now without waiting, given a slot."""
-        return not self._needs_staging(self.chunks[chunk_id]) or self._reclaim_staging()
+        chunk = self.chunks[chunk_id]
+        if chunk.home.is_being_written():
+            return False
+        return not self._needs_staging(chunk) or self._reclaim_staging()
 
     def prefetch(self, chunk_id: int) -> None:
         """Start fetching a chunk that will be needed soon; one that is there or on its way is left alone.
@@ -410,9 +413,10 @@ class ChunkCore:
 
     def _start_fetch(self, chunk: Chunk) -> None:
         assert chunk.slot is not None
-        staging = self._claim_staging(chunk) if self._needs_staging(chunk) else None
         chunk.transition(ChunkState.FETCHING)
+        staging = None
         try:
+            staging = self._claim_staging(chunk) if self._needs_staging(chunk) else None
             chunk.fetch = Fetch(
                 chunk.home,
                 chunk.slot.buffer,
@@ -422,6 +426,8 @@ class ChunkCore:
             )
         except GeminiError:
             self._fail_fetch(chunk)
+            if staging is not None:
+                self._staging.give_back(staging)
             raise
         if staging is not None:
             self._draining.append(chunk.fetch)

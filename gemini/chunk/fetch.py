@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import torch
 
-from gemini.errors import GeminiError
+from gemini.errors import GeminiError, OffloadIOError
 from gemini.kernels.pool import Ticket, WorkerPool
 from gemini.offload.home import TiledHome, TileRun
 from gemini.offload.io import IoTicket
@@ -43,9 +43,19 @@ class Fetch:
         self.nbytes_from = dict.fromkeys(MemoryTier, 0)
         self._dst = dst
         self._transfers = transfers
+        self._pool = pool
         self._reads: list[tuple[TileRun, IoTicket]] = []
         self._copies: list[Ticket] = []
         self._uploads: list[Move] = []
+        self._failure: OffloadIOError | None = None
+        try:
+            self._start(home)
+        except GeminiError:
+            self.abandon()  # the caller will give the buffers to others
+            raise
+
+    def _start(self, home: TiledHome) -> None:
+        transfers, staging, dst, pool = self._transfers, self.staging, self._dst, self._pool
         has_device = transfers.compute_tier is MemoryTier.DEVICE
         for run in home.runs():
             self.nbytes_from[run.tier] += run.nbytes
@@ -63,13 +73,10 @@ class Fetch:
                 self._copies.append(pool.submit_copy(dst[part], source))
 
     def poll(self) -> bool:
-        """Move on without waiting: upload what the disk has delivered.
+        """Move on without waiting: upload what the disk has delivered. A read that failed is reported by `finish`.
 
         Returns:
             Whether nothing is left to be started.
-
-        Raises:
-            OffloadIOError: a read failed.
         """
         if self._reads and all(ticket.is_done() for _, ticket in self._reads):
             self._upload_what_was_read()
@@ -82,6 +89,8 @@ class Fetch:
             OffloadIOError: a read failed.
         """
         self._upload_what_was_read()
+        if self._failure is not None:
+            raise self._failure
         for copy in self._copies:
             copy.wait()
         for upload in self._uploads:
@@ -109,7 +118,11 @@ class Fetch:
 
     def _upload_what_was_read(self) -> None:
         for run, ticket in self._reads:
-            ticket.wait()
+            try:
+                ticket.wait()
+            except OffloadIOError as error:
+                self._failure = error
+                continue
             if self.staging is not None:
                 part = slice(run.begin, run.begin + run.nbytes)
                 self._uploads.append(self._transfers.upload(self._dst[part], self.staging[part]))

@@ -40,7 +40,9 @@ class ChunkManager:
 
     def __init__(self, config: GeminiConfig | None = None) -> None:
         config = config or GeminiConfig()
-        disk_nbytes = config.nvme.budget_nbytes if config.nvme is not None else 0
+        disk_nbytes = 0
+        if config.nvme is not None:  # the file has a block of its own
+            disk_nbytes = (config.nvme.budget_nbytes // IO_ALIGNMENT_NBYTES - 1) * IO_ALIGNMENT_NBYTES
         self._resources = open_resources(config, budgets_of(config), disk_nbytes=disk_nbytes)
         self._core = ChunkCore(
             self._resources,
@@ -50,6 +52,7 @@ class ChunkManager:
         self._core.next_use = self._since_last_use
         self._clock = 0
         self._last_use: dict[int, int] = {}
+        self._modified: set[int] = set()
         self._is_closed = False
 
     def register(
@@ -81,7 +84,11 @@ class ChunkManager:
         spec = _pack(named, chunk_id=len(self._core.chunks), dtype=dtypes.pop())
         content = _aligned_copy(spec, list(named.values()))
         home = self._open_home(tier, content.numel())
-        self._write(home, content)
+        try:
+            self._write(home, content)
+        except BaseException:
+            self._free_home(home)
+            raise
         chunk = self._core.add(spec, list(named.values()), home, is_resident=self._is_in_place(tier))
         if chunk.is_resident:
             self._core.settle(spec.chunk_id)
@@ -110,8 +117,8 @@ class ChunkManager:
 
         Args:
             chunk_id: from `register`.
-            is_modified: whether values may have changed; then the last release writes them home. Pass False for
-                tensors that were only read.
+            is_modified: whether values may have changed under this lease; if they have under any, the last release
+                writes them home. Pass False for tensors that were only read.
 
         Raises:
             IllegalTransitionError: the chunk is not leased.
@@ -120,9 +127,13 @@ class ChunkManager:
         chunk = self._core.chunks[self._check_id(chunk_id)]
         if not chunk.is_leased:
             raise IllegalTransitionError(f"{chunk.name} is {chunk.state.value!r}: there is no lease to give back")
+        if is_modified:
+            self._modified.add(chunk_id)
         was_last = self._core.release(chunk_id)
-        if was_last and is_modified and chunk.slot is not None:
-            self._write(chunk.home, self._to_host(chunk.slot.buffer))
+        if was_last and chunk_id in self._modified:
+            if chunk.slot is not None:
+                self._write(chunk.home, self._to_host(chunk.slot.buffer))
+            self._modified.remove(chunk_id)
 
     @contextmanager
     def using(self, chunk_id: int, *, is_modified: bool = True) -> Iterator[tuple[torch.Tensor, ...]]:

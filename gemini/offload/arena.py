@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import mmap
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,6 +23,12 @@ logger = logging.getLogger(__name__)
 HUGE_PAGE_NBYTES = 2 << 20
 
 
+class _Grant(NamedTuple):
+    purpose: str
+    nbytes: int
+    is_locked: bool
+
+
 class HostArena:
     """Hand out host buffers against the host budget.
 
@@ -34,7 +40,7 @@ class HostArena:
     def __init__(self, ledger: TierLedger, *, is_pinned: bool = False) -> None:
         self._ledger = ledger
         self._is_pinned = is_pinned
-        self._buffers: dict[int, tuple[str, int]] = {}
+        self._buffers: dict[int, _Grant] = {}
         self._has_warned = False
 
     def allocate(self, nbytes: int, purpose: str) -> torch.Tensor:
@@ -59,33 +65,32 @@ class HostArena:
             raise OutOfTierMemoryError(
                 f"the machine refused {format_nbytes(nbytes)} of host memory for {purpose}: {error}; lower host_budget"
             ) from error
-        if self._is_pinned:
-            self._pin(buffer)
-        self._buffers[buffer.data_ptr()] = (purpose, nbytes)
+        is_locked = self._is_pinned and self._lock(buffer)
+        self._buffers[buffer.data_ptr()] = _Grant(purpose, nbytes, is_locked)
         return buffer
 
     def free(self, buffer: torch.Tensor) -> None:
         """Give a buffer back; its memory goes when the last view of it does."""
-        purpose, nbytes = self._buffers.pop(buffer.data_ptr())
-        self._ledger.credit(MemoryTier.HOST, purpose, nbytes)
-        if self._is_pinned:
-            _cuda_runtime().cudaHostUnregister(buffer.data_ptr())
+        self._give_back(buffer.data_ptr(), self._buffers.pop(buffer.data_ptr()))
 
     def close(self) -> None:
         """Give every buffer back."""
-        for address, (purpose, nbytes) in self._buffers.items():
-            self._ledger.credit(MemoryTier.HOST, purpose, nbytes)
-            if self._is_pinned:
-                _cuda_runtime().cudaHostUnregister(address)
+        for address, grant in self._buffers.items():
+            self._give_back(address, grant)
         self._buffers.clear()
 
-    def _pin(self, buffer: torch.Tensor) -> None:
-        status = _cuda_runtime().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
-        if int(status) != 0 and not self._has_warned:
+    def _give_back(self, address: int, grant: _Grant) -> None:
+        self._ledger.credit(MemoryTier.HOST, grant.purpose, grant.nbytes)
+        if grant.is_locked:
+            _cuda_runtime().cudaHostUnregister(address)
+
+    def _lock(self, buffer: torch.Tensor) -> bool:
+        """Page-lock a buffer; return whether the driver did."""
+        status = int(_cuda_runtime().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0))
+        if status != 0 and not self._has_warned:
             self._has_warned = True
-            logger.warning(
-                "page-locking host memory failed (%s); copies to the device will not overlap compute", status
-            )
+            logger.warning("page-locking host memory failed (CUDA error %d): copies to the device block", status)
+        return status == 0
 
 
 def _cuda_runtime() -> Any:

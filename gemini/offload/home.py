@@ -6,11 +6,13 @@ Knows bytes and tiers; knows nothing of what the bytes mean.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 
+from gemini.errors import OffloadIOError
 from gemini.offload.arena import HostArena
 from gemini.offload.extents import Extent
 from gemini.offload.io import IoTicket
@@ -153,6 +155,10 @@ class TiledHome:
         self.writes.append(ticket)
         return ticket
 
+    def is_being_written(self) -> bool:
+        """Return whether a write has yet to reach the disk, so that a read would have to wait for it."""
+        return any(not ticket.is_done() for ticket in self.writes)
+
     def finish_writes(self) -> None:
         """Block until everything written has reached the disk.
 
@@ -164,11 +170,14 @@ class TiledHome:
             self.writes.pop()
 
     def close(self) -> None:
-        """Give the host memory and the disk space back."""
+        """Give the host memory and the disk space back; a write that failed no longer matters."""
         if self.host_buffer is not None:
             self._arena.free(self.host_buffer)
             self.host_buffer = None
         if self._extent is not None and self._store is not None:
-            self.finish_writes()
+            for ticket in self.writes:
+                with suppress(OffloadIOError):
+                    ticket.wait()
+            self.writes.clear()
             self._store.free(self._extent)
             self._extent = None

@@ -59,7 +59,7 @@ def _device_of(config: GeminiConfig) -> torch.device | str | None:
         return SIMULATED
     try:
         device = torch.device(wanted)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(
             f'GeminiConfig.device: expected "cuda", "cpu", "simulated" or None, got {wanted!r}'
         ) from error

@@ -36,17 +36,24 @@ class StaticPlacement:
     def __post_init__(self) -> None:
         for name in self.__slots__:
             fraction = getattr(self, name)
-            if not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
+            if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
                 raise ConfigError(f"StaticPlacement.{name}: expected a fraction from 0 to 1, got {fraction!r}")
         for kind in ("param", "state"):
-            if getattr(self, f"{kind}_device") + getattr(self, f"{kind}_nvme") > 1:
-                raise ConfigError(f"StaticPlacement: {kind}_device + {kind}_nvme must not exceed 1")
+            on_device, on_disk = getattr(self, f"{kind}_device"), getattr(self, f"{kind}_nvme")
+            if on_device + on_disk > 1:
+                raise ConfigError(
+                    f"StaticPlacement: {kind}_device + {kind}_nvme must not exceed 1, got {on_device} + {on_disk}"
+                )
         if self.state_device + self.grad_nvme > 1:
             raise ConfigError(
-                "StaticPlacement: state_device + grad_nvme must not exceed 1: gradients live where the state does"
+                f"StaticPlacement: state_device + grad_nvme must not exceed 1, got {self.state_device} + "
+                f"{self.grad_nvme}: gradients live where the state does"
             )
         if self.state_device > self.param_device:
-            raise ConfigError("StaticPlacement: state_device must not exceed param_device: the device updates in place")
+            raise ConfigError(
+                f"StaticPlacement: state_device must not exceed param_device, got {self.state_device} and "
+                f"{self.param_device}: the device updates in place"
+            )
 
 
 def static_placement(
