@@ -158,7 +158,7 @@ class HookSet:
     def _watch_backward(self, unit_id: int, output: Any) -> None:
         """Report when backward is about to run a unit.
 
-        transformers checkpoints `forward` inside `__call__`: its recomputation uses the weights and fires no other hook.
+        transformers checkpoints `forward` inside `__call__`: its recomputation uses the weights and fires no hook.
         """
         if not torch.is_grad_enabled():
             return

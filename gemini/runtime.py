@@ -229,7 +229,7 @@ class Runtime:
         Needs no lease: the chunks of the unit used last are never evicted, and autograd runs all of a unit before
         anything that came before it in forward.
         """
-        self._check_usable()
+        self.check_usable()
         for chunk_id in self.layout.units[unit_id].chunk_ids:
             self.core.ensure(chunk_id)
             self._record(chunk_id)

@@ -28,7 +28,10 @@ from gemini import GeminiDDP
 TOWER = Case(Tower, vector_batch, square)
 LLAMA = HF_CASES["llama"]
 
-pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.usefixtures("fine_units")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),
+    pytest.mark.usefixtures("fine_units"),
+]
 
 
 @pytest.fixture(params=["host", "nvme", "device"])
