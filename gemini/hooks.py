@@ -6,6 +6,7 @@ Hooks sit on the modules of units and on the model itself, so that the user may 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
@@ -93,8 +94,16 @@ class HookSet:
             before, after = self._unit_hooks(unit_id)
             self._handles.append(module.register_forward_pre_hook(before, prepend=True))
             self._handles.append(module.register_forward_hook(after, always_call=True))
+        # torch keeps these where the garbage collector cannot follow, so they must not keep the engine alive.
+        method = weakref.WeakMethod(self._events.take_gradient)
+
+        def take_gradient(param: torch.nn.Parameter) -> None:
+            take = method()
+            assert take is not None, "the engine is gone but its graph is not"
+            take(param)
+
         for param in params:
-            handle = param.register_post_accumulate_grad_hook(self._events.take_gradient)  # type: ignore[no-untyped-call]
+            handle = param.register_post_accumulate_grad_hook(take_gradient)  # type: ignore[no-untyped-call]
             self._handles.append(handle)
 
     def remove(self) -> None:
