@@ -83,7 +83,13 @@ class GeminiDDP(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; arguments and result are the model's own."""
-        return self.module(*args, **kwargs)
+        try:
+            return self.module(*args, **kwargs)
+        except Exception:
+            raise  # torch has run the hooks that end a forward
+        except BaseException:
+            self._hooks.abort()
+            raise
 
     def backward(self, loss: torch.Tensor) -> None:
         """Run backward; the same as `loss.backward()`."""

@@ -6,6 +6,8 @@ Every message names the object, what was expected, what was found and what to do
 from __future__ import annotations
 
 import os
+from functools import partial
+from typing import Any
 
 __all__ = [
     "CheckpointMismatchError",
@@ -83,6 +85,12 @@ class OffloadIOError(GeminiError, OSError):
         self.offset = offset
         self.nbytes = nbytes
         self.nbytes_done = nbytes_done
+        self.hint = hint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # OSError would call the class with its own arguments.
+        fields = {name: getattr(self, name) for name in ("offset", "nbytes", "nbytes_done", "hint")}
+        return partial(OffloadIOError, **fields), (self.operation, self.path, self.errno)
 
     def __str__(self) -> str:
         return str(self.strerror)

@@ -6,8 +6,10 @@ Hooks sit on the modules of units and on the model itself, so that the user may 
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -17,6 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 __all__ = ["HookSet", "RuntimeEvents"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_CALL_CODE = torch.nn.Module._call_impl.__code__
 
 
 def _disable_compile(function: _Function) -> _Function:
@@ -32,6 +36,9 @@ class RuntimeEvents(Protocol):
 
     def end_forward(self) -> None:
         """Handle the end of the outermost forward, by return or exception."""
+
+    def abort_forward(self) -> None:
+        """Undo what a forward that was interrupted has begun."""
 
     def enter_unit(self, unit_id: int) -> None:
         """Make a unit's weights usable and keep them until `exit_unit`."""
@@ -106,8 +113,18 @@ class HookSet:
             handle = param.register_post_accumulate_grad_hook(take_gradient)  # type: ignore[no-untyped-call]
             self._handles.append(handle)
 
+    def abort(self) -> None:
+        """Undo what a forward that was interrupted has begun; torch runs no hooks for a KeyboardInterrupt."""
+        if not self._depth and not self._entered:
+            return
+        self._depth = 0
+        self._entered.clear()
+        self._mode.pause()
+        self._events.abort_forward()
+
     def remove(self) -> None:
         """Take all hooks off."""
+        self.abort()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -116,8 +133,9 @@ class HookSet:
 
     @_disable_compile
     def _before_model(self, module: torch.nn.Module, args: Any) -> None:
+        if self._depth == 0 or not _is_called_within_itself(module):
+            self.abort()
         if self._depth == 0:
-            self._entered.clear()
             self._mode.pause()
             self._events.begin_forward()
             self._watch()
@@ -206,19 +224,18 @@ class _ForeignUseMode(TorchFunctionMode):
     def __init__(self, events: RuntimeEvents) -> None:
         super().__init__()
         self._events = events
-        self._is_active = False
 
     def resume(self) -> None:
         """Start catching."""
-        if not self._is_active:
-            self._is_active = True
+        # Asked of torch every time: autograd undoes what an interrupted recomputation has entered.
+        depth = torch._C._len_torch_function_stack()
+        if not any(torch._C._get_function_stack_at(place) is self for place in range(depth)):
             self.__enter__()  # type: ignore[no-untyped-call]
 
     def pause(self) -> None:
         """Stop catching, unless the user has entered a mode of their own meanwhile."""
         depth = torch._C._len_torch_function_stack()
-        if self._is_active and torch._C._get_function_stack_at(depth - 1) is self:
-            self._is_active = False
+        if depth and torch._C._get_function_stack_at(depth - 1) is self:
             self.__exit__(None, None, None)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -237,3 +254,13 @@ class _ForeignUseMode(TorchFunctionMode):
 def _is_compiled(module: torch.nn.Module) -> bool:
     """Return whether torch.compile runs a module, in either of its two forms."""
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _is_called_within_itself(module: torch.nn.Module) -> bool:
+    """Return whether an outer call of a module that is being called is still running, rather than interrupted."""
+    frame: FrameType | None = sys._getframe()
+    num_calls = 0
+    while frame is not None and num_calls < 2:
+        num_calls += frame.f_code is _CALL_CODE and frame.f_locals["self"] is module
+        frame = frame.f_back
+    return num_calls == 2

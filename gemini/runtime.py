@@ -160,6 +160,13 @@ class Runtime:
             self._history.end_step()
             self._phase = Phase.TRAIN
 
+    def abort_forward(self) -> None:
+        """Undo what a forward has begun that was interrupted, and so has neither left its units nor ended."""
+        self._saved.drop(sum(entry.has_pushed_hooks for entry in self._entered) + self._has_pushed_for_model)
+        self._has_pushed_for_model = False
+        self._drop_leftovers()
+        self.end_forward()
+
     def enter_unit(self, unit_id: int) -> None:
         """Lease a unit's chunks and start fetching what comes next.
 

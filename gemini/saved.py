@@ -76,13 +76,20 @@ class SavedWeights:
                 return view
             if previous is not None:
                 return _Delegated(previous[0](tensor), previous[1])
-            return _Versioned(tensor, tensor._version)
+            # A node that saves its own result must not own the result, which owns the node: nobody would free either.
+            return _Versioned(tensor.detach(), tensor._version)
 
         torch._C._autograd._push_saved_tensors_default_hooks(pack, self._unpack)
 
     def pop(self) -> None:
         """Take our hooks off again."""
         torch._C._autograd._pop_saved_tensors_default_hooks()
+
+    def drop(self, count: int) -> None:
+        """Take off what as many pushes have left behind, where nobody else has done so."""
+        for _ in range(count):
+            if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+                self.pop()
 
     def _view_of(self, tensor: torch.Tensor) -> _WeightView | None:
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
@@ -97,7 +104,9 @@ class SavedWeights:
     def _unpack(self, packed: Any) -> torch.Tensor:
         if isinstance(packed, _WeightView):
             weights = self._weights_of(packed.chunk_id).view(packed.dtype)
-            return weights.as_strided(packed.shape, packed.strides, packed.offset)
+            view = weights.as_strided(packed.shape, packed.strides, packed.offset)
+            # With create_graph=True backward builds a graph of its own, which saves what it is given here.
+            return view.clone() if torch.is_grad_enabled() else view
         if isinstance(packed, _Delegated):
             return packed.unpack(packed.packed)
         tensor: torch.Tensor = packed.tensor

@@ -1,9 +1,14 @@
-"""What holds for every test: those marked `gpu` are skipped, with a reason, where there is no GPU."""
+"""What holds for every test: helpers are importable; `gpu` tests are skipped, with a reason, where there is none."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "support"))  # importmode=importlib leaves sys.path alone
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,14 +1,14 @@
 """Exact-size host memory, page aligned, page-locked for CUDA where there is one.
 
 torch's pinned allocator rounds every allocation up to a power of two; here a buffer takes its bytes rounded
-up to a page and nothing more. Each buffer is its own anonymous memory file, so it can be given back alone.
+up to a page and nothing more. Each buffer is a mapping of its own, so it can be given back alone.
 """
 
 from __future__ import annotations
 
 import logging
 import mmap
-import os
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +59,7 @@ class HostArena:
         nbytes = round_up(max(nbytes, 1), IO_ALIGNMENT_NBYTES)
         self._ledger.charge(MemoryTier.HOST, purpose, nbytes)
         try:
-            buffer = torch.frombuffer(_map_anonymous_file(nbytes), dtype=torch.uint8)
+            buffer = torch.frombuffer(_map_shared_memory(nbytes), dtype=torch.uint8)
         except OSError as error:
             self._ledger.credit(MemoryTier.HOST, purpose, nbytes)
             raise OutOfTierMemoryError(
@@ -97,14 +97,14 @@ def _cuda_runtime() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
-def _map_anonymous_file(nbytes: int) -> mmap.mmap:
-    """Map a memory file of exactly `nbytes`, huge pages advised."""
-    descriptor = os.memfd_create("gemini")
-    try:
-        os.ftruncate(descriptor, nbytes)
-        mapping = mmap.mmap(descriptor, nbytes)
-    finally:
-        os.close(descriptor)
+def _map_shared_memory(nbytes: int) -> mmap.mmap:
+    """Map anonymous memory of exactly `nbytes`, huge pages advised.
+
+    Shared, so that a fork (a data loader's workers) does not make this process copy every page it writes to. Without a
+    file of its own: `mmap` would keep a descriptor for each of thousands of buffers.
+    """
+    mapping = mmap.mmap(-1, nbytes)
     if nbytes >= HUGE_PAGE_NBYTES:
-        mapping.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a kernel without huge pages
+            mapping.madvise(mmap.MADV_HUGEPAGE)
     return mapping

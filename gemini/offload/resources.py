@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -18,6 +20,8 @@ from gemini.offload.transfer import CpuTransfers, CudaTransfers, SimulatedTransf
 from gemini.tiers import MemoryTier, TierLedger, parse_nbytes
 
 __all__ = ["Resources", "budgets_of", "has_device_tier", "open_resources"]
+
+logger = logging.getLogger(__name__)
 
 SIMULATED = "simulated"
 MARGIN = 0.9
@@ -43,6 +47,17 @@ class Resources:
             self.store.close()
         self.pool.close()
         self.arena.close()
+
+
+def available_host_nbytes() -> int:
+    """Return the bytes of memory that could be taken now, by the machine's count and by the control group's."""
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        current = Path("/sys/fs/cgroup/memory.current").read_text().strip()
+    except OSError:
+        return available
+    return available if limit == "max" else min(available, max(int(limit) - int(current), 1))
 
 
 def has_device_tier(config: GeminiConfig) -> bool:
@@ -91,17 +106,19 @@ def budgets_of(config: GeminiConfig) -> dict[MemoryTier, int | None]:
                 'GeminiConfig: device_budget has no meaning with device="cpu", where host_budget is the memory budget; '
                 "leave one of them out"
             )
+        if config.device_budget is not None:
+            logger.warning("device_budget is not used: there is no CUDA device, and host_budget bounds all memory")
         device_nbytes = None
     elif config.device_budget is not None:
         device_nbytes = parse_nbytes(config.device_budget, name="device_budget")
     elif isinstance(device, torch.device):
         device_nbytes = int(torch.cuda.mem_get_info(device)[0] * MARGIN)
     else:
-        device_nbytes = int(psutil.virtual_memory().available * MARGIN / 2)
+        device_nbytes = int(available_host_nbytes() * MARGIN / 2)
     if config.host_budget is not None:
         host_nbytes = parse_nbytes(config.host_budget, name="host_budget")
     else:
-        host_nbytes = int(psutil.virtual_memory().available * MARGIN)
+        host_nbytes = int(available_host_nbytes() * MARGIN)
     return {
         MemoryTier.DEVICE: device_nbytes,
         MemoryTier.HOST: host_nbytes,

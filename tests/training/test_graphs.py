@@ -50,7 +50,7 @@ def assert_trains_as_in_plain_torch(case: Case, config: Any, num_steps: int = 3)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "albert", "mixtral"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "mixtral"])
 def test_hugging_face_checkpointing_works(config, name, use_reentrant):
     def build() -> nn.Module:
         model = HF_CASES[name].build()
@@ -138,9 +138,9 @@ def test_the_users_own_saved_tensor_hooks_see_activations_and_no_weights(config)
     with GeminiDDP(TOWER.model(), config) as engine:
         call(engine, batch).backward()
         assert float(engine.clip_grad_norm_(1.0)) == pytest.approx(float(norm), rel=1e-6)
-        is_streamed = not all(chunk.is_resident for chunk in engine.runtime.core.chunks)
+        is_streamed = not any(chunk.is_resident for chunk in engine.runtime.core.chunks)
     assert (2, 16, 32) in shapes
-    assert is_streamed == ((64, 32) not in shapes and (32, 64) not in shapes) or not is_streamed
+    assert not is_streamed or (64, 32) not in shapes
 
 
 # ---------------------------------------------------------------- gradients of gradients
@@ -214,19 +214,46 @@ class Doomed(Tower):
         raise self.error("failed on purpose")
 
 
+def state_of_torch() -> tuple[int, Any]:
+    """Return what an engine could leave behind: torch function modes and saved-tensor hooks."""
+    return torch._C._len_torch_function_stack(), torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_failed_forward_leaves_nothing_behind_in_torch(config, error):
+@pytest.mark.parametrize("attribute", ["module", "forward"])
+def test_a_failed_forward_leaves_nothing_behind_in_torch(config, error, attribute):
     case = Case(Doomed, vector_batch, square)
+    (batch,) = case.batches(1)
     with GeminiDDP(case.model(), config) as engine:
         engine.module.error = error
-        with pytest.raises(error, match="on purpose"):
-            engine(**case.batches(1)[0])
-        if error is not ValueError:  # torch runs no hooks then; the next forward puts things right
+        for _ in range(3):  # as many as there are slots and more
             with pytest.raises(error, match="on purpose"):
-                engine(**case.batches(1)[0])
-        depth = torch._C._len_torch_function_stack()
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    assert (depth, hooks) == (0, None)
+                getattr(engine, attribute)(**batch)
+        if attribute == "forward":
+            assert state_of_torch() == (0, None)
+    assert state_of_torch() == (0, None)
+
+
+def test_an_interrupted_recomputation_leaves_nothing_behind_in_torch(config):
+    class Interrupted(Checkpointed):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            output = super().forward(x)
+            self.blocks[2].up.forward = _interrupt
+            return output
+
+    case = Case(Interrupted, vector_batch, square)
+    with GeminiDDP(case.model(), config) as engine:
+        loss = square(engine(**case.batches(1)[0]))
+        with pytest.raises(KeyboardInterrupt, match="on purpose"):
+            loss.backward()
+        del engine.module.blocks[2].up.forward
+        with pytest.raises(KeyboardInterrupt, match="on purpose"):
+            square(engine(**case.batches(1)[0])).backward()
+    assert state_of_torch() == (0, None)
+
+
+def _interrupt(x: torch.Tensor) -> torch.Tensor:
+    raise KeyboardInterrupt("interrupted on purpose")
 
 
 def test_a_graph_that_is_dropped_frees_its_activations(config):
@@ -245,3 +272,15 @@ def test_a_graph_that_is_dropped_frees_its_activations(config):
             assert engine.module.seen() is None
         finally:
             gc.enable()
+
+
+def test_changing_a_saved_tensor_in_place_is_refused(config):
+    class Spoils(Tower):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.blocks[0](x).exp()
+            x += 1
+            return self.head(x)
+
+    case = Case(Spoils, vector_batch, square)
+    with GeminiDDP(case.model(), config) as engine, pytest.raises(RuntimeError, match="modified in place"):
+        square(engine(**case.batches(1)[0])).backward()

@@ -1,0 +1,127 @@
+"""Host memory: exact sizes, page alignment, the budget, and that what is given back is gone."""
+
+from __future__ import annotations
+
+import gc
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from gemini.errors import OutOfTierMemoryError
+from gemini.offload.arena import HostArena
+from gemini.tiers import MemoryTier, TierLedger
+
+HOST = MemoryTier.HOST
+
+
+def make_arena(budget_nbytes: int | None = None) -> tuple[HostArena, TierLedger]:
+    ledger = TierLedger({HOST: budget_nbytes})
+    return HostArena(ledger), ledger
+
+
+def mapped_nbytes() -> int:
+    """Return the bytes of anonymous shared memory that this process maps."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    ranges = [line.split()[0].split("-") for line in lines if line.endswith("/dev/zero (deleted)")]
+    return sum(int(end, 16) - int(begin, 16) for begin, end in ranges)
+
+
+@pytest.mark.parametrize(("wanted", "given"), [(0, 4096), (1, 4096), (4096, 4096), (4097, 8192), (3 << 20, 3 << 20)])
+def test_a_buffer_takes_whole_pages_and_no_power_of_two(wanted: int, given: int) -> None:
+    arena, ledger = make_arena()
+    buffer = arena.allocate(wanted, "state")
+    assert buffer.dtype is torch.uint8
+    assert buffer.numel() == given == ledger.held_nbytes(HOST)
+    assert buffer.data_ptr() % 4096 == 0
+    assert buffer.untyped_storage().nbytes() == given
+
+
+def test_a_new_buffer_is_zero_and_writable() -> None:
+    arena, _ = make_arena()
+    buffer = arena.allocate(10_000, "state")
+    assert not buffer.any()
+    buffer.fill_(7)
+    assert int(buffer.sum(dtype=torch.int64)) == 7 * 12_288
+
+
+def test_a_huge_page_buffer_is_mapped_and_kept_exact() -> None:
+    arena, ledger = make_arena()
+    before = mapped_nbytes()
+    buffer = arena.allocate((5 << 20) + 1, "state")
+    assert mapped_nbytes() - before == buffer.numel() == ledger.held_nbytes(HOST) == (5 << 20) + 4096
+
+
+def test_one_byte_above_the_budget_is_refused_and_nothing_is_mapped() -> None:
+    arena, ledger = make_arena(8192)
+    first = arena.allocate(4096, "state")
+    before = mapped_nbytes()
+    with pytest.raises(OutOfTierMemoryError, match=r"^host tier: 8.00 KiB more for working exceed .* raise host_budget"):
+        arena.allocate(4097, "working")
+    assert mapped_nbytes() == before
+    assert ledger.held_nbytes(HOST) == first.numel()
+
+
+def test_what_the_machine_refuses_is_credited_back() -> None:
+    arena, ledger = make_arena()
+    with pytest.raises(OutOfTierMemoryError, match=r"^the machine refused .* for state: .*; lower host_budget$"):
+        arena.allocate(1 << 62, "state")
+    assert ledger.held_nbytes(HOST) == 0
+
+
+def test_memory_goes_with_the_last_view() -> None:
+    arena, ledger = make_arena()
+    before = mapped_nbytes()
+    buffer = arena.allocate(1 << 20, "state")
+    view = buffer[:10]
+    arena.free(buffer)
+    del buffer
+    assert ledger.held_nbytes(HOST) == 0
+    assert mapped_nbytes() - before == 1 << 20
+    view.fill_(1)
+    del view
+    assert mapped_nbytes() == before
+
+
+def test_close_gives_everything_back_once() -> None:
+    arena, ledger = make_arena()
+    before = mapped_nbytes()
+    buffers = [arena.allocate(4096, purpose) for purpose in ("state", "working", "state")]
+    arena.free(buffers[1])
+    arena.close()
+    arena.close()
+    assert ledger.by_purpose(HOST) == {}
+    del buffers
+    gc.collect()
+    assert mapped_nbytes() == before
+
+
+def test_buffers_hold_no_file_descriptors() -> None:
+    """There may be thousands of buffers, and a process often may have no more than 1024 files open."""
+    arena, _ = make_arena()
+    before = len(os.listdir("/proc/self/fd"))
+    buffers = [arena.allocate(4096, "state") for _ in range(10)]
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(buffers) == 10
+
+
+def test_a_fork_shares_buffers_and_copies_none() -> None:
+    arena, _ = make_arena()
+    buffer = arena.allocate(4096, "state")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # threads of other tests
+        child = os.fork()
+    if child == 0:
+        buffer[0] = 42
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert buffer[0] == 42
+
+
+def test_the_peak_is_what_was_held_at_once() -> None:
+    arena, ledger = make_arena()
+    for _ in range(3):
+        arena.free(arena.allocate(8192, "state"))
+    assert ledger.peak_nbytes(HOST) == 8192

@@ -1,0 +1,146 @@
+"""Where a chunk's bytes live: rows of tiles over three tiers."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from small_resources import random_bytes, small_resources, truncated_file
+
+from gemini.errors import OffloadIOError, OutOfTierMemoryError
+from gemini.offload.home import TiledHome
+from gemini.offload.resources import Resources
+from gemini.tiers import MemoryTier
+
+DEVICE, HOST, NVME = MemoryTier.DEVICE, MemoryTier.HOST, MemoryTier.NVME
+
+
+@pytest.fixture
+def resources(tmp_path: Path) -> Iterator[Resources]:
+    with small_resources(tmp_path) as made:
+        yield made
+
+
+def make_home(resources: Resources, tiers: list[MemoryTier], tile_nbytes: list[int] | None = None) -> TiledHome:
+    sizes = tile_nbytes or [4096] * len(tiers)
+    return TiledHome(tiers, sizes, arena=resources.arena, store=resources.store, purpose="state")
+
+
+def test_each_tier_holds_its_tiles_and_nothing_else(resources: Resources) -> None:
+    home = make_home(resources, [HOST, NVME, NVME, HOST], [8192, 4096, 12_288, 4096])
+    assert [home.nbytes(tier) for tier in (DEVICE, HOST, NVME)] == [0, 12_288, 16_384]
+    assert resources.ledger.by_purpose(HOST) == {"state": 12_288}
+    assert resources.store is not None
+    assert resources.store.held_nbytes == 16_384
+    home.close()
+    assert resources.ledger.held_nbytes(HOST) == resources.store.held_nbytes == 0
+    home.close()
+
+
+def test_runs_are_maximal_and_contiguous(resources: Resources) -> None:
+    home = make_home(resources, [HOST, NVME, NVME, HOST], [8192, 4096, 12_288, 4096])
+    found = [(run.tier, run.first_tile, run.begin, run.nbytes, run.home_offset) for run in home.runs()]
+    assert found == [(HOST, 0, 0, 8192, 0), (NVME, 1, 8192, 16_384, 0), (HOST, 3, 24_576, 4096, 8192)]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.sampled_from([HOST, NVME]), st.integers(1, 3)), min_size=1, max_size=6))
+def test_tiles_keep_their_bytes_apart(resources: Resources, tiles: list[tuple[MemoryTier, int]]) -> None:
+    home = make_home(resources, [tier for tier, _ in tiles], [4096 * pages for _, pages in tiles])
+    contents = [random_bytes(n, seed) for seed, n in enumerate(home.tile_nbytes)]
+    for index, content in enumerate(contents):
+        if home.tiers[index] is NVME:
+            home.write_tile(index, content)
+        else:
+            home.tile(index).copy_(content)
+    whole = torch.cat(contents)
+    for run in home.runs():
+        found = torch.zeros(run.nbytes, dtype=torch.uint8)
+        if run.tier is NVME:
+            home.read_run(run, found).wait()
+        else:
+            assert home.host_buffer is not None
+            found = home.host_buffer[run.home_offset : run.home_offset + run.nbytes]
+        assert torch.equal(found, whole[run.begin : run.begin + run.nbytes])
+    home.close()
+
+
+def test_a_read_waits_for_writes_of_the_same_home(resources: Resources) -> None:
+    home = make_home(resources, [NVME], [1 << 20])
+    found = torch.zeros(1 << 20, dtype=torch.uint8)
+    for seed in range(10):
+        home.write_tile(0, random_bytes(1 << 20, seed))
+        home.read_tile(0, found).wait()
+        assert not home.is_being_written()
+        assert torch.equal(found, random_bytes(1 << 20, seed))
+
+
+def test_a_device_home_lies_in_the_buffer_given() -> None:
+    with small_resources(device="simulated") as resources:
+        buffer = resources.transfers.allocate(12_288, "state")
+        home = TiledHome(
+            [DEVICE, DEVICE], [8192, 4096], arena=resources.arena, store=None, device_buffer=buffer, purpose="state"
+        )
+        assert home.tile(1).data_ptr() == buffer.data_ptr() + 8192
+        assert home.tile(1).numel() == 4096
+        assert not home.is_on_disk
+
+
+def test_a_read_beyond_the_end_of_the_file_says_where(resources: Resources) -> None:
+    home = make_home(resources, [NVME, NVME])
+    assert resources.store is not None
+    home.write_tile(1, random_bytes(4096))
+    home.finish_writes()
+    into = torch.zeros(4096, dtype=torch.uint8)
+    with truncated_file(resources.store.path):
+        ticket = home.read_tile(1, into)
+        message = r"cannot read .*gemini-rank0.swap: 4096 bytes at offset 8192, 0 done: .* the file ends before"
+        with pytest.raises(OffloadIOError, match=message) as caught:
+            ticket.wait()
+    assert caught.value.errno == errno.ENODATA
+    home.read_tile(1, into).wait()
+    assert torch.equal(into, random_bytes(4096))
+
+
+def fail_a_write(home: TiledHome, resources: Resources) -> None:
+    """Close the store's file descriptor of the engine behind its back, so that the next write fails."""
+    assert resources.store is not None
+    swap = os.fspath(resources.store.path)
+    for name in os.listdir("/proc/self/fd"):
+        link = f"/proc/self/fd/{name}"
+        if os.path.exists(link) and os.readlink(link) == swap and int(name) != resources.store._lock_fd:
+            null = os.open("/dev/full", os.O_RDWR)
+            os.dup2(null, int(name))
+            os.close(null)
+    home.write_tile(0, random_bytes(4096))
+
+
+def test_a_failed_write_is_reported_by_every_later_read(resources: Resources) -> None:
+    home = make_home(resources, [NVME, NVME])
+    fail_a_write(home, resources)
+    for _ in range(2):
+        with pytest.raises(OffloadIOError, match=r"cannot write .* 4096 bytes at offset 4096, 0 done"):
+            home.read_tile(1, torch.zeros(4096, dtype=torch.uint8))
+
+
+def test_closing_after_a_failed_write_gives_the_space_back(resources: Resources) -> None:
+    home = make_home(resources, [HOST, NVME])
+    other = make_home(resources, [NVME])
+    fail_a_write(other, resources)
+    other.close()
+    home.close()
+    assert resources.store is not None
+    assert resources.store.held_nbytes == 0
+    assert resources.ledger.held_nbytes(HOST) == 0
+
+
+def test_a_home_larger_than_the_disk_takes_nothing(resources: Resources) -> None:
+    with pytest.raises(OutOfTierMemoryError):
+        make_home(resources, [HOST, NVME], [4096, 8 << 20])
+    assert resources.ledger.held_nbytes(HOST) == 0

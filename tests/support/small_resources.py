@@ -1,0 +1,46 @@
+"""Small real resources for tests: budgets, memory, disk, threads and a simulated device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemini.config import GeminiConfig, NVMeConfig
+from gemini.offload.resources import Resources, budgets_of, open_resources
+
+KIB = 1 << 10
+MIB = 1 << 20
+
+
+@contextmanager
+def small_resources(
+    directory: Path | None = None, *, device: str = "cpu", disk_nbytes: int = 4 * MIB, **fields: Any
+) -> Iterator[Resources]:
+    """Yield resources with a disk tier if there is a directory, and close them."""
+    nvme = None if directory is None else NVMeConfig(path=directory, budget=disk_nbytes)
+    sizes = {"device_budget": "64MiB"} if device == "simulated" else {}
+    config = GeminiConfig(**{"device": device, "host_budget": "64MiB", "num_threads": 2, "nvme": nvme, **sizes, **fields})
+    resources = open_resources(config, budgets_of(config), disk_nbytes=disk_nbytes if directory else 0)
+    try:
+        yield resources
+    finally:
+        resources.close()
+
+
+@contextmanager
+def truncated_file(path: Path, nbytes: int = 4096) -> Iterator[None]:
+    """Cut a file behind its owner's back, so that reads meet its end, and restore it."""
+    content = path.read_bytes()
+    os.truncate(path, nbytes)
+    yield
+    path.write_bytes(content)
+
+
+def random_bytes(nbytes: int, seed: int = 0) -> torch.Tensor:
+    """Return uint8 [nbytes]."""
+    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
