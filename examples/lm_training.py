@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -23,7 +24,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from gemini import ConfigError, GeminiDDP, GeminiError, MemoryReport
 from gemini.tiers import format_nbytes
@@ -36,6 +36,7 @@ __all__ = [
     "choose_dtype",
     "enable_checkpointing",
     "encode",
+    "limit_heap",
     "print_memory_table",
     "random_windows",
     "read_stdlib",
@@ -124,32 +125,71 @@ def random_windows(
 # ---------------------------------------------------------------- model
 
 
+class _SlicedCrossEntropy(torch.autograd.Function):
+    """Cross entropy of `hidden @ weight.T`, a few rows at a time, so that one slice of logits is alive at any moment.
+
+    Logits of a large vocabulary are the largest activation of a small model. Backward computes them again instead of
+    keeping them, and adds the weight's gradient up in one buffer.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, num_rows: int
+    ) -> torch.Tensor:
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.num_rows = num_rows
+        slices = zip(hidden.split(num_rows), targets.split(num_rows), strict=True)
+        losses = [F.cross_entropy((part @ weight.T).float(), wanted, reduction="sum") for part, wanted in slices]
+        return torch.stack(losses).sum() / len(targets)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        hidden, weight, targets = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for begin in range(0, len(targets), ctx.num_rows):
+            part, wanted = hidden[begin : begin + ctx.num_rows], targets[begin : begin + ctx.num_rows]
+            grad_logits = (part @ weight.T).float().softmax(dim=-1)
+            grad_logits[torch.arange(len(wanted)), wanted] -= 1
+            grad_logits = (grad_logits.mul_(grad_loss / len(targets))).to(weight.dtype)
+            grad_hidden[begin : begin + len(wanted)] = grad_logits @ weight
+            grad_weight.addmm_(grad_logits.T, part)
+        return grad_hidden, grad_weight, None, None
+
+
+class _LossHead(torch.nn.Module):
+    """The output layer and the loss in one: owns the weight, tied or not, that the language model's head had."""
+
+    def __init__(self, weight: torch.nn.Parameter, *, num_rows: int) -> None:
+        super().__init__()
+        self.weight = weight
+        self.num_rows = num_rows
+
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = _SlicedCrossEntropy.apply(hidden, self.weight, targets, self.num_rows)
+        return loss
+
+
 class CausalLMLoss(torch.nn.Module):
     """A Hugging Face causal language model that returns its loss and never holds all logits at once.
 
-    Logits of a large vocabulary are the largest activation of a small model. Here a few rows at a time get theirs, in
-    forward and again in backward (checkpointing), so that one slice is alive at any moment.
-
     Args:
-        model: the language model, on any device, "meta" included.
+        model: the language model, on any device, "meta" included; its output layer must have no bias.
         rows_per_slice: positions whose logits exist at once.
     """
 
-    def __init__(self, model: Any, *, rows_per_slice: int = 128) -> None:
+    def __init__(self, model: Any, *, rows_per_slice: int = 64) -> None:
         super().__init__()
-        self.model = model
-        self.rows_per_slice = rows_per_slice
+        head = model.get_output_embeddings()
+        if getattr(head, "bias", None) is not None:
+            raise ConfigError(f"{type(model).__name__}: the output layer has a bias, which this loss leaves out")
+        self.body = model.base_model
+        self.head = _LossHead(head.weight, num_rows=rows_per_slice)
 
     def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the mean cross entropy, float32 [], of token ids [rows, tokens] and the ids after them."""
-        hidden = self.model.base_model(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-        slices = zip(hidden.split(self.rows_per_slice), targets.flatten().split(self.rows_per_slice), strict=True)
-        total = torch.stack([checkpoint(self._slice_loss, *part, use_reentrant=False) for part in slices]).sum()
-        return total / targets.numel()
-
-    def _slice_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = self.model.get_output_embeddings()(hidden)
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
+        hidden = self.body(input_ids=inputs, use_cache=False).last_hidden_state
+        loss: torch.Tensor = self.head(hidden.flatten(0, 1), targets.flatten())
+        return loss
 
 
 def enable_checkpointing(model: Any) -> None:
@@ -159,22 +199,26 @@ def enable_checkpointing(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def choose_dtype(name: str) -> tuple[torch.dtype, str]:
-    """Return the working dtype and a sentence saying why.
+def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """Return the working dtype and the reason.
 
     Processors without bfloat16 instructions emulate them, up to a hundred times slower than float32, and others run
-    them several times faster: "auto" measures a small matrix product in both, in well under a second.
+    them several times faster: on the CPU "auto" measures a small matrix product in both, in well under a second.
 
     Args:
-        name: "bf16", "fp32" or "auto"; the last is about the CPU.
+        name: "bf16", "fp16", "fp32" or "auto".
+        device: compute device.
     """
-    named = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if name in named:
         return named[name], f"{name}, as asked for"
-    rates = {key: _matmul_gflops(dtype) for key, dtype in named.items()}
-    fastest = max(rates, key=lambda key: rates[key])
-    measured = ", ".join(f"{key} {rate:.3g}" for key, rate in rates.items())
-    return named[fastest], f"{fastest}: the faster of {measured} GFLOP/s here"
+    if device.type != "cpu":
+        return torch.bfloat16, "bf16"
+    rates = {key: _matmul_gflops(named[key]) for key in ("bf16", "fp32")}
+    fastest = "bf16" if rates["bf16"] >= rates["fp32"] else "fp32"
+    return named[
+        fastest
+    ], f"{fastest} (a matrix product runs at {rates['bf16']:.3g} GFLOP/s in bf16, {rates['fp32']:.3g} in fp32)"
 
 
 def _matmul_gflops(dtype: torch.dtype) -> float:
@@ -187,7 +231,23 @@ def _matmul_gflops(dtype: torch.dtype) -> float:
     return 2 * 128 * 512 * 512 / min(seconds) / 1e9
 
 
-# ---------------------------------------------------------------- measurement
+# ---------------------------------------------------------------- memory
+
+_M_MMAP_THRESHOLD = -3
+
+
+def limit_heap(block_nbytes: int = 2**20) -> None:
+    """Tell the C library to give large blocks back to the system when they are freed; glibc only.
+
+    torch takes CPU memory from malloc, which keeps freed blocks of up to 32 MiB for later. The many sizes of
+    activations and gradients leave holes that nothing else fits in: GPT-2 small peaks 0.25 GB higher. The price is
+    that the system clears each large block anew, 5 to 15 % of a step.
+
+    Args:
+        block_nbytes: the smallest block that is given back.
+    """
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, block_nbytes)
 
 
 def resident_nbytes() -> dict[str, int]:
@@ -231,9 +291,9 @@ class TrainingDisplay:
     def __init__(self, engine: GeminiDDP, *, num_steps: int, num_tokens: int, console: Console) -> None:
         self.log = TrainingLog(num_tokens=num_tokens)
         self._engine = engine
-        columns = (TextColumn("training"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"))
-        self._progress = Progress(*columns, TimeElapsedColumn(), console=console)
-        self._task = self._progress.add_task("the first step touches all memory", total=num_steps)
+        columns = (BarColumn(12), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=console)
+        self._task = self._progress.add_task("first step", total=num_steps)
         self._last = engine.memory_report()
         self._last_time = time.perf_counter()
 
@@ -251,18 +311,19 @@ class TrainingDisplay:
         now, report = time.perf_counter(), self._engine.memory_report()
         self.log.losses.append(loss)
         self.log.seconds.append(now - self._last_time)
-        read = report.nvme_read_nbytes - self._last.nvme_read_nbytes
-        written = report.nvme_written_nbytes - self._last.nvme_written_nbytes
+        disk_nbytes = _disk_nbytes(report) - _disk_nbytes(self._last)
+        stall_s = _stall_s(report) - _stall_s(self._last)
         self._progress.update(
             self._task,
             advance=1,
-            description=(
-                f"loss {loss:.3f} | {self.log.num_tokens / self.log.seconds[-1]:.0f} tokens/s | disk: "
-                f"{format_nbytes(read)} read, {format_nbytes(written)} written, "
-                f"{_stall_s(report) - _stall_s(self._last):.2f} s waited"
-            ),
+            description=f"loss {loss:.2f}, {self.log.num_tokens / self.log.seconds[-1]:.0f} tokens/s, "
+            f"disk {format_nbytes(disk_nbytes)}, waited {stall_s:.1f} s",
         )
         self._last, self._last_time = report, now
+
+
+def _disk_nbytes(report: MemoryReport) -> int:
+    return report.nvme_read_nbytes + report.nvme_written_nbytes
 
 
 def _stall_s(report: MemoryReport) -> float:
@@ -321,22 +382,24 @@ def print_memory_table(report: MemoryReport, *, import_nbytes: int, console: Con
             table.add_row("", purpose, format_nbytes(nbytes), "", "")
         budget = "-" if tier.budget_nbytes is None else format_nbytes(tier.budget_nbytes)
         planned = format_nbytes(sum(tier.planned_nbytes.values()))
-        table.add_row(tier.tier, "total", planned, format_nbytes(tier.peak_nbytes), budget, style="bold", end_section=True)
+        table.add_row(
+            tier.tier, "total", planned, format_nbytes(tier.peak_nbytes), budget, style="bold", end_section=True
+        )
     peak = resident_nbytes()["peak"]
     for name, nbytes in (
-        ("imports (Python, torch, transformers)", import_nbytes),
-        ("engine, within the host budget", engine_nbytes),
-        ("activations, gradients on their way, heap", peak - import_nbytes - engine_nbytes),
+        ("imports", import_nbytes),
+        ("engine (host)", engine_nbytes),
+        ("activations, heap", peak - import_nbytes - engine_nbytes),
     ):
         table.add_row("", name, "", format_nbytes(nbytes), "")
-    table.add_row("process", "resident in all", "", format_nbytes(peak), "", style="bold", end_section=True)
+    table.add_row("process", "resident", "", format_nbytes(peak), "", style="bold", end_section=True)
     plain = PLAIN_NBYTES_PER_PARAM * report.num_params
-    table.add_row("plain PyTorch", "weights, gradients, AdamW moments alone", "", format_nbytes(plain), "")
+    table.add_row("plain torch", "state alone, float32", "", format_nbytes(plain), "")
     console.print(table)
     console.print(
-        f"{report.num_fetches} fetches of weights, {report.num_misses} of them late; waited {report.fetch_stall_s:.1f} s "
-        f"for weights and {report.update_stall_s:.1f} s in updates; disk driven by {report.io_engine}"
-        f"{'' if report.is_direct_io else ', through the page cache'}, Adam by {report.instruction_set}"
+        f"{report.num_fetches} fetches of weights, {report.num_misses} of them late; waited "
+        f"{report.fetch_stall_s:.1f} s for weights, {report.update_stall_s:.1f} s in updates; "
+        f"Adam: {report.instruction_set}; disk: {report.io_engine}"
     )
 
 

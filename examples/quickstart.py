@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -25,6 +26,7 @@ from lm_training import (
     choose_dtype,
     enable_checkpointing,
     encode,
+    limit_heap,
     print_memory_table,
     random_windows,
     read_stdlib,
@@ -42,6 +44,8 @@ TEXT_NBYTES = 1_000_000
 VOCAB_SIZE = 8192
 NUM_ROWS, NUM_TOKENS = 1, 256
 NUM_WARM_UP_STEPS = 5
+TINY_HOST_BUDGET, TINY_TILE_NUMEL = "8MiB", 2**14
+TINY_SHAPE = {"n_layer": 6, "n_embd": 64, "n_head": 4, "vocab_size": VOCAB_SIZE, "bos_token_id": 0, "eos_token_id": 0}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -50,7 +54,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=32, help="optimizer steps (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="decides first weights and batches")
     parser.add_argument("--lr", type=float, default=6e-4, help="learning rate after warm-up (%(default)s)")
-    parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="working weights (%(default)s)")
+    parser.add_argument(
+        "--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="working weights (%(default)s)"
+    )
     parser.add_argument("--host-budget", help='memory for the engine, such as "640MiB"')
     parser.add_argument("--nvme", type=Path, help="directory for the swap file (OUT/swap)")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="where results go (%(default)s)")
@@ -60,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def build_model(*, is_tiny: bool) -> CausalLMLoss:
     """Describe the model without giving it memory; the engine initialises it unit by unit."""
-    shape = {"n_layer": 4, "n_embd": 128, "n_head": 4, "vocab_size": VOCAB_SIZE} if is_tiny else {}
+    shape: dict[str, Any] = TINY_SHAPE if is_tiny else {}
     config = transformers.GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **shape)
     with torch.device("meta"):
         model = transformers.GPT2LMHeadModel(config)
@@ -85,9 +91,10 @@ def train(
 
 def run(console: Console, arguments: argparse.Namespace) -> None:
     """Prepare, train and report."""
+    limit_heap()
     start = time.perf_counter()
     import_nbytes = resident_nbytes()["now"]
-    dtype, reason = choose_dtype(arguments.dtype)
+    dtype, reason = choose_dtype(arguments.dtype, torch.device("cpu"))
     console.print(f"Working weights: {reason}")
     ids = encode(read_stdlib(TEXT_NBYTES), vocab_size=VOCAB_SIZE, cache=arguments.out)
     console.print(f"Text: the standard library's sources, {len(ids):,} tokens of byte-level BPE")
@@ -96,23 +103,23 @@ def run(console: Console, arguments: argparse.Namespace) -> None:
 
     swap = arguments.nvme or arguments.out / "swap"
     check_disk_space(swap, NVME_BUDGET_NBYTES)
+    is_tiny = arguments.tiny
     config = GeminiConfig(
         device="cpu",
         dtype=dtype,
-        host_budget=arguments.host_budget or HOST_BUDGETS[dtype],
+        host_budget=arguments.host_budget or (TINY_HOST_BUDGET if is_tiny else HOST_BUDGETS[dtype]),
         nvme=NVMeConfig(path=swap, budget=NVME_BUDGET_NBYTES),
+        tile_numel=TINY_TILE_NUMEL if is_tiny else 2**20,
         seed=arguments.seed,
     )
-    with GeminiDDP(build_model(is_tiny=arguments.tiny), config) as engine:
+    with GeminiDDP(build_model(is_tiny=is_tiny), config) as engine:
         built = time.perf_counter()
         report = engine.memory_report()
         console.print(
             f"Model: {report.num_params:,} parameters in {report.num_chunks} chunks, {report.num_resident_chunks} of "
             f"them always in memory; swap file in {swap}"
         )
-        display = TrainingDisplay(
-            engine, num_steps=arguments.steps, num_tokens=NUM_ROWS * NUM_TOKENS, console=console
-        )
+        display = TrainingDisplay(engine, num_steps=arguments.steps, num_tokens=NUM_ROWS * NUM_TOKENS, console=console)
         with display:
             train(engine, islice(batches, arguments.steps), display, lr=arguments.lr)
         report = engine.memory_report()

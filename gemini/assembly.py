@@ -18,6 +18,8 @@ from gemini.gradients import GradientStore
 from gemini.kernels.device import select_device_kernels
 from gemini.materialize import (
     InitFn,
+    allocate_parameter,
+    check_initialised,
     find_init_fn,
     initialise_buffers,
     initialise_module,
@@ -194,15 +196,16 @@ def _build(
         ring_nbytes=buffers["update ring"],
         device_kernels=kernels,
     )
-    is_meta = replace_meta_parameters(model, device=device, dtype=config.dtype)
+    fresh = replace_meta_parameters(model, device=device, dtype=config.dtype)
     if any(buffer.is_meta for buffer in model.buffers()):
         initialise_buffers(model, init_fn, device=device, seed=config.seed)
     params = dict(model.named_parameters())
     states: dict[int, TiledHome] = {}
     for unit in layout.units:
         unit_params = [params[s.spec.name] for c in unit.own_chunk_ids for s in layout.chunks[c].slots]
-        if is_meta:
-            _initialise_unit(model, layout, unit.unit_id, unit_params, init_fn, seed=config.seed)
+        unit_fresh = {id(param): fresh[id(param)] for param in unit_params if id(param) in fresh}
+        if unit_fresh:
+            _initialise_unit(model, layout, unit.unit_id, unit_fresh, init_fn, seed=config.seed)
         for chunk_id in unit.own_chunk_ids:
             spec, homes = layout.chunks[chunk_id], plan.chunks[chunk_id]
             working, state, grad = _open_homes(blueprint.demands[chunk_id], homes, shape, resources)
@@ -279,26 +282,37 @@ def _initialise_unit(
     model: torch.nn.Module,
     layout: ChunkLayout,
     unit_id: int,
-    params: list[torch.nn.Parameter],
+    fresh: dict[int, int],
     init_fn: InitFn,
     *,
     seed: int,
 ) -> None:
-    """Give a unit's parameters real float32 memory and first values; they lose it when the chunk takes over."""
-    for param in params:
-        if param.is_floating_point():
-            param.data = torch.empty(param.shape, dtype=torch.float32)
-        else:
-            param.data = torch.zeros(param.shape, dtype=param.dtype)
-    own = {id(param) for param in params}
+    """Give a unit's stand-ins real float32 memory and first values; they lose it when the chunk takes over.
+
+    Args:
+        model: the user's model.
+        layout: units and chunks.
+        unit_id: the unit.
+        fresh: ids of the unit's stand-ins and of the modules that own them.
+        init_fn: how a module is initialised.
+        seed: the configuration's.
+
+    Raises:
+        ModelError: a parameter is left without values.
+    """
+    params = {name: param for name, param in model.named_parameters() if id(param) in fresh}
+    for param in params.values():
+        allocate_parameter(param)
     unit = layout.units[unit_id]
     others = {other.module_name for other in layout.units if other.unit_id != unit_id}
     root = model.get_submodule(unit.module_name)
     inside = [
         (f"{unit.module_name}.{name}".strip("."), module)
         for name, module in root.named_modules()
-        if any(id(param) in own for param in module.parameters())
+        if any(id(param) in fresh for param in module.parameters())
     ]
     for name, module in reversed(inside):
         if name not in others:
-            initialise_module(name, module, init_fn, seed=seed)
+            initialise_module(name, module, init_fn, seed=seed, owners=fresh)
+    for name, param in params.items():
+        check_initialised(name, param)

@@ -14,7 +14,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+
+from gemini.outputs import map_tensors
 
 __all__ = ["HookSet", "RuntimeEvents"]
 
@@ -119,7 +120,7 @@ class HookSet:
             return
         self._depth = 0
         self._entered.clear()
-        self._mode.pause()
+        self._mode.reset()
         self._events.abort_forward()
 
     def remove(self) -> None:
@@ -193,9 +194,12 @@ class HookSet:
         def reached(gradient: torch.Tensor) -> None:
             self._events.enter_backward(unit_id)
 
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+        def watch(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.requires_grad:
                 tensor.register_hook(reached)  # type: ignore[no-untyped-call]
+            return tensor
+
+        map_tensors(watch, output)
 
     def _own_outputs(self, output: Any) -> Any:
         """Copy outputs that are views of borrowed weights: the memory will hold other weights soon."""
@@ -203,9 +207,7 @@ class HookSet:
         def own(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.clone() if self._events.is_borrowed(tensor) else tensor
 
-        if isinstance(output, torch.Tensor):
-            return own(output)
-        return output if output is None else tree_map_only(torch.Tensor, own, output)
+        return own(output) if isinstance(output, torch.Tensor) else map_tensors(own, output)
 
 
 class _ForeignUseMode(TorchFunctionMode):
@@ -224,19 +226,26 @@ class _ForeignUseMode(TorchFunctionMode):
     def __init__(self, events: RuntimeEvents) -> None:
         super().__init__()
         self._events = events
+        self._is_active = False
 
     def resume(self) -> None:
         """Start catching."""
-        # Asked of torch every time: autograd undoes what an interrupted recomputation has entered.
-        depth = torch._C._len_torch_function_stack()
-        if not any(torch._C._get_function_stack_at(place) is self for place in range(depth)):
+        if not self._is_active:
+            self._is_active = True
             self.__enter__()  # type: ignore[no-untyped-call]
 
     def pause(self) -> None:
         """Stop catching, unless the user has entered a mode of their own meanwhile."""
         depth = torch._C._len_torch_function_stack()
-        if depth and torch._C._get_function_stack_at(depth - 1) is self:
+        if self._is_active and depth and torch._C._get_function_stack_at(depth - 1) is self:
+            self._is_active = False
             self.__exit__(None, None, None)
+
+    def reset(self) -> None:
+        """Stop catching after an interruption, which autograd may have answered by taking the mode off itself."""
+        self.pause()
+        depth = torch._C._len_torch_function_stack()
+        self._is_active = any(torch._C._get_function_stack_at(place) is self for place in range(depth))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

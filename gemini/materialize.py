@@ -7,7 +7,8 @@ run for one unit at a time. Either way the float32 value a parameter had becomes
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
@@ -20,7 +21,16 @@ from gemini.offload.transfer import Transfers
 from gemini.tiers import MemoryTier
 from gemini.update import record_views
 
-__all__ = ["InitFn", "find_init_fn", "initialise_module", "initialise_buffers", "replace_meta_parameters", "write_home"]
+__all__ = [
+    "InitFn",
+    "allocate_parameter",
+    "check_initialised",
+    "find_init_fn",
+    "initialise_buffers",
+    "initialise_module",
+    "replace_meta_parameters",
+    "write_home",
+]
 
 InitFn = Callable[[torch.nn.Module], None]
 """Gives a module's own parameters and buffers their first values."""
@@ -37,11 +47,15 @@ def find_init_fn(model: torch.nn.Module) -> InitFn:
 
 def _reset_parameters(module: torch.nn.Module) -> None:
     reset = getattr(module, "reset_parameters", None)
+    if reset is None and any(param is not None for param in module._parameters.values()):
+        reset = getattr(module, "_reset_parameters", None)  # nn.MultiheadAttention's
     if callable(reset):
         reset()
 
 
-def replace_meta_parameters(model: torch.nn.Module, *, device: torch.device, dtype: torch.dtype) -> bool:
+def replace_meta_parameters(
+    model: torch.nn.Module, *, device: torch.device, dtype: torch.dtype
+) -> dict[int, int]:
     """Give every parameter on the meta device a stand-in on `device`, keeping ties, flags and hooks' owners.
 
     Args:
@@ -50,9 +64,10 @@ def replace_meta_parameters(model: torch.nn.Module, *, device: torch.device, dty
         dtype: working dtype of floating-point parameters.
 
     Returns:
-        Whether there was any.
+        The id of each stand-in and of the first module that holds it, which is the one to initialise it.
     """
     stand_ins: dict[int, torch.nn.Parameter] = {}
+    owners: dict[int, int] = {}
     for module in model.modules():
         for name, param in module._parameters.items():
             if param is None or not param.is_meta:
@@ -61,25 +76,47 @@ def replace_meta_parameters(model: torch.nn.Module, *, device: torch.device, dty
                 kind = dtype if param.dtype.is_floating_point else param.dtype
                 missing = torch.zeros((), dtype=kind, device=device).expand(param.shape)
                 stand_ins[id(param)] = torch.nn.Parameter(missing, requires_grad=param.requires_grad)
+                owners[id(stand_ins[id(param)])] = id(module)
             module._parameters[name] = stand_ins[id(param)]
-    return bool(stand_ins)
+    return owners
 
 
-def initialise_module(name: str, module: torch.nn.Module, init_fn: InitFn, *, seed: int) -> None:
+def initialise_module(
+    name: str, module: torch.nn.Module, init_fn: InitFn, *, seed: int, owners: Mapping[int, int]
+) -> None:
     """Run a module's initialisation with a random state that depends on the seed and the module's name alone.
 
     So the weights depend neither on the layout nor on the order in which units are built.
 
     Args:
         name: fully qualified name.
-        module: its parameters are real for the moment.
+        module: the module; modules below it may be initialised with it.
         init_fn: how it is done.
         seed: the configuration's.
+        owners: ids of the parameters to initialise now, and of the module that each is taken from; they are real.
     """
-    with torch.random.fork_rng(devices=[]):
+    with _hide_parameters(module, owners), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(zlib.crc32(name.encode()) ^ seed)
-        with torch.no_grad():
-            init_fn(module)
+        init_fn(module)
+
+
+@contextmanager
+def _hide_parameters(module: torch.nn.Module, owners: Mapping[int, int]) -> Iterator[None]:
+    """Show meta tensors for all parameters but some: initialising those has no effect, and costs no memory."""
+    hidden = [
+        (holder, key, param)
+        for holder in module.modules()
+        for key, param in holder._parameters.items()
+        if param is not None and owners.get(id(param)) != id(holder)
+    ]
+    for holder, key, param in hidden:
+        shown = torch.empty(param.shape, dtype=param.dtype, device="meta")
+        holder._parameters[key] = torch.nn.Parameter(shown, requires_grad=param.requires_grad)
+    try:
+        yield
+    finally:
+        for holder, key, param in hidden:
+            holder._parameters[key] = param
 
 
 def initialise_buffers(model: torch.nn.Module, init_fn: InitFn, *, device: torch.device, seed: int) -> None:
@@ -95,29 +132,50 @@ def initialise_buffers(model: torch.nn.Module, init_fn: InitFn, *, device: torch
         ModelError: a buffer's module does not fill it, so its values are lost.
     """
     for module_name, module in model.named_modules():
-        fresh = []
-        for name, buffer in module._buffers.items():
-            if buffer is None or not buffer.is_meta:
-                continue
-            if buffer.dtype.is_floating_point:
-                blank = torch.full_like(buffer, float("nan"), device=device)
-            else:
-                blank = torch.full_like(
-                    buffer, torch.iinfo(buffer.dtype).min if buffer.dtype != torch.bool else 0, device=device
-                )
-            module._buffers[name] = blank
-            fresh.append((name, blank.clone()))
-        if not fresh:
-            continue
-        initialise_module(module_name, module, init_fn, seed=seed)
-        for name, blank in fresh:
-            now = module._buffers[name]
-            if now is not None and now.numel() and torch.equal(torch.nan_to_num(now), torch.nan_to_num(blank)):
+        fresh = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+        for name in fresh:
+            buffer = module._buffers[name]
+            assert buffer is not None
+            module._buffers[name] = torch.full_like(buffer, _unlikely_value(buffer.dtype), device=device)
+        if fresh:
+            initialise_module(module_name, module, init_fn, seed=seed, owners={})
+        for name in fresh:
+            filled = module._buffers[name]
+            if filled is not None and filled.numel() and _holds_unlikely_value(filled):
                 raise ModelError(
                     f"buffer {module_name}.{name} was built on the meta device and the model's initialisation does not "
-                    "fill it: build the model with real buffers (gemini.empty_parameters() leaves them alone) or pass "
-                    "GeminiDDP(..., init_fn=...) that fills it"
+                    "fill it: give it real values before wrapping the model, or pass GeminiDDP(..., init_fn=...) that "
+                    "fills it"
                 )
+
+
+def allocate_parameter(param: torch.nn.Parameter) -> None:
+    """Give a stand-in memory, float32 if floating-point, for `initialise_module` to fill."""
+    dtype = torch.float32 if param.is_floating_point() else param.dtype
+    param.data = torch.full(param.shape, _unlikely_value(dtype), dtype=dtype)
+
+
+def check_initialised(name: str, param: torch.nn.Parameter) -> None:
+    """Refuse a parameter that initialisation has left as `allocate_parameter` made it, in part or in whole.
+
+    Args:
+        name: fully qualified name.
+        param: real.
+
+    Raises:
+        ModelError: it has no values.
+    """
+    if param.is_floating_point() and bool(param.isnan().any()):
+        raise ModelError(
+            f"parameter {name} was built on the meta device and the model's initialisation does not fill it: give its "
+            "module a reset_parameters(), give it real values before wrapping the model, or pass "
+            "GeminiDDP(..., init_fn=...) that fills it"
+        )
+
+
+def _holds_unlikely_value(tensor: torch.Tensor) -> bool:
+    value = _unlikely_value(tensor.dtype)
+    return bool((tensor.isnan() if value != value else tensor == value).all())
 
 
 def _unlikely_value(dtype: torch.dtype) -> float:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
+
+from gemini.outputs import map_tensors
 
 __all__ = ["LossScaler", "scale_gradients_of"]
 
@@ -71,4 +72,4 @@ def scale_gradients_of(values: Any, factor: float) -> Any:
         scaled: torch.Tensor = _ScaleGradient.apply(tensor, factor)  # type: ignore[no-untyped-call]
         return scaled
 
-    return tree_map_only(torch.Tensor, scale, values)
+    return map_tensors(scale, values)

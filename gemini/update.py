@@ -175,11 +175,11 @@ class UpdatePipeline:
                 self._reading.append(tile)
                 self._advance()
                 while len(self._computing) > MAX_TILES_COMPUTING:
-                    self._send_off(self._computing.popleft())
+                    self._send_off()
             while self._reading:
-                self._compute(self._reading.popleft())
+                self._compute()
             while self._computing:
-                self._send_off(self._computing.popleft())
+                self._send_off()
         except BaseException:
             self._abandon()
             raise
@@ -191,7 +191,7 @@ class UpdatePipeline:
     def drain(self) -> None:
         """Block until everything written has reached the disk."""
         while self._leaving:
-            self._retire(self._leaving.popleft())
+            self._retire()
 
     def close(self) -> None:
         """Give the ring back; whatever is under way is waited for by the disk store."""
@@ -226,7 +226,13 @@ class UpdatePipeline:
                 assert ring_buffer is not None
                 part = ring_buffer[begin : begin + home.tile_nbytes[index]]
                 begin += home.tile_nbytes[index]
-                reads.append(home.read_tile(index, part))
+                try:
+                    reads.append(home.read_tile(index, part))
+                except GeminiError:
+                    for read in reads:
+                        _wait_quietly(read)
+                    self._free.append(ring_buffer)
+                    raise
             else:
                 part = home.tile(index)
             parts.append(part)
@@ -247,36 +253,40 @@ class UpdatePipeline:
         self._advance()
         while not self._free:
             if self._reading and not self._computing:
-                self._compute(self._reading.popleft())
+                self._compute()
             elif self._computing:
-                self._send_off(self._computing.popleft())
+                self._send_off()
             else:
-                self._retire(self._leaving.popleft())
+                self._retire()
             self._advance()
         return self._free.pop()
 
     def _advance(self) -> None:
         """Move on whatever can move on without waiting."""
         while self._reading and all(read.is_done() for read in self._reading[0].reads):
-            self._compute(self._reading.popleft())
+            self._compute()
         while self._computing and self._is_computed(self._computing[0]):
-            self._send_off(self._computing.popleft())
+            self._send_off()
         while self._leaving and self._leaving[0].has_left():
-            self._retire(self._leaving.popleft())
+            self._retire()
 
     def _is_computed(self, tile: _Tile) -> bool:
         assert tile.adam is not None
         return tile.adam.is_done()
 
-    def _compute(self, tile: _Tile) -> None:
+    # A tile leaves its queue only when nothing can fail any more, so that `_abandon` finds its buffer.
+
+    def _compute(self) -> None:
+        tile = self._reading[0]
         start = time.perf_counter()
         for read in tile.reads:
             read.wait()
         self.stall_s += time.perf_counter() - start
         tile.adam = self._resources.pool.submit_adam(AdamTile(**_tile_fields(tile)))
-        self._computing.append(tile)
+        self._computing.append(self._reading.popleft())
 
-    def _send_off(self, tile: _Tile) -> None:
+    def _send_off(self) -> None:
+        tile = self._computing[0]
         assert tile.adam is not None
         tile.adam.wait()
         job, index = tile.job, tile.index
@@ -287,7 +297,7 @@ class UpdatePipeline:
             tile.leaving.append(chunk.home.write_tile(index, tile.weights))
         if chunk.slot is not None:
             self._refresh_copy(tile, chunk)
-        self._leaving.append(tile)
+        self._leaving.append(self._computing.popleft())
 
     def _refresh_copy(self, tile: _Tile, chunk: Chunk) -> None:
         """Bring a resident chunk's compute copy up to date."""
@@ -299,16 +309,14 @@ class UpdatePipeline:
         else:
             copy.copy_(tile.working)
 
-    def _retire(self, tile: _Tile) -> None:
+    def _retire(self) -> None:
         start = time.perf_counter()
-        try:
-            tile.wait_until_left()
-        finally:
-            for way in tile.leaving:
-                _wait_quietly(way)  # one of them may have failed while another still reads the buffer
-            self.stall_s += time.perf_counter() - start
-            if tile.ring_buffer is not None:
-                self._free.append(tile.ring_buffer)
+        tile = self._leaving[0]
+        tile.wait_until_left()
+        self.stall_s += time.perf_counter() - start
+        self._leaving.popleft()
+        if tile.ring_buffer is not None:
+            self._free.append(tile.ring_buffer)
 
     def _abandon(self) -> None:
         """Wait for everything under way, whatever becomes of it, so that the buffers are free again."""

@@ -23,7 +23,7 @@ BAD_BYTES = ["6 XiB", "-1GiB", 0, 1.5, True, ""]
         ("dtype", torch.float64, "expected one of .* got torch.float64"),
         ("dtype", None, "expected one of .* got None"),
         ("nvme", "/tmp", "expected an NVMeConfig or None, got '/tmp'"),
-        ("placement", "gpu", 'expected "auto", a StaticPlacement or a PlacementPlan, got \'gpu\''),
+        ("placement", "gpu", "expected \"auto\", a StaticPlacement or a PlacementPlan, got 'gpu'"),
         ("placement", None, "expected .* got None"),
         ("gradient_accumulation", 4, "expected True or False, got 4"),
         ("prefetch_depth", -1, "expected an int from 0 to 64, got -1"),

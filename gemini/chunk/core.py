@@ -215,7 +215,7 @@ class ChunkCore:
         if chunk_id in self._recent:
             self._recent.remove(chunk_id)
         self._recent.append(chunk_id)
-        del self._recent[: -self._num_protected]
+        del self._recent[: max(len(self._recent) - self._num_protected, 0)]
         return chunk
 
     def can_prefetch(self, chunk_id: int) -> bool:
@@ -273,7 +273,7 @@ class ChunkCore:
         """
         chunk = self.chunks[chunk_id]
         assert not chunk.is_resident, f"{chunk.name} is resident"
-        if chunk.state is ChunkState.AT_HOME:
+        if chunk.slot is None:
             return
         if chunk.fetch is not None:
             chunk.fetch.abandon()

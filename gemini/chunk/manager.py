@@ -48,6 +48,7 @@ class ChunkManager:
             self._resources,
             slots=GrowingSlots(self._resources.transfers, purpose="slots"),
             staging=GrowingSlots(CpuTransfers(self._resources.arena), purpose="fetch slots"),
+            num_protected=0,  # leases are all the protection there is
         )
         self._core.next_use = self._since_last_use
         self._clock = 0
@@ -205,8 +206,10 @@ class ChunkManager:
 
     def _check_id(self, chunk_id: int) -> int:
         self._check_open()
-        if not 0 <= chunk_id < len(self._core.chunks):
-            raise ConfigError(f"there is no chunk {chunk_id!r}; register returned 0 to {len(self._core.chunks) - 1}")
+        count = len(self._core.chunks)
+        if not 0 <= chunk_id < count:
+            known = f"register returned 0 to {count - 1}" if count else "nothing has been registered"
+            raise ConfigError(f"there is no chunk {chunk_id!r}; {known}")
         return chunk_id
 
     def _since_last_use(self, chunk_id: int) -> int:

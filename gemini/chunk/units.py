@@ -1,8 +1,8 @@
 """Which modules become units: rules over the module tree, nothing about bytes moved or tensors.
 
 [Note: Unit rules]
-A unit is hooked, so it must be a module that can be called. Where other code uses its parameters without calling it,
-they are fetched on that use, so the rules need not know. In order:
+A unit is hooked, so it must be a module that can be called. That other code may use its parameters without calling it
+is no concern of the rules: the hooks see such uses, but for those in compiled code. In order:
 
 1. *Blocks named by the model*: outermost modules whose class is in `_no_split_modules`.
 2. *Repeated blocks*: children of a ModuleList, ModuleDict or Sequential with two or more children that hold parameters.

@@ -12,7 +12,7 @@ from itertools import groupby
 
 import torch
 
-from gemini.errors import OffloadIOError
+from gemini.errors import OffloadIOError, OutOfTierMemoryError
 from gemini.offload.arena import HostArena
 from gemini.offload.extents import Extent
 from gemini.offload.io import IoTicket
@@ -64,13 +64,19 @@ class TiledHome:
         self._offsets = self._offsets_by_tier()
         host_nbytes = self.nbytes(MemoryTier.HOST)
         disk_nbytes = self.nbytes(MemoryTier.NVME)
-        self.host_buffer = arena.allocate(host_nbytes, purpose) if host_nbytes else None
+        self.host_buffer: torch.Tensor | None = None
         self.device_buffer = device_buffer
         self._extent: Extent | None = None
         self.writes: list[IoTicket] = []
         if disk_nbytes:
             assert store is not None, "tiles on disk need a disk store"
             self._extent = store.allocate(disk_nbytes)
+        if host_nbytes:
+            try:
+                self.host_buffer = arena.allocate(host_nbytes, purpose)
+            except OutOfTierMemoryError:
+                self.close()
+                raise
 
     def _offsets_by_tier(self) -> list[int]:
         filled = dict.fromkeys(MemoryTier, 0)

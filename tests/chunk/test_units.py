@@ -304,8 +304,8 @@ def first_output(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Ten
     return outputs if isinstance(outputs, torch.Tensor) else outputs.to_tuple()[0]
 
 
-# DeBERTa's encoder reads the weight of a unit that it never calls. The engine fetches it on that use, which this test
-# cannot see; tests/training runs such models end to end.
+# DeBERTa's encoder reads the weight of a unit that it never calls. Fetching it on that use is up to the hooks of the
+# engine, which are not part of this test.
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case.build is not deberta], ids=lambda case: case.build.__name__
 )

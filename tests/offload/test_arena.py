@@ -58,7 +58,9 @@ def test_one_byte_above_the_budget_is_refused_and_nothing_is_mapped() -> None:
     arena, ledger = make_arena(8192)
     first = arena.allocate(4096, "state")
     before = mapped_nbytes()
-    with pytest.raises(OutOfTierMemoryError, match=r"^host tier: 8.00 KiB more for working exceed .* raise host_budget"):
+    with pytest.raises(
+        OutOfTierMemoryError, match=r"^host tier: 8.00 KiB more for working exceed .* host_budget"
+    ):
         arena.allocate(4097, "working")
     assert mapped_nbytes() == before
     assert ledger.held_nbytes(HOST) == first.numel()

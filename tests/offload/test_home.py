@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_resources import random_bytes, small_resources, truncated_file
+from small_resources import break_writes, random_bytes, small_resources, truncated_file
 
 from gemini.errors import OffloadIOError, OutOfTierMemoryError
 from gemini.offload.home import TiledHome
@@ -108,22 +107,10 @@ def test_a_read_beyond_the_end_of_the_file_says_where(resources: Resources) -> N
     assert torch.equal(into, random_bytes(4096))
 
 
-def fail_a_write(home: TiledHome, resources: Resources) -> None:
-    """Close the store's file descriptor of the engine behind its back, so that the next write fails."""
-    assert resources.store is not None
-    swap = os.fspath(resources.store.path)
-    for name in os.listdir("/proc/self/fd"):
-        link = f"/proc/self/fd/{name}"
-        if os.path.exists(link) and os.readlink(link) == swap and int(name) != resources.store._lock_fd:
-            null = os.open("/dev/full", os.O_RDWR)
-            os.dup2(null, int(name))
-            os.close(null)
-    home.write_tile(0, random_bytes(4096))
-
-
 def test_a_failed_write_is_reported_by_every_later_read(resources: Resources) -> None:
     home = make_home(resources, [NVME, NVME])
-    fail_a_write(home, resources)
+    break_writes(resources)
+    home.write_tile(0, random_bytes(4096))
     for _ in range(2):
         with pytest.raises(OffloadIOError, match=r"cannot write .* 4096 bytes at offset 4096, 0 done"):
             home.read_tile(1, torch.zeros(4096, dtype=torch.uint8))
@@ -132,7 +119,8 @@ def test_a_failed_write_is_reported_by_every_later_read(resources: Resources) ->
 def test_closing_after_a_failed_write_gives_the_space_back(resources: Resources) -> None:
     home = make_home(resources, [HOST, NVME])
     other = make_home(resources, [NVME])
-    fail_a_write(other, resources)
+    break_writes(resources)
+    other.write_tile(0, random_bytes(4096))
     other.close()
     home.close()
     assert resources.store is not None
@@ -144,3 +132,10 @@ def test_a_home_larger_than_the_disk_takes_nothing(resources: Resources) -> None
     with pytest.raises(OutOfTierMemoryError):
         make_home(resources, [HOST, NVME], [4096, 8 << 20])
     assert resources.ledger.held_nbytes(HOST) == 0
+
+
+def test_a_home_larger_than_the_host_takes_no_disk(resources: Resources) -> None:
+    with pytest.raises(OutOfTierMemoryError, match=r"^host tier: .* more for state exceed the budget"):
+        make_home(resources, [NVME, HOST], [4096, 128 << 20])
+    assert resources.store is not None
+    assert resources.store.held_nbytes == 0

@@ -24,7 +24,9 @@ def small_resources(
     """Yield resources with a disk tier if there is a directory, and close them."""
     nvme = None if directory is None else NVMeConfig(path=directory, budget=disk_nbytes)
     sizes = {"device_budget": "64MiB"} if device == "simulated" else {}
-    config = GeminiConfig(**{"device": device, "host_budget": "64MiB", "num_threads": 2, "nvme": nvme, **sizes, **fields})
+    config = GeminiConfig(
+        **{"device": device, "host_budget": "64MiB", "num_threads": 2, "nvme": nvme, **sizes, **fields}
+    )
     resources = open_resources(config, budgets_of(config), disk_nbytes=disk_nbytes if directory else 0)
     try:
         yield resources
@@ -44,3 +46,15 @@ def truncated_file(path: Path, nbytes: int = 4096) -> Iterator[None]:
 def random_bytes(nbytes: int, seed: int = 0) -> torch.Tensor:
     """Return uint8 [nbytes]."""
     return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def break_writes(resources: Resources) -> None:
+    """Let every further transfer of the swap file fail for want of space: its descriptors lead to a full device."""
+    assert resources.store is not None
+    swap = os.fspath(resources.store.path)
+    full = os.open("/dev/full", os.O_RDWR)
+    for name in os.listdir("/proc/self/fd"):
+        link = f"/proc/self/fd/{name}"
+        if os.path.exists(link) and os.readlink(link) == swap and int(name) != resources.store._lock_fd:
+            os.dup2(full, int(name))
+    os.close(full)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -471,3 +472,27 @@ def test_training_goes_on_after_an_exception_as_in_plain_torch(config, where):
         return losses
 
     run_both(case, config, loop)
+
+
+def build_fragile() -> nn.Module:
+    model = Fragile(num_blocks=2)
+    model.head.unused = nn.Parameter(torch.zeros(1))  # so that the gradients of its chunk are never complete
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("place", ["nvme", "device", "mixed", "resident"])
+def test_gradients_of_a_backward_that_failed_wait_with_the_same_bits_everywhere(place, dtype, tmp_path):
+    case = Case(build_fragile, vector_batch, square)
+    (batch,) = case.batches(1)
+
+    def norm(config: Any) -> float:
+        with GeminiDDP(case.model(), config) as engine:
+            for fails_in in ("backward", "", ""):
+                engine.module.fails_in = fails_in
+                loss = square(engine(batch["x"].to(dtype)))
+                with pytest.raises(RuntimeError, match="on purpose") if fails_in else nullcontext():
+                    loss.backward()
+            return engine.clip_grad_norm_(1.0).item()
+
+    assert norm(config_for(place, tmp_path, dtype=dtype)) == norm(config_for("host", dtype=dtype))

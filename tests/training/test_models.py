@@ -18,7 +18,7 @@ def plain(name: str) -> Run:
 
 @cache
 def in_host(name: str) -> Run:
-    return train_gemini(ZOO[name], config_for("host", None))
+    return train_gemini(ZOO[name], config_for("host"))
 
 
 @pytest.mark.parametrize("name", ZOO)

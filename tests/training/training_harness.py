@@ -23,9 +23,9 @@ that rounding up to full steps, and no two implementations would agree."""
 PLACEMENTS = ("host", "nvme", "device", "mixed", "resident")
 
 
-def config_for(place: str, tmp_path: Path, **fields: Any) -> GeminiConfig:
+def config_for(place: str, tmp_path: Path | None = None, **fields: Any) -> GeminiConfig:
     """Return the configuration of a named placement; weights that are not resident share as few slots as possible."""
-    nvme = NVMeConfig(path=tmp_path, budget="256MiB", direct=False)
+    nvme = NVMeConfig(path=tmp_path, budget="256MiB", direct=False) if tmp_path is not None else None
     chosen: dict[str, Any] = {
         "host": {"device": "cpu"},
         "nvme": {

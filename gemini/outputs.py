@@ -1,0 +1,45 @@
+"""The tensors in what a module returns: tensors, containers torch's pytrees know, dataclasses, and these in one another."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+__all__ = ["map_tensors"]
+
+
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], output: Any) -> Any:
+    """Apply a function to every tensor in an output.
+
+    Args:
+        function: returns the tensor that takes the given one's place.
+        output: what a module returned; not changed.
+
+    Returns:
+        The same structure; a dataclass is copied only where one of its tensors is replaced.
+    """
+
+    def visit(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return function(leaf)
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            return _map_fields(function, leaf)
+        return leaf
+
+    return tree_map(visit, output)
+
+
+def _map_fields(function: Callable[[torch.Tensor], torch.Tensor], instance: Any) -> Any:
+    values = {field.name: getattr(instance, field.name, None) for field in dataclasses.fields(instance)}
+    mapped = {name: map_tensors(function, value) for name, value in values.items()}
+    changed = {name: value for name, value in mapped.items() if value is not values[name]}
+    if changed:
+        instance = copy.copy(instance)
+        for name, value in changed.items():
+            object.__setattr__(instance, name, value)  # frozen ones too
+    return instance
