@@ -41,19 +41,20 @@ from gemini import GeminiConfig, GeminiDDP, HybridAdam, NVMeConfig
 HOST_BUDGETS = {torch.float32: "640MiB", torch.bfloat16: "500MiB"}
 NVME_BUDGET_NBYTES = 2 * 2**30
 TEXT_NBYTES = 1_000_000
-VOCAB_SIZE = 8192
+VOCAB_SIZE = 4096
 NUM_ROWS, NUM_TOKENS = 1, 256
 NUM_WARM_UP_STEPS = 5
-TINY_HOST_BUDGET, TINY_TILE_NUMEL = "8MiB", 2**14
+TINY_HOST_BUDGETS = {torch.float32: "7MiB", torch.bfloat16: "5.5MiB"}
+TINY_TILE_NUMEL = 2**14
 TINY_SHAPE = {"n_layer": 6, "n_embd": 64, "n_head": 4, "vocab_size": VOCAB_SIZE, "bos_token_id": 0, "eos_token_id": 0}
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=32, help="optimizer steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=24, help="optimizer steps (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="decides first weights and batches")
-    parser.add_argument("--lr", type=float, default=6e-4, help="learning rate after warm-up (%(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate after warm-up (%(default)s)")
     parser.add_argument(
         "--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="working weights (%(default)s)"
     )
@@ -78,7 +79,7 @@ def train(
     engine: GeminiDDP, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], display: TrainingDisplay, *, lr: float
 ) -> None:
     """Train on each batch."""
-    optimizer = HybridAdam(engine.parameters(), lr=lr, weight_decay=0.1, max_grad_norm=1.0)
+    optimizer = HybridAdam(engine.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, max_grad_norm=1.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / NUM_WARM_UP_STEPS))
     for inputs, targets in batches:
         loss = engine(inputs, targets)
@@ -107,7 +108,7 @@ def run(console: Console, arguments: argparse.Namespace) -> None:
     config = GeminiConfig(
         device="cpu",
         dtype=dtype,
-        host_budget=arguments.host_budget or (TINY_HOST_BUDGET if is_tiny else HOST_BUDGETS[dtype]),
+        host_budget=arguments.host_budget or (TINY_HOST_BUDGETS if is_tiny else HOST_BUDGETS)[dtype],
         nvme=NVMeConfig(path=swap, budget=NVME_BUDGET_NBYTES),
         tile_numel=TINY_TILE_NUMEL if is_tiny else 2**20,
         seed=arguments.seed,

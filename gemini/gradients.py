@@ -157,18 +157,16 @@ class GradientStore:
 
     def _put_in_device_slot(self, chunk: GradChunk, position: int, flat: torch.Tensor) -> None:
         chunk_id = chunk.spec.chunk_id
+        if chunk_id in self._on_device and position in self._on_device[chunk_id][1]:
+            self._depart(chunk_id)  # left by a backward that failed; the sum is taken in float32, on arrival
         waiting = self._on_device.get(chunk_id)
         if waiting is None:
             waiting = (self._claim_device_slot(), [])
             self._on_device[chunk_id] = waiting
         slot, positions = waiting
         place = chunk.spec.slots[position]
-        staged = slot.buffer.view(chunk.spec.dtype)[place.begin : place.end]
-        if position in positions:
-            staged.add_(flat)
-        else:
-            staged.copy_(flat)
-            positions.append(position)
+        slot.buffer.view(chunk.spec.dtype)[place.begin : place.end].copy_(flat)
+        positions.append(position)
         if len(positions) == len(chunk.spec.slots):
             self._depart(chunk_id)
 

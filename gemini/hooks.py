@@ -139,8 +139,8 @@ class HookSet:
         if self._depth == 0:
             self._mode.pause()
             self._events.begin_forward()
-            self._watch()
         self._depth += 1
+        self._watch()
 
     @_disable_compile
     def _after_model(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
@@ -220,8 +220,10 @@ class _ForeignUseMode(TorchFunctionMode):
     """
 
     _METADATA = frozenset(
-        {"__get__", "__set__", "size", "dim", "numel", "stride", "is_floating_point", "element_size", "ndimension"}
+        {"__set__", "size", "dim", "numel", "stride", "is_floating_point", "element_size", "ndimension"}
     )
+    _VIEW_PROPERTIES = frozenset({"T", "mT", "H", "mH", "data"})
+    """Properties that show the values; all others, such as `shape`, do not."""
 
     def __init__(self, events: RuntimeEvents) -> None:
         super().__init__()
@@ -249,7 +251,7 @@ class _ForeignUseMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.__name__ not in self._METADATA:
+        if self._reads_values(func):
             for value in (*args, *kwargs.values()):
                 if isinstance(value, torch.nn.Parameter):
                     self._events.use_parameter(value)
@@ -258,6 +260,11 @@ class _ForeignUseMode(TorchFunctionMode):
                         if isinstance(item, torch.nn.Parameter):
                             self._events.use_parameter(item)
         return func(*args, **kwargs)
+
+    def _reads_values(self, func: Any) -> bool:
+        if func.__name__ == "__get__":
+            return getattr(func.__self__, "__name__", "") in self._VIEW_PROPERTIES
+        return func.__name__ not in self._METADATA
 
 
 def _is_compiled(module: torch.nn.Module) -> bool:

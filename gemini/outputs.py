@@ -1,4 +1,4 @@
-"""The tensors in what a module returns: tensors, containers torch's pytrees know, dataclasses, and these in one another."""
+"""The tensors in what a module returns: in containers torch's pytrees know, in dataclasses, and in these nested."""
 
 from __future__ import annotations
 

@@ -361,7 +361,7 @@ class ChunkCore:
         """Give a chunk a slot, evicting others for it if need be."""
         nbytes = sum(chunk.home.tile_nbytes)
         while (buffer := self._source.acquire(nbytes)) is None:
-            candidates = self.evictable() or self._fetching()
+            candidates = self.evictable() or self._fetching() or self._unleased()
             if not candidates:
                 raise self._no_slot_error(chunk)
             self.evict(farthest_next_use(candidates, {i: self.next_use(i) for i in candidates}))
@@ -371,6 +371,10 @@ class ChunkCore:
     def _fetching(self) -> set[int]:
         """Return chunks fetched ahead that have not been used yet; they leave only if nothing else can."""
         return {slot.chunk.spec.chunk_id for slot in self._slots.values() if slot.chunk.state is ChunkState.FETCHING}
+
+    def _unleased(self) -> set[int]:
+        """Return chunks among the most recently used that nobody leases; they leave when all others are leased."""
+        return {slot.chunk.spec.chunk_id for slot in self._slots.values() if slot.chunk.state is ChunkState.READY}
 
     def _leave_slot(self, chunk: Chunk) -> None:
         assert chunk.slot is not None

@@ -21,7 +21,7 @@ TOWER = Case(lambda: Tower(num_blocks=3), vector_batch, square)
 pytestmark = pytest.mark.usefixtures("fine_units")
 
 
-@pytest.fixture(params=["host", "nvme", "mixed", "resident"])
+@pytest.fixture(params=["host", "nvme", "device", "mixed", "resident"])
 def place(request):
     return request.param
 
