@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -156,15 +157,15 @@ class _SlicedCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None
 
 
-class _LossHead(torch.nn.Module):
+class _LossHead(torch.nn.Linear):  # a Linear, so that transformers knows how to initialise it
     """The output layer and the loss in one: owns the weight, tied or not, that the language model's head had."""
 
     def __init__(self, weight: torch.nn.Parameter, *, num_rows: int) -> None:
-        super().__init__()
+        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
         self.weight = weight
         self.num_rows = num_rows
 
-    def forward(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         loss: torch.Tensor = _SlicedCrossEntropy.apply(hidden, self.weight, targets, self.num_rows)
         return loss
 
@@ -438,7 +439,11 @@ def write_summary(
         "fetch_stall_s": report.fetch_stall_s,
         "update_stall_s": report.update_stall_s,
         "settings": {key: value if isinstance(value, (int, float)) else str(value) for key, value in settings.items()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "num_threads": torch.get_num_threads(),
         "phase_s": phase_s,
         "losses": log.losses,

@@ -41,10 +41,10 @@ from gemini import GeminiConfig, GeminiDDP, HybridAdam, NVMeConfig
 HOST_BUDGETS = {torch.float32: "640MiB", torch.bfloat16: "500MiB"}
 NVME_BUDGET_NBYTES = 2 * 2**30
 TEXT_NBYTES = 1_000_000
-VOCAB_SIZE = 4096
-NUM_ROWS, NUM_TOKENS = 1, 256
+VOCAB_SIZE = 2048
+NUM_ROWS, NUM_TOKENS = 2, 96
 NUM_WARM_UP_STEPS = 5
-TINY_HOST_BUDGETS = {torch.float32: "7MiB", torch.bfloat16: "5.5MiB"}
+TINY_HOST_BUDGETS = {torch.float32: "3.8MiB", torch.bfloat16: "3.2MiB"}
 TINY_TILE_NUMEL = 2**14
 TINY_SHAPE = {"n_layer": 6, "n_embd": 64, "n_head": 4, "vocab_size": VOCAB_SIZE, "bos_token_id": 0, "eos_token_id": 0}
 
@@ -52,7 +52,7 @@ TINY_SHAPE = {"n_layer": 6, "n_embd": 64, "n_head": 4, "vocab_size": VOCAB_SIZE,
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=24, help="optimizer steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="decides first weights and batches")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate after warm-up (%(default)s)")
     parser.add_argument(
@@ -120,8 +120,8 @@ def run(console: Console, arguments: argparse.Namespace) -> None:
             f"Model: {report.num_params:,} parameters in {report.num_chunks} chunks, {report.num_resident_chunks} of "
             f"them always in memory; swap file in {swap}"
         )
-        display = TrainingDisplay(engine, num_steps=arguments.steps, num_tokens=NUM_ROWS * NUM_TOKENS, console=console)
-        with display:
+        num_tokens = NUM_ROWS * NUM_TOKENS
+        with TrainingDisplay(engine, num_steps=arguments.steps, num_tokens=num_tokens, console=console) as display:
             train(engine, islice(batches, arguments.steps), display, lr=arguments.lr)
         report = engine.memory_report()
     trained = time.perf_counter()
@@ -136,11 +136,12 @@ def run(console: Console, arguments: argparse.Namespace) -> None:
         phase_s={"text": encoded - start, "construction": built - encoded, "steps": trained - built},
     )
     log = display.log
-    console.print(
-        f"Loss {log.losses[0]:.2f} -> {log.losses[-1]:.2f} in {len(log.losses)} steps of {log.num_tokens} tokens, "
-        f"{log.tokens_per_s:.0f} tokens/s, {time.perf_counter() - start:.0f} s in all; "
-        f"details in {arguments.out / 'summary.json'}"
-    )
+    if log.losses:
+        console.print(
+            f"Loss {log.losses[0]:.2f} -> {log.losses[-1]:.2f} in {len(log.losses)} steps of {log.num_tokens} tokens, "
+            f"{log.tokens_per_s:.0f} tokens/s, {time.perf_counter() - start:.0f} s in all"
+        )
+    console.print(f"Details: {arguments.out / 'summary.json'}")
 
 
 if __name__ == "__main__":

@@ -195,8 +195,7 @@ def run(console: Console, arguments: argparse.Namespace) -> None:
             f"them always in memory; built in {built - encoded:.1f} s"
         )
         num_tokens = arguments.tokens * arguments.accumulate
-        display = TrainingDisplay(engine, num_steps=arguments.steps, num_tokens=num_tokens, console=console)
-        with display:
+        with TrainingDisplay(engine, num_steps=arguments.steps, num_tokens=num_tokens, console=console) as display:
             train(engine, batches, display, arguments=arguments)
         report = engine.memory_report()
     trained = time.perf_counter()

@@ -83,6 +83,7 @@ class GeminiDDP(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; arguments and result are the model's own."""
+        self._runtime.check_usable()  # the hooks are gone once it is closed
         try:
             return self.module(*args, **kwargs)
         except Exception:
@@ -161,7 +162,6 @@ class GeminiDDP(torch.nn.Module):
         return dict(self._named_tensors(read_master))
 
     def _named_tensors(self, read: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        self._runtime.check_usable()
         self._runtime.finish_writes()
         by_id: dict[int, torch.Tensor] = {}
         slots = self._runtime.layout.slot_by_name

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch.overrides import TorchFunctionMode
 
+from gemini.errors import ModelError
 from gemini.outputs import map_tensors
 
 __all__ = ["HookSet", "RuntimeEvents"]
@@ -73,6 +74,7 @@ class HookSet:
     def __init__(self, events: RuntimeEvents) -> None:
         self._events = events
         self._handles: list[Any] = []
+        self._owners: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
         self._mode = _ForeignUseMode(events)
         self._depth = 0
         self._entered: list[int] = []
@@ -96,6 +98,12 @@ class HookSet:
         self._compiled_units = {
             unit_id for unit_id, module in unit_modules.items() if any(map(_is_compiled, module.modules()))
         }
+        self._owners = [
+            (module, name, param)
+            for module in root.modules()
+            for name, param in module._parameters.items()
+            if param is not None
+        ]
         self._handles.append(root.register_forward_pre_hook(self._before_model, prepend=True))
         self._handles.append(root.register_forward_hook(self._after_model, always_call=True))
         for unit_id, module in unit_modules.items():
@@ -138,6 +146,7 @@ class HookSet:
             self.abort()
         if self._depth == 0:
             self._mode.pause()
+            self._check_owners()
             self._events.begin_forward()
         self._depth += 1
         self._watch()
@@ -175,6 +184,15 @@ class HookSet:
             return output
 
         return before, after
+
+    def _check_owners(self) -> None:
+        """Refuse parameters that were replaced by others, which nobody would fetch or train."""
+        for module, name, param in self._owners:
+            if module._parameters.get(name) is not param:
+                raise ModelError(
+                    f"parameter {name} of a {type(module).__name__} was replaced after GeminiDDP(...), which manages "
+                    "the one it found; change the model before wrapping it"
+                )
 
     def _watch(self) -> None:
         """Catch foreign uses wherever user code runs next, unless that is a compiled graph or nothing of ours."""

@@ -53,9 +53,7 @@ def _reset_parameters(module: torch.nn.Module) -> None:
         reset()
 
 
-def replace_meta_parameters(
-    model: torch.nn.Module, *, device: torch.device, dtype: torch.dtype
-) -> dict[int, int]:
+def replace_meta_parameters(model: torch.nn.Module, *, device: torch.device, dtype: torch.dtype) -> dict[int, int]:
     """Give every parameter on the meta device a stand-in on `device`, keeping ties, flags and hooks' owners.
 
     Args:

@@ -138,16 +138,18 @@ class HybridAdam(torch.optim.Optimizer):
         if self.max_grad_norm is not None:
             runtime.clip(norm, self.max_grad_norm)
         with_gradient = runtime.slots_with_gradient()
-        updates = []
+        updates: list[SlotUpdate] = []
+        steps: list[tuple[torch.Tensor, int]] = []
         for group, param in params:
             slot = self._slots[id(param)]
             if slot.spec.name not in with_gradient or not slot.spec.numel:
                 continue
-            state = self.state[param]
-            state["step"] = int(state.get("step", 0)) + 1
-            segment = AdamSegment(begin=slot.begin, end=slot.end, hyper=_hyper_of(group), step=state["step"])
+            steps.append((param, int(self.state.get(param, {}).get("step", 0)) + 1))
+            segment = AdamSegment(begin=slot.begin, end=slot.end, hyper=_hyper_of(group), step=steps[-1][1])
             updates.append(SlotUpdate(slot=slot, segment=segment))
         runtime.update(updates)
+        for param, step in steps:
+            self.state[param]["step"] = step
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -185,6 +187,7 @@ class HybridAdam(torch.optim.Optimizer):
         Raises:
             CheckpointMismatchError: groups or shapes do not match; nothing has been loaded.
         """
+        self.runtime.check_usable()
         groups = state_dict["param_groups"]
         expected, found = ([len(g["params"]) for g in gs] for gs in (self.param_groups, groups))
         if expected != found:

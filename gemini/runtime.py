@@ -369,7 +369,9 @@ class Runtime:
 
         Raises:
             OffloadIOError: a write failed.
+            ModelError: the engine is closed or its state was lost.
         """
+        self.check_usable()
         self._updates.drain()
         for chunk in self.core.chunks:
             chunk.home.finish_writes()

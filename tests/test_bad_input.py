@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_resources import break_writes, truncated_file
+from small_resources import break_writes, mapped_nbytes, truncated_file
 from torch import nn
 
 from gemini import (
@@ -70,7 +70,12 @@ def train_step(engine: GeminiDDP, optimizer: HybridAdam) -> float:
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    return float(loss)
+    return loss.item()
+
+
+def train_steps(engine: GeminiDDP, optimizer: HybridAdam, count: int) -> None:
+    for _ in range(count):
+        train_step(engine, optimizer)
 
 
 @pytest.fixture
@@ -87,21 +92,17 @@ def num_tasks() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-def mapped_nbytes() -> int:
-    """Return the bytes of host buffers that this process maps."""
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    ranges = [line.split()[0].split("-") for line in lines if line.endswith("/dev/zero (deleted)")]
-    return sum(int(end, 16) - int(begin, 16) for begin, end in ranges)
-
-
 @contextlib.contextmanager
 def leaving_nothing(directory: Path) -> Iterator[None]:
     """Check that threads, host buffers, descriptors and the swap file are as they were."""
-    gc.collect()
-    before = num_tasks(), mapped_nbytes(), len(os.listdir("/proc/self/fd"))
+
+    def held() -> tuple[int, int, int]:
+        gc.collect()
+        return num_tasks(), mapped_nbytes(), len(os.listdir("/proc/self/fd"))
+
+    before = held()
     yield
-    gc.collect()
-    assert (num_tasks(), mapped_nbytes(), len(os.listdir("/proc/self/fd"))) == before
+    assert all(now <= then for now, then in zip(held(), before, strict=True)), f"{before} became {held()}"
     assert list(directory.iterdir()) == []
 
 
@@ -126,7 +127,9 @@ def test_a_budget_raised_by_what_the_message_says_is_enough(field: str, fields: 
         return GeminiDDP(make_model(), make_config(**changed))
 
     tier = {"host_budget": "host", "device_budget": "device", "NVMeConfig.budget": "nvme"}[field]
-    with pytest.raises(OutOfTierMemoryError, match=rf"^{tier} tier is short by \d+ bytes .* {re.escape(field)} ") as error:
+    with pytest.raises(
+        OutOfTierMemoryError, match=rf"^{tier} tier is short by \d+ bytes .* {re.escape(field)} "
+    ) as error:
         build(None)
     message = str(error.value)
     match = re.search(rf"raise {re.escape(field)} .*?(\d+) bytes", message)
@@ -147,9 +150,8 @@ def test_a_reserve_larger_than_the_budget_is_a_shortage_on_the_device() -> None:
 def test_a_failed_plan_leaves_the_model_and_the_process_alone(tmp_path: Path) -> None:
     model = make_model()
     before, addresses = weights_of(model), [param.data_ptr() for param in model.parameters()]
-    with leaving_nothing(tmp_path):
-        with pytest.raises(OutOfTierMemoryError):
-            GeminiDDP(model, make_config(tmp_path, host_budget="20KiB"))
+    with leaving_nothing(tmp_path), pytest.raises(OutOfTierMemoryError):
+        GeminiDDP(model, make_config(tmp_path, host_budget="20KiB"))
     assert [param.data_ptr() for param in model.parameters()] == addresses
     assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
     with GeminiDDP(model, make_config(tmp_path)) as engine:
@@ -246,12 +248,15 @@ def start_python(directory: Path, then: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_another_process_is_named_and_its_death_frees_the_directory(tmp_path: Path) -> None:
     holder = start_python(tmp_path, "print('ready', flush=True); sys.stdin.read()")
     with holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "ready\n"
-        with pytest.raises(OffloadIOError, match=rf"{SWAP}: .* process {holder.pid} uses it now: give this run another"):
+        with pytest.raises(
+            OffloadIOError, match=rf"{SWAP}: .* process {holder.pid} uses it now: give this run another"
+        ):
             GeminiDDP(make_model(), make_config(tmp_path))
         holder.send_signal(signal.SIGKILL)
         holder.wait()
@@ -261,29 +266,25 @@ def test_another_process_is_named_and_its_death_frees_the_directory(tmp_path: Pa
         assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("then", "status"),
-    [
-        ("del engine, optimizer; import gc; gc.collect(); print(t.os.listdir(sys.argv[0] or '.'))", 0),
-        ("pass", 0),
-        ("loss = engine(t.batch()).sum(); loss.backward()", 0),
-        ("raise SystemExit(3)", 3),
-    ],
-)
-def test_a_program_that_ends_without_close_leaves_no_file_and_does_not_hang(
-    tmp_path: Path, then: str, status: int
-) -> None:
-    with start_python(tmp_path, then.replace("sys.argv[0] or '.'", repr(str(tmp_path)))) as program:
-        output, _ = program.communicate(timeout=60)
-    assert program.returncode == status
-    assert list(tmp_path.iterdir()) == []
-    if then.startswith("del"):
-        assert output == "[]\n"
+@pytest.mark.slow
+def test_a_program_that_ends_without_close_leaves_no_file_and_does_not_hang(tmp_path: Path) -> None:
+    directories = [tmp_path / "forgotten", tmp_path / "failed"]
+    for directory in directories:
+        directory.mkdir()
+    forgotten = start_python(directories[0], "engine(t.batch()).sum().backward()")
+    failed = start_python(directories[1], "loss = engine(t.batch()).sum(); raise SystemExit(3)")
+    with forgotten, failed:
+        forgotten.communicate(timeout=60)
+        failed.communicate(timeout=60)
+    assert (forgotten.returncode, failed.returncode) == (0, 3)
+    assert [list(directory.iterdir()) for directory in directories] == [[], []]
 
 
 def test_another_engine_of_this_process_is_refused(tmp_path: Path) -> None:
     with GeminiDDP(make_model(), make_config(tmp_path)) as engine:
-        with pytest.raises(OffloadIOError, match=rf"process {os.getpid()} uses it now: give this run another directory"):
+        with pytest.raises(
+            OffloadIOError, match=rf"process {os.getpid()} uses it now: give this run another directory"
+        ):
             GeminiDDP(make_model(), make_config(tmp_path))
         train_step(engine, HybridAdam(engine.parameters()))
 
@@ -330,11 +331,15 @@ def test_an_engine_cannot_be_moved_or_cast(engine: GeminiDDP) -> None:
     [
         (nn.Module.half, r"^parameter 0.up.weight was torch.float32 on cpu when .* is torch.float16 on cpu now"),
         (nn.Module.double, r"^parameter 0.up.weight was torch.float32 .* is torch.float64 on cpu now; GeminiDDP moves"),
-        (lambda m: m.to("meta"), r"^parameter 0.up.weight was torch.float32 on cpu .* on meta now"),
+        (lambda m: m.to("meta"), r"^parameter weight of a Linear was replaced after GeminiDDP\(...\), which manages"),
+        (lambda m: setattr(m[1].up, "bias", nn.Parameter(torch.ones(WIDTH))), r"^parameter bias of a Linear was repl"),
         (lambda m: m.half().float(), r"^parameter 0.up.weight no longer shows its chunk: .* engine.load_state_dict"),
         (lambda m: m.requires_grad_(False), r"^parameter 0.up.weight had requires_grad=True .* and has False now; set"),
         (lambda m: m[2].down.bias.requires_grad_(False), r"^parameter 2.down.bias had requires_grad=True"),
-        (lambda m: setattr(m[1].up.bias, "data", torch.zeros(WIDTH)), r"^parameter 1.up.bias no longer shows its chunk"),
+        (
+            lambda m: setattr(m[1].up.bias, "data", torch.zeros(WIDTH)),
+            r"^parameter 1.up.bias no longer shows its chunk",
+        ),
     ],
 )
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -395,7 +400,9 @@ def test_only_a_module_can_be_wrapped(what: Any) -> None:
 
 
 def test_parameters_of_no_engine_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^HybridAdam: a parameter of shape \(128, 128\) belongs to no GeminiDDP; wrap"):
+    with pytest.raises(
+        ConfigError, match=r"^HybridAdam: a parameter of shape \(128, 128\) belongs to no GeminiDDP; wrap"
+    ):
         HybridAdam(make_model().parameters())
 
 
@@ -552,7 +559,9 @@ def test_an_io_error_in_an_update_ends_training_and_close_still_works(tmp_path: 
         engine.runtime.gradients.finish()
         with break_reads(engine), pytest.raises(OffloadIOError, match="the file ends before the bytes asked for"):
             optimizer.step()
-        message = r"^the optimizer state was lost: an optimizer step failed half way \(cannot read .*load a checkpoint into"
+        message = (
+            r"^the optimizer state was lost: an optimizer step failed half way \(cannot read .*load a checkpoint into"
+        )
         for use in (lambda: engine(batch()), optimizer.step, optimizer.zero_grad, engine.state_dict):
             with pytest.raises(ModelError, match=message):
                 use()
@@ -576,8 +585,7 @@ def test_writes_that_fail_are_noticed_and_close_still_works(tmp_path: Path, devi
     engine.runtime.finish_writes()
     break_writes(engine.runtime.resources)
     with pytest.raises(OffloadIOError, match=r"cannot write .*: No space left on device"):
-        for _ in range(2):  # the first step may end before its writes do
-            train_step(engine, optimizer)
+        train_steps(engine, optimizer, 2)  # the first step may end before its writes do
     engine.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -613,7 +621,7 @@ def test_an_exception_in_the_user_s_forward_leaves_the_engine_usable(tmp_path: P
         should_fail = False
         assert not any(chunk.is_leased for chunk in engine.runtime.core.chunks)
         first = train_step(engine, optimizer)
-    assert first == pytest.approx(float(make_model()(batch()).square().mean()), rel=1e-6)
+    assert first == make_model()(batch()).square().mean().item()
 
 
 def test_a_step_inside_forward_is_refused_and_changes_nothing(tmp_path: Path) -> None:
@@ -623,7 +631,7 @@ def test_a_step_inside_forward_is_refused_and_changes_nothing(tmp_path: Path) ->
         engine(batch()).sum().backward()
         handle = model[1].up.register_forward_pre_hook(lambda m, a: optimizer.step())  # type: ignore[index,union-attr,operator]
         before = engine.state_dict()
-        with pytest.raises(RuntimeError, match="is 'leased' and cannot become 'at home'"):
+        with pytest.raises(RuntimeError, match="is 'leased' and cannot become"):
             engine(batch())
         handle.remove()
         assert all(torch.equal(tensor, before[name]) for name, tensor in engine.state_dict().items())
@@ -641,6 +649,7 @@ def test_memory_goes_when_the_engine_is_closed(tmp_path: Path) -> None:
     assert mapped_nbytes() == before
 
 
+@pytest.mark.slow
 def test_nothing_waits_for_ever_when_a_program_is_interrupted(tmp_path: Path) -> None:
     with start_python(tmp_path, "print('ready', flush=True)\nwhile True: t.train_step(engine, optimizer)") as program:
         assert program.stdout is not None

@@ -41,9 +41,7 @@ def make_spec(chunk_id: int, dtype: torch.dtype) -> ChunkSpec:
         param = ParamSpec(name=name, index=i, shape=(length,), dtype=dtype, is_trainable=True)
         slots.append(ParamSlot(spec=param, chunk_id=chunk_id, begin=begin))
         begin = round_up(begin + length, 64)
-    return ChunkSpec(
-        chunk_id=chunk_id, unit_id=0, dtype=dtype, is_trainable=True, slots=tuple(slots), numel=begin
-    )
+    return ChunkSpec(chunk_id=chunk_id, unit_id=0, dtype=dtype, is_trainable=True, slots=tuple(slots), numel=begin)
 
 
 class Store:

@@ -113,9 +113,7 @@ class Placed:
         param = ParamSpec(name="weight", index=0, shape=(NUMEL,), dtype=self.dtype, is_trainable=True)
         chunk_id = len(core.chunks)
         slots = (ParamSlot(spec=param, chunk_id=chunk_id, begin=0),)
-        spec = ChunkSpec(
-            chunk_id=chunk_id, unit_id=0, dtype=self.dtype, is_trainable=True, slots=slots, numel=NUMEL
-        )
+        spec = ChunkSpec(chunk_id=chunk_id, unit_id=0, dtype=self.dtype, is_trainable=True, slots=slots, numel=NUMEL)
         self.chunk = core.add(spec, [torch.empty(0, dtype=self.dtype)], self.homes["working"], is_resident=False)
 
     def _home(self, tiers: Sequence[MemoryTier], nbytes: list[int]) -> TiledHome:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
+from small_resources import mapped_nbytes
 
 from gemini.errors import OutOfTierMemoryError
 from gemini.offload.arena import HostArena
@@ -20,13 +19,6 @@ HOST = MemoryTier.HOST
 def make_arena(budget_nbytes: int | None = None) -> tuple[HostArena, TierLedger]:
     ledger = TierLedger({HOST: budget_nbytes})
     return HostArena(ledger), ledger
-
-
-def mapped_nbytes() -> int:
-    """Return the bytes of anonymous shared memory that this process maps."""
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    ranges = [line.split()[0].split("-") for line in lines if line.endswith("/dev/zero (deleted)")]
-    return sum(int(end, 16) - int(begin, 16) for begin, end in ranges)
 
 
 @pytest.mark.parametrize(("wanted", "given"), [(0, 4096), (1, 4096), (4096, 4096), (4097, 8192), (3 << 20, 3 << 20)])
@@ -58,9 +50,7 @@ def test_one_byte_above_the_budget_is_refused_and_nothing_is_mapped() -> None:
     arena, ledger = make_arena(8192)
     first = arena.allocate(4096, "state")
     before = mapped_nbytes()
-    with pytest.raises(
-        OutOfTierMemoryError, match=r"^host tier: 8.00 KiB more for working exceed .* host_budget"
-    ):
+    with pytest.raises(OutOfTierMemoryError, match=r"^host tier: 8.00 KiB more for working exceed .* host_budget"):
         arena.allocate(4097, "working")
     assert mapped_nbytes() == before
     assert ledger.held_nbytes(HOST) == first.numel()
@@ -96,7 +86,6 @@ def test_close_gives_everything_back_once() -> None:
     arena.close()
     assert ledger.by_purpose(HOST) == {}
     del buffers
-    gc.collect()
     assert mapped_nbytes() == before
 
 

@@ -1,4 +1,4 @@
-"""What holds for training tests: helpers of this folder can be imported, one torch thread, and small modules as units."""
+"""What holds for training tests: helpers can be imported, torch has one thread, small modules can be units."""
 
 from __future__ import annotations
 

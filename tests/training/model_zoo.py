@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -122,20 +123,39 @@ HF_CASES = {
     "opt": hf_case("OPTForCausalLM", "OPTConfig", ffn_dim=64, word_embed_proj_dim=HIDDEN, **ENCODER),
     "bert": hf_case("BertForMaskedLM", "BertConfig", **ENCODER),
     "t5": hf_case(
-        "T5ForConditionalGeneration", "T5Config", vocab_size=VOCAB, d_model=HIDDEN, d_kv=8, d_ff=64, num_layers=2,
-        num_heads=4, decoder_start_token_id=0,
+        "T5ForConditionalGeneration",
+        "T5Config",
+        vocab_size=VOCAB,
+        d_model=HIDDEN,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
     ),
     "vit": hf_case("ViTForImageClassification", "ViTConfig", image_batch, num_labels=4, **VISION),
     "mixtral": hf_case("MixtralForCausalLM", "MixtralConfig", num_local_experts=4, **DECODER),
     "whisper": hf_case(
-        "WhisperForConditionalGeneration", "WhisperConfig", speech_batch, num_mel_bins=8, max_source_positions=SEQ,
-        max_target_positions=32, suppress_tokens=None, begin_suppress_tokens=None, **SEQ2SEQ,
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        speech_batch,
+        num_mel_bins=8,
+        max_source_positions=SEQ,
+        max_target_positions=32,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+        **SEQ2SEQ,
     ),
     "bart": hf_case("BartForConditionalGeneration", "BartConfig", max_position_embeddings=32, **SEQ2SEQ),
     "clip": hf_case("CLIPModel", "CLIPConfig", clip_batch, **clip_config()),
     "deberta": hf_case(
-        "DebertaV2ForMaskedLM", "DebertaV2Config", relative_attention=True, pos_att_type=["p2c", "c2p"],
-        max_relative_positions=16, position_buckets=8, **ENCODER,
+        "DebertaV2ForMaskedLM",
+        "DebertaV2Config",
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        max_relative_positions=16,
+        position_buckets=8,
+        **ENCODER,
     ),
     "swin": hf_case("SwinForImageClassification", "SwinConfig", image_batch, num_labels=4, drop_path_rate=0, **SWIN),
     "convnext": hf_case("ConvNextForImageClassification", "ConvNextConfig", image_batch, patch_size=2, **CONVNEXT),
@@ -185,7 +205,7 @@ class ConvNet(nn.Module):
         self.stages = nn.Sequential(
             *(
                 nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
-                for a, b in zip(widths[:-1], widths[1:], strict=True)
+                for a, b in pairwise(widths)
             )
         )
         self.fc = nn.Linear(16, 4)

@@ -35,7 +35,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=["host", "nvme", "device", "mixed"])
+@pytest.fixture(params=["host", "nvme", "device"])
 def config(request, tmp_path):
     return config_for(request.param, tmp_path)
 

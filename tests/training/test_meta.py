@@ -12,7 +12,8 @@ from training_harness import Case, Run, config_for, same_bits, train_gemini
 
 from gemini import GeminiConfig, GeminiDDP, ModelError
 
-CASES = {name: HF_CASES[name] for name in ("gpt2", "llama", "bert", "opt", "t5", "vit", "mixtral", "gemma", "qwen3_moe")}
+HF_NAMES = ("gpt2", "llama", "bert", "opt", "t5", "vit", "mixtral", "gemma", "qwen3_moe")
+CASES = {name: HF_CASES[name] for name in HF_NAMES}
 CASES |= {name: HAND_CASES[name] for name in ("tower", "conv_net", "recurrent", "borrowers", "torch_transformer")}
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

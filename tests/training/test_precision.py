@@ -11,7 +11,18 @@ import pytest
 import torch
 from model_zoo import Tower, square, vector_batch
 from torch import nn
-from training_harness import EPS, LR, WEIGHT_DECAY, Case, config_for, distance, hybrid_adam, same_bits, step, train_plain
+from training_harness import (
+    EPS,
+    LR,
+    WEIGHT_DECAY,
+    Case,
+    config_for,
+    distance,
+    hybrid_adam,
+    same_bits,
+    step,
+    train_plain,
+)
 
 from gemini import GeminiDDP
 

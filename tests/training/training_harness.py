@@ -135,6 +135,4 @@ def same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
 
 def is_close(found: list[float], expected: list[float]) -> bool:
     """Return whether losses begin with the same bits and then differ by no more than AdamW's rounding explains."""
-    return found[0] == expected[0] and all(
-        abs(a - b) <= 1e-6 * abs(b) for a, b in zip(found, expected, strict=True)
-    )
+    return found[0] == expected[0] and all(abs(a - b) <= 1e-6 * abs(b) for a, b in zip(found, expected, strict=True))

@@ -1,0 +1,120 @@
+"""The examples run as a user runs them: as programs of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def start_example(name: str, *arguments: str | Path, stdout: int | IO[Any] = subprocess.PIPE) -> subprocess.Popen[str]:
+    command = [sys.executable, str(REPOSITORY / "examples" / name), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
+    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def run_example(name: str, *arguments: str | Path) -> str:
+    process = start_example(name, *arguments)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a finished tiny run."""
+    out = tmp_path_factory.mktemp("quickstart")
+    run_example("quickstart.py", "--tiny", "--dtype", "fp32", "--steps", "12", "--lr", "3e-3", "--out", out)
+    return out
+
+
+def test_quickstart_learns_and_uses_the_disk(quickstart: Path) -> None:
+    summary = json.loads((quickstart / "summary.json").read_text())
+
+    assert summary["steps"] == 12
+    assert summary["loss_last"] < summary["loss_first"] - 0.1
+    assert summary["nvme_bytes_read"] > 0
+    assert summary["nvme_bytes_written"] > 0
+    assert summary["memory_report"]["num_fetches"] > 0
+    assert summary["memory_report"]["num_skipped_steps"] == 0
+
+
+def test_quickstart_summary_has_what_readers_look_for(quickstart: Path) -> None:
+    summary = json.loads((quickstart / "summary.json").read_text())
+
+    assert summary["tokens_per_s"] > 0
+    assert summary["stall_s"] >= 0
+    assert summary["peak_rss_bytes"] > summary["import_rss_bytes"] > 0
+    assert summary["plain_state_bytes"] == 16 * summary["num_params"]
+    assert summary["settings"]["dtype"] == "torch.float32"
+    assert set(summary["versions"]) == {"python", "torch", "transformers"}
+
+
+def test_quickstart_leaves_no_swap_file(quickstart: Path) -> None:
+    assert list((quickstart / "swap").iterdir()) == []
+
+
+def test_interrupted_quickstart_leaves_no_swap_file(tmp_path: Path, quickstart: Path) -> None:
+    with (tmp_path / "output").open("w+") as output:
+        out, swap = quickstart, tmp_path / "swap"
+        process = start_example(
+            "quickstart.py",
+            "--tiny",
+            "--dtype",
+            "fp32",
+            "--steps",
+            "100000",
+            "--out",
+            out,
+            "--nvme",
+            swap,
+            stdout=output,
+        )
+        while "Model:" not in (tmp_path / "output").read_text():
+            assert process.poll() is None, (tmp_path / "output").read_text()
+            time.sleep(0.05)
+        assert list(swap.iterdir())
+        time.sleep(0.3)
+
+        process.send_signal(signal.SIGINT)
+
+        assert process.wait(timeout=30) == 130
+    assert "Interrupted" in (tmp_path / "output").read_text()
+    assert "Traceback" not in (tmp_path / "output").read_text()
+    assert list(swap.iterdir()) == []
+
+
+def test_train_hf_trains_a_shape_from_a_config_file(tmp_path: Path) -> None:
+    config = {
+        "model_type": "llama",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "text").write_text("It was the best of times, it was the worst of times. " * 50)
+
+    run_example(
+        "train_hf.py", "--config", tmp_path / "config.json", "--text", tmp_path / "text", "--cache", tmp_path,
+        "--device", "cpu", "--dtype", "fp32", "--tokens", "32", "--seq", "16", "--accumulate", "2",
+        "--checkpoint-activations", "--json", tmp_path / "summary.json",
+    )  # fmt: skip
+
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] == 3
+    assert summary["memory_report"]["num_skipped_steps"] == 0
