@@ -225,7 +225,7 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
 def _matmul_gflops(dtype: torch.dtype) -> float:
     left, right = torch.ones(128, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
     seconds = []
-    for _ in range(4):  # the first one warms up
+    for _ in range(8):  # the first one warms up
         start = time.perf_counter()
         left @ right
         seconds.append(time.perf_counter() - start)

@@ -125,6 +125,9 @@ class GeminiDDP(torch.nn.Module):
     def memory_report(self) -> MemoryReport:
         """Return bytes per tier, formula beside measurement, and what the moves have cost.
 
+        Returns:
+            The report.
+
         Raises:
             ModelError: the engine is closed or its state was lost.
         """

@@ -37,12 +37,20 @@ InitFn = Callable[[torch.nn.Module], None]
 
 
 def find_init_fn(model: torch.nn.Module) -> InitFn:
-    """Return the way a model initialises a module: transformers' `_init_weights`, else `reset_parameters`."""
+    """Return a model's way to initialise a module.
+
+    Args:
+        model: may be on the meta device.
+
+    Returns:
+        `_init_weights` of the nearest transformers model around the module, else its own `reset_parameters`.
+    """
+    init_of: dict[int, InitFn] = {}
     for module in model.modules():
         init_weights = getattr(module, "_init_weights", None)
         if callable(init_weights):
-            return init_weights  # type: ignore[no-any-return]
-    return _reset_parameters
+            init_of.update((id(child), init_weights) for child in module.modules())
+    return lambda module: init_of.get(id(module), _reset_parameters)(module)
 
 
 def _reset_parameters(module: torch.nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, overload
 
@@ -13,7 +14,7 @@ from gemini.ddp import runtime_of
 from gemini.errors import CheckpointMismatchError, ConfigError
 from gemini.kernels.adam_tile import AdamHyper, AdamSegment
 from gemini.runtime import Runtime, SlotUpdate
-from gemini.weights import load_moments, read_moments
+from gemini.weights import load_moments, read_moments, reset_moments
 
 __all__ = ["HybridAdam"]
 
@@ -89,7 +90,11 @@ class HybridAdam(torch.optim.Optimizer):
             )
         if self._runtime is not None and runtime is not self._runtime:
             raise ConfigError("HybridAdam: the parameters belong to different GeminiDDPs; use one optimizer for each")
-        self._runtime = runtime
+        if self._runtime is None:
+            self._runtime = runtime
+            if runtime.num_steps:
+                reset_moments(runtime)  # another optimizer's
+            runtime.optimizer = weakref.ref(self)
         slot = runtime.slot_of(param)
         if slot is not None:
             self._slots[id(param)] = slot
@@ -120,13 +125,18 @@ class HybridAdam(torch.optim.Optimizer):
         Raises:
             OffloadIOError: state could not be read or written.
             ModelError: the engine was closed.
-            ConfigError: a group's hyper-parameters are out of range.
+            ConfigError: a group's hyper-parameters are out of range, or a newer optimizer has taken the engine over.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         runtime = self.runtime
+        if runtime.optimizer is None or runtime.optimizer() is not self:
+            raise ConfigError(
+                "HybridAdam: a newer one has taken over this GeminiDDP; use one optimizer with several parameter "
+                "groups"
+            )
         for group in self.param_groups:
             _check_group(group)
         params = [(group, p) for group in self.param_groups for p in group["params"]]

@@ -9,36 +9,33 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from gemini.adaptation import adapt_to_peak
 from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import ChunkLayout, ParamSlot
 from gemini.config import GeminiConfig
 from gemini.errors import GeminiError, ModelError
 from gemini.gradients import GradientStore
 from gemini.kernels.adam_tile import AdamSegment
+from gemini.lookahead import Lookahead
 from gemini.memory_probe import MemoryProbe
 from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources
 from gemini.placement.plan import ChunkDemand, MemoryDemand, PlacementPlan, RuntimeShape, memory_demand
-from gemini.placement.prefetch import choose_prefetch
-from gemini.placement.residency import adapt_residency
-from gemini.placement.tracer import AccessHistory, Phase
+from gemini.placement.tracer import Phase
 from gemini.saved import SavedWeights
 from gemini.scaler import LossScaler, scale_gradients_of
-from gemini.tiers import MemoryTier, format_nbytes
 from gemini.update import UpdateJob, UpdatePipeline
 
 __all__ = ["Runtime", "SlotUpdate"]
 
 logger = logging.getLogger(__name__)
-
-NON_MODEL_MARGIN = 1.05
-"""Activations and temporaries may grow by this factor after the step that measured them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,14 +98,13 @@ class Runtime:
         self.gradients = gradients
         self.probe = MemoryProbe(resources.transfers.device, resources.ledger)
         self.scaler = LossScaler(config.initial_loss_scale) if config.dtype is torch.float16 else None
+        self.optimizer: weakref.ref[Any] | None = None
+        """The optimizer that may update the parameters; the newest one made of them."""
         self.num_steps = 0
         self.num_skipped_steps = 0
         self._updates = updates
-        self._histories = {phase: AccessHistory() for phase in Phase}
-        self._phase = Phase.TRAIN
-        self._is_in_step = False
+        self._lookahead = Lookahead(core, depth=config.prefetch_depth, num_slots=plan.num_slots)
         self._is_adapted = False
-        core.next_use = self._next_use
         self._saved = SavedWeights(self._chunk_id_in, self._weights_in_backward)
         self._entered: list[_Entry] = []
         self._borrowed_by_model: list[int] = []
@@ -136,14 +132,12 @@ class Runtime:
             ModelError: the engine is closed, its state was lost, or a parameter was moved or re-flagged.
         """
         self.check_usable()
-        self._check_params()
+        for chunk in self.core.chunks:
+            chunk.check_params()
         self._drop_leftovers()
-        self._phase = Phase.TRAIN if torch.is_grad_enabled() else Phase.INFERENCE
-        if self._phase is Phase.INFERENCE or not self._is_in_step:
-            self._history.begin_step(self._phase)
-        if self._phase is Phase.TRAIN and not self._is_in_step:
-            self._is_in_step = True
+        if torch.is_grad_enabled() and not self._lookahead.is_in_step:
             self.probe.begin_step()
+        self._lookahead.begin_forward(Phase.TRAIN if torch.is_grad_enabled() else Phase.INFERENCE)
         self._has_pushed_for_model = torch.is_grad_enabled()
         if self._has_pushed_for_model:
             self._saved.push()
@@ -156,9 +150,7 @@ class Runtime:
         for chunk_id in self._borrowed_by_model:
             self.core.release(chunk_id)
         self._borrowed_by_model.clear()
-        if self._phase is Phase.INFERENCE:
-            self._history.end_step()
-            self._phase = Phase.TRAIN
+        self._lookahead.end_forward()
 
     def abort_forward(self) -> None:
         """Undo what a forward has begun that was interrupted, and so has neither left its units nor ended."""
@@ -186,8 +178,8 @@ class Runtime:
                 self.core.access(chunk_id)
                 leased.append(chunk_id)
             for chunk_id in unit.chunk_ids:
-                self._record(chunk_id)
-            self._fetch_ahead()
+                self._lookahead.record(chunk_id)
+            self._lookahead.fetch_ahead()
         except GeminiError:
             for chunk_id in leased:
                 self.core.release(chunk_id)
@@ -215,7 +207,7 @@ class Runtime:
         if self.core.chunks[chunk_id].is_resident:
             return
         self.core.access(chunk_id)
-        self._record(chunk_id)
+        self._lookahead.record(chunk_id)
         (self._entered[-1].borrowed if self._entered else self._borrowed_by_model).append(chunk_id)
 
     def wrap_outputs(self, output: Any) -> Any:
@@ -239,8 +231,8 @@ class Runtime:
         self.check_usable()
         for chunk_id in self.layout.units[unit_id].chunk_ids:
             self.core.ensure(chunk_id)
-            self._record(chunk_id)
-        self._fetch_ahead()
+            self._lookahead.record(chunk_id)
+        self._lookahead.fetch_ahead()
 
     def take_gradient(self, param: torch.nn.Parameter) -> None:
         """Take a gradient from autograd."""
@@ -256,8 +248,8 @@ class Runtime:
     def _weights_in_backward(self, chunk_id: int) -> torch.Tensor:
         self.check_usable()
         chunk = self.core.ensure(chunk_id)
-        self._record(chunk_id)
-        self._fetch_ahead()
+        self._lookahead.record(chunk_id)
+        self._lookahead.fetch_ahead()
         assert chunk.slot is not None
         return chunk.slot.buffer
 
@@ -277,18 +269,18 @@ class Runtime:
             slots: the parameters; those without a gradient count as zero.
 
         Returns:
-            The norm; NaN if a gradient is infinite or NaN.
+            The norm, after whatever `clip` has been asked for since the last update; NaN if a gradient is not finite.
         """
         self.check_usable()
         sums = self.gradients.sums_of_squares()
         values = [sums[slot.spec.name] for slot in slots if slot.spec.name in sums]
         if not all(map(math.isfinite, values)):
             return math.nan
-        return math.sqrt(math.fsum(values)) / self._loss_scale
+        return math.sqrt(math.fsum(values)) / self._loss_scale * self._clip_factor
 
     def clip(self, norm: float, max_norm: float) -> None:
         """Scale the gradients at hand so that a norm becomes at most `max_norm`, as torch's clip_grad_norm_ does."""
-        self._clip_factor = min(1.0, max_norm / (norm + 1e-6))
+        self._clip_factor *= min(1.0, max_norm / (norm + 1e-6))
 
     def slots_with_gradient(self) -> set[str]:
         """Return the names of the parameters that have a gradient."""
@@ -335,7 +327,7 @@ class Runtime:
             self.scaler.update(found_overflow=False)
         self.num_steps += 1
         self._end_step()
-        self._fetch_ahead()
+        self._lookahead.fetch_ahead()
 
     def _run_updates(self, jobs: Sequence[UpdateJob]) -> None:
         try:
@@ -381,7 +373,7 @@ class Runtime:
     @property
     def num_trace_mismatches(self) -> int:
         """Accesses of training steps that came in another order than in the step before."""
-        return self._histories[Phase.TRAIN].num_mismatches
+        return self._lookahead.num_mismatches
 
     @property
     def update_stall_s(self) -> float:
@@ -390,83 +382,22 @@ class Runtime:
 
     def _end_step(self) -> None:
         self.clear_gradients()
-        self._histories[Phase.TRAIN].end_step()
-        if self._is_in_step:
-            self._is_in_step = False
+        if self._lookahead.is_in_step:
             self.probe.end_step()
-            if self.config.placement == "auto" and not self._is_adapted:
-                self._adapt_residency()
+            self._adapt()
+        self._lookahead.end_step()
+
+    def _adapt(self) -> None:
+        """After the first step that was measured, use what is left of the device's budget."""
+        peak = self.probe.non_model_peak_nbytes
+        if self._is_adapted or peak is None or not self._shape.has_device or self.config.placement != "auto":
+            return
+        self._is_adapted = True
+        self.plan = adapt_to_peak(self.core, self._demands, self.plan, self._shape, peak_nbytes=peak)
 
     @property
     def _loss_scale(self) -> float:
         return self.scaler.scale if self.scaler is not None else 1.0
-
-    def _adapt_residency(self) -> None:
-        """Once a step has been measured, let as many chunks reside on the device as really fit."""
-        budget = self.resources.ledger.budget_nbytes(MemoryTier.DEVICE)
-        peak = self.probe.non_model_peak_nbytes
-        if not self._shape.has_device or budget is None or peak is None:
-            return
-        self._is_adapted = True
-        plan = adapt_residency(
-            self._demands, self.plan, self._shape, device_nbytes=budget - int(peak * NON_MODEL_MARGIN)
-        )
-        for before, after in zip(self.plan.chunks, plan.chunks, strict=True):
-            if before.is_resident and not after.is_resident:
-                self.core.unsettle(after.chunk_id)
-        for before, after in zip(self.plan.chunks, plan.chunks, strict=True):
-            if after.is_resident and not before.is_resident:
-                self.core.reside(after.chunk_id)
-        self.plan = plan
-        held = self.demand.total(MemoryTier.DEVICE)
-        logger.info(
-            "the first step took %s beside chunks; chunks may now take %s of the device and take %s",
-            format_nbytes(peak),
-            format_nbytes(budget - peak),
-            format_nbytes(held),
-        )
-        if held + peak > budget:
-            logger.warning(
-                "the device budget of %s is short by %s: chunks take %s and everything else %s; use smaller batches or "
-                "activation checkpointing, or raise device_budget",
-                format_nbytes(budget),
-                format_nbytes(held + peak - budget),
-                format_nbytes(held),
-                format_nbytes(peak),
-            )
-
-    # ---------------------------------------------------------------- trace and prefetch
-
-    @property
-    def _history(self) -> AccessHistory:
-        return self._histories[self._phase]
-
-    def _record(self, chunk_id: int) -> None:
-        if not self.core.chunks[chunk_id].is_resident:
-            self._history.record(chunk_id)
-
-    def _next_use(self, chunk_id: int) -> int:
-        return self._history.next_use_distance(chunk_id)
-
-    def _fetch_ahead(self) -> None:
-        """Start the fetches that the trace says will be needed soon."""
-        depth = self.config.prefetch_depth
-        if depth == 0 or self.plan.num_slots == 0:
-            return
-        self.core.poll()
-        decisions = choose_prefetch(
-            self._history.upcoming(depth + self.plan.num_slots),
-            self.core.in_memory(),
-            num_free_slots=self.core.num_free_slots(),
-            evictable=self.core.evictable(),
-            depth=depth,
-        )
-        for decision in decisions:
-            if not self.core.can_prefetch(decision.fetch_chunk):
-                break
-            if decision.evict_chunk is not None:
-                self.core.evict(decision.evict_chunk)
-            self.core.prefetch(decision.fetch_chunk)
 
     # ---------------------------------------------------------------- life
 
@@ -479,28 +410,6 @@ class Runtime:
                 f"the optimizer state was lost: {self._lost}; some parameters were updated and some were not, so "
                 "load a checkpoint into a new GeminiDDP"
             )
-
-    def _check_params(self) -> None:
-        """Refuse parameters that were moved, replaced in place or re-flagged behind the engine's back."""
-        for chunk in self.core.chunks:
-            for slot, param in zip(chunk.spec.slots, chunk.params, strict=True):
-                if param.requires_grad != chunk.spec.is_trainable:
-                    raise ModelError(
-                        f"parameter {slot.spec.name} had requires_grad={chunk.spec.is_trainable} when it was wrapped "
-                        f"and has {param.requires_grad} now; set it before GeminiDDP(...), which plans state for it"
-                    )
-                if param.dtype is not chunk.spec.dtype or param.device.type != self.resources.transfers.device.type:
-                    raise ModelError(
-                        f"parameter {slot.spec.name} was {chunk.spec.dtype} on {self.resources.transfers.device} when "
-                        f"it was wrapped and is {param.dtype} on {param.device} now; GeminiDDP moves and casts "
-                        "parameters itself: set GeminiConfig(device=..., dtype=...), and no .to(), .cuda() or .half()"
-                    )
-            moved = chunk.find_moved()
-            if moved is not None:
-                raise ModelError(
-                    f"parameter {moved.spec.name} no longer shows its chunk: its .data was replaced since; "
-                    "load values with engine.load_state_dict instead"
-                )
 
     def _drop_leftovers(self) -> None:
         """Forget what an exception in an earlier forward or backward may have left behind."""

@@ -16,7 +16,7 @@ from gemini.runtime import Runtime
 from gemini.tiers import MemoryTier
 from gemini.update import record_views
 
-__all__ = ["load_master", "load_moments", "read_master", "read_moments", "read_working"]
+__all__ = ["load_master", "load_moments", "read_master", "read_moments", "read_working", "reset_moments"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +122,18 @@ def load_moments(runtime: Runtime, slot: ParamSlot, momentum: torch.Tensor, vari
             _, first, second = record_views(record, part.length, slot.spec.dtype)
             first[part.in_tile] = momentum.detach().to("cpu").reshape(-1)[part.in_param]
             second[part.in_tile] = variance.detach().to("cpu").reshape(-1)[part.in_param]
+
+
+def reset_moments(runtime: Runtime) -> None:
+    """Set the momentum and variance of every parameter to zero."""
+    for chunk_id, state in runtime.states.items():
+        spec = runtime.layout.chunks[chunk_id]
+        for tile in range(len(state.tiers)):
+            length = min(runtime.config.tile_numel, spec.numel - tile * runtime.config.tile_numel)
+            with _tile(runtime, state, tile, write=True) as record:
+                _, momentum, variance = record_views(record, length, spec.dtype)
+                momentum.zero_()
+                variance.zero_()
 
 
 def _parts(runtime: Runtime, slot: ParamSlot) -> Iterator[_Part]:

@@ -10,6 +10,7 @@ import torch
 from gemini.chunk.fetch import Fetch
 from gemini.chunk.layout import ChunkSpec, ParamSlot
 from gemini.chunk.state import ChunkState, check_transition
+from gemini.errors import ModelError
 from gemini.offload.home import TiledHome
 
 __all__ = ["Chunk", "Slot", "placeholder"]
@@ -51,6 +52,7 @@ class Chunk:
         self._state = ChunkState.AT_HOME
         self._num_leases = 0
         self._addresses: list[int] = []
+        self._device_type = ""
 
     @property
     def state(self) -> ChunkState:
@@ -107,16 +109,31 @@ class Chunk:
             param.data = param_view(self.compute, slot)
         self._addresses = [param.data_ptr() for param in self.params]
 
-    def find_moved(self) -> ParamSlot | None:
-        """Return the place of a parameter that no longer shows what the chunk bound it to, None if all do."""
+    def check_params(self) -> None:
+        """Refuse parameters that were moved, cast, re-flagged or given other data behind the engine's back.
+
+        Raises:
+            ModelError: one was.
+        """
+        kind = (self.spec.is_trainable, self.spec.dtype, self._device_type)
         for slot, param, address in zip(self.spec.slots, self.params, self._addresses, strict=True):
+            found = (param.requires_grad, param.dtype, param.device.type)
+            if found != kind:
+                raise ModelError(
+                    f"parameter {slot.spec.name} had (requires_grad, dtype, device) = {kind} when it was wrapped and "
+                    f"has {found} now; set requires_grad before GeminiDDP(...), and device and dtype in GeminiConfig "
+                    "instead of calling .to(), .cuda() or .half()"
+                )
             if param.data_ptr() != address:
-                return slot
-        return None
+                raise ModelError(
+                    f"parameter {slot.spec.name} no longer shows its chunk: its .data was replaced after "
+                    "GeminiDDP(...); load values with engine.load_state_dict instead"
+                )
 
     def unbind(self, missing: torch.Tensor) -> None:
         """Let the parameters show a placeholder, a scalar of the right dtype and device."""
         self.compute = None
+        self._device_type = missing.device.type
         for slot, param in zip(self.spec.slots, self.params, strict=True):
             param.data = missing.expand(slot.spec.shape)
         self._addresses = [param.data_ptr() for param in self.params]

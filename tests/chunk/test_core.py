@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_resources import small_resources, truncated_file
+from small_resources import break_writes, small_resources, truncated_file
 
 from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import ChunkSpec, ParamSlot, ParamSpec
@@ -214,6 +214,21 @@ def test_a_failed_prefetch_is_reported_by_the_chunk_s_own_access(make: Callable[
             core.access(0)
     core.access(0)
     assert shows(core, 0)
+
+
+def test_a_fetch_that_fails_at_its_start_returns_slot_and_staging(make: Callable[..., ChunkCore]) -> None:
+    core = make([NVME, HOST, HOST])
+    core.chunks[0].home.finish_writes()
+    break_writes(core.resources)
+    core.chunks[0].home.write_tile(0, torch.zeros(12_288, dtype=torch.uint8))
+    for _ in range(NUM_SLOTS + 1):
+        with pytest.raises(OffloadIOError, match=r"cannot write .*: No space left on device"):
+            core.access(0)
+    assert states(core)[0] is AT_HOME
+    assert (core.num_free_slots(), core._staging.num_free()) == (NUM_SLOTS, 1)
+    for chunk_id in (1, 2):
+        core.access(chunk_id)
+        assert shows(core, chunk_id)
 
 
 def test_no_staging_memory_is_an_error_that_loses_no_slot(tmp_path: Path) -> None:
