@@ -150,7 +150,7 @@ class _SlicedCrossEntropy(torch.autograd.Function):
         for begin in range(0, len(targets), ctx.num_rows):
             part, wanted = hidden[begin : begin + ctx.num_rows], targets[begin : begin + ctx.num_rows]
             grad_logits = (part @ weight.T).float().softmax(dim=-1)
-            grad_logits[torch.arange(len(wanted)), wanted] -= 1
+            grad_logits[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
             grad_logits = (grad_logits.mul_(grad_loss / len(targets))).to(weight.dtype)
             grad_hidden[begin : begin + len(wanted)] = grad_logits @ weight
             grad_weight.addmm_(grad_logits.T, part)

@@ -40,7 +40,7 @@ from gemini import GeminiConfig, GeminiDDP, HybridAdam, NVMeConfig
 
 HOST_BUDGETS = {torch.float32: "640MiB", torch.bfloat16: "500MiB"}
 NVME_BUDGET_NBYTES = 2 * 2**30
-TEXT_NBYTES = 1_000_000
+TEXT_NBYTES, TINY_TEXT_NBYTES = 1_000_000, 100_000
 VOCAB_SIZE = 2048
 NUM_ROWS, NUM_TOKENS = 2, 96
 NUM_WARM_UP_STEPS = 5
@@ -97,7 +97,8 @@ def run(console: Console, arguments: argparse.Namespace) -> None:
     import_nbytes = resident_nbytes()["now"]
     dtype, reason = choose_dtype(arguments.dtype, torch.device("cpu"))
     console.print(f"Working weights: {reason}")
-    ids = encode(read_stdlib(TEXT_NBYTES), vocab_size=VOCAB_SIZE, cache=arguments.out)
+    texts = read_stdlib(TINY_TEXT_NBYTES if arguments.tiny else TEXT_NBYTES)
+    ids = encode(texts, vocab_size=VOCAB_SIZE, cache=arguments.out)
     console.print(f"Text: the standard library's sources, {len(ids):,} tokens of byte-level BPE")
     batches = random_windows(ids, num_rows=NUM_ROWS, num_tokens=NUM_TOKENS, seed=arguments.seed)
     encoded = time.perf_counter()

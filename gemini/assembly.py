@@ -80,7 +80,7 @@ def draw_blueprint(model: torch.nn.Module, config: GeminiConfig) -> Blueprint:
         ModelError: the model has parameters that cannot be placed.
         OutOfTierMemoryError: the budgets cannot hold the model.
     """
-    layout = build_layout(describe_model(model, working_dtype=config.dtype))
+    layout = build_layout(describe_model(model, working_dtype=config.dtype), max_small_nbytes=config.min_unit_nbytes)
     demands = tuple(_demand_of(chunk, layout) for chunk in layout.chunks)
     shape = RuntimeShape(
         has_device=has_device_tier(config),

@@ -79,6 +79,9 @@ class GeminiConfig:
     activation_reserve: str | int | None = None
     """Device bytes kept free for activations and temporaries until the first step has measured them. None: 30 % of
     the device budget. Without meaning on the CPU."""
+    min_unit_nbytes: int = 1 << 20
+    """Modules with fewer bytes of working weights that are in no repeated block join the root unit, which always stays
+    in compute memory: a fetch of its own would not pay for them."""
     tile_numel: int = 1 << 20
     """Parameters in a tile, the unit in which optimizer state travels; a multiple of 4096."""
     ring_depth: int = 4
@@ -109,6 +112,7 @@ class GeminiConfig:
         _check_bool("GeminiConfig.gradient_accumulation", self.gradient_accumulation)
         _check_int("GeminiConfig.seed", self.seed, 0, 2**32 - 1)
         _check_int("GeminiConfig.prefetch_depth", self.prefetch_depth, 0, 64)
+        _check_int("GeminiConfig.min_unit_nbytes", self.min_unit_nbytes, 0, 1 << 40)
         _check_int("GeminiConfig.ring_depth", self.ring_depth, 2, 64)
         _check_int("GeminiConfig.tile_numel", self.tile_numel, 4096, 1 << 28)
         if self.tile_numel % 4096:

@@ -134,8 +134,7 @@ class HybridAdam(torch.optim.Optimizer):
         runtime = self.runtime
         if runtime.optimizer is None or runtime.optimizer() is not self:
             raise ConfigError(
-                "HybridAdam: a newer one has taken over this GeminiDDP; use one optimizer with several parameter "
-                "groups"
+                "HybridAdam: a newer one has taken over this GeminiDDP; use one optimizer with several parameter groups"
             )
         for group in self.param_groups:
             _check_group(group)

@@ -329,13 +329,25 @@ def test_an_engine_cannot_be_moved_or_cast(engine: GeminiDDP) -> None:
 @pytest.mark.parametrize(
     ("touch", "message"),
     [
-        (nn.Module.half, r"^parameter 0.up.weight was torch.float32 on cpu when .* is torch.float16 on cpu now"),
-        (nn.Module.double, r"^parameter 0.up.weight was torch.float32 .* is torch.float64 on cpu now; GeminiDDP moves"),
+        (
+            nn.Module.half,
+            r"^parameter 0.up.weight had .* torch.float32, 'cpu'\) when .* has \(True, torch.float16, 'cpu'\) now; set",
+        ),
+        (
+            nn.Module.double,
+            r"^parameter 0.up.weight had .* has \(True, torch.float64, 'cpu'\) now; .* instead of calling .to\(\)",
+        ),
         (lambda m: m.to("meta"), r"^parameter weight of a Linear was replaced after GeminiDDP\(...\), which manages"),
         (lambda m: setattr(m[1].up, "bias", nn.Parameter(torch.ones(WIDTH))), r"^parameter bias of a Linear was repl"),
         (lambda m: m.half().float(), r"^parameter 0.up.weight no longer shows its chunk: .* engine.load_state_dict"),
-        (lambda m: m.requires_grad_(False), r"^parameter 0.up.weight had requires_grad=True .* and has False now; set"),
-        (lambda m: m[2].down.bias.requires_grad_(False), r"^parameter 2.down.bias had requires_grad=True"),
+        (
+            lambda m: m.requires_grad_(False),
+            r"^parameter 0.up.weight had .*\(True, torch.* has \(False, torch.* now; set requires_grad before",
+        ),
+        (
+            lambda m: m[2].down.bias.requires_grad_(False),
+            r"^parameter 2.down.bias had .*\(True, torch.* has \(False, torch",
+        ),
         (
             lambda m: setattr(m[1].up.bias, "data", torch.zeros(WIDTH)),
             r"^parameter 1.up.bias no longer shows its chunk",

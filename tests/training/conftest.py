@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-
-import gemini.assembly
-from gemini.chunk.layout import build_layout
 
 sys.path.insert(0, str(Path(__file__).parent))  # importmode=importlib leaves sys.path alone
 
@@ -23,9 +19,3 @@ def _one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
-
-
-@pytest.fixture
-def fine_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make units of modules however small, so that embeddings, norms and heads of tiny models stream too."""
-    monkeypatch.setattr(gemini.assembly, "build_layout", functools.partial(build_layout, max_small_nbytes=0))

@@ -22,8 +22,6 @@ LLAMA = HF_CASES["llama"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ISAS = [isa.name.lower() for isa in supported_isas()]
 
-pytestmark = pytest.mark.usefixtures("fine_units")
-
 
 def short(value: Any) -> str:
     return str(value).removeprefix("torch.")

@@ -31,7 +31,6 @@ LLAMA = HF_CASES["llama"]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),
-    pytest.mark.usefixtures("fine_units"),
 ]
 
 

@@ -31,7 +31,6 @@ TOWER = Case(Tower, vector_batch, square)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
-    pytest.mark.usefixtures("fine_units"),
 ]
 
 

@@ -29,8 +29,6 @@ from gemini import GeminiDDP
 BETA1, BETA2 = 0.9, 0.999
 TOWER = Case(lambda: Tower(num_blocks=3), vector_batch, square)
 
-pytestmark = pytest.mark.usefixtures("fine_units")
-
 
 @pytest.fixture(params=["host", "nvme", "device", "mixed", "resident"])
 def place(request):

@@ -47,6 +47,7 @@ def config_for(place: str, tmp_path: Path | None = None, **fields: Any) -> Gemin
     }[place]
     sizes = {"device_budget": "128MiB"} if chosen["device"] == "simulated" else {}
     defaults = {"dtype": torch.float32, "host_budget": "256MiB", "tile_numel": 4096, "num_threads": 2, **sizes}
+    defaults |= {"min_unit_nbytes": 0}  # so that embeddings, norms and heads of tiny models stream too
     return GeminiConfig(**{**defaults, **chosen, **fields})
 
 
