@@ -15,17 +15,9 @@ from gemini.chunk.layout import ChunkLayout, ChunkSpec, build_layout, layout_sum
 from gemini.chunk.module_tree import describe_model
 from gemini.config import GeminiConfig
 from gemini.gradients import GradientStore
+from gemini.initialise import InitFn, Initialiser, find_init_fn
 from gemini.kernels.device import select_device_kernels
-from gemini.materialize import (
-    InitFn,
-    allocate_parameter,
-    check_initialised,
-    find_init_fn,
-    initialise_buffers,
-    initialise_module,
-    replace_meta_parameters,
-    write_home,
-)
+from gemini.materialize import write_home
 from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources, budgets_of, has_device_tier, open_resources
 from gemini.offload.slots import FixedSlots
@@ -196,32 +188,24 @@ def _build(
         ring_nbytes=buffers["update ring"],
         device_kernels=kernels,
     )
-    fresh = replace_meta_parameters(model, device=device, dtype=config.dtype)
-    if any(buffer.is_meta for buffer in model.buffers()):
-        initialise_buffers(model, init_fn, device=device, seed=config.seed)
-    params = dict(model.named_parameters())
     states: dict[int, TiledHome] = {}
-    for unit in layout.units:
-        unit_params = [params[s.spec.name] for c in unit.own_chunk_ids for s in layout.chunks[c].slots]
-        unit_fresh = {id(param): fresh[id(param)] for param in unit_params if id(param) in fresh}
-        if unit_fresh:
-            _initialise_unit(model, layout, unit.unit_id, unit_fresh, init_fn, seed=config.seed)
-        for chunk_id in unit.own_chunk_ids:
-            spec, homes = layout.chunks[chunk_id], plan.chunks[chunk_id]
-            working, state, grad = _open_homes(blueprint.demands[chunk_id], homes, shape, resources)
-            owned = [params[slot.spec.name] for slot in spec.slots]
+    with Initialiser(model, init_fn, device=device, dtype=config.dtype, seed=config.seed) as initialiser:
+        initialiser.fill_buffers()
+        for spec, homes in zip(layout.chunks, plan.chunks, strict=True):
+            working, state, grad = _open_homes(blueprint.demands[spec.chunk_id], homes, shape, resources)
             write_home(
                 spec,
-                [param.detach().to("cpu") for param in owned],
+                [initialiser.value_of(slot.spec.name) for slot in spec.slots],
                 working,
                 state,
                 tile_numel=shape.tile_numel,
                 transfers=resources.transfers,
                 isa=resources.isa,
             )
+            owned = [initialiser.params[slot.spec.name] for slot in spec.slots]
             core.add(spec, owned, working, is_resident=homes.is_resident)
             if state is not None and grad is not None and homes.grad is not None:
-                states[chunk_id] = state
+                states[spec.chunk_id] = state
                 gradients.add_chunk(spec, grad, homes.grad)
     for homes in plan.chunks:
         if homes.is_resident:
@@ -276,43 +260,3 @@ def _open_homes(
         if home.host_buffer is not None:
             home.host_buffer.zero_()  # touch the pages now, not in the first step
     return working, state, grad
-
-
-def _initialise_unit(
-    model: torch.nn.Module,
-    layout: ChunkLayout,
-    unit_id: int,
-    fresh: dict[int, int],
-    init_fn: InitFn,
-    *,
-    seed: int,
-) -> None:
-    """Give a unit's stand-ins real float32 memory and first values; they lose it when the chunk takes over.
-
-    Args:
-        model: the user's model.
-        layout: units and chunks.
-        unit_id: the unit.
-        fresh: ids of the unit's stand-ins and of the modules that own them.
-        init_fn: how a module is initialised.
-        seed: the configuration's.
-
-    Raises:
-        ModelError: a parameter is left without values.
-    """
-    params = {name: param for name, param in model.named_parameters() if id(param) in fresh}
-    for param in params.values():
-        allocate_parameter(param)
-    unit = layout.units[unit_id]
-    others = {other.module_name for other in layout.units if other.unit_id != unit_id}
-    root = model.get_submodule(unit.module_name)
-    inside = [
-        (f"{unit.module_name}.{name}".strip("."), module)
-        for name, module in root.named_modules()
-        if any(id(param) in fresh for param in module.parameters())
-    ]
-    for name, module in reversed(inside):
-        if name not in others:
-            initialise_module(name, module, init_fn, seed=seed, owners=fresh)
-    for name, param in params.items():
-        check_initialised(name, param)

@@ -13,7 +13,7 @@ from gemini.assembly import assemble
 from gemini.config import GeminiConfig
 from gemini.errors import CheckpointMismatchError, ConfigError, ModelError
 from gemini.hooks import HookSet
-from gemini.materialize import InitFn
+from gemini.initialise import InitFn
 from gemini.report import MemoryReport, make_report
 from gemini.runtime import Runtime
 from gemini.weights import load_master, read_master, read_working

@@ -1,0 +1,185 @@
+"""First values for what a model has on the meta device.
+
+[Note: One parameter at a time]
+A transformers model initialises a parameter in the module that owns it, in a parent (`T5Model` fills `shared`), or in
+both, the parent last. So for each parameter the modules around it are initialised from the inside out, with a random
+state of their own, while all other parameters are meta tensors: writing to those has no effect, draws no random
+numbers and takes no memory. The values depend on the seed and on names alone, not on layout, placement or order.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+
+from gemini.errors import ModelError
+
+__all__ = ["InitFn", "Initialiser", "find_init_fn"]
+
+InitFn = Callable[[torch.nn.Module], None]
+"""Gives a module's parameters and buffers their first values."""
+
+REMEDY = (
+    "was built on the meta device and the model's initialisation does not fill it: give it real values before "
+    "wrapping the model, or pass GeminiDDP(..., init_fn=...) that fills it"
+)
+
+
+def find_init_fn(model: torch.nn.Module) -> InitFn:
+    """Return a model's way to initialise a module.
+
+    Args:
+        model: may be on the meta device.
+
+    Returns:
+        `_init_weights` of the nearest transformers model around the module, else its own `reset_parameters`.
+    """
+    init_of: dict[int, InitFn] = {}
+    for module in model.modules():
+        init_weights = getattr(module, "_init_weights", None)
+        if callable(init_weights):
+            init_of.update((id(child), init_weights) for child in module.modules())
+    return lambda module: init_of.get(id(module), _reset_parameters)(module)
+
+
+def _reset_parameters(module: torch.nn.Module) -> None:
+    reset = getattr(module, "reset_parameters", None)
+    if reset is None and any(param is not None for param in module._parameters.values()):
+        reset = getattr(module, "_reset_parameters", None)  # nn.MultiheadAttention's
+    if callable(reset):
+        reset()
+
+
+class Initialiser:
+    """Hands out first values; inside its with-block every parameter of the model is a meta tensor.
+
+    On a clean exit the model's parameters are those of `params`; after an exception they are what they were.
+
+    Args:
+        model: the user's model, some, all or none of it on the meta device.
+        init_fn: how a module is initialised.
+        device: where stand-ins for meta parameters are.
+        dtype: dtype of floating-point stand-ins.
+        seed: decides all random values.
+
+    Attributes:
+        params: by canonical name the parameter that the model will have: the user's own, or a stand-in on `device`,
+            without values, for one that was on the meta device. Ties and flags are kept.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, init_fn: InitFn, *, device: torch.device, dtype: torch.dtype, seed: int
+    ) -> None:
+        self.params: dict[str, torch.nn.Parameter] = {}
+        self._model = model
+        self._init_fn = init_fn
+        self._device = device
+        self._seed = seed
+        self._modules = dict(model.named_modules())
+        self._places = [
+            (module, key, param)
+            for module in self._modules.values()
+            for key, param in module._parameters.items()
+            if param is not None
+        ]
+        self._originals = dict(model.named_parameters())
+        self._final: dict[int, torch.nn.Parameter] = {}
+        for name, param in self._originals.items():
+            self.params[name] = self._final[id(param)] = _stand_in(param, device, dtype) if param.is_meta else param
+
+    def __enter__(self) -> Initialiser:
+        shown = {id(param): _meta_twin(param) for param in self._originals.values()}
+        for module, key, param in self._places:
+            module._parameters[key] = shown[id(param)]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for module, key, param in self._places:
+            module._parameters[key] = param if error is not None else self._final[id(param)]
+
+    def value_of(self, name: str) -> torch.Tensor:
+        """Return a parameter's first value.
+
+        Args:
+            name: its canonical name.
+
+        Returns:
+            Its own value on the CPU if it was real; else a new one, float32 if floating-point.
+
+        Raises:
+            ModelError: the model's initialisation leaves it, in part or in whole, without a value.
+        """
+        original = self._originals[name]
+        if not original.is_meta:
+            return original.detach().to("cpu")
+        dtype = torch.float32 if original.is_floating_point() else original.dtype
+        blank = torch.full(original.shape, _unlikely_value(dtype), dtype=dtype)
+        real = torch.nn.Parameter(blank, requires_grad=original.requires_grad)
+        owner_name, _, key = name.rpartition(".")
+        owner = self._modules[owner_name]
+        hidden, owner._parameters[key] = owner._parameters[key], real
+        try:
+            for module_name in _from_inside_out(owner_name):
+                self._run(module_name, salt=name)
+        finally:
+            owner._parameters[key] = hidden
+        if real.is_floating_point() and bool(real.isnan().any()):
+            raise ModelError(f"parameter {name} {REMEDY}")
+        return real.detach()
+
+    def fill_buffers(self) -> None:
+        """Make buffers on the meta device real and let their modules fill them.
+
+        Raises:
+            ModelError: a buffer's module does not fill it, so its values are lost.
+        """
+        for module_name, module in self._modules.items():
+            blanks = {name: b for name, b in module._buffers.items() if b is not None and b.is_meta}
+            for name, buffer in blanks.items():
+                module._buffers[name] = torch.full_like(buffer, _unlikely_value(buffer.dtype), device=self._device)
+            if blanks:
+                self._run(module_name, salt="")
+            for name in blanks:
+                filled = module._buffers[name]
+                if filled is not None and filled.numel() and _holds_unlikely_value(filled):
+                    raise ModelError(f"buffer {f'{module_name}.{name}'.strip('.')} {REMEDY}")
+
+    def _run(self, module_name: str, *, salt: str) -> None:
+        """Initialise a module with a random state that depends on the seed and names alone."""
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(zlib.crc32(f"{module_name}:{salt}".encode()) ^ self._seed)
+            self._init_fn(self._modules[module_name])
+
+
+def _stand_in(param: torch.nn.Parameter, device: torch.device, dtype: torch.dtype) -> torch.nn.Parameter:
+    kind = dtype if param.dtype.is_floating_point else param.dtype
+    missing = torch.zeros((), dtype=kind, device=device).expand(param.shape)
+    return torch.nn.Parameter(missing, requires_grad=param.requires_grad)
+
+
+def _meta_twin(param: torch.nn.Parameter) -> torch.nn.Parameter:
+    twin = torch.empty(param.shape, dtype=param.dtype, device="meta")
+    return torch.nn.Parameter(twin, requires_grad=param.requires_grad)
+
+
+def _from_inside_out(module_name: str) -> list[str]:
+    """Return a module's name and those of the modules around it, the model's own, "", last."""
+    parts = module_name.split(".") if module_name else []
+    return [".".join(parts[:count]) for count in range(len(parts), -1, -1)]
+
+
+def _holds_unlikely_value(tensor: torch.Tensor) -> bool:
+    value = _unlikely_value(tensor.dtype)
+    return bool((tensor.isnan() if value != value else tensor == value).all())
+
+
+def _unlikely_value(dtype: torch.dtype) -> float:
+    """Return a value that no initialisation leaves in place: NaN, or the least integer."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    return 0 if dtype is torch.bool else torch.iinfo(dtype).min
