@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from gemini.assembly import assemble
+from gemini.chunk.layout import ParamSlot
 from gemini.config import GeminiConfig
 from gemini.errors import CheckpointMismatchError, ConfigError, ModelError
 from gemini.hooks import HookSet
@@ -35,7 +36,8 @@ class GeminiDDP(torch.nn.Module):
     The model's parameters are moved, chunk by chunk, to where the plan wants them: the float32 value each has now
     becomes its master. From here on call the engine (or `engine.module`, or methods such as
     `engine.module.generate`), `loss.backward()` and a HybridAdam's `step()` as usual. Between uses a parameter may
-    be away: its `.data` then shows NaN; read weights with `state_dict()` or `master_state_dict()`.
+    be away: its `.data` then shows NaN; read weights with `state_dict()` or `master_state_dict()`, or save the model
+    in its own way (`engine.module.save_pretrained(...)`), which sees them all.
 
     Args:
         module: the model; on the CPU, or on the meta device, in which case it is initialised unit by unit straight
@@ -75,6 +77,7 @@ class GeminiDDP(torch.nn.Module):
             },
             [param for param in module.parameters() if param.requires_grad],
         )
+        self._state_hooks = self._install_state_hooks(module)
 
     @property
     def runtime(self) -> Runtime:
@@ -164,7 +167,28 @@ class GeminiDDP(torch.nn.Module):
         """Return as `state_dict`, with trainable parameters as their float32 masters."""
         return dict(self._named_tensors(read_master))
 
-    def _named_tensors(self, read: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    def _install_state_hooks(self, module: torch.nn.Module) -> tuple[Any, Any]:
+        """Let the wrapped model's own `state_dict` show weights in place of placeholders; refuse its loading."""
+
+        def fill(_: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+            for name, tensor in self._named_parameters(read_working):
+                if prefix + name in state:
+                    state[prefix + name] = tensor
+
+        def refuse(*_: Any) -> None:
+            raise ModelError(
+                "load_state_dict on a wrapped model would miss the weights that are away and the masters of all "
+                "others; call engine.load_state_dict"
+            )
+
+        on_saving = module.register_state_dict_post_hook(fill)  # type: ignore[no-untyped-call]
+        on_loading = module.register_load_state_dict_pre_hook(refuse)  # type: ignore[no-untyped-call]
+        return on_saving, on_loading
+
+    def _named_parameters(
+        self, read: Callable[[Runtime, ParamSlot], torch.Tensor]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield CPU copies of all parameters; tied names share one."""
         self._runtime.finish_writes()
         by_id: dict[int, torch.Tensor] = {}
         slots = self._runtime.layout.slot_by_name
@@ -173,6 +197,9 @@ class GeminiDDP(torch.nn.Module):
             if id(param) not in by_id:
                 by_id[id(param)] = read(self._runtime, slots[first_name[id(param)]])
             yield name, by_id[id(param)]
+
+    def _named_tensors(self, read: Callable[[Runtime, ParamSlot], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self._named_parameters(read)
         for module_name, module in self.module.named_modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and name not in module._non_persistent_buffers_set:
@@ -239,6 +266,8 @@ class GeminiDDP(torch.nn.Module):
     def close(self) -> None:
         """Give memory, threads and the swap file back; the weights are gone with them. Idempotent."""
         self._hooks.remove()
+        for handle in self._state_hooks:
+            handle.remove()
         self._runtime.close()
         for param in self.module.parameters():
             if runtime_of(param) is self._runtime:

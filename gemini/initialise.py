@@ -46,9 +46,7 @@ def find_init_fn(model: torch.nn.Module) -> InitFn:
 
 
 def _reset_parameters(module: torch.nn.Module) -> None:
-    reset = getattr(module, "reset_parameters", None)
-    if reset is None and any(param is not None for param in module._parameters.values()):
-        reset = getattr(module, "_reset_parameters", None)  # nn.MultiheadAttention's
+    reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
     if callable(reset):
         reset()
 

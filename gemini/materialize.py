@@ -16,6 +16,9 @@ from gemini.update import record_views
 
 __all__ = ["write_home"]
 
+MAX_WRITES_IN_FLIGHT = 2
+"""Tiles of a home on their way to disk while the next one is put together."""
+
 
 def write_home(
     spec: ChunkSpec,
@@ -61,6 +64,9 @@ def write_home(
                 cast(typed, master, isa=isa)
             _put_tile(state, tile, record, transfers)
         _put_tile(working, tile, weights, transfers)
+    for home in (working, state):
+        if home is not None:
+            home.finish_writes()
 
 
 def _overlaps(
@@ -77,8 +83,9 @@ def _overlaps(
 def _put_tile(home: TiledHome, tile: int, content: torch.Tensor, transfers: Transfers) -> None:
     tier = home.tiers[tile]
     if tier is MemoryTier.NVME:
-        home.write_tile(tile, content).wait()
-        home.finish_writes()
+        home.write_tile(tile, content)
+        while len(home.writes) > MAX_WRITES_IN_FLIGHT:
+            home.writes.pop(0).wait()
     elif tier is MemoryTier.HOST:
         home.tile(tile).copy_(content)
     else:

@@ -108,6 +108,7 @@ class Runtime:
         self._saved = SavedWeights(self._chunk_id_in, self._weights_in_backward)
         self._entered: list[_Entry] = []
         self._borrowed_by_model: list[int] = []
+        self._borrowed_by_unit: dict[int, list[int]] = {}
         self._place_of_param: dict[int, tuple[int, int]] = {
             id(param): (chunk.spec.chunk_id, position)
             for chunk in core.chunks
@@ -197,6 +198,7 @@ class Runtime:
             self._saved.pop()
         for chunk_id in (*self.layout.units[unit_id].chunk_ids, *entry.borrowed):
             self.core.release(chunk_id)
+        self._borrowed_by_unit[unit_id] = entry.borrowed
 
     def use_parameter(self, param: torch.nn.Parameter) -> None:
         """Lease a parameter's chunk until the unit that is running, or else the outermost forward, ends."""
@@ -229,7 +231,7 @@ class Runtime:
         anything that came before it in forward.
         """
         self.check_usable()
-        for chunk_id in self.layout.units[unit_id].chunk_ids:
+        for chunk_id in (*self._borrowed_by_unit.get(unit_id, ()), *self.layout.units[unit_id].chunk_ids):
             self.core.ensure(chunk_id)
             self._lookahead.record(chunk_id)
         self._lookahead.fetch_ahead()
@@ -342,7 +344,8 @@ class Runtime:
             logger.info("step skipped: %s; the loss scale falls from %g", reason, self.scaler.scale)
             self.scaler.update(found_overflow=True)
         else:
-            logger.warning("step skipped and nothing changed: %s", reason)
+            level = logging.DEBUG if self.num_skipped_steps else logging.WARNING
+            logger.log(level, "step skipped and nothing changed: %s (said once)", reason)
         self.num_skipped_steps += 1
         self._end_step()
 

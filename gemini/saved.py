@@ -6,8 +6,9 @@ A chunk that leaves its slot makes such a view point at another chunk's weights,
 unit runs, tensors that lie in a slot are saved as (chunk, offset, shape, strides) and rebuilt in backward on the
 chunk's slot of that moment, fetching it if need be. Everything else goes to the hooks that were active before: the
 user's own, or those of activation checkpointing, which therefore sees every tensor but weights, in forward and in
-recomputation alike. Because weights reach backward in no other way, it needs no leases: a chunk used by the node that
-is running is among the most recently used, which are never evicted.
+recomputation alike. So backward needs no leases: a chunk used by the node that is running is among the most recently
+used, which are never evicted. One case goes past these hooks: transformers checkpoints `forward` inside `__call__`,
+inside our hooks, and recomputes it outside. There a gradient hook on the unit's output fetches the weights first.
 """
 
 from __future__ import annotations
