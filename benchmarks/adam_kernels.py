@@ -13,13 +13,13 @@ import argparse
 import functools
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from environment import describe_environment
 
 from gemini.kernels import AdamHyper, AdamSegment, AdamTile, WorkerPool, adam_update, resolve_isa, supported_isas
 
@@ -131,9 +131,7 @@ def main() -> None:
             "num_threads": num_threads,
             "repeats": options.repeats,
             "isa": resolve_isa("auto").name,
-            "machine": platform.machine(),
-            "torch": torch.__version__,
-            "date": time.strftime("%Y-%m-%d"),
+            "environment": describe_environment(),
             "rows": rows,
         }
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="ascii")

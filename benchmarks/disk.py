@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 import torch
+from environment import describe_environment
 
 from gemini.offload.io import (
     IoBackend,
@@ -163,8 +164,8 @@ def report(speeds: dict[tuple[str, str, str], list[float]], nbytes: int, argumen
         print(f"{record:>8}  {backend:<13} {pattern:<8} {median:7.2f} {low:7.2f} {high:7.2f}")
         rows.append({"record": record, "backend": backend, "pattern": pattern, "bytes_per_s": values})
     if arguments.json:
-        machine = {"kernel": platform.release(), "cpus": os.cpu_count(), "torch": torch.__version__}
-        content = {"nbytes": nbytes, "depth": arguments.depth, "dir": str(arguments.dir), **machine, "results": rows}
+        environment = describe_environment() | {"kernel": platform.release()}
+        content = {"environment": environment, "nbytes": nbytes, "depth": arguments.depth, "results": rows}
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -27,7 +27,7 @@ def describe_environment() -> dict[str, Any]:
     )
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_without_directory, sys.argv[1:])]),
         "commit": commit.stdout.strip() or "unknown",
         "processor": _processor_name(),
         "num_cpus": len(os.sched_getaffinity(0)),
@@ -37,6 +37,11 @@ def describe_environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "load_average": os.getloadavg()[0],
     }
+
+
+def _without_directory(argument: str) -> str:
+    """Return an argument that says nothing of where on the machine things are."""
+    return "PATH" if os.sep in argument else argument
 
 
 def _processor_name() -> str:

@@ -136,7 +136,8 @@ def main() -> None:
             flush=True,
         )
     if arguments.json:
-        settings = {name: str(value) for name, value in vars(arguments).items() if name != "run"}
+        paths = ("swap", "json", "run")
+        settings = {name: value for name, value in vars(arguments).items() if name not in paths}
         document = {"environment": describe_environment(), "settings": settings, "rows": rows}
         arguments.json.write_text(json.dumps(document, indent=2) + "\n")
 

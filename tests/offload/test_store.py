@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from gemini.config import NVMeConfig
-from gemini.errors import ConfigError, OffloadIOError, OutOfTierMemoryError
+from gemini.errors import OffloadIOError, OutOfTierMemoryError
 from gemini.offload.extents import Extent
-from gemini.offload.io import IoBackend, available_backends, empty_aligned
+from gemini.offload.io import available_backends, empty_aligned
 from gemini.offload.store import DiskStore, ExtentTransfer, SwapHeader
 
 MIB = 1 << 20
@@ -318,13 +318,6 @@ def test_file_in_place_of_the_directory_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(OffloadIOError, match=r"NVMeConfig\.path has to name a directory"):
             DiskStore(config(path), capacity_nbytes=MIB)
-
-
-@pytest.mark.skipif(len(available_backends()) == len(IoBackend), reason="all engines work here")
-def test_missing_engine_is_refused(tmp_path: Path) -> None:
-    missing = next(backend for backend in IoBackend if backend not in available_backends())
-    with pytest.raises(ConfigError, match="does not work on this machine"):
-        DiskStore(config(tmp_path, engine=missing.value), capacity_nbytes=MIB)
 
 
 @pytest.fixture
