@@ -113,6 +113,7 @@ def _settle_below(upper: Draft) -> Draft:
     if upper.fits(_HOST):
         return upper
     draft = min((move_below(upper, floor) for floor in _floors(problem)), key=lambda draft: draft.total(_HOST))
+    _keep_largest_gradients(draft)
     if not draft.fits(_HOST):
         return draft
 
@@ -131,9 +132,21 @@ def _draft_smallest_that_fits(problem: Problem, floor: Floor) -> Draft:
     """Return the smallest plan in compute memory with as many slots as fit."""
     for slot_cap in range(problem.most_slots, problem.fewest_slots - 1, -1):
         draft = draft_smallest(problem, floor, slot_cap)
+        _keep_largest_gradients(draft)
         if draft.fits(problem.compute_tier):
             return draft
     raise _shortage(draft)
+
+
+def _keep_largest_gradients(draft: Draft) -> None:
+    """Let the largest gradients wait in host memory where the slots that take them to disk are larger than they are."""
+    on_disk = [i for i, homes in enumerate(draft.homes) if homes.grad is _NVME]
+    for chunk_id in sorted(on_disk, key=lambda i: -draft.problem.chunks[i].numel):
+        homes, before = draft.homes[chunk_id], draft.total(_HOST)
+        draft.rehome(chunk_id, dataclasses.replace(homes, grad=_HOST))
+        if draft.total(_HOST) > before:
+            draft.rehome(chunk_id, homes)
+            return
 
 
 def _draft_residents(problem: Problem, floor: Floor) -> Draft:
