@@ -67,7 +67,7 @@ def _place_on_cpu(problem: Problem) -> Draft:
         return all_in_host
     if problem.budgets.nvme is None:
         raise _shortage(all_in_host)
-    floor = min(_floors(problem), key=lambda floor: draft_smallest(problem, floor, problem.fewest_slots).total(_HOST))
+    floor = min(_floors(problem), key=lambda floor: _draft_least(problem, floor, problem.fewest_slots).total(_HOST))
     draft = _draft_residents(problem, floor)
     _promote_updates(draft, _promotion_order(problem))
     if not draft.fits(_NVME):
@@ -112,8 +112,10 @@ def _settle_below(upper: Draft) -> Draft:
     problem = upper.problem
     if upper.fits(_HOST):
         return upper
-    draft = min((move_below(upper, floor) for floor in _floors(problem)), key=lambda draft: draft.total(_HOST))
-    _keep_largest_gradients(draft)
+    drafts = [move_below(upper, floor) for floor in _floors(problem)]
+    for draft in drafts:
+        _keep_largest_gradients(draft)
+    draft = min(drafts, key=lambda draft: draft.total(_HOST))
     if not draft.fits(_HOST):
         return draft
 
@@ -131,11 +133,17 @@ def _settle_below(upper: Draft) -> Draft:
 def _draft_smallest_that_fits(problem: Problem, floor: Floor) -> Draft:
     """Return the smallest plan in compute memory with as many slots as fit."""
     for slot_cap in range(problem.most_slots, problem.fewest_slots - 1, -1):
-        draft = draft_smallest(problem, floor, slot_cap)
-        _keep_largest_gradients(draft)
+        draft = _draft_least(problem, floor, slot_cap)
         if draft.fits(problem.compute_tier):
             return draft
     raise _shortage(draft)
+
+
+def _draft_least(problem: Problem, floor: Floor, slot_cap: int) -> Draft:
+    """Return the plan from a floor that takes the least host memory beside the least compute memory."""
+    draft = draft_smallest(problem, floor, slot_cap)
+    _keep_largest_gradients(draft)
+    return draft
 
 
 def _keep_largest_gradients(draft: Draft) -> None:
