@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from gemini.adaptation import adapt_to_peak
+from gemini.chunk.chunk import Chunk
 from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import ChunkLayout, ParamSlot
 from gemini.config import GeminiConfig
@@ -105,7 +106,7 @@ class Runtime:
         self._updates = updates
         self._lookahead = Lookahead(core, depth=config.prefetch_depth, num_slots=plan.num_slots)
         self._is_adapted = False
-        self._saved = SavedWeights(self._chunk_id_in, self._weights_in_backward)
+        self._saved = SavedWeights(core.chunk_in, self._weights_in_backward)
         self._entered: list[_Entry] = []
         self._borrowed_by_model: list[int] = []
         self._borrowed_by_unit: dict[int, list[int]] = {}
@@ -243,17 +244,14 @@ class Runtime:
         assert grad is not None
         self.gradients.put(chunk_id, position, grad)
 
-    def _chunk_id_in(self, storage_address: int) -> int | None:
-        chunk = self.core.chunk_in(storage_address)
-        return chunk.spec.chunk_id if chunk is not None else None
-
-    def _weights_in_backward(self, chunk_id: int) -> torch.Tensor:
+    def _weights_in_backward(self, chunk: Chunk) -> torch.Tensor:
         self.check_usable()
-        chunk = self.core.ensure(chunk_id)
-        self._lookahead.record(chunk_id)
-        self._lookahead.fetch_ahead()
-        assert chunk.slot is not None
-        return chunk.slot.buffer
+        if not chunk.is_resident:
+            self.core.ensure(chunk.spec.chunk_id)
+            self._lookahead.record(chunk.spec.chunk_id)
+            self._lookahead.fetch_ahead()
+        assert chunk.compute is not None
+        return chunk.compute
 
     # ---------------------------------------------------------------- update
 

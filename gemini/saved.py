@@ -1,14 +1,15 @@
 """Weights that autograd saves in forward, found again in backward wherever they are then.
 
 [Note: Saved views of weights]
-Autograd saves views of weights (F.linear keeps `weight.t()`), and with them the address the weights had in forward.
-A chunk that leaves its slot makes such a view point at another chunk's weights, and nothing would notice. So, while a
-unit runs, tensors that lie in a slot are saved as (chunk, offset, shape, strides) and rebuilt in backward on the
-chunk's slot of that moment, fetching it if need be. Everything else goes to the hooks that were active before: the
-user's own, or those of activation checkpointing, which therefore sees every tensor but weights, in forward and in
-recomputation alike. So backward needs no leases: a chunk used by the node that is running is among the most recently
-used, which are never evicted. One case goes past these hooks: transformers checkpoints `forward` inside `__call__`,
-inside our hooks, and recomputes it outside. There a gradient hook on the unit's output fetches the weights first.
+Autograd saves views of weights (F.linear keeps `weight.t()`), and with them the address the weights had in forward. A
+chunk that leaves its slot makes such a view point at another chunk's weights, and nothing would notice. So, while a
+unit runs, tensors that lie in a chunk are saved as (chunk, offset, shape, strides) and rebuilt in backward on the
+chunk's memory of that moment, fetched if need be, and refused if the optimizer has written it since. Everything else
+goes to the hooks that were active before: the user's own, or those of activation checkpointing, which therefore sees
+every tensor but weights, in forward and in recomputation alike. So backward needs no leases: a chunk used by the node
+that is running is among the most recently used, which are never evicted. One case goes past these hooks: transformers
+checkpoints `forward` inside `__call__`, inside our hooks, and recomputes it outside. There a gradient hook on the
+unit's output fetches the weights first.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from gemini.chunk.chunk import Chunk
 from gemini.errors import ModelError
 
 __all__ = ["SavedWeights"]
@@ -31,7 +33,9 @@ UnpackHook = Callable[[Any], torch.Tensor]
 class _WeightView:
     """A view of a chunk's weights, valid wherever the chunk is."""
 
-    chunk_id: int
+    chunk: Chunk
+    num_updates: int
+    """Of the chunk, when the view was saved."""
     dtype: torch.dtype
     offset: int
     """First element, in elements of `dtype` from the start of the chunk."""
@@ -59,12 +63,12 @@ class SavedWeights:
     """Pushes and pops the saved-tensor hooks of one engine.
 
     Args:
-        chunk_id_of: the chunk whose weights a storage address holds now; None if the storage is no slot.
-        weights_of: the chunk's weights as uint8 compute memory, fetched if need be.
+        chunk_of: the chunk whose weights a storage address holds now; None if it holds none.
+        weights_of: the chunk's weights in compute memory, 1D of its dtype, fetched if need be.
     """
 
-    def __init__(self, chunk_id_of: Callable[[int], int | None], weights_of: Callable[[int], torch.Tensor]) -> None:
-        self._chunk_id_of = chunk_id_of
+    def __init__(self, chunk_of: Callable[[int], Chunk | None], weights_of: Callable[[Chunk], torch.Tensor]) -> None:
+        self._chunk_of = chunk_of
         self._weights_of = weights_of
 
     def push(self) -> None:
@@ -95,19 +99,27 @@ class SavedWeights:
     def _view_of(self, tensor: torch.Tensor) -> _WeightView | None:
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             return None
-        chunk_id = self._chunk_id_of(tensor.untyped_storage().data_ptr())
-        if chunk_id is None:
+        chunk = self._chunk_of(tensor.untyped_storage().data_ptr())
+        if chunk is None:
             return None
-        return _WeightView(
-            chunk_id, tensor.dtype, int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride())
-        )
+        offset = int(tensor.storage_offset())
+        return _WeightView(chunk, chunk.num_updates, tensor.dtype, offset, tuple(tensor.shape), tuple(tensor.stride()))
+
+    def _weights(self, saved: _WeightView) -> torch.Tensor:
+        chunk = saved.chunk
+        if chunk.num_updates != saved.num_updates:
+            raise ModelError(
+                f"backward through a graph whose weights have changed since its forward: {chunk.name} was updated "
+                f"{chunk.num_updates - saved.num_updates} times; call backward before optimizer.step(), or run the "
+                "forward again"
+            )
+        view = self._weights_of(chunk).view(saved.dtype).as_strided(saved.shape, saved.strides, saved.offset)
+        # With create_graph=True backward builds a graph of its own, which saves what it is given here.
+        return view.clone() if torch.is_grad_enabled() and not chunk.is_resident else view
 
     def _unpack(self, packed: Any) -> torch.Tensor:
         if isinstance(packed, _WeightView):
-            weights = self._weights_of(packed.chunk_id).view(packed.dtype)
-            view = weights.as_strided(packed.shape, packed.strides, packed.offset)
-            # With create_graph=True backward builds a graph of its own, which saves what it is given here.
-            return view.clone() if torch.is_grad_enabled() else view
+            return self._weights(packed)
         if isinstance(packed, _Delegated):
             return packed.unpack(packed.packed)
         tensor: torch.Tensor = packed.tensor

@@ -49,6 +49,8 @@ class Chunk:
         self.fetch: Fetch | None = None
         self.compute: torch.Tensor | None = None
         """The weights in compute memory, [spec.numel] of spec.dtype; None while they are away."""
+        self.num_updates = 0
+        """How often the weights have been written; tells a graph that saved them whether they are still the same."""
         self._state = ChunkState.AT_HOME
         self._num_leases = 0
         self._addresses: list[int] = []

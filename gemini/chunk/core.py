@@ -66,6 +66,7 @@ class ChunkCore:
         self.next_use: Callable[[int], int] = lambda chunk_id: 0
         """Moments until a chunk is used again; the runtime puts its trace here."""
         self._source = slots
+        self._residents: dict[int, Chunk] = {}  # by address of the storage that holds them
         self._slots: dict[int, Slot] = {}  # those in use, by address of their storage
         self._num_protected = num_protected
         self._recent: list[int] = []
@@ -106,11 +107,13 @@ class ChunkCore:
                 in_place = torch.empty(0, dtype=torch.uint8, device=self.resources.transfers.device)
             chunk.bind(in_place)
             chunk.transition(ChunkState.READY)
+            self._residents[in_place.data_ptr()] = chunk
             return
         buffer = self.resources.transfers.allocate(sum(chunk.home.tile_nbytes), "resident copies")
         chunk.slot = Slot(buffer, chunk)
         self._start_fetch(chunk)
         self._finish_fetch(chunk)
+        self._residents[buffer.data_ptr()] = chunk
 
     def reside(self, chunk_id: int) -> None:
         """Give a chunk that has taken turns in the slots a copy of its own, which stays.
@@ -139,6 +142,7 @@ class ChunkCore:
         assert chunk.slot is not None, f"{chunk.name} has no copy to give up"
         chunk.transition(ChunkState.AT_HOME)
         chunk.unbind(self._placeholder(chunk.spec.dtype))
+        del self._residents[chunk.slot.address]
         self.resources.transfers.free(chunk.slot.buffer, "resident copies")
         chunk.slot = None
         chunk.is_resident = False
@@ -158,6 +162,7 @@ class ChunkCore:
         if chunk.is_resident:
             chunk.transition(ChunkState.AT_HOME)
             chunk.unbind(self._placeholder(chunk.spec.dtype))
+            self._residents = {address: other for address, other in self._residents.items() if other is not chunk}
         else:
             self.evict(chunk_id)
         old_home, chunk.home, chunk.is_resident = chunk.home, home, is_resident
@@ -290,9 +295,9 @@ class ChunkCore:
     # ---------------------------------------------------------------- for the optimizer and for others
 
     def chunk_in(self, storage_address: int) -> Chunk | None:
-        """Return the chunk whose weights a slot's storage holds now, None if the address is no slot's."""
+        """Return the chunk whose weights a storage of compute memory holds now, None if it holds none."""
         slot = self._slots.get(storage_address)
-        return slot.chunk if slot is not None else None
+        return slot.chunk if slot is not None else self._residents.get(storage_address)
 
     def is_slot(self, storage_address: int) -> bool:
         """Return whether a storage is a slot, that is, memory that is refilled."""
@@ -314,6 +319,7 @@ class ChunkCore:
         if not chunk.is_resident:
             self.evict(chunk_id)
         chunk.transition(ChunkState.UPDATING)
+        chunk.num_updates += 1
         return chunk
 
     def end_update(self, chunk_id: int) -> None:
