@@ -257,6 +257,9 @@ class GeminiDDP(torch.nn.Module):
 
     # ---------------------------------------------------------------- life
 
+    def __getstate__(self) -> object:
+        return self._runtime.__getstate__()  # raises, saying what to do
+
     def _apply(self, fn: Any, recurse: bool = True) -> GeminiDDP:
         raise ModelError(
             "a GeminiDDP cannot be moved or cast: its parameters live where the plan put them; "

@@ -402,6 +402,12 @@ class Runtime:
 
     # ---------------------------------------------------------------- life
 
+    def __getstate__(self) -> object:
+        raise ModelError(
+            "a model wrapped by GeminiDDP cannot be copied or pickled: its weights live in memory and files of their "
+            "own; load engine.state_dict() into a plain copy of the model instead"
+        )
+
     def check_usable(self) -> None:
         """Raise ModelError if the engine is closed or its state was lost."""
         if self._is_closed:

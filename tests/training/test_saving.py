@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 import transformers
@@ -33,6 +36,16 @@ def test_loading_into_the_wrapped_model_is_refused(tmp_path):
         pytest.raises(ModelError, match=r"call engine\.load_state_dict"),
     ):
         engine.module.load_state_dict(twin.state_dict())
+
+
+@pytest.mark.parametrize("of", [lambda engine: engine, lambda engine: engine.module], ids=["engine", "model"])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickle.dumps])
+def test_copying_and_pickling_are_refused(duplicate, of, tmp_path):
+    with (
+        engine_and_twin(GPT2, config_for("host", tmp_path)) as (engine, _),
+        pytest.raises(ModelError, match="cannot be copied or pickled: .* load engine.state_dict"),
+    ):
+        duplicate(of(engine))
 
 
 def test_a_closed_engine_lets_go_of_saving_and_loading(tmp_path):
