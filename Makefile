@@ -43,7 +43,7 @@ typecheck: $(TOOLS)
 	$(PY) -m mypy
 
 docstrings: $(TOOLS)
-	$(PY) -m pydoclint --quiet gemini zero
+	.venv/bin/pydoclint --quiet gemini zero
 
 check-native: $(TOOLS)
 	.venv/bin/clang-format --dry-run -Werror $(CPP_SOURCES)
