@@ -38,7 +38,7 @@ from rich.console import Console
 
 from gemini import GeminiConfig, GeminiDDP, HybridAdam, NVMeConfig
 
-HOST_BUDGETS = {torch.float32: "640MiB", torch.bfloat16: "500MiB"}
+HOST_BUDGETS = {torch.float32: "540MiB", torch.bfloat16: "440MiB"}
 NVME_BUDGET_NBYTES = 2 * 2**30
 TEXT_NBYTES, TINY_TEXT_NBYTES = 1_000_000, 100_000
 VOCAB_SIZE = 2048
@@ -111,7 +111,7 @@ def run(console: Console, arguments: argparse.Namespace) -> None:
         dtype=dtype,
         host_budget=arguments.host_budget or (TINY_HOST_BUDGETS if is_tiny else HOST_BUDGETS)[dtype],
         nvme=NVMeConfig(path=swap, budget=NVME_BUDGET_NBYTES),
-        tile_numel=TINY_TILE_NUMEL if is_tiny else 2**20,
+        tile_numel=TINY_TILE_NUMEL if is_tiny else 2**19,
         seed=arguments.seed,
     )
     with GeminiDDP(build_model(is_tiny=is_tiny), config) as engine:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -14,6 +15,7 @@ from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import ChunkLayout, ChunkSpec, build_layout, layout_summary
 from gemini.chunk.module_tree import describe_model
 from gemini.config import GeminiConfig
+from gemini.errors import ModelError
 from gemini.gradients import GradientStore
 from gemini.initialise import InitFn, Initialiser, find_init_fn
 from gemini.kernels.device import select_device_kernels
@@ -72,6 +74,7 @@ def draw_blueprint(model: torch.nn.Module, config: GeminiConfig) -> Blueprint:
         ModelError: the model has parameters that cannot be placed.
         OutOfTierMemoryError: the budgets cannot hold the model.
     """
+    _refuse_overlaps(model)
     layout = build_layout(describe_model(model, working_dtype=config.dtype), max_small_nbytes=config.min_unit_nbytes)
     demands = tuple(_demand_of(chunk, layout) for chunk in layout.chunks)
     shape = RuntimeShape(
@@ -106,6 +109,21 @@ def draw_blueprint(model: torch.nn.Module, config: GeminiConfig) -> Blueprint:
         budgets=budgets,
         chunks_at_once=chunks_at_once,
     )
+
+
+def _refuse_overlaps(model: torch.nn.Module) -> None:
+    """Raise ModelError if two parameters share memory without being the same object: chunks would untie them."""
+    ranges = sorted(
+        (param.untyped_storage().data_ptr(), param.data_ptr(), param.data_ptr() + param.nbytes, name)
+        for name, param in model.named_parameters()
+        if not param.is_meta and param.numel()
+    )
+    for (storage, _, end, name), (next_storage, next_begin, _, next_name) in pairwise(ranges):
+        if storage == next_storage and next_begin < end:
+            raise ModelError(
+                f"parameters {name} and {next_name} share memory but are two objects; tie them by assigning one "
+                "Parameter to both modules before GeminiDDP(...)"
+            )
 
 
 def _reserve_of(config: GeminiConfig, device_nbytes: int) -> int:

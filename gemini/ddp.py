@@ -78,6 +78,7 @@ class GeminiDDP(torch.nn.Module):
             [param for param in module.parameters() if param.requires_grad],
         )
         self._state_hooks = self._install_state_hooks(module)
+        module.zero_grad = self.zero_grad  # type: ignore[method-assign]
 
     @property
     def runtime(self) -> Runtime:
@@ -272,6 +273,7 @@ class GeminiDDP(torch.nn.Module):
         for handle in self._state_hooks:
             handle.remove()
         self._runtime.close()
+        self.module.__dict__.pop("zero_grad", None)
         for param in self.module.parameters():
             if runtime_of(param) is self._runtime:
                 delattr(param, _OWNER_ATTRIBUTE)

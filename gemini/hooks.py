@@ -247,15 +247,18 @@ class _ForeignUseMode(TorchFunctionMode):
         super().__init__()
         self._events = events
         self._is_active = False
+        self._is_watching = False
 
     def resume(self) -> None:
         """Start catching."""
+        self._is_watching = True
         if not self._is_active:
             self._is_active = True
             self.__enter__()  # type: ignore[no-untyped-call]
 
     def pause(self) -> None:
-        """Stop catching, unless the user has entered a mode of their own meanwhile."""
+        """Stop catching; the mode stays entered, and idle, beneath one the user has entered meanwhile."""
+        self._is_watching = False
         depth = torch._C._len_torch_function_stack()
         if self._is_active and depth and torch._C._get_function_stack_at(depth - 1) is self:
             self._is_active = False
@@ -269,7 +272,7 @@ class _ForeignUseMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._reads_values(func):
+        if self._is_watching and self._reads_values(func):
             for value in (*args, *kwargs.values()):
                 if isinstance(value, torch.nn.Parameter):
                     self._events.use_parameter(value)

@@ -200,6 +200,8 @@ class Runtime:
         for chunk_id in (*self.layout.units[unit_id].chunk_ids, *entry.borrowed):
             self.core.release(chunk_id)
         self._borrowed_by_unit[unit_id] = entry.borrowed
+        for chunk_id in self.layout.units[unit_id].own_chunk_ids:
+            self.core.chunks[chunk_id].check_written()
 
     def use_parameter(self, param: torch.nn.Parameter) -> None:
         """Lease a parameter's chunk until the unit that is running, or else the outermost forward, ends."""
@@ -242,6 +244,11 @@ class Runtime:
         grad, param.grad = param.grad, None
         chunk_id, position = self._place_of_param[id(param)]
         assert grad is not None
+        if self._clip_factor != 1.0:
+            raise ModelError(
+                "a gradient arrived after clip_grad_norm_, whose factor would apply to it too: clip once, after the "
+                "last backward before optimizer.step()"
+            )
         self.gradients.put(chunk_id, position, grad)
 
     def _weights_in_backward(self, chunk: Chunk) -> torch.Tensor:

@@ -23,6 +23,8 @@ class Slot:
     buffer: torch.Tensor
     """uint8 [slot bytes], page aligned, with a storage of its own."""
     chunk: Chunk
+    num_holders: int
+    """How many tensors and storages refer to the buffer while it shows no weights."""
 
     @property
     def address(self) -> int:
@@ -54,6 +56,7 @@ class Chunk:
         self._state = ChunkState.AT_HOME
         self._num_leases = 0
         self._addresses: list[int] = []
+        self._versions: list[int] = []
         self._device_type = ""
 
     @property
@@ -106,10 +109,11 @@ class Chunk:
 
     def bind(self, buffer: torch.Tensor) -> None:
         """Let the parameters show the weights in `buffer`, uint8 in compute memory."""
-        self.compute = buffer[: self.spec.working_nbytes].view(self.spec.dtype)
-        for slot, param in zip(self.spec.slots, self.params, strict=True):
-            param.data = param_view(self.compute, slot)
-        self._addresses = [param.data_ptr() for param in self.params]
+        with torch.inference_mode(False):  # what is bound now may be trained with later
+            self.compute = buffer[: self.spec.working_nbytes].view(self.spec.dtype)
+            for slot, param in zip(self.spec.slots, self.params, strict=True):
+                param.data = param_view(self.compute, slot)
+        self._remember_binding()
 
     def check_params(self) -> None:
         """Refuse parameters that were moved, cast, re-flagged or given other data behind the engine's back.
@@ -117,6 +121,7 @@ class Chunk:
         Raises:
             ModelError: one was.
         """
+        self.check_written()
         kind = (self.spec.is_trainable, self.spec.dtype, self._device_type)
         for slot, param, address in zip(self.spec.slots, self.params, self._addresses, strict=True):
             found = (param.requires_grad, param.dtype, param.device.type)
@@ -136,9 +141,33 @@ class Chunk:
         """Let the parameters show a placeholder, a scalar of the right dtype and device."""
         self.compute = None
         self._device_type = missing.device.type
-        for slot, param in zip(self.spec.slots, self.params, strict=True):
-            param.data = missing.expand(slot.spec.shape)
+        with torch.inference_mode(False):
+            for slot, param in zip(self.spec.slots, self.params, strict=True):
+                param.data = missing.expand(slot.spec.shape)
+        self._remember_binding()
+
+    def _remember_binding(self) -> None:
         self._addresses = [param.data_ptr() for param in self.params]
+        self._versions = [param._version for param in self.params]
+
+    def check_written(self) -> None:
+        """Refuse parameters that were written in place: the home knows nothing of it, and may be all that is kept.
+
+        Raises:
+            ModelError: one was.
+        """
+        for slot, param, version in zip(self.spec.slots, self.params, self._versions, strict=True):
+            if param._version != version:
+                self._remember_binding()
+                raise ModelError(
+                    f"parameter {slot.spec.name} was written in place; only the optimizer and engine.load_state_dict "
+                    "may change weights, which live elsewhere most of the time"
+                )
+
+
+def count_holders(buffer: torch.Tensor) -> int:
+    """Return how many tensors and storages refer to a buffer's memory."""
+    return int(torch._C._storage_Use_Count(buffer.untyped_storage()._cdata))
 
 
 def param_view(flat: torch.Tensor, slot: ParamSlot) -> torch.Tensor:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from gemini.chunk.chunk import Chunk, Slot, placeholder
+from gemini.chunk.chunk import Chunk, Slot, count_holders, placeholder
 from gemini.chunk.fetch import Fetch
 from gemini.chunk.layout import ChunkSpec
 from gemini.chunk.state import ChunkState
-from gemini.errors import GeminiError, OutOfTierMemoryError
+from gemini.errors import GeminiError, ModelError, OutOfTierMemoryError
 from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources
 from gemini.offload.slots import SlotSource
@@ -110,7 +110,7 @@ class ChunkCore:
             self._residents[in_place.data_ptr()] = chunk
             return
         buffer = self.resources.transfers.allocate(sum(chunk.home.tile_nbytes), "resident copies")
-        chunk.slot = Slot(buffer, chunk)
+        chunk.slot = Slot(buffer, chunk, count_holders(buffer))
         self._start_fetch(chunk)
         self._finish_fetch(chunk)
         self._residents[buffer.data_ptr()] = chunk
@@ -250,11 +250,13 @@ class ChunkCore:
         return {slot.chunk.spec.chunk_id for slot in self._slots.values()}
 
     def evictable(self) -> set[int]:
-        """Return the chunks whose slots could be taken now: neither leased nor among the most recently used."""
+        """Return the chunks whose slots could be taken now: not leased, not just used, and seen by nobody else."""
         return {
             slot.chunk.spec.chunk_id
             for slot in self._slots.values()
-            if slot.chunk.state is ChunkState.READY and slot.chunk.spec.chunk_id not in self._recent
+            if slot.chunk.state is ChunkState.READY
+            and slot.chunk.spec.chunk_id not in self._recent
+            and not self._is_viewed(slot)
         }
 
     def num_free_slots(self) -> int:
@@ -275,6 +277,7 @@ class ChunkCore:
 
         Raises:
             IllegalTransitionError: the chunk is leased.
+            ModelError: someone still looks at the slot, which will show other weights.
         """
         chunk = self.chunks[chunk_id]
         assert not chunk.is_resident, f"{chunk.name} is resident"
@@ -284,7 +287,12 @@ class ChunkCore:
             chunk.fetch.abandon()
             chunk.fetch = None
         chunk.transition(ChunkState.AT_HOME)
-        self._leave_slot(chunk)
+        if self._leave_slot(chunk):
+            raise ModelError(
+                f"{chunk.name} has to leave its slot while a view of its weights is still held, which would show other "
+                "weights from now on; clone what outlives a module's forward, call modules rather than their forward, "
+                "or raise prefetch_depth, which gives more slots"
+            )
 
     def evict_idle(self) -> None:
         """Free every slot that is not leased."""
@@ -371,7 +379,7 @@ class ChunkCore:
             if not candidates:
                 raise self._no_slot_error(chunk)
             self.evict(farthest_next_use(candidates, {i: self.next_use(i) for i in candidates}))
-        chunk.slot = Slot(buffer, chunk)
+        chunk.slot = Slot(buffer, chunk, count_holders(buffer))
         self._slots[chunk.slot.address] = chunk.slot
 
     def _fetching(self) -> set[int]:
@@ -382,12 +390,22 @@ class ChunkCore:
         """Return chunks among the most recently used that nobody leases; they leave when all others are leased."""
         return {slot.chunk.spec.chunk_id for slot in self._slots.values() if slot.chunk.state is ChunkState.READY}
 
-    def _leave_slot(self, chunk: Chunk) -> None:
-        assert chunk.slot is not None
+    def _is_viewed(self, slot: Slot) -> bool:
+        """Return whether anyone but the chunk's own parameters looks at a slot: a node of autograd's, user code."""
+        chunk = slot.chunk
+        own = len(chunk.params) + 1 if chunk.compute is not None else 0
+        return self._source.reuses_buffers and count_holders(slot.buffer) > slot.num_holders + own
+
+    def _leave_slot(self, chunk: Chunk) -> bool:
+        """Give a chunk's slot back; return whether someone still looks at it."""
+        slot = chunk.slot
+        assert slot is not None
         chunk.unbind(self._placeholder(chunk.spec.dtype))
-        del self._slots[chunk.slot.address]
-        self._source.give_back(chunk.slot.buffer)
+        is_viewed = self._is_viewed(slot)
+        del self._slots[slot.address]
+        self._source.give_back(slot.buffer)
         chunk.slot = None
+        return is_viewed
 
     def _no_slot_error(self, chunk: Chunk) -> OutOfTierMemoryError:
         tier = self.resources.transfers.compute_tier

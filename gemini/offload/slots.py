@@ -19,6 +19,9 @@ __all__ = ["FixedSlots", "GrowingSlots", "SlotSource"]
 class SlotSource(Protocol):
     """Where buffers for chunks come from."""
 
+    reuses_buffers: bool
+    """Whether a buffer that was given back may be handed out again while someone still looks at it."""
+
     def acquire(self, nbytes: int) -> torch.Tensor | None:
         """Return uint8 memory of at least `nbytes`, None if nothing is free."""
 
@@ -41,6 +44,8 @@ class FixedSlots:
         slot_nbytes: bytes of each.
         purpose: the ledger's word for them.
     """
+
+    reuses_buffers = True
 
     def __init__(self, transfers: Transfers, *, num_slots: int, slot_nbytes: int, purpose: str) -> None:
         self._transfers = transfers
@@ -76,6 +81,8 @@ class GrowingSlots:
         transfers: source of the memory.
         purpose: the ledger's word for them.
     """
+
+    reuses_buffers = False
 
     def __init__(self, transfers: Transfers, *, purpose: str) -> None:
         self._transfers = transfers
