@@ -44,7 +44,7 @@ TEXT_NBYTES, TINY_TEXT_NBYTES = 1_000_000, 100_000
 VOCAB_SIZE = 2048
 NUM_ROWS, NUM_TOKENS = 2, 96
 NUM_WARM_UP_STEPS = 5
-TINY_HOST_BUDGETS = {torch.float32: "3.8MiB", torch.bfloat16: "3.2MiB"}
+TINY_HOST_BUDGETS = {torch.float32: "3.6MiB", torch.bfloat16: "2.8MiB"}
 TINY_TILE_NUMEL = 2**14
 TINY_SHAPE = {"n_layer": 6, "n_embd": 64, "n_head": 4, "vocab_size": VOCAB_SIZE, "bos_token_id": 0, "eos_token_id": 0}
 

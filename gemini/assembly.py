@@ -116,7 +116,7 @@ def _refuse_overlaps(model: torch.nn.Module) -> None:
     ranges = sorted(
         (param.untyped_storage().data_ptr(), param.data_ptr(), param.data_ptr() + param.nbytes, name)
         for name, param in model.named_parameters()
-        if not param.is_meta and param.numel()
+        if not param.is_meta and param.numel() > 1 and param.untyped_storage().nbytes() >= param.nbytes
     )
     for (storage, _, end, name), (next_storage, next_begin, _, next_name) in pairwise(ranges):
         if storage == next_storage and next_begin < end:
