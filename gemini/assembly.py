@@ -18,6 +18,7 @@ from gemini.config import GeminiConfig
 from gemini.errors import ModelError
 from gemini.gradients import GradientStore
 from gemini.initialise import InitFn, Initialiser, find_init_fn
+from gemini.kernels.adam_tile import state_format_of
 from gemini.kernels.device import select_device_kernels
 from gemini.materialize import write_home
 from gemini.offload.home import TiledHome
@@ -36,7 +37,7 @@ from gemini.placement.plan import (
 from gemini.placement.policy import Budgets, choose_plan
 from gemini.runtime import Runtime
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, parse_nbytes, round_up
-from gemini.update import MASTER_DTYPE, UpdatePipeline
+from gemini.update import UpdatePipeline
 
 __all__ = ["Blueprint", "assemble", "draw_blueprint"]
 
@@ -133,7 +134,7 @@ def _reserve_of(config: GeminiConfig, device_nbytes: int) -> int:
 
 
 def _demand_of(chunk: ChunkSpec, layout: ChunkLayout) -> ChunkDemand:
-    master = MASTER_DTYPE[chunk.dtype] if chunk.is_trainable else None
+    master = state_format_of(chunk.dtype).master_dtype if chunk.is_trainable else None
     return ChunkDemand(
         chunk_id=chunk.chunk_id,
         numel=chunk.numel,

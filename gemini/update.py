@@ -17,7 +17,7 @@ import torch
 
 from gemini.chunk.chunk import Chunk
 from gemini.errors import GeminiError
-from gemini.kernels.adam_tile import AdamSegment, AdamTile
+from gemini.kernels.adam_tile import AdamSegment, AdamTile, state_format_of
 from gemini.kernels.device import DeviceKernels, DeviceTile
 from gemini.kernels.pool import Ticket
 from gemini.offload.home import TiledHome
@@ -26,14 +26,7 @@ from gemini.offload.resources import Resources
 from gemini.offload.transfer import Move
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, round_up
 
-__all__ = ["MASTER_DTYPE", "UpdateJob", "UpdatePipeline", "clip_segments", "record_views"]
-
-MASTER_DTYPE: dict[torch.dtype, torch.dtype | None] = {
-    torch.bfloat16: torch.int16,
-    torch.float16: torch.float32,
-    torch.float32: None,
-}
-"""What a state record keeps of the master beside the working weight, by working dtype."""
+__all__ = ["UpdateJob", "UpdatePipeline", "clip_segments", "record_views"]
 
 MAX_TILES_COMPUTING = 8
 """Tiles given to the worker pool at once; enough that no worker waits, few enough to bound the queue."""
@@ -55,7 +48,7 @@ def record_views(
     """
     parts: list[torch.Tensor | None] = []
     begin = 0
-    for dtype in (MASTER_DTYPE[working_dtype], torch.float32, torch.float32):
+    for dtype in (state_format_of(working_dtype).master_dtype, torch.float32, torch.float32):
         nbytes = length * dtype.itemsize if dtype is not None else 0
         parts.append(record[begin : begin + nbytes].view(dtype) if dtype is not None else None)
         begin += round_up(nbytes, IO_ALIGNMENT_NBYTES)

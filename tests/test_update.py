@@ -17,7 +17,7 @@ from torch import Tensor
 from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import ChunkSpec, ParamSlot, ParamSpec
 from gemini.errors import OffloadIOError
-from gemini.kernels.adam_tile import AdamHyper, AdamSegment, AdamTile
+from gemini.kernels.adam_tile import AdamHyper, AdamSegment, AdamTile, state_format_of
 from gemini.kernels.cpu import adam_update
 from gemini.kernels.device import select_device_kernels
 from gemini.offload.home import TiledHome
@@ -25,7 +25,7 @@ from gemini.offload.resources import Resources
 from gemini.offload.slots import FixedSlots
 from gemini.offload.transfer import CpuTransfers
 from gemini.tiers import MemoryTier, round_up
-from gemini.update import MASTER_DTYPE, UpdateJob, UpdatePipeline, clip_segments, record_views
+from gemini.update import UpdateJob, UpdatePipeline, clip_segments, record_views
 
 DEVICE, HOST, NVME = MemoryTier.DEVICE, MemoryTier.HOST, MemoryTier.NVME
 TILE_NUMEL = 4096
@@ -53,7 +53,7 @@ class Whole:
     def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.working = torch.randn(NUMEL, generator=generator).to(dtype)
-        master_dtype = MASTER_DTYPE[dtype]
+        master_dtype = state_format_of(dtype).master_dtype
         self.master: Tensor | None = None
         if master_dtype is torch.int16:
             self.master = torch.randint(-30_000, 30_000, (NUMEL,), dtype=torch.int16, generator=generator)
@@ -92,7 +92,7 @@ class Placed:
 
     def __init__(self, resources: Resources, core: ChunkCore, whole: Whole, tiers: dict[str, Sequence[MemoryTier]]):
         self.resources, self.dtype, self.tiers = resources, whole.working.dtype, tiers
-        master_dtype = MASTER_DTYPE[self.dtype]
+        master_dtype = state_format_of(self.dtype).master_dtype
         master_itemsize = 0 if master_dtype is None else master_dtype.itemsize
         sizes = {
             "working": [round_up(n * self.dtype.itemsize, 4096) for n in lengths()],

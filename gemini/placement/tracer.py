@@ -8,9 +8,8 @@ from __future__ import annotations
 import enum
 import sys
 from bisect import bisect_right
-from dataclasses import dataclass
 
-__all__ = ["NEVER", "Access", "AccessHistory", "Phase"]
+__all__ = ["NEVER", "AccessHistory", "Phase"]
 
 NEVER = sys.maxsize
 """Distance to a use that no trace knows of."""
@@ -23,17 +22,6 @@ class Phase(enum.Enum):
     """Forward and backward."""
     INFERENCE = "inference"
     """Forward only."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Access:
-    """One entry of a unit during a step."""
-
-    moment: int
-    """How many accesses came before in the step."""
-    chunk_ids: tuple[int, ...]
-    """Chunks the unit needs in compute memory."""
-    is_backward: bool
 
 
 class AccessHistory:
