@@ -17,6 +17,7 @@ from gemini.tiers import parse_nbytes
 
 __all__ = ["GeminiConfig", "NVMeConfig"]
 
+OVERLAPS = ("auto", "off", "next-forward", "speculative")
 WORKING_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -74,6 +75,11 @@ class GeminiConfig:
     gradient_accumulation: bool = True
     """Whether several backward passes may come before one optimizer step. Gradients then wait as float32 (4 bytes a
     parameter); False keeps them in the working dtype (2 bytes) and makes a second backward an error."""
+    overlap: Literal["auto", "off", "next-forward", "speculative"] = "auto"
+    """When updates run; the bits are the same. "off": inside `optimizer.step()`. "next-forward": while the next forward
+    computes, which waits for each unit's own update. "speculative": also during backward, as if nothing will be clipped
+    or skipped, to a second place on disk that counts only once `step()` knows; for tiles whose weights and state are on
+    disk, and doubles what these take there. "auto" takes what the budgets allow and measured times recommend."""
     prefetch_depth: int = 2
     """Units fetched ahead of their use."""
     activation_reserve: str | int | None = None
@@ -109,6 +115,8 @@ class GeminiConfig:
             raise ConfigError(
                 f'GeminiConfig.placement: expected "auto", a StaticPlacement or a PlacementPlan, got {self.placement!r}'
             )
+        if self.overlap not in OVERLAPS:
+            raise ConfigError(f"GeminiConfig.overlap: expected one of {', '.join(OVERLAPS)}, got {self.overlap!r}")
         _check_bool("GeminiConfig.gradient_accumulation", self.gradient_accumulation)
         _check_int("GeminiConfig.seed", self.seed, 0, 2**32 - 1)
         _check_int("GeminiConfig.prefetch_depth", self.prefetch_depth, 0, 64)
