@@ -1,5 +1,6 @@
 """Train models larger than memory: chunks of parameters that move among device, host and NVMe."""
 
+from gemini import nn as nn
 from gemini.chunk.manager import ChunkManager
 from gemini.config import GeminiConfig, NVMeConfig
 from gemini.ddp import GeminiDDP
