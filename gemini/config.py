@@ -74,6 +74,11 @@ class GeminiConfig:
     gradient_accumulation: bool = True
     """Whether several backward passes may come before one optimizer step. Gradients then wait as float32 (4 bytes a
     parameter); False keeps them in the working dtype (2 bytes) and makes a second backward an error."""
+    num_batch_slices: int = 1
+    """Slices in which a batch passes through each repeated block, forward and backward, so that a large batch takes the
+    activations of a small one while weights, gradients and state still move once a step. More than one runs every block
+    a second time in backward, as activation checkpointing does; each block must treat the rows of its batch, dimension
+    0 of its first argument, independently."""
     prefetch_depth: int = 2
     """Units fetched ahead of their use."""
     activation_reserve: str | int | None = None
@@ -111,6 +116,7 @@ class GeminiConfig:
             )
         _check_bool("GeminiConfig.gradient_accumulation", self.gradient_accumulation)
         _check_int("GeminiConfig.seed", self.seed, 0, 2**32 - 1)
+        _check_int("GeminiConfig.num_batch_slices", self.num_batch_slices, 1, 1 << 16)
         _check_int("GeminiConfig.prefetch_depth", self.prefetch_depth, 0, 64)
         _check_int("GeminiConfig.min_unit_nbytes", self.min_unit_nbytes, 0, 1 << 40)
         _check_int("GeminiConfig.ring_depth", self.ring_depth, 2, 64)
