@@ -84,6 +84,9 @@ class GeminiConfig:
     activation_reserve: str | int | None = None
     """Device bytes kept free for activations and temporaries until the first step has measured them. None: 30 % of
     the device budget. Without meaning on the CPU."""
+    checkpoint_reserve: str | int | None = None
+    """Host bytes kept free for activation checkpoints of sliced blocks: what every block is given waits there for
+    backward. None: a tenth of the host budget. Without meaning on the CPU, or without slices."""
     min_unit_nbytes: int = 1 << 20
     """Modules with fewer bytes of working weights that are in no repeated block join the root unit, which always stays
     in compute memory: a fetch of its own would not pay for them."""
@@ -104,7 +107,7 @@ class GeminiConfig:
         if self.dtype not in WORKING_DTYPES:
             names = ", ".join(str(dtype) for dtype in WORKING_DTYPES)
             raise ConfigError(f"GeminiConfig.dtype: expected one of {names}, got {self.dtype!r}")
-        for name in ("device_budget", "host_budget", "activation_reserve"):
+        for name in ("device_budget", "host_budget", "activation_reserve", "checkpoint_reserve"):
             value = getattr(self, name)
             if value is not None:
                 parse_nbytes(value, name=f"GeminiConfig.{name}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from gemini.activations import ActivationCheckpoints
 from gemini.assembly import assemble
 from gemini.chunk.layout import ParamSlot
 from gemini.config import GeminiConfig
@@ -18,6 +19,7 @@ from gemini.initialise import InitFn
 from gemini.report import MemoryReport, make_report
 from gemini.runtime import Runtime
 from gemini.slicing import BatchSlicer
+from gemini.tiers import MemoryTier
 from gemini.weights import load_master, read_master, read_working
 
 __all__ = ["GeminiDDP", "runtime_of"]
@@ -83,7 +85,10 @@ class GeminiDDP(torch.nn.Module):
         num_slices = self._runtime.config.num_batch_slices
         if num_slices == 1:
             return None
-        return BatchSlicer(self.module, unit_names, num_slices=num_slices, scope=self._hooks)
+        resources = self._runtime.resources
+        has_device = resources.transfers.compute_tier is MemoryTier.DEVICE
+        keep = ActivationCheckpoints(resources).keeping if has_device else None
+        return BatchSlicer(self.module, unit_names, num_slices=num_slices, scope=self._hooks, keep=keep)
 
     @property
     def runtime(self) -> Runtime:

@@ -28,8 +28,10 @@ from training_harness import (
     train_plain,
 )
 
-from gemini import ConfigError, GeminiDDP, ModelError
+from gemini import ConfigError, GeminiDDP, ModelError, OutOfTierMemoryError
+from gemini.assembly import draw_blueprint
 from gemini.slicing import find_repeated
+from gemini.tiers import MemoryTier
 
 SEQ = 8
 
@@ -422,8 +424,7 @@ def traffic_of(case: Case, config: Any, *, num_micro_batches: int = 1) -> dict[s
 
         def counting(name: str, copy: Callable[..., Any]) -> Callable[..., Any]:
             def call(dst: torch.Tensor, src: torch.Tensor) -> Any:
-                if src.numel() % 4096 == 0:  # chunks are; arguments of blocks, kept in host memory, are smaller here
-                    moved[name] += src.nbytes
+                moved[name] += src.nbytes
                 return copy(dst, src)
 
             return call
@@ -446,10 +447,14 @@ def traffic_of(case: Case, config: Any, *, num_micro_batches: int = 1) -> dict[s
 @pytest.mark.parametrize("place", ["nvme", "device", "mixed"])
 def test_traffic_does_not_depend_on_the_number_of_slices(place, tmp_path):
     case = Case(lambda: Tower(8), vectors(8), square)
-    whole = traffic_of(case, config_for(place, tmp_path))
-    assert whole["num_fetches"] > 0
+    expected = traffic_of(case, config_for(place, tmp_path))
+    assert expected["num_fetches"] > 0
+    if place != "nvme":  # what each block was given goes to host memory and comes back
+        assert expected["down"] > 0
+        expected["down"] += 8 * 8 * SEQ * HIDDEN * 4
+        expected["up"] += 8 * 8 * SEQ * HIDDEN * 4
     for num_batch_slices in (2, 4, 8):
-        assert traffic_of(case, config_for(place, tmp_path, num_batch_slices=num_batch_slices)) == whole
+        assert traffic_of(case, config_for(place, tmp_path, num_batch_slices=num_batch_slices)) == expected
 
 
 @pytest.mark.parametrize("place", ["nvme", "device"])
@@ -480,10 +485,10 @@ class Wide(Block):
         self.down = nn.Linear(16 * HIDDEN, HIDDEN)
 
 
-def peak_nbytes(num_batch_slices: int, *, num_blocks: int = 4) -> int:
-    """Return what activations and temporaries of a step on 64 rows take at their peak."""
+def peak_nbytes(num_batch_slices: int, *, num_blocks: int = 4, place: str = "host") -> int:
+    """Return what activations and temporaries of a step on 64 rows take in compute memory at their peak."""
     model = nn.Sequential(*(Wide() for _ in range(num_blocks)))
-    with GeminiDDP(model, config_for("host", num_batch_slices=num_batch_slices)) as engine:
+    with GeminiDDP(model, config_for(place, num_batch_slices=num_batch_slices)) as engine:
         x = torch.randn(64, SEQ, HIDDEN)
         with engine.trace_memory():
             engine(x).sum().backward()
@@ -507,6 +512,77 @@ def test_activations_take_what_a_slice_takes():
 
 def test_a_further_block_adds_what_it_is_given_and_nothing_else():
     assert peak_nbytes(8, num_blocks=8) - peak_nbytes(8, num_blocks=4) == 4 * BATCH_NBYTES
+
+
+def test_a_further_block_adds_nothing_on_a_device():
+    assert peak_nbytes(8, num_blocks=8, place="device") <= peak_nbytes(8, num_blocks=4, place="device") + BATCH_NBYTES
+
+
+def checkpoint_nbytes(engine: GeminiDDP) -> int:
+    """Return the host memory that activation checkpoints take, those whose buffers wait for another use included."""
+    return engine.runtime.resources.ledger.by_purpose(MemoryTier.HOST).get("activation checkpoints", 0)
+
+
+def test_checkpoints_take_one_batch_for_each_block_and_are_used_again():
+    case = Case(lambda: Tower(8), vectors(64), square)
+    with GeminiDDP(case.model(), config_for("device", num_batch_slices=4)) as engine:
+        optimizer = hybrid_adam(engine.parameters())
+        for batch in case.batches(3):
+            step(engine, optimizer, case, batch)
+            assert checkpoint_nbytes(engine) == 8 * BATCH_NBYTES
+        square(engine(**vectors(128)(torch.Generator()))).backward()
+        assert checkpoint_nbytes(engine) == 8 * 2 * BATCH_NBYTES
+        square(engine(**vectors(96)(torch.Generator()))).backward()
+        assert checkpoint_nbytes(engine) == 8 * 2 * BATCH_NBYTES
+        square(engine(**vectors(32)(torch.Generator()))).backward()
+        assert checkpoint_nbytes(engine) == 8 * BATCH_NBYTES // 2
+
+
+def test_checkpoints_of_a_graph_that_nobody_needs_are_used_again():
+    case = Case(lambda: Tower(8), vectors(64), square)
+    with GeminiDDP(case.model(), config_for("device", num_batch_slices=4)) as engine:
+        for batch in case.batches(3):
+            output = engine(**batch)
+            del output
+            assert checkpoint_nbytes(engine) == 8 * BATCH_NBYTES
+
+
+def test_several_graphs_at_once_have_checkpoints_of_their_own():
+    case = Case(lambda: Tower(8), vectors(6), square)
+    plain = case.model()
+    sum(square(plain(**batch)) for batch in case.batches(3)).backward()
+    with GeminiDDP(case.model(), config_for("device", num_batch_slices=4)) as engine:
+        found = gradients_of(engine, sum(square(engine(**batch)) for batch in case.batches(3)))
+    assert distance(found, {name: param.grad for name, param in plain.named_parameters()}) < 1e-6
+
+
+def test_checkpoints_without_room_are_refused_and_the_engine_goes_on():
+    case = Case(lambda: Tower(8), vectors(64), square)
+    with GeminiDDP(case.model(), config_for("device", num_batch_slices=4)) as engine:
+        ledger = engine.runtime.resources.ledger
+        budget = ledger.held_nbytes(MemoryTier.HOST) + 3 * BATCH_NBYTES
+    with GeminiDDP(case.model(), config_for("device", num_batch_slices=4, host_budget=budget)) as engine:
+        with pytest.raises(OutOfTierMemoryError, match="^activation checkpoints: no room in host memory for 64.00 KiB"):
+            engine(**case.batches(1)[0])
+        gc.collect()  # the error's traceback holds what forward had done
+        optimizer = hybrid_adam(engine.parameters())
+        small = vectors(16)(torch.Generator())
+        found = square(engine(**small))
+        found.backward()
+        optimizer.step()
+        assert found.item() == pytest.approx(square(case.model()(**small)).item(), rel=1e-6)
+
+
+def test_the_plan_leaves_room_for_checkpoints(tmp_path):
+    def host_nbytes(**fields: Any) -> int:
+        config = config_for("mixed", tmp_path, placement="auto", host_budget="2MiB", device_budget="1MiB", **fields)
+        return draw_blueprint(Tower(64), config).memory.total(MemoryTier.HOST)
+
+    mib = 1 << 20
+    assert host_nbytes() > 1.9 * mib
+    assert host_nbytes(num_batch_slices=2) <= 1.8 * mib
+    assert host_nbytes(num_batch_slices=2, checkpoint_reserve="1MiB") <= mib
+    assert host_nbytes(num_batch_slices=2, checkpoint_reserve=1) > 1.9 * mib
 
 
 def test_no_graph_outlives_its_loss(config):
