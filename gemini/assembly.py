@@ -5,6 +5,7 @@ Whatever fails here leaves nothing behind: the model is untouched until memory a
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +16,7 @@ from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import ChunkLayout, ChunkSpec, build_layout, layout_summary
 from gemini.chunk.module_tree import describe_model
 from gemini.config import GeminiConfig
-from gemini.errors import ModelError
+from gemini.errors import ModelError, OutOfTierMemoryError
 from gemini.gradients import GradientStore
 from gemini.initialise import InitFn, Initialiser, find_init_fn
 from gemini.kernels.adam_tile import state_format_of
@@ -37,7 +38,8 @@ from gemini.placement.plan import (
 from gemini.placement.policy import Budgets, choose_plan
 from gemini.runtime import Runtime
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, parse_nbytes, round_up
-from gemini.update import UpdatePipeline
+from gemini.update import TilePipeline
+from gemini.update_worker import UpdateWorker
 
 __all__ = ["Blueprint", "assemble", "draw_blueprint"]
 
@@ -91,18 +93,30 @@ def draw_blueprint(model: torch.nn.Module, config: GeminiConfig) -> Blueprint:
     host_nbytes = budgets[MemoryTier.HOST]
     assert host_nbytes is not None
     chunks_at_once = max(len(unit.chunk_ids) for unit in layout.units)
-    plan = choose_plan(
-        config.placement,
-        demands,
-        shape,
-        Budgets(
-            device=None if device_nbytes is None else device_nbytes - _reserve_of(config, device_nbytes),
-            host=host_nbytes - (_checkpoint_reserve_of(config, host_nbytes) if shape.has_device else 0),
-            nvme=budgets[MemoryTier.NVME],
-        ),
-        prefetch_depth=config.prefetch_depth,
-        chunks_at_once=chunks_at_once,
+    plan_budgets = Budgets(
+        device=None if device_nbytes is None else device_nbytes - _reserve_of(config, device_nbytes),
+        host=host_nbytes - (_checkpoint_reserve_of(config, host_nbytes) if has_device_tier(config) else 0),
+        nvme=budgets[MemoryTier.NVME],
     )
+
+    def plan_with(shape: RuntimeShape) -> PlacementPlan:
+        return choose_plan(
+            config.placement,
+            demands,
+            shape,
+            plan_budgets,
+            prefetch_depth=config.prefetch_depth,
+            chunks_at_once=chunks_at_once,
+        )
+
+    shape = dataclasses.replace(shape, has_spares=config.nvme is not None and config.overlap in ("auto", "speculative"))
+    try:
+        plan = plan_with(shape)
+    except OutOfTierMemoryError:
+        if not shape.has_spares or config.overlap != "auto":
+            raise
+        shape = dataclasses.replace(shape, has_spares=False)
+        plan = plan_with(shape)
     return Blueprint(
         layout=layout,
         demands=demands,
@@ -210,12 +224,8 @@ def _build(
         device_slot_nbytes=buffers["device gradient slots"],
         disk_slot_nbytes=buffers["disk gradient slots"],
     )
-    updates = UpdatePipeline(
-        resources,
-        tile_numel=shape.tile_numel,
-        ring_depth=shape.ring_depth,
-        ring_nbytes=buffers["update ring"],
-        device_kernels=kernels,
+    pipeline = TilePipeline(
+        resources, tile_numel=shape.tile_numel, ring_depth=shape.ring_depth, ring_nbytes=buffers["update ring"]
     )
     states: dict[int, TiledHome] = {}
     with Initialiser(model, init_fn, device=device, dtype=config.dtype, seed=config.seed) as initialiser:
@@ -253,7 +263,8 @@ def _build(
         core=core,
         states=states,
         gradients=gradients,
-        updates=updates,
+        worker=UpdateWorker(pipeline),
+        kernels=kernels,
     )
 
 
@@ -263,7 +274,11 @@ def _open_homes(
     """Claim memory and disk for a chunk's working weights, state and gradients."""
     tiles = range(demand.num_tiles(shape.tile_numel))
 
-    def open_home(tiers: tuple[MemoryTier, ...], tile_nbytes: list[int], purpose: str) -> TiledHome:
+    spare_tiles = homes.spare_tiles() if shape.has_spares else ()
+
+    def open_home(
+        tiers: tuple[MemoryTier, ...], tile_nbytes: list[int], purpose: str, spare_tiles: tuple[int, ...] = ()
+    ) -> TiledHome:
         on_device = sum(n for t, n in zip(tiers, tile_nbytes, strict=True) if t is MemoryTier.DEVICE)
         return TiledHome(
             tiers,
@@ -271,6 +286,7 @@ def _open_homes(
             arena=resources.arena,
             store=resources.store,
             device_buffer=resources.transfers.allocate(on_device, purpose) if on_device else None,
+            spare_tiles=spare_tiles,
             purpose=purpose,
         )
 
@@ -278,11 +294,14 @@ def _open_homes(
         return round_up(nbytes, IO_ALIGNMENT_NBYTES)
 
     working = open_home(
-        homes.working, [aligned(demand.working_tile_nbytes(t, shape.tile_numel)) for t in tiles], "working"
+        homes.working,
+        [aligned(demand.working_tile_nbytes(t, shape.tile_numel)) for t in tiles],
+        "working",
+        spare_tiles,
     )
     if homes.grad is None:
         return working, None, None
-    state = open_home(homes.state, [demand.state_tile_nbytes(t, shape.tile_numel) for t in tiles], "state")
+    state = open_home(homes.state, [demand.state_tile_nbytes(t, shape.tile_numel) for t in tiles], "state", spare_tiles)
     grad_nbytes = [aligned(demand.tile_length(t, shape.tile_numel) * shape.grad_itemsize) for t in tiles]
     grad = open_home((homes.grad,) * len(tiles), grad_nbytes, "gradients")
     for home in (state, grad):

@@ -17,6 +17,7 @@ from gemini.tiers import parse_nbytes
 
 __all__ = ["GeminiConfig", "NVMeConfig"]
 
+OVERLAPS = ("auto", "off", "next-forward", "speculative")
 WORKING_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -79,6 +80,11 @@ class GeminiConfig:
     activations of a small one while weights, gradients and state still move once a step. More than one runs every block
     a second time in backward, as activation checkpointing does; each block must treat the rows of its batch, dimension
     0 of its first argument, independently."""
+    overlap: Literal["auto", "off", "next-forward", "speculative"] = "auto"
+    """When updates run; the bits are the same. "off": inside `optimizer.step()`. "next-forward": while the next forward
+    computes, which waits for each unit's own update. "speculative": also during backward, as if nothing will be clipped
+    or skipped, to a second place on disk that counts only once `step()` knows; for tiles whose weights and state are on
+    disk, and doubles what these take there. "auto" takes what the budgets allow and measured times recommend."""
     prefetch_depth: int = 2
     """Units fetched ahead of their use."""
     activation_reserve: str | int | None = None
@@ -117,6 +123,8 @@ class GeminiConfig:
             raise ConfigError(
                 f'GeminiConfig.placement: expected "auto", a StaticPlacement or a PlacementPlan, got {self.placement!r}'
             )
+        if self.overlap not in OVERLAPS:
+            raise ConfigError(f"GeminiConfig.overlap: expected one of {', '.join(OVERLAPS)}, got {self.overlap!r}")
         _check_bool("GeminiConfig.gradient_accumulation", self.gradient_accumulation)
         _check_int("GeminiConfig.seed", self.seed, 0, 2**32 - 1)
         _check_int("GeminiConfig.num_batch_slices", self.num_batch_slices, 1, 1 << 16)

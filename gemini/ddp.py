@@ -200,7 +200,7 @@ class GeminiDDP(torch.nn.Module):
         self, read: Callable[[Runtime, ParamSlot], torch.Tensor]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield CPU copies of all parameters; tied names share one."""
-        self._runtime.finish_writes()
+        self._runtime.finish_updates()
         by_id: dict[int, torch.Tensor] = {}
         slots = self._runtime.layout.slot_by_name
         first_name = {id(param): name for name, param in self.module.named_parameters()}
@@ -251,6 +251,7 @@ class GeminiDDP(torch.nn.Module):
                 raise CheckpointMismatchError(
                     f"load_state_dict: {name} has shape {tuple(value.shape)}, expected {tuple(expected)}"
                 )
+        self._runtime.finish_updates()
         for name, value in state_dict.items():
             if name in params:
                 load_master(self._runtime, slots[params[name]], value)

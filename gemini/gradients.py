@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -26,10 +27,37 @@ from gemini.offload.resources import Resources
 from gemini.offload.transfer import Move
 from gemini.tiers import MemoryTier
 
-__all__ = ["GradChunk", "GradientStore"]
+__all__ = ["ArrivedGradients", "GradChunk", "GradientListener", "GradientStore"]
 
 MAX_JOBS_IN_FLIGHT = 4
 """Gradients whose autograd buffers may be alive at once while the worker pool stores them."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArrivedGradients:
+    """All gradients of a chunk, in host memory or on their way from there to disk."""
+
+    tickets: tuple[GradTicket, ...]
+    """What must be complete before they may be read."""
+    slot: torch.Tensor | None
+    """Where to read them as long as the slot is not needed by others; None: at home."""
+
+
+class GradientListener(Protocol):
+    """Who wants to know when gradients come and go."""
+
+    def gradients_complete(self, chunk_id: int, arrived: ArrivedGradients) -> bool:
+        """Handle that a backward pass has delivered all gradients of a chunk.
+
+        Returns:
+            Whether they will be read from `arrived.slot`; then the slot is not reused before `leave_gradient_slot`.
+        """
+
+    def gradients_change(self, chunk_id: int) -> None:
+        """Stop reading a chunk's gradients, which are about to change; what was made of them must not count."""
+
+    def leave_gradient_slot(self, chunk_id: int) -> None:
+        """Stop reading a chunk's gradients from a slot; they are at home too."""
 
 
 @dataclass
@@ -41,14 +69,18 @@ class GradChunk:
     tier: MemoryTier
     sumsq: dict[int, GradTicket | torch.Tensor] = field(default_factory=dict)
     """Sum of squares of each gradient that has arrived, by position in the layout."""
+    num_arrived: int = 0
+    """Gradients that this backward pass has delivered."""
     has_left: bool = False
     """Whether this step's gradients are, in part, already on disk."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Slot:
     buffer: torch.Tensor
     busy: IoTicket | None = None
+    reader: int | None = None
+    """The chunk whose gradients somebody may be reading here."""
 
 
 @dataclass
@@ -88,6 +120,9 @@ class GradientStore:
         self._device_kernels = device_kernels
         self._dtype_of = grad_dtype_of
         self._chunks: dict[int, GradChunk] = {}
+        self.listener: GradientListener | None = None
+        self.num_backwards = 0
+        """Backward passes since gradients were last cleared, the one under way included."""
         self._is_in_backward = False
         self._jobs: list[GradTicket] = []
         self._device_slots: list[_Slot] = []
@@ -125,12 +160,15 @@ class GradientStore:
         """
         if not self._is_in_backward:
             self._is_in_backward = True
+            self.num_backwards += 1
             torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
         chunk = self._chunks[chunk_id]
         if grad.is_sparse:
             grad = grad.to_dense()
         flat = grad.detach().reshape(-1)
         self._check_accumulation(chunk, position)
+        if self.listener is not None:
+            self.listener.gradients_change(chunk_id)
         if chunk.tier is MemoryTier.DEVICE:
             mode = GradMode.ADD if position in chunk.sumsq else GradMode.STORE
             chunk.sumsq[position] = self._device_kernels.store_gradient(self._view(chunk, position), flat, mode=mode)
@@ -144,6 +182,8 @@ class GradientStore:
         self._is_in_backward = False
         while self._on_device:
             self._depart(next(iter(self._on_device)))
+        for chunk in self._chunks.values():
+            chunk.num_arrived = 0
 
     def _check_accumulation(self, chunk: GradChunk, position: int) -> None:
         again = position in chunk.sumsq or any(d.chunk is chunk and position in d.positions for d in self._departures)
@@ -217,7 +257,23 @@ class GradientStore:
         self._jobs.append(ticket)
         if len(self._jobs) > MAX_JOBS_IN_FLIGHT:
             self._jobs.pop(0).wait()
+        chunk.num_arrived += 1
+        if chunk.num_arrived == len(chunk.spec.slots):
+            self._announce(chunk)
         return ticket
+
+    def _announce(self, chunk: GradChunk) -> None:
+        """Tell the listener that a chunk's gradients are all here."""
+        if self.listener is None:
+            return
+        chunk_id = chunk.spec.chunk_id
+        slot = self._in_disk_slot.get(chunk_id)
+        if slot is not None:
+            self._write_out(chunk_id)  # kept, in case what the listener makes of them must be done again
+        tickets = tuple(ticket for ticket in chunk.sumsq.values() if isinstance(ticket, GradTicket))
+        arrived = ArrivedGradients(tickets, None if slot is None else slot.buffer)
+        if self.listener.gradients_complete(chunk_id, arrived) and slot is not None:
+            slot.reader = chunk_id
 
     def _view(self, chunk: GradChunk, position: int) -> torch.Tensor:
         """Return a gradient's place in its home or, on the way to disk, in its slot; 1D, of the waiting dtype."""
@@ -238,6 +294,12 @@ class GradientStore:
             self._write_out(next(iter(self._in_disk_slot)))
         in_use = [id(slot) for slot in self._in_disk_slot.values()]
         slot = next(slot for slot in self._disk_slots if id(slot) not in in_use)
+        self._disk_slots.remove(slot)  # the one left longest ago comes first
+        self._disk_slots.append(slot)
+        if slot.reader is not None:
+            assert self.listener is not None
+            self.listener.leave_gradient_slot(slot.reader)
+            slot.reader = None
         if slot.busy is not None:
             slot.busy.wait()
             slot.busy = None
@@ -303,6 +365,7 @@ class GradientStore:
     def clear(self) -> None:
         """Forget all gradients."""
         self.finish()
+        self.num_backwards = 0
         for chunk in self._chunks.values():
             chunk.sumsq.clear()
             chunk.has_left = False

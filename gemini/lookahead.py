@@ -30,6 +30,7 @@ class Lookahead:
         self._phase = Phase.TRAIN
         self.is_in_step = False
         """Whether a training step has begun and not ended."""
+        self._forward_order: dict[int, int] = {}
         core.next_use = lambda chunk_id: self._history.next_use_distance(chunk_id)
 
     @property
@@ -46,6 +47,8 @@ class Lookahead:
         self._phase = phase
         if phase is Phase.INFERENCE or not self.is_in_step:
             self._history.begin_step(phase)
+            if phase is Phase.TRAIN:
+                self._forward_order.clear()
         self.is_in_step |= phase is Phase.TRAIN
 
     def end_forward(self) -> None:
@@ -61,8 +64,18 @@ class Lookahead:
 
     def record(self, chunk_id: int) -> None:
         """Note a use; chunks that never move do not count."""
+        if self._phase is Phase.TRAIN:
+            self._forward_order.setdefault(chunk_id, len(self._forward_order))
         if not self._core.chunks[chunk_id].is_resident:
             self._history.record(chunk_id)
+
+    def urgency(self, chunk_id: int) -> int:
+        """Return how soon the next forward will need a chunk, lower is sooner; those it never notes come first."""
+        return self._forward_order.get(chunk_id, -1)
+
+    def needed_soon(self, limit: int) -> tuple[int, ...]:
+        """Return the next chunks to be used that take turns in the slots, nearest first."""
+        return self._history.upcoming(limit)
 
     def fetch_ahead(self) -> None:
         """Start the fetches that will be needed soon and cost nothing that is needed sooner."""

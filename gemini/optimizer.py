@@ -13,7 +13,7 @@ from gemini.chunk.layout import ParamSlot
 from gemini.ddp import runtime_of
 from gemini.errors import CheckpointMismatchError, ConfigError
 from gemini.kernels.adam_tile import AdamHyper, AdamSegment
-from gemini.runtime import Runtime, SlotUpdate
+from gemini.runtime import Runtime
 from gemini.weights import load_moments, read_moments, reset_moments
 
 __all__ = ["HybridAdam"]
@@ -59,6 +59,7 @@ class HybridAdam(torch.optim.Optimizer):
         """Global norm of the last step's gradients before clipping; NaN if it was skipped; None before the first."""
         self._runtime: Runtime | None = None
         self._slots: dict[int, ParamSlot] = {}
+        self._members: dict[int, list[tuple[dict[str, Any], Any]]] = {}  # of each chunk; empty: not yet known
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "adamw_mode": adamw_mode}
         super().__init__(params, defaults)
 
@@ -80,6 +81,7 @@ class HybridAdam(torch.optim.Optimizer):
         assert not names or len(names) == len(params)
         _check_group({**self.defaults, **param_group})
         super().add_param_group({**param_group, "params": kept})
+        self._members = {}
 
     def _adopt(self, param: torch.Tensor) -> None:
         runtime = runtime_of(param)
@@ -93,6 +95,7 @@ class HybridAdam(torch.optim.Optimizer):
         if self._runtime is None:
             self._runtime = runtime
             if runtime.num_steps:
+                runtime.finish_updates()
                 reset_moments(runtime)  # another optimizer's
             runtime.optimizer = weakref.ref(self)
         slot = runtime.slot_of(param)
@@ -147,19 +150,34 @@ class HybridAdam(torch.optim.Optimizer):
         if self.max_grad_norm is not None:
             runtime.clip(norm, self.max_grad_norm)
         with_gradient = runtime.slots_with_gradient()
-        updates: list[SlotUpdate] = []
-        steps: list[tuple[torch.Tensor, int]] = []
+        updated = [(group, p) for group, p in params if self._slots[id(p)].spec.name in with_gradient]
+        runtime.update(self._segments(updated))
+        for _, param in updated:
+            self.state[param]["step"] = self._next_step_of(param)
+        return loss
+
+    def expected_segments(self, chunk_id: int) -> tuple[AdamSegment, ...]:
+        """Return what the next step will do to a chunk, if all its parameters get a gradient; see StepPlanner."""
+        if not self._members:
+            for group in self.param_groups:
+                for param in group["params"]:
+                    self._members.setdefault(self._slots[id(param)].chunk_id, []).append((group, param))
+        return self._segments(self._members.get(chunk_id, [])).get(chunk_id, ())
+
+    def _segments(self, params: Iterable[tuple[dict[str, Any], Any]]) -> dict[int, tuple[AdamSegment, ...]]:
+        """Return the arithmetic of the next step for some parameters, by chunk and in the order of their places."""
+        segments: dict[int, list[AdamSegment]] = {}
         for group, param in params:
             slot = self._slots[id(param)]
-            if slot.spec.name not in with_gradient or not slot.spec.numel:
-                continue
-            steps.append((param, int(self.state.get(param, {}).get("step", 0)) + 1))
-            segment = AdamSegment(begin=slot.begin, end=slot.end, hyper=_hyper_of(group), step=steps[-1][1])
-            updates.append(SlotUpdate(slot=slot, segment=segment))
-        runtime.update(updates)
-        for param, step in steps:
-            self.state[param]["step"] = step
-        return loss
+            if slot.spec.numel:
+                segment = AdamSegment(
+                    begin=slot.begin, end=slot.end, hyper=_hyper_of(group), step=self._next_step_of(param)
+                )
+                segments.setdefault(slot.chunk_id, []).append(segment)
+        return {chunk_id: tuple(sorted(parts, key=lambda part: part.begin)) for chunk_id, parts in segments.items()}
+
+    def _next_step_of(self, param: torch.Tensor) -> int:
+        return int(self.state.get(param, {}).get("step", 0)) + 1
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients at hand.
@@ -174,7 +192,7 @@ class HybridAdam(torch.optim.Optimizer):
 
         The moments are read from wherever they live into new CPU tensors, 8 bytes per parameter.
         """
-        self.runtime.finish_writes()
+        self.runtime.finish_updates()
         packed = super().state_dict()
         index_of = self._index_of_params()
         packed["state"] = {}
@@ -213,6 +231,7 @@ class HybridAdam(torch.optim.Optimizer):
                     f"HybridAdam: the state of {slot.spec.name} has shape {tuple(entry['exp_avg'].shape)}, expected "
                     f"{slot.spec.shape}"
                 )
+        self.runtime.finish_updates()
         for group, saved in zip(self.param_groups, groups, strict=True):
             group.update({key: value for key, value in saved.items() if key in group and key != "params"})
         self.state.clear()

@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -24,28 +24,29 @@ from gemini.config import GeminiConfig
 from gemini.errors import GeminiError, ModelError
 from gemini.gradients import GradientStore
 from gemini.kernels.adam_tile import AdamSegment
+from gemini.kernels.device import DeviceKernels
 from gemini.lookahead import Lookahead
 from gemini.memory_probe import MemoryProbe
 from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources
+from gemini.overlap import Overlap, StepWish
+from gemini.placement.overlap import OverlapMode
 from gemini.placement.plan import ChunkDemand, MemoryDemand, PlacementPlan, RuntimeShape, memory_demand
 from gemini.placement.tracer import Phase
 from gemini.saved import SavedWeights
 from gemini.scaler import LossScaler, scale_gradients_of
-from gemini.update import UpdateJob, UpdatePipeline
+from gemini.update_worker import UpdateWorker
 
-__all__ = ["Runtime", "SlotUpdate"]
+__all__ = ["Runtime", "StepPlanner"]
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SlotUpdate:
-    """One parameter's hyper-parameters in this step."""
+class StepPlanner(Protocol):
+    """An optimizer, as far as the runtime knows one."""
 
-    slot: ParamSlot
-    segment: AdamSegment
-    """In chunk coordinates."""
+    def expected_segments(self, chunk_id: int) -> tuple[AdamSegment, ...]:
+        """Return what the next step will do to a chunk all of whose gradients have arrived, sorted."""
 
 
 @dataclass
@@ -71,7 +72,8 @@ class Runtime:
         core: chunks and slots; closed by `close`.
         states: home of each trainable chunk's optimizer state, by chunk id; closed by `close`.
         gradients: closed by `close`.
-        updates: closed by `close`.
+        worker: runs updates; closed by `close`.
+        kernels: the device's.
     """
 
     def __init__(
@@ -86,7 +88,8 @@ class Runtime:
         core: ChunkCore,
         states: Mapping[int, TiledHome],
         gradients: GradientStore,
-        updates: UpdatePipeline,
+        worker: UpdateWorker,
+        kernels: DeviceKernels,
     ) -> None:
         self.config = config
         self.layout = layout
@@ -99,11 +102,12 @@ class Runtime:
         self.gradients = gradients
         self.probe = MemoryProbe(resources.transfers.device, resources.ledger)
         self.scaler = LossScaler(config.initial_loss_scale) if config.dtype is torch.float16 else None
-        self.optimizer: weakref.ref[Any] | None = None
+        self.optimizer: weakref.ref[StepPlanner] | None = None
         """The optimizer that may update the parameters; the newest one made of them."""
         self.num_steps = 0
         self.num_skipped_steps = 0
-        self._updates = updates
+        asked = None if config.overlap == "auto" else OverlapMode(config.overlap)
+        self.overlap = Overlap(asked, core=core, states=states, gradients=gradients, worker=worker, kernels=kernels)
         self._lookahead = Lookahead(core, depth=config.prefetch_depth, num_slots=plan.num_slots)
         self._is_adapted = False
         self._saved = SavedWeights(core.chunk_in, self._weights_in_backward)
@@ -117,8 +121,10 @@ class Runtime:
         }
         self._has_pushed_for_model = False
         self._clip_factor = 1.0
-        self._lost: str | None = None
+        self._stop_timing_forward: Callable[[], None] | None = None
         self._is_closed = False
+        self.overlap.predict = self._predict
+        self.overlap.urgency = self._lookahead.urgency
 
     @property
     def demand(self) -> MemoryDemand:
@@ -137,8 +143,11 @@ class Runtime:
         for chunk in self.core.chunks:
             chunk.check_params()
         self._drop_leftovers()
+        for chunk_id in self.layout.root.own_chunk_ids:  # used anywhere, without notice
+            self.overlap.settle(chunk_id)
         if torch.is_grad_enabled() and not self._lookahead.is_in_step:
             self.probe.begin_step()
+            self._stop_timing_forward = self.overlap.time_forward()
         self._lookahead.begin_forward(Phase.TRAIN if torch.is_grad_enabled() else Phase.INFERENCE)
         self._has_pushed_for_model = torch.is_grad_enabled()
         if self._has_pushed_for_model:
@@ -153,6 +162,9 @@ class Runtime:
             self.core.release(chunk_id)
         self._borrowed_by_model.clear()
         self._lookahead.end_forward()
+        if self._stop_timing_forward is not None:
+            self._stop_timing_forward()
+            self._stop_timing_forward = None
 
     def abort_forward(self) -> None:
         """Undo what a forward has begun that was interrupted, and so has neither left its units nor ended."""
@@ -214,6 +226,7 @@ class Runtime:
             return
         chunk_id = place[0]
         if self.core.chunks[chunk_id].is_resident:
+            self.core.ensure(chunk_id)  # it may be being updated
             return
         self.core.access(chunk_id)
         self._lookahead.record(chunk_id)
@@ -302,50 +315,31 @@ class Runtime:
             for position in self.gradients.arrived(chunk_id)
         }
 
-    def update(self, updates: Sequence[SlotUpdate]) -> None:
-        """Update parameters and consume all gradients.
+    def update(self, segments: Mapping[int, tuple[AdamSegment, ...]]) -> None:
+        """Update parameters and consume all gradients; depending on the overlap, the work goes on after the return.
 
         Args:
-            updates: the parameters to update; all of them have a gradient.
+            segments: by chunk id, what to do to its elements, sorted; all of them have a gradient.
 
         Raises:
             OffloadIOError: state could not be read or written; the engine refuses to go on.
-            ModelError: the engine is closed or its state was lost.
+            ModelError: the engine is closed or its state was lost, or someone looks at weights that will move.
         """
         self.check_usable()
-        by_chunk: dict[int, list[AdamSegment]] = {}
-        for update in updates:
-            by_chunk.setdefault(update.slot.chunk_id, []).append(update.segment)
-        grad_scale = self._clip_factor / self._loss_scale
-        jobs: list[UpdateJob] = []
-        try:
-            for chunk_id in sorted(by_chunk):
-                jobs.append(
-                    UpdateJob(
-                        chunk=self.core.begin_update(chunk_id),
-                        state=self.states[chunk_id],
-                        grad=self.gradients.home_of(chunk_id),
-                        grad_dtype=self.gradients.dtype_of(chunk_id),
-                        segments=tuple(sorted(by_chunk[chunk_id], key=lambda segment: segment.begin)),
-                        grad_scale=grad_scale,
-                    )
-                )
-            self._run_updates(jobs)
-        finally:
-            for job in jobs:
-                self.core.end_update(job.chunk.spec.chunk_id)
+        scale = self._clip_factor / self._loss_scale
+        wishes = {chunk_id: StepWish(parts, scale) for chunk_id, parts in segments.items()}
+        self.overlap.commit(wishes, kept=self._lookahead.needed_soon(self.plan.num_slots))
         if self.scaler is not None:
             self.scaler.update(found_overflow=False)
         self.num_steps += 1
-        self._end_step()
+        self._end_step(is_clipped=self._clip_factor != 1.0)
         self._lookahead.fetch_ahead()
 
-    def _run_updates(self, jobs: Sequence[UpdateJob]) -> None:
-        try:
-            self._updates.run(jobs)
-        except BaseException as error:
-            self._lost = f"an optimizer step failed half way ({error})"
-            raise
+    def _predict(self, chunk_id: int) -> StepWish | None:
+        optimizer = None if self.optimizer is None else self.optimizer()
+        if optimizer is None:
+            return None
+        return StepWish(optimizer.expected_segments(chunk_id), self._clip_factor / self._loss_scale)
 
     def skip_update(self, reason: str) -> None:
         """Drop the gradients of a step whose norm is not finite."""
@@ -356,7 +350,7 @@ class Runtime:
             level = logging.DEBUG if self.num_skipped_steps else logging.WARNING
             logger.log(level, "step skipped and nothing changed: %s (said once)", reason)
         self.num_skipped_steps += 1
-        self._end_step()
+        self._end_step(is_clipped=True)
 
     def clear_gradients(self) -> None:
         """Forget the gradients at hand.
@@ -365,18 +359,20 @@ class Runtime:
             ModelError: the engine is closed or its state was lost.
         """
         self.check_usable()
+        self.overlap.discard()
         self.gradients.clear()
         self._clip_factor = 1.0
 
-    def finish_writes(self) -> None:
-        """Block until every byte written has reached the disk.
+    def finish_updates(self) -> None:
+        """Block until the last step has happened, every byte of it, and nothing has been made of the next.
 
         Raises:
-            OffloadIOError: a write failed.
+            OffloadIOError: a read or write failed.
             ModelError: the engine is closed or its state was lost.
         """
         self.check_usable()
-        self._updates.drain()
+        self.overlap.settle_all()
+        self.overlap.discard()
         for chunk in self.core.chunks:
             chunk.home.finish_writes()
         for state in self.states.values():
@@ -389,10 +385,11 @@ class Runtime:
 
     @property
     def update_stall_s(self) -> float:
-        """Seconds that updates have waited for the disk."""
-        return self._updates.stall_s
+        """Seconds that training has waited for updates."""
+        return self.overlap.stall_s
 
-    def _end_step(self) -> None:
+    def _end_step(self, *, is_clipped: bool) -> None:
+        self.overlap.end_step(is_clipped=is_clipped)
         self.clear_gradients()
         if self._lookahead.is_in_step:
             self.probe.end_step()
@@ -405,6 +402,7 @@ class Runtime:
         if self._is_adapted or peak is None or not self._shape.has_device or self.config.placement != "auto":
             return
         self._is_adapted = True
+        self.overlap.settle_all()
         self.plan = adapt_to_peak(self.core, self._demands, self.plan, self._shape, peak_nbytes=peak)
 
     @property
@@ -423,10 +421,10 @@ class Runtime:
         """Raise ModelError if the engine is closed or its state was lost."""
         if self._is_closed:
             raise ModelError("this GeminiDDP has been closed; wrap the model again to go on")
-        if self._lost is not None:
+        if self.overlap.failure is not None:
             raise ModelError(
-                f"the optimizer state was lost: {self._lost}; some parameters were updated and some were not, so "
-                "load a checkpoint into a new GeminiDDP"
+                f"the optimizer state was lost: {self.overlap.failure}; some parameters were updated and some were "
+                "not, so load a checkpoint into a new GeminiDDP"
             )
 
     def _drop_leftovers(self) -> None:
@@ -440,7 +438,7 @@ class Runtime:
         if self._is_closed:
             return
         self._is_closed = True
-        self._updates.close()
+        self.overlap.close()
         self.gradients.close()
         for state in self.states.values():
             state.close()

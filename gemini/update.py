@@ -1,21 +1,20 @@
-"""The optimizer's pass over all chunks: read, update, write, all at once, tile by tile.
+"""The optimizer's pass over chunks, tile by tile: one is read while another is updated and a third is written.
 
 State is updated where it lives: on the device by its kernel, in host memory by the worker pool, from disk
-through a ring of host buffers in which one tile is read while another is updated and a third is written.
+through a ring of host buffers. Which chunk comes next, and in which thread all this runs, is update_worker's.
 """
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from gemini.chunk.chunk import Chunk
+from gemini.chunk.layout import ChunkSpec
 from gemini.errors import GeminiError
 from gemini.kernels.adam_tile import AdamSegment, AdamTile, state_format_of
 from gemini.kernels.device import DeviceKernels, DeviceTile
@@ -26,7 +25,7 @@ from gemini.offload.resources import Resources
 from gemini.offload.transfer import Move
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, round_up
 
-__all__ = ["UpdateJob", "UpdatePipeline", "clip_segments", "record_views"]
+__all__ = ["TilePipeline", "UpdateJob", "clip_segments", "record_views", "tiles_of", "update_on_device"]
 
 MAX_TILES_COMPUTING = 8
 """Tiles given to the worker pool at once; enough that no worker waits, few enough to bound the queue."""
@@ -72,17 +71,40 @@ def clip_segments(segments: Sequence[AdamSegment], begin: int, end: int) -> tupl
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpdateJob:
-    """One chunk's update."""
+def tiles_of(segments: Sequence[AdamSegment], tile_numel: int) -> tuple[int, ...]:
+    """Return the tiles that sorted segments touch, in order."""
+    touched: dict[int, None] = {}
+    for segment in segments:
+        touched.update(dict.fromkeys(range(segment.begin // tile_numel, -(-segment.end // tile_numel))))
+    return tuple(touched)
 
-    chunk: Chunk
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class UpdateJob:
+    """The update of some tiles of one chunk."""
+
+    spec: ChunkSpec
+    working: TiledHome
     state: TiledHome
     grad: TiledHome
     grad_dtype: torch.dtype
     segments: tuple[AdamSegment, ...]
     """Runs of elements to update, in chunk coordinates, sorted; the rest is left alone."""
     grad_scale: float
+    tiles: tuple[int, ...]
+    """What to update; each holds part of a segment."""
+    arrivals: tuple[Ticket, ...] = ()
+    """What must be complete before gradients may be read."""
+    grad_slot: torch.Tensor | None = None
+    """The chunk's gradients, uint8, while they are in host memory on their way to their home on disk."""
+    refreshes: torch.Tensor | None = None
+    """The chunk's copy in compute memory that is to show the new weights, of the chunk's dtype."""
+    refreshing: list[Ticket | Move] = field(default_factory=list)
+    """Copies to `refreshes` under way; compute waits for them before it uses the weights."""
+
+    def goes_ahead(self, tile: int) -> bool:
+        """Return whether a tile's results go to its spare place, so that until `flip` the update has not happened."""
+        return self.state.has_spare(tile)
 
 
 @dataclass
@@ -100,122 +122,110 @@ class _Tile:
     ring_buffer: torch.Tensor | None
     reads: list[IoTicket] = field(default_factory=list)
     adam: Ticket | None = None
-    leaving: list[IoTicket | Move] = field(default_factory=list)
+    leaving: list[IoTicket | Ticket | Move] = field(default_factory=list)
 
     @property
     def working(self) -> torch.Tensor:
         """Working weights, [length] of the chunk's dtype."""
-        dtype = self.job.chunk.spec.dtype
+        dtype = self.job.spec.dtype
         return self.weights[: self.length * dtype.itemsize].view(dtype)
+
+    @property
+    def needs(self) -> list[IoTicket | Ticket]:
+        """What must be complete before the tile can be updated."""
+        return [*self.reads, *self.job.arrivals]
 
     def has_left(self) -> bool:
         return all(way.is_done() for way in self.leaving)
 
     def wait_until_left(self) -> None:
         for way in self.leaving:
-            if isinstance(way, IoTicket):
+            if isinstance(way, (IoTicket, Ticket)):
                 way.wait()
             else:
                 way.wait_on_host()
 
 
-class UpdatePipeline:
-    """Runs updates; one per engine.
+class TilePipeline:
+    """Moves tiles through their stages; driven by one thread at a time.
 
     Args:
         resources: memory, disk, threads and copy engine; not closed here.
         tile_numel: elements in a tile.
         ring_depth: buffers in the ring.
         ring_nbytes: bytes of a buffer; 0 if nothing that is updated lives on disk.
-        device_kernels: update tiles whose state lives on the device.
     """
 
-    def __init__(
-        self,
-        resources: Resources,
-        *,
-        tile_numel: int,
-        ring_depth: int,
-        ring_nbytes: int,
-        device_kernels: DeviceKernels,
-    ) -> None:
-        self.stall_s = 0.0
-        """Seconds spent waiting for the disk."""
+    def __init__(self, resources: Resources, *, tile_numel: int, ring_depth: int, ring_nbytes: int) -> None:
+        self.tile_numel = tile_numel
         self._resources = resources
-        self._tile_numel = tile_numel
-        self._device_kernels = device_kernels
         self._free = [
             resources.arena.allocate(ring_nbytes, "update ring") for _ in range(ring_depth if ring_nbytes else 0)
         ]
         self._reading: deque[_Tile] = deque()
         self._computing: deque[_Tile] = deque()
         self._leaving: deque[_Tile] = deque()
+        self._updated: list[UpdateJob] = []
 
-    def run(self, jobs: Sequence[UpdateJob]) -> None:
-        """Update every chunk; on return the host sees all results and only writes to disk are still under way.
+    @property
+    def is_busy(self) -> bool:
+        """Whether any tile is under way."""
+        return bool(self._reading or self._computing or self._leaving)
+
+    def start(self, job: UpdateJob, index: int) -> None:
+        """Start a tile; waits for a ring buffer if it needs one and none is free.
 
         Args:
-            jobs: the chunks, most urgent first; each is in the state UPDATING.
+            job: what is updated.
+            index: one of its tiles.
 
         Raises:
-            OffloadIOError: a read or write failed; some tiles have been updated and some have not.
+            OffloadIOError: a read or write failed.
         """
-        try:
-            for job in jobs:
-                if MemoryTier.DEVICE in job.state.tiers:
-                    self._update_on_device(job)
-            for tile in self._tiles(jobs):
-                self._reading.append(tile)
-                self._advance()
-                while len(self._computing) > MAX_TILES_COMPUTING:
-                    self._send_off()
-            while self._reading:
-                self._compute()
-            while self._computing:
-                self._send_off()
-        except BaseException:
-            self._abandon()
-            raise
-        for tile in self._leaving:
-            for way in tile.leaving:
-                if not isinstance(way, IoTicket):
-                    way.wait_on_compute()
+        begin = index * self.tile_numel
+        length = min(self.tile_numel, job.spec.numel - begin)
+        self._reading.append(self._start(job, index, length, clip_segments(job.segments, begin, begin + length)))
+        self._advance()
+        while len(self._computing) > MAX_TILES_COMPUTING:
+            self._send_off()
 
-    def drain(self) -> None:
-        """Block until everything written has reached the disk."""
-        while self._leaving:
+    def push(self) -> None:
+        """Wait until the oldest tile has gone one stage further; what computes goes first, then what is read."""
+        self._advance()
+        if self._computing:
+            self._send_off()
+        elif self._reading:
+            self._compute()
+        elif self._leaving:
             self._retire()
 
+    def take_updated(self) -> list[UpdateJob]:
+        """Return the job of each tile whose update the host has seen since the last call; writes may be under way."""
+        updated, self._updated = self._updated, []
+        return updated
+
     def close(self) -> None:
-        """Give the ring back; whatever is under way is waited for by the disk store."""
-        self._abandon()
+        """Give the ring back, once nothing is under way any more."""
+        self.abandon()
         for buffer in self._free:
             self._resources.arena.free(buffer)
         self._free = []
 
     # ---------------------------------------------------------------- stages
 
-    def _tiles(self, jobs: Sequence[UpdateJob]) -> Iterator[_Tile]:
-        """Start reading tile after tile, as ring buffers come free."""
-        for job in jobs:
-            if MemoryTier.DEVICE in job.state.tiers:
-                continue
-            for index in range(len(job.state.tiers)):
-                begin = index * self._tile_numel
-                length = min(self._tile_numel, job.chunk.spec.numel - begin)
-                segments = clip_segments(job.segments, begin, begin + length)
-                if segments:
-                    yield self._start(job, index, length, segments)
-
     def _start(self, job: UpdateJob, index: int, length: int, segments: tuple[AdamSegment, ...]) -> _Tile:
-        homes = (job.state, job.chunk.home, job.grad)
+        homes = (job.state, job.working, job.grad)
         is_on_disk = any(home.tiers[index] is MemoryTier.NVME for home in homes)
         ring_buffer = self._claim_buffer() if is_on_disk else None
+        grad_slot = job.grad_slot  # after the claim, which may have waited and let the slot go
         reads: list[IoTicket] = []
         parts = []
         begin = 0
         for home in homes:
-            if home.tiers[index] is MemoryTier.NVME:
+            if home is job.grad and grad_slot is not None:
+                offset = index * self.tile_numel * job.grad_dtype.itemsize
+                part = grad_slot[offset : offset + length * job.grad_dtype.itemsize]
+            elif home.tiers[index] is MemoryTier.NVME:
                 assert ring_buffer is not None
                 part = ring_buffer[begin : begin + home.tile_nbytes[index]]
                 begin += home.tile_nbytes[index]
@@ -256,7 +266,7 @@ class UpdatePipeline:
 
     def _advance(self) -> None:
         """Move on whatever can move on without waiting."""
-        while self._reading and all(read.is_done() for read in self._reading[0].reads):
+        while self._reading and all(ticket.is_done() for ticket in self._reading[0].needs):
             self._compute()
         while self._computing and self._is_computed(self._computing[0]):
             self._send_off()
@@ -271,10 +281,8 @@ class UpdatePipeline:
 
     def _compute(self) -> None:
         tile = self._reading[0]
-        start = time.perf_counter()
-        for read in tile.reads:
-            read.wait()
-        self.stall_s += time.perf_counter() - start
+        for ticket in tile.needs:
+            ticket.wait()
         tile.adam = self._resources.pool.submit_adam(AdamTile(**_tile_fields(tile)))
         self._computing.append(self._reading.popleft())
 
@@ -283,35 +291,33 @@ class UpdatePipeline:
         assert tile.adam is not None
         tile.adam.wait()
         job, index = tile.job, tile.index
-        chunk = job.chunk
+        ahead = job.goes_ahead(index)
         if job.state.tiers[index] is MemoryTier.NVME:
-            tile.leaving.append(job.state.write_tile(index, tile.record))
-        if chunk.home.tiers[index] is MemoryTier.NVME:
-            tile.leaving.append(chunk.home.write_tile(index, tile.weights))
-        if chunk.slot is not None:
-            self._refresh_copy(tile, chunk)
+            tile.leaving.append(job.state.write_tile(index, tile.record, ahead=ahead))
+        if job.working.tiers[index] is MemoryTier.NVME:
+            tile.leaving.append(job.working.write_tile(index, tile.weights, ahead=ahead))
+        if job.refreshes is not None:
+            copy = self._refresh(job.refreshes, tile)
+            tile.leaving.append(copy)
+            job.refreshing.append(copy)
+        self._updated.append(job)
         self._leaving.append(self._computing.popleft())
 
-    def _refresh_copy(self, tile: _Tile, chunk: Chunk) -> None:
-        """Bring a resident chunk's compute copy up to date."""
-        assert chunk.compute is not None
-        begin = tile.index * self._tile_numel
-        copy = chunk.compute[begin : begin + tile.length]
+    def _refresh(self, weights: torch.Tensor, tile: _Tile) -> Ticket | Move:
+        begin = tile.index * self.tile_numel
+        copy = weights[begin : begin + tile.length]
         if self._resources.transfers.compute_tier is MemoryTier.DEVICE:
-            tile.leaving.append(self._resources.transfers.upload(copy, tile.working))
-        else:
-            copy.copy_(tile.working)
+            return self._resources.transfers.upload(copy, tile.working)
+        return self._resources.pool.submit_copy(copy, tile.working)
 
     def _retire(self) -> None:
-        start = time.perf_counter()
         tile = self._leaving[0]
         tile.wait_until_left()
-        self.stall_s += time.perf_counter() - start
         self._leaving.popleft()
         if tile.ring_buffer is not None:
             self._free.append(tile.ring_buffer)
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
         """Wait for everything under way, whatever becomes of it, so that the buffers are free again."""
         for tile in (*self._reading, *self._computing, *self._leaving):
             for ticket in (*tile.reads, tile.adam, *tile.leaving):
@@ -321,30 +327,34 @@ class UpdatePipeline:
         for queue in (self._reading, self._computing, self._leaving):
             queue.clear()
 
-    def _update_on_device(self, job: UpdateJob) -> None:
-        for index, tier in enumerate(job.state.tiers):
-            assert tier is MemoryTier.DEVICE
-            begin = index * self._tile_numel
-            length = min(self._tile_numel, job.chunk.spec.numel - begin)
-            segments = clip_segments(job.segments, begin, begin + length)
-            if not segments:
-                continue
-            tile = _Tile(
-                job=job,
-                index=index,
-                length=length,
-                segments=segments,
-                weights=job.chunk.home.tile(index),
-                record=job.state.tile(index),
-                grad=job.grad.tile(index)[: length * job.grad_dtype.itemsize].view(job.grad_dtype),
-                ring_buffer=None,
-            )
-            self._device_kernels.adam_update(DeviceTile(**_tile_fields(tile)))
+
+def update_on_device(job: UpdateJob, tile_numel: int, kernels: DeviceKernels) -> None:
+    """Submit the update of a chunk whose state lives on the device; it runs in stream order.
+
+    Args:
+        job: the update; all its tiles live on the device.
+        tile_numel: elements in a tile.
+        kernels: the device's.
+    """
+    for index in job.tiles:
+        begin = index * tile_numel
+        length = min(tile_numel, job.spec.numel - begin)
+        tile = _Tile(
+            job=job,
+            index=index,
+            length=length,
+            segments=clip_segments(job.segments, begin, begin + length),
+            weights=job.working.tile(index),
+            record=job.state.tile(index),
+            grad=job.grad.tile(index)[: length * job.grad_dtype.itemsize].view(job.grad_dtype),
+            ring_buffer=None,
+        )
+        kernels.adam_update(DeviceTile(**_tile_fields(tile)))
 
 
 def _tile_fields(tile: _Tile) -> dict[str, Any]:
     """Return the arguments that AdamTile and DeviceTile have in common."""
-    master, momentum, variance = record_views(tile.record, tile.length, tile.job.chunk.spec.dtype)
+    master, momentum, variance = record_views(tile.record, tile.length, tile.job.spec.dtype)
     return {
         "working": tile.working,
         "master": master,

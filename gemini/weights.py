@@ -86,8 +86,9 @@ def load_master(runtime: Runtime, slot: ParamSlot, value: torch.Tensor) -> None:
                     source = flat[part.in_param].to(torch.float32).contiguous()
                     with _tile(runtime, state, part.tile, write=True) as record:
                         _store(record, part, slot.spec.dtype, working, source)
-        if chunk.compute is not None and chunk.slot is not None:
-            chunk.compute[slot.begin : slot.end].copy_(read_working(runtime, slot).reshape(-1))
+        if chunk.slot is not None:
+            copy = chunk.slot.buffer[: chunk.spec.working_nbytes].view(chunk.spec.dtype)
+            copy[slot.begin : slot.end].copy_(read_working(runtime, slot).reshape(-1))
     finally:
         runtime.core.end_update(slot.chunk_id)
 

@@ -557,7 +557,7 @@ def test_a_backward_after_close_is_an_error(tmp_path: Path) -> None:
 def break_reads(engine: GeminiDDP) -> contextlib.AbstractContextManager[None]:
     store = engine.runtime.resources.store
     assert store is not None
-    engine.runtime.finish_writes()
+    engine.runtime.finish_updates()
     return truncated_file(store.path)
 
 
@@ -594,7 +594,7 @@ def test_writes_that_fail_are_noticed_and_close_still_works(tmp_path: Path, devi
     engine = GeminiDDP(make_model(), config)
     optimizer = HybridAdam(engine.parameters())
     train_step(engine, optimizer)
-    engine.runtime.finish_writes()
+    engine.runtime.finish_updates()
     break_writes(engine.runtime.resources)
     with pytest.raises(OffloadIOError, match=r"cannot write .*: No space left on device"):
         train_steps(engine, optimizer, 2)  # the first step may end before its writes do

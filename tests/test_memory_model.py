@@ -213,7 +213,7 @@ def step(engine, optimizer):
     optimizer.zero_grad()
 
 torch.set_num_threads(1)
-config = dict(device="cpu", dtype=torch.float32, host_budget="2GiB", num_threads=2,
+config = dict(device="cpu", dtype=torch.float32, host_budget="2GiB", num_threads=2, overlap="next-forward",
               nvme=NVMeConfig(path=sys.argv[1], budget="2GiB"))
 tiny = GeminiDDP(nn.Sequential(nn.Linear(64, 64)), GeminiConfig(**config))  # first use of everything
 step_in = torch.ones(1, 64)

@@ -20,12 +20,14 @@ from gemini.errors import OffloadIOError
 from gemini.kernels.adam_tile import AdamHyper, AdamSegment, AdamTile, state_format_of
 from gemini.kernels.cpu import adam_update
 from gemini.kernels.device import select_device_kernels
+from gemini.kernels.pool import Ticket
 from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources
 from gemini.offload.slots import FixedSlots
 from gemini.offload.transfer import CpuTransfers
 from gemini.tiers import MemoryTier, round_up
-from gemini.update import UpdateJob, UpdatePipeline, clip_segments, record_views
+from gemini.update import TilePipeline, UpdateJob, clip_segments, record_views, tiles_of, update_on_device
+from gemini.update_worker import UpdateWorker
 
 DEVICE, HOST, NVME = MemoryTier.DEVICE, MemoryTier.HOST, MemoryTier.NVME
 TILE_NUMEL = 4096
@@ -142,12 +144,14 @@ class Placed:
 
     def job(self, segments: tuple[AdamSegment, ...], grad_scale: float = 0.5) -> UpdateJob:
         return UpdateJob(
-            chunk=self.chunk,
+            spec=self.chunk.spec,
+            working=self.homes["working"],
             state=self.homes["state"],
             grad=self.homes["grad"],
             grad_dtype=torch.float32,
             segments=segments,
             grad_scale=grad_scale,
+            tiles=tiles_of(segments, TILE_NUMEL),
         )
 
     def whole(self) -> Whole:
@@ -168,20 +172,26 @@ def all_in(tier: MemoryTier) -> dict[str, Sequence[MemoryTier]]:
     return dict.fromkeys(("working", "state", "grad"), (tier,) * NUM_TILES)
 
 
-def make_pipeline(resources: Resources, ring_depth: int = 3) -> tuple[ChunkCore, UpdatePipeline]:
+def make_worker(resources: Resources, ring_depth: int = 3) -> tuple[ChunkCore, UpdateWorker]:
     core = ChunkCore(
         resources,
         slots=FixedSlots(resources.transfers, num_slots=1, slot_nbytes=1 << 20, purpose="slots"),
         staging=FixedSlots(CpuTransfers(resources.arena), num_slots=1, slot_nbytes=1 << 20, purpose="fetch slots"),
     )
-    pipeline = UpdatePipeline(
+    pipeline = TilePipeline(
         resources,
         tile_numel=TILE_NUMEL,
         ring_depth=ring_depth,
         ring_nbytes=5 * 4 * TILE_NUMEL,  # master, two moments, weights and gradient
-        device_kernels=select_device_kernels(resources.transfers.device),
     )
-    return core, pipeline
+    return core, UpdateWorker(pipeline)
+
+
+def run(worker: UpdateWorker, jobs: Sequence[UpdateJob]) -> None:
+    for urgency, job in enumerate(jobs):
+        worker.submit(job, urgency=urgency)
+    for job in jobs:
+        worker.wait(job)
 
 
 @pytest.fixture(params=["cpu", "simulated"])
@@ -211,14 +221,14 @@ def test_any_mixture_of_tiers_and_any_ring_give_the_bits_of_one_call(
     ring_depth: int,
     segments: tuple[AdamSegment, ...],
 ) -> None:
-    core, pipeline = make_pipeline(resources, ring_depth)
+    core, worker = make_worker(resources, ring_depth)
     whole = Whole(dtype)
     placed = Placed(resources, core, whole, {"working": working, "state": state, "grad": (grad,) * NUM_TILES})
     for _ in range(2):
-        pipeline.run([placed.job(segments)])
+        run(worker, [placed.job(segments)])
         whole = whole.updated(segments, 0.5)
         assert same_bits(placed.whole(), whole)
-    pipeline.close()
+    worker.close()
     core.close()
     for kind in ("state", "grad"):
         placed.homes[kind].close()
@@ -227,18 +237,18 @@ def test_any_mixture_of_tiers_and_any_ring_give_the_bits_of_one_call(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_device_s_kernel_gives_the_same_bits(dtype: torch.dtype) -> None:
     with small_resources(device="simulated") as resources:
-        core, pipeline = make_pipeline(resources)
+        core, _ = make_worker(resources)
         placed = Placed(resources, core, Whole(dtype), all_in(DEVICE))
-        pipeline.run([placed.job(PARTS)])
+        update_on_device(placed.job(PARTS), TILE_NUMEL, select_device_kernels(resources.transfers.device))
         assert same_bits(placed.whole(), Whole(dtype).updated(PARTS, 0.5))
 
 
 @pytest.mark.parametrize("tier", [HOST, NVME])
 def test_what_no_segment_covers_keeps_every_bit(resources: Resources, tier: MemoryTier) -> None:
-    core, pipeline = make_pipeline(resources)
+    core, worker = make_worker(resources)
     before = Whole(torch.bfloat16)
     placed = Placed(resources, core, before, all_in(tier))
-    pipeline.run([placed.job(PARTS)])
+    run(worker, [placed.job(PARTS)])
     covered = torch.zeros(NUMEL, dtype=torch.bool)
     for segment in PARTS:
         covered[segment.begin : segment.end] = True
@@ -249,37 +259,32 @@ def test_what_no_segment_covers_keeps_every_bit(resources: Resources, tier: Memo
 
 @pytest.mark.parametrize("ring_depth", [2, 3, 4, 5])
 def test_many_chunks_share_a_ring(resources: Resources, ring_depth: int) -> None:
-    core, pipeline = make_pipeline(resources, ring_depth)
+    core, worker = make_worker(resources, ring_depth)
     wholes = [Whole(torch.float32, seed) for seed in range(4)]
     placed = [
         Placed(resources, core, whole, all_in(tier)) for whole, tier in zip(wholes, (NVME, HOST) * 2, strict=True)
     ]
     for _ in range(3):
-        pipeline.run([p.job(EVERYTHING) for p in placed])
+        run(worker, [p.job(EVERYTHING) for p in placed])
         wholes = [whole.updated(EVERYTHING, 0.5) for whole in wholes]
-    pipeline.drain()
-    assert len(pipeline._free) == ring_depth
     assert all(same_bits(p.whole(), whole) for p, whole in zip(placed, wholes, strict=True))
 
 
 @pytest.mark.parametrize("tier", [HOST, NVME])
 def test_a_resident_copy_is_brought_up_to_date(resources: Resources, tier: MemoryTier) -> None:
-    core, pipeline = make_pipeline(resources)
+    core, worker = make_worker(resources)
     placed = Placed(resources, core, Whole(torch.float32), all_in(tier))
     placed.chunk.is_resident = True
     core.settle(0)
     core.begin_update(0)
-    pipeline.run([placed.job(PARTS)])
+    job = placed.job(PARTS)
+    if placed.chunk.slot is not None:  # else the home itself is compute memory
+        job.refreshes = placed.chunk.slot.buffer[: NUMEL * 4].view(torch.float32)
+    run(worker, [job])
+    for refresh in job.refreshing:
+        refresh.wait() if isinstance(refresh, Ticket) else refresh.wait_on_compute()
     core.end_update(0)
     assert torch.equal(placed.chunk.params[0], Whole(torch.float32).updated(PARTS, 0.5).working)
-
-
-def test_no_jobs_and_no_segments_do_nothing(resources: Resources) -> None:
-    core, pipeline = make_pipeline(resources)
-    placed = Placed(resources, core, Whole(torch.float32), all_in(NVME))
-    pipeline.run([])
-    pipeline.run([placed.job(())])
-    assert same_bits(placed.whole(), Whole(torch.float32))
 
 
 def fail_reads(resources: Resources, run: Callable[[], None]) -> None:
@@ -299,17 +304,18 @@ def fail_writes(resources: Resources, run: Callable[[], None]) -> None:
 def test_an_error_in_the_middle_returns_every_buffer(
     resources: Resources, fail: Callable[[Resources, Callable[[], None]], None], ring_depth: int
 ) -> None:
-    core, pipeline = make_pipeline(resources, ring_depth)
+    core, worker = make_worker(resources, ring_depth)
     # Only the state is on disk, so that with broken descriptors reads of /dev/full give zeros and writes fail.
     tiers = {**all_in(HOST), "state": (NVME,) * NUM_TILES}
     placed = [Placed(resources, core, Whole(torch.float32, seed), tiers) for seed in (0, 1)]
 
-    def run() -> None:
-        pipeline.run([p.job(EVERYTHING) for p in placed])
-        pipeline.drain()
+    def update() -> None:
+        run(worker, [p.job(EVERYTHING) for p in placed])
+        for p in placed:
+            p.homes["state"].finish_writes()
 
-    fail(resources, run)
-    pipeline.close()
+    fail(resources, update)
+    worker.close()
     assert "update ring" not in resources.ledger.by_purpose(HOST)
     core.close()
     for p in placed:

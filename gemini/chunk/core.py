@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from gemini.chunk.chunk import Chunk, Slot, count_holders, placeholder
-from gemini.chunk.fetch import Fetch
+from gemini.chunk.fetch import Fetch, MoveStats
 from gemini.chunk.layout import ChunkSpec
-from gemini.chunk.state import ChunkState
+from gemini.chunk.staging import Staging
+from gemini.chunk.state import ChunkState, PendingUpdates, check_transition
 from gemini.errors import GeminiError, ModelError, OutOfTierMemoryError
 from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources
@@ -23,23 +23,7 @@ from gemini.offload.slots import SlotSource
 from gemini.placement.eviction import farthest_next_use
 from gemini.tiers import MemoryTier, format_nbytes
 
-__all__ = ["ChunkCore", "MoveStats"]
-
-
-@dataclass(slots=True)
-class MoveStats:
-    """What the moves of working weights have cost since the counters were reset."""
-
-    num_fetches: int = 0
-    """Fetches of a chunk into compute memory."""
-    num_misses: int = 0
-    """Fetches that started only when the weights were needed."""
-    fetched_nbytes: int = 0
-    """Bytes fetched into compute memory."""
-    read_nbytes: int = 0
-    """Part of `fetched_nbytes` that came from disk."""
-    stall_s: float = 0.0
-    """Seconds that compute waited for fetches, as seen by the launching thread."""
+__all__ = ["ChunkCore"]
 
 
 class ChunkCore:
@@ -65,13 +49,14 @@ class ChunkCore:
         self.stats = MoveStats()
         self.next_use: Callable[[int], int] = lambda chunk_id: 0
         """Moments until a chunk is used again; the runtime puts its trace here."""
+        self.updates: PendingUpdates | None = None
+        """Ends the updates of chunks that are needed; None where every update ends before anything else begins."""
         self._source = slots
         self._residents: dict[int, Chunk] = {}  # by address of the storage that holds them
         self._slots: dict[int, Slot] = {}  # those in use, by address of their storage
         self._num_protected = num_protected
         self._recent: list[int] = []
-        self._staging = staging
-        self._draining: list[Fetch] = []
+        self._staging = Staging(staging)
         self._placeholders: dict[torch.dtype, torch.Tensor] = {}
 
     # ---------------------------------------------------------------- registering
@@ -102,9 +87,7 @@ class ChunkCore:
         assert chunk.state is ChunkState.AT_HOME
         compute_tier = self.resources.transfers.compute_tier
         if set(chunk.home.tiers) <= {compute_tier}:
-            in_place = chunk.home.device_buffer if compute_tier is MemoryTier.DEVICE else chunk.home.host_buffer
-            if in_place is None:
-                in_place = torch.empty(0, dtype=torch.uint8, device=self.resources.transfers.device)
+            in_place = self._in_place_buffer(chunk)
             chunk.bind(in_place)
             chunk.transition(ChunkState.READY)
             self._residents[in_place.data_ptr()] = chunk
@@ -207,6 +190,8 @@ class ChunkCore:
             OffloadIOError: the weights cannot be read.
         """
         chunk = self.chunks[chunk_id]
+        if chunk.state is ChunkState.UPDATING:
+            self._settle_update(chunk)
         if chunk.is_resident:
             return chunk
         if chunk.compute is None:
@@ -226,9 +211,13 @@ class ChunkCore:
     def can_prefetch(self, chunk_id: int) -> bool:
         """Return whether a fetch of this chunk could start now without waiting, given a slot."""
         chunk = self.chunks[chunk_id]
+        if chunk.state is ChunkState.UPDATING:
+            if self.updates is None or not self.updates.is_settled(chunk_id):
+                return False
+            self.updates.settle(chunk_id)
         if chunk.home.is_being_written():
             return False
-        return not self._needs_staging(chunk) or self._reclaim_staging()
+        return not self._needs_staging(chunk) or self._staging.is_free()
 
     def prefetch(self, chunk_id: int) -> None:
         """Start fetching a chunk that will be needed soon; one that is there or on its way is left alone.
@@ -240,6 +229,8 @@ class ChunkCore:
             OutOfTierMemoryError: no slot is free and none can be freed.
         """
         chunk = self.chunks[chunk_id]
+        if chunk.state is ChunkState.UPDATING:
+            self._settle_update(chunk)
         if chunk.is_resident or chunk.compute is not None or chunk.fetch is not None:
             return
         self._take_slot(chunk)
@@ -288,11 +279,7 @@ class ChunkCore:
             chunk.fetch = None
         chunk.transition(ChunkState.AT_HOME)
         if self._leave_slot(chunk):
-            raise ModelError(
-                f"{chunk.name} has to leave its slot while a view of its weights is still held, which would show other "
-                "weights from now on; clone what outlives a module's forward, call modules rather than their forward, "
-                "or raise prefetch_depth, which gives more slots"
-            )
+            raise _viewed_error(chunk)
 
     def evict_idle(self) -> None:
         """Free every slot that is not leased."""
@@ -311,29 +298,57 @@ class ChunkCore:
         """Return whether a storage is a slot, that is, memory that is refilled."""
         return storage_address in self._slots
 
-    def begin_update(self, chunk_id: int) -> Chunk:
-        """Reserve a chunk for the optimizer; a copy in a slot is given up, a resident one stays.
+    def check_updatable(self, chunk_id: int) -> None:
+        """Check that `begin_update` will succeed.
 
         Args:
             chunk_id: the chunk.
+
+        Raises:
+            IllegalTransitionError: the chunk is leased.
+            ModelError: someone looks at its slot, which will show other weights.
+        """
+        chunk = self.chunks[chunk_id]
+        if chunk.state is ChunkState.UPDATING:
+            self._settle_update(chunk)
+        if chunk.is_leased:
+            check_transition(chunk.name, chunk.state, ChunkState.UPDATING)
+        if chunk.slot is not None and not chunk.is_resident and self._is_viewed(chunk.slot):
+            raise _viewed_error(chunk)
+
+    def begin_update(self, chunk_id: int, *, keeps_slot: bool = False) -> Chunk:
+        """Reserve a chunk for the optimizer; its parameters show a placeholder until `end_update`.
+
+        Args:
+            chunk_id: the chunk.
+            keeps_slot: whether a copy in a slot stays, because the update will refresh it; a resident one always does.
 
         Returns:
             The chunk, updating.
 
         Raises:
             IllegalTransitionError: the chunk is leased.
+            ModelError: someone looks at its slot, which will show other weights.
         """
         chunk = self.chunks[chunk_id]
-        if not chunk.is_resident:
+        if chunk.state is ChunkState.UPDATING:
+            self._settle_update(chunk)
+        if not chunk.is_resident and not (keeps_slot and chunk.compute is not None):
             self.evict(chunk_id)
         chunk.transition(ChunkState.UPDATING)
         chunk.num_updates += 1
+        if chunk.compute is not None:
+            chunk.unbind(self._placeholder(chunk.spec.dtype))
         return chunk
 
     def end_update(self, chunk_id: int) -> None:
-        """Give a chunk back after `begin_update`."""
+        """Give a chunk back after `begin_update`; its parameters show the new weights if compute memory has them."""
         chunk = self.chunks[chunk_id]
-        chunk.transition(ChunkState.READY if chunk.is_resident else ChunkState.AT_HOME)
+        if chunk.slot is not None:
+            chunk.bind(chunk.slot.buffer)
+        elif chunk.is_resident:
+            chunk.bind(self._in_place_buffer(chunk))
+        chunk.transition(ChunkState.AT_HOME if chunk.compute is None else ChunkState.READY)
 
     def drop_leases(self) -> None:
         """Give all leases back, after an exception has unwound whoever held them."""
@@ -358,13 +373,22 @@ class ChunkCore:
             chunk.slot = None
             chunk.home.close()
         self._source.close()
-        for fetch in self._draining:
-            assert fetch.staging is not None
-            self._staging.give_back(fetch.staging)
-        self._draining = []
         self._staging.close()
 
     # ---------------------------------------------------------------- inside
+
+    def _settle_update(self, chunk: Chunk) -> None:
+        if self.updates is None:
+            check_transition(chunk.name, chunk.state, ChunkState.UPDATING)
+        assert self.updates is not None
+        self.updates.settle(chunk.spec.chunk_id)
+
+    def _in_place_buffer(self, chunk: Chunk) -> torch.Tensor:
+        """Return the home of a chunk that is used there, in compute memory."""
+        buffer = chunk.home.host_buffer if chunk.home.device_buffer is None else chunk.home.device_buffer
+        if buffer is None:  # no elements
+            buffer = torch.empty(0, dtype=torch.uint8, device=self.resources.transfers.device)
+        return buffer
 
     def _placeholder(self, dtype: torch.dtype) -> torch.Tensor:
         if dtype not in self._placeholders:
@@ -377,7 +401,11 @@ class ChunkCore:
         while (buffer := self._source.acquire(nbytes)) is None:
             candidates = self.evictable() or self._fetching() or self._unleased()
             if not candidates:
-                raise self._no_slot_error(chunk)
+                updating = [s.chunk for s in self._slots.values() if s.chunk.state is ChunkState.UPDATING]
+                if not updating:
+                    raise self._no_slot_error(chunk)
+                self._settle_update(updating[-1])
+                continue
             self.evict(farthest_next_use(candidates, {i: self.next_use(i) for i in candidates}))
         chunk.slot = Slot(buffer, chunk, count_holders(buffer))
         self._slots[chunk.slot.address] = chunk.slot
@@ -418,33 +446,13 @@ class ChunkCore:
     def _needs_staging(self, chunk: Chunk) -> bool:
         return chunk.home.is_on_disk and self.resources.transfers.compute_tier is MemoryTier.DEVICE
 
-    def _reclaim_staging(self) -> bool:
-        """Give staging buffers back that every copy has left; return whether one is free."""
-        for fetch in [fetch for fetch in self._draining if fetch.may_reuse_staging()]:
-            self._draining.remove(fetch)
-            assert fetch.staging is not None
-            self._staging.give_back(fetch.staging)
-        return self._staging.num_free() > 0
-
-    def _claim_staging(self, chunk: Chunk) -> torch.Tensor:
-        nbytes = sum(chunk.home.tile_nbytes)
-        self._reclaim_staging()
-        while (buffer := self._staging.acquire(nbytes)) is None:
-            if not self._draining:
-                raise OutOfTierMemoryError(
-                    f"cannot fetch {chunk.name}: {format_nbytes(nbytes)} of host memory are needed between disk and "
-                    "device; raise host_budget"
-                )
-            self._draining[0].wait_for_staging()
-            self._reclaim_staging()
-        return buffer
-
     def _start_fetch(self, chunk: Chunk) -> None:
         assert chunk.slot is not None
         chunk.transition(ChunkState.FETCHING)
         staging = None
         try:
-            staging = self._claim_staging(chunk) if self._needs_staging(chunk) else None
+            if self._needs_staging(chunk):
+                staging = self._staging.claim(sum(chunk.home.tile_nbytes), chunk.name)
             chunk.fetch = Fetch(
                 chunk.home,
                 chunk.slot.buffer,
@@ -458,7 +466,7 @@ class ChunkCore:
                 self._staging.give_back(staging)
             raise
         if staging is not None:
-            self._draining.append(chunk.fetch)
+            self._staging.watch(chunk.fetch)
         self.stats.num_fetches += 1
         self.stats.fetched_nbytes += sum(chunk.fetch.nbytes_from.values())
         self.stats.read_nbytes += chunk.fetch.nbytes_from[MemoryTier.NVME]
@@ -482,3 +490,11 @@ class ChunkCore:
         chunk.transition(ChunkState.AT_HOME)
         if not chunk.is_resident:
             self._leave_slot(chunk)
+
+
+def _viewed_error(chunk: Chunk) -> ModelError:
+    return ModelError(
+        f"{chunk.name} has to leave its slot while a view of its weights is still held, which would show other "
+        "weights from now on; clone what outlives a module's forward, call modules rather than their forward, "
+        "or raise prefetch_depth, which gives more slots"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 
@@ -13,7 +14,23 @@ from gemini.offload.io import IoTicket
 from gemini.offload.transfer import Move, Transfers
 from gemini.tiers import MemoryTier
 
-__all__ = ["Fetch"]
+__all__ = ["Fetch", "MoveStats"]
+
+
+@dataclass(slots=True)
+class MoveStats:
+    """What the moves of working weights have cost since the counters were reset."""
+
+    num_fetches: int = 0
+    """Fetches of a chunk into compute memory."""
+    num_misses: int = 0
+    """Fetches that started only when the weights were needed."""
+    fetched_nbytes: int = 0
+    """Bytes fetched into compute memory."""
+    read_nbytes: int = 0
+    """Part of `fetched_nbytes` that came from disk."""
+    stall_s: float = 0.0
+    """Seconds that compute waited for fetches, as seen by the launching thread."""
 
 
 class Fetch:

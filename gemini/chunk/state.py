@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import enum
+from typing import Protocol
 
 from gemini.errors import IllegalTransitionError
 
-__all__ = ["ChunkState", "check_transition"]
+__all__ = ["ChunkState", "PendingUpdates", "check_transition"]
 
 
 class ChunkState(enum.Enum):
@@ -24,6 +25,16 @@ class ChunkState(enum.Enum):
     """The optimizer is writing home and, where it stays, the compute copy; nobody may read either."""
     CLOSED = "closed"
     """Gone."""
+
+
+class PendingUpdates(Protocol):
+    """Who updates chunks while others may want them."""
+
+    def is_settled(self, chunk_id: int) -> bool:
+        """Return whether `settle` would return at once."""
+
+    def settle(self, chunk_id: int) -> None:
+        """Wait until a chunk's update is complete, and call `end_update`."""
 
 
 _ALLOWED = {

@@ -1,14 +1,17 @@
 """Where a chunk's bytes live between uses: a row of tiles, each in host memory, on disk or on the device.
 
+A tile on disk may have a spare place beside its own: what is written *ahead* goes there, unseen by readers, until
+`flip` makes it the tile's place and the old one the spare.
+
 Knows bytes and tiers; knows nothing of what the bytes mean.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 
@@ -33,6 +36,13 @@ class TileRun:
     nbytes: int
     home_offset: int
     """First byte of the run in the tier's own buffer or extent."""
+    is_spare: bool = False
+    """Whether the run lies in the extent of the spare places."""
+
+    @property
+    def place(self) -> tuple[MemoryTier, bool]:
+        """Which buffer or extent the run lies in."""
+        return self.tier, self.is_spare
 
 
 class TiledHome:
@@ -44,6 +54,7 @@ class TiledHome:
         arena: source of host memory.
         store: the disk tier; may be None if no tile lives there.
         device_buffer: uint8 [sum of tile_nbytes] in device memory, if the tiles live there.
+        spare_tiles: tiles on disk that get a spare place.
         purpose: the ledger's word for these bytes.
     """
 
@@ -55,58 +66,71 @@ class TiledHome:
         arena: HostArena,
         store: DiskStore | None,
         device_buffer: torch.Tensor | None = None,
+        spare_tiles: Iterable[int] = (),
         purpose: str,
     ) -> None:
         self.tiers = tuple(tiers)
         self.tile_nbytes = tuple(tile_nbytes)
         self._arena = arena
         self._store = store
-        self._offsets = self._offsets_by_tier()
-        host_nbytes = self.nbytes(MemoryTier.HOST)
-        disk_nbytes = self.nbytes(MemoryTier.NVME)
         self.host_buffer: torch.Tensor | None = None
         self.device_buffer = device_buffer
-        self._extent: Extent | None = None
         self.writes: list[IoTicket] = []
-        if disk_nbytes:
-            assert store is not None, "tiles on disk need a disk store"
-            self._extent = store.allocate(disk_nbytes)
-        if host_nbytes:
-            try:
+        self._writes_ahead: list[IoTicket] = []
+        self._extents: dict[bool, Extent] = {}  # by whether it is that of the spare places
+        self._places = self._places_by_tier()
+        self._spares: dict[int, TileRun] = {}  # the place of each such tile that is not its own at present
+        spare_nbytes = 0
+        for tile in sorted(spare_tiles):
+            assert self.tiers[tile] is MemoryTier.NVME
+            own = self._places[tile]
+            self._spares[tile] = dataclasses.replace(own, home_offset=spare_nbytes, is_spare=True)
+            spare_nbytes += own.nbytes
+        host_nbytes = self.nbytes(MemoryTier.HOST)
+        try:
+            for is_spare, nbytes in ((False, self.nbytes(MemoryTier.NVME)), (True, spare_nbytes)):
+                if nbytes:
+                    assert store is not None, "tiles on disk need a disk store"
+                    self._extents[is_spare] = store.allocate(nbytes)
+            if host_nbytes:
                 self.host_buffer = arena.allocate(host_nbytes, purpose)
-            except OutOfTierMemoryError:
-                self.close()
-                raise
+        except OutOfTierMemoryError:
+            self.close()
+            raise
 
-    def _offsets_by_tier(self) -> list[int]:
+    def _places_by_tier(self) -> list[TileRun]:
+        """Return each tile's own place as a run of one tile."""
         filled = dict.fromkeys(MemoryTier, 0)
-        offsets = []
-        for tier, nbytes in zip(self.tiers, self.tile_nbytes, strict=True):
-            offsets.append(filled[tier])
+        places = []
+        begin = 0
+        for tile, (tier, nbytes) in enumerate(zip(self.tiers, self.tile_nbytes, strict=True)):
+            places.append(TileRun(tier=tier, first_tile=tile, begin=begin, nbytes=nbytes, home_offset=filled[tier]))
             filled[tier] += nbytes
-        return offsets
+            begin += nbytes
+        return places
 
     def nbytes(self, tier: MemoryTier) -> int:
-        """Return the bytes of the tiles in one tier."""
+        """Return the bytes of the tiles in one tier, spare places not counted."""
         return sum(n for t, n in zip(self.tiers, self.tile_nbytes, strict=True) if t is tier)
 
     @property
     def is_on_disk(self) -> bool:
         """Whether any tile lives on disk."""
-        return self._extent is not None
+        return bool(self._extents)
+
+    def has_spare(self, tile: int) -> bool:
+        """Return whether a tile can be written ahead."""
+        return tile in self._spares
 
     def runs(self) -> list[TileRun]:
-        """Return the tiles as maximal runs of one tier, in order."""
-        runs = []
-        begin = tile = 0
-        for tier, group in groupby(self.tiers):
-            count = len(list(group))
-            nbytes = sum(self.tile_nbytes[tile : tile + count])
-            runs.append(
-                TileRun(tier=tier, first_tile=tile, begin=begin, nbytes=nbytes, home_offset=self._offsets[tile])
-            )
-            tile += count
-            begin += nbytes
+        """Return the tiles as maximal runs that are contiguous in one tier, in order."""
+        runs: list[TileRun] = []
+        for place in self._places:
+            last = runs[-1] if runs else None
+            if last is not None and last.place == place.place and last.home_offset + last.nbytes == place.home_offset:
+                runs[-1] = dataclasses.replace(last, nbytes=last.nbytes + place.nbytes)
+            else:
+                runs.append(place)
         return runs
 
     def tile(self, tile: int) -> torch.Tensor:
@@ -114,7 +138,8 @@ class TiledHome:
         buffer = self.device_buffer if self.tiers[tile] is MemoryTier.DEVICE else self.host_buffer
         assert buffer is not None
         assert self.tiers[tile] is not MemoryTier.NVME
-        return buffer[self._offsets[tile] : self._offsets[tile] + self.tile_nbytes[tile]]
+        offset = self._places[tile].home_offset
+        return buffer[offset : offset + self.tile_nbytes[tile]]
 
     def read_tile(self, tile: int, into: torch.Tensor) -> IoTicket:
         """Start reading a tile from disk.
@@ -126,64 +151,80 @@ class TiledHome:
         Returns:
             Ticket of the read.
         """
-        return self._read(self._offsets[tile], into)
+        return self.read_run(self._places[tile], into)
 
     def read_run(self, run: TileRun, into: torch.Tensor) -> IoTicket:
         """Start reading a run from disk into uint8 [run.nbytes]."""
-        return self._read(run.home_offset, into)
-
-    def _read(self, offset: int, into: torch.Tensor) -> IoTicket:
         assert self._store is not None
-        assert self._extent is not None
         self.finish_writes()
-        return self._store.read(self._extent, into, offset=offset)
+        return self._store.read(self._extents[run.is_spare], into, offset=run.home_offset)
 
-    def write_tile(self, tile: int, source: torch.Tensor) -> IoTicket:
+    def write_tile(self, tile: int, source: torch.Tensor, *, ahead: bool = False) -> IoTicket:
         """Start writing a tile to disk; later reads of this home wait for it.
 
         Args:
             tile: its index; it lives on disk.
             source: uint8 [its bytes], page aligned; untouched until the ticket completes.
+            ahead: write to the tile's spare place, which nobody reads before `flip`.
 
         Returns:
             Ticket of the write.
         """
-        return self._write(self._offsets[tile], source)
+        if not ahead:
+            return self.write_run(self._places[tile], source)
+        ticket = self._write(self._spares[tile], source)
+        self._writes_ahead.append(ticket)
+        return ticket
 
     def write_run(self, run: TileRun, source: torch.Tensor) -> IoTicket:
         """Start writing a run to disk from uint8 [run.nbytes]; as `write_tile`."""
-        return self._write(run.home_offset, source)
-
-    def _write(self, offset: int, source: torch.Tensor) -> IoTicket:
-        assert self._store is not None
-        assert self._extent is not None
-        ticket = self._store.write(self._extent, source, offset=offset)
+        ticket = self._write(run, source)
         self.writes.append(ticket)
         return ticket
+
+    def _write(self, run: TileRun, source: torch.Tensor) -> IoTicket:
+        assert self._store is not None
+        return self._store.write(self._extents[run.is_spare], source, offset=run.home_offset)
+
+    def flip(self, tiles: Iterable[int]) -> None:
+        """Let tiles live where they were last written ahead; where they lived becomes their spare place."""
+        for tile in tiles:
+            self._places[tile], self._spares[tile] = self._spares[tile], self._places[tile]
+        self.writes = [*self.writes, *self._writes_ahead]
+        self._writes_ahead = []
+
+    def forget_ahead(self) -> None:
+        """Block until nothing is being written ahead; the spare places may then be written anew."""
+        for ticket in self._writes_ahead:
+            with suppress(OffloadIOError):
+                ticket.wait()
+        self._writes_ahead = []
 
     def is_being_written(self) -> bool:
         """Return whether a write has yet to reach the disk, so that a read would have to wait for it."""
         return any(not ticket.is_done() for ticket in self.writes)
 
     def finish_writes(self) -> None:
-        """Block until everything written has reached the disk.
+        """Block until everything written, but for what was written ahead, has reached the disk.
 
         Raises:
             OffloadIOError: a write failed.
         """
-        while self.writes:
-            self.writes[-1].wait()
-            self.writes.pop()
+        for ticket in self.writes:
+            ticket.wait()
+        self.writes = []
 
     def close(self) -> None:
         """Give the host memory and the disk space back; a write that failed no longer matters."""
         if self.host_buffer is not None:
             self._arena.free(self.host_buffer)
             self.host_buffer = None
-        if self._extent is not None and self._store is not None:
+        if self._extents and self._store is not None:
             for ticket in self.writes:
                 with suppress(OffloadIOError):
                     ticket.wait()
-            self.writes.clear()
-            self._store.free(self._extent)
-            self._extent = None
+            self.writes = []
+            self.forget_ahead()
+            for extent in self._extents.values():
+                self._store.free(extent)
+            self._extents = {}

@@ -84,6 +84,11 @@ class ChunkPlacement:
     """Whether compute memory always holds the working weights; then fetching them costs nothing. True where all of
     `working` is in compute memory; elsewhere it costs a copy there."""
 
+    def spare_tiles(self) -> tuple[int, ...]:
+        """Return the tiles that get a spare place if there are any: those whose state and weights are on disk."""
+        pairs = enumerate(zip(self.state, self.working, strict=False))
+        return tuple(tile for tile, pair in pairs if pair == (MemoryTier.NVME, MemoryTier.NVME))
+
 
 @dataclass(frozen=True)
 class PlacementPlan:
@@ -111,6 +116,9 @@ class RuntimeShape:
     """Whole-chunk buffers through which gradients travel to a home that backward cannot write to directly."""
     num_fetch_slots: int = 2
     """Host buffers through which working weights travel from disk to a device."""
+    has_spares: bool = False
+    """Whether tiles that live on disk whole have a second place there, so that an update may run before it is known
+    whether it will count."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,8 +146,8 @@ def memory_demand(chunks: Sequence[ChunkDemand], plan: PlacementPlan, shape: Run
         shape: sizes of the buffers.
 
     Returns:
-        Bytes by tier and purpose. Purposes: "working", "resident copies", "state", "gradients" (homes), "slots",
-        "update ring", "gradient slots", "fetch slots".
+        Bytes by tier and purpose. Purposes: "working", "resident copies", "state", "spares", "gradients" (homes),
+        "slots", "update ring", "gradient slots", "fetch slots".
 
     Source: docs/memory_model.md.
     """
@@ -198,6 +206,11 @@ class DemandTally:
                 if num_tiles:
                     missing = full_nbytes - last_nbytes if tiers[-1] is tier else 0
                     held[tier][purpose] += sign * (num_tiles * full_nbytes - missing)
+        if shape.has_spares:
+            spares = homes.spare_tiles()
+            full_nbytes, last_nbytes = (sum(pair) for pair in zip(working_nbytes, state_nbytes, strict=True))
+            missing = full_nbytes - last_nbytes if len(homes.state) - 1 in spares else 0
+            held[MemoryTier.NVME]["spares"] += sign * (len(spares) * full_nbytes - missing)
         if homes.grad is not None:
             held[homes.grad]["gradients"] += sign * _aligned(demand.numel * shape.grad_itemsize)
         if homes.is_resident and homes.working.count(self._compute) < len(homes.working):

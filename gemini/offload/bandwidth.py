@@ -1,0 +1,177 @@
+"""How fast a disk is when the engine drives it: sustained reads, writes and both at once, in bytes per second.
+
+Knows files and patterns of transfers. Must not know what the figures are used for.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import logging
+import os
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gemini.offload.io import (
+    IoEngine,
+    IoFile,
+    IoOpenFlag,
+    IoOperation,
+    IoTicket,
+    choose_backend,
+    empty_aligned,
+)
+
+__all__ = ["DiskBandwidth", "IoPattern", "fill_file", "measure_disk", "run_pattern", "transfers_of"]
+
+_log = logging.getLogger(__name__)
+
+BLOCK_NBYTES = 4 << 20
+QUEUE_DEPTH = 16
+NUM_BUFFERS = 2 * QUEUE_DEPTH
+"""More than the kernel takes at a time, so that it never waits for the caller."""
+
+
+class IoPattern(enum.Enum):
+    """What a disk is asked for, in order of address."""
+
+    READ = "read"
+    WRITE = "write"
+    MIXED = "mixed"
+    """A read and a write in turn, half a file apart."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskBandwidth:
+    """Sustained bandwidth of one disk."""
+
+    read_bytes_per_s: float
+    write_bytes_per_s: float
+    mixed_bytes_per_s: float
+    """Bytes read and bytes written together."""
+    is_direct: bool
+    """Whether the page cache was bypassed; if not, these are not the disk's figures."""
+
+
+def measure_disk(
+    path: str | os.PathLike[str], nbytes: int = 1 << 30, seconds: float = 2.0, *, engine: str = "auto"
+) -> DiskBandwidth:
+    """Measure the disk under a directory with a temporary file, of which nothing remains; blocks until done.
+
+    The file is written first: reading blocks that are merely reserved asks nothing of the disk.
+
+    Args:
+        path: directory on the disk.
+        nbytes: length of the file, at least 8 MiB; rounded down to whole blocks of 4 MiB.
+        seconds: how long each of the three patterns runs, at least.
+        engine: as NVMeConfig.engine.
+
+    Returns:
+        The bandwidths.
+
+    Raises:
+        ConfigError: the engine does not work on this machine.
+        OffloadIOError: the file cannot be made, or the disk is full or fails.
+        ValueError: the file is too short, or the time is not positive.
+    """
+    if nbytes < 2 * BLOCK_NBYTES or seconds <= 0:
+        raise ValueError(f"expected at least {2 * BLOCK_NBYTES} bytes and more than 0 s, got {nbytes} and {seconds}")
+    num_blocks = nbytes // BLOCK_NBYTES
+    buffers = [empty_aligned(BLOCK_NBYTES, torch.uint8).random_(0, 256) for _ in range(NUM_BUFFERS)]
+    flags = IoOpenFlag.READ | IoOpenFlag.WRITE | IoOpenFlag.CREATE | IoOpenFlag.DIRECT
+    with (
+        tempfile.TemporaryDirectory(prefix="gemini-bandwidth-", dir=path) as directory,
+        IoEngine(choose_backend(engine), queue_depth=QUEUE_DEPTH, num_threads=QUEUE_DEPTH) as io,
+    ):
+        file = io.open(Path(directory) / "file", flags)
+        fill_file(file, buffers, num_blocks)
+        read, write, mixed = (run_pattern(file, pattern, buffers, num_blocks, seconds=seconds) for pattern in IoPattern)
+        is_direct = file.is_direct
+    if not is_direct:
+        _log.warning("%s does not take O_DIRECT: its bandwidth was measured through the page cache", path)
+    return DiskBandwidth(read_bytes_per_s=read, write_bytes_per_s=write, mixed_bytes_per_s=mixed, is_direct=is_direct)
+
+
+def fill_file(file: IoFile, buffers: Sequence[torch.Tensor], num_blocks: int) -> None:
+    """Write every block of a file and wait until the device has it.
+
+    Args:
+        file: open for writing.
+        buffers: contents, one block each, used in turn.
+        num_blocks: blocks of the file.
+
+    Raises:
+        OffloadIOError: a write failed.
+    """
+    _run(file, ((IoOperation.WRITE, block) for block in range(num_blocks)), buffers, deadline=None)
+    file.sync()
+
+
+def run_pattern(
+    file: IoFile, pattern: IoPattern, buffers: Sequence[torch.Tensor], num_blocks: int, *, seconds: float
+) -> float:
+    """Read or write a file's blocks over and over.
+
+    Args:
+        file: open for what the pattern does; every block has been written before.
+        pattern: what to do.
+        buffers: uint8 [one block] each, page aligned; all of them are in flight at once.
+        num_blocks: blocks of the file, at least two.
+        seconds: how long at least; what is in flight then is waited for, and counted.
+
+    Returns:
+        Bytes per second, both directions together.
+
+    Raises:
+        OffloadIOError: a transfer failed.
+    """
+    begin = time.perf_counter()
+    nbytes = _run(file, transfers_of(pattern, num_blocks), buffers, deadline=begin + seconds)
+    return nbytes / (time.perf_counter() - begin)
+
+
+def transfers_of(pattern: IoPattern, num_blocks: int) -> Iterator[tuple[IoOperation, int]]:
+    """Yield the transfers of a pattern, without end.
+
+    Args:
+        pattern: what to do.
+        num_blocks: blocks of the file, at least two.
+
+    Yields:
+        Direction and number of the block.
+    """
+    for index in itertools.count():
+        if pattern is IoPattern.MIXED:
+            yield IoOperation.READ, index % num_blocks
+            yield IoOperation.WRITE, (index + num_blocks // 2) % num_blocks
+        else:
+            yield IoOperation(pattern.value), index % num_blocks
+
+
+def _run(
+    file: IoFile,
+    transfers: Iterable[tuple[IoOperation, int]],
+    buffers: Sequence[torch.Tensor],
+    *,
+    deadline: float | None,
+) -> int:
+    """Carry out transfers, a buffer each in turn, until they or the time end; returns the bytes moved."""
+    under_way: deque[IoTicket] = deque()
+    nbytes = 0
+    for (operation, block), buffer in zip(transfers, itertools.cycle(buffers), strict=False):
+        if len(under_way) == len(buffers):
+            under_way.popleft().wait()
+            if deadline is not None and time.perf_counter() >= deadline:
+                break
+        start = file.read if operation is IoOperation.READ else file.write
+        under_way.append(start(buffer, block * buffer.nbytes))
+        nbytes += buffer.nbytes
+    for ticket in under_way:
+        ticket.wait()
+    return nbytes
