@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_RESERVE = 0.3
 """Part of the device budget kept for activations until they have been measured."""
+DEFAULT_CHECKPOINT_RESERVE = 0.1
+"""Part of the host budget kept for activation checkpoints."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +95,7 @@ def draw_blueprint(model: torch.nn.Module, config: GeminiConfig) -> Blueprint:
     chunks_at_once = max(len(unit.chunk_ids) for unit in layout.units)
     plan_budgets = Budgets(
         device=None if device_nbytes is None else device_nbytes - _reserve_of(config, device_nbytes),
-        host=host_nbytes,
+        host=host_nbytes - (_checkpoint_reserve_of(config, host_nbytes) if has_device_tier(config) else 0),
         nvme=budgets[MemoryTier.NVME],
     )
 
@@ -145,6 +147,14 @@ def _reserve_of(config: GeminiConfig, device_nbytes: int) -> int:
     if config.activation_reserve is not None:
         return parse_nbytes(config.activation_reserve, name="activation_reserve")
     return int(device_nbytes * DEFAULT_RESERVE)
+
+
+def _checkpoint_reserve_of(config: GeminiConfig, host_nbytes: int) -> int:
+    if config.num_batch_slices == 1:
+        return 0
+    if config.checkpoint_reserve is not None:
+        return parse_nbytes(config.checkpoint_reserve, name="checkpoint_reserve")
+    return int(host_nbytes * DEFAULT_CHECKPOINT_RESERVE)
 
 
 def _demand_of(chunk: ChunkSpec, layout: ChunkLayout) -> ChunkDemand:

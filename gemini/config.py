@@ -75,6 +75,11 @@ class GeminiConfig:
     gradient_accumulation: bool = True
     """Whether several backward passes may come before one optimizer step. Gradients then wait as float32 (4 bytes a
     parameter); False keeps them in the working dtype (2 bytes) and makes a second backward an error."""
+    num_batch_slices: int = 1
+    """Slices in which a batch passes through each repeated block, forward and backward, so that a large batch takes the
+    activations of a small one while weights, gradients and state still move once a step. More than one runs every block
+    a second time in backward, as activation checkpointing does; each block must treat the rows of its batch, dimension
+    0 of its first argument, independently."""
     overlap: Literal["auto", "off", "next-forward", "speculative"] = "auto"
     """When updates run; the bits are the same. "off": inside `optimizer.step()`. "next-forward": while the next forward
     computes, which waits for each unit's own update. "speculative": also during backward, as if nothing will be clipped
@@ -85,6 +90,9 @@ class GeminiConfig:
     activation_reserve: str | int | None = None
     """Device bytes kept free for activations and temporaries until the first step has measured them. None: 30 % of
     the device budget. Without meaning on the CPU."""
+    checkpoint_reserve: str | int | None = None
+    """Host bytes kept free for activation checkpoints of sliced blocks: what every block is given waits there for
+    backward. None: a tenth of the host budget. Without meaning on the CPU, or without slices."""
     min_unit_nbytes: int = 1 << 20
     """Modules with fewer bytes of working weights that are in no repeated block join the root unit, which always stays
     in compute memory: a fetch of its own would not pay for them."""
@@ -105,7 +113,7 @@ class GeminiConfig:
         if self.dtype not in WORKING_DTYPES:
             names = ", ".join(str(dtype) for dtype in WORKING_DTYPES)
             raise ConfigError(f"GeminiConfig.dtype: expected one of {names}, got {self.dtype!r}")
-        for name in ("device_budget", "host_budget", "activation_reserve"):
+        for name in ("device_budget", "host_budget", "activation_reserve", "checkpoint_reserve"):
             value = getattr(self, name)
             if value is not None:
                 parse_nbytes(value, name=f"GeminiConfig.{name}")
@@ -119,6 +127,7 @@ class GeminiConfig:
             raise ConfigError(f"GeminiConfig.overlap: expected one of {', '.join(OVERLAPS)}, got {self.overlap!r}")
         _check_bool("GeminiConfig.gradient_accumulation", self.gradient_accumulation)
         _check_int("GeminiConfig.seed", self.seed, 0, 2**32 - 1)
+        _check_int("GeminiConfig.num_batch_slices", self.num_batch_slices, 1, 1 << 16)
         _check_int("GeminiConfig.prefetch_depth", self.prefetch_depth, 0, 64)
         _check_int("GeminiConfig.min_unit_nbytes", self.min_unit_nbytes, 0, 1 << 40)
         _check_int("GeminiConfig.ring_depth", self.ring_depth, 2, 64)

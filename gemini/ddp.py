@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from gemini.activations import ActivationCheckpoints
 from gemini.assembly import assemble
 from gemini.chunk.layout import ParamSlot
 from gemini.config import GeminiConfig
@@ -17,6 +18,8 @@ from gemini.hooks import HookSet
 from gemini.initialise import InitFn
 from gemini.report import MemoryReport, make_report
 from gemini.runtime import Runtime
+from gemini.slicing import BatchSlicer
+from gemini.tiers import MemoryTier
 from gemini.weights import load_master, read_master, read_working
 
 __all__ = ["GeminiDDP", "runtime_of"]
@@ -68,17 +71,24 @@ class GeminiDDP(torch.nn.Module):
         for param in module.parameters():
             setattr(param, _OWNER_ATTRIBUTE, self._runtime)
         self._hooks = HookSet(self._runtime)
+        unit_names = {unit.unit_id: unit.module_name for unit in self._runtime.layout.units if unit.module_name}
         self._hooks.install(
             module,
-            {
-                unit.unit_id: module.get_submodule(unit.module_name)
-                for unit in self._runtime.layout.units
-                if unit.module_name
-            },
+            {unit_id: module.get_submodule(name) for unit_id, name in unit_names.items()},
             [param for param in module.parameters() if param.requires_grad],
         )
+        self._slicer = self._slice_blocks(unit_names)
         self._state_hooks = self._install_state_hooks(module)
         module.zero_grad = self.zero_grad  # type: ignore[method-assign]
+
+    def _slice_blocks(self, unit_names: dict[int, str]) -> BatchSlicer | None:
+        num_slices = self._runtime.config.num_batch_slices
+        if num_slices == 1:
+            return None
+        resources = self._runtime.resources
+        has_device = resources.transfers.compute_tier is MemoryTier.DEVICE
+        keep = ActivationCheckpoints(resources).keeping if has_device else None
+        return BatchSlicer(self.module, unit_names, num_slices=num_slices, scope=self._hooks, keep=keep)
 
     @property
     def runtime(self) -> Runtime:
@@ -271,6 +281,8 @@ class GeminiDDP(torch.nn.Module):
     def close(self) -> None:
         """Give memory, threads and the swap file back; the weights are gone with them. Idempotent."""
         self._hooks.remove()
+        if self._slicer is not None:
+            self._slicer.remove()
         for handle in self._state_hooks:
             handle.remove()
         self._runtime.close()

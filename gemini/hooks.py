@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from gemini.errors import ModelError
 from gemini.outputs import map_tensors
+from gemini.sliced_call import GradientSums
 
 __all__ = ["HookSet", "RuntimeEvents"]
 
@@ -51,6 +53,9 @@ class RuntimeEvents(Protocol):
     def enter_backward(self, unit_id: int) -> None:
         """Make a unit's weights usable: backward has reached its outputs."""
 
+    def num_updates_of(self, unit_id: int) -> int:
+        """Return how often the optimizer has changed a unit's weights."""
+
     def use_parameter(self, param: torch.nn.Parameter) -> None:
         """Make one parameter usable until the unit, or the model, that is running ends."""
 
@@ -72,6 +77,8 @@ class HookSet:
     """
 
     def __init__(self, events: RuntimeEvents) -> None:
+        self.slice_sums = GradientSums()
+        """Takes the gradients that arrive while it is open."""
         self._events = events
         self._handles: list[Any] = []
         self._owners: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
@@ -112,8 +119,14 @@ class HookSet:
             self._handles.append(module.register_forward_hook(after, always_call=True))
         # torch keeps these where the garbage collector cannot follow, so they must not keep the engine alive.
         method = weakref.WeakMethod(self._events.take_gradient)
+        sums = self.slice_sums
 
         def take_gradient(param: torch.nn.Parameter) -> None:
+            if param.grad is None:  # a node of the graph had none to give
+                return
+            if sums.is_open:
+                sums.add(param)
+                return
             take = method()
             assert take is not None, "the engine is gone but its graph is not"
             take(param)
@@ -130,6 +143,27 @@ class HookSet:
         self._entered.clear()
         self._mode.reset()
         self._events.abort_forward()
+
+    @contextmanager
+    def recomputing(self, unit_id: int) -> Iterator[None]:
+        """Keep a unit's weights usable in backward while the context is open, and fetch what comes next."""
+        self._events.enter_unit(unit_id)
+        self._entered.append(unit_id)
+        self._watch()
+        try:
+            yield
+        finally:
+            self._mode.pause()
+            self._entered.pop()
+            self._events.exit_unit(unit_id)
+
+    def num_updates_of(self, unit_id: int) -> int:
+        """Return how often the optimizer has changed a unit's weights."""
+        return self._events.num_updates_of(unit_id)
+
+    def hand_over(self, param: torch.nn.Parameter) -> None:
+        """Give the complete gradient in `param.grad` to the runtime."""
+        self._events.take_gradient(param)
 
     def remove(self) -> None:
         """Take all hooks off."""

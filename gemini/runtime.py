@@ -215,6 +215,10 @@ class Runtime:
         for chunk_id in self.layout.units[unit_id].own_chunk_ids:
             self.core.chunks[chunk_id].check_written()
 
+    def num_updates_of(self, unit_id: int) -> int:
+        """Return how often the optimizer has changed a unit's weights."""
+        return sum(self.core.chunks[chunk_id].num_updates for chunk_id in self.layout.units[unit_id].chunk_ids)
+
     def use_parameter(self, param: torch.nn.Parameter) -> None:
         """Lease a parameter's chunk until the unit that is running, or else the outermost forward, ends."""
         place = self._place_of_param.get(id(param))

@@ -1,0 +1,161 @@
+"""Activation checkpoints in host memory: what the blocks of a sliced model were given waits there for backward.
+
+A checkpoint is written while the block computes and comes back, one block ahead, while the block behind it in forward
+is differentiated. It lives as long as the graph that needs it; its host buffer is then used for another one.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gemini.errors import OutOfTierMemoryError
+from gemini.offload.resources import Resources
+from gemini.offload.transfer import Move
+from gemini.tiers import IO_ALIGNMENT_NBYTES, format_nbytes, round_up
+
+__all__ = ["ActivationCheckpoints"]
+
+_MAX_SOURCES = 2
+"""Tensors kept on the device because their copies are under way."""
+_LARGEST_FIT = 2
+"""A buffer is used again for what needs at least this part of it, so that batches may differ in length."""
+
+
+@dataclass(slots=True)
+class _HostCopy:
+    """One tensor in host memory, and on its way from and to the device."""
+
+    buffer: torch.Tensor
+    """uint8 of the arena; the tensor is its beginning."""
+    shape: torch.Size
+    dtype: torch.dtype
+    move: Move
+    """The last one."""
+    source: torch.Tensor | None
+    """On the device, until the copy to host memory is known to have ended."""
+    target: torch.Tensor | None = None
+    """On the device, from the start of the copy back until it is handed out."""
+
+
+class _Checkpoint:
+    """What autograd holds in a tensor's place; its end is the end of the graph's need for it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+class ActivationCheckpoints:
+    """All activation checkpoints of one engine.
+
+    Args:
+        resources: the device's copy engine and the arena, which gives the buffers back when it is closed.
+    """
+
+    def __init__(self, resources: Resources) -> None:
+        self._resources = resources
+        self._live: dict[int, _HostCopy] = {}  # in the order of forward
+        self._num_made = 0
+        self._leaving: deque[_HostCopy] = deque()
+        self._free: list[tuple[torch.Tensor, Move]] = []
+
+    @contextmanager
+    def keeping(self, batch: torch.Tensor) -> Iterator[None]:
+        """Keep one tensor in host memory if autograd saves it while the context is open; others as before.
+
+        Args:
+            batch: on the device, not changed afterwards.
+
+        Raises:
+            OutOfTierMemoryError: host memory has no room for it.
+        """
+        top: tuple[Any, Any] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if batch.numel() == 0 or top is None:
+            yield
+            return
+        previous_pack, previous_unpack = top
+        key = (batch.data_ptr(), batch.shape)
+
+        def pack(tensor: torch.Tensor) -> Any:
+            return self._put(tensor) if (tensor.data_ptr(), tensor.shape) == key else previous_pack(tensor)
+
+        def unpack(packed: Any) -> torch.Tensor:
+            return self._get(packed.number) if isinstance(packed, _Checkpoint) else previous_unpack(packed)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+
+    def _put(self, tensor: torch.Tensor) -> _Checkpoint:
+        self._drop_sources(_MAX_SOURCES - 1)
+        source = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        buffer = self._claim(source.numel())
+        move = self._resources.transfers.download(buffer[: source.numel()], source)
+        copy = _HostCopy(buffer, tensor.shape, tensor.dtype, move, source)
+        self._leaving.append(copy)
+        checkpoint = _Checkpoint(self._num_made)
+        self._num_made += 1
+        self._live[checkpoint.number] = copy
+        weakref.finalize(checkpoint, self._release, checkpoint.number)
+        return checkpoint
+
+    def _get(self, number: int) -> torch.Tensor:
+        self._drop_sources(_MAX_SOURCES)
+        copy = self._live[number]
+        self._bring_back(copy)
+        copy.move.wait_on_compute()
+        tensor, copy.target = copy.target, None
+        earlier = max((other for other in self._live if other < number), default=None)
+        if earlier is not None:
+            self._bring_back(self._live[earlier])
+        assert tensor is not None
+        return tensor.view(copy.dtype).view(copy.shape)
+
+    def _bring_back(self, copy: _HostCopy) -> None:
+        """Start copying a tensor to the device, unless that is under way."""
+        if copy.target is not None:
+            return
+        copy.move.wait_on_compute()
+        nbytes = copy.shape.numel() * copy.dtype.itemsize
+        copy.target = torch.empty(nbytes, dtype=torch.uint8, device=self._resources.transfers.device)
+        copy.move = self._resources.transfers.upload(copy.target, copy.buffer[:nbytes])
+
+    def _drop_sources(self, most: int) -> None:
+        """Give up device tensors that have reached host memory, waiting until no more than `most` have not."""
+        while self._leaving and (len(self._leaving) > most or self._leaving[0].move.is_done()):
+            copy = self._leaving.popleft()
+            copy.move.wait_on_host()
+            copy.source = None
+
+    def _release(self, number: int) -> None:
+        copy = self._live.pop(number)
+        if copy.target is not None:  # on its way to memory that is given up here
+            copy.move.wait_on_host()
+            copy.target = None
+        self._free.append((copy.buffer, copy.move))
+
+    def _claim(self, nbytes: int) -> torch.Tensor:
+        """Return a buffer that nothing travels from or to: a free one that fits, or a new one in place of all free."""
+        most = _LARGEST_FIT * round_up(nbytes, IO_ALIGNMENT_NBYTES)
+        fitting = [entry for entry in self._free if nbytes <= entry[0].numel() <= most]
+        if fitting:
+            entry = min(fitting, key=lambda entry: entry[0].numel())
+            self._free = [other for other in self._free if other is not entry]
+            entry[1].wait_on_host()
+            return entry[0]
+        for buffer, move in self._free:
+            move.wait_on_host()
+            self._resources.arena.free(buffer)
+        self._free.clear()
+        try:
+            return self._resources.arena.allocate(nbytes, "activation checkpoints")
+        except OutOfTierMemoryError as error:
+            raise OutOfTierMemoryError(
+                f"activation checkpoints: no room in host memory for {format_nbytes(nbytes)} that a block needs again "
+                f"in backward: {error}; raise GeminiConfig.checkpoint_reserve or use smaller batches"
+            ) from error
