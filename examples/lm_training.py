@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
@@ -35,7 +34,6 @@ __all__ = [
     "choose_dtype",
     "enable_checkpointing",
     "encode",
-    "limit_heap",
     "print_memory_table",
     "random_windows",
     "read_stdlib",
@@ -161,22 +159,6 @@ def _matmul_gflops(dtype: torch.dtype) -> float:
 
 
 # ---------------------------------------------------------------- memory
-
-_M_MMAP_THRESHOLD = -3
-
-
-def limit_heap(block_nbytes: int = 2**20) -> None:
-    """Tell the C library to give large blocks back to the system when they are freed; glibc only.
-
-    torch takes CPU memory from malloc, which keeps freed blocks of up to 32 MiB for later. The many sizes of
-    activations and gradients leave holes that nothing else fits in: GPT-2 small peaks 0.25 GB higher. The price is
-    that the system clears each large block anew, 5 to 15 % of a step.
-
-    Args:
-        block_nbytes: the smallest block that is given back.
-    """
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, block_nbytes)
 
 
 def resident_nbytes() -> dict[str, int]:

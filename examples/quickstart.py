@@ -25,7 +25,6 @@ from lm_training import (
     choose_dtype,
     enable_checkpointing,
     encode,
-    limit_heap,
     print_memory_table,
     random_windows,
     read_stdlib,
@@ -91,7 +90,6 @@ def train(engine: GeminiDDP, batches: Iterable[torch.Tensor], display: TrainingD
 
 def run(console: Console, arguments: argparse.Namespace) -> None:
     """Prepare, train and report."""
-    limit_heap()
     start = time.perf_counter()
     import_nbytes = resident_nbytes()["now"]
     dtype, reason = choose_dtype(arguments.dtype, torch.device("cpu"))

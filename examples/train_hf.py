@@ -23,7 +23,6 @@ from lm_training import (
     choose_dtype,
     enable_checkpointing,
     encode,
-    limit_heap,
     print_memory_table,
     random_windows,
     read_stdlib,
@@ -176,7 +175,6 @@ def train(
 
 def run(console: Console, arguments: argparse.Namespace) -> None:
     """Prepare, train and report."""
-    limit_heap()
     start = time.perf_counter()
     import_nbytes = resident_nbytes()["now"]
     num_rows, remainder = divmod(arguments.tokens, arguments.seq)
