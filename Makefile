@@ -9,7 +9,7 @@ TOOLS := .venv/.tools
 BOOTSTRAP = $(or $(PYTHON),python3) .ci/bootstrap.py $(if $(PYTHON),--python $(PYTHON))
 PACKAGING := pyproject.toml setup.py .ci/bootstrap.py
 NATIVE_SOURCES := $(shell find native -name '*.cpp' -o -name '*.h' -o -name '*.py')
-CPP_SOURCES = $(filter %.cpp %.h,$(NATIVE_SOURCES))
+CPP_SOURCES = $(filter %.cpp %.h,$(NATIVE_SOURCES)) $(wildcard gemini/heap/*.cpp)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -1,38 +1,46 @@
-"""Seconds and resident memory of a training step, beside plain PyTorch on the same model, batch and machine.
+"""A training step of Gemini beside what one would use instead: seconds, tokens per second and resident memory.
 
-Every variant runs in a process of its own, one after the other:
+Every system trains the same GPT-2 shape on the same batches in a process of its own, one after the other: plain
+PyTorch, Gemini with everything in host memory and with (almost) everything on disk, DeepSpeed ZeRO-3 with both.
+Clipping is on in all of them: "idle", with a threshold that is never reached, and "active", where every step clips. A
+processor without bfloat16 instructions multiplies bfloat16 a hundred times slower than float32, so --dtype auto takes
+the faster of the two for all systems alike and says which.
 
-    plain        torch.optim.AdamW (fused), everything in memory
-    host         GeminiDDP, everything in host memory
-    state        GeminiDDP, optimizer state on disk
-    disk         GeminiDDP, weights, gradients and state on disk
+The drive's bandwidth is measured before and after each run that uses it; `io_floor_s` is the time in which the bytes
+that a step on disk must move cross at that bandwidth: weights read for forward and backward and written once, state
+read and written once.
 
-Usage: python benchmarks/step.py --swap DIR [--model gpt2] [--tokens 256] [--dtype fp32] [--json PATH]
+    python benchmarks/step.py [--model gpt2-medium | gpt2-large | gpt2] [--swap DIR] [--json PATH]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from environment import describe_environment
+from results_file import missing_row, write_results
+from step_systems import MAX_NORMS, SHAPES, SYSTEMS, add_options
 
-SHAPES: dict[str, dict[str, int]] = {
-    "gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12},
-    "gpt2-medium": {"n_layer": 24, "n_embd": 1024, "n_head": 16},
-    "gpt2-large": {"n_layer": 36, "n_embd": 1280, "n_head": 20},
-    "tiny": {"n_layer": 4, "n_embd": 128, "n_head": 4, "vocab_size": 1024},
+from gemini.offload.bandwidth import DiskBandwidth, measure_disk
+
+COLUMNS = ("model", "system", "clip", "step_s", "tokens_per_s", "peak_rss_bytes", "io_floor_s", "ratio")
+NAMES = {
+    "plain": "torch plain",
+    "gemini-host": "gemini host",
+    "gemini-nvme": "gemini nvme",
+    "deepspeed-host": "deepspeed zero-3 host",
+    "deepspeed-nvme": "deepspeed zero-3 nvme",
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-VARIANTS = ("plain", "host", "state", "disk")
+CALIBRATION_NBYTES = 2 << 30
+CALIBRATION_S = 2.0
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -40,106 +48,106 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--swap", type=Path, required=True, help="directory for the swap file")
-    parser.add_argument("--model", choices=SHAPES, default="gpt2")
-    parser.add_argument("--tokens", type=int, default=256, help="tokens in a step, one sequence")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps; two more come first")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--json", type=Path, help="write the numbers to this file")
-    parser.add_argument("--run", choices=VARIANTS, help=argparse.SUPPRESS)
+    add_options(parser)
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--clips", nargs="+", choices=MAX_NORMS, default=list(MAX_NORMS))
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds after which a run counts as failed")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
     return parser.parse_args()
 
 
-def build_model(arguments: argparse.Namespace, device: str) -> torch.nn.Module:
-    """Build the model with dropout off and activation checkpointing on."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+def faster_dtype(n: int = 512) -> str:
+    """Return "bf16" if this processor multiplies bfloat16 at least as fast as float32, else "fp32"."""
 
-    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    config = GPT2Config(n_positions=max(arguments.tokens, 64), use_cache=False, **SHAPES[arguments.model], **no_dropout)
-    with torch.device(device):
-        model = GPT2LMHeadModel(config)
-    model.gradient_checkpointing_enable()
-    return model.train()
-
-
-def run_variant(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train in this process and measure."""
-    torch.manual_seed(0)
-    start = time.perf_counter()
-    if arguments.run == "plain":
-        engine: Any = build_model(arguments, "cpu").to(DTYPES[arguments.dtype])
-        optimizer: Any = torch.optim.AdamW(engine.parameters(), lr=1e-4, fused=True)
-    else:
-        from gemini import GeminiConfig, GeminiDDP, HybridAdam, NVMeConfig, StaticPlacement
-
-        on_disk = {"host": {}, "state": {"state_nvme": 1}, "disk": {"param_nvme": 1, "state_nvme": 1, "grad_nvme": 1}}
-        config = GeminiConfig(
-            device="cpu",
-            dtype=DTYPES[arguments.dtype],
-            nvme=NVMeConfig(path=arguments.swap, budget="64GiB"),
-            placement=StaticPlacement(**on_disk[arguments.run]),
-            gradient_accumulation=False,
-        )
-        engine = GeminiDDP(build_model(arguments, "meta"), config)
-        optimizer = HybridAdam(engine.parameters(), lr=1e-4)
-    setup_s = time.perf_counter() - start
-    seconds, loss = train(engine, optimizer, arguments)
-    result = {
-        "variant": arguments.run,
-        "setup_s": setup_s,
-        "step_s": median(seconds),
-        "step_s_min": min(seconds),
-        "step_s_max": max(seconds),
-        "peak_rss_nbytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "last_loss": loss,
-        "num_params": sum(p.numel() for p in engine.parameters()),
-    }
-    if arguments.run != "plain":
-        report = engine.memory_report()
-        result |= {"fetch_stall_s": report.fetch_stall_s, "update_stall_s": report.update_stall_s}
-        engine.close()
-    return result
-
-
-def train(engine: Any, optimizer: Any, arguments: argparse.Namespace) -> tuple[list[float], float]:
-    """Return the seconds of the timed steps, optimizer included, and the last loss."""
-    vocabulary = SHAPES[arguments.model].get("vocab_size", 50257)
-    batch = torch.randint(0, vocabulary, (1, arguments.tokens), generator=torch.Generator().manual_seed(1))
-    seconds = []
-    for _ in range(arguments.steps + 2):
+    def seconds(dtype: torch.dtype) -> float:
+        a = torch.randn(n, n).to(dtype)
+        a @ a
         start = time.perf_counter()
-        loss = engine(input_ids=batch, labels=batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
-    return seconds[2:], loss.item()
+        a @ a
+        return time.perf_counter() - start
+
+    return "bf16" if seconds(torch.bfloat16) <= seconds(torch.float32) else "fp32"
+
+
+def io_floor_s(num_params: int, dtype: str, disks: Sequence[DiskBandwidth]) -> float:
+    """Return the least time in which a step's bytes cross, with the mean of several measured bandwidths.
+
+    Args:
+        num_params: of the model.
+        dtype: "fp32" or "bf16"; state is 8 or 10 bytes a parameter, a weight 4 or 2.
+        disks: what was measured.
+    """
+    weight, state = {"fp32": (4, 8), "bf16": (2, 10)}[dtype]
+    read, written = num_params * (2 * weight + state), num_params * (weight + state)
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    return max(
+        read / mean([disk.read_bytes_per_s for disk in disks]),
+        written / mean([disk.write_bytes_per_s for disk in disks]),
+        (read + written) / mean([disk.mixed_bytes_per_s for disk in disks]),
+    )
+
+
+def run(system: str, clip: str, arguments: argparse.Namespace, swap: Path) -> dict[str, Any]:
+    """Train one system in a child and return its row, or the row that says why there is none."""
+    named = {"model": arguments.model, "clip": clip, "dtype": arguments.dtype}
+    options = {name: getattr(arguments, name) for name in ("model", "batch", "seq", "dtype", "steps", "overlap")}
+    command = [sys.executable, str(Path(__file__).parent / "step_systems.py"), "--system", system, "--clip", clip]
+    command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    uses_disk = system.endswith("nvme")
+    disks = [measure_disk(swap, CALIBRATION_NBYTES, CALIBRATION_S)] if uses_disk else []
+    try:
+        done = subprocess.run(
+            [*command, "--swap", str(swap)], capture_output=True, text=True, timeout=arguments.timeout, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return missing_row(NAMES[system], f"not done after {arguments.timeout:.0f} s", **named)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        if done.returncode == -9:
+            reason = "killed, most likely for memory"
+        return missing_row(NAMES[system], reason, **named)
+    row = {"system": NAMES[system], **named, **json.loads(done.stdout.strip().splitlines()[-1])}
+    if uses_disk:
+        disks.append(measure_disk(swap, CALIBRATION_NBYTES, CALIBRATION_S))
+        row["io_floor_s"] = io_floor_s(row["params"], arguments.dtype, disks)
+        row["disk_gb_per_s"] = [
+            [round(rate / 1e9, 2) for rate in (d.read_bytes_per_s, d.write_bytes_per_s, d.mixed_bytes_per_s)]
+            for d in disks
+        ]
+    return row
+
+
+def compare(rows: list[dict[str, Any]]) -> None:
+    """Add to each of our rows its ratio: in memory to plain PyTorch, on disk to our own in memory or the drive."""
+    times = {(row["system"], row["clip"]): row["step_s"] for row in rows if "step_s" in row}
+    for row in rows:
+        reference = None
+        if row["system"] == "gemini host":
+            reference = times.get(("torch plain", row["clip"]))
+        elif row["system"] == "gemini nvme" and "step_s" in row:
+            reference = max(times.get(("gemini host", row["clip"]), 0.0), row["io_floor_s"])
+        if reference and "step_s" in row:
+            row["ratio"] = row["step_s"] / reference
 
 
 def main() -> None:
-    """Run every variant, or, in a child, one."""
+    """Run every system, idle first."""
     arguments = parse_arguments()
-    if arguments.run:
-        print(json.dumps(run_variant(arguments)))
-        return
+    if arguments.dtype == "auto":
+        arguments.dtype = faster_dtype()
     rows = []
-    for variant in arguments.variants:
-        command = [sys.executable, __file__, *sys.argv[1:], "--run", variant]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        rows.append(json.loads(output.splitlines()[-1]))
-        row = rows[-1]
-        print(
-            f"{variant:6} {row['step_s']:7.2f} s a step ({row['step_s_min']:.2f}-{row['step_s_max']:.2f}), "
-            f"{row['step_s'] / rows[0]['step_s']:5.2f} of {rows[0]['variant']}, "
-            f"peak {row['peak_rss_nbytes'] / 1e9:5.2f} GB, set-up {row['setup_s']:.1f} s, loss {row['last_loss']:.4f}",
-            flush=True,
-        )
-    if arguments.json:
-        paths = ("swap", "json", "run")
-        settings = {name: value for name, value in vars(arguments).items() if name not in paths}
-        document = {"environment": describe_environment(), "settings": settings, "rows": rows}
-        arguments.json.write_text(json.dumps(document, indent=2) + "\n")
+    with tempfile.TemporaryDirectory(dir=arguments.swap or Path.cwd(), prefix="step-swap-") as swap:
+        for clip in arguments.clips:
+            for system in arguments.systems:
+                rows.append(run(system, clip, arguments, Path(swap)))
+                row = rows[-1]
+                print(f"{row['system']}, clip {clip}: {row.get('step_s', row.get('missing'))}", flush=True)
+    compare(rows)
+    settings = {name: getattr(arguments, name) for name in ("batch", "seq", "dtype", "steps", "overlap")}
+    write_results(arguments.json, rows, COLUMNS, settings=settings, shapes=SHAPES[arguments.model])
 
 
 if __name__ == "__main__":

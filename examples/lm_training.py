@@ -1,8 +1,7 @@
-"""What the examples share: text every machine has, a loss that never holds all logits, a display, a summary."""
+"""What the examples share: text every machine has, a display, a summary."""
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
@@ -24,20 +23,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.nn import functional as F
 
 from gemini import ConfigError, GeminiDDP, GeminiError, MemoryReport
 from gemini.tiers import format_nbytes
 
 __all__ = [
-    "CausalLMLoss",
     "TrainingDisplay",
     "TrainingLog",
     "check_disk_space",
     "choose_dtype",
     "enable_checkpointing",
     "encode",
-    "limit_heap",
     "print_memory_table",
     "random_windows",
     "read_stdlib",
@@ -100,9 +96,7 @@ def encode(texts: Sequence[str], *, vocab_size: int, cache: Path) -> torch.Tenso
     return ids.long()
 
 
-def random_windows(
-    ids: torch.Tensor, *, num_rows: int, num_tokens: int, seed: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def random_windows(ids: torch.Tensor, *, num_rows: int, num_tokens: int, seed: int) -> Iterator[torch.Tensor]:
     """Yield batches of random windows of a text for ever.
 
     Args:
@@ -112,85 +106,17 @@ def random_windows(
         seed: decides which windows.
 
     Yields:
-        Inputs and targets, int64 [num_rows, num_tokens]; a target is the token after the input.
+        Inputs and labels in one, as transformers takes them: int64 [num_rows, num_tokens].
     """
-    if len(ids) <= num_tokens + 1:
-        raise ConfigError(f"the text has {len(ids)} tokens, expected more than {num_tokens + 1}")
+    if len(ids) <= num_tokens:
+        raise ConfigError(f"the text has {len(ids)} tokens, expected more than {num_tokens}")
     generator = torch.Generator().manual_seed(seed)
     while True:
-        starts = torch.randint(len(ids) - num_tokens - 1, (num_rows, 1), generator=generator)
-        windows = ids[starts + torch.arange(num_tokens + 1)]
-        yield windows[:, :-1], windows[:, 1:]
+        starts = torch.randint(len(ids) - num_tokens, (num_rows, 1), generator=generator)
+        yield ids[starts + torch.arange(num_tokens)]
 
 
 # ---------------------------------------------------------------- model
-
-
-class _SlicedCrossEntropy(torch.autograd.Function):
-    """Cross entropy of `hidden @ weight.T`, a few rows at a time, so that one slice of logits is alive at any moment.
-
-    Logits of a large vocabulary are the largest activation of a small model. Backward computes them again instead of
-    keeping them, and adds the weight's gradient up in one buffer.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, num_rows: int
-    ) -> torch.Tensor:
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.num_rows = num_rows
-        slices = zip(hidden.split(num_rows), targets.split(num_rows), strict=True)
-        losses = [F.cross_entropy((part @ weight.T).float(), wanted, reduction="sum") for part, wanted in slices]
-        return torch.stack(losses).sum() / len(targets)
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        hidden, weight, targets = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        for begin in range(0, len(targets), ctx.num_rows):
-            part, wanted = hidden[begin : begin + ctx.num_rows], targets[begin : begin + ctx.num_rows]
-            grad_logits = (part @ weight.T).float().softmax(dim=-1)
-            grad_logits[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
-            grad_logits = (grad_logits.mul_(grad_loss / len(targets))).to(weight.dtype)
-            grad_hidden[begin : begin + len(wanted)] = grad_logits @ weight
-            grad_weight.addmm_(grad_logits.T, part)
-        return grad_hidden, grad_weight, None, None
-
-
-class _LossHead(torch.nn.Linear):  # a Linear, so that transformers knows how to initialise it
-    """The output layer and the loss in one: owns the weight, tied or not, that the language model's head had."""
-
-    def __init__(self, weight: torch.nn.Parameter, *, num_rows: int) -> None:
-        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        self.weight = weight
-        self.num_rows = num_rows
-
-    def forward(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        loss: torch.Tensor = _SlicedCrossEntropy.apply(hidden, self.weight, targets, self.num_rows)
-        return loss
-
-
-class CausalLMLoss(torch.nn.Module):
-    """A Hugging Face causal language model that returns its loss and never holds all logits at once.
-
-    Args:
-        model: the language model, on any device, "meta" included; its output layer must have no bias.
-        rows_per_slice: positions whose logits exist at once.
-    """
-
-    def __init__(self, model: Any, *, rows_per_slice: int = 64) -> None:
-        super().__init__()
-        head = model.get_output_embeddings()
-        if getattr(head, "bias", None) is not None:
-            raise ConfigError(f"{type(model).__name__}: the output layer has a bias, which this loss leaves out")
-        self.body = model.base_model
-        self.head = _LossHead(head.weight, num_rows=rows_per_slice)
-
-    def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the mean cross entropy, float32 [], of token ids [rows, tokens] and the ids after them."""
-        hidden = self.body(input_ids=inputs, use_cache=False).last_hidden_state
-        loss: torch.Tensor = self.head(hidden.flatten(0, 1), targets.flatten())
-        return loss
 
 
 def enable_checkpointing(model: Any) -> None:
@@ -233,22 +159,6 @@ def _matmul_gflops(dtype: torch.dtype) -> float:
 
 
 # ---------------------------------------------------------------- memory
-
-_M_MMAP_THRESHOLD = -3
-
-
-def limit_heap(block_nbytes: int = 2**20) -> None:
-    """Tell the C library to give large blocks back to the system when they are freed; glibc only.
-
-    torch takes CPU memory from malloc, which keeps freed blocks of up to 32 MiB for later. The many sizes of
-    activations and gradients leave holes that nothing else fits in: GPT-2 small peaks 0.25 GB higher. The price is
-    that the system clears each large block anew, 5 to 15 % of a step.
-
-    Args:
-        block_nbytes: the smallest block that is given back.
-    """
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, block_nbytes)
 
 
 def resident_nbytes() -> dict[str, int]:

@@ -20,13 +20,11 @@ from typing import Any
 import torch
 import transformers
 from lm_training import (
-    CausalLMLoss,
     TrainingDisplay,
     check_disk_space,
     choose_dtype,
     enable_checkpointing,
     encode,
-    limit_heap,
     print_memory_table,
     random_windows,
     read_stdlib,
@@ -37,6 +35,7 @@ from lm_training import (
 from rich.console import Console
 
 from gemini import GeminiConfig, GeminiDDP, HybridAdam, NVMeConfig
+from gemini.nn import use_sliced_loss
 
 HOST_BUDGETS = {torch.float32: "540MiB", torch.bfloat16: "440MiB"}
 NVME_BUDGET_NBYTES = 2 * 2**30
@@ -65,24 +64,23 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def build_model(*, is_tiny: bool) -> CausalLMLoss:
+def build_model(*, is_tiny: bool) -> Any:
     """Describe the model without giving it memory; the engine initialises it unit by unit."""
     shape: dict[str, Any] = TINY_SHAPE if is_tiny else {}
-    config = transformers.GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **shape)
+    config = transformers.GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, **shape)
     with torch.device("meta"):
         model = transformers.GPT2LMHeadModel(config)
     enable_checkpointing(model)
-    return CausalLMLoss(model.train())
+    use_sliced_loss(model)
+    return model.train()
 
 
-def train(
-    engine: GeminiDDP, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], display: TrainingDisplay, *, lr: float
-) -> None:
+def train(engine: GeminiDDP, batches: Iterable[torch.Tensor], display: TrainingDisplay, *, lr: float) -> None:
     """Train on each batch."""
     optimizer = HybridAdam(engine.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, max_grad_norm=1.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / NUM_WARM_UP_STEPS))
-    for inputs, targets in batches:
-        loss = engine(inputs, targets)
+    for ids in batches:
+        loss = engine(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -92,7 +90,6 @@ def train(
 
 def run(console: Console, arguments: argparse.Namespace) -> None:
     """Prepare, train and report."""
-    limit_heap()
     start = time.perf_counter()
     import_nbytes = resident_nbytes()["now"]
     dtype, reason = choose_dtype(arguments.dtype, torch.device("cpu"))

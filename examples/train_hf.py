@@ -19,12 +19,10 @@ from typing import Any
 import torch
 import transformers
 from lm_training import (
-    CausalLMLoss,
     TrainingDisplay,
     choose_dtype,
     enable_checkpointing,
     encode,
-    limit_heap,
     print_memory_table,
     random_windows,
     read_stdlib,
@@ -35,6 +33,7 @@ from lm_training import (
 from rich.console import Console
 
 from gemini import ConfigError, GeminiConfig, GeminiDDP, HybridAdam, NVMeConfig
+from gemini.nn import use_sliced_loss
 
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
@@ -116,7 +115,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def build_model(arguments: argparse.Namespace) -> tuple[CausalLMLoss, int]:
+def build_model(arguments: argparse.Namespace) -> tuple[Any, int]:
     """Describe the model without giving it memory; return it and its vocabulary's size."""
     if arguments.config is not None:
         config = transformers.AutoConfig.from_pretrained(arguments.config, local_files_only=True)
@@ -124,9 +123,11 @@ def build_model(arguments: argparse.Namespace) -> tuple[CausalLMLoss, int]:
         config = transformers.AutoConfig.for_model(**SHAPES[arguments.model])
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
+    model.config.use_cache = False
     if arguments.checkpoint_activations:
         enable_checkpointing(model)
-    return CausalLMLoss(model.train()), config.vocab_size
+    use_sliced_loss(model)
+    return model.train(), config.vocab_size
 
 
 def make_config(arguments: argparse.Namespace, console: Console) -> GeminiConfig:
@@ -152,7 +153,7 @@ def make_config(arguments: argparse.Namespace, console: Console) -> GeminiConfig
 
 def train(
     engine: GeminiDDP,
-    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    batches: Iterator[torch.Tensor],
     display: TrainingDisplay,
     *,
     arguments: argparse.Namespace,
@@ -163,8 +164,8 @@ def train(
     for _ in range(arguments.steps):
         total = 0.0
         for _ in range(arguments.accumulate):
-            inputs, targets = next(batches)
-            loss = engine(inputs.to(device), targets.to(device)) / arguments.accumulate
+            ids = next(batches).to(device)
+            loss = engine(input_ids=ids, labels=ids).loss / arguments.accumulate
             loss.backward()
             total += loss.item()
         optimizer.step()
@@ -174,7 +175,6 @@ def train(
 
 def run(console: Console, arguments: argparse.Namespace) -> None:
     """Prepare, train and report."""
-    limit_heap()
     start = time.perf_counter()
     import_nbytes = resident_nbytes()["now"]
     num_rows, remainder = divmod(arguments.tokens, arguments.seq)

@@ -1,5 +1,6 @@
 """Train models larger than memory: chunks of parameters that move among device, host and NVMe."""
 
+from gemini import nn as nn
 from gemini.chunk.manager import ChunkManager
 from gemini.config import GeminiConfig, NVMeConfig
 from gemini.ddp import GeminiDDP
@@ -7,6 +8,7 @@ from gemini.errors import (
     CheckpointMismatchError,
     ConfigError,
     GeminiError,
+    HeapUnavailableError,
     IllegalTransitionError,
     ModelError,
     OffloadIOError,
@@ -26,6 +28,7 @@ __all__ = [
     "GeminiConfig",
     "GeminiDDP",
     "GeminiError",
+    "HeapUnavailableError",
     "HybridAdam",
     "IllegalTransitionError",
     "MemoryReport",

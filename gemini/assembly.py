@@ -18,6 +18,7 @@ from gemini.chunk.module_tree import describe_model
 from gemini.config import GeminiConfig
 from gemini.errors import ModelError, OutOfTierMemoryError
 from gemini.gradients import GradientStore
+from gemini.heap import serve_cpu_memory
 from gemini.initialise import InitFn, Initialiser, find_init_fn
 from gemini.kernels.adam_tile import state_format_of
 from gemini.kernels.device import select_device_kernels
@@ -188,6 +189,7 @@ def assemble(model: torch.nn.Module, config: GeminiConfig, *, init_fn: InitFn | 
     """
     blueprint = draw_blueprint(model, config)
     logger.info("%s", layout_summary(blueprint.layout))
+    serve_cpu_memory(config.cpu_allocator, is_compute_on_cpu=not blueprint.shape.has_device)
     disk_nbytes = blueprint.memory.total(MemoryTier.NVME)
     resources = open_resources(config, blueprint.budgets, disk_nbytes=disk_nbytes)
     try:

@@ -104,6 +104,10 @@ class GeminiConfig:
     """Native worker threads; None: the processors this process may run on, at most 16."""
     isa: Literal["auto", "scalar", "avx2", "avx512", "neon"] = "auto"
     """Instruction set of the native kernels; all give the same bits, forcing one is for tests."""
+    cpu_allocator: Literal["auto", "pool", "system"] = "auto"
+    """Who serves torch's CPU memory, for the whole process. "pool": `gemini.heap`, which keeps the process small; it
+    is compiled on first use, and it is an error if that fails. "system": torch's own, over malloc. "auto": the pool
+    if forward and backward run on the CPU and it can be had."""
     initial_loss_scale: float = 2.0**16
     """First loss scale for float16; a power of two."""
     seed: int = 0
@@ -139,6 +143,10 @@ class GeminiConfig:
         if self.isa not in ("auto", "scalar", "avx2", "avx512", "neon"):
             raise ConfigError(
                 'GeminiConfig.isa: expected "auto", "scalar", "avx2", "avx512" or "neon", got ' + repr(self.isa)
+            )
+        if self.cpu_allocator not in ("auto", "pool", "system"):
+            raise ConfigError(
+                f'GeminiConfig.cpu_allocator: expected "auto", "pool" or "system", got {self.cpu_allocator!r}'
             )
         if not _is_power_of_two(self.initial_loss_scale):
             raise ConfigError(

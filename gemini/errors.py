@@ -13,6 +13,7 @@ __all__ = [
     "CheckpointMismatchError",
     "ConfigError",
     "GeminiError",
+    "HeapUnavailableError",
     "IllegalTransitionError",
     "ModelError",
     "OffloadIOError",
@@ -43,6 +44,10 @@ class IllegalTransitionError(GeminiError, RuntimeError):
 
 class WorkerError(GeminiError, RuntimeError):
     """A job of the native worker pool failed or was cancelled."""
+
+
+class HeapUnavailableError(GeminiError, RuntimeError):
+    """The CPU allocator of `gemini.heap` cannot be compiled, loaded or put in place here."""
 
 
 class CheckpointMismatchError(GeminiError, ValueError):

@@ -49,6 +49,10 @@ class GradientListener(Protocol):
     def gradients_complete(self, chunk_id: int, arrived: ArrivedGradients) -> bool:
         """Handle that a backward pass has delivered all gradients of a chunk.
 
+        Args:
+            chunk_id: the chunk.
+            arrived: where its gradients are.
+
         Returns:
             Whether they will be read from `arrived.slot`; then the slot is not reused before `leave_gradient_slot`.
         """

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from gemini.heap import HeapStatistics, statistics
 from gemini.placement.plan import MemoryDemand
 from gemini.runtime import Runtime
 from gemini.tiers import MemoryTier, format_nbytes
@@ -58,6 +59,8 @@ class MemoryReport:
     """Activations and temporaries at their peak; None until measured (on the CPU: inside `engine.trace_memory()`)."""
     resident_set_nbytes: int
     """Resident memory of the process now."""
+    heap: HeapStatistics | None
+    """What torch's large CPU blocks take; None where torch keeps its own allocator, which does not count."""
     io_engine: str | None
     """How the disk is driven; None without one."""
     is_direct_io: bool | None
@@ -87,6 +90,11 @@ class MemoryReport:
             f"{format_nbytes(self.nvme_read_nbytes)}, written {format_nbytes(self.nvme_written_nbytes)}; stalls "
             f"{self.fetch_stall_s:.2f} s for weights, {self.update_stall_s:.2f} s in updates"
         )
+        if self.heap is not None:
+            lines.append(
+                f"   heap: peak {format_nbytes(self.heap.peak_resident_nbytes)} resident for "
+                f"{format_nbytes(self.heap.peak_live_nbytes)} alive at once"
+            )
         return "\n".join(lines)
 
 
@@ -113,6 +121,7 @@ def make_report(runtime: Runtime) -> MemoryReport:
         update_stall_s=runtime.update_stall_s,
         non_model_peak_nbytes=runtime.probe.non_model_peak_nbytes,
         resident_set_nbytes=psutil.Process().memory_info().rss,
+        heap=statistics(),
         io_engine=store.backend.name.lower() if store is not None else None,
         is_direct_io=store.is_direct if store is not None else None,
         instruction_set=resources.isa.name.lower(),

@@ -35,6 +35,9 @@ class Staging:
             nbytes: bytes needed.
             chunk_name: for the error.
 
+        Returns:
+            The buffer.
+
         Raises:
             OutOfTierMemoryError: there is none that large.
         """

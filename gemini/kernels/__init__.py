@@ -20,9 +20,10 @@ from gemini.kernels.cpu import (
     store_gradient,
     supported_isas,
 )
-from gemini.kernels.pool import GradTicket, Ticket, WorkerPool
+from gemini.kernels.pool import BACKGROUND_PRIORITY, GradTicket, SweepTicket, Ticket, WorkerPool
 
 __all__ = [
+    "BACKGROUND_PRIORITY",
     "AdamHyper",
     "AdamSegment",
     "AdamTile",
@@ -31,6 +32,7 @@ __all__ = [
     "Isa",
     "SegmentFactors",
     "StateFormat",
+    "SweepTicket",
     "Ticket",
     "WorkerPool",
     "adam_update",

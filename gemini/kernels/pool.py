@@ -1,7 +1,7 @@
 """A pool of native threads that run kernels beside Python.
 
 Jobs take tensors by address; the pool keeps those tensors alive until the job has completed. It knows nothing of
-chunks. Not usable in a process forked after its construction: threads do not survive a fork.
+chunks. A process forked after its construction has no threads, and there every use is refused.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
@@ -20,8 +21,12 @@ from gemini._native import ffi, lib
 from gemini.errors import WorkerError
 from gemini.kernels.adam_tile import AdamTile
 from gemini.kernels.cpu import GradMode, Isa, address_of, check_status, make_adam_args, make_grad_args
+from gemini.kernels.topology import choose_worker_cpus, read_launching_core, read_topology
 
-__all__ = ["GradTicket", "Ticket", "WorkerPool"]
+__all__ = ["BACKGROUND_PRIORITY", "GradTicket", "SweepTicket", "Ticket", "WorkerPool"]
+
+BACKGROUND_PRIORITY: int = lib.GN_PRIORITY_BACKGROUND
+"""Jobs of this priority number or above are background jobs; see `WorkerPool.limit_background`."""
 
 # A wait is cut into slices so that Python can handle signals, such as Ctrl-C, between them.
 WAIT_SLICE_S = 0.1
@@ -89,16 +94,36 @@ class GradTicket(Ticket):
         return float(self._sumsq[0])
 
 
+class SweepTicket(Ticket):
+    """A submitted sweep, whose result is a checksum."""
+
+    def __init__(self, pool: WorkerPool, number: int, description: str, checksum: Any) -> None:
+        super().__init__(pool, number, description)
+        self._checksum = checksum  # uint64_t *, written when the job completes
+
+    def checksum(self) -> int:
+        """Wait, then return the checksum.
+
+        Returns:
+            XOR of all 64-bit words that were read, each tensor zero padded to whole words.
+
+        Raises:
+            WorkerError: the pool was closed before the job began.
+        """
+        self.wait()
+        return int(self._checksum[0])
+
+
 class WorkerPool:
     """A fixed set of native threads. Jobs with a lower priority number start first, equal ones in order.
 
     Tensors of a job must not be touched until its ticket has completed. Closing cancels what has not begun;
-    tickets stay valid after that.
+    tickets stay valid after that. In a process forked later every method but `close` raises WorkerError.
 
     Args:
         num_threads: threads to start, at least 1.
         isa: instruction set of the kernels; results are the same for all.
-        cpus: processors the threads are restricted to; empty: no restriction. Refusals are ignored.
+        cpus: processors the threads are restricted to; empty: `choose_worker_cpus` chooses. Refusals are ignored.
 
     Raises:
         ValueError: num_threads is out of range.
@@ -111,10 +136,13 @@ class WorkerPool:
         if not 1 <= num_threads <= 4096:
             raise ValueError(f"WorkerPool: num_threads: expected 1 to 4096, got {num_threads}")
         handle = ffi.new("gn_pool **")
-        status = lib.gn_pool_create(handle, num_threads, ffi.new("int32_t[]", list(cpus)), len(cpus))
+        status = lib.gn_pool_create(handle, num_threads)
         if status != 0:
             raise OSError(-status, f"cannot start {num_threads} worker threads: {os.strerror(-status)}")
         self._num_threads = num_threads
+        self._process_id = os.getpid()
+        self._background_threads = num_threads
+        self._num_background_waiters = 0
         self._isa = isa
         # Tickets refer to the pool, so the native object outlives every question about a ticket.
         self._handle = ffi.gc(handle[0], lib.gn_pool_destroy)
@@ -122,6 +150,7 @@ class WorkerPool:
         self._close_lock = threading.Lock()
         self._retained: dict[int, tuple[object, ...]] = {}
         self._sweep_at = MIN_RETAINED_JOBS
+        self._place_threads(cpus)
 
     @property
     def num_threads(self) -> int:
@@ -183,17 +212,76 @@ class WorkerPool:
             ValueError: a tensor is not contiguous on the CPU, or the byte counts differ.
             WorkerError: the pool is closed.
         """
-        for name, tensor in (("dst", dst), ("src", src)):
-            if tensor.device.type != "cpu" or not tensor.is_contiguous():
-                raise ValueError(f"submit_copy: {name}: expected a contiguous CPU tensor, got {_describe(tensor)}")
+        _check_bytes("submit_copy: dst", dst)
+        _check_bytes("submit_copy: src", src)
         if dst.nbytes != src.nbytes:
             raise ValueError(f"submit_copy: dst has {dst.nbytes} bytes, src has {src.nbytes}; expected as many")
         args = (address_of(dst), address_of(src), src.nbytes, priority)
         number = self._submit("copy", lib.gn_pool_submit_copy, args, (dst, src))
         return Ticket(self, number, "copy")
 
+    def submit_sweep(self, read: Sequence[Tensor], inverted: Sequence[Tensor], *, priority: int = 0) -> SweepTicket:
+        """Queue one pass over several tensors at once, each in proportion to its length, without arithmetic.
+
+        The time it takes is what memory needs to deliver these bytes to these threads: the ceiling of a kernel that
+        reads the same tensors and writes some of them.
+
+        Args:
+            read: contiguous CPU tensors of any dtype and shape; read only.
+            inverted: likewise; every byte is replaced by its complement, so that a second sweep restores it.
+            priority: lower starts first.
+
+        Returns:
+            The job's ticket, which gives the checksum of what was read.
+
+        Raises:
+            ValueError: a tensor is not contiguous on the CPU.
+            WorkerError: the pool is closed.
+        """
+        tensors = (*read, *inverted)
+        buffers = ffi.new("gn_sweep_buffer[]", len(tensors))
+        for index, tensor in enumerate(tensors):
+            _check_bytes("submit_sweep: tensor", tensor)
+            mode = lib.GN_SWEEP_READ if index < len(read) else lib.GN_SWEEP_INVERT
+            buffers[index].data, buffers[index].nbytes, buffers[index].mode = address_of(tensor), tensor.nbytes, mode
+        checksum = ffi.new("uint64_t *")
+        args = (buffers, len(tensors), checksum, priority)
+        number = self._submit("sweep", lib.gn_pool_submit_sweep, args, (tensors, checksum))
+        return SweepTicket(self, number, "sweep", checksum)
+
+    def limit_background(self, max_threads: int) -> None:
+        """Let at most some of the threads run jobs of BACKGROUND_PRIORITY and above at the same time.
+
+        A limit leaves processors to what else the process computes; other jobs keep all threads. It
+        holds from the next block of a job on, well under a millisecond.
+
+        Args:
+            max_threads: at least 1; `num_threads` and more mean no limit.
+
+        Raises:
+            ValueError: max_threads is below 1.
+            WorkerError: this is a forked process.
+        """
+        if max_threads < 1:
+            raise ValueError(f"limit_background: max_threads: expected at least 1, got {max_threads}")
+        self._change_background(max_threads=max_threads)
+
+    @contextmanager
+    def background_unlimited(self) -> Iterator[None]:
+        """Lift the limit on background jobs while the calling thread has nothing to do but wait for them."""
+        self._change_background(waiters=1)
+        try:
+            yield
+        finally:
+            self._change_background(waiters=-1)
+
     def close(self) -> None:
-        """Cancel what has not begun, finish what has, end the threads. Blocking; a second call does nothing."""
+        """Cancel what has not begun, finish what has, end the threads. Blocking; a second call does nothing.
+
+        In a forked process there is nothing to end and it does nothing.
+        """
+        if self._is_foreign():
+            return
         with self._close_lock:
             lib.gn_pool_shutdown(self._handle)
         with self._lock:
@@ -213,6 +301,7 @@ class WorkerPool:
     def _submit(
         self, operation: str, submit_fn: Callable[..., int], args: tuple[Any, ...], retained: tuple[object, ...]
     ) -> int:
+        self._check_process()
         number = ffi.new("uint64_t *")
         # Under the lock, so that close() cannot come between the two lines and leave a tensor retained.
         with self._lock:
@@ -226,8 +315,43 @@ class WorkerPool:
             self._sweep()
         return int(number[0])
 
+    def _place_threads(self, cpus: Sequence[int]) -> None:
+        """Restrict each thread to its processors."""
+        if not hasattr(os, "sched_setaffinity"):
+            return
+        topology = read_topology()
+        chosen = choose_worker_cpus(topology, self._num_threads, read_launching_core())
+        if cpus:
+            chosen = (frozenset(cpus) & topology.cpus,) * self._num_threads
+        thread_ids = ffi.new("int32_t[]", self._num_threads)
+        lib.gn_pool_thread_ids(self._handle, thread_ids)
+        for thread_id, worker_cpus in zip(thread_ids, chosen, strict=True):
+            if worker_cpus and worker_cpus != topology.cpus:
+                with suppress(OSError):
+                    os.sched_setaffinity(thread_id, worker_cpus)
+
+    def _change_background(self, *, max_threads: int | None = None, waiters: int = 0) -> None:
+        self._check_process()
+        with self._lock:
+            self._background_threads = max_threads or self._background_threads
+            self._num_background_waiters += waiters
+            limit = self._num_threads if self._num_background_waiters else self._background_threads
+            lib.gn_pool_limit_background(self._handle, limit)
+
+    def _is_foreign(self) -> bool:
+        return os.getpid() != self._process_id
+
+    def _check_process(self) -> None:
+        """Refuse use in a forked process, before any lock that may have been held when it was forked."""
+        if self._is_foreign():
+            raise WorkerError(
+                f"the worker pool belongs to process {self._process_id}; this is process {os.getpid()}, forked from it "
+                "without its threads: use the engine where it was built, or start this process by spawning"
+            )
+
     def _poll(self, number: int, timeout_s: float) -> int:
         """Wait for a ticket; let go of its tensors if it has completed."""
+        self._check_process()
         status = int(lib.gn_pool_wait(self._handle, number, int(timeout_s * 1e9)))
         if status != -errno.ETIMEDOUT:
             with self._lock:
@@ -243,5 +367,8 @@ class WorkerPool:
         self._sweep_at = max(MIN_RETAINED_JOBS, 2 * len(self._retained))
 
 
-def _describe(tensor: Tensor) -> str:
-    return f"shape {list(tensor.shape)}, stride {list(tensor.stride())} on {tensor.device}"
+def _check_bytes(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor whose bytes are not one run of host memory."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        found = f"shape {list(tensor.shape)}, stride {list(tensor.stride())} on {tensor.device}"
+        raise ValueError(f"{name}: expected a contiguous CPU tensor, got {found}")

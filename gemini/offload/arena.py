@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import mmap
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 
 from gemini.errors import OutOfTierMemoryError
+from gemini.kernels.topology import interleave_memory
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, TierLedger, format_nbytes, round_up
 
 __all__ = ["HostArena"]
@@ -35,11 +37,14 @@ class HostArena:
     Args:
         ledger: charged for every buffer before it is mapped.
         is_pinned: page-lock buffers so that a CUDA device can copy from and to them asynchronously.
+        nodes: memory nodes to deal the pages of each buffer out over, so that one thread's first touch does not put
+            everything behind one memory controller; fewer than two leave it to the system.
     """
 
-    def __init__(self, ledger: TierLedger, *, is_pinned: bool = False) -> None:
+    def __init__(self, ledger: TierLedger, *, is_pinned: bool = False, nodes: Sequence[int] = ()) -> None:
         self._ledger = ledger
         self._is_pinned = is_pinned
+        self._nodes = tuple(nodes)
         self._buffers: dict[int, _Grant] = {}
         self._has_warned = False
 
@@ -60,6 +65,8 @@ class HostArena:
         self._ledger.charge(MemoryTier.HOST, purpose, nbytes)
         try:
             buffer = torch.frombuffer(_map_shared_memory(nbytes), dtype=torch.uint8)
+            if len(self._nodes) > 1:
+                interleave_memory(buffer.data_ptr(), nbytes, self._nodes)
         except OSError as error:
             self._ledger.credit(MemoryTier.HOST, purpose, nbytes)
             raise OutOfTierMemoryError(

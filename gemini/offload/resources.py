@@ -14,6 +14,7 @@ from gemini.config import GeminiConfig
 from gemini.errors import ConfigError
 from gemini.kernels.cpu import Isa, resolve_isa
 from gemini.kernels.pool import WorkerPool
+from gemini.kernels.topology import read_topology
 from gemini.offload.arena import HostArena
 from gemini.offload.store import DiskStore
 from gemini.offload.transfer import CpuTransfers, CudaTransfers, SimulatedTransfers, Transfers
@@ -151,7 +152,8 @@ def open_resources(config: GeminiConfig, budgets: dict[MemoryTier, int | None], 
         store = DiskStore(config.nvme, capacity_nbytes=disk_nbytes)
     num_threads = config.num_threads or min(len(os.sched_getaffinity(0)), MAX_DEFAULT_THREADS)
     pool = WorkerPool(num_threads, isa=isa)
-    arena = HostArena(ledger, is_pinned=isinstance(device, torch.device))
+    nodes = [node for node, _ in read_topology().nodes]
+    arena = HostArena(ledger, is_pinned=isinstance(device, torch.device), nodes=nodes)
     transfers: Transfers
     if device is None:
         transfers = CpuTransfers(arena)

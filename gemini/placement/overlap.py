@@ -33,6 +33,9 @@ def smoothed_rate(rate: float | None, happened: bool) -> float:
     Args:
         rate: the share before this step; None: this is the first.
         happened: whether it happened in this step.
+
+    Returns:
+        The share, from 0 to 1.
     """
     return float(happened) if rate is None else (1 - RATE_WEIGHT) * rate + RATE_WEIGHT * happened
 

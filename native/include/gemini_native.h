@@ -149,14 +149,42 @@ typedef struct gn_adam_args {
  * out of [0, numel]. */
 int32_t gn_adam_update(const gn_adam_args* args);
 
+/* ------------------------------------------------------------------ memory sweep */
+
+enum gn_sweep_mode {
+    GN_SWEEP_READ = 0,  /* read every byte */
+    GN_SWEEP_INVERT = 1 /* read every byte and write its complement */
+};
+
+typedef struct gn_sweep_buffer {
+    void* data;
+    int64_t nbytes;
+    int32_t mode; /* gn_sweep_mode */
+} gn_sweep_buffer;
+
 /* ------------------------------------------------------------------ worker pool */
 
 /* A fixed set of threads that run the kernels above, most urgent job first. */
 typedef struct gn_pool gn_pool;
 
-/* Start `num_threads` >= 1 threads. With num_cpus > 0 every thread is restricted to the
- * processors in `cpus`; a refusal by the kernel is ignored (affinity is a wish). */
-int32_t gn_pool_create(gn_pool** pool, int32_t num_threads, const int32_t* cpus, int32_t num_cpus);
+/* In a process that was forked after the pool was created there are no threads: every function that takes a
+ * pool returns -ECHILD there and changes nothing. */
+
+/* Start `num_threads` threads, 1 to 4096; returns when they run. */
+int32_t gn_pool_create(gn_pool** pool, int32_t num_threads);
+
+/* Write the threads' Linux thread ids, for sched_setaffinity and setpriority, to thread_ids[num_threads]; 0
+ * on other systems. Does not block. */
+int32_t gn_pool_thread_ids(gn_pool* pool, int32_t* thread_ids);
+
+enum gn_priority {
+    GN_PRIORITY_BACKGROUND = 1048576 /* jobs of this priority number or above are background jobs */
+};
+
+/* Let at most `max_threads` >= 1 threads run background jobs at the same time, from the next block on; all
+ * may at first. Background jobs leave the other threads free for urgent ones, and the processors for whatever
+ * else the process computes. */
+int32_t gn_pool_limit_background(gn_pool* pool, int32_t max_threads);
 
 /* Drop what is queued, finish what is running, join the threads. Dropped tickets complete with -ECANCELED;
  * gn_pool_wait still answers for every ticket, submitting is refused with -ECANCELED. Blocking; a second
@@ -175,10 +203,24 @@ int32_t gn_pool_submit_grad(gn_pool* pool, const gn_grad_args* args, int32_t pri
 int32_t gn_pool_submit_copy(gn_pool* pool, void* dst, const void* src, int64_t nbytes, int32_t priority,
                             uint64_t* ticket);
 
+/* Submit a pass over several buffers at once, each advancing in proportion to its length, as a kernel with
+ * these operands would: the rate at which memory can deliver them to these threads. The buffer array is
+ * copied. *checksum must stay valid until the ticket has completed and is written then: the XOR of all 64-bit
+ * words that were read, each buffer zero padded to whole words. */
+int32_t gn_pool_submit_sweep(gn_pool* pool, const gn_sweep_buffer* buffers, int64_t num_buffers,
+                             uint64_t* checksum, int32_t priority, uint64_t* ticket);
+
 /* Wait for a ticket. Returns the job's result, -ETIMEDOUT after timeout_ns (negative: wait for
  * ever; 0: only look) or -EINVAL for a ticket that was never issued. May be asked
  * repeatedly and from several threads; results of completed tickets cost no memory when they are 0. */
 int32_t gn_pool_wait(gn_pool* pool, uint64_t ticket, int64_t timeout_ns);
+
+/* ------------------------------------------------------------------ memory nodes */
+
+/* Ask for the pages of a fresh mapping to be dealt out over `nodes` in turn as they are first touched (mbind,
+ * MPOL_INTERLEAVE). `address` is page aligned. Pages that exist stay where they are. Node numbers are below
+ * 1024. -ENOSYS: no such system call here; -EPERM, -EINVAL: as mbind(2). */
+int32_t gn_memory_interleave(void* address, int64_t nbytes, const int32_t* nodes, int32_t num_nodes);
 
 /* ------------------------------------------------------------------ asynchronous file I/O */
 

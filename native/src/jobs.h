@@ -29,6 +29,14 @@ int64_t padded_count(int64_t count);
 // Reduce padded_count(num_blocks) sums, those past num_blocks being zero; overwrites them.
 double reduce_block_sums(double* block_sums, int64_t num_blocks);
 
+int32_t check_sweep(const gn_sweep_buffer* buffers, int64_t num_buffers);
+
+// A checked sweep is cut into pieces that each take their share of every buffer.
+int64_t num_sweep_pieces(const gn_sweep_buffer* buffers, int64_t num_buffers);
+
+// Sweep the pieces [begin, end); returns their part of the checksum, to be combined by XOR.
+uint64_t run_sweep(const gn_sweep_buffer* buffers, int64_t num_buffers, int64_t begin, int64_t end);
+
 }  // namespace gn
 
 #endif  // GEMINI_JOBS_H

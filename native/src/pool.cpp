@@ -1,12 +1,13 @@
 // The worker pool: persistent threads that take blocks of the most urgent job.
 #include <errno.h>
 #include <string.h>
+#include <unistd.h>
 #if defined(__linux__)
-#include <pthread.h>
-#include <sched.h>
+#include <sys/syscall.h>
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <map>
@@ -95,6 +96,38 @@ struct CopyJob final : Job {
     }
 };
 
+struct SweepJob final : Job {
+    static constexpr int64_t kPiecesPerBlock = 128;
+
+    std::vector<gn_sweep_buffer> buffers;
+    uint64_t* checksum;
+    int64_t num_pieces;
+    std::atomic<uint64_t> sum{0};
+
+    SweepJob(const gn_sweep_buffer* source, int64_t num_buffers, uint64_t* checksum)
+        : buffers(source, source + num_buffers),
+          checksum(checksum),
+          num_pieces(gn::num_sweep_pieces(source, num_buffers)) {
+        num_blocks = (num_pieces + kPiecesPerBlock - 1) / kPiecesPerBlock;
+    }
+    void run_block(int64_t block) override {
+        const int64_t begin = block * kPiecesPerBlock;
+        const int64_t end = std::min(num_pieces, begin + kPiecesPerBlock);
+        sum ^= gn::run_sweep(buffers.data(), static_cast<int64_t>(buffers.size()), begin, end);
+    }
+    void finish() override { *checksum = sum; }
+};
+
+bool is_background(const Job& job) { return job.priority >= GN_PRIORITY_BACKGROUND; }
+
+int32_t current_thread_id() {
+#if defined(__linux__)
+    return static_cast<int32_t>(syscall(SYS_gettid));
+#else
+    return 0;
+#endif
+}
+
 }  // namespace
 
 // One mutex guards everything but the blocks' own work. Every job issued and not yet completed is in
@@ -109,28 +142,47 @@ struct gn_pool {
     uint64_t next_ticket = 1;
     int64_t num_waiters = 0;
     bool is_shut_down = false;
+    int32_t max_background = kMaxThreads;  // threads that may run background jobs at the same time
+    int32_t num_background = 0;            // threads that do
     std::vector<std::thread> threads;
+    std::vector<int32_t> thread_ids;  // of the threads that have started, in the order they did
+    const pid_t process = getpid();
 
+    bool can_start() const;
     void work();
     int32_t submit(std::unique_ptr<Job> job, int32_t priority, uint64_t* ticket);
     int32_t wait(uint64_t ticket, int64_t timeout_ns);
     void shut_down();
 };
 
+// The queue is in order of urgency: if its first job is in the background, so are all.
+bool gn_pool::can_start() const {
+    if (queue.empty()) return false;
+    return is_shut_down || num_background < max_background || !is_background(*queue.begin()->second);
+}
+
 void gn_pool::work() {
     const gn::ScopedFloatMode float_mode;
     std::unique_lock<std::mutex> lock(mutex);
+    thread_ids.push_back(current_thread_id());
+    progress.notify_all();
     for (;;) {
-        work_available.wait(lock, [this] { return is_shut_down || !queue.empty(); });
+        work_available.wait(lock, [this] { return can_start() || (is_shut_down && queue.empty()); });
         if (queue.empty()) return;
         const auto first = queue.begin();
         Job* job = first->second;
         const uint64_t ticket = first->first.second;
         const int64_t block = job->num_taken++;
         if (job->num_taken == job->num_blocks) queue.erase(first);
+        const int32_t background = is_background(*job) ? 1 : 0;
+        num_background += background;
         lock.unlock();
         job->run_block(block);
         lock.lock();
+        num_background -= background;
+        // This thread turns to something urgent, so another one may go on in the background.
+        if (background && !queue.empty() && !is_background(*queue.begin()->second))
+            work_available.notify_one();
         if (++job->num_finished < job->num_blocks) continue;
         lock.unlock();
         job->finish();
@@ -207,20 +259,8 @@ void gn_pool::shut_down() {
 
 namespace {
 
-// Affinity is a wish: out-of-range numbers and refusals are ignored.
-void restrict_to_cpus(std::thread& thread, const int32_t* cpus, int32_t num_cpus) {
-#if defined(__linux__)
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    for (int32_t i = 0; i < num_cpus; ++i)
-        if (cpus[i] >= 0 && cpus[i] < CPU_SETSIZE) CPU_SET(cpus[i], &set);
-    (void)pthread_setaffinity_np(thread.native_handle(), sizeof(set), &set);
-#else
-    (void)thread;
-    (void)cpus;
-    (void)num_cpus;
-#endif
-}
+// The threads stayed behind in the parent of a fork, and its locks may have been held at that moment.
+bool is_foreign(const gn_pool* pool) { return pool->process != getpid(); }
 
 // Run `body`, turning what it throws into a negative errno.
 template <class Body>
@@ -238,17 +278,18 @@ int32_t guarded(Body body) {
 
 }  // namespace
 
-int32_t gn_pool_create(gn_pool** pool, int32_t num_threads, const int32_t* cpus, int32_t num_cpus) {
+int32_t gn_pool_create(gn_pool** pool, int32_t num_threads) {
     if (!pool || num_threads < 1 || num_threads > kMaxThreads) return -EINVAL;
-    if (num_cpus < 0 || (num_cpus > 0 && !cpus)) return -EINVAL;
     return guarded([=]() -> int32_t {
         std::unique_ptr<gn_pool> created(new gn_pool);
         try {
-            created->threads.reserve(static_cast<size_t>(num_threads));
-            for (int32_t i = 0; i < num_threads; ++i) {
+            const auto count = static_cast<size_t>(num_threads);
+            created->threads.reserve(count);
+            created->thread_ids.reserve(count);
+            while (created->threads.size() < count)
                 created->threads.emplace_back(&gn_pool::work, created.get());
-                if (num_cpus > 0) restrict_to_cpus(created->threads.back(), cpus, num_cpus);
-            }
+            std::unique_lock<std::mutex> lock(created->mutex);
+            created->progress.wait(lock, [&] { return created->thread_ids.size() == count; });
         } catch (...) {
             created->shut_down();
             throw;
@@ -258,8 +299,28 @@ int32_t gn_pool_create(gn_pool** pool, int32_t num_threads, const int32_t* cpus,
     });
 }
 
+int32_t gn_pool_thread_ids(gn_pool* pool, int32_t* thread_ids) {
+    if (!pool || !thread_ids) return -EINVAL;
+    if (is_foreign(pool)) return -ECHILD;
+    // Not written to after the pool was created.
+    std::copy(pool->thread_ids.begin(), pool->thread_ids.end(), thread_ids);
+    return 0;
+}
+
+int32_t gn_pool_limit_background(gn_pool* pool, int32_t max_threads) {
+    if (!pool || max_threads < 1) return -EINVAL;
+    if (is_foreign(pool)) return -ECHILD;
+    return guarded([=]() -> int32_t {
+        const std::lock_guard<std::mutex> guard(pool->mutex);
+        pool->max_background = max_threads;
+        pool->work_available.notify_all();
+        return 0;
+    });
+}
+
 int32_t gn_pool_shutdown(gn_pool* pool) {
     if (!pool) return -EINVAL;
+    if (is_foreign(pool)) return -ECHILD;
     return guarded([=]() -> int32_t {
         pool->shut_down();
         return 0;
@@ -268,6 +329,7 @@ int32_t gn_pool_shutdown(gn_pool* pool) {
 
 int32_t gn_pool_destroy(gn_pool* pool) {
     if (!pool) return 0;
+    if (is_foreign(pool)) return -ECHILD;
     return guarded([=]() -> int32_t {
         pool->shut_down();
         {
@@ -282,6 +344,7 @@ int32_t gn_pool_destroy(gn_pool* pool) {
 int32_t gn_pool_submit_adam(gn_pool* pool, const gn_adam_args* args, int32_t priority, uint64_t* ticket) {
     const gn::Kernels* kernels = nullptr;
     if (!pool || !ticket) return -EINVAL;
+    if (is_foreign(pool)) return -ECHILD;
     if (const int32_t status = gn::check_adam(args, &kernels)) return status;
     return guarded([=]() -> int32_t {
         return pool->submit(std::make_unique<AdamJob>(*args, kernels), priority, ticket);
@@ -291,6 +354,7 @@ int32_t gn_pool_submit_adam(gn_pool* pool, const gn_adam_args* args, int32_t pri
 int32_t gn_pool_submit_grad(gn_pool* pool, const gn_grad_args* args, int32_t priority, uint64_t* ticket) {
     const gn::Kernels* kernels = nullptr;
     if (!pool || !ticket) return -EINVAL;
+    if (is_foreign(pool)) return -ECHILD;
     if (const int32_t status = gn::check_grad(args, &kernels)) return status;
     return guarded([=]() -> int32_t {
         return pool->submit(std::make_unique<GradJob>(*args, kernels), priority, ticket);
@@ -300,12 +364,24 @@ int32_t gn_pool_submit_grad(gn_pool* pool, const gn_grad_args* args, int32_t pri
 int32_t gn_pool_submit_copy(gn_pool* pool, void* dst, const void* src, int64_t nbytes, int32_t priority,
                             uint64_t* ticket) {
     if (!pool || !ticket || nbytes < 0 || (nbytes > 0 && (!dst || !src))) return -EINVAL;
+    if (is_foreign(pool)) return -ECHILD;
     return guarded([=]() -> int32_t {
         return pool->submit(std::make_unique<CopyJob>(dst, src, nbytes), priority, ticket);
     });
 }
 
+int32_t gn_pool_submit_sweep(gn_pool* pool, const gn_sweep_buffer* buffers, int64_t num_buffers,
+                             uint64_t* checksum, int32_t priority, uint64_t* ticket) {
+    if (!pool || !ticket || !checksum) return -EINVAL;
+    if (is_foreign(pool)) return -ECHILD;
+    if (const int32_t status = gn::check_sweep(buffers, num_buffers)) return status;
+    return guarded([=]() -> int32_t {
+        return pool->submit(std::make_unique<SweepJob>(buffers, num_buffers, checksum), priority, ticket);
+    });
+}
+
 int32_t gn_pool_wait(gn_pool* pool, uint64_t ticket, int64_t timeout_ns) {
     if (!pool) return -EINVAL;
+    if (is_foreign(pool)) return -ECHILD;
     return guarded([=]() -> int32_t { return pool->wait(ticket, timeout_ns); });
 }

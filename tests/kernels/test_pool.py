@@ -2,10 +2,16 @@
 
 import dataclasses
 import errno
+import functools
 import gc
+import operator
+import os
+import signal
 import threading
 import time
+import warnings
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +20,7 @@ from gemini._native import ffi, lib
 
 from gemini.errors import WorkerError
 from gemini.kernels.cpu import AdamHyper, AdamSegment, AdamTile, GradMode, adam_update, store_gradient
-from gemini.kernels.pool import WorkerPool
+from gemini.kernels.pool import BACKGROUND_PRIORITY, WorkerPool
 
 BLOCK_NUMEL = 65536
 HYPER = AdamHyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
@@ -238,6 +244,139 @@ def test_worker_threads_keep_subnormals_whatever_their_creator_set():
         assert pool.submit_gradient(None, torch.full((8,), 2.0**-149)).sumsq() == 8 * 2.0**-298
 
 
+def xor_of_words(tensor):
+    raw = tensor.numpy().tobytes()
+    words = np.frombuffer(raw + bytes(-len(raw) % 8), np.uint64)
+    return functools.reduce(operator.xor, map(int, words), 0)
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize(
+    "nbytes", [(0, 0, 0), (1, 7, 64), (63, 0, 129), (100_003, 200_000, 1), (3_000_001, 12_345, 6_000_000)]
+)
+def test_a_sweep_reads_every_byte_and_inverts_those_it_may(nbytes, num_threads):
+    generator = torch.Generator().manual_seed(1)
+    read, first, second = (torch.randint(0, 256, (n,), generator=generator).to(torch.uint8) for n in nbytes)
+    before = [tensor.clone() for tensor in (read, first, second)]
+    with WorkerPool(num_threads) as pool:
+        checksum = pool.submit_sweep([read], [first, second]).checksum()
+    assert checksum == functools.reduce(operator.xor, map(xor_of_words, before))
+    assert torch.equal(read, before[0])
+    assert torch.equal(first, ~before[1])
+    assert torch.equal(second, ~before[2])
+
+
+def test_limited_background_jobs_run_one_at_a_time_and_in_order():
+    # Every update is one block on the same tile: two at once, or in another order, would give other bits.
+    tile, expected = make_tile(BLOCK_NUMEL), make_tile(BLOCK_NUMEL)
+    with WorkerPool(4) as pool:
+        pool.limit_background(1)
+        for index in range(100):
+            grad = torch.full((BLOCK_NUMEL,), float(index))
+            last = pool.submit_adam(dataclasses.replace(tile, grad=grad), priority=BACKGROUND_PRIORITY)
+            adam_update(dataclasses.replace(expected, grad=grad))
+        last.wait()
+    assert all(torch.equal(a, b) for a, b in zip(state_of(tile), state_of(expected), strict=True))
+
+
+def test_urgent_jobs_need_not_wait_for_limited_background_jobs():
+    with WorkerPool(2) as pool:
+        pool.limit_background(1)
+        background = pool.submit_gradient(
+            None, torch.from_numpy(np.zeros(1 << 28, np.float32)), priority=BACKGROUND_PRIORITY
+        )
+        assert [pool.submit_gradient(None, torch.ones(n)).sumsq() for n in range(50)] == list(range(50))
+        assert not background.is_done()
+        background.wait()
+
+
+def busy_threads(thread_ids, work):
+    """Return how many of the threads ran for at least a millisecond while `work` was called."""
+
+    def run_times_ns():
+        return [int(Path(f"/proc/self/task/{thread}/schedstat").read_text().split()[0]) for thread in thread_ids]
+
+    before = run_times_ns()
+    work()
+    return sum(after - begin > 1_000_000 for begin, after in zip(before, run_times_ns(), strict=True))
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs Linux's accounting of threads")
+def test_a_waiting_thread_can_lift_the_limit_on_background_jobs():
+    src = torch.from_numpy(np.zeros(1 << 28, np.float32))
+    others = set(os.listdir("/proc/self/task"))
+    with WorkerPool(2) as pool:
+        thread_ids = set(os.listdir("/proc/self/task")) - others
+        pool.limit_background(1)
+        job = pool.submit_gradient(None, src, priority=BACKGROUND_PRIORITY)
+
+        def wait():
+            with pool.background_unlimited():
+                job.wait()
+
+        assert busy_threads(thread_ids, wait) == 2
+        job = pool.submit_gradient(None, src, priority=BACKGROUND_PRIORITY)
+        assert busy_threads(thread_ids, job.wait) == 1
+        with pytest.raises(ValueError, match="max_threads: expected at least 1, got 0"):
+            pool.limit_background(0)
+
+
+def run_in_fork(body):
+    """Return the exit status of a forked child that ran `body`; None if it had to be killed after ten seconds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads, which is the point
+        child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            body()
+            status = 0
+        finally:
+            os._exit(status)
+    for _ in range(1000):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+def test_a_forked_process_is_refused_instead_of_hanging():
+    pool = WorkerPool(2)
+    gate = Gate(pool)
+    ticket = pool.submit_gradient(None, torch.ones(10))
+
+    def use_the_pool():
+        refused = "the worker pool belongs to process .* forked from it without its threads"
+        for use in (ticket.wait, ticket.is_done, lambda: pool.submit_gradient(None, torch.ones(1))):
+            with pytest.raises(WorkerError, match=refused):
+                use()
+        with pytest.raises(WorkerError, match=refused):
+            pool.limit_background(1)
+        number = ffi.new("uint64_t *")
+        assert lib.gn_pool_wait(pool._handle, 1, -1) == -errno.ECHILD
+        assert lib.gn_pool_submit_copy(pool._handle, ffi.NULL, ffi.NULL, 0, 0, number) == -errno.ECHILD
+        pool.close()
+        assert lib.gn_pool_destroy(pool._handle) == -errno.ECHILD
+
+    assert run_in_fork(use_the_pool) == 0
+    gate.ticket.wait()
+    assert ticket.sumsq() == 10.0
+    pool.close()
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a second processor")
+def test_spare_processors_keep_the_workers_off_the_launching_thread():
+    allowed = os.sched_getaffinity(0)
+    others = set(os.listdir("/proc/self/task"))
+    with WorkerPool(1):
+        (worker,) = set(os.listdir("/proc/self/task")) - others
+        assert set() < os.sched_getaffinity(int(worker)) < allowed
+        assert os.sched_getaffinity(0) == allowed
+
+
 def test_cpu_wishes_that_cannot_be_met_are_ignored():
     with WorkerPool(2, cpus=[0, 100_000, -3]) as pool:
         assert pool.submit_gradient(None, torch.ones(10)).sumsq() == 10.0
@@ -259,9 +398,8 @@ def test_wrong_arguments_are_refused():
 
 def test_native_pool_answers_einval_for_tickets_never_issued():
     pool = ffi.new("gn_pool **")
-    assert lib.gn_pool_create(pool, 0, ffi.NULL, 0) == -errno.EINVAL
-    assert lib.gn_pool_create(pool, 1, ffi.NULL, 1) == -errno.EINVAL
-    assert lib.gn_pool_create(pool, 1, ffi.NULL, 0) == 0
+    assert lib.gn_pool_create(pool, 0) == -errno.EINVAL
+    assert lib.gn_pool_create(pool, 1) == 0
     assert lib.gn_pool_wait(pool[0], 0, 0) == -errno.EINVAL
     assert lib.gn_pool_wait(pool[0], 1, -1) == -errno.EINVAL
     ticket = ffi.new("uint64_t *")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from small_resources import mapped_nbytes
 
 from gemini.errors import OutOfTierMemoryError
+from gemini.kernels.topology import read_topology
 from gemini.offload.arena import HostArena
 from gemini.tiers import MemoryTier, TierLedger
 
@@ -44,6 +46,17 @@ def test_a_huge_page_buffer_is_mapped_and_kept_exact() -> None:
     before = mapped_nbytes()
     buffer = arena.allocate((5 << 20) + 1, "state")
     assert mapped_nbytes() - before == buffer.numel() == ledger.held_nbytes(HOST) == (5 << 20) + 4096
+
+
+@pytest.mark.skipif(not Path("/proc/self/numa_maps").exists(), reason="needs a kernel with memory policies")
+@pytest.mark.parametrize(("num_nodes", "policy"), [(1, "default"), (2, "interleave:")])
+def test_buffers_are_dealt_out_over_nodes_if_there_are_several(num_nodes: int, policy: str) -> None:
+    # The same node twice stands for two, so that any machine can run this.
+    arena = HostArena(TierLedger({HOST: None}), nodes=[read_topology().nodes[0][0]] * num_nodes)
+    buffer = arena.allocate(1 << 20, "state").fill_(1)
+    lines = Path("/proc/self/numa_maps").read_text().splitlines()
+    (found,) = [line.split()[1] for line in lines if line.startswith(f"{buffer.data_ptr():x} ")]
+    assert found.startswith(policy)
 
 
 def test_one_byte_above_the_budget_is_refused_and_nothing_is_mapped() -> None:

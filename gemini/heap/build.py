@@ -1,0 +1,110 @@
+"""Compile the CPU allocator against the torch that is installed, once, and keep it.
+
+The layout of c10::Allocator, a C++ class, belongs to one build of torch, so a binary in a wheel would fit a single one.
+The source travels with the package instead. What is compiled from it is kept beside torch's own caches, under a name
+that source, compiler arguments and torch's exact build decide: for another torch it is compiled again, never reused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from gemini.errors import HeapUnavailableError
+
+__all__ = ["build_allocator", "cache_dir"]
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("torch_allocator.cpp")
+STANDARDS = ("c++17", "c++20")
+"""What to try: the first is what torch's headers ask for, later versions may ask for the second."""
+COMPILERS = ("c++", "g++", "clang++")
+TIMEOUT_S = 300
+
+
+def cache_dir() -> Path:
+    """Return where compiled allocators are kept: beside torch's hub directory, so TORCH_HOME moves it."""
+    return Path(torch.hub.get_dir()).with_name("gemini")
+
+
+def build_allocator(directory: Path, *, compiler: str | None = None) -> Path:
+    """Return the compiled allocator for the torch that is running; blocks for some seconds the first time.
+
+    Processes may build at the same time: each compiles under a name of its own and puts the whole file into place.
+
+    Args:
+        directory: where compiled allocators are kept; made if needed.
+        compiler: C++ compiler; None: the first of c++, g++ and clang++ that is found.
+
+    Returns:
+        The shared library, to be loaded into a process that has imported torch.
+
+    Raises:
+        HeapUnavailableError: no Linux, no compiler, no headers, a compiler's error, or nowhere to write.
+    """
+    if not sys.platform.startswith("linux"):
+        raise HeapUnavailableError(f"it is written for Linux, this is {sys.platform}")
+    torch_dir = Path(torch.__file__).parent
+    arguments = _arguments(torch_dir)
+    try:
+        library = directory / f"torch_allocator-{_digest(torch_dir, arguments)}.so"
+        if not library.exists():
+            _build([compiler or _find_compiler(), *arguments], library)
+    except OSError as error:
+        raise HeapUnavailableError(f"it cannot be compiled: {error}") from error
+    return library
+
+
+def _arguments(torch_dir: Path) -> list[str]:
+    return [
+        *("-O2", "-Wall", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"),
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        *("-isystem", str(torch_dir / "include"), str(SOURCE), f"-L{torch_dir / 'lib'}", "-lc10", "-Wl,--no-undefined"),
+    ]
+
+
+def _digest(torch_dir: Path, arguments: list[str]) -> str:
+    """Return what changes whenever the library must be compiled again."""
+    core = (torch_dir / "lib" / "libc10.so").stat()
+    torch_build = (torch.__version__, core.st_size, core.st_mtime_ns)
+    parts = (SOURCE.read_text(encoding="ascii"), arguments, STANDARDS, torch_build)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _find_compiler() -> str:
+    found = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if found is None:
+        raise HeapUnavailableError(f"there is no C++ compiler: none of {', '.join(COMPILERS)} is on PATH")
+    return found
+
+
+def _build(command: list[str], library: Path) -> None:
+    logger.info("compiling the CPU allocator for torch %s into %s, needed once", torch.__version__, library.parent)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as build_dir:
+        draft = Path(build_dir) / library.name
+        _compile([*command, "-o", str(draft)])
+        os.replace(draft, library)
+
+
+def _compile(command: list[str]) -> None:
+    """Run the compiler, for one C++ standard after the other; raise HeapUnavailableError with what it said."""
+    said = ""
+    for standard in STANDARDS:
+        try:
+            ended = subprocess.run([*command, f"-std={standard}"], capture_output=True, text=True, timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            raise HeapUnavailableError(f"{command[0]} did not end within {TIMEOUT_S} s") from error
+        if ended.returncode == 0:
+            return
+        said = said or ended.stderr.strip()[-2000:]
+    raise HeapUnavailableError(f"{command[0]} failed: {said}")

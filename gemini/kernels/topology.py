@@ -1,0 +1,148 @@
+"""Which processors the worker threads run on and which memory nodes host buffers spread over.
+
+Decisions are pure functions on numbers; the machine is read from Linux's /sys and /proc, and elsewhere is unknown.
+Placement is a wish: what the system refuses or does not say is left as it is, and no result depends on it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemini._native import ffi, lib
+
+__all__ = [
+    "MachineTopology",
+    "choose_worker_cpus",
+    "interleave_memory",
+    "parse_cpu_list",
+    "read_launching_core",
+    "read_topology",
+]
+
+SYSFS_CPU_DIR = Path("/sys/devices/system/cpu")
+SYSFS_NODE_DIR = Path("/sys/devices/system/node")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineTopology:
+    """The processors and memory nodes this process may use."""
+
+    cpus: frozenset[int]
+    """Logical processors in this process's affinity mask."""
+    nodes: tuple[tuple[int, frozenset[int]], ...]
+    """(node number, the processors of it that this process may use), none of them empty; () if unknown."""
+
+
+def parse_cpu_list(text: str) -> frozenset[int]:
+    """Return the numbers that a kernel list names: "0-2,8" is {0, 1, 2, 8}.
+
+    Args:
+        text: ranges and numbers, separated by commas; may be blank.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        ValueError: the text is not such a list.
+    """
+    numbers: set[int] = set()
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        if part:
+            numbers.update(range(int(first), int(last or first) + 1))
+    return frozenset(numbers)
+
+
+def choose_worker_cpus(
+    topology: MachineTopology, num_workers: int, launching_core: Collection[int]
+) -> tuple[frozenset[int], ...]:
+    """Choose the processors that each worker thread may run on.
+
+    Workers are spread over the memory nodes in proportion to their processors, and each may use every processor of its
+    node, so that the scheduler can still move it out of the way of other threads. The launching thread's core is left
+    out as far as processors are to spare: its own processor first, then its siblings.
+
+    Args:
+        topology: what this process may use.
+        num_workers: worker threads, at least 1.
+        launching_core: the processors that share a core with the launching thread, its own first.
+
+    Returns:
+        One set of processors per worker, none empty.
+    """
+    num_spare = len(topology.cpus) - num_workers
+    reserved = [cpu for cpu in launching_core if cpu in topology.cpus][: max(0, num_spare)]
+    usable = topology.cpus.difference(reserved)
+    groups = [cpus & usable for _, cpus in topology.nodes if cpus & usable] or [usable]
+    num_placed = [0] * len(groups)
+    chosen: list[frozenset[int]] = []
+    for _ in range(num_workers):
+        least_loaded = min(range(len(groups)), key=lambda index: (num_placed[index] + 1) / len(groups[index]))
+        num_placed[least_loaded] += 1
+        chosen.append(groups[least_loaded])
+    return tuple(chosen)
+
+
+def read_topology(node_dir: Path = SYSFS_NODE_DIR) -> MachineTopology:
+    """Return what this process may use of the machine it runs on.
+
+    Args:
+        node_dir: the kernel's directory of memory nodes.
+
+    Returns:
+        Processors by memory node; no nodes if the system does not tell.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return MachineTopology(cpus=frozenset(range(os.cpu_count() or 1)), nodes=())
+    cpus = frozenset(os.sched_getaffinity(0))
+    nodes: list[tuple[int, frozenset[int]]] = []
+    try:
+        for path in node_dir.glob("node[0-9]*"):
+            node_cpus = parse_cpu_list((path / "cpulist").read_text(encoding="ascii")) & cpus
+            if node_cpus:
+                nodes.append((int(path.name.removeprefix("node")), node_cpus))
+    except (OSError, ValueError):
+        nodes = []
+    return MachineTopology(cpus=cpus, nodes=tuple(sorted(nodes)))
+
+
+def read_launching_core(cpu_dir: Path = SYSFS_CPU_DIR) -> tuple[int, ...]:
+    """Return which core the calling thread runs on at this moment.
+
+    Args:
+        cpu_dir: the kernel's directory of processors.
+
+    Returns:
+        The processors of that core, the thread's own first; () if unknown.
+    """
+    try:
+        # The process name, in brackets, may hold blanks; the processor is field 39 of proc(5), the state field 3.
+        fields = Path("/proc/thread-self/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        cpu = int(fields[39 - 3])
+    except (OSError, ValueError, IndexError):
+        return ()
+    try:
+        siblings = parse_cpu_list((cpu_dir / f"cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        siblings = frozenset()
+    return (cpu, *sorted(siblings - {cpu}))
+
+
+def interleave_memory(address: int, nbytes: int, nodes: Sequence[int]) -> bool:
+    """Ask that the untouched pages of a mapping be dealt out over memory nodes in turn.
+
+    Args:
+        address: page aligned start of the mapping.
+        nbytes: length of the mapping.
+        nodes: node numbers, at least one.
+
+    Returns:
+        Whether the system agreed.
+    """
+    status = lib.gn_memory_interleave(
+        ffi.cast("void *", address), nbytes, ffi.new("int32_t[]", list(nodes)), len(nodes)
+    )
+    return int(status) == 0

@@ -1,0 +1,179 @@
+"""The loss in slices for Hugging Face's causal language models, by one call on the model.
+
+[Note: How a model gets its sliced loss]
+A forward with labels runs the model's own code, with two things exchanged while it lasts: the output layer returns
+`DeferredLogits` in place of logits, and `loss_function`, transformers' own place for it, computes the loss from these.
+So whatever else a model does (a router's loss, soft capping, scaling) happens as before, and what cannot be done
+without logits raises. A forward without labels is the model's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gemini.errors import ModelError
+from gemini.nn.deferred_logits import DeferredLogits
+from gemini.nn.linear_cross_entropy import Slicing, linear_cross_entropy, next_token_labels
+
+__all__ = ["use_plain_loss", "use_sliced_loss"]
+
+_LOSS_NAME = "ForCausalLMLoss"
+_REMEDY = "call linear_cross_entropy in a forward of your own"
+
+
+def use_sliced_loss(model: torch.nn.Module, *, slicing: Slicing = "vocabulary", slice_size: int | None = None) -> None:
+    """Let a transformers causal language model compute its loss with `linear_cross_entropy`, from now on.
+
+    `model(input_ids=..., labels=...)` then returns the same loss as before and no logits; without labels, nothing
+    changes. May be called before or after GeminiDDP or PEFT wrap the model, and again to change the slicing.
+
+    Args:
+        model: a causal language model of transformers, or a wrapper with one inside; its `forward` is exchanged.
+        slicing: which dimension of the logits is cut, as for `linear_cross_entropy`.
+        slice_size: rows, or tokens of the vocabulary, whose logits exist at once; None: chosen by their bytes.
+
+    Raises:
+        ModelError: the model has no output layer that is a Linear, or a loss of its own. In a forward with labels: the
+            model needs the logits for something other than this loss.
+    """
+    inner = _causal_lm_in(model)
+    use_plain_loss(inner)
+    _output_layer_of(inner)
+    loss_name = getattr(inner.loss_function, "__name__", type(inner.loss_function).__name__)
+    if loss_name != _LOSS_NAME:
+        raise ModelError(
+            f"{type(inner).__name__}: its loss is {loss_name}, expected transformers' {_LOSS_NAME}; {_REMEDY}"
+        )
+    inner.forward = _SlicedLossForward(inner, inner.forward, slicing, slice_size)
+
+
+def use_plain_loss(model: torch.nn.Module) -> None:
+    """Undo `use_sliced_loss`; does nothing to a model without it.
+
+    Args:
+        model: as given to `use_sliced_loss`, or a wrapper of it.
+
+    Raises:
+        ModelError: there is no causal language model of transformers in it.
+    """
+    inner = _causal_lm_in(model)
+    forward = inner.__dict__.get("forward")
+    if isinstance(forward, _SlicedLossForward):
+        del inner.forward
+        if inner.forward != forward.plain:  # somebody else had exchanged it before
+            inner.forward = forward.plain
+
+
+def _causal_lm_in(model: torch.nn.Module) -> Any:
+    """Return the outermost model with an output layer and transformers' place for a loss."""
+    for module in model.modules():
+        kind = type(module)  # wrappers pass on what their instances lack
+        has_parts = hasattr(kind, "get_output_embeddings") and hasattr(kind, "loss_function")
+        if has_parts and module.get_output_embeddings() is not None:  # type: ignore[operator]
+            return module
+    raise ModelError(f"{type(model).__name__}: expected a causal language model of transformers; {_REMEDY}")
+
+
+def _output_layer_of(model: Any) -> Any:
+    head = model.get_output_embeddings()
+    if isinstance(head, torch.nn.Linear) and getattr(head.forward, "__func__", None) is torch.nn.Linear.forward:
+        return head
+    raise ModelError(
+        f"{type(model).__name__}: expected an output layer that is a plain torch.nn.Linear, got {type(head).__name__}; "
+        f"{_REMEDY}"
+    )
+
+
+@dataclass(eq=False)
+class _SlicedLossForward:
+    """Takes the place of a model's `forward`; an object, so that a copy of the model gets one of its own."""
+
+    model: Any
+    plain: Callable[..., Any]
+    """The model's own, bound."""
+    slicing: Slicing
+    slice_size: int | None
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """Where `inspect.signature` looks."""
+        return self.plain
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        labels = kwargs.get("labels")
+        if labels is None and args:
+            labels = inspect.signature(self.plain).bind_partial(*args).arguments.get("labels")
+        if labels is None:
+            return self.plain(*args, **kwargs)
+        with self._exchanged():
+            return _without_logits(self.plain(*args, **kwargs))
+
+    @contextmanager
+    def _exchanged(self) -> Iterator[None]:
+        """Let the output layer return `DeferredLogits` and the model's loss take them."""
+        head, plain_loss = _output_layer_of(self.model), self.model.loss_function
+        name = type(self.model).__name__
+        head.forward = lambda hidden: DeferredLogits(name, hidden, head.weight, head.bias)
+        self.model.loss_function = self._loss
+        try:
+            yield
+        finally:
+            del head.forward
+            self.model.loss_function = plain_loss
+
+    def _loss(
+        self,
+        logits: object,
+        labels: torch.Tensor | None,
+        vocab_size: int,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: torch.Tensor | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Compute what transformers' ForCausalLMLoss does of the same arguments."""
+        name = type(self.model).__name__
+        if not isinstance(logits, DeferredLogits):
+            raise ModelError(f"{name}: its logits do not come from its output layer alone; {_REMEDY}")
+        if len(logits.weight) != vocab_size:
+            raise ModelError(
+                f"{name}: the output layer has {len(logits.weight)} tokens, the configuration {vocab_size}; {_REMEDY}"
+            )
+        if shift_labels is None:
+            assert labels is not None
+            shift_labels = next_token_labels(labels, ignore_index=ignore_index)
+        if logits.hidden.dtype is torch.float64:
+            logits = logits.float()  # transformers takes its losses in float32
+        loss = linear_cross_entropy(
+            logits.hidden,
+            logits.weight,
+            shift_labels.to(logits.device).reshape(logits.hidden.shape[:-1]),
+            logits.bias,
+            ignore_index=ignore_index,
+            reduction="mean" if num_items_in_batch is None else "sum",
+            logits_fn=logits.logits_fn,
+            slicing=self.slicing,
+            slice_size=self.slice_size,
+        )
+        if num_items_in_batch is None:
+            return loss
+        if isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        return loss / num_items_in_batch
+
+
+def _without_logits(output: Any) -> Any:
+    """Return a model's output without the place-holder: None in its place, or, in a tuple, nothing."""
+    if isinstance(output, tuple):
+        return tuple(value for value in output if not isinstance(value, DeferredLogits))
+    deferred = [
+        field.name for field in dataclasses.fields(output) if isinstance(getattr(output, field.name), DeferredLogits)
+    ]
+    return dataclasses.replace(output, **dict.fromkeys(deferred))

@@ -1,0 +1,189 @@
+"""The output layer and the cross entropy in one, slice by slice, so that the logits are never whole in memory.
+
+Knows nothing of models or of the engine: plain functions of tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from gemini.errors import ConfigError
+from gemini.nn.sliced_head import LogitsFn, SlicedHead, TargetLogProbs, default_slice_size
+
+__all__ = ["LinearCrossEntropyLoss", "LogitsFn", "Reduction", "Slicing", "linear_cross_entropy", "next_token_labels"]
+
+Reduction = Literal["none", "mean", "sum"]
+Slicing = Literal["rows", "vocabulary"]
+
+_IGNORED_ROW = -100
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    logits_fn: LogitsFn | None = None,
+    slicing: Slicing = "vocabulary",
+    slice_size: int | None = None,
+) -> torch.Tensor:
+    """Compute `F.cross_entropy(F.linear(hidden, weight, bias).float(), labels)` without ever holding all logits.
+
+    Exact but for the order of sums: the loss differs from torch's by a few units in the last place of float32 (float64
+    for float64 inputs); for slices of rows whose matrix products have the same bits, by none. Gradients flow to
+    `hidden`, `weight` and `bias`, once: not to second order. Half-precision gradients are summed over the slices in
+    float32. Autocast is honoured. Inside a model that a GeminiDDP manages, call it in the model's forward.
+
+    Args:
+        hidden: inputs of the output layer, float [..., hidden_size].
+        weight: of the output layer, of the same dtype, [vocabulary, hidden_size].
+        labels: int64 [...], shaped as `hidden` without its last dimension; already shifted, see `next_token_labels`.
+        bias: of the output layer, [vocabulary].
+        ignore_index: label of positions that count neither in the loss nor in its mean.
+        reduction: "mean" over the positions that count (NaN if none does, as torch has it), "sum", or "none".
+        label_smoothing: probability spread evenly over the vocabulary, in [0, 1].
+        logits_fn: differentiable elementwise function of the logits, such as soft capping; gradients flow through it,
+            but not to tensors it closes over.
+        slicing: which dimension of the logits is cut; see [Note: Two ways to slice] in sliced_head.py.
+        slice_size: rows, or tokens of the vocabulary, whose logits exist at once; None: 16 MiB of float32 logits on the
+            CPU, 256 MiB elsewhere, and at least 64.
+
+    Returns:
+        The loss, float32 (float64 for float64 inputs), [] or, for "none", of the shape of `labels`.
+
+    Raises:
+        ConfigError: shapes, dtypes or options do not fit together.
+        IndexError: a label is neither `ignore_index` nor in the vocabulary; on a CUDA device, as for torch's own loss,
+            an assertion on the device.
+    """
+    _check(hidden, weight, labels, bias)
+    _check_options(reduction, label_smoothing, slicing, slice_size)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = bias if bias is None else bias.to(dtype)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    row_labels = labels.reshape(-1)
+    is_counted = row_labels != ignore_index
+    _check_range(row_labels, is_counted, len(weight))
+    if slice_size is None:
+        slice_size = default_slice_size(hidden.device, len(weight if slicing == "rows" else rows))
+    head = SlicedHead(by_rows=slicing == "rows", slice_size=slice_size, smoothing=label_smoothing, logits_fn=logits_fn)
+    log_probs: torch.Tensor = TargetLogProbs.apply(rows, weight, bias, row_labels.where(is_counted, 0), head)  # type: ignore[no-untyped-call]
+    # torch's own reduction of a vocabulary of one token: counts, ignores and sums in the order that torch does.
+    targets = torch.where(is_counted, 0, _IGNORED_ROW)
+    loss = F.nll_loss(log_probs[:, None], targets, ignore_index=_IGNORED_ROW, reduction=reduction)
+    return loss.reshape(labels.shape) if reduction == "none" else loss
+
+
+def next_token_labels(token_ids: torch.Tensor, *, ignore_index: int = -100) -> torch.Tensor:
+    """Return for each position the token after it, `ignore_index` for the last.
+
+    Args:
+        token_ids: int64 [..., positions].
+        ignore_index: label of positions that do not count.
+
+    Returns:
+        A new tensor, int64 [..., positions].
+    """
+    return F.pad(token_ids[..., 1:], (0, 1), value=ignore_index)
+
+
+class LinearCrossEntropyLoss(torch.nn.Module):
+    """`linear_cross_entropy` as a module without parameters; the output layer's are given with each call.
+
+    Args:
+        ignore_index: label of positions that do not count.
+        reduction: "mean", "sum" or "none".
+        label_smoothing: probability spread evenly over the vocabulary.
+        logits_fn: elementwise function of the logits.
+        slicing: "rows" or "vocabulary".
+        slice_size: rows, or tokens of the vocabulary, whose logits exist at once.
+
+    Raises:
+        ConfigError: an option has no meaning.
+    """
+
+    def __init__(
+        self,
+        *,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        label_smoothing: float = 0.0,
+        logits_fn: LogitsFn | None = None,
+        slicing: Slicing = "vocabulary",
+        slice_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        _check_options(reduction, label_smoothing, slicing, slice_size)
+        self.ignore_index = ignore_index
+        self.reduction: Reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.logits_fn = logits_fn
+        self.slicing: Slicing = slicing
+        self.slice_size = slice_size
+
+    def forward(
+        self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Compute the loss; see `linear_cross_entropy`."""
+        return linear_cross_entropy(
+            hidden,
+            weight,
+            labels,
+            bias,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            logits_fn=self.logits_fn,
+            slicing=self.slicing,
+            slice_size=self.slice_size,
+        )
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _check(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bias: torch.Tensor | None) -> None:
+    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ConfigError(
+            "linear_cross_entropy: expected hidden [..., hidden_size] and weight [vocabulary, hidden_size], got "
+            f"{list(hidden.shape)} and {list(weight.shape)}"
+        )
+    if labels.shape != hidden.shape[:-1] or labels.dtype is not torch.int64:
+        raise ConfigError(
+            f"linear_cross_entropy: expected labels of shape {list(hidden.shape[:-1])} and int64, one for each "
+            f"position, got {list(labels.shape)} and {labels.dtype}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ConfigError(
+            f"linear_cross_entropy: expected a bias of shape {list(weight.shape[:1])}, got {list(bias.shape)}"
+        )
+
+
+def _check_options(reduction: str, label_smoothing: float, slicing: str, slice_size: int | None) -> None:
+    if reduction not in ("none", "mean", "sum"):
+        raise ConfigError(f'linear_cross_entropy: reduction is "none", "mean" or "sum", got {reduction!r}')
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ConfigError(f"linear_cross_entropy: label_smoothing lies in [0, 1], got {label_smoothing}")
+    if slicing not in ("rows", "vocabulary"):
+        raise ConfigError(f'linear_cross_entropy: slicing is "rows" or "vocabulary", got {slicing!r}')
+    if slice_size is not None and slice_size < 1:
+        raise ConfigError(f"linear_cross_entropy: slice_size is at least 1, got {slice_size}")
+
+
+def _check_range(row_labels: torch.Tensor, is_counted: torch.Tensor, num_tokens: int) -> None:
+    is_wrong = is_counted & ((row_labels < 0) | (row_labels >= num_tokens))
+    if row_labels.device.type == "cpu":
+        if bool(is_wrong.any()):
+            row = int(is_wrong.nonzero()[0])
+            raise IndexError(f"label {int(row_labels[row])} of row {row} is outside the vocabulary of {num_tokens}")
+    else:
+        torch._assert_async(~is_wrong.any(), f"a label is outside the vocabulary of {num_tokens}")

@@ -1,0 +1,288 @@
+"""Log-probabilities under an output layer whose logits exist one slice at a time, and their gradients.
+
+[Note: Two ways to slice]
+*Rows*: all logits of `slice_size` positions at a time. Loss and gradients go through the same operations as torch's,
+but each slice adds to the whole gradient of the weight. *Vocabulary*: the logits of all positions for `slice_size`
+tokens at a time; each position's logsumexp is put together from the slices', and each slice of the weight's gradient is
+computed once. Either way backward computes the logits again, one matrix product more than keeping them; why the
+gradients are not computed in forward, and which way is the default, stands in docs/decisions/0007.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+__all__ = ["LogitsFn", "SlicedHead", "TargetLogProbs", "default_slice_size"]
+
+LogitsFn = Callable[[torch.Tensor], torch.Tensor]
+
+CPU_SLICE_NBYTES = 16 * 2**20
+DEVICE_SLICE_NBYTES = 256 * 2**20
+MIN_SLICE_LENGTH = 64
+"""Matrix products with a shorter side are slow."""
+
+
+def default_slice_size(device: torch.device, other_numel: int) -> int:
+    """Choose the length of slices so that float32 logits take `CPU_SLICE_NBYTES` or `DEVICE_SLICE_NBYTES`.
+
+    Args:
+        device: where the logits are.
+        other_numel: extent of the dimension that is not cut.
+
+    Returns:
+        Rows or tokens, at least `MIN_SLICE_LENGTH`.
+    """
+    nbytes = CPU_SLICE_NBYTES if device.type == "cpu" else DEVICE_SLICE_NBYTES
+    return max(MIN_SLICE_LENGTH, nbytes // (4 * max(1, other_numel)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlicedHead:
+    """How the logits are made and cut."""
+
+    by_rows: bool
+    """Whether a slice is some rows with all tokens, rather than all rows with some tokens."""
+    slice_size: int
+    """Rows, or tokens, of a slice."""
+    smoothing: float
+    """Probability that the target spreads evenly over the vocabulary."""
+    logits_fn: LogitsFn | None
+    """Elementwise function between the output layer and the loss."""
+
+    def logits(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Return logits as the loss sees them, float32 or float64 [rows, tokens]; not an alias of anything."""
+        logits = F.linear(rows, weight, bias)
+        if self.logits_fn is not None:
+            logits = self.logits_fn(logits)
+        return logits.to(_sum_dtype(logits.dtype))
+
+    def logits_backward(
+        self,
+        grad_of: Callable[[torch.Tensor], torch.Tensor],
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Compute logits again and carry their gradient back through `logits_fn`.
+
+        Args:
+            grad_of: gradient of the logits as the loss sees them, from these; may overwrite them.
+            rows: [rows, hidden_size].
+            weight: [tokens, hidden_size].
+            bias: [tokens].
+
+        Returns:
+            Gradient of the output layer's own result, of its dtype, [rows, tokens].
+        """
+        if self.logits_fn is None:
+            return grad_of(self.logits(rows, weight, bias)).to(rows.dtype)
+        linear = F.linear(rows, weight, bias).requires_grad_()
+        with torch.enable_grad():
+            logits = self.logits_fn(linear)
+        grad = grad_of(logits.detach().to(_sum_dtype(logits.dtype), copy=True))
+        return torch.autograd.grad(logits, linear, grad.to(logits.dtype))[0]
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _slices(total: int, slice_size: int) -> Iterator[slice]:
+    return (slice(begin, min(begin + slice_size, total)) for begin in range(0, total, slice_size))
+
+
+class TargetLogProbs(torch.autograd.Function):
+    """Each row's log-probability of its target: the label or, smoothed, the label and the mean of all tokens.
+
+    Source of the smoothed target: Szegedy et al. 2016, section 7.
+    """
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        head: SlicedHead,
+    ) -> torch.Tensor:
+        if head.by_rows:
+            log_probs, normalisers = _log_probs_by_rows(head, rows, weight, bias, labels), None
+        else:
+            log_probs, normalisers = _log_probs_by_vocabulary(head, rows, weight, bias, labels)
+        ctx.save_for_backward(rows, weight, bias, labels, normalisers)
+        ctx.head = head
+        return log_probs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
+        rows, weight, bias, labels, normalisers = ctx.saved_tensors
+        grads = _Gradients(ctx.needs_input_grad, ctx.head, rows, weight)
+        with torch.autocast(rows.device.type, enabled=False):
+            if ctx.head.by_rows:
+                _backward_by_rows(ctx.head, rows, weight, bias, labels, grad, grads)
+            else:
+                _backward_by_vocabulary(ctx.head, rows, weight, bias, labels, normalisers, grad, grads)
+        return *grads.result(), None, None
+
+
+def _log_probs_by_rows(
+    head: SlicedHead, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+) -> torch.Tensor:
+    found = rows.new_empty(len(rows), dtype=_sum_dtype(rows.dtype))
+    for part in _slices(len(rows), head.slice_size):
+        log_probs = head.logits(rows[part], weight, bias).log_softmax(dim=-1)
+        found[part] = log_probs.gather(1, labels[part, None])[:, 0]
+        if head.smoothing:
+            found[part] = torch.lerp(found[part], log_probs.mean(dim=-1), head.smoothing)
+    return found
+
+
+def _log_probs_by_vocabulary(
+    head: SlicedHead, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log-probabilities of the targets, and every row's logsumexp, both [rows]."""
+    normalisers = rows.new_full((len(rows),), -torch.inf, dtype=_sum_dtype(rows.dtype))
+    at_label, total = torch.zeros_like(normalisers), torch.zeros_like(normalisers)
+    for part in _slices(len(weight), head.slice_size):
+        logits = head.logits(rows, weight[part], _part_of(bias, part))
+        normalisers = torch.logaddexp(normalisers, logits.logsumexp(dim=-1))
+        place, is_here = _places(labels, part)
+        at_label = torch.where(is_here, logits.gather(1, place[:, None])[:, 0], at_label)
+        if head.smoothing:
+            total += logits.sum(dim=-1)
+    if head.smoothing:
+        at_label = torch.lerp(at_label, total / len(weight), head.smoothing)
+    return at_label - normalisers, normalisers
+
+
+def _part_of(bias: torch.Tensor | None, part: slice) -> torch.Tensor | None:
+    return None if bias is None else bias[part]
+
+
+def _places(labels: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return labels relative to a slice of the vocabulary, forced into it, and whether they lie in it; both [rows]."""
+    is_here = (labels >= part.start) & (labels < part.stop)
+    return (labels - part.start).clamp(0, part.stop - part.start - 1), is_here
+
+
+def _backward_by_rows(
+    head: SlicedHead,
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    grad: torch.Tensor,
+    grads: _Gradients,
+) -> None:
+    everywhere = head.smoothing / len(weight)
+    for part in _slices(len(rows), head.slice_size):
+
+        def grad_of(logits: torch.Tensor, part: slice = part) -> torch.Tensor:
+            probs = logits.log_softmax(dim=-1).exp_()
+            return _grad_logits(probs, labels[part], grad[part], grad[part] * (1 - head.smoothing), everywhere)
+
+        grads.add(part, slice(0, len(weight)), head.logits_backward(grad_of, rows[part], weight, bias))
+
+
+def _backward_by_vocabulary(
+    head: SlicedHead,
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    normalisers: torch.Tensor,
+    grad: torch.Tensor,
+    grads: _Gradients,
+) -> None:
+    everywhere = head.smoothing / len(weight)
+    for part in _slices(len(weight), head.slice_size):
+
+        def grad_of(logits: torch.Tensor, part: slice = part) -> torch.Tensor:
+            probs = logits.sub_(normalisers[:, None]).exp_()
+            place, is_here = _places(labels, part)
+            at_label = torch.where(is_here, grad * (1 - head.smoothing), 0)
+            return _grad_logits(probs, place, grad, at_label, everywhere)
+
+        every_row = slice(0, len(rows))
+        grads.add(every_row, part, head.logits_backward(grad_of, rows, weight[part], _part_of(bias, part)))
+
+
+def _grad_logits(
+    probs: torch.Tensor, labels: torch.Tensor, grad: torch.Tensor, at_label: torch.Tensor, everywhere: float
+) -> torch.Tensor:
+    """Turn probabilities into the gradient of the logits, in place: grad * (everywhere - probs), and more at the label.
+
+    Args:
+        probs: [rows, tokens]; overwritten.
+        labels: int64 [rows], all within the tokens.
+        grad: of each row's log-probability, [rows].
+        at_label: what the label's gradient is more, [rows].
+        everywhere: target probability of every token.
+
+    Returns:
+        `probs`.
+    """
+    if everywhere:
+        probs.sub_(everywhere)
+    probs.mul_(grad.neg()[:, None])
+    return probs.scatter_add_(1, labels[:, None], at_label[:, None])
+
+
+class _Gradients:
+    """Sums the gradients of rows, weight and bias over the slices, each in float32 where it is a sum of several.
+
+    Args:
+        needs: which of rows, weight and bias want a gradient.
+        head: how the logits are cut.
+        rows: [rows, hidden_size].
+        weight: [tokens, hidden_size].
+    """
+
+    def __init__(self, needs: Sequence[bool], head: SlicedHead, rows: torch.Tensor, weight: torch.Tensor) -> None:
+        self._rows, self._weight = rows, weight
+        sum_dtype = _sum_dtype(rows.dtype)
+        row_dtype, weight_dtype = (rows.dtype, sum_dtype) if head.by_rows else (sum_dtype, weight.dtype)
+        self._of_rows = torch.zeros_like(rows, dtype=row_dtype) if needs[0] else None
+        self._of_weight = torch.zeros_like(weight, dtype=weight_dtype) if needs[1] else None
+        self._of_bias = weight.new_zeros(len(weight), dtype=sum_dtype) if needs[2] else None
+
+    def add(self, row_part: slice, token_part: slice, grad_logits: torch.Tensor) -> None:
+        """Add what a slice's logits contribute.
+
+        Args:
+            row_part: its rows.
+            token_part: its tokens.
+            grad_logits: gradient of its logits, [rows, tokens] of the weight's dtype.
+        """
+        if self._of_rows is not None:
+            _add_product(self._of_rows[row_part], grad_logits, self._weight[token_part])
+        if self._of_weight is not None:
+            _add_product(self._of_weight[token_part], grad_logits.T, self._rows[row_part])
+        if self._of_bias is not None:
+            self._of_bias[token_part] += grad_logits.sum(dim=0, dtype=self._of_bias.dtype)
+
+    def result(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Return the gradients of rows, weight and bias; None where none was wanted."""
+        dtype = self._weight.dtype
+        of_rows, of_weight, of_bias = (
+            None if grad is None else grad.to(dtype) for grad in (self._of_rows, self._of_weight, self._of_bias)
+        )
+        return of_rows, of_weight, of_bias
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add `left @ right` to a total, which may be of a wider dtype, in place."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+        return
+    # The product exists in the narrow dtype first: a piece of the whole at a time.
+    for part in _slices(len(total), default_slice_size(total.device, total.shape[1])):
+        total[part] += left[part] @ right
