@@ -90,6 +90,7 @@ def make_gemini(options: argparse.Namespace) -> tuple[Step, Callable[[], dict[st
     from gemini import GeminiConfig, GeminiDDP, HybridAdam, NVMeConfig
     from gemini.assembly import draw_blueprint
     from gemini.errors import OutOfTierMemoryError
+    from gemini.nn import use_sliced_loss
 
     def config_with(**fields: Any) -> GeminiConfig:
         return GeminiConfig(
@@ -102,6 +103,7 @@ def make_gemini(options: argparse.Namespace) -> tuple[Step, Callable[[], dict[st
         )
 
     model = build_model(options.model, options.seq, "meta")
+    use_sliced_loss(model)
     config = config_with()
     if options.system == "gemini-nvme":
         nvme = NVMeConfig(path=options.swap, budget="64GiB")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -121,7 +121,6 @@ class Runtime:
         }
         self._has_pushed_for_model = False
         self._clip_factor = 1.0
-        self._stop_timing_forward: Callable[[], None] | None = None
         self._is_closed = False
         self.overlap.predict = self._predict
         self.overlap.urgency = self._lookahead.urgency
@@ -147,7 +146,6 @@ class Runtime:
             self.overlap.settle(chunk_id)
         if torch.is_grad_enabled() and not self._lookahead.is_in_step:
             self.probe.begin_step()
-            self._stop_timing_forward = self.overlap.time_forward()
         self._lookahead.begin_forward(Phase.TRAIN if torch.is_grad_enabled() else Phase.INFERENCE)
         self._has_pushed_for_model = torch.is_grad_enabled()
         if self._has_pushed_for_model:
@@ -162,9 +160,6 @@ class Runtime:
             self.core.release(chunk_id)
         self._borrowed_by_model.clear()
         self._lookahead.end_forward()
-        if self._stop_timing_forward is not None:
-            self._stop_timing_forward()
-            self._stop_timing_forward = None
 
     def abort_forward(self) -> None:
         """Undo what a forward has begun that was interrupted, and so has neither left its units nor ended."""
