@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -122,6 +123,7 @@ class Runtime:
         self._has_pushed_for_model = False
         self._clip_factor = 1.0
         self._is_closed = False
+        self._pid = os.getpid()
         self.overlap.predict = self._predict
         self.overlap.urgency = self._lookahead.urgency
 
@@ -413,7 +415,11 @@ class Runtime:
         )
 
     def check_usable(self) -> None:
-        """Raise ModelError if the engine is closed or its state was lost."""
+        """Raise ModelError if the engine is closed, its state was lost, or it belongs to the parent of this process."""
+        if os.getpid() != self._pid:
+            raise ModelError(
+                "this GeminiDDP belongs to the parent process: a fork has neither its weights nor its threads"
+            )
         if self._is_closed:
             raise ModelError("this GeminiDDP has been closed; wrap the model again to go on")
         if self.overlap.failure is not None:
