@@ -110,7 +110,7 @@ def _map_memory(nbytes: int) -> torch.Tensor:
     """Map private anonymous memory, in huge pages as far as they fit in; returns uint8 [nbytes], zero.
 
     Huge pages are worth a third of the disk's bandwidth and most of what a transfer costs the processor
-    (docs/decisions/0007-huge-pages-for-host-memory.md). Kernels give them to private memory only, so a fork is told to
+    (docs/decisions/0010-huge-pages-for-host-memory.md). Kernels give them to private memory only, so a fork is told to
     give the child zeros here: otherwise this process would copy every page it writes to while the child lives.
     """
     is_large = nbytes >= HUGE_PAGE_NBYTES
