@@ -103,7 +103,7 @@ class Gemini:
 class Fio:
     """fio with one of its engines; its own account of bytes and times.
 
-    Its memory comes from malloc, which is told to use huge pages, as ours does: without them fio is up to twice as slow.
+    Its memory comes from malloc, told to use huge pages as ours does: without them fio is up to twice as slow.
     """
 
     system = "fio"
