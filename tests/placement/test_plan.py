@@ -65,6 +65,12 @@ def test_worked_example_takes_the_bytes_computed_by_hand():
     assert memory_demand(CHUNKS, PLAN, SHAPE).by_purpose == BY_PURPOSE
 
 
+def test_spares_take_what_tiles_on_disk_take_again():
+    with_spares = memory_demand(CHUNKS, PLAN, dataclasses.replace(SHAPE, has_spares=True))
+    spares = 12_288 + 61_440  # weights and state of tiles 1 and 2 of chunk 1
+    assert with_spares.by_purpose == {**BY_PURPOSE, NVME: {**BY_PURPOSE[NVME], "spares": spares}}
+
+
 def test_documentation_gives_the_numbers_of_the_worked_example():
     text = MEMORY_MODEL.read_text(encoding="ascii")
     for tier, purposes in BY_PURPOSE.items():
