@@ -94,8 +94,8 @@ class Overlap:
         self._grad_slots: dict[int, torch.Tensor] = {}
         self._backwards_per_step = 0
         self._clip_rate: float | None = None
-        self._forward_s: float | None = None
-        self._busy_before_s = 0.0
+        self._step_began_s: float | None = None
+        self._stall_before_s = 0.0
         has_device = core.resources.transfers.compute_tier is MemoryTier.DEVICE
         self._has_traffic = has_device or any(
             home.is_on_disk for chunk_id in states for home in (states[chunk_id], core.chunks[chunk_id].home)
@@ -103,7 +103,7 @@ class Overlap:
         self._has_spares = any(state.has_spare(tile) for state in states.values() for tile in range(len(state.tiers)))
         core.updates = self
         gradients.listener = self
-        self._choose_mode(update_s=None)
+        self._choose_mode(stall_s=None, step_s=None)
 
     # ---------------------------------------------------------------- during backward
 
@@ -234,28 +234,21 @@ class Overlap:
         self.discard()
         self._backwards_per_step = self._gradients.num_backwards
         self._clip_rate = smoothed_rate(self._clip_rate, is_clipped)
-        busy_s = self._worker.busy_s
-        self._choose_mode(update_s=busy_s - self._busy_before_s)
-        self._busy_before_s = busy_s
+        now_s, stall_s = time.perf_counter(), self._worker.stall_s
+        step_s = None if self._step_began_s is None else now_s - self._step_began_s
+        self._choose_mode(stall_s=stall_s - self._stall_before_s, step_s=step_s)
+        self._step_began_s, self._stall_before_s = now_s, stall_s
 
-    def _choose_mode(self, *, update_s: float | None) -> None:
+    def _choose_mode(self, *, stall_s: float | None, step_s: float | None) -> None:
         self.mode = choose_overlap(
             self._asked,
             has_traffic=self._has_traffic,
             has_spares=self._has_spares,
             clip_rate=self._clip_rate,
-            update_s=update_s,
-            forward_s=self._forward_s,
+            is_speculating=self.mode is OverlapMode.SPECULATIVE,
+            stall_s=stall_s,
+            step_s=step_s,
         )
-
-    def time_forward(self) -> Callable[[], None]:
-        """Start measuring a training forward; returns what ends the measurement."""
-        start_s, stall_s = time.perf_counter(), self._worker.stall_s
-
-        def stop() -> None:
-            self._forward_s = time.perf_counter() - start_s - (self._worker.stall_s - stall_s)
-
-        return stop
 
     # ---------------------------------------------------------------- after the step
 

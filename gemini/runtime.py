@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -121,8 +122,8 @@ class Runtime:
         }
         self._has_pushed_for_model = False
         self._clip_factor = 1.0
-        self._stop_timing_forward: Callable[[], None] | None = None
         self._is_closed = False
+        self._pid = os.getpid()
         self.overlap.predict = self._predict
         self.overlap.urgency = self._lookahead.urgency
 
@@ -147,7 +148,6 @@ class Runtime:
             self.overlap.settle(chunk_id)
         if torch.is_grad_enabled() and not self._lookahead.is_in_step:
             self.probe.begin_step()
-            self._stop_timing_forward = self.overlap.time_forward()
         self._lookahead.begin_forward(Phase.TRAIN if torch.is_grad_enabled() else Phase.INFERENCE)
         self._has_pushed_for_model = torch.is_grad_enabled()
         if self._has_pushed_for_model:
@@ -162,9 +162,6 @@ class Runtime:
             self.core.release(chunk_id)
         self._borrowed_by_model.clear()
         self._lookahead.end_forward()
-        if self._stop_timing_forward is not None:
-            self._stop_timing_forward()
-            self._stop_timing_forward = None
 
     def abort_forward(self) -> None:
         """Undo what a forward has begun that was interrupted, and so has neither left its units nor ended."""
@@ -418,7 +415,11 @@ class Runtime:
         )
 
     def check_usable(self) -> None:
-        """Raise ModelError if the engine is closed or its state was lost."""
+        """Raise ModelError if the engine is closed, its state was lost, or it belongs to the parent of this process."""
+        if os.getpid() != self._pid:
+            raise ModelError(
+                "this GeminiDDP belongs to the parent process: a fork has neither its weights nor its threads"
+            )
         if self._is_closed:
             raise ModelError("this GeminiDDP has been closed; wrap the model again to go on")
         if self.overlap.failure is not None:
