@@ -41,7 +41,7 @@ COLUMNS = ("system", "params", "ok", "peak_rss_bytes", "step_s", "layers", "disk
 NAMES = {"gemini": "gemini nvme", "plain": "torch plain", "deepspeed": "deepspeed zero-3 nvme"}
 LAYERS = range(64, 3, -1)
 """From 20 B parameters to 6 M."""
-PEER_BYTES_PER_PARAM = {"plain": 16, "deepspeed": 10}
+PEER_BYTES_PER_PARAM = {"plain": 16, "deepspeed": 50}
 """By which the search for a peer starts; nothing in its row comes from it. Plain: weight, gradient and two moments in
 float32. DeepSpeed: found by trial, it is host memory that it takes beside the disk."""
 FEW_TOKENS, MANY_TOKENS = 2, 64
