@@ -11,6 +11,7 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import ChunkLayout, ParamSlot
 from gemini.config import GeminiConfig
 from gemini.errors import GeminiError, ModelError
+from gemini.gradient_sink import GradientPlace
 from gemini.gradients import GradientStore
 from gemini.kernels.adam_tile import AdamSegment
 from gemini.kernels.device import DeviceKernels
@@ -259,14 +261,42 @@ class Runtime:
     def take_gradient(self, param: torch.nn.Parameter) -> None:
         """Take a gradient from autograd."""
         grad, param.grad = param.grad, None
-        chunk_id, position = self._place_of_param[id(param)]
         assert grad is not None
+        self._check_not_clipped()
+        place = self._place_of_param[id(param)]
+        self.gradients.fulfil_all(*place)
+        self.gradients.put(*place, grad)
+
+    def expect_gradient(self, param: torch.nn.Parameter) -> None:
+        """Expect that a use of a parameter will deliver its gradient by itself, if it may then."""
+        self.gradients.expect(*self._place_of_param[id(param)])
+
+    def takes_gradients_apart(self, param: torch.nn.Parameter) -> bool:
+        """Return whether uses of a parameter may deliver by themselves."""
+        return self.gradients.takes_apart(*self._place_of_param[id(param)])
+
+    def put_gradient(self, param: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+        """Take the gradient of one use of a parameter."""
+        self._check_not_clipped()
+        place = self._place_of_param[id(param)]
+        self.gradients.fulfil(*place)
+        self.gradients.put(*place, gradient)
+
+    def write_gradient(self, param: torch.nn.Parameter) -> AbstractContextManager[GradientPlace] | None:
+        """Open the memory of a parameter's gradient to one of its uses; None where it must be put."""
+        self._check_not_clipped()
+        place = self._place_of_param[id(param)]
+        if not self.gradients.can_write(place[0]):
+            return None
+        self.gradients.fulfil(*place)
+        return self.gradients.writing(*place)
+
+    def _check_not_clipped(self) -> None:
         if self._clip_factor != 1.0:
             raise ModelError(
                 "a gradient arrived after clip_grad_norm_, whose factor would apply to it too: clip once, after the "
                 "last backward before optimizer.step()"
             )
-        self.gradients.put(chunk_id, position, grad)
 
     def _weights_in_backward(self, chunk: Chunk) -> torch.Tensor:
         self.check_usable()
