@@ -15,8 +15,9 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -26,6 +27,7 @@ from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import ChunkLayout, ParamSlot
 from gemini.config import GeminiConfig
 from gemini.errors import GeminiError, ModelError
+from gemini.gradient_sink import GradientPlace
 from gemini.gradients import GradientStore
 from gemini.kernels.adam_tile import AdamSegment
 from gemini.kernels.device import DeviceKernels
@@ -33,7 +35,7 @@ from gemini.lookahead import Lookahead
 from gemini.memory_probe import MemoryProbe
 from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources
-from gemini.overlap import Overlap, StepWish
+from gemini.overlap import Overlap, StepPlanner, StepWish
 from gemini.placement.cost_model import HardwareProfile, StepFlops, StepPrediction, count_step, predict_step
 from gemini.placement.overlap import OverlapMode
 from gemini.placement.plan import ChunkDemand, MemoryDemand, PlacementPlan, RuntimeShape, memory_demand
@@ -42,19 +44,12 @@ from gemini.saved import SavedWeights
 from gemini.scaler import LossScaler, scale_gradients_of
 from gemini.update_worker import UpdateWorker
 
-__all__ = ["Runtime", "StepPlanner"]
+__all__ = ["Runtime"]
 
 logger = logging.getLogger(__name__)
 
 MAX_TIMED_STEPS = 16
 """Newest steps whose median is the measured time of a step."""
-
-
-class StepPlanner(Protocol):
-    """An optimizer, as far as the runtime knows one."""
-
-    def expected_segments(self, chunk_id: int) -> tuple[AdamSegment, ...]:
-        """Return what the next step will do to a chunk all of whose gradients have arrived, sorted."""
 
 
 @dataclass
@@ -282,14 +277,42 @@ class Runtime:
     def take_gradient(self, param: torch.nn.Parameter) -> None:
         """Take a gradient from autograd."""
         grad, param.grad = param.grad, None
-        chunk_id, position = self._place_of_param[id(param)]
         assert grad is not None
+        self._check_not_clipped()
+        place = self._place_of_param[id(param)]
+        self.gradients.fulfil_all(*place)
+        self.gradients.put(*place, grad)
+
+    def expect_gradient(self, param: torch.nn.Parameter) -> None:
+        """Expect that a use of a parameter will deliver its gradient by itself, if it may then."""
+        self.gradients.expect(*self._place_of_param[id(param)])
+
+    def takes_gradients_apart(self, param: torch.nn.Parameter) -> bool:
+        """Return whether uses of a parameter may deliver by themselves."""
+        return self.gradients.takes_apart(*self._place_of_param[id(param)])
+
+    def put_gradient(self, param: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+        """Take the gradient of one use of a parameter."""
+        self._check_not_clipped()
+        place = self._place_of_param[id(param)]
+        self.gradients.fulfil(*place)
+        self.gradients.put(*place, gradient)
+
+    def write_gradient(self, param: torch.nn.Parameter) -> AbstractContextManager[GradientPlace] | None:
+        """Open the memory of a parameter's gradient to one of its uses; None where it must be put."""
+        self._check_not_clipped()
+        place = self._place_of_param[id(param)]
+        if not self.gradients.can_write(place[0]):
+            return None
+        self.gradients.fulfil(*place)
+        return self.gradients.writing(*place)
+
+    def _check_not_clipped(self) -> None:
         if self._clip_factor != 1.0:
             raise ModelError(
                 "a gradient arrived after clip_grad_norm_, whose factor would apply to it too: clip once, after the "
                 "last backward before optimizer.step()"
             )
-        self.gradients.put(chunk_id, position, grad)
 
     def _weights_in_backward(self, chunk: Chunk) -> torch.Tensor:
         self.check_usable()
