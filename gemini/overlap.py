@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -23,12 +24,20 @@ from gemini.kernels.adam_tile import AdamSegment
 from gemini.kernels.device import DeviceKernels
 from gemini.kernels.pool import Ticket
 from gemini.offload.home import TiledHome
+from gemini.offload.transfer import Mark
 from gemini.placement.overlap import OverlapMode, choose_overlap, smoothed_rate
 from gemini.tiers import MemoryTier
 from gemini.update import UpdateJob, tiles_of, update_on_device
 from gemini.update_worker import UpdateWorker
 
-__all__ = ["Overlap", "OverlapStats", "StepWish"]
+__all__ = ["Overlap", "OverlapStats", "StepPlanner", "StepWish"]
+
+
+class StepPlanner(Protocol):
+    """An optimizer, as far as the runtime knows one."""
+
+    def expected_segments(self, chunk_id: int) -> tuple[AdamSegment, ...]:
+        """Return what the next step will do to a chunk all of whose gradients have arrived, sorted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +103,8 @@ class Overlap:
         self._grad_slots: dict[int, torch.Tensor] = {}
         self._backwards_per_step = 0
         self._clip_rate: float | None = None
-        self._forward_s: float | None = None
-        self._busy_before_s = 0.0
+        self._step_began_s: float | None = None
+        self._stall_before_s = 0.0
         has_device = core.resources.transfers.compute_tier is MemoryTier.DEVICE
         self._has_traffic = has_device or any(
             home.is_on_disk for chunk_id in states for home in (states[chunk_id], core.chunks[chunk_id].home)
@@ -103,7 +112,7 @@ class Overlap:
         self._has_spares = any(state.has_spare(tile) for state in states.values() for tile in range(len(state.tiers)))
         core.updates = self
         gradients.listener = self
-        self._choose_mode(update_s=None)
+        self._choose_mode(stall_s=None, step_s=None)
 
     # ---------------------------------------------------------------- during backward
 
@@ -172,15 +181,16 @@ class Overlap:
         for chunk_id in wishes:
             self._core.check_updatable(chunk_id)  # while nothing has happened yet
         try:
+            readers = self._core.resources.transfers.mark()
             for chunk_id in sorted(wishes, key=self.urgency):
-                self._commit_chunk(chunk_id, wishes[chunk_id], keeps_slot=chunk_id in kept)
+                self._commit_chunk(chunk_id, wishes[chunk_id], keeps_slot=chunk_id in kept, readers=readers)
             if self.mode is OverlapMode.OFF:
                 self.settle_all()
         except BaseException as error:
             self.failure = f"an optimizer step failed half way ({error})"
             raise
 
-    def _commit_chunk(self, chunk_id: int, wish: StepWish, *, keeps_slot: bool) -> None:
+    def _commit_chunk(self, chunk_id: int, wish: StepWish, *, keeps_slot: bool, readers: Mark) -> None:
         state, chunk = self._states[chunk_id], self._core.chunks[chunk_id]
         tiles = tiles_of(wish.segments, self._worker.tile_numel)
         urgency = self.urgency(chunk_id)
@@ -192,15 +202,17 @@ class Overlap:
             return
         job = self._ahead.get(chunk_id)
         copy = chunk.compute if keeps_slot or chunk.is_resident else None
-        if job is not None and not self._worker.adjust(job, urgency=urgency, refreshes=copy):
-            copy = None  # tiles that have gone by will not refresh it
+        if job is not None:
+            job.readers = readers
+            if not self._worker.adjust(job, urgency=urgency, refreshes=copy):
+                copy = None  # tiles that have gone by will not refresh it
         self._core.begin_update(chunk_id, keeps_slot=copy is not None)
         refreshes = copy if chunk.slot is not None else None
         jobs = self._pending[chunk_id] = [] if job is None else [job]
         self._ahead.pop(chunk_id, None)
         rest = tuple(tile for tile in tiles if job is None or tile not in job.tiles)
         if rest:
-            jobs.append(self._job(chunk_id, wish, rest, refreshes=refreshes))
+            jobs.append(self._job(chunk_id, wish, rest, refreshes=refreshes, readers=readers))
             self._worker.submit(jobs[-1], urgency=urgency)
 
     def _job(
@@ -210,6 +222,7 @@ class Overlap:
         tiles: tuple[int, ...],
         arrivals: tuple[Ticket, ...] = (),
         refreshes: torch.Tensor | None = None,
+        readers: Mark | None = None,
     ) -> UpdateJob:
         return UpdateJob(
             spec=self._core.chunks[chunk_id].spec,
@@ -223,6 +236,7 @@ class Overlap:
             arrivals=arrivals,
             grad_slot=self._grad_slots.get(chunk_id),
             refreshes=refreshes,
+            readers=readers,
         )
 
     def end_step(self, *, is_clipped: bool) -> None:
@@ -234,28 +248,21 @@ class Overlap:
         self.discard()
         self._backwards_per_step = self._gradients.num_backwards
         self._clip_rate = smoothed_rate(self._clip_rate, is_clipped)
-        busy_s = self._worker.busy_s
-        self._choose_mode(update_s=busy_s - self._busy_before_s)
-        self._busy_before_s = busy_s
+        now_s, stall_s = time.perf_counter(), self._worker.stall_s
+        step_s = None if self._step_began_s is None else now_s - self._step_began_s
+        self._choose_mode(stall_s=stall_s - self._stall_before_s, step_s=step_s)
+        self._step_began_s, self._stall_before_s = now_s, stall_s
 
-    def _choose_mode(self, *, update_s: float | None) -> None:
+    def _choose_mode(self, *, stall_s: float | None, step_s: float | None) -> None:
         self.mode = choose_overlap(
             self._asked,
             has_traffic=self._has_traffic,
             has_spares=self._has_spares,
             clip_rate=self._clip_rate,
-            update_s=update_s,
-            forward_s=self._forward_s,
+            is_speculating=self.mode is OverlapMode.SPECULATIVE,
+            stall_s=stall_s,
+            step_s=step_s,
         )
-
-    def time_forward(self) -> Callable[[], None]:
-        """Start measuring a training forward; returns what ends the measurement."""
-        start_s, stall_s = time.perf_counter(), self._worker.stall_s
-
-        def stop() -> None:
-            self._forward_s = time.perf_counter() - start_s - (self._worker.stall_s - stall_s)
-
-        return stop
 
     # ---------------------------------------------------------------- after the step
 

@@ -55,6 +55,9 @@ def separate_use(weight: torch.Tensor) -> torch.Tensor:
 
     Args:
         weight: any tensor; returned itself if it has no sink.
+
+    Returns:
+        The view, of the same shape.
     """
     use = use_of(weight)
     if use is None:

@@ -12,8 +12,8 @@ CLIP_RATE_LIMIT = 0.5
 RATE_WEIGHT = 0.3
 """Weight of the newest step in the share of clipped steps."""
 
-HIDDEN_SHARE = 0.8
-"""Updates that take no longer than this share of a forward hide behind it whole."""
+STALL_SHARE = 0.01
+"""Share of a step spent waiting for updates above which it pays to start them earlier."""
 
 
 class OverlapMode(enum.Enum):
@@ -46,8 +46,9 @@ def choose_overlap(
     has_traffic: bool,
     has_spares: bool,
     clip_rate: float | None,
-    update_s: float | None,
-    forward_s: float | None,
+    is_speculating: bool,
+    stall_s: float | None,
+    step_s: float | None,
 ) -> OverlapMode:
     """Choose how the next step's updates are to run.
 
@@ -56,8 +57,9 @@ def choose_overlap(
         has_traffic: whether updates wait for anything but the processor that computes: a disk, or a device beside it.
         has_spares: whether tiles have spare places to be updated ahead to.
         clip_rate: share of steps whose gradients were clipped or skipped; None before the first.
-        update_s: seconds the last step's updates took, whether hidden or not; None before the first.
-        forward_s: seconds a forward takes, without waiting for updates; None before the first.
+        is_speculating: whether this is how the last step's updates ran; what helped then is kept.
+        stall_s: seconds that the last step waited for updates; None before the first.
+        step_s: seconds that it took; None before the first.
 
     Returns:
         The mode. Nothing is updated ahead before the first step or while most steps clip.
@@ -69,5 +71,6 @@ def choose_overlap(
         return asked
     if not has_traffic:
         return OverlapMode.OFF
-    is_hidden = update_s is None or forward_s is None or update_s <= HIDDEN_SHARE * forward_s
-    return OverlapMode.SPECULATIVE if may_speculate and not is_hidden else OverlapMode.NEXT_FORWARD
+    is_stalling = stall_s is not None and step_s is not None and stall_s > STALL_SHARE * step_s
+    pays = is_speculating or is_stalling
+    return OverlapMode.SPECULATIVE if may_speculate and pays else OverlapMode.NEXT_FORWARD

@@ -250,19 +250,22 @@ def test_a_mode_is_chosen_by_what_there_is_to_hide() -> None:
             "has_traffic": True,
             "has_spares": True,
             "clip_rate": 0.0,
-            "update_s": 2.0,
-            "forward_s": 1.0,
+            "is_speculating": False,
+            "stall_s": 0.1,
+            "step_s": 1.0,
         }
         return choose_overlap(asked, **{**facts, **fields})
 
     assert choose() is OverlapMode.SPECULATIVE
     assert choose(has_traffic=False) is OverlapMode.OFF
     assert choose(has_spares=False) is OverlapMode.NEXT_FORWARD
-    assert choose(update_s=0.5) is OverlapMode.NEXT_FORWARD
+    assert choose(stall_s=0.001) is OverlapMode.NEXT_FORWARD
+    assert choose(stall_s=0.001, is_speculating=True) is OverlapMode.SPECULATIVE
+    assert choose(stall_s=None, step_s=None) is OverlapMode.NEXT_FORWARD
     assert choose(clip_rate=0.6) is OverlapMode.NEXT_FORWARD
     assert choose(clip_rate=None) is OverlapMode.NEXT_FORWARD
     assert choose(OverlapMode.OFF) is OverlapMode.OFF
-    assert choose(OverlapMode.SPECULATIVE, update_s=0.5) is OverlapMode.SPECULATIVE
+    assert choose(OverlapMode.SPECULATIVE, stall_s=0.0) is OverlapMode.SPECULATIVE
     assert choose(OverlapMode.SPECULATIVE, clip_rate=0.6) is OverlapMode.NEXT_FORWARD
     assert choose(OverlapMode.NEXT_FORWARD) is OverlapMode.NEXT_FORWARD
 

@@ -30,6 +30,7 @@ from training_harness import (
 
 from gemini import ConfigError, GeminiDDP, ModelError, OutOfTierMemoryError
 from gemini.assembly import draw_blueprint
+from gemini.nn import use_sliced_loss
 from gemini.slicing import find_repeated
 from gemini.tiers import MemoryTier
 
@@ -236,6 +237,15 @@ def test_frozen_blocks_stay_as_they_are(config):
         return model
 
     assert_trains_as_in_plain_torch(Case(build, TOWER.batch, square), config)
+
+
+def test_the_loss_may_run_in_slices_too(config):
+    def build() -> nn.Module:
+        model = LLAMA.build()
+        use_sliced_loss(model, slice_size=16)
+        return model
+
+    assert_trains_as_in_plain_torch(Case(build, LLAMA.batch), config)
 
 
 class Repeater(Tower):
