@@ -26,6 +26,10 @@ HUGE_PAGE_NBYTES = 2 << 20
 MADV_WIPEONFORK = 18
 """Of Linux's <sys/mman.h>; Python's mmap has no name for it."""
 
+NEVER_COPIED = frozenset({"state", "gradients"})
+"""Purposes of buffers that no device copies from or to; page-locking them, most of all memory, would buy nothing."""
+PORTABLE = 1  # cudaHostRegisterPortable: locked for every device of the process
+
 
 class _Grant(NamedTuple):
     purpose: str
@@ -38,14 +42,15 @@ class HostArena:
 
     Args:
         ledger: charged for every buffer before it is mapped.
-        is_pinned: page-lock buffers so that a CUDA device can copy from and to them asynchronously.
+        device: CUDA device for which buffers that it copies from or to are page-locked, so that copies run
+            asynchronously; None: there is none.
         nodes: memory nodes to deal the pages of each buffer out over, so that one thread's first touch does not put
             everything behind one memory controller; fewer than two leave it to the system.
     """
 
-    def __init__(self, ledger: TierLedger, *, is_pinned: bool = False, nodes: Sequence[int] = ()) -> None:
+    def __init__(self, ledger: TierLedger, *, device: torch.device | None = None, nodes: Sequence[int] = ()) -> None:
         self._ledger = ledger
-        self._is_pinned = is_pinned
+        self._device = device
         self._nodes = tuple(nodes)
         self._buffers: dict[int, _Grant] = {}
         self._has_warned = False
@@ -74,7 +79,7 @@ class HostArena:
             raise OutOfTierMemoryError(
                 f"the machine refused {format_nbytes(nbytes)} of host memory for {purpose}: {error}; lower host_budget"
             ) from error
-        is_locked = self._is_pinned and self._lock(buffer)
+        is_locked = self._device is not None and purpose not in NEVER_COPIED and self._lock(buffer)
         self._buffers[buffer.data_ptr()] = _Grant(purpose, nbytes, is_locked)
         return buffer
 
@@ -91,15 +96,25 @@ class HostArena:
     def _give_back(self, address: int, grant: _Grant) -> None:
         self._ledger.credit(MemoryTier.HOST, grant.purpose, grant.nbytes)
         if grant.is_locked:
+            torch.cuda.synchronize(self._device)  # a copy that nobody waited for may still be under way
             _cuda_runtime().cudaHostUnregister(address)
 
     def _lock(self, buffer: torch.Tensor) -> bool:
         """Page-lock a buffer; return whether the driver did."""
-        status = int(_cuda_runtime().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0))
+        with torch.cuda.device(self._device):  # the call makes a context, which takes memory, on the current device
+            status = int(_cuda_runtime().cudaHostRegister(buffer.data_ptr(), buffer.numel(), PORTABLE))
+            if status != 0:
+                _clear_last_error()
         if status != 0 and not self._has_warned:
             self._has_warned = True
             logger.warning("page-locking host memory failed (CUDA error %d): copies to the device block", status)
         return status == 0
+
+
+def _clear_last_error() -> None:
+    """Provoke the report of a failed call that torch did not see, which the next kernel would be blamed for."""
+    with suppress(RuntimeError):
+        torch.ones(1, device="cuda")
 
 
 def _cuda_runtime() -> Any:
