@@ -16,6 +16,7 @@ from gemini.config import GeminiConfig
 from gemini.errors import CheckpointMismatchError, ConfigError, ModelError
 from gemini.hooks import HookSet
 from gemini.initialise import InitFn
+from gemini.offload.io import IoStats
 from gemini.report import MemoryReport, make_report
 from gemini.runtime import Runtime
 from gemini.slicing import BatchSlicer
@@ -68,6 +69,8 @@ class GeminiDDP(torch.nn.Module):
         _refuse_managed(module)
         self.module = module
         self._runtime = assemble(module, config or GeminiConfig(), init_fn=init_fn)
+        store = self._runtime.resources.store
+        self._disk_at_start = store.stats() if store is not None else IoStats(nbytes_read=0, nbytes_written=0)
         for param in module.parameters():
             setattr(param, _OWNER_ATTRIBUTE, self._runtime)
         self._hooks = HookSet(self._runtime)
@@ -146,7 +149,7 @@ class GeminiDDP(torch.nn.Module):
             ModelError: the engine is closed or its state was lost.
         """
         self._runtime.check_usable()
-        return make_report(self._runtime)
+        return make_report(self._runtime, disk_at_start=self._disk_at_start)
 
     def trace_memory(self) -> AbstractContextManager[None]:
         """Measure activations and temporaries of what runs inside the context; slow on the CPU, free on CUDA."""
