@@ -26,7 +26,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.swap) as swap:
         for name, options in (
             ("adam_kernels", []),
-            ("disk", ["--dir", swap]),
+            ("io", ["--dir", swap]),
             ("step", ["--swap", swap]),
         ):
             print(f"== {name}", flush=True)
