@@ -25,7 +25,7 @@ def main() -> None:
     date = datetime.date.today().isoformat()
     with tempfile.TemporaryDirectory(dir=arguments.swap) as swap:
         for name, options in (
-            ("adam_kernels", []),
+            ("adam", []),
             ("disk", ["--dir", swap]),
             ("step", ["--swap", swap]),
         ):
