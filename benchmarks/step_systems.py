@@ -52,12 +52,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overlap", default="auto", help="GeminiConfig.overlap")
 
 
+def shape_of(model: str) -> dict[str, int]:
+    """Return the shape of a name in SHAPES, or of "gpt-L": L layers and L heads, each head 80 wide."""
+    if model in SHAPES:
+        return SHAPES[model]
+    layers = int(model.removeprefix("gpt-"))
+    return {"n_layer": layers, "n_embd": 80 * layers, "n_head": layers}
+
+
 def build_model(model: str, seq: int, device: str) -> torch.nn.Module:
     """Build a GPT-2 with random weights, dropout off and activation checkpointing on."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    config = GPT2Config(n_positions=max(seq, 64), use_cache=False, **SHAPES[model], **no_dropout)
+    config = GPT2Config(n_positions=max(seq, 64), use_cache=False, **shape_of(model), **no_dropout)
     with torch.device(device):
         built = GPT2LMHeadModel(config)
     built.gradient_checkpointing_enable()
@@ -153,6 +161,7 @@ def make_deepspeed(options: argparse.Namespace) -> tuple[Step, Callable[[], dict
     where: dict[str, Any] = {"device": "cpu"}
     if options.system == "deepspeed-nvme":
         where = {"device": "nvme", "nvme_path": str(options.swap)}
+    shape = shape_of(options.model)
     settings = {
         "train_micro_batch_size_per_gpu": options.batch,
         "optimizer": {"type": "AdamW", "params": {"lr": LR, "weight_decay": 1e-2}},
@@ -161,7 +170,11 @@ def make_deepspeed(options: argparse.Namespace) -> tuple[Step, Callable[[], dict
         "zero_optimization": {
             "stage": 3,
             "offload_optimizer": {**where, "pipeline_read": True, "pipeline_write": True, "buffer_count": 4},
-            "offload_param": {**where, "buffer_count": 5, "buffer_size": 100_000_000},
+            "offload_param": {
+                **where,
+                "buffer_count": 5,
+                "buffer_size": shape["n_embd"] * shape.get("vocab_size", 50257),
+            },
         },
         "aio": {"block_size": 1 << 20, "queue_depth": 32, "single_submit": False, "overlap_events": True},
     }

@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import statistics
+import time
 import weakref
+from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -22,6 +27,7 @@ from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import ChunkLayout, ParamSlot
 from gemini.config import GeminiConfig
 from gemini.errors import GeminiError, ModelError
+from gemini.gradient_sink import GradientPlace
 from gemini.gradients import GradientStore
 from gemini.kernels.adam_tile import AdamSegment
 from gemini.kernels.device import DeviceKernels
@@ -29,7 +35,8 @@ from gemini.lookahead import Lookahead
 from gemini.memory_probe import MemoryProbe
 from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources
-from gemini.overlap import Overlap, StepWish
+from gemini.overlap import Overlap, StepPlanner, StepWish
+from gemini.placement.cost_model import HardwareProfile, StepFlops, StepPrediction, count_step, predict_step
 from gemini.placement.overlap import OverlapMode
 from gemini.placement.plan import ChunkDemand, MemoryDemand, PlacementPlan, RuntimeShape, memory_demand
 from gemini.placement.tracer import Phase
@@ -37,16 +44,12 @@ from gemini.saved import SavedWeights
 from gemini.scaler import LossScaler, scale_gradients_of
 from gemini.update_worker import UpdateWorker
 
-__all__ = ["Runtime", "StepPlanner"]
+__all__ = ["Runtime"]
 
 logger = logging.getLogger(__name__)
 
-
-class StepPlanner(Protocol):
-    """An optimizer, as far as the runtime knows one."""
-
-    def expected_segments(self, chunk_id: int) -> tuple[AdamSegment, ...]:
-        """Return what the next step will do to a chunk all of whose gradients have arrived, sorted."""
+MAX_TIMED_STEPS = 16
+"""Newest steps whose median is the measured time of a step."""
 
 
 @dataclass
@@ -121,7 +124,10 @@ class Runtime:
         }
         self._has_pushed_for_model = False
         self._clip_factor = 1.0
+        self._step_began_s = 0.0
+        self._step_seconds: deque[float] = deque(maxlen=MAX_TIMED_STEPS)
         self._is_closed = False
+        self._pid = os.getpid()
         self.overlap.predict = self._predict
         self.overlap.urgency = self._lookahead.urgency
 
@@ -129,6 +135,21 @@ class Runtime:
     def demand(self) -> MemoryDemand:
         """Bytes by tier and purpose that the plan in force takes."""
         return memory_demand(self._demands, self.plan, self._shape)
+
+    @property
+    def step_s(self) -> float | None:
+        """Median seconds of the newest steps, from the start of forward to the end of the update; None before two."""
+        return statistics.median(self._step_seconds) if self._step_seconds else None
+
+    def predict_step(self, profile: HardwareProfile, flops: StepFlops) -> StepPrediction:
+        """Predict how long the next step takes under the plan in force; see gemini.placement.cost_model."""
+        return predict_step(
+            count_step(self._demands, self.plan, self._shape, flops),
+            profile,
+            dtype=str(self.config.dtype).removeprefix("torch."),
+            mode=self.overlap.mode,
+            has_device=self._shape.has_device,
+        )
 
     # ---------------------------------------------------------------- forward
 
@@ -139,6 +160,8 @@ class Runtime:
             ModelError: the engine is closed, its state was lost, or a parameter was moved or re-flagged.
         """
         self.check_usable()
+        if torch.is_grad_enabled() and not self._lookahead.is_in_step:
+            self._step_began_s = time.perf_counter()
         for chunk in self.core.chunks:
             chunk.check_params()
         self._drop_leftovers()
@@ -254,14 +277,42 @@ class Runtime:
     def take_gradient(self, param: torch.nn.Parameter) -> None:
         """Take a gradient from autograd."""
         grad, param.grad = param.grad, None
-        chunk_id, position = self._place_of_param[id(param)]
         assert grad is not None
+        self._check_not_clipped()
+        place = self._place_of_param[id(param)]
+        self.gradients.fulfil_all(*place)
+        self.gradients.put(*place, grad)
+
+    def expect_gradient(self, param: torch.nn.Parameter) -> None:
+        """Expect that a use of a parameter will deliver its gradient by itself, if it may then."""
+        self.gradients.expect(*self._place_of_param[id(param)])
+
+    def takes_gradients_apart(self, param: torch.nn.Parameter) -> bool:
+        """Return whether uses of a parameter may deliver by themselves."""
+        return self.gradients.takes_apart(*self._place_of_param[id(param)])
+
+    def put_gradient(self, param: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+        """Take the gradient of one use of a parameter."""
+        self._check_not_clipped()
+        place = self._place_of_param[id(param)]
+        self.gradients.fulfil(*place)
+        self.gradients.put(*place, gradient)
+
+    def write_gradient(self, param: torch.nn.Parameter) -> AbstractContextManager[GradientPlace] | None:
+        """Open the memory of a parameter's gradient to one of its uses; None where it must be put."""
+        self._check_not_clipped()
+        place = self._place_of_param[id(param)]
+        if not self.gradients.can_write(place[0]):
+            return None
+        self.gradients.fulfil(*place)
+        return self.gradients.writing(*place)
+
+    def _check_not_clipped(self) -> None:
         if self._clip_factor != 1.0:
             raise ModelError(
                 "a gradient arrived after clip_grad_norm_, whose factor would apply to it too: clip once, after the "
                 "last backward before optimizer.step()"
             )
-        self.gradients.put(chunk_id, position, grad)
 
     def _weights_in_backward(self, chunk: Chunk) -> torch.Tensor:
         self.check_usable()
@@ -387,6 +438,8 @@ class Runtime:
         self.overlap.end_step(is_clipped=is_clipped)
         self.clear_gradients()
         if self._lookahead.is_in_step:
+            if self.num_steps + self.num_skipped_steps > 1:  # the first, which is traced, does not count
+                self._step_seconds.append(time.perf_counter() - self._step_began_s)
             self.probe.end_step()
             self._adapt()
         self._lookahead.end_step()
@@ -413,7 +466,11 @@ class Runtime:
         )
 
     def check_usable(self) -> None:
-        """Raise ModelError if the engine is closed or its state was lost."""
+        """Raise ModelError if the engine is closed, its state was lost, or it belongs to the parent of this process."""
+        if os.getpid() != self._pid:
+            raise ModelError(
+                "this GeminiDDP belongs to the parent process: a fork has neither its weights nor its threads"
+            )
         if self._is_closed:
             raise ModelError("this GeminiDDP has been closed; wrap the model again to go on")
         if self.overlap.failure is not None:

@@ -569,8 +569,13 @@ def test_an_io_error_in_an_update_ends_training_and_close_still_works(tmp_path: 
         train_step(engine, optimizer)
         engine(batch()).sum().backward()
         engine.runtime.gradients.finish()
-        with break_reads(engine), pytest.raises(OffloadIOError, match="the file ends before the bytes asked for"):
+
+        def update() -> None:
             optimizer.step()
+            engine.runtime.finish_updates()  # an update goes on behind the next forward; who waits for it is told
+
+        with break_reads(engine), pytest.raises(OffloadIOError, match="the file ends before the bytes asked for"):
+            update()
         message = (
             r"^the optimizer state was lost: an optimizer step failed half way \(cannot read .*load a checkpoint into"
         )
@@ -659,6 +664,21 @@ def test_memory_goes_when_the_engine_is_closed(tmp_path: Path) -> None:
     assert mapped_nbytes() - before == held > 0
     engine.close()
     assert mapped_nbytes() == before
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_the_child_of_a_fork_is_told_that_it_has_no_engine() -> None:
+    with GeminiDDP(make_model(), make_config()) as engine:
+        child = os.fork()
+        if child == 0:
+            for use in (lambda: engine(batch()), lambda: engine.module(batch()), engine.state_dict):
+                with contextlib.suppress(ModelError):
+                    use()
+                    os._exit(1)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        engine(batch())
 
 
 @pytest.mark.slow

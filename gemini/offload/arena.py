@@ -23,6 +23,8 @@ __all__ = ["HostArena"]
 logger = logging.getLogger(__name__)
 
 HUGE_PAGE_NBYTES = 2 << 20
+MADV_WIPEONFORK = 18
+"""Of Linux's <sys/mman.h>; Python's mmap has no name for it."""
 
 NEVER_COPIED = frozenset({"state", "gradients"})
 """Purposes of buffers that no device copies from or to; page-locking them, most of all memory, would buy nothing."""
@@ -69,7 +71,7 @@ class HostArena:
         nbytes = round_up(max(nbytes, 1), IO_ALIGNMENT_NBYTES)
         self._ledger.charge(MemoryTier.HOST, purpose, nbytes)
         try:
-            buffer = torch.frombuffer(_map_shared_memory(nbytes), dtype=torch.uint8)
+            buffer = _map_memory(nbytes)
             if len(self._nodes) > 1:
                 interleave_memory(buffer.data_ptr(), nbytes, self._nodes)
         except OSError as error:
@@ -119,14 +121,19 @@ def _cuda_runtime() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
-def _map_shared_memory(nbytes: int) -> mmap.mmap:
-    """Map anonymous memory of exactly `nbytes`, huge pages advised.
+def _map_memory(nbytes: int) -> torch.Tensor:
+    """Map private anonymous memory, in huge pages as far as they fit in; returns uint8 [nbytes], zero.
 
-    Shared, so that a fork (a data loader's workers) does not make this process copy every page it writes to. Without a
-    file of its own: `mmap` would keep a descriptor for each of thousands of buffers.
+    Huge pages are worth a third of the disk's bandwidth and most of what a transfer costs the processor
+    (docs/decisions/0010-huge-pages-for-host-memory.md). Kernels give them to private memory only, so a fork is told to
+    give the child zeros here: otherwise this process would copy every page it writes to while the child lives.
     """
-    mapping = mmap.mmap(-1, nbytes)
-    if nbytes >= HUGE_PAGE_NBYTES:
+    is_large = nbytes >= HUGE_PAGE_NBYTES
+    mapping = mmap.mmap(-1, nbytes + is_large * HUGE_PAGE_NBYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    skip = -torch.frombuffer(mapping, dtype=torch.uint8).data_ptr() % HUGE_PAGE_NBYTES if is_large else 0
+    with suppress(OSError):  # a kernel before 4.14, where a fork copies what is written to
+        mapping.madvise(MADV_WIPEONFORK, skip, nbytes)
+    if is_large:
         with suppress(OSError):  # a kernel without huge pages
-            mapping.madvise(mmap.MADV_HUGEPAGE)
-    return mapping
+            mapping.madvise(mmap.MADV_HUGEPAGE, skip, nbytes - nbytes % HUGE_PAGE_NBYTES)
+    return torch.frombuffer(mapping, dtype=torch.uint8, offset=skip, count=nbytes)

@@ -25,6 +25,17 @@ def make_arena(budget_nbytes: int | None = None) -> tuple[HostArena, TierLedger]
     return HostArena(ledger), ledger
 
 
+def huge_pages_are_given() -> bool:
+    mode = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return mode.exists() and "[never]" not in mode.read_text()
+
+
+def huge_nbytes() -> int:
+    """Bytes of this process's private memory that lie in huge pages."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages:")) << 10
+
+
 @pytest.mark.parametrize(("wanted", "given"), [(0, 4096), (1, 4096), (4096, 4096), (4097, 8192), (3 << 20, 3 << 20)])
 def test_a_buffer_takes_whole_pages_and_no_power_of_two(wanted: int, given: int) -> None:
     arena, ledger = make_arena()
@@ -113,17 +124,26 @@ def test_buffers_hold_no_file_descriptors() -> None:
     assert len(buffers) == 10
 
 
-def test_a_fork_shares_buffers_and_copies_none() -> None:
+def test_a_fork_copies_no_buffer() -> None:
     arena, _ = make_arena()
-    buffer = arena.allocate(4096, "state")
+    buffer = arena.allocate(5 << 20, "state").fill_(42)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # threads of other tests
         child = os.fork()
     if child == 0:
-        buffer[0] = 42
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert buffer[0] == 42
+        os._exit(int(buffer.any()))
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, "the child has a copy"
+    assert int(buffer.sum(dtype=torch.int64)) == 42 * buffer.numel()
+
+
+@pytest.mark.skipif(not huge_pages_are_given(), reason="the kernel gives huge pages to nobody")
+def test_large_buffers_lie_in_huge_pages() -> None:
+    arena, _ = make_arena()
+    before = huge_nbytes()
+    buffers = [arena.allocate((5 << 20) + 4096, "state").fill_(1) for _ in range(8)]
+    assert huge_nbytes() - before >= 4 * (4 << 20)  # all eight, on a machine with free memory in large pieces
+    del buffers
 
 
 def test_the_peak_is_what_was_held_at_once() -> None:

@@ -30,6 +30,7 @@ from training_harness import (
 
 from gemini import ConfigError, GeminiDDP, ModelError, OutOfTierMemoryError
 from gemini.assembly import draw_blueprint
+from gemini.nn import use_sliced_loss
 from gemini.slicing import find_repeated
 from gemini.tiers import MemoryTier
 
@@ -238,6 +239,15 @@ def test_frozen_blocks_stay_as_they_are(config):
     assert_trains_as_in_plain_torch(Case(build, TOWER.batch, square), config)
 
 
+def test_the_loss_may_run_in_slices_too(config):
+    def build() -> nn.Module:
+        model = LLAMA.build()
+        use_sliced_loss(model, slice_size=16)
+        return model
+
+    assert_trains_as_in_plain_torch(Case(build, LLAMA.batch), config)
+
+
 class Repeater(Tower):
     """Uses its blocks twice in a forward."""
 
@@ -432,9 +442,9 @@ def traffic_of(case: Case, config: Any, *, num_micro_batches: int = 1) -> dict[s
         transfers, moved = engine.runtime.resources.transfers, {"down": 0, "up": 0}
 
         def counting(name: str, copy: Callable[..., Any]) -> Callable[..., Any]:
-            def call(dst: torch.Tensor, src: torch.Tensor) -> Any:
+            def call(dst: torch.Tensor, src: torch.Tensor, **options: Any) -> Any:
                 moved[name] += src.nbytes
-                return copy(dst, src)
+                return copy(dst, src, **options)
 
             return call
 
