@@ -5,9 +5,13 @@
 First copies and optimizer kernels beside the device's ceilings. Then, for each cap, a model that plain PyTorch can
 hold there, trained by it and by Gemini with all optimizer state in host memory, and the shape of Llama-7B in full
 fine-tuning, at the largest cap beside DeepSpeed's ZeRO-Offload and torchao's CPUOffloadOptimizer. Steps of 16k tokens,
-clipping on. Every run is a process of its own: what fails, or for which time has run out, becomes a row that says so.
-`ratio` is tokens/s over the best all-in-GPU run of the same model and cap, or, where there is none, over DeepSpeed's.
-gpu_systems.py says what the systems are, gpu_bandwidth.py what the bandwidths are.
+clipping on where the system can clip. Every run is a process of its own: what fails, or for which time has run out,
+becomes a row that says so. `of_ceiling` is a bandwidth over that of the copy it is to be compared with; `of_torch` is
+tokens/s over the best all-in-GPU run of the same model and cap, `of_deepspeed` over DeepSpeed's. gpu_systems.py says
+what the systems are, gpu_bandwidth.py what the bandwidths are.
+
+The result file is gpu_<device>_<date>.json, that of a rehearsal with --device cpu gpu-rehearsal_cpu_<date>.json, which
+no table takes for a measurement.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import argparse
 import datetime
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -40,7 +45,9 @@ COLUMNS = (
     "peak_rss_bytes",
     "ms",
     "gb_per_s",
-    "ratio",
+    "of_ceiling",
+    "of_torch",
+    "of_deepspeed",
 )
 FITTING = {10: "llama-0.4b", 16: "llama-0.7b", 24: "llama-1b"}
 """By cap in GB, a model whose 16 bytes a parameter and activations plain PyTorch can hold there."""
@@ -55,6 +62,10 @@ NAMES = {
     "deepspeed-host": "deepspeed zero-2 host",
     "torchao-host": "torchao host",
 }
+OWN = (("fits", "torch-autocast"), ("fits", "gemini-host"), ("exceeds", "gemini-host"))
+PEERS = (("fits", "deepspeed-host"), ("exceeds", "deepspeed-host"), ("exceeds", "torchao-host"))
+ASIDE = (("fits", "torch-bf16"), ("fits", "gemini-stream"), ("fits", "gemini-auto"))
+"""Tasks and systems: of every cap, and of the largest cap only."""
 LONGEST_FITTING_S = 75.0
 LONGEST_S = 150.0
 SHORTEST_S = 20.0
@@ -84,15 +95,16 @@ class Run:
         """Return the child's command."""
         command = [sys.executable, str(HERE / "gpu_systems.py"), "--system", self.system, "--model", self.model]
         command += ["--cap", str(self.cap_nbytes), "--slices", str(self.slices)]
-        for name in ("device", "batch", "seq", "steps", "seconds"):
-            command += [f"--{name}", str(getattr(options, name))]
-        if options.swap is not None and self.system.startswith("gemini"):
-            command += ["--swap", str(options.swap)]
+        for name in ("device", "batch", "seq", "steps", "seconds", "swap", "host-budget"):
+            value = getattr(options, name.replace("-", "_"))
+            command += [] if value is None else [f"--{name}", str(value)]
         return command
 
 
 def plan_runs(caps_gb: list[int], *, is_rehearsal: bool = False) -> list[Run]:
     """Return all runs, in the order in which they are to be taken as long as there is time.
+
+    That is the largest cap without peers, the smallest, the peers, the caps between, and last what is only of interest.
 
     Args:
         caps_gb: caps, of those in FITTING.
@@ -101,40 +113,29 @@ def plan_runs(caps_gb: list[int], *, is_rehearsal: bool = False) -> list[Run]:
     Returns:
         The runs.
     """
-    runs = []
-    for cap in caps_gb:
-        fitting, large = ("tiny", "tiny") if is_rehearsal else (FITTING[cap], "llama-7b")
-        systems = ["torch-autocast", "gemini-host"]
-        if cap == max(caps_gb):
-            systems += ["torch-bf16", "gemini-stream", "gemini-auto"]
-        runs += [
-            Run(task="fits", model=fitting, system=system, cap_nbytes=cap * GB, timeout_s=LONGEST_FITTING_S)
-            for system in systems
-        ]
-        slices = 2 if is_rehearsal else SLICES[cap]
-        runs.append(
-            Run(
-                task="exceeds",
-                model=large,
-                system="gemini-host",
-                cap_nbytes=cap * GB,
-                slices=slices,
-                timeout_s=LONGEST_S,
-            )
-        )
-        if cap == max(caps_gb) and not is_rehearsal:
-            runs += [
-                Run(task="exceeds", model=large, system=system, cap_nbytes=cap * GB, timeout_s=LONGEST_S)
-                for system in ("deepspeed-host", "torchao-host")
-            ]
-    return sorted(runs, key=lambda run: _importance(run, caps_gb))
+    largest, smallest = max(caps_gb), min(caps_gb)
+    order = [(largest, OWN), (smallest, OWN), (largest, PEERS)]
+    order += [(cap, OWN) for cap in sorted(caps_gb)] + [(largest, ASIDE)]
+    chosen = dict.fromkeys((cap, task, system) for cap, runs in order for task, system in runs)
+    return [
+        make_run(cap, task, system, is_rehearsal=is_rehearsal)
+        for cap, task, system in chosen
+        if not (is_rehearsal and (task, system) in PEERS)
+    ]
 
 
-def _importance(run: Run, caps_gb: list[int]) -> tuple[bool, int]:
-    """Return what puts a run in its place: the largest cap comes first, then the smallest; side shows come last."""
-    is_side_show = run.system in ("torch-bf16", "gemini-stream", "gemini-auto")
-    by_importance = [cap * GB for cap in (max(caps_gb), min(caps_gb))]
-    return is_side_show, by_importance.index(run.cap_nbytes) if run.cap_nbytes in by_importance else 2
+def make_run(cap_gb: int, task: str, system: str, *, is_rehearsal: bool) -> Run:
+    """Return a run of one of the tasks."""
+    model = FITTING[cap_gb] if task == "fits" else "llama-7b"
+    slices = SLICES[cap_gb] if task == "exceeds" and system.startswith("gemini") else 1
+    return Run(
+        task=task,
+        model="tiny" if is_rehearsal else model,
+        system=system,
+        cap_nbytes=cap_gb * GB,
+        slices=min(slices, 2) if is_rehearsal else slices,
+        timeout_s=LONGEST_FITTING_S if task == "fits" else LONGEST_S,
+    )
 
 
 def run_child(command: list[str], timeout_s: float) -> Any:
@@ -189,22 +190,14 @@ def train(run: Run, options: argparse.Namespace, left_s: float) -> Row:
 
 
 def compare(rows: list[Row]) -> None:
-    """Add to each of our runs its tokens/s over those of what it is to be compared with."""
-
-    def best(task: str, label: Row, prefix: str) -> float | None:
-        speeds = [
-            row["tokens_per_s"]
-            for row in rows
-            if row.get("task") == task and row["system"].startswith(prefix) and "tokens_per_s" in row
-            if (row["model"], row["cap_gb"]) == (label["model"], label["cap_gb"])
-        ]
-        return max(speeds, default=None)
-
-    for row in rows:
-        if row["system"].startswith("gemini") and "tokens_per_s" in row:
-            peer = best(row["task"], row, "torch " if row["task"] == "fits" else "deepspeed")
-            if peer:
-                row["ratio"] = row["tokens_per_s"] / peer
+    """Add to each of our runs its tokens/s over the best of each peer's of the same task, model and cap."""
+    trained = [row for row in rows if "tokens_per_s" in row]
+    for row in trained:
+        alike = [other for other in trained if all(other[key] == row[key] for key in ("task", "model", "cap_gb"))]
+        for name in ("torch", "deepspeed"):
+            speeds = [other["tokens_per_s"] for other in alike if other["system"].split()[0] == name]
+            if row["system"].startswith("gemini") and speeds:
+                row[f"of_{name}"] = row["tokens_per_s"] / max(speeds)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -212,11 +205,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--caps", type=int, nargs="+", choices=sorted(FITTING), default=sorted(FITTING), help="in GB")
-    parser.add_argument("--time-limit", type=float, default=520.0, help="seconds for everything (%(default)s)")
+    parser.add_argument("--time-limit", type=float, default=500.0, help="seconds for everything (%(default)s)")
     out = Path(os.environ.get("OUT", HERE / "results"))
     parser.add_argument("--out", type=Path, default=out, help="directory for the result file ($OUT, else results)")
-    parser.add_argument("--json", type=Path, help="the result file, instead of one named by date under --out")
     return parser.parse_args(arguments)
+
+
+def result_path(out: Path, device: str) -> Path:
+    """Return where results go, in the form that tables.py looks for."""
+    date = datetime.date.today().isoformat()
+    if device == "cpu":
+        return out / f"gpu-rehearsal_cpu_{date}.json"
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    return out / f"gpu_{name}_{date}.json"
 
 
 def main() -> None:
@@ -225,20 +226,17 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.py needs an NVIDIA GPU, and torch sees none")
     deadline_s = time.monotonic() + options.time_limit
-    rows = measure_bandwidths(options, timeout_s=90.0)
+    rows = measure_bandwidths(options, timeout_s=min(90.0, options.time_limit))
     for run in plan_runs(options.caps, is_rehearsal=options.device == "cpu"):
         row = train(run, options, deadline_s - time.monotonic())
         rows.append(row)
         outcome = row.get("missing") or f"{row['tokens_per_s']:.0f} tokens/s"
         print(f"{row['model']}, {row['cap_gb']:g} GB, {row['system']}: {outcome}", flush=True)
     compare(rows)
-    path = options.json
-    if path is None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        path = options.out / f"gpu_{datetime.date.today().isoformat()}.json"
-    settings = {name: getattr(options, name) for name in ("batch", "seq", "steps", "seconds")}
+    options.out.mkdir(parents=True, exist_ok=True)
+    settings = {name: getattr(options, name) for name in ("batch", "seq", "steps", "seconds", "host_budget")}
     shapes = {name: SHAPES[name] for name in sorted({row["model"] for row in rows if "model" in row})}
-    write_results(path, rows, COLUMNS, settings=settings, shapes=shapes)
+    write_results(result_path(options.out, options.device), rows, COLUMNS, settings=settings, shapes=shapes)
 
 
 if __name__ == "__main__":

@@ -198,12 +198,12 @@ def measure_references(device: torch.device, numel: int, num_repeats: int) -> li
     ]
 
 
-def add_ratios(rows: list[Row]) -> None:
-    """Add to each row of ours its bandwidth as a share of the ceiling's: the same copy, or a copy on the device."""
+def compare(rows: list[Row]) -> None:
+    """Add to each row its bandwidth as a share of the ceiling's: the same copy, or a copy on the device."""
     ceilings = {row["task"]: row["gb_per_s"] for row in rows if row["system"] == "ceiling"}
     for row in rows:
         if row["system"] != "ceiling":
-            row["ratio"] = row["gb_per_s"] / ceilings.get(row["task"], ceilings["device copy"])
+            row["of_ceiling"] = row["gb_per_s"] / ceilings.get(row["task"], ceilings["device copy"])
 
 
 def measure(device: torch.device, *, numel: int, copy_nbytes: int, num_repeats: int) -> list[Row]:
@@ -216,7 +216,7 @@ def measure(device: torch.device, *, numel: int, copy_nbytes: int, num_repeats: 
         num_repeats: timed calls of each row.
 
     Returns:
-        The rows, with ratios.
+        The rows, with shares of the ceilings.
     """
     rows = measure_copies(device, copy_nbytes, num_repeats)
     rows += measure_references(device, numel, num_repeats)
@@ -224,7 +224,7 @@ def measure(device: torch.device, *, numel: int, copy_nbytes: int, num_repeats: 
     fallback = DeviceKernels(name="torch", adam_update=device_adam_update, store_gradient=device_store_gradient)
     for kernels in (chosen, fallback) if chosen.name != fallback.name else (fallback,):
         rows += measure_kernels(device, kernels, numel, num_repeats)
-    add_ratios(rows)
+    compare(rows)
     return rows
 
 
