@@ -6,7 +6,8 @@
     gemini-host     GeminiDDP, all optimizer state in host memory; weights on the GPU as far as the cap allows
     gemini-stream   GeminiDDP, all optimizer state and weights in host memory; weights pass through slots
     gemini-auto     GeminiDDP, placed as it sees fit
-    deepspeed-host  DeepSpeed ZeRO-2, optimizer offloaded to the CPU, its copies overlapped
+    deepspeed-host  DeepSpeed ZeRO-2, optimizer offloaded to the CPU, copies overlapped; its buffers are pinned if host
+                    memory suffices for torch's rounding of them, and `is_pinned` says so
     torchao-host    torchao's CPUOffloadOptimizer, gradients offloaded too; all state in bf16, and it cannot clip
 
 All compute in bf16, checkpoint every block's activations (gemini with slices by itself), and take the loss in slices of
@@ -53,7 +54,7 @@ SYSTEMS = (
 )
 VOCAB_SIZE = 32_000
 DEEPSPEED_BUCKET_NUMEL = 10**8
-"""Gradients that travel together; its default, five times as much, leaves Llama-7B no room for activations in 24 GB."""
+"""Gradients that travel together; the default's two buffers of 1 GB would leave Llama-7B none of 24 GB to spare."""
 MAX_NORM = 1.0
 LR = 1e-5
 WEIGHT_DECAY = 0.1

@@ -192,6 +192,16 @@ def test_a_child_is_a_row() -> None:
     assert row["tokens_per_s"] > 0
 
 
+def test_the_cap_holds_for_torch_and_leaves_gemini_a_margin(monkeypatch: pytest.MonkeyPatch) -> None:
+    fractions: list[float] = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: argparse.Namespace(total_memory=10**11))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+    for cap_gb in (10, 24, 200):
+        gpu_systems.cap_device("cuda", cap_gb * gpu.GB)
+    assert fractions == [0.1, 0.24, 1.0]
+    assert gpu_systems.gemini_config(child_options("gemini-host")).device_budget == 940_000_000
+
+
 def test_deepspeed_pins_what_the_machine_can_hold() -> None:
     """Two buffers of 4 bytes and one of 2 bytes a parameter are rounded up to a power of two, moments are not."""
     assert gpu_systems.deepspeed_pinned_nbytes(1 << 30) == (4 + 4 + 2 + 8) << 30
