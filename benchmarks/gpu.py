@@ -4,11 +4,13 @@
 
 First copies and optimizer kernels beside the device's ceilings. Then, for each cap, a model that plain PyTorch can
 hold there, trained by it and by Gemini with all optimizer state in host memory, and the shape of Llama-7B in full
-fine-tuning, at the largest cap beside DeepSpeed's ZeRO-Offload and torchao's CPUOffloadOptimizer. Steps of 16k tokens,
-clipping on where the system can clip. Every run is a process of its own: what fails, or for which time has run out,
-becomes a row that says so. `of_ceiling` is a bandwidth over that of the copy it is to be compared with; `of_torch` is
-tokens/s over the best all-in-GPU run of the same model and cap, `of_deepspeed` over DeepSpeed's. gpu_systems.py says
-what the systems are, gpu_bandwidth.py what the bandwidths are.
+fine-tuning; at the largest cap both also by DeepSpeed's ZeRO-Offload, the second by torchao's CPUOffloadOptimizer.
+Steps of 16k tokens, clipping on where the system can clip. Every run is a process of its own: what fails, or for which
+time has run out, becomes a row that says so. gpu_systems.py says what the systems are, gpu_bandwidth.py what the
+bandwidths are.
+
+`of_ceiling` is a bandwidth over that of the copy it is to be compared with; `of_torch` is tokens/s over the best
+all-in-GPU run of the same model and cap, `of_deepspeed` over DeepSpeed's.
 
 The result file is gpu_<device>_<date>.json, that of a rehearsal with --device cpu gpu-rehearsal_cpu_<date>.json, which
 no table takes for a measurement.
@@ -17,10 +19,12 @@ no table takes for a measurement.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -139,7 +143,7 @@ def make_run(cap_gb: int, task: str, system: str, *, is_rehearsal: bool) -> Run:
 
 
 def run_child(command: list[str], timeout_s: float) -> Any:
-    """Run a child and return what its last line of output says in JSON.
+    """Run a child and return what its last line of JSON says; its libraries may print more.
 
     Args:
         command: the child.
@@ -154,15 +158,30 @@ def run_child(command: list[str], timeout_s: float) -> Any:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):  # the new name and the old one
         environment.setdefault(name, "expandable_segments:True")
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, env=environment)
-    except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"not done after {timeout_s:.0f} s") from error
-    if done.returncode == -9:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as child:
+        try:
+            output, errors = child.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"not done after {timeout_s:.0f} s") from error
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # and what it has started, such as a compiler
+    if child.returncode == -signal.SIGKILL:
         raise RuntimeError("killed, most likely for memory")
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    if child.returncode:
+        raise RuntimeError(reason_of(errors))
+    answers = [line for line in output.splitlines() if line.startswith(('{"', '[{"'))]
+    if not answers:
+        raise RuntimeError("ended without a result")
+    return json.loads(answers[-1])
+
+
+def reason_of(errors: str) -> str:
+    """Return the line of what a failed child wrote to stderr that names the error: warnings may come after it."""
+    lines = [line for line in errors.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]+(Error|Exception)\b", line)]
+    return (named or lines or ["no message"])[-1]
 
 
 def measure_bandwidths(options: argparse.Namespace, timeout_s: float) -> list[Row]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -84,6 +86,11 @@ def test_a_command_names_all_that_its_child_needs() -> None:
     ("code", "reason"),
     [
         ("import sys; sys.exit('RuntimeError: CUDA out of memory')", "RuntimeError: CUDA out of memory"),
+        (
+            "import atexit, sys; atexit.register(sys.stderr.write, '[rank0]: W: not destroyed'); import nothing_",
+            "ModuleNotFoundError: No module named 'nothing_'",
+        ),
+        ("print('done')", "ended without a result"),
         ("import os; os.kill(os.getpid(), 9)", "killed, most likely for memory"),
         ("import time; time.sleep(60)", "not done after 2 s"),
     ],
@@ -92,6 +99,20 @@ def test_a_child_that_fails_says_why(code: str, reason: str) -> None:
     with pytest.raises(RuntimeError) as caught:
         gpu.run_child([sys.executable, "-c", code], timeout_s=2.0)
     assert str(caught.value) == reason
+
+
+def test_nothing_that_a_child_started_outlives_it(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    code = f"import subprocess as s; c = s.Popen(['sleep', '60']); open({str(note)!r}, 'w').write(str(c.pid))"
+    with pytest.raises(RuntimeError, match="not done after 2 s"):
+        gpu.run_child([sys.executable, "-c", f"{code}; c.wait()"], timeout_s=2.0)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int(note.read_text())).wait(timeout=5.0)
+
+
+def test_what_a_library_prints_is_not_a_result() -> None:
+    code = """print('{"step_s": 1.5}'); print('[2026-01-02 03:04:05] [INFO] done')"""
+    assert gpu.run_child([sys.executable, "-c", code], timeout_s=10.0) == {"step_s": 1.5}
 
 
 def test_a_failed_run_is_a_missing_row_and_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
