@@ -111,7 +111,7 @@ def make_gemini(options: argparse.Namespace) -> tuple[Step, Callable[[], dict[st
         )
 
     model = build_model(options.model, options.seq, "meta")
-    use_sliced_loss(model)
+    use_sliced_loss(model, keep_logits=options.system == "gemini-host")
     config = config_with()
     if options.system == "gemini-nvme":
         nvme = NVMeConfig(path=options.swap, budget="64GiB")
