@@ -1,4 +1,4 @@
-"""Once a step has been measured, let as many chunks reside on the device as really fit."""
+"""Once a step has been measured, use what is left of the device: for resident chunks, then for sums of gradients."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import logging
 from collections.abc import Sequence
 
 from gemini.chunk.core import ChunkCore
+from gemini.gradients import GradientStore
+from gemini.placement.accumulators import choose_accumulators
 from gemini.placement.plan import ChunkDemand, PlacementPlan, RuntimeShape, memory_demand
 from gemini.placement.residency import adapt_residency
 from gemini.tiers import MemoryTier, format_nbytes
 
-__all__ = ["adapt_to_peak"]
+__all__ = ["adapt_to_peak", "open_accumulators"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,3 +59,30 @@ def adapt_to_peak(
             *sizes,
         )
     return adapted
+
+
+def open_accumulators(
+    core: ChunkCore,
+    chunks: Sequence[ChunkDemand],
+    plan: PlacementPlan,
+    gradients: GradientStore,
+    *,
+    peak_nbytes: int,
+) -> None:
+    """Let as many chunks as fit sum their gradients on the device.
+
+    Args:
+        core: the chunks.
+        chunks: what placement knows of them, by id.
+        plan: what is in force.
+        gradients: at rest.
+        peak_nbytes: what everything but chunks took at its peak.
+    """
+    ledger = core.resources.ledger
+    budget = ledger.budget_nbytes(MemoryTier.DEVICE)
+    assert budget is not None
+    free_nbytes = budget - int(peak_nbytes * NON_MODEL_MARGIN) - ledger.held_nbytes(MemoryTier.DEVICE)
+    chosen = choose_accumulators(chunks, plan, free_nbytes=free_nbytes)
+    for chunk_id in chosen:
+        gradients.accumulators.open(core.chunks[chunk_id].spec)
+    logger.info("%d of %d chunks sum their gradients on the device", len(chosen), len(chunks))

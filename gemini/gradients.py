@@ -2,7 +2,8 @@
 
 A gradient that compute memory's own tier keeps goes straight to its home. One that leaves a device travels by
 chunk through a device slot and a host slot; one that waits on disk is put together in a host slot first. On
-arrival at host memory the sum of squares is taken in the pass that stores or adds.
+arrival at host memory the sum of squares is taken in the pass that stores or adds. Where several backward passes
+make a step and the device has room, they are summed there first, see [Note: Accumulators].
 
 Gradients are consumed by the update: after `clear` there are none.
 """
@@ -16,6 +17,7 @@ from typing import Protocol
 
 import torch
 
+from gemini.accumulators import GradientAccumulators
 from gemini.chunk.layout import ChunkSpec
 from gemini.errors import ModelError
 from gemini.kernels.cpu import GradMode
@@ -127,6 +129,9 @@ class GradientStore:
         self.listener: GradientListener | None = None
         self.num_backwards = 0
         """Backward passes since gradients were last cleared, the one under way included."""
+        self.expected_backwards = 1
+        """Backward passes of the last step that was taken; the coming one probably has as many."""
+        self.accumulators = GradientAccumulators(resources.transfers, device_kernels)
         self._is_in_backward = False
         self._jobs: list[GradTicket] = []
         self._device_slots: list[_Slot] = []
@@ -176,6 +181,8 @@ class GradientStore:
         if chunk.tier is MemoryTier.DEVICE:
             mode = GradMode.ADD if position in chunk.sumsq else GradMode.STORE
             chunk.sumsq[position] = self._device_kernels.store_gradient(self._view(chunk, position), flat, mode=mode)
+        elif self.expected_backwards > 1 and chunk_id in self.accumulators:
+            self._accumulate(chunk, position, flat)
         elif self._resources.transfers.compute_tier is MemoryTier.DEVICE:
             self._put_in_device_slot(chunk, position, flat)
         else:
@@ -198,6 +205,21 @@ class GradientStore:
                 f"{self._dtype_of(chunk.spec)}; "
                 "set GeminiConfig(gradient_accumulation=True), or call optimizer.zero_grad() to drop the first"
             )
+
+    def _accumulate(self, chunk: GradChunk, position: int, flat: torch.Tensor) -> None:
+        chunk.sumsq[position] = self.accumulators.add(chunk.spec.chunk_id, position, flat)
+        chunk.num_arrived += 1
+        if self.num_backwards >= self.expected_backwards and chunk.num_arrived == len(chunk.spec.slots):
+            self._send_sums(chunk)
+
+    def _send_sums(self, chunk: GradChunk) -> None:
+        """Send a chunk's sums home."""
+        chunk_id, buffer = chunk.spec.chunk_id, chunk.home.host_buffer
+        if chunk.tier is MemoryTier.NVME:
+            self._claim_disk_slot(chunk)
+            buffer = self._in_disk_slot[chunk_id].buffer
+        assert buffer is not None
+        self.accumulators.send(chunk_id, buffer)
 
     def _put_in_device_slot(self, chunk: GradChunk, position: int, flat: torch.Tensor) -> None:
         chunk_id = chunk.spec.chunk_id
@@ -315,9 +337,10 @@ class GradientStore:
     def _write_out(self, chunk_id: int) -> None:
         slot = self._in_disk_slot.pop(chunk_id)
         chunk = self._chunks[chunk_id]
+        self.accumulators.wait(chunk_id)
         for ticket in chunk.sumsq.values():
-            assert isinstance(ticket, GradTicket)
-            ticket.wait()
+            if isinstance(ticket, GradTicket):
+                ticket.wait()
         (run,) = chunk.home.runs()
         slot.busy = chunk.home.write_run(run, slot.buffer[: run.nbytes])
         chunk.has_left = True
@@ -327,12 +350,15 @@ class GradientStore:
     def finish(self) -> None:
         """Block until every gradient has reached its home."""
         self.end_backward()
+        for chunk_id in self.accumulators.unsent():
+            self._send_sums(self._chunks[chunk_id])
         while self._departures:
             self._arrive(self._departures.pop(0))
         while self._jobs:
             self._jobs.pop(0).wait()
         for chunk_id in list(self._in_disk_slot):
             self._write_out(chunk_id)
+        self.accumulators.wait_all()
 
     def arrived(self, chunk_id: int) -> Sequence[int]:
         """Return the positions that have a gradient, in the layout's order; call `finish` first."""
@@ -368,6 +394,7 @@ class GradientStore:
 
     def clear(self) -> None:
         """Forget all gradients."""
+        self.accumulators.clear()
         self.finish()
         self.num_backwards = 0
         for chunk in self._chunks.values():
@@ -380,6 +407,7 @@ class GradientStore:
         for departure in self._departures:
             departure.move.wait_on_host()
         self._departures.clear()
+        self.accumulators.close()
         for slot in self._device_slots:
             self._resources.transfers.free(slot.buffer, "gradient slots")
         for slot in self._staging_slots + self._disk_slots:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from gemini.adaptation import adapt_to_peak
+from gemini.adaptation import adapt_to_peak, open_accumulators
 from gemini.chunk.chunk import Chunk
 from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import ChunkLayout, ParamSlot
@@ -110,6 +110,7 @@ class Runtime:
         self.overlap = Overlap(asked, core=core, states=states, gradients=gradients, worker=worker, kernels=kernels)
         self._lookahead = Lookahead(core, depth=config.prefetch_depth, num_slots=plan.num_slots)
         self._is_adapted = False
+        self._has_accumulators = False
         self._saved = SavedWeights(core.chunk_in, self._weights_in_backward)
         self._entered: list[_Entry] = []
         self._borrowed_by_model: list[int] = []
@@ -385,10 +386,12 @@ class Runtime:
 
     def _end_step(self, *, is_clipped: bool) -> None:
         self.overlap.end_step(is_clipped=is_clipped)
+        self.gradients.expected_backwards = self.gradients.num_backwards
         self.clear_gradients()
         if self._lookahead.is_in_step:
             self.probe.end_step()
             self._adapt()
+            self._open_accumulators()
         self._lookahead.end_step()
 
     def _adapt(self) -> None:
@@ -399,6 +402,15 @@ class Runtime:
         self._is_adapted = True
         self.overlap.settle_all()
         self.plan = adapt_to_peak(self.core, self._demands, self.plan, self._shape, peak_nbytes=peak)
+
+    def _open_accumulators(self) -> None:
+        """After the first step with several backward passes, sum gradients where residents have left room."""
+        may_open = self._is_adapted and not self._has_accumulators and self.config.gradient_accumulation
+        if may_open and self.gradients.expected_backwards > 1:
+            self._has_accumulators = True
+            peak = self.probe.non_model_peak_nbytes
+            assert peak is not None
+            open_accumulators(self.core, self._demands, self.plan, self.gradients, peak_nbytes=peak)
 
     @property
     def _loss_scale(self) -> float:
