@@ -47,6 +47,8 @@ def markdown_table(rows: Sequence[dict[str, Any]], columns: Sequence[str] | None
 def _cell(value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
     return str(value)
@@ -55,7 +57,7 @@ def _cell(value: Any) -> str:
 def write_results(
     path: Path | None, rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None, **extra: Any
 ) -> None:
-    """Print the rows as a Markdown table and, if asked, write them as JSON.
+    """Print the rows as a Markdown table and, if asked, write them as JSON, with the columns for later tables.
 
     Args:
         path: the JSON file; None: print only.
@@ -65,5 +67,6 @@ def write_results(
     """
     print(markdown_table(rows, columns), flush=True)
     if path is not None:
-        document = {"environment": describe_environment(), **extra, "rows": list(rows)}
+        shown = {} if columns is None else {"columns": list(columns)}
+        document = {"environment": describe_environment(), **extra, **shown, "rows": list(rows)}
         path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -52,12 +52,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overlap", default="auto", help="GeminiConfig.overlap")
 
 
+def shape_of(model: str) -> dict[str, int]:
+    """Return the shape of a name in SHAPES, or of "gpt-L": L layers and L heads, each head 80 wide."""
+    if model in SHAPES:
+        return SHAPES[model]
+    layers = int(model.removeprefix("gpt-"))
+    return {"n_layer": layers, "n_embd": 80 * layers, "n_head": layers}
+
+
 def build_model(model: str, seq: int, device: str) -> torch.nn.Module:
     """Build a GPT-2 with random weights, dropout off and activation checkpointing on."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    config = GPT2Config(n_positions=max(seq, 64), use_cache=False, **SHAPES[model], **no_dropout)
+    config = GPT2Config(n_positions=max(seq, 64), use_cache=False, **shape_of(model), **no_dropout)
     with torch.device(device):
         built = GPT2LMHeadModel(config)
     built.gradient_checkpointing_enable()

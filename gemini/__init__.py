@@ -15,7 +15,9 @@ from gemini.errors import (
     OutOfTierMemoryError,
     WorkerError,
 )
+from gemini.hardware import HardwareProfile, measure_hardware
 from gemini.optimizer import HybridAdam
+from gemini.placement.cost_model import StepFlops, transformer_flops
 from gemini.placement.plan import PlacementPlan
 from gemini.placement.policy import StaticPlacement
 from gemini.report import MemoryReport
@@ -28,6 +30,7 @@ __all__ = [
     "GeminiConfig",
     "GeminiDDP",
     "GeminiError",
+    "HardwareProfile",
     "HeapUnavailableError",
     "HybridAdam",
     "IllegalTransitionError",
@@ -39,5 +42,8 @@ __all__ = [
     "OutOfTierMemoryError",
     "PlacementPlan",
     "StaticPlacement",
+    "StepFlops",
     "WorkerError",
+    "measure_hardware",
+    "transformer_flops",
 ]

@@ -236,7 +236,7 @@ def _build(
             working, state, grad = _open_homes(blueprint.demands[spec.chunk_id], homes, shape, resources)
             write_home(
                 spec,
-                [initialiser.value_of(slot.spec.name) for slot in spec.slots],
+                (initialiser.value_of(slot.spec.name) for slot in spec.slots),
                 working,
                 state,
                 tile_numel=shape.tile_numel,

@@ -16,6 +16,7 @@ from gemini.config import GeminiConfig
 from gemini.errors import CheckpointMismatchError, ConfigError, ModelError
 from gemini.hooks import HookSet
 from gemini.initialise import InitFn
+from gemini.placement.cost_model import HardwareProfile, StepFlops
 from gemini.report import MemoryReport, make_report
 from gemini.runtime import Runtime
 from gemini.slicing import BatchSlicer
@@ -136,17 +137,28 @@ class GeminiDDP(torch.nn.Module):
         """
         self._runtime.clear_gradients()
 
-    def memory_report(self) -> MemoryReport:
+    def memory_report(self, *, profile: HardwareProfile | None = None, flops: StepFlops | None = None) -> MemoryReport:
         """Return bytes per tier, formula beside measurement, and what the moves have cost.
+
+        Args:
+            profile: rates of this machine, from `gemini.measure_hardware`; with them the report also predicts the time
+                of a step and names the bottleneck, beside the time that was measured.
+            flops: the model's operations in one step, such as from `gemini.transformer_flops`; given with `profile`.
 
         Returns:
             The report.
 
         Raises:
+            ConfigError: only one of `profile` and `flops` was given, or the profile lacks a rate that is needed.
             ModelError: the engine is closed or its state was lost.
         """
         self._runtime.check_usable()
-        return make_report(self._runtime)
+        if (profile is None) is not (flops is None):
+            raise ConfigError(
+                "GeminiDDP.memory_report: a prediction needs both profile= (from gemini.measure_hardware) and flops= "
+                "(from gemini.transformer_flops, or counted); give both or neither"
+            )
+        return make_report(self._runtime, profile, flops)
 
     def trace_memory(self) -> AbstractContextManager[None]:
         """Measure activations and temporaries of what runs inside the context; slow on the CPU, free on CUDA."""

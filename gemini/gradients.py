@@ -254,8 +254,10 @@ class GradientStore:
             self._arrive(self._departures.pop(0))
         in_use = [id(departure.host_slot) for departure in self._departures]
         host_slot = next(slot for slot in self._staging_slots if id(slot) not in in_use)
-        nbytes = chunk.spec.working_nbytes
-        move = self._resources.transfers.download(host_slot.buffer[:nbytes], slot.buffer[:nbytes])
+        places = [chunk.spec.slots[position] for position in positions]
+        part = slice(min(place.begin for place in places), max(place.end for place in places))
+        staged, waiting = (each.buffer.view(chunk.spec.dtype)[part] for each in (host_slot, slot))
+        move = self._resources.transfers.download(staged, waiting)
         self._departures.append(_Departure(chunk, positions, slot, host_slot, move))
 
     def _arrive(self, departure: _Departure) -> None:

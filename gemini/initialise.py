@@ -126,7 +126,7 @@ class Initialiser:
                 self._run(module_name, salt=name)
         finally:
             owner._parameters[key] = hidden
-        if real.is_floating_point() and bool(real.isnan().any()):
+        if real.is_floating_point() and real.numel() and bool(real.min().isnan()):  # NaN if any is; no mask in memory
             raise ModelError(f"parameter {name} {REMEDY}")
         return real.detach()
 

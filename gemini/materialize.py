@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 
 import torch
 
-from gemini.chunk.layout import ChunkSpec
+from gemini.chunk.layout import ChunkSpec, ParamSlot
 from gemini.kernels.cpu import Isa, cast, split_master
 from gemini.offload.home import TiledHome
 from gemini.offload.io import empty_aligned
@@ -22,7 +23,7 @@ MAX_WRITES_IN_FLIGHT = 2
 
 def write_home(
     spec: ChunkSpec,
-    sources: list[torch.Tensor],
+    sources: Iterable[torch.Tensor],
     working: TiledHome,
     state: TiledHome | None,
     *,
@@ -34,25 +35,27 @@ def write_home(
 
     Args:
         spec: the chunk.
-        sources: the parameters' values on the CPU, in the order of the layout's slots; read only.
+        sources: the parameters' values on the CPU, in the order of the layout's slots; read only. Each is taken when
+            its first tile is put together and dropped after its last, so that a generator keeps few of them in memory.
         working: home of the working weights.
         state: home of the optimizer state; None for frozen chunks.
         tile_numel: elements in a tile.
         transfers: reaches homes on the device.
         isa: instruction set of the kernels.
     """
+    values = _Values(spec, sources)
     for tile in range(len(working.tiers)):
         begin = tile * tile_numel
         length = min(tile_numel, spec.numel - begin)
         weights = empty_aligned(working.tile_nbytes[tile], torch.uint8).zero_()
         typed = weights[: length * spec.dtype.itemsize].view(spec.dtype)
         if state is None:
-            for part, into in _overlaps(spec, sources, begin, length):
+            for part, into in values.within(begin, begin + length):
                 typed[into].copy_(part)
         else:
             record = empty_aligned(state.tile_nbytes[tile], torch.uint8).zero_()
             master = torch.zeros(length, dtype=torch.float32)
-            for part, into in _overlaps(spec, sources, begin, length):
+            for part, into in values.within(begin, begin + length):
                 master[into].copy_(part)
             residual, _, _ = record_views(record, length, spec.dtype)
             if residual is None:
@@ -69,14 +72,32 @@ def write_home(
             home.finish_writes()
 
 
-def _overlaps(
-    spec: ChunkSpec, sources: list[torch.Tensor], begin: int, length: int
-) -> Iterator[tuple[torch.Tensor, slice]]:
-    """Yield the part of each parameter inside a tile, flat, and where in the tile it goes."""
-    for slot, source in zip(spec.slots, sources, strict=True):
-        low, high = max(slot.begin, begin), min(slot.end, begin + length)
-        if low < high:
-            flat = source.detach().reshape(-1)
+class _Values:
+    """A chunk's parameters, looked at from its begin to its end.
+
+    Args:
+        spec: the chunk.
+        sources: the parameters' values, in the order of the layout's slots.
+    """
+
+    def __init__(self, spec: ChunkSpec, sources: Iterable[torch.Tensor]) -> None:
+        self._coming = deque(spec.slots)
+        self._sources = iter(sources)
+        self._held: deque[tuple[ParamSlot, torch.Tensor]] = deque()
+
+    def within(self, begin: int, end: int) -> Iterator[tuple[torch.Tensor, slice]]:
+        """Yield the part of each parameter in a range, flat, and where in the range it goes.
+
+        Args:
+            begin: first element, of the chunk; where the last range ended.
+            end: element after the last.
+        """
+        while self._held and self._held[0][0].end <= begin:
+            self._held.popleft()
+        while self._coming and self._coming[0].begin < end:
+            self._held.append((self._coming.popleft(), next(self._sources).detach().reshape(-1)))
+        for slot, flat in self._held:
+            low, high = max(slot.begin, begin), min(slot.end, end)
             yield flat[low - slot.begin : high - slot.begin], slice(low - begin, high - begin)
 
 

@@ -23,6 +23,7 @@ from gemini.kernels.adam_tile import AdamSegment
 from gemini.kernels.device import DeviceKernels
 from gemini.kernels.pool import Ticket
 from gemini.offload.home import TiledHome
+from gemini.offload.transfer import Mark
 from gemini.placement.overlap import OverlapMode, choose_overlap, smoothed_rate
 from gemini.tiers import MemoryTier
 from gemini.update import UpdateJob, tiles_of, update_on_device
@@ -172,15 +173,16 @@ class Overlap:
         for chunk_id in wishes:
             self._core.check_updatable(chunk_id)  # while nothing has happened yet
         try:
+            readers = self._core.resources.transfers.mark()
             for chunk_id in sorted(wishes, key=self.urgency):
-                self._commit_chunk(chunk_id, wishes[chunk_id], keeps_slot=chunk_id in kept)
+                self._commit_chunk(chunk_id, wishes[chunk_id], keeps_slot=chunk_id in kept, readers=readers)
             if self.mode is OverlapMode.OFF:
                 self.settle_all()
         except BaseException as error:
             self.failure = f"an optimizer step failed half way ({error})"
             raise
 
-    def _commit_chunk(self, chunk_id: int, wish: StepWish, *, keeps_slot: bool) -> None:
+    def _commit_chunk(self, chunk_id: int, wish: StepWish, *, keeps_slot: bool, readers: Mark) -> None:
         state, chunk = self._states[chunk_id], self._core.chunks[chunk_id]
         tiles = tiles_of(wish.segments, self._worker.tile_numel)
         urgency = self.urgency(chunk_id)
@@ -192,15 +194,17 @@ class Overlap:
             return
         job = self._ahead.get(chunk_id)
         copy = chunk.compute if keeps_slot or chunk.is_resident else None
-        if job is not None and not self._worker.adjust(job, urgency=urgency, refreshes=copy):
-            copy = None  # tiles that have gone by will not refresh it
+        if job is not None:
+            job.readers = readers
+            if not self._worker.adjust(job, urgency=urgency, refreshes=copy):
+                copy = None  # tiles that have gone by will not refresh it
         self._core.begin_update(chunk_id, keeps_slot=copy is not None)
         refreshes = copy if chunk.slot is not None else None
         jobs = self._pending[chunk_id] = [] if job is None else [job]
         self._ahead.pop(chunk_id, None)
         rest = tuple(tile for tile in tiles if job is None or tile not in job.tiles)
         if rest:
-            jobs.append(self._job(chunk_id, wish, rest, refreshes=refreshes))
+            jobs.append(self._job(chunk_id, wish, rest, refreshes=refreshes, readers=readers))
             self._worker.submit(jobs[-1], urgency=urgency)
 
     def _job(
@@ -210,6 +214,7 @@ class Overlap:
         tiles: tuple[int, ...],
         arrivals: tuple[Ticket, ...] = (),
         refreshes: torch.Tensor | None = None,
+        readers: Mark | None = None,
     ) -> UpdateJob:
         return UpdateJob(
             spec=self._core.chunks[chunk_id].spec,
@@ -223,6 +228,7 @@ class Overlap:
             arrivals=arrivals,
             grad_slot=self._grad_slots.get(chunk_id),
             refreshes=refreshes,
+            readers=readers,
         )
 
     def end_step(self, *, is_clipped: bool) -> None:

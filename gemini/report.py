@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import psutil
 
 from gemini.heap import HeapStatistics, statistics
+from gemini.placement.cost_model import HardwareProfile, StepFlops, StepPrediction
 from gemini.placement.plan import MemoryDemand
 from gemini.runtime import Runtime
 from gemini.tiers import MemoryTier, format_nbytes
@@ -65,6 +66,10 @@ class MemoryReport:
     """How the disk is driven; None without one."""
     is_direct_io: bool | None
     instruction_set: str
+    step_s: float | None
+    """Median seconds of the newest steps, from the start of forward to the end of the update; None before two."""
+    predicted: StepPrediction | None
+    """What the cost model expects of the next step; None without a hardware profile."""
 
     def to_json(self) -> str:
         """Return the report as JSON."""
@@ -95,10 +100,18 @@ class MemoryReport:
                 f"   heap: peak {format_nbytes(self.heap.peak_resident_nbytes)} resident for "
                 f"{format_nbytes(self.heap.peak_live_nbytes)} alive at once"
             )
+        if self.step_s is not None:
+            lines.append(f"   step: {self.step_s:.3f} s measured")
+        if self.predicted is not None:
+            seconds = ", ".join(f"{channel.value} {s:.3f} s" for channel, s in self.predicted.seconds.items() if s)
+            lines.append(
+                f"   step: {self.predicted.step_s:.3f} s predicted, overlap {self.predicted.overlap}, bottleneck "
+                f"{self.predicted.bottleneck.value} ({seconds})"
+            )
         return "\n".join(lines)
 
 
-def make_report(runtime: Runtime) -> MemoryReport:
+def make_report(runtime: Runtime, profile: HardwareProfile | None, flops: StepFlops | None) -> MemoryReport:
     """Collect a report; cheap, moves nothing."""
     resources, core, stats = runtime.resources, runtime.core, runtime.core.stats
     store = resources.store
@@ -125,6 +138,8 @@ def make_report(runtime: Runtime) -> MemoryReport:
         io_engine=store.backend.name.lower() if store is not None else None,
         is_direct_io=store.is_direct if store is not None else None,
         instruction_set=resources.isa.name.lower(),
+        step_s=runtime.step_s,
+        predicted=runtime.predict_step(profile, flops) if profile is not None and flops is not None else None,
     )
 
 

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import statistics
+import time
 import weakref
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -30,6 +34,7 @@ from gemini.memory_probe import MemoryProbe
 from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources
 from gemini.overlap import Overlap, StepWish
+from gemini.placement.cost_model import HardwareProfile, StepFlops, StepPrediction, count_step, predict_step
 from gemini.placement.overlap import OverlapMode
 from gemini.placement.plan import ChunkDemand, MemoryDemand, PlacementPlan, RuntimeShape, memory_demand
 from gemini.placement.tracer import Phase
@@ -40,6 +45,9 @@ from gemini.update_worker import UpdateWorker
 __all__ = ["Runtime", "StepPlanner"]
 
 logger = logging.getLogger(__name__)
+
+MAX_TIMED_STEPS = 16
+"""Newest steps whose median is the measured time of a step."""
 
 
 class StepPlanner(Protocol):
@@ -122,7 +130,10 @@ class Runtime:
         }
         self._has_pushed_for_model = False
         self._clip_factor = 1.0
+        self._step_began_s = 0.0
+        self._step_seconds: deque[float] = deque(maxlen=MAX_TIMED_STEPS)
         self._is_closed = False
+        self._pid = os.getpid()
         self.overlap.predict = self._predict
         self.overlap.urgency = self._lookahead.urgency
 
@@ -130,6 +141,21 @@ class Runtime:
     def demand(self) -> MemoryDemand:
         """Bytes by tier and purpose that the plan in force takes."""
         return memory_demand(self._demands, self.plan, self._shape)
+
+    @property
+    def step_s(self) -> float | None:
+        """Median seconds of the newest steps, from the start of forward to the end of the update; None before two."""
+        return statistics.median(self._step_seconds) if self._step_seconds else None
+
+    def predict_step(self, profile: HardwareProfile, flops: StepFlops) -> StepPrediction:
+        """Predict how long the next step takes under the plan in force; see gemini.placement.cost_model."""
+        return predict_step(
+            count_step(self._demands, self.plan, self._shape, flops),
+            profile,
+            dtype=str(self.config.dtype).removeprefix("torch."),
+            mode=self.overlap.mode,
+            has_device=self._shape.has_device,
+        )
 
     # ---------------------------------------------------------------- forward
 
@@ -140,6 +166,8 @@ class Runtime:
             ModelError: the engine is closed, its state was lost, or a parameter was moved or re-flagged.
         """
         self.check_usable()
+        if torch.is_grad_enabled() and not self._lookahead.is_in_step:
+            self._step_began_s = time.perf_counter()
         for chunk in self.core.chunks:
             chunk.check_params()
         self._drop_leftovers()
@@ -389,6 +417,8 @@ class Runtime:
         self.gradients.expected_backwards = self.gradients.num_backwards
         self.clear_gradients()
         if self._lookahead.is_in_step:
+            if self.num_steps + self.num_skipped_steps > 1:  # the first, which is traced, does not count
+                self._step_seconds.append(time.perf_counter() - self._step_began_s)
             self.probe.end_step()
             self._adapt()
             self._open_accumulators()
@@ -425,7 +455,11 @@ class Runtime:
         )
 
     def check_usable(self) -> None:
-        """Raise ModelError if the engine is closed or its state was lost."""
+        """Raise ModelError if the engine is closed, its state was lost, or it belongs to the parent of this process."""
+        if os.getpid() != self._pid:
+            raise ModelError(
+                "this GeminiDDP belongs to the parent process: a fork has neither its weights nor its threads"
+            )
         if self._is_closed:
             raise ModelError("this GeminiDDP has been closed; wrap the model again to go on")
         if self.overlap.failure is not None:

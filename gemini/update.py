@@ -22,7 +22,7 @@ from gemini.kernels.pool import Ticket
 from gemini.offload.home import TiledHome
 from gemini.offload.io import IoTicket
 from gemini.offload.resources import Resources
-from gemini.offload.transfer import Move
+from gemini.offload.transfer import Mark, Move
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, round_up
 
 __all__ = ["TilePipeline", "UpdateJob", "clip_segments", "record_views", "tiles_of", "update_on_device"]
@@ -99,6 +99,8 @@ class UpdateJob:
     """The chunk's gradients, uint8, while they are in host memory on their way to their home on disk."""
     refreshes: torch.Tensor | None = None
     """The chunk's copy in compute memory that is to show the new weights, of the chunk's dtype."""
+    readers: Mark | None = None
+    """What may still read the old weights there; taken in the thread that computes."""
     refreshing: list[Ticket | Move] = field(default_factory=list)
     """Copies to `refreshes` under way; compute waits for them before it uses the weights."""
 
@@ -307,7 +309,7 @@ class TilePipeline:
         begin = tile.index * self.tile_numel
         copy = weights[begin : begin + tile.length]
         if self._resources.transfers.compute_tier is MemoryTier.DEVICE:
-            return self._resources.transfers.upload(copy, tile.working)
+            return self._resources.transfers.upload(copy, tile.working, after=tile.job.readers)
         return self._resources.pool.submit_copy(copy, tile.working)
 
     def _retire(self) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -223,7 +224,8 @@ def _serve(shared: _Shared) -> None:
             else:
                 pipeline.push()
         except BaseException as error:
-            pipeline.abandon()
+            with suppress(RuntimeError):  # a device that has failed fails every wait
+                pipeline.abandon()
             with shared.changed:
                 shared.failure = error
                 shared.waiting.clear()

@@ -661,6 +661,21 @@ def test_memory_goes_when_the_engine_is_closed(tmp_path: Path) -> None:
     assert mapped_nbytes() == before
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_the_child_of_a_fork_is_told_that_it_has_no_engine() -> None:
+    with GeminiDDP(make_model(), make_config()) as engine:
+        child = os.fork()
+        if child == 0:
+            for use in (lambda: engine(batch()), lambda: engine.module(batch()), engine.state_dict):
+                with contextlib.suppress(ModelError):
+                    use()
+                    os._exit(1)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        engine(batch())
+
+
 @pytest.mark.slow
 def test_nothing_waits_for_ever_when_a_program_is_interrupted(tmp_path: Path) -> None:
     with start_python(tmp_path, "print('ready', flush=True)\nwhile True: t.train_step(engine, optimizer)") as program:

@@ -49,6 +49,8 @@ class Chunk:
         self.is_resident = is_resident
         self.slot: Slot | None = None
         self.fetch: Fetch | None = None
+        self.last_fetch: Fetch | None = None
+        """The fetch that has ended last: compute waits for its copies, which the host may not have seen end."""
         self.compute: torch.Tensor | None = None
         """The weights in compute memory, [spec.numel] of spec.dtype; None while they are away."""
         self.num_updates = 0
@@ -100,6 +102,14 @@ class Chunk:
         if self._num_leases == 0:
             self.transition(ChunkState.READY)
         return self._num_leases == 0
+
+    def begin_update(self) -> None:
+        """Become UPDATING; blocks while a copy to the device still reads the home, which is about to change."""
+        self.transition(ChunkState.UPDATING)
+        if self.last_fetch is not None:
+            self.last_fetch.wait_for_copies()
+            self.last_fetch = None
+        self.num_updates += 1
 
     def drop_leases(self) -> None:
         """Give all leases back, after an exception has unwound whoever held them."""

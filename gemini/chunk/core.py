@@ -335,8 +335,7 @@ class ChunkCore:
             self._settle_update(chunk)
         if not chunk.is_resident and not (keeps_slot and chunk.compute is not None):
             self.evict(chunk_id)
-        chunk.transition(ChunkState.UPDATING)
-        chunk.num_updates += 1
+        chunk.begin_update()
         if chunk.compute is not None:
             chunk.unbind(self._placeholder(chunk.spec.dtype))
         return chunk
@@ -480,7 +479,7 @@ class ChunkCore:
             chunk.fetch.abandon()
             self._fail_fetch(chunk)
             raise
-        chunk.fetch = None
+        chunk.fetch, chunk.last_fetch = None, chunk.fetch
         chunk.bind(chunk.slot.buffer)
         chunk.transition(ChunkState.READY)
 

@@ -117,8 +117,8 @@ class Fetch:
         """Return whether the staging buffer has been left by every copy."""
         return not self._reads and all(upload.is_done() for upload in self._uploads)
 
-    def wait_for_staging(self) -> None:
-        """Block until the staging buffer has been left by every copy."""
+    def wait_for_copies(self) -> None:
+        """Block until home and staging buffer have been left by every copy."""
         self._upload_what_was_read()
         for upload in self._uploads:
             upload.wait_on_host()

@@ -48,7 +48,7 @@ class Staging:
                     f"cannot fetch {chunk_name}: {format_nbytes(nbytes)} of host memory are needed between disk and "
                     "device; raise host_budget"
                 )
-            self._draining[0].wait_for_staging()
+            self._draining[0].wait_for_copies()
             self._reclaim()
         return buffer
 

@@ -280,9 +280,13 @@ class _Gradients:
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """Add `left @ right` to a total, which may be of a wider dtype, in place."""
-    if total.dtype == left.dtype:
+    if total.dtype == left.dtype and total.dtype.itemsize > 2:
         total.addmm_(left, right)
         return
-    # The product exists in the narrow dtype first: a piece of the whole at a time.
+    # A product of half precision exists in another dtype first, float32 inside the operator or the narrow one here: a
+    # piece of the whole at a time.
     for part in _slices(len(total), default_slice_size(total.device, total.shape[1])):
-        total[part] += left[part] @ right
+        if total.dtype == left.dtype:
+            total[part].addmm_(left[part], right)
+        else:
+            total[part] += left[part] @ right

@@ -23,6 +23,12 @@ __all__ = ["HostArena"]
 logger = logging.getLogger(__name__)
 
 HUGE_PAGE_NBYTES = 2 << 20
+MADV_WIPEONFORK = 18
+"""Of Linux's <sys/mman.h>; Python's mmap has no name for it."""
+
+NEVER_COPIED = frozenset({"state", "gradients"})
+"""Purposes of buffers that no device copies from or to; page-locking them, most of all memory, would buy nothing."""
+PORTABLE = 1  # cudaHostRegisterPortable: locked for every device of the process
 
 
 class _Grant(NamedTuple):
@@ -36,14 +42,15 @@ class HostArena:
 
     Args:
         ledger: charged for every buffer before it is mapped.
-        is_pinned: page-lock buffers so that a CUDA device can copy from and to them asynchronously.
+        device: CUDA device for which buffers that it copies from or to are page-locked, so that copies run
+            asynchronously; None: there is none.
         nodes: memory nodes to deal the pages of each buffer out over, so that one thread's first touch does not put
             everything behind one memory controller; fewer than two leave it to the system.
     """
 
-    def __init__(self, ledger: TierLedger, *, is_pinned: bool = False, nodes: Sequence[int] = ()) -> None:
+    def __init__(self, ledger: TierLedger, *, device: torch.device | None = None, nodes: Sequence[int] = ()) -> None:
         self._ledger = ledger
-        self._is_pinned = is_pinned
+        self._device = device
         self._nodes = tuple(nodes)
         self._buffers: dict[int, _Grant] = {}
         self._has_warned = False
@@ -64,7 +71,7 @@ class HostArena:
         nbytes = round_up(max(nbytes, 1), IO_ALIGNMENT_NBYTES)
         self._ledger.charge(MemoryTier.HOST, purpose, nbytes)
         try:
-            buffer = torch.frombuffer(_map_shared_memory(nbytes), dtype=torch.uint8)
+            buffer = _map_memory(nbytes)
             if len(self._nodes) > 1:
                 interleave_memory(buffer.data_ptr(), nbytes, self._nodes)
         except OSError as error:
@@ -72,7 +79,7 @@ class HostArena:
             raise OutOfTierMemoryError(
                 f"the machine refused {format_nbytes(nbytes)} of host memory for {purpose}: {error}; lower host_budget"
             ) from error
-        is_locked = self._is_pinned and self._lock(buffer)
+        is_locked = self._device is not None and purpose not in NEVER_COPIED and self._lock(buffer)
         self._buffers[buffer.data_ptr()] = _Grant(purpose, nbytes, is_locked)
         return buffer
 
@@ -89,29 +96,44 @@ class HostArena:
     def _give_back(self, address: int, grant: _Grant) -> None:
         self._ledger.credit(MemoryTier.HOST, grant.purpose, grant.nbytes)
         if grant.is_locked:
+            torch.cuda.synchronize(self._device)  # a copy that nobody waited for may still be under way
             _cuda_runtime().cudaHostUnregister(address)
 
     def _lock(self, buffer: torch.Tensor) -> bool:
         """Page-lock a buffer; return whether the driver did."""
-        status = int(_cuda_runtime().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0))
+        with torch.cuda.device(self._device):  # the call makes a context, which takes memory, on the current device
+            status = int(_cuda_runtime().cudaHostRegister(buffer.data_ptr(), buffer.numel(), PORTABLE))
+            if status != 0:
+                _clear_last_error()
         if status != 0 and not self._has_warned:
             self._has_warned = True
             logger.warning("page-locking host memory failed (CUDA error %d): copies to the device block", status)
         return status == 0
 
 
+def _clear_last_error() -> None:
+    """Provoke the report of a failed call that torch did not see, which the next kernel would be blamed for."""
+    with suppress(RuntimeError):
+        torch.ones(1, device="cuda")
+
+
 def _cuda_runtime() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
-def _map_shared_memory(nbytes: int) -> mmap.mmap:
-    """Map anonymous memory of exactly `nbytes`, huge pages advised.
+def _map_memory(nbytes: int) -> torch.Tensor:
+    """Map private anonymous memory, in huge pages as far as they fit in; returns uint8 [nbytes], zero.
 
-    Shared, so that a fork (a data loader's workers) does not make this process copy every page it writes to. Without a
-    file of its own: `mmap` would keep a descriptor for each of thousands of buffers.
+    Huge pages are worth a third of the disk's bandwidth and most of what a transfer costs the processor
+    (docs/decisions/0010-huge-pages-for-host-memory.md). Kernels give them to private memory only, so a fork is told to
+    give the child zeros here: otherwise this process would copy every page it writes to while the child lives.
     """
-    mapping = mmap.mmap(-1, nbytes)
-    if nbytes >= HUGE_PAGE_NBYTES:
+    is_large = nbytes >= HUGE_PAGE_NBYTES
+    mapping = mmap.mmap(-1, nbytes + is_large * HUGE_PAGE_NBYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    skip = -torch.frombuffer(mapping, dtype=torch.uint8).data_ptr() % HUGE_PAGE_NBYTES if is_large else 0
+    with suppress(OSError):  # a kernel before 4.14, where a fork copies what is written to
+        mapping.madvise(MADV_WIPEONFORK, skip, nbytes)
+    if is_large:
         with suppress(OSError):  # a kernel without huge pages
-            mapping.madvise(mmap.MADV_HUGEPAGE)
-    return mapping
+            mapping.madvise(mmap.MADV_HUGEPAGE, skip, nbytes - nbytes % HUGE_PAGE_NBYTES)
+    return torch.frombuffer(mapping, dtype=torch.uint8, offset=skip, count=nbytes)

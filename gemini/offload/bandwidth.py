@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from gemini.offload.arena import HostArena
 from gemini.offload.io import (
     IoEngine,
     IoFile,
@@ -25,8 +26,8 @@ from gemini.offload.io import (
     IoOperation,
     IoTicket,
     choose_backend,
-    empty_aligned,
 )
+from gemini.tiers import TierLedger
 
 __all__ = ["DiskBandwidth", "IoPattern", "fill_file", "measure_disk", "run_pattern", "transfers_of"]
 
@@ -83,7 +84,8 @@ def measure_disk(
     if nbytes < 2 * BLOCK_NBYTES or seconds <= 0:
         raise ValueError(f"expected at least {2 * BLOCK_NBYTES} bytes and more than 0 s, got {nbytes} and {seconds}")
     num_blocks = nbytes // BLOCK_NBYTES
-    buffers = [empty_aligned(BLOCK_NBYTES, torch.uint8).random_(0, 256) for _ in range(NUM_BUFFERS)]
+    arena = HostArena(TierLedger({}))
+    buffers = [arena.allocate(BLOCK_NBYTES, "bandwidth").random_(0, 256) for _ in range(NUM_BUFFERS)]
     flags = IoOpenFlag.READ | IoOpenFlag.WRITE | IoOpenFlag.CREATE | IoOpenFlag.DIRECT
     with (
         tempfile.TemporaryDirectory(prefix="gemini-bandwidth-", dir=path) as directory,

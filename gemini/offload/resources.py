@@ -153,7 +153,7 @@ def open_resources(config: GeminiConfig, budgets: dict[MemoryTier, int | None], 
     num_threads = config.num_threads or min(len(os.sched_getaffinity(0)), MAX_DEFAULT_THREADS)
     pool = WorkerPool(num_threads, isa=isa)
     nodes = [node for node, _ in read_topology().nodes]
-    arena = HostArena(ledger, is_pinned=isinstance(device, torch.device), nodes=nodes)
+    arena = HostArena(ledger, device=device if isinstance(device, torch.device) else None, nodes=nodes)
     transfers: Transfers
     if device is None:
         transfers = CpuTransfers(arena)

@@ -3,20 +3,55 @@
 Three engines with one interface: the CPU (compute memory is host memory, nothing travels), the simulated
 device (host memory that plays a device, copied by the worker pool) and CUDA (copies on streams of their own,
 ordered by events). Nothing outside this module knows which one it talks to.
+
+[Note: Which compute a copy follows]
+A copy must not overwrite device memory that compute still reads, nor read what compute has yet to write. In the thread
+that computes, "all that its current stream has been given so far" says it. Another thread has a current stream of its
+own, the default one, which knows nothing of a training loop that runs under `torch.cuda.stream(...)`; and where both
+are the default stream, "so far" includes whatever forward has been given meanwhile, which the copy would wait for in
+vain. So who lets another thread copy takes a `mark` first, in the thread that computes, and passes it on.
 """
 
 from __future__ import annotations
 
 import mmap
+import threading
 from typing import Protocol
 
 import torch
 
+from gemini.errors import OutOfTierMemoryError
 from gemini.kernels.pool import Ticket, WorkerPool
 from gemini.offload.arena import HostArena
-from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, TierLedger, round_up
+from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, TierLedger, format_nbytes, round_up
 
-__all__ = ["CpuTransfers", "CudaTransfers", "Move", "SimulatedTransfers", "Transfers"]
+__all__ = ["CpuTransfers", "CudaTransfers", "Mark", "Move", "SimulatedTransfers", "Traffic", "Transfers"]
+
+Mark = object
+"""A point in what compute has been given; only the transfers that made it know what it is."""
+
+
+class Traffic:
+    """Bytes and copies between host and device since construction. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self.uploaded_nbytes = 0
+        self.num_uploads = 0
+        self.downloaded_nbytes = 0
+        self.num_downloads = 0
+        self._lock = threading.Lock()
+
+    def count_upload(self, nbytes: int) -> None:
+        """Count one copy from host to device memory."""
+        with self._lock:
+            self.uploaded_nbytes += nbytes
+            self.num_uploads += 1
+
+    def count_download(self, nbytes: int) -> None:
+        """Count one copy from device to host memory."""
+        with self._lock:
+            self.downloaded_nbytes += nbytes
+            self.num_downloads += 1
 
 
 class Move(Protocol):
@@ -39,6 +74,8 @@ class Transfers(Protocol):
     """Where tensors that forward and backward use are."""
     compute_tier: MemoryTier
     """DEVICE, or HOST where compute memory is host memory."""
+    traffic: Traffic
+    """What has been copied."""
 
     def allocate(self, nbytes: int, purpose: str) -> torch.Tensor:
         """Return uint8 [nbytes rounded up to a page] of compute memory with a storage of its own."""
@@ -46,11 +83,24 @@ class Transfers(Protocol):
     def free(self, buffer: torch.Tensor, purpose: str) -> None:
         """Give compute memory back; copies and kernels already submitted may still use it."""
 
-    def upload(self, dst: torch.Tensor, src: torch.Tensor) -> Move:
-        """Start a copy from host to compute memory, after all compute submitted so far."""
+    def mark(self) -> Mark:
+        """Mark what the calling thread has given compute so far."""
+
+    def upload(self, dst: torch.Tensor, src: torch.Tensor, *, after: Mark | None = None) -> Move:
+        """Start a copy from host to compute memory.
+
+        Args:
+            dst: compute memory.
+            src: host memory, as many bytes; untouched until the host has seen the copy end.
+            after: the compute that comes first; None: all that the calling thread has submitted so far. Needed in a
+                thread that does not compute; see [Note: Which compute a copy follows].
+
+        Returns:
+            The copy.
+        """
 
     def download(self, dst: torch.Tensor, src: torch.Tensor) -> Move:
-        """Start a copy from compute to host memory, after all compute submitted so far."""
+        """Start a copy from compute to host memory, after all compute that the calling thread has submitted so far."""
 
     def synchronize(self) -> None:
         """Block until everything submitted to the device has ended."""
@@ -67,6 +117,7 @@ class CpuTransfers:
     compute_tier = MemoryTier.HOST
 
     def __init__(self, arena: HostArena) -> None:
+        self.traffic = Traffic()
         self._arena = arena
 
     def allocate(self, nbytes: int, purpose: str) -> torch.Tensor:
@@ -77,7 +128,11 @@ class CpuTransfers:
         """Give the buffer back to the arena."""
         self._arena.free(buffer)
 
-    def upload(self, dst: torch.Tensor, src: torch.Tensor) -> Move:
+    def mark(self) -> Mark:
+        """Return nothing in particular: compute on the CPU is synchronous."""
+        return None
+
+    def upload(self, dst: torch.Tensor, src: torch.Tensor, *, after: Mark | None = None) -> Move:
         """Never called: host memory is compute memory."""
         raise AssertionError("the CPU has no device memory to copy to")
 
@@ -101,6 +156,7 @@ class SimulatedTransfers:
     compute_tier = MemoryTier.DEVICE
 
     def __init__(self, ledger: TierLedger, pool: WorkerPool) -> None:
+        self.traffic = Traffic()
         self._ledger = ledger
         self._pool = pool
 
@@ -114,12 +170,18 @@ class SimulatedTransfers:
         """Credit the device."""
         self._ledger.credit(MemoryTier.DEVICE, purpose, buffer.numel())
 
-    def upload(self, dst: torch.Tensor, src: torch.Tensor) -> Move:
+    def mark(self) -> Mark:
+        """Return nothing in particular: compute on the CPU is synchronous."""
+        return None
+
+    def upload(self, dst: torch.Tensor, src: torch.Tensor, *, after: Mark | None = None) -> Move:
         """Start a copy in the worker pool."""
+        self.traffic.count_upload(src.nbytes)
         return _PoolMove(self._pool.submit_copy(dst, src))
 
     def download(self, dst: torch.Tensor, src: torch.Tensor) -> Move:
         """Start a copy in the worker pool."""
+        self.traffic.count_download(src.nbytes)
         return _PoolMove(self._pool.submit_copy(dst, src))
 
     def synchronize(self) -> None:
@@ -146,7 +208,7 @@ class CudaTransfers:
     stream has been given so far, so a buffer may be refilled as soon as its last user has been *submitted*.
 
     Args:
-        device: the CUDA device.
+        device: the CUDA device, index included; it need not be the current one.
         ledger: charged for device memory.
     """
 
@@ -154,35 +216,65 @@ class CudaTransfers:
 
     def __init__(self, device: torch.device, ledger: TierLedger) -> None:
         self.device = device
+        self.traffic = Traffic()
         self._ledger = ledger
         self._upload_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._download_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def allocate(self, nbytes: int, purpose: str) -> torch.Tensor:
-        """Return uint8 [nbytes rounded up to a page] from torch's caching allocator."""
+        """Return uint8 [nbytes rounded up to a page] from torch's caching allocator.
+
+        Args:
+            nbytes: bytes wanted.
+            purpose: the ledger's word for what they are for.
+
+        Returns:
+            The buffer; its memory belongs to the stream that is current now.
+
+        Raises:
+            OutOfTierMemoryError: the budget, or the device, cannot give the bytes.
+        """
         nbytes = round_up(max(nbytes, 1), IO_ALIGNMENT_NBYTES)
         self._ledger.charge(MemoryTier.DEVICE, purpose, nbytes)
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        except torch.OutOfMemoryError as error:
+            self._ledger.credit(MemoryTier.DEVICE, purpose, nbytes)
+            raise OutOfTierMemoryError(
+                f"{self.device} refused {format_nbytes(nbytes)} for {purpose}, which device_budget allows: {error}; "
+                "lower device_budget by what others take on the device"
+            ) from error
 
     def free(self, buffer: torch.Tensor, purpose: str) -> None:
-        """Let the caching allocator reuse the memory once the copy streams are done with it."""
-        buffer.record_stream(self._upload_stream)
-        buffer.record_stream(self._download_stream)
+        """Let the caching allocator reuse the memory once compute and both copy streams are done with it."""
+        for stream in (torch.cuda.current_stream(self.device), self._upload_stream, self._download_stream):
+            buffer.record_stream(stream)
         self._ledger.credit(MemoryTier.DEVICE, purpose, buffer.numel())
 
-    def upload(self, dst: torch.Tensor, src: torch.Tensor) -> Move:
-        """Start a copy on the upload stream."""
-        return self._copy(self._upload_stream, dst, src)
+    def mark(self) -> Mark:
+        """Record an event on the current stream."""
+        return torch.cuda.current_stream(self.device).record_event()
+
+    def upload(self, dst: torch.Tensor, src: torch.Tensor, *, after: Mark | None = None) -> Move:
+        """Start a copy on the upload stream, behind `after` or else the calling thread's current stream."""
+        self.traffic.count_upload(src.nbytes)
+        return self._copy(self._upload_stream, dst, src, self.mark() if after is None else after)
 
     def download(self, dst: torch.Tensor, src: torch.Tensor) -> Move:
         """Start a copy on the download stream."""
-        return self._copy(self._download_stream, dst, src)
+        self.traffic.count_download(src.nbytes)
+        return self._copy(self._download_stream, dst, src, self.mark())
 
-    def _copy(self, stream: torch.cuda.Stream, dst: torch.Tensor, src: torch.Tensor) -> Move:
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream), torch.no_grad():
+    def _copy(self, stream: torch.cuda.Stream, dst: torch.Tensor, src: torch.Tensor, after: Mark) -> Move:
+        assert isinstance(after, torch.cuda.Event)
+        stream.wait_event(after)
+        # The outer context is for threads and programs whose current device is another one: leaving the inner one
+        # alone would select that device, and so make a context, and take memory, on a device that is not ours.
+        with torch.cuda.device(self.device), torch.cuda.stream(stream), torch.no_grad():
             dst.copy_(src, non_blocking=True)
-            event = stream.record_event()
+            # The host sleeps while it waits: the worker pool has better uses for a processor than spinning.
+            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            event.record(stream)
         return _CudaMove(event, self.device)
 
     def synchronize(self) -> None:

@@ -1,120 +1,324 @@
-"""How many bytes a step moves over each link under a plan, and how long that takes at least.
+"""How long a step takes under a plan: its work, the rates of the machine, and what runs at the same time.
 
-A lower bound for finding the bottleneck, not a simulation: links work at the same time, each at its full rate, and a
-chunk without a residence is fetched once for forward and once for backward.
+A formula for finding the bottleneck, not a simulation; docs/cost_model.md explains it. Channels work side by side, each
+at its full rate; latencies, and what an operation costs beside its matrix products, do not count.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
 
+from gemini.errors import ConfigError
+from gemini.placement.overlap import OverlapMode
 from gemini.placement.plan import ChunkDemand, ChunkPlacement, PlacementPlan, RuntimeShape
 from gemini.tiers import MemoryTier
 
-__all__ = ["Channel", "HardwareProfile", "StepPrediction", "predict_step"]
+__all__ = [
+    "Channel",
+    "HardwareProfile",
+    "StepFlops",
+    "StepPrediction",
+    "StepWork",
+    "Work",
+    "count_step",
+    "predict_step",
+    "transformer_flops",
+]
 
 
-class Channel(enum.Enum):
-    """Links that bytes of a step cross."""
+class Channel(str, enum.Enum):
+    """What does the work of a step, each at a rate of its own."""
 
+    COMPUTE = "compute"
+    """Matrix products."""
     H2D = "h2d"
     """Host memory to the device: weights for forward and backward, and what the update changed of residents."""
     D2H = "d2h"
     """Device to host memory: gradients in the working dtype."""
+    DEVICE_MEMORY = "device memory"
+    """Gradients stored, and state and working weights updated, by the device where they live on it."""
     HOST_MEMORY = "host memory"
-    """Reads and writes of the update that the processor makes: state and working weights both ways, gradients once."""
-    NVME_READ = "nvme read"
-    """Weights for forward and backward; weights, state and gradients for the update."""
-    NVME_WRITE = "nvme write"
-    """Gradients; weights and state after the update."""
+    """The same by the processor, for what lives below; without a device also what it copies into slots."""
+    NVME = "nvme"
+    """Weights for forward and backward, gradients, and what the update reads and writes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """An amount of work; bytes by link, and floating-point operations."""
+
+    flops: float = 0.0
+    h2d_nbytes: int = 0
+    d2h_nbytes: int = 0
+    device_memory_nbytes: int = 0
+    """Read and written together, as for the host."""
+    host_memory_nbytes: int = 0
+    nvme_read_nbytes: int = 0
+    nvme_written_nbytes: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        names = self.__dataclass_fields__
+        return Work(**{n: a + b for n, a, b in zip(names, astuple(self), astuple(other), strict=True)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFlops:
+    """Floating-point operations of one optimizer step's matrix products, all its batches together."""
+
+    forward: float
+    backward: float
+    """With what activation checkpointing computes again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepWork:
+    """What one forward, backward and update have to do."""
+
+    forward: Work
+    backward: Work
+    ahead: Work
+    """The part of the update that the speculative overlap may start during backward."""
+    rest: Work
+    """The other part, which waits for the optimizer's step."""
+
+    @property
+    def update(self) -> Work:
+        """Return all of the update."""
+        return self.ahead + self.rest
+
+    @property
+    def total(self) -> Work:
+        """Return everything."""
+        return self.forward + self.backward + self.update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HardwareProfile:
-    """Measured rates, in bytes per second."""
+    """Measured rates, in floating-point operations and bytes per second; None for what there is not."""
 
-    h2d_rate: float
-    d2h_rate: float
+    matrix_rates: Mapping[str, float]
+    """Of matrix products on the compute device, by dtype: "float32", "bfloat16", "float16"."""
     host_memory_rate: float
-    nvme_read_rate: float
-    nvme_write_rate: float
+    """Bytes read and written together, by all worker threads."""
+    device_memory_rate: float | None = None
+    h2d_rate: float | None = None
+    d2h_rate: float | None = None
+    nvme_read_rate: float | None = None
+    nvme_write_rate: float | None = None
+    nvme_mixed_rate: float | None = None
+    """As many bytes read as written at once, both together."""
 
-    def rate(self, channel: Channel) -> float:
-        """Return a channel's rate."""
+    def seconds(self, work: Work, dtype: str) -> dict[Channel, float]:
+        """Return the time that each channel needs for its part of some work.
+
+        Args:
+            work: the work.
+            dtype: what matrix products are computed in.
+
+        Returns:
+            Seconds by channel.
+
+        Raises:
+            ConfigError: there is work for something whose rate is not known.
+        """
+        matrix_rate = self.matrix_rates.get(dtype)
         return {
-            Channel.H2D: self.h2d_rate,
-            Channel.D2H: self.d2h_rate,
-            Channel.HOST_MEMORY: self.host_memory_rate,
-            Channel.NVME_READ: self.nvme_read_rate,
-            Channel.NVME_WRITE: self.nvme_write_rate,
-        }[channel]
+            Channel.COMPUTE: _seconds(work.flops, matrix_rate, f"matrix products in {dtype}"),
+            Channel.H2D: _seconds(work.h2d_nbytes, self.h2d_rate, "copies to the device"),
+            Channel.D2H: _seconds(work.d2h_nbytes, self.d2h_rate, "copies from the device"),
+            Channel.DEVICE_MEMORY: _seconds(work.device_memory_nbytes, self.device_memory_rate, "device memory"),
+            Channel.HOST_MEMORY: _seconds(work.host_memory_nbytes, self.host_memory_rate, "host memory"),
+            Channel.NVME: self._nvme_seconds(work.nvme_read_nbytes, work.nvme_written_nbytes),
+        }
+
+    def _nvme_seconds(self, read_nbytes: int, written_nbytes: int) -> float:
+        """Return the time a disk takes: both directions at once for as long as both have work, then one alone."""
+        read_s = _seconds(read_nbytes, self.nvme_read_rate, "disk reads")
+        write_s = _seconds(written_nbytes, self.nvme_write_rate, "disk writes")
+        if not read_s or not write_s or self.nvme_read_rate is None or self.nvme_write_rate is None:
+            return read_s + write_s
+        both_nbytes = min(read_nbytes, written_nbytes)
+        mixed_s = max(
+            _seconds(2 * both_nbytes, self.nvme_mixed_rate, "disk reads and writes at once"),
+            both_nbytes / min(self.nvme_read_rate, self.nvme_write_rate),  # neither is faster for being mixed
+        )
+        alone_s = max(
+            (read_nbytes - both_nbytes) / self.nvme_read_rate, (written_nbytes - both_nbytes) / self.nvme_write_rate
+        )
+        return mixed_s + alone_s
+
+
+def _seconds(amount: float, rate: float | None, what: str) -> float:
+    if not amount:
+        return 0.0
+    if rate is None:
+        raise ConfigError(
+            f"the hardware profile has no rate for {what}, which this plan needs: measure it with the engine's own "
+            "device, and with the directory of its swap file if it has one"
+        )
+    return amount / rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPrediction:
-    """What one forward, backward and update move."""
+    """How long a step should take."""
 
-    nbytes: dict[Channel, int]
+    step_s: float
+    """From the start of forward to the end of the optimizer's step, in a row of equal steps."""
     seconds: dict[Channel, float]
-
-    @property
-    def bottleneck(self) -> Channel:
-        """The channel that takes longest; the first of them in the order of `Channel` among equals."""
-        return max(Channel, key=lambda channel: self.seconds[channel])
+    """How long each channel is busy."""
+    bottleneck: Channel
+    """The channel that is busy longest; the first of them in the order of `Channel` among equals."""
+    overlap: str
+    """Value of the OverlapMode that this is for."""
 
 
 def predict_step(
-    chunks: Sequence[ChunkDemand], plan: PlacementPlan, shape: RuntimeShape, profile: HardwareProfile
+    work: StepWork, profile: HardwareProfile, *, dtype: str, mode: OverlapMode, has_device: bool
 ) -> StepPrediction:
-    """Predict the bytes and the least time of one step on each channel.
+    """Predict how long a step takes.
+
+    Args:
+        work: what is to be done, from `count_step`.
+        profile: rates of the machine.
+        dtype: what matrix products are computed in, as `matrix_rates` names it.
+        mode: when updates run.
+        has_device: whether compute memory is a tier of its own.
+
+    Returns:
+        Time in all and by channel.
+
+    Raises:
+        ConfigError: the profile lacks a rate that is needed.
+
+    Source: docs/cost_model.md.
+    """
+    compute_memory = Channel.DEVICE_MEMORY if has_device else Channel.HOST_MEMORY
+
+    def span(*parts: Work) -> float:
+        """Return the time of work done at once: what computes also makes the passes over its own memory."""
+        seconds = profile.seconds(sum(parts, Work()), dtype)
+        seconds[Channel.COMPUTE] += seconds.pop(compute_memory)
+        return max(seconds.values())
+
+    if mode is OverlapMode.OFF:
+        step_s = span(work.forward) + span(work.backward) + span(work.update)
+    elif mode is OverlapMode.NEXT_FORWARD:
+        step_s = span(work.forward, work.update) + span(work.backward)
+    else:
+        step_s = max(span(work.forward, work.rest) + span(work.backward), span(work.total))
+    seconds = profile.seconds(work.total, dtype)
+    bottleneck = max(Channel, key=lambda channel: seconds[channel])
+    return StepPrediction(step_s=step_s, seconds=seconds, bottleneck=bottleneck, overlap=mode.value)
+
+
+def transformer_flops(
+    *,
+    num_params: int,
+    num_tokens: int,
+    num_layers: int,
+    hidden_size: int,
+    sequence_length: int,
+    num_recomputed_params: int = 0,
+) -> StepFlops:
+    """Count the operations of a transformer's matrix products in one optimizer step.
+
+    Args:
+        num_params: elements of the matrices that tokens are multiplied with, the output layer included (once, if it is
+            tied) and tables that are only looked up in left out.
+        num_tokens: in all batches of the step.
+        num_layers: with attention.
+        hidden_size: all heads of a layer together.
+        sequence_length: tokens that a token attends to; none is taken to be masked away.
+        num_recomputed_params: those of `num_params` in blocks that activation checkpointing runs again in backward;
+            attention then is too.
+
+    Returns:
+        The operations.
+
+    Source: Kaplan et al. 2020, section 2.1 (2 per parameter and token forward, twice that backward); Korthikanti et al.
+    2022, appendix A (attention: scores and their product with the values, 2 x hidden_size each per pair of tokens).
+    """
+    attention = 4 * num_tokens * num_layers * hidden_size * sequence_length
+    forward = 2 * num_params * num_tokens + attention
+    again = 2 * num_recomputed_params * num_tokens + (attention if num_recomputed_params else 0)
+    return StepFlops(forward=forward, backward=2 * forward + again)
+
+
+def count_step(chunks: Sequence[ChunkDemand], plan: PlacementPlan, shape: RuntimeShape, flops: StepFlops) -> StepWork:
+    """Count what a step has to do under a plan.
+
+    A chunk without a residence is fetched once for forward and once for backward; gradients that live on disk are
+    written there once and read back for the update, although a few will still be in memory.
 
     Args:
         chunks: the chunks, by id.
         plan: their homes.
         shape: sizes of the buffers.
-        profile: rates of the links.
+        flops: the model's operations, which no plan changes.
 
     Returns:
-        Bytes and seconds per channel, padding of records included as far as it crosses the link.
+        The work, padding of state records included.
     """
-    nbytes = dict.fromkeys(Channel, 0)
+    fetched, stored, ahead, rest = (Work() for _ in range(4))
     for demand, homes in zip(chunks, plan.chunks, strict=True):
-        for channel, moved in _chunk_nbytes(demand, homes, shape).items():
-            nbytes[channel] += moved
-    return StepPrediction(
-        nbytes=nbytes, seconds={channel: moved / profile.rate(channel) for channel, moved in nbytes.items()}
+        if not homes.is_resident:
+            fetched += _fetch(demand, homes, shape)
+        if homes.grad is not None:
+            stored += _store_gradient(demand, homes.grad, shape)
+        goes_ahead = set(homes.spare_tiles()) if shape.has_spares and not homes.is_resident else set()
+        for tile in range(len(homes.state)):
+            update = _update_tile(demand, homes, tile, shape)
+            if tile in goes_ahead:
+                ahead += update
+            else:
+                rest += update
+    return StepWork(
+        forward=fetched + Work(flops=flops.forward),
+        backward=fetched + stored + Work(flops=flops.backward),
+        ahead=ahead,
+        rest=rest,
     )
 
 
-def _chunk_nbytes(demand: ChunkDemand, homes: ChunkPlacement, shape: RuntimeShape) -> dict[Channel, int]:
-    nvme, device = MemoryTier.NVME, MemoryTier.DEVICE
-    working_nvme = _nbytes_in(nvme, homes.working, demand.working_tile_nbytes, shape)
-    state_nvme = _nbytes_in(nvme, homes.state, demand.state_tile_nbytes, shape)
-    state_nbytes = sum(_nbytes_in(tier, homes.state, demand.state_tile_nbytes, shape) for tier in MemoryTier)
-    grad_nbytes = demand.numel * shape.grad_itemsize
-    grad_nvme = grad_nbytes if homes.grad is nvme else 0
-    num_fetches = 0 if homes.is_resident else 2
-    is_updated_below = demand.is_trainable and device not in homes.state
-    num_updates = 1 if is_updated_below else 0
-    moved = {
-        Channel.HOST_MEMORY: num_updates * (2 * state_nbytes + 2 * demand.working_nbytes + grad_nbytes),
-        Channel.NVME_READ: (num_fetches + num_updates) * working_nvme + state_nvme + grad_nvme,
-        Channel.NVME_WRITE: num_updates * working_nvme + state_nvme + grad_nvme,
-    }
+def _fetch(demand: ChunkDemand, homes: ChunkPlacement, shape: RuntimeShape) -> Work:
+    nvme_nbytes = sum(
+        demand.working_tile_nbytes(tile, shape.tile_numel)
+        for tile, tier in enumerate(homes.working)
+        if tier is MemoryTier.NVME
+    )
     if shape.has_device:
-        num_refreshes = num_updates if homes.is_resident else 0
-        moved[Channel.H2D] = (num_fetches + num_refreshes) * demand.working_nbytes
-        moved[Channel.D2H] = num_updates * demand.working_nbytes
-    return moved
+        return Work(nvme_read_nbytes=nvme_nbytes, h2d_nbytes=demand.working_nbytes)
+    return Work(nvme_read_nbytes=nvme_nbytes, host_memory_nbytes=2 * (demand.working_nbytes - nvme_nbytes))
 
 
-def _nbytes_in(
-    tier: MemoryTier, homes: tuple[MemoryTier, ...], tile_nbytes: Callable[[int, int], int], shape: RuntimeShape
-) -> int:
-    if tier not in homes:
-        return 0
-    last = len(homes) - 1
-    num_full = homes[:last].count(tier)
-    return num_full * tile_nbytes(0, shape.tile_numel) + (homes[last] is tier) * tile_nbytes(last, shape.tile_numel)
+def _store_gradient(demand: ChunkDemand, home: MemoryTier, shape: RuntimeShape) -> Work:
+    """Count the pass that stores a gradient and computes its norm, and the ways before and after it."""
+    stored_nbytes = demand.numel * shape.grad_itemsize
+    passed_nbytes = demand.working_nbytes + stored_nbytes
+    if home is MemoryTier.DEVICE:
+        return Work(device_memory_nbytes=passed_nbytes)
+    return Work(
+        d2h_nbytes=demand.working_nbytes if shape.has_device else 0,
+        host_memory_nbytes=passed_nbytes,
+        nvme_written_nbytes=stored_nbytes if home is MemoryTier.NVME else 0,
+    )
+
+
+def _update_tile(demand: ChunkDemand, homes: ChunkPlacement, tile: int, shape: RuntimeShape) -> Work:
+    working_nbytes = demand.working_tile_nbytes(tile, shape.tile_numel)
+    state_nbytes = demand.state_tile_nbytes(tile, shape.tile_numel)
+    grad_nbytes = demand.tile_length(tile, shape.tile_numel) * shape.grad_itemsize
+    passed_nbytes = 2 * state_nbytes + 2 * working_nbytes + grad_nbytes
+    if homes.state[tile] is MemoryTier.DEVICE:
+        return Work(device_memory_nbytes=passed_nbytes)
+    on_disk = MemoryTier.NVME
+    moved_nbytes = working_nbytes * (homes.working[tile] is on_disk) + state_nbytes * (homes.state[tile] is on_disk)
+    return Work(
+        h2d_nbytes=working_nbytes if shape.has_device and homes.is_resident else 0,
+        host_memory_nbytes=passed_nbytes,
+        nvme_read_nbytes=moved_nbytes + grad_nbytes * (homes.grad is on_disk),
+        nvme_written_nbytes=moved_nbytes,
+    )

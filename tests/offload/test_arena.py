@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,17 @@ HOST = MemoryTier.HOST
 def make_arena(budget_nbytes: int | None = None) -> tuple[HostArena, TierLedger]:
     ledger = TierLedger({HOST: budget_nbytes})
     return HostArena(ledger), ledger
+
+
+def huge_pages_are_given() -> bool:
+    mode = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return mode.exists() and "[never]" not in mode.read_text()
+
+
+def huge_nbytes() -> int:
+    """Bytes of this process's private memory that lie in huge pages."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages:")) << 10
 
 
 @pytest.mark.parametrize(("wanted", "given"), [(0, 4096), (1, 4096), (4096, 4096), (4097, 8192), (3 << 20, 3 << 20)])
@@ -111,17 +124,26 @@ def test_buffers_hold_no_file_descriptors() -> None:
     assert len(buffers) == 10
 
 
-def test_a_fork_shares_buffers_and_copies_none() -> None:
+def test_a_fork_copies_no_buffer() -> None:
     arena, _ = make_arena()
-    buffer = arena.allocate(4096, "state")
+    buffer = arena.allocate(5 << 20, "state").fill_(42)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # threads of other tests
         child = os.fork()
     if child == 0:
-        buffer[0] = 42
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert buffer[0] == 42
+        os._exit(int(buffer.any()))
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, "the child has a copy"
+    assert int(buffer.sum(dtype=torch.int64)) == 42 * buffer.numel()
+
+
+@pytest.mark.skipif(not huge_pages_are_given(), reason="the kernel gives huge pages to nobody")
+def test_large_buffers_lie_in_huge_pages() -> None:
+    arena, _ = make_arena()
+    before = huge_nbytes()
+    buffers = [arena.allocate((5 << 20) + 4096, "state").fill_(1) for _ in range(8)]
+    assert huge_nbytes() - before >= 4 * (4 << 20)  # all eight, on a machine with free memory in large pieces
+    del buffers
 
 
 def test_the_peak_is_what_was_held_at_once() -> None:
@@ -129,3 +151,63 @@ def test_the_peak_is_what_was_held_at_once() -> None:
     for _ in range(3):
         arena.free(arena.allocate(8192, "state"))
     assert ledger.peak_nbytes(HOST) == 8192
+
+
+class FakeDriver:
+    """A CUDA runtime that notes what it is asked, and refuses to lock what is larger than it likes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, largest_nbytes: int = 1 << 40) -> None:
+        self.calls: list[object] = []
+        self.largest_nbytes = largest_nbytes
+        monkeypatch.setattr("gemini.offload.arena._cuda_runtime", lambda: self)
+        monkeypatch.setattr("gemini.offload.arena._clear_last_error", lambda: self.calls.append("clear the error"))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: self.calls.append(f"wait for {device}"))
+        monkeypatch.setattr(torch.cuda, "device", self.select)
+
+    @contextmanager
+    def select(self, device: torch.device) -> Iterator[None]:
+        self.calls.append(f"select {device}")
+        yield
+        self.calls.append("select what was")
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        self.calls.append(("lock", nbytes))
+        return 0 if nbytes <= self.largest_nbytes else 2
+
+    def cudaHostUnregister(self, address: int) -> None:
+        self.calls.append("unlock")
+
+
+def test_what_a_device_copies_is_locked_on_that_device_until_its_copies_have_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = FakeDriver(monkeypatch)
+    arena = HostArena(TierLedger({HOST: None}), device=torch.device("cuda", 1))
+    buffer = arena.allocate(5000, "working")
+    assert driver.calls == ["select cuda:1", ("lock", 8192), "select what was"]
+    driver.calls.clear()
+    arena.free(buffer)
+    assert driver.calls == ["wait for cuda:1", "unlock"]
+
+
+def test_what_no_device_copies_is_not_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakeDriver(monkeypatch)
+    arena = HostArena(TierLedger({HOST: None}), device=torch.device("cuda", 0))
+    for purpose in ("state", "gradients"):
+        arena.free(arena.allocate(4096, purpose))
+    assert driver.calls == []
+
+
+def test_a_refusal_to_lock_is_said_once_and_blamed_on_no_later_call(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver = FakeDriver(monkeypatch, largest_nbytes=4096)
+    arena = HostArena(TierLedger({HOST: None}), device=torch.device("cuda", 0))
+    buffers = [arena.allocate(8192, "working") for _ in range(2)]
+    assert driver.calls.count("clear the error") == 2
+    assert [record.message for record in caplog.records] == [
+        "page-locking host memory failed (CUDA error 2): copies to the device block"
+    ]
+    for buffer in buffers:
+        arena.free(buffer)
+    assert "unlock" not in driver.calls

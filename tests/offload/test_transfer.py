@@ -9,7 +9,8 @@ import torch
 from small_resources import random_bytes, small_resources
 
 from gemini.errors import OutOfTierMemoryError, WorkerError
-from gemini.tiers import MemoryTier
+from gemini.offload.transfer import CudaTransfers
+from gemini.tiers import MemoryTier, TierLedger
 
 DEVICE, HOST = MemoryTier.DEVICE, MemoryTier.HOST
 
@@ -64,6 +65,31 @@ def test_a_copy_after_the_end_is_refused() -> None:
         buffer = resources.transfers.allocate(4096, "slots")
     with pytest.raises(WorkerError, match="cannot submit copy: the worker pool is closed"):
         resources.transfers.upload(buffer, random_bytes(4096))
+
+
+def test_traffic_is_counted_by_direction() -> None:
+    with small_resources(device="simulated") as resources:
+        transfers = resources.transfers
+        there, here = transfers.allocate(8192, "slots"), torch.zeros(8192, dtype=torch.uint8)
+        for _ in range(3):
+            transfers.upload(there[:100], here[:100]).wait_on_host()
+        transfers.download(here[:4096], there[:4096]).wait_on_host()
+        traffic = transfers.traffic
+        assert (traffic.num_uploads, traffic.uploaded_nbytes) == (3, 300)
+        assert (traffic.num_downloads, traffic.downloaded_nbytes) == (1, 4096)
+
+
+def test_what_a_device_refuses_is_credited_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch, "empty", refuse)
+    ledger = TierLedger({DEVICE: 1 << 20})
+    transfers = CudaTransfers(torch.device("cuda", 1), ledger)
+    with pytest.raises(OutOfTierMemoryError, match=r"^cuda:1 refused 4.00 KiB for slots, which device_budget allows"):
+        transfers.allocate(100, "slots")
+    assert ledger.held_nbytes(DEVICE) == 0
 
 
 def test_on_the_cpu_compute_memory_is_host_memory(tmp_path: Path) -> None:

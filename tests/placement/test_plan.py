@@ -1,4 +1,4 @@
-"""The memory formula and the traffic of a step, against numbers computed by hand (docs/memory_model.md)."""
+"""The memory formula and the checks of a plan, against numbers computed by hand (docs/memory_model.md)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from gemini.placement import (
     check_plan,
     memory_demand,
 )
-from gemini.placement.cost_model import Channel, HardwareProfile, predict_step
 from gemini.tiers import MemoryTier
 
 DEVICE, HOST, NVME = MemoryTier.DEVICE, MemoryTier.HOST, MemoryTier.NVME
@@ -65,6 +64,12 @@ def test_worked_example_takes_the_bytes_computed_by_hand():
     assert memory_demand(CHUNKS, PLAN, SHAPE).by_purpose == BY_PURPOSE
 
 
+def test_spares_take_what_tiles_on_disk_take_again():
+    with_spares = memory_demand(CHUNKS, PLAN, dataclasses.replace(SHAPE, has_spares=True))
+    spares = 12_288 + 61_440  # weights and state of tiles 1 and 2 of chunk 1
+    assert with_spares.by_purpose == {**BY_PURPOSE, NVME: {**BY_PURPOSE[NVME], "spares": spares}}
+
+
 def test_documentation_gives_the_numbers_of_the_worked_example():
     text = MEMORY_MODEL.read_text(encoding="ascii")
     for tier, purposes in BY_PURPOSE.items():
@@ -101,22 +106,6 @@ def test_frozen_chunk_takes_its_weights_only():
         HOST: {"fetch slots": 16_384},
         NVME: {"working": 8_192},
     }
-
-
-def test_step_of_the_worked_example_moves_the_bytes_computed_by_hand():
-    profile = HardwareProfile(h2d_rate=1e4, d2h_rate=1e4, host_memory_rate=1e5, nvme_read_rate=2e3, nvme_write_rate=1e3)
-    prediction = predict_step(CHUNKS, PLAN, SHAPE, profile)
-    assert prediction.nbytes == {
-        Channel.H2D: 48_192,  # chunk 0 after its update; chunk 1 twice: 8,192 + 2 x 20,000
-        Channel.D2H: 28_192,  # gradients: 8,192 + 20,000
-        # chunk 0: 2 x 40,960 + 2 x 8,192 + 16,384 = 114,688; chunk 1: 2 x 102,400 + 2 x 20,000 + 40,000 = 284,800
-        Channel.HOST_MEMORY: 399_488,
-        # working of tiles 1 and 2, 11,808, three times; their state, 61,440; the gradient, 40,000
-        Channel.NVME_READ: 136_864,
-        Channel.NVME_WRITE: 113_248,  # 11,808 + 61,440 + 40,000
-    }
-    assert prediction.seconds[Channel.NVME_WRITE] == pytest.approx(113.248)
-    assert prediction.bottleneck is Channel.NVME_WRITE
 
 
 def test_check_plan_returns_the_demand_of_a_plan_that_just_fits():

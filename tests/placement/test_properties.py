@@ -61,6 +61,7 @@ def shapes(draw: st.DrawFn, *, has_device: bool | None = None) -> RuntimeShape:
         tile_numel=draw(st.sampled_from([4096, 8192])),
         ring_depth=draw(st.integers(2, 4)),
         grad_itemsize=draw(st.sampled_from([2, 4])),
+        has_spares=draw(st.booleans()),
     )
 
 
@@ -75,6 +76,9 @@ def naive_demand(chunks: list[ChunkDemand], plan: PlacementPlan, shape: RuntimeS
         for tile, tier in enumerate(homes.state):
             total[tier] += demand.state_tile_nbytes(tile, shape.tile_numel)
             rings.append(_ring_nbytes(demand, homes, tile, shape))
+            if shape.has_spares and tier is NVME and homes.working[tile] is NVME:
+                total[NVME] += demand.state_tile_nbytes(tile, shape.tile_numel)
+                total[NVME] += round_up(demand.working_tile_nbytes(tile, shape.tile_numel), 4096)
         if homes.grad is not None:
             total[homes.grad] += round_up(demand.numel * shape.grad_itemsize, 4096)
         if homes.is_resident and any(tier is not compute for tier in homes.working):

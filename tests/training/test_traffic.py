@@ -1,0 +1,147 @@
+"""What crosses between host and device in a step, counted exactly on the simulated device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from training_harness import Case, hybrid_adam, step
+
+from gemini import GeminiConfig, GeminiDDP, StaticPlacement
+from gemini.assembly import draw_blueprint
+from gemini.offload.home import TiledHome
+
+NUM_BLOCKS = 8
+WIDTH = 64
+DTYPE = torch.bfloat16
+
+
+class Stack(nn.Module):
+    """Equal blocks in a row, so that every chunk is a block's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()) for _ in range(NUM_BLOCKS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.float().square().mean()
+
+
+CASE = Case(
+    build=Stack,
+    batch=lambda generator: {"x": torch.randn(4, WIDTH, generator=generator).to(DTYPE)},
+    loss=lambda output: output,
+)
+
+
+def config_with(**fields: Any) -> GeminiConfig:
+    defaults: dict[str, Any] = {"placement": StaticPlacement(), "gradient_accumulation": True, "prefetch_depth": 1}
+    return GeminiConfig(
+        device="simulated",
+        dtype=DTYPE,
+        device_budget="64MiB",
+        host_budget="64MiB",
+        min_unit_nbytes=0,
+        tile_numel=4096,
+        num_threads=2,
+        **{**defaults, **fields},
+    )
+
+
+def count_copies(engine: GeminiDDP, run: Callable[[], object]) -> tuple[Counter[int], Counter[int]]:
+    """Return how often each chunk's weights went up, and how many bytes of each chunk's gradients came down."""
+    runtime = engine.runtime
+    transfers, gradients = runtime.resources.transfers, runtime.gradients
+    upload, depart = transfers.upload, gradients._depart
+    uploaded: Counter[int] = Counter()
+    downloaded: Counter[int] = Counter()
+
+    def chunk_at(src: torch.Tensor) -> int:
+        homes: list[TiledHome] = [chunk.home for chunk in runtime.core.chunks]
+        return next(
+            i
+            for i, home in enumerate(homes)
+            if home.host_buffer is not None
+            and 0 <= src.data_ptr() - home.host_buffer.data_ptr() < home.host_buffer.nbytes
+        )
+
+    def count_upload(dst: torch.Tensor, src: torch.Tensor, **fields: Any) -> Any:
+        uploaded[chunk_at(src)] += src.nbytes
+        return upload(dst, src, **fields)
+
+    def count_departure(chunk_id: int) -> None:
+        before = transfers.traffic.downloaded_nbytes
+        depart(chunk_id)
+        downloaded[chunk_id] += transfers.traffic.downloaded_nbytes - before
+
+    transfers.upload, gradients._depart = count_upload, count_departure  # type: ignore[method-assign]
+    run()
+    transfers.upload, gradients._depart = upload, depart  # type: ignore[method-assign]
+    return uploaded, downloaded
+
+
+def one_warm_step(config: GeminiConfig) -> tuple[GeminiDDP, Counter[int], Counter[int]]:
+    """Train three steps, then count the fourth; the engine is closed."""
+    with GeminiDDP(CASE.model(), config) as engine:
+        optimizer = hybrid_adam(engine.parameters())
+        batches = CASE.batches(4)
+        for batch in batches[:3]:
+            step(engine, optimizer, CASE, batch)
+        engine.runtime.finish_updates()
+        uploaded, downloaded = count_copies(engine, lambda: _step_and_settle(engine, optimizer, batches[3]))
+        return engine, uploaded, downloaded
+
+
+def _step_and_settle(engine: GeminiDDP, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> None:
+    step(engine, optimizer, CASE, batch)
+    engine.runtime.finish_updates()
+
+
+@pytest.mark.parametrize("overlap", ["off", "next-forward", "speculative"])
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_weights_go_up_at_most_twice_a_step(depth: int, overlap: str) -> None:
+    engine, uploaded, _ = one_warm_step(config_with(prefetch_depth=depth, overlap=overlap))
+    in_slots = [chunk for chunk in engine.runtime.core.chunks if not chunk.is_resident]
+    assert len(in_slots) == NUM_BLOCKS
+    for chunk in in_slots:
+        assert uploaded[chunk.spec.chunk_id] <= 2 * sum(chunk.home.tile_nbytes)
+
+
+def test_what_is_in_a_slot_at_the_turn_of_the_step_goes_up_once() -> None:
+    engine, uploaded, _ = one_warm_step(config_with(prefetch_depth=1, overlap="off"))
+    twice = sum(uploaded[chunk.spec.chunk_id] > sum(chunk.home.tile_nbytes) for chunk in engine.runtime.core.chunks)
+    assert twice <= NUM_BLOCKS - engine.runtime.plan.num_slots
+
+
+def test_weights_that_live_on_the_device_never_go_up() -> None:
+    _, uploaded, downloaded = one_warm_step(config_with(placement=StaticPlacement(param_device=1, state_device=1)))
+    assert uploaded.total() == 0
+    assert downloaded.total() == 0
+
+
+def test_a_resident_copy_goes_up_once_when_its_update_comes() -> None:
+    """Its state is in host memory: new weights come from there, and nothing else does."""
+    plan = draw_blueprint(CASE.model(), config_with()).plan
+    copied = tuple(dataclasses.replace(homes, is_resident=True) for homes in plan.chunks)
+    plan = dataclasses.replace(plan, chunks=copied, num_slots=0, slot_nbytes=0)
+    engine, uploaded, _ = one_warm_step(config_with(placement=plan))
+    chunks = engine.runtime.core.chunks
+    assert len(chunks) == NUM_BLOCKS
+    for chunk in chunks:
+        assert uploaded[chunk.spec.chunk_id] == chunk.spec.working_nbytes
+    assert engine.runtime.core.stats.num_fetches == len(chunks)  # at construction
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_gradients_leave_once_in_the_working_dtype(accumulates: bool) -> None:
+    engine, _, downloaded = one_warm_step(config_with(gradient_accumulation=accumulates))
+    for chunk in engine.runtime.core.chunks:
+        assert chunk.spec.dtype is DTYPE
+        assert downloaded[chunk.spec.chunk_id] == sum(slot.spec.numel for slot in chunk.spec.slots) * DTYPE.itemsize
