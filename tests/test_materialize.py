@@ -42,9 +42,7 @@ def write(spec: ChunkSpec, sources: Iterator[torch.Tensor], resources: Resources
         )
         for purpose, count in (("working", 1), ("state", 2))
     )
-    write_home(
-        spec, sources, working, state, tile_numel=TILE_NUMEL, transfers=resources.transfers, isa=resources.isa
-    )
+    write_home(spec, sources, working, state, tile_numel=TILE_NUMEL, transfers=resources.transfers, isa=resources.isa)
     assert working.host_buffer is not None
     assert state.host_buffer is not None
     assert not state.host_buffer.any()
