@@ -31,7 +31,7 @@ VARIANTS = (
     *("slices:1", "slices:2", "slices:4", "slices:8", "accumulation:2", "accumulation:4", "accumulation:8"),
     *("checkpointed:2", "checkpointed:4", "checkpointed:8", "torch:4"),
 )
-SYSTEMS = {kind: "gemini nvme" for kind in ("slices", "accumulation", "checkpointed")} | {"torch": "torch host"}
+SYSTEMS = dict.fromkeys(("slices", "accumulation", "checkpointed"), "gemini nvme") | {"torch": "torch host"}
 COLUMNS = ("system", "variant", "step_s", "tokens_per_s", "peak_rss_bytes", "read_bytes", "written_bytes", "last_loss")
 
 

@@ -91,15 +91,16 @@ class GradientAccumulators:
         return self._kernels.store_gradient(total, grad, mode=mode)
 
     def send(self, chunk_id: int, host_buffer: torch.Tensor) -> None:
-        """Start copying a chunk's sums home.
+        """Start copying a chunk's sums home, those of the parameters that have a gradient.
 
         Args:
-            chunk_id: a chunk with an accumulator.
+            chunk_id: a chunk whose sums are not home.
             host_buffer: uint8, as many bytes as the sums or more.
         """
         accumulator = self._by_chunk[chunk_id]
-        nbytes = 4 * accumulator.spec.numel
-        accumulator.move = self._transfers.download(host_buffer[:nbytes], accumulator.buffer[:nbytes])
+        places = [accumulator.spec.slots[position] for position in accumulator.positions]
+        part = slice(4 * min(place.begin for place in places), 4 * max(place.end for place in places))
+        accumulator.move = self._transfers.download(host_buffer[part], accumulator.buffer[part])
         accumulator.is_home = True
 
     def wait(self, chunk_id: int) -> None:
