@@ -35,7 +35,7 @@ from step import faster_dtype
 
 from gemini.assembly import Blueprint, draw_blueprint
 from gemini.errors import OutOfTierMemoryError
-from gemini.tiers import MemoryTier, format_nbytes, parse_nbytes
+from gemini.tiers import format_nbytes, parse_nbytes
 
 COLUMNS = ("system", "params", "ok", "peak_rss_bytes", "step_s", "layers", "disk_bytes", "why")
 NAMES = {"gemini": "gemini nvme", "plain": "torch plain", "deepspeed": "deepspeed zero-3 nvme"}

@@ -10,16 +10,18 @@ Gradients are consumed by the update: after `clear` there are none.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
 from gemini.accumulators import GradientAccumulators
 from gemini.chunk.layout import ChunkSpec
 from gemini.errors import ModelError
+from gemini.gradient_listener import ArrivedGradients, GradientListener
+from gemini.gradient_sink import GradientPlace
 from gemini.kernels.cpu import GradMode
 from gemini.kernels.device import DeviceKernels
 from gemini.kernels.pool import GradTicket
@@ -29,41 +31,10 @@ from gemini.offload.resources import Resources
 from gemini.offload.transfer import Move
 from gemini.tiers import MemoryTier
 
-__all__ = ["ArrivedGradients", "GradChunk", "GradientListener", "GradientStore"]
+__all__ = ["GradChunk", "GradientStore"]
 
 MAX_JOBS_IN_FLIGHT = 4
 """Gradients whose autograd buffers may be alive at once while the worker pool stores them."""
-
-
-@dataclass(frozen=True, slots=True)
-class ArrivedGradients:
-    """All gradients of a chunk, in host memory or on their way from there to disk."""
-
-    tickets: tuple[GradTicket, ...]
-    """What must be complete before they may be read."""
-    slot: torch.Tensor | None
-    """Where to read them as long as the slot is not needed by others; None: at home."""
-
-
-class GradientListener(Protocol):
-    """Who wants to know when gradients come and go."""
-
-    def gradients_complete(self, chunk_id: int, arrived: ArrivedGradients) -> bool:
-        """Handle that a backward pass has delivered all gradients of a chunk.
-
-        Args:
-            chunk_id: the chunk.
-            arrived: where its gradients are.
-
-        Returns:
-            Whether they will be read from `arrived.slot`; then the slot is not reused before `leave_gradient_slot`.
-        """
-
-    def gradients_change(self, chunk_id: int) -> None:
-        """Stop reading a chunk's gradients, which are about to change; what was made of them must not count."""
-
-    def leave_gradient_slot(self, chunk_id: int) -> None:
-        """Stop reading a chunk's gradients from a slot; they are at home too."""
 
 
 @dataclass
@@ -75,8 +46,14 @@ class GradChunk:
     tier: MemoryTier
     sumsq: dict[int, GradTicket | torch.Tensor] = field(default_factory=dict)
     """Sum of squares of each gradient that has arrived, by position in the layout."""
-    num_arrived: int = 0
-    """Gradients that this backward pass has delivered."""
+    num_expected: Counter[int] = field(default_factory=Counter)
+    """Uses of each parameter, by position, that will deliver their gradients by themselves and have not yet."""
+    delivered: set[int] = field(default_factory=set)
+    """Positions of which this backward pass has delivered something."""
+    arrived: set[int] = field(default_factory=set)
+    """Those of them of which something has reached host memory."""
+    earlier: set[int] = field(default_factory=set)
+    """Positions of which earlier backward passes have delivered something since the last update."""
     has_left: bool = False
     """Whether this step's gradients are, in part, already on disk."""
 
@@ -162,31 +139,92 @@ class GradientStore:
         Args:
             chunk_id: the parameter's chunk.
             position: its position in the chunk's layout.
-            grad: any float dtype, the parameter's shape; may be freed by the caller, not written to.
+            grad: any float dtype and strides, the parameter's shape; may be freed by the caller, not written to.
 
         Raises:
             ModelError: a second backward pass before the update, and gradients are not kept as float32.
         """
+        chunk = self._begin_delivery(chunk_id, position)
+        if grad.is_sparse:
+            grad = grad.to_dense()
+        grad = grad.detach()
+        if chunk.tier is MemoryTier.DEVICE:
+            mode = GradMode.ADD if position in chunk.sumsq else GradMode.STORE
+            view = self._view(chunk, position)
+            chunk.sumsq[position] = self._device_kernels.store_gradient(view, grad.reshape(-1), mode=mode)
+        elif self.expected_backwards > 1 and chunk_id in self.accumulators:
+            self._accumulate(chunk, position, grad.reshape(-1))
+        elif not self.can_write(chunk_id):
+            self._put_in_device_slot(chunk, position, grad.reshape(-1))
+        elif grad.is_contiguous():
+            self._put_on_host(chunk, position, grad.view(-1))
+        else:
+            with self._writing(chunk, position) as place:
+                place.add(slice(None), grad)
+
+    def expect(self, chunk_id: int, position: int) -> None:
+        """Expect that one more use of a parameter will deliver its gradient apart from the others'."""
+        self._chunks[chunk_id].num_expected[position] += 1
+
+    def fulfil(self, chunk_id: int, position: int) -> None:
+        """Expect one use less; its gradient comes with the next `put` or `writing`."""
+        num_expected = self._chunks[chunk_id].num_expected
+        num_expected[position] = max(0, num_expected[position] - 1)
+
+    def fulfil_all(self, chunk_id: int, position: int) -> None:
+        """Expect no more uses; the sum of all their gradients comes with the next `put`."""
+        del self._chunks[chunk_id].num_expected[position]
+
+    def takes_apart(self, chunk_id: int, position: int) -> bool:
+        """Return whether the sum has autograd's bits if all uses of a parameter deliver by themselves.
+
+        To what has waited since an earlier backward pass autograd adds the sum of all uses, not one after the other.
+        """
+        chunk = self._chunks[chunk_id]
+        if chunk.num_expected[position] <= 1 and position not in chunk.delivered:
+            return True
+        return position not in chunk.earlier and self._dtype_of(chunk.spec) is torch.float32
+
+    def can_write(self, chunk_id: int) -> bool:
+        """Return whether `writing` is possible: a chunk's gradients wait, or are put together, where compute is."""
+        is_on_host = self._resources.transfers.compute_tier is MemoryTier.HOST
+        return is_on_host and self._chunks[chunk_id].tier is not MemoryTier.DEVICE
+
+    @contextmanager
+    def writing(self, chunk_id: int, position: int) -> Iterator[GradientPlace]:
+        """Open the memory of a parameter's gradient to one of its uses, which adds its part; see `can_write`.
+
+        Args:
+            chunk_id: the parameter's chunk.
+            position: its position in the chunk's layout.
+
+        Yields:
+            The memory, valid while the context is open and nothing else is delivered.
+
+        Raises:
+            ModelError: a second backward pass before the update, and gradients are not kept as float32.
+        """
+        with self._writing(self._begin_delivery(chunk_id, position), position) as place:
+            yield place
+
+    @contextmanager
+    def _writing(self, chunk: GradChunk, position: int) -> Iterator[GradientPlace]:
+        previous = self._claim_on_host(chunk, position)
+        view = self._view(chunk, position)
+        yield GradientPlace(view.view(chunk.spec.slots[position].spec.shape), is_empty=previous is None)
+        self._note_arrival(chunk, position, self._resources.pool.submit_gradient(None, view))
+
+    def _begin_delivery(self, chunk_id: int, position: int) -> GradChunk:
         if not self._is_in_backward:
             self._is_in_backward = True
             self.num_backwards += 1
             torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
         chunk = self._chunks[chunk_id]
-        if grad.is_sparse:
-            grad = grad.to_dense()
-        flat = grad.detach().reshape(-1)
         self._check_accumulation(chunk, position)
         if self.listener is not None:
             self.listener.gradients_change(chunk_id)
-        if chunk.tier is MemoryTier.DEVICE:
-            mode = GradMode.ADD if position in chunk.sumsq else GradMode.STORE
-            chunk.sumsq[position] = self._device_kernels.store_gradient(self._view(chunk, position), flat, mode=mode)
-        elif self.expected_backwards > 1 and chunk_id in self.accumulators:
-            self._accumulate(chunk, position, flat)
-        elif self._resources.transfers.compute_tier is MemoryTier.DEVICE:
-            self._put_in_device_slot(chunk, position, flat)
-        else:
-            self._put_on_host(chunk, position, flat)
+        chunk.delivered.add(position)
+        return chunk
 
     def end_backward(self) -> None:
         """Send off what waits in device slots; called by autograd when a backward pass has ended."""
@@ -194,7 +232,9 @@ class GradientStore:
         while self._on_device:
             self._depart(next(iter(self._on_device)))
         for chunk in self._chunks.values():
-            chunk.num_arrived = 0
+            chunk.earlier |= chunk.delivered
+            chunk.delivered.clear()
+            chunk.arrived.clear()
 
     def _check_accumulation(self, chunk: GradChunk, position: int) -> None:
         again = position in chunk.sumsq or any(d.chunk is chunk and position in d.positions for d in self._departures)
@@ -208,8 +248,8 @@ class GradientStore:
 
     def _accumulate(self, chunk: GradChunk, position: int, flat: torch.Tensor) -> None:
         chunk.sumsq[position] = self.accumulators.add(chunk.spec.chunk_id, position, flat)
-        chunk.num_arrived += 1
-        if self.num_backwards >= self.expected_backwards and chunk.num_arrived == len(chunk.spec.slots):
+        is_complete = len(chunk.delivered) == len(chunk.spec.slots) and not any(chunk.num_expected.values())
+        if is_complete and self.num_backwards >= self.expected_backwards:
             self._send_sums(chunk)
 
     def _send_sums(self, chunk: GradChunk) -> None:
@@ -272,23 +312,32 @@ class GradientStore:
             ticket.wait()
 
     def _put_on_host(self, chunk: GradChunk, position: int, flat: torch.Tensor) -> GradTicket:
+        mode = GradMode.STORE if self._claim_on_host(chunk, position) is None else GradMode.ADD
+        ticket = self._resources.pool.submit_gradient(self._view(chunk, position), flat, mode=mode)
+        self._note_arrival(chunk, position, ticket)
+        return ticket
+
+    def _claim_on_host(self, chunk: GradChunk, position: int) -> GradTicket | None:
+        """Make a gradient's place in host memory ready for writing; return the job that filled it, None if empty."""
         if chunk.tier is MemoryTier.NVME:
             self._claim_disk_slot(chunk)
-        mode = GradMode.STORE
         previous = chunk.sumsq.get(position)
-        if previous is not None:
-            assert isinstance(previous, GradTicket)
-            previous.wait()
-            mode = GradMode.ADD
-        ticket = self._resources.pool.submit_gradient(self._view(chunk, position), flat.contiguous(), mode=mode)
+        if previous is None:
+            return None
+        assert isinstance(previous, GradTicket)
+        previous.wait()
+        return previous
+
+    def _note_arrival(self, chunk: GradChunk, position: int, ticket: GradTicket) -> None:
+        """Keep the job that gives a gradient's sum of squares, and tell the listener if it was the chunk's last."""
         chunk.sumsq[position] = ticket
         self._jobs.append(ticket)
         if len(self._jobs) > MAX_JOBS_IN_FLIGHT:
             self._jobs.pop(0).wait()
-        chunk.num_arrived += 1
-        if chunk.num_arrived == len(chunk.spec.slots):
+        chunk.arrived.add(position)
+        is_travelling = chunk.spec.chunk_id in self._on_device or any(d.chunk is chunk for d in self._departures)
+        if len(chunk.arrived) == len(chunk.spec.slots) and not any(chunk.num_expected.values()) and not is_travelling:
             self._announce(chunk)
-        return ticket
 
     def _announce(self, chunk: GradChunk) -> None:
         """Tell the listener that a chunk's gradients are all here."""
@@ -401,6 +450,8 @@ class GradientStore:
         self.num_backwards = 0
         for chunk in self._chunks.values():
             chunk.sumsq.clear()
+            chunk.num_expected.clear()
+            chunk.earlier.clear()
             chunk.has_left = False
 
     def close(self) -> None:

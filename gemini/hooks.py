@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any, Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from gemini.errors import ModelError
+from gemini.gradient_sink import GradientPlace, attach_sink, detach_sink, sink_of
+from gemini.nn.linear_cross_entropy import linear_cross_entropy
 from gemini.outputs import map_tensors
+from gemini.parameter_uses import embedding, separate_use
 from gemini.sliced_call import GradientSums
 
 __all__ = ["HookSet", "RuntimeEvents"]
@@ -62,6 +67,18 @@ class RuntimeEvents(Protocol):
     def take_gradient(self, param: torch.nn.Parameter) -> None:
         """Take the gradient autograd has just accumulated into `param.grad`."""
 
+    def expect_gradient(self, param: torch.nn.Parameter) -> None:
+        """Expect that a use of a parameter will deliver its gradient by itself, if it may then."""
+
+    def takes_gradients_apart(self, param: torch.nn.Parameter) -> bool:
+        """Return whether uses of a parameter may deliver by themselves."""
+
+    def put_gradient(self, param: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+        """Take the gradient of one use of a parameter."""
+
+    def write_gradient(self, param: torch.nn.Parameter) -> AbstractContextManager[GradientPlace] | None:
+        """Open the memory of a parameter's gradient to one of its uses; None where that cannot be."""
+
     def is_borrowed(self, tensor: torch.Tensor) -> bool:
         """Return whether a tensor lies in memory that will be refilled with other weights."""
 
@@ -82,6 +99,7 @@ class HookSet:
         self._events = events
         self._handles: list[Any] = []
         self._owners: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
+        self._sinks: dict[torch.nn.Parameter, _Sink] = {}
         self._mode = _ForeignUseMode(events)
         self._depth = 0
         self._entered: list[int] = []
@@ -134,6 +152,12 @@ class HookSet:
         for param in params:
             handle = param.register_post_accumulate_grad_hook(take_gradient)  # type: ignore[no-untyped-call]
             self._handles.append(handle)
+            self._sinks[param] = sink = _Sink(param, self._events, sums)
+            attach_sink(param, sink)
+        num_names = Counter(id(param) for _, _, param in self._owners)
+        for param, sink in self._sinks.items():
+            if num_names[id(param)] > 1:
+                self._mode.shared[id(param)] = sink
 
     def abort(self) -> None:
         """Undo what a forward that was interrupted has begun; torch runs no hooks for a KeyboardInterrupt."""
@@ -171,6 +195,9 @@ class HookSet:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for param in self._sinks:
+            detach_sink(param)
+        self._sinks.clear()
 
     # The hooks below are kept out of torch.compile's graphs: a compiled block runs between them.
 
@@ -262,23 +289,66 @@ class HookSet:
         return own(output) if isinstance(output, torch.Tensor) else map_tensors(own, output)
 
 
+class _Sink:
+    """Gives gradients of one parameter's uses to the runtime; see [Note: Gradients past autograd].
+
+    Closed while slices of a batch are being added up, and for a parameter that has been used in other ways too, whose
+    gradients autograd must add up in its order.
+    """
+
+    def __init__(self, param: torch.nn.Parameter, events: RuntimeEvents, sums: GradientSums) -> None:
+        # The graph keeps sinks where the garbage collector cannot follow.
+        self._param_ref, self._events_ref = weakref.ref(param), weakref.ref(events)
+        self._sums = sums
+        self.has_other_uses = False
+
+    def expect(self) -> None:
+        self._events().expect_gradient(self._param())
+
+    def is_open(self) -> bool:
+        if self.has_other_uses or self._sums.is_open:
+            return False
+        return self._events().takes_gradients_apart(self._param())
+
+    def put(self, gradient: torch.Tensor) -> None:
+        self._events().put_gradient(self._param(), gradient)
+
+    def write(self) -> AbstractContextManager[GradientPlace] | None:
+        return self._events().write_gradient(self._param())
+
+    def _events(self) -> RuntimeEvents:
+        events = self._events_ref()
+        assert events is not None, "the engine is gone but its graph is not"
+        return events
+
+    def _param(self) -> torch.nn.Parameter:
+        param = self._param_ref()
+        assert param is not None, "the parameter is gone but its graph is not"
+        return param
+
+
 class _ForeignUseMode(TorchFunctionMode):
     """Catches parameters used by code other than their unit's: a parent, or another unit, that reads them directly.
 
-    Active while the model runs; every torch function is looked at, which costs a microsecond or two.
+    Active while the model runs; every torch function is looked at, which costs a microsecond or two. Embeddings, and
+    linear layers that share a parameter, run as in gemini.parameter_uses.
 
     Args:
         events: told of each parameter that a function is about to use.
     """
 
     _METADATA = frozenset(
-        {"__set__", "size", "dim", "numel", "stride", "is_floating_point", "element_size", "ndimension"}
+        {"__set__", "__len__", "size", "dim", "numel", "stride", "is_floating_point", "element_size", "ndimension"}
     )
+    _DELIVERING = frozenset({F.linear, linear_cross_entropy})
+    """Functions whose uses of a shared parameter deliver by themselves, as embeddings do."""
     _VIEW_PROPERTIES = frozenset({"T", "mT", "H", "mH", "data"})
     """Properties that show the values; all others, such as `shape`, do not."""
 
     def __init__(self, events: RuntimeEvents) -> None:
         super().__init__()
+        self.shared: dict[int, _Sink] = {}
+        """Sinks of the parameters that have several names or serve as embedding, by id."""
         self._events = events
         self._is_active = False
         self._is_watching = False
@@ -309,12 +379,26 @@ class _ForeignUseMode(TorchFunctionMode):
         if self._is_watching and self._reads_values(func):
             for value in (*args, *kwargs.values()):
                 if isinstance(value, torch.nn.Parameter):
-                    self._events.use_parameter(value)
+                    self._use(value, func)
                 elif isinstance(value, (list, tuple)):
                     for item in value:
                         if isinstance(item, torch.nn.Parameter):
-                            self._events.use_parameter(item)
+                            self._use(item, func)
+            if func is F.embedding:
+                return embedding(*args, **kwargs)
+            if func is F.linear and len(args) > 1 and id(args[1]) in self.shared:
+                args = (args[0], separate_use(args[1]), *args[2:])
         return func(*args, **kwargs)
+
+    def _use(self, param: torch.nn.Parameter, func: Any) -> None:
+        """Report a parameter that a function is about to use, and remember how it is used."""
+        self._events.use_parameter(param)
+        if func is F.embedding:
+            sink = sink_of(param)
+            if isinstance(sink, _Sink):
+                self.shared[id(param)] = sink
+        elif func not in self._DELIVERING and id(param) in self.shared and torch.is_grad_enabled():
+            self.shared[id(param)].has_other_uses = True
 
     def _reads_values(self, func: Any) -> bool:
         if func.__name__ == "__get__":

@@ -91,6 +91,9 @@ class _Values:
         Args:
             begin: first element, of the chunk; where the last range ended.
             end: element after the last.
+
+        Yields:
+            A parameter's values in the range, 1D, and their place in it.
         """
         while self._held and self._held[0][0].end <= begin:
             self._held.popleft()

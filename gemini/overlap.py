@@ -13,12 +13,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from gemini.chunk.core import ChunkCore
 from gemini.errors import GeminiError
-from gemini.gradients import ArrivedGradients, GradientStore
+from gemini.gradient_listener import ArrivedGradients
+from gemini.gradients import GradientStore
 from gemini.kernels.adam_tile import AdamSegment
 from gemini.kernels.device import DeviceKernels
 from gemini.kernels.pool import Ticket
@@ -29,7 +31,14 @@ from gemini.tiers import MemoryTier
 from gemini.update import UpdateJob, tiles_of, update_on_device
 from gemini.update_worker import UpdateWorker
 
-__all__ = ["Overlap", "OverlapStats", "StepWish"]
+__all__ = ["Overlap", "OverlapStats", "StepPlanner", "StepWish"]
+
+
+class StepPlanner(Protocol):
+    """An optimizer, as far as the runtime knows one."""
+
+    def expected_segments(self, chunk_id: int) -> tuple[AdamSegment, ...]:
+        """Return what the next step will do to a chunk all of whose gradients have arrived, sorted."""
 
 
 @dataclass(frozen=True, slots=True)

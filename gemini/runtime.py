@@ -15,17 +15,19 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from gemini.adaptation import adapt_to_peak, open_accumulators
+from gemini.adaptation import Adaptation
 from gemini.chunk.chunk import Chunk
 from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import ChunkLayout, ParamSlot
 from gemini.config import GeminiConfig
 from gemini.errors import GeminiError, ModelError
+from gemini.gradient_sink import GradientPlace
 from gemini.gradients import GradientStore
 from gemini.kernels.adam_tile import AdamSegment
 from gemini.kernels.device import DeviceKernels
@@ -33,7 +35,7 @@ from gemini.lookahead import Lookahead
 from gemini.memory_probe import MemoryProbe
 from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources
-from gemini.overlap import Overlap, StepWish
+from gemini.overlap import Overlap, StepPlanner, StepWish
 from gemini.placement.cost_model import HardwareProfile, StepFlops, StepPrediction, count_step, predict_step
 from gemini.placement.overlap import OverlapMode
 from gemini.placement.plan import ChunkDemand, MemoryDemand, PlacementPlan, RuntimeShape, memory_demand
@@ -42,19 +44,12 @@ from gemini.saved import SavedWeights
 from gemini.scaler import LossScaler, scale_gradients_of
 from gemini.update_worker import UpdateWorker
 
-__all__ = ["Runtime", "StepPlanner"]
+__all__ = ["Runtime"]
 
 logger = logging.getLogger(__name__)
 
 MAX_TIMED_STEPS = 16
 """Newest steps whose median is the measured time of a step."""
-
-
-class StepPlanner(Protocol):
-    """An optimizer, as far as the runtime knows one."""
-
-    def expected_segments(self, chunk_id: int) -> tuple[AdamSegment, ...]:
-        """Return what the next step will do to a chunk all of whose gradients have arrived, sorted."""
 
 
 @dataclass
@@ -117,8 +112,6 @@ class Runtime:
         asked = None if config.overlap == "auto" else OverlapMode(config.overlap)
         self.overlap = Overlap(asked, core=core, states=states, gradients=gradients, worker=worker, kernels=kernels)
         self._lookahead = Lookahead(core, depth=config.prefetch_depth, num_slots=plan.num_slots)
-        self._is_adapted = False
-        self._has_accumulators = False
         self._saved = SavedWeights(core.chunk_in, self._weights_in_backward)
         self._entered: list[_Entry] = []
         self._borrowed_by_model: list[int] = []
@@ -134,6 +127,9 @@ class Runtime:
         self._step_seconds: deque[float] = deque(maxlen=MAX_TIMED_STEPS)
         self._is_closed = False
         self._pid = os.getpid()
+        self._adaptation: Adaptation | None = None
+        if shape.has_device and config.placement == "auto":
+            self._adaptation = Adaptation(core, gradients, demands, shape, settle=self.overlap.settle_all)
         self.overlap.predict = self._predict
         self.overlap.urgency = self._lookahead.urgency
 
@@ -283,14 +279,42 @@ class Runtime:
     def take_gradient(self, param: torch.nn.Parameter) -> None:
         """Take a gradient from autograd."""
         grad, param.grad = param.grad, None
-        chunk_id, position = self._place_of_param[id(param)]
         assert grad is not None
+        self._check_not_clipped()
+        place = self._place_of_param[id(param)]
+        self.gradients.fulfil_all(*place)
+        self.gradients.put(*place, grad)
+
+    def expect_gradient(self, param: torch.nn.Parameter) -> None:
+        """Expect that a use of a parameter will deliver its gradient by itself, if it may then."""
+        self.gradients.expect(*self._place_of_param[id(param)])
+
+    def takes_gradients_apart(self, param: torch.nn.Parameter) -> bool:
+        """Return whether uses of a parameter may deliver by themselves."""
+        return self.gradients.takes_apart(*self._place_of_param[id(param)])
+
+    def put_gradient(self, param: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+        """Take the gradient of one use of a parameter."""
+        self._check_not_clipped()
+        place = self._place_of_param[id(param)]
+        self.gradients.fulfil(*place)
+        self.gradients.put(*place, gradient)
+
+    def write_gradient(self, param: torch.nn.Parameter) -> AbstractContextManager[GradientPlace] | None:
+        """Open the memory of a parameter's gradient to one of its uses; None where it must be put."""
+        self._check_not_clipped()
+        place = self._place_of_param[id(param)]
+        if not self.gradients.can_write(place[0]):
+            return None
+        self.gradients.fulfil(*place)
+        return self.gradients.writing(*place)
+
+    def _check_not_clipped(self) -> None:
         if self._clip_factor != 1.0:
             raise ModelError(
                 "a gradient arrived after clip_grad_norm_, whose factor would apply to it too: clip once, after the "
                 "last backward before optimizer.step()"
             )
-        self.gradients.put(chunk_id, position, grad)
 
     def _weights_in_backward(self, chunk: Chunk) -> torch.Tensor:
         self.check_usable()
@@ -420,27 +444,10 @@ class Runtime:
             if self.num_steps + self.num_skipped_steps > 1:  # the first, which is traced, does not count
                 self._step_seconds.append(time.perf_counter() - self._step_began_s)
             self.probe.end_step()
-            self._adapt()
-            self._open_accumulators()
-        self._lookahead.end_step()
-
-    def _adapt(self) -> None:
-        """After the first step that was measured, use what is left of the device's budget."""
-        peak = self.probe.non_model_peak_nbytes
-        if self._is_adapted or peak is None or not self._shape.has_device or self.config.placement != "auto":
-            return
-        self._is_adapted = True
-        self.overlap.settle_all()
-        self.plan = adapt_to_peak(self.core, self._demands, self.plan, self._shape, peak_nbytes=peak)
-
-    def _open_accumulators(self) -> None:
-        """After the first step with several backward passes, sum gradients where residents have left room."""
-        may_open = self._is_adapted and not self._has_accumulators and self.config.gradient_accumulation
-        if may_open and self.gradients.expected_backwards > 1:
-            self._has_accumulators = True
             peak = self.probe.non_model_peak_nbytes
-            assert peak is not None
-            open_accumulators(self.core, self._demands, self.plan, self.gradients, peak_nbytes=peak)
+            if self._adaptation is not None and peak is not None:
+                self.plan = self._adaptation.after_step(self.plan, peak_nbytes=peak)
+        self._lookahead.end_step()
 
     @property
     def _loss_scale(self) -> float:

@@ -9,8 +9,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 
 from gemini.errors import ConfigError
+from gemini.gradient_sink import use_of
 from gemini.nn.sliced_head import LogitsFn, SlicedHead, TargetLogProbs, default_slice_size
 
 __all__ = ["LinearCrossEntropyLoss", "LogitsFn", "Reduction", "Slicing", "linear_cross_entropy", "next_token_labels"]
@@ -63,8 +65,22 @@ def linear_cross_entropy(
         IndexError: a label is neither `ignore_index` nor in the vocabulary; on a CUDA device, as for torch's own loss,
             an assertion on the device.
     """
+    tensors = (hidden, weight, labels) if bias is None else (hidden, weight, labels, bias)
+    if has_torch_function(tensors):  # one function to those who watch, as an engine does
+        return handle_torch_function(
+            linear_cross_entropy,
+            tensors,
+            *tensors,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            logits_fn=logits_fn,
+            slicing=slicing,
+            slice_size=slice_size,
+        )
     _check(hidden, weight, labels, bias)
     _check_options(reduction, label_smoothing, slicing, slice_size)
+    weight_use = use_of(weight)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -76,7 +92,9 @@ def linear_cross_entropy(
     if slice_size is None:
         slice_size = default_slice_size(hidden.device, len(weight if slicing == "rows" else rows))
     head = SlicedHead(by_rows=slicing == "rows", slice_size=slice_size, smoothing=label_smoothing, logits_fn=logits_fn)
-    log_probs: torch.Tensor = TargetLogProbs.apply(rows, weight, bias, row_labels.where(is_counted, 0), head)  # type: ignore[no-untyped-call]
+    log_probs: torch.Tensor = TargetLogProbs.apply(
+        rows, weight, bias, row_labels.where(is_counted, 0), head, weight_use
+    )  # type: ignore[no-untyped-call]
     # torch's own reduction of a vocabulary of one token: counts, ignores and sums in the order that torch does.
     targets = torch.where(is_counted, 0, _IGNORED_ROW)
     loss = F.nll_loss(log_probs[:, None], targets, ignore_index=_IGNORED_ROW, reduction=reduction)

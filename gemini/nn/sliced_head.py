@@ -11,12 +11,15 @@ gradients are not computed in forward, and which way is the default, stands in d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+from gemini.gradient_sink import GradientPlace, GradientUse
 
 __all__ = ["LogitsFn", "SlicedHead", "TargetLogProbs", "default_slice_size"]
 
@@ -111,26 +114,34 @@ class TargetLogProbs(torch.autograd.Function):
         bias: torch.Tensor | None,
         labels: torch.Tensor,
         head: SlicedHead,
+        weight_use: GradientUse | None,
     ) -> torch.Tensor:
         if head.by_rows:
             log_probs, normalisers = _log_probs_by_rows(head, rows, weight, bias, labels), None
         else:
             log_probs, normalisers = _log_probs_by_vocabulary(head, rows, weight, bias, labels)
         ctx.save_for_backward(rows, weight, bias, labels, normalisers)
-        ctx.head = head
+        ctx.head, ctx.weight_use = head, weight_use
         return log_probs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
         rows, weight, bias, labels, normalisers = ctx.saved_tensors
-        grads = _Gradients(ctx.needs_input_grad, ctx.head, rows, weight)
-        with torch.autocast(rows.device.type, enabled=False):
+        sink = ctx.weight_use.sink if ctx.weight_use is not None and ctx.weight_use.is_open() else None
+        # Slices of rows each add to the whole gradient, which they must do in float32 and in one place.
+        writing = None if sink is None or ctx.head.by_rows else sink.write()
+        with torch.autocast(rows.device.type, enabled=False), writing or nullcontext() as place:
+            grads = _Gradients(ctx.needs_input_grad, ctx.head, rows, weight, place)
             if ctx.head.by_rows:
                 _backward_by_rows(ctx.head, rows, weight, bias, labels, grad, grads)
             else:
                 _backward_by_vocabulary(ctx.head, rows, weight, bias, labels, normalisers, grad, grads)
-        return *grads.result(), None, None
+        of_rows, of_weight, of_bias = grads.result()
+        if sink is not None and of_weight is not None:
+            sink.put(of_weight)
+            of_weight = None
+        return of_rows, of_weight, of_bias, None, None, None
 
 
 def _log_probs_by_rows(
@@ -244,14 +255,22 @@ class _Gradients:
         head: how the logits are cut.
         rows: [rows, hidden_size].
         weight: [tokens, hidden_size].
+        place: takes the weight's gradient, each slice once; None: it is made here.
     """
 
-    def __init__(self, needs: Sequence[bool], head: SlicedHead, rows: torch.Tensor, weight: torch.Tensor) -> None:
-        self._rows, self._weight = rows, weight
+    def __init__(
+        self,
+        needs: Sequence[bool],
+        head: SlicedHead,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        place: GradientPlace | None,
+    ) -> None:
+        self._rows, self._weight, self._place = rows, weight, place
         sum_dtype = _sum_dtype(rows.dtype)
         row_dtype, weight_dtype = (rows.dtype, sum_dtype) if head.by_rows else (sum_dtype, weight.dtype)
         self._of_rows = torch.zeros_like(rows, dtype=row_dtype) if needs[0] else None
-        self._of_weight = torch.zeros_like(weight, dtype=weight_dtype) if needs[1] else None
+        self._of_weight = torch.zeros_like(weight, dtype=weight_dtype) if needs[1] and place is None else None
         self._of_bias = weight.new_zeros(len(weight), dtype=sum_dtype) if needs[2] else None
 
     def add(self, row_part: slice, token_part: slice, grad_logits: torch.Tensor) -> None:
@@ -264,13 +283,15 @@ class _Gradients:
         """
         if self._of_rows is not None:
             _add_product(self._of_rows[row_part], grad_logits, self._weight[token_part])
+        if self._place is not None:
+            self._place.add(token_part, grad_logits.T @ self._rows[row_part])
         if self._of_weight is not None:
             _add_product(self._of_weight[token_part], grad_logits.T, self._rows[row_part])
         if self._of_bias is not None:
             self._of_bias[token_part] += grad_logits.sum(dim=0, dtype=self._of_bias.dtype)
 
     def result(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Return the gradients of rows, weight and bias; None where none was wanted."""
+        """Return the gradients of rows, weight and bias; None where none was wanted, or the place has it."""
         dtype = self._weight.dtype
         of_rows, of_weight, of_bias = (
             None if grad is None else grad.to(dtype) for grad in (self._of_rows, self._of_weight, self._of_bias)

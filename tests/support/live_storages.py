@@ -17,35 +17,49 @@ class LiveStorages(TorchDispatchMode):
 
     Args:
         tensors: made before, and not counted.
+        large_nbytes: what counts as a large storage.
 
     Attributes:
         live_nbytes: of those alive now.
         peak_nbytes: the most that were alive at once.
         largest_nbytes: of the largest one.
+        peak_num_large: the most large ones that were alive at once.
     """
 
-    def __init__(self, *tensors: torch.Tensor) -> None:
+    def __init__(self, *tensors: torch.Tensor, large_nbytes: int = 0) -> None:
         super().__init__()
-        self.live_nbytes = self.peak_nbytes = self.largest_nbytes = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in tensors}
+        self.live_nbytes = self.peak_nbytes = self.largest_nbytes = self.peak_num_large = 0
+        self._large_nbytes = large_nbytes
+        self._num_large = 0
+        self._known = set(_storages(tensors))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = _storages((args, kwargs))
         output = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
+        for key, storage in _storages(output).items():
+            if key not in inputs and key not in self._known:
+                self._count(key, storage)
         return output
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, nbytes = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
+    def _count(self, key: int, storage: torch.UntypedStorage) -> None:
+        nbytes = storage.nbytes()
         self._known.add(key)
-        self.live_nbytes += nbytes
-        self.peak_nbytes = max(self.peak_nbytes, self.live_nbytes)
+        self._change(nbytes, 1)
         self.largest_nbytes = max(self.largest_nbytes, nbytes)
         weakref.finalize(storage, self._forget, key, nbytes)
 
+    def _change(self, nbytes: int, sign: int) -> None:
+        self.live_nbytes += sign * nbytes
+        self._num_large += sign * (nbytes >= self._large_nbytes)
+        self.peak_nbytes = max(self.peak_nbytes, self.live_nbytes)
+        self.peak_num_large = max(self.peak_num_large, self._num_large)
+
     def _forget(self, key: int, nbytes: int) -> None:
         self._known.discard(key)
-        self.live_nbytes -= nbytes
+        self._change(nbytes, -1)
+
+
+def _storages(values: Any) -> dict[int, torch.UntypedStorage]:
+    tensors = (value for value in tree_leaves(values) if isinstance(value, torch.Tensor))
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {storage._cdata: storage for storage in storages}
