@@ -1,8 +1,8 @@
 """The largest GPT-shaped model that makes three optimizer steps inside given resident memory and the free disk.
 
 Shapes keep the proportions of GPT-3 2.7B (Brown et al. 2020, table 2.1), with GPT-2's vocabulary: L layers, L heads of
-80, a width of 80 L; so one number names a shape. For every system the search goes from large to small, starting with
-the first shape that cannot fit by the system's own arithmetic, and ends with the first one that does its three steps:
+80, a width of 80 L; so one number names a shape. The search ends where a shape does its three steps and the next larger
+one does not, or has no plan:
 
     gemini nvme           weights, gradients and state planned into the free disk and what --ram leaves; a plan that
                           does not fit is not run, and its row says which tier lacks how much
@@ -25,7 +25,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,8 @@ NAMES = {"gemini": "gemini nvme", "plain": "torch plain", "deepspeed": "deepspee
 LAYERS = range(64, 3, -1)
 """From 20 B parameters to 6 M."""
 PEER_BYTES_PER_PARAM = {"plain": 16, "deepspeed": 50}
-"""By which the search for a peer starts; nothing in its row comes from it. Plain: weight, gradient and two moments in
-float32. DeepSpeed: found by trial, it is host memory that it takes beside the disk."""
+"""Where the search for a peer starts; no figure comes from it. Plain: weight, gradient and two moments in float32.
+DeepSpeed: what it was seen to take in main memory beside the disk."""
 FEW_TOKENS, MANY_TOKENS = 2, 64
 
 
@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help=f"in a step; {MANY_TOKENS}, or {FEW_TOKENS} where bf16 is slow")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--max-layers", type=int, default=LAYERS.start, help="start no larger than this")
-    parser.add_argument("--attempts", type=int, default=4, help="runs of each system at most")
+    parser.add_argument("--attempts", type=int, default=6, help="runs of each system at most")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds after which a run counts as failed")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     return parser.parse_args()
@@ -70,42 +70,72 @@ def plan_of(attempt: Attempt) -> Blueprint:
     return draw_blueprint(meta_model(attempt), gemini_config(attempt))
 
 
-def planned_attempts(attempt: Attempt, shapes: list[int]) -> Iterator[tuple[Attempt, str | None]]:
-    """Yield Gemini's attempts: the smallest one whose plan does not fit, with the reason, then those that fit.
+def planned_attempts(
+    attempt: Attempt, shapes: Sequence[int], count: int
+) -> tuple[dict[str, Any] | None, list[Attempt]]:
+    """Plan from large to small, running nothing.
 
     Args:
         attempt: of any shape.
         shapes: numbers of layers, falling.
+        count: attempts wanted.
+
+    Returns:
+        The row of the smallest shape that does not fit, None if the largest does, and the largest that fit.
     """
-    refusal: tuple[Attempt, str | None] | None = None
+    refusal, fitting = None, []
     for layers in shapes:
-        attempt = dataclasses.replace(attempt, layers=layers)
+        candidate = dataclasses.replace(attempt, layers=layers)
         try:
-            plan_of(attempt)
+            plan_of(candidate)
         except OutOfTierMemoryError as error:
-            refusal = attempt, str(error).split(":")[0]
+            refusal = row_of(candidate) | {"why": str(error).split(":")[0]}
             continue
+        fitting.append(candidate)
+        if len(fitting) == count:
+            break
+    return refusal, fitting
+
+
+def search(attempts: Sequence[Attempt], start: int, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the rows of attempts until one is ok and the next larger one is not.
+
+    Args:
+        attempts: from large to small.
+        start: the one to begin with.
+        arguments: the command line's.
+    """
+    made: set[int] = set()
+    index = start
+    while 0 <= index < len(attempts) and index not in made and len(made) < arguments.attempts:
+        row = run(attempts[index], arguments.timeout)
+        yield row
+        made.add(index)
+        index += -1 if row["ok"] else 1
+
+
+def search_system(attempt: Attempt, shapes: Sequence[int], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield all rows of one system; `attempt` may be of any shape, `shapes` fall."""
+    if attempt.system == "gemini":
+        refusal, attempts = planned_attempts(attempt, shapes, arguments.attempts)
         if refusal is not None:
             yield refusal
-            refusal = None
-        yield attempt, None
-    if refusal is not None:
-        yield refusal
-
-
-def peer_attempts(attempt: Attempt, shapes: list[int]) -> Iterator[tuple[Attempt, str | None]]:
-    """Yield a peer's attempts: the smallest shape that should not fit, then all below; as `planned_attempts`."""
-    budget_nbytes = attempt.ram_nbytes - attempt.base_nbytes
+        yield from search(attempts, 0, arguments)
+        return
     attempts = [dataclasses.replace(attempt, layers=layers) for layers in shapes]
-    too_large = [a for a in attempts if a.num_params * PEER_BYTES_PER_PARAM[a.system] > budget_nbytes]
-    for each in [*too_large[-1:], *attempts[len(too_large) :]]:
-        yield each, None
+    room_nbytes = attempt.ram_nbytes - attempt.base_nbytes
+    num_too_large = sum(each.num_params * PEER_BYTES_PER_PARAM[attempt.system] > room_nbytes for each in attempts)
+    yield from search(attempts, min(num_too_large, len(attempts) - 1), arguments)
+
+
+def row_of(attempt: Attempt) -> dict[str, Any]:
+    """Return the row of an attempt that has not succeeded."""
+    return {"system": NAMES[attempt.system], "params": attempt.num_params, "ok": False, "layers": attempt.layers}
 
 
 def run(attempt: Attempt, timeout_s: float) -> dict[str, Any]:
     """Make one attempt in a child and return its row."""
-    row: dict[str, Any] = {"system": NAMES[attempt.system], "params": attempt.num_params, "ok": False}
-    row["layers"] = attempt.layers
+    row = row_of(attempt)
     script = Path(__file__).with_name("capacity_run.py")
     try:
         done = subprocess.run(
@@ -125,20 +155,6 @@ def run(attempt: Attempt, timeout_s: float) -> dict[str, Any]:
     if not row["ok"]:
         row["why"] = f"stopped after {row['steps']} steps above {format_nbytes(attempt.ram_nbytes)}"
     return row
-
-
-def search(attempts: Iterator[tuple[Attempt, str | None]], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield a row for each attempt until one is ok."""
-    num_runs = 0
-    for attempt, refusal in attempts:
-        if refusal is not None:
-            yield {"system": NAMES[attempt.system], "params": attempt.num_params, "ok": False, "why": refusal}
-            continue
-        row = run(attempt, arguments.timeout)
-        yield row
-        num_runs += 1
-        if row["ok"] or num_runs == arguments.attempts:
-            return
 
 
 def main() -> None:
@@ -165,8 +181,7 @@ def main() -> None:
         print(f"{format_nbytes(free_nbytes)} of disk are free, {tokens} tokens a step in {arguments.dtype}", flush=True)
         for system in arguments.systems:
             start = dataclasses.replace(attempt, system=system)
-            attempts = planned_attempts if system == "gemini" else peer_attempts
-            for row in search(attempts(start, shapes), arguments):
+            for row in search_system(start, shapes, arguments):
                 print({name: row.get(name) for name in COLUMNS}, flush=True)
                 rows.append(row)
     for system in SYSTEMS:

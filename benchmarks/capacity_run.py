@@ -69,11 +69,12 @@ class Attempt:
     def transient_nbytes(self) -> int:
         """Bytes of the largest tensors that come and go beside what the engine plans.
 
-        The embedding, in float32 while it is initialised and twice as a gradient in backward, once of each use; and the
-        float32 product that a half-precision gradient of a block's largest matrix, [width, 4 width], is rounded from.
+        The embedding: in float32 while it is initialised; as a gradient in backward, in half precision once for each of
+        its two uses. And the float32 product that a half-precision gradient of a block's largest matrix, [width, 4
+        width], is rounded from.
         """
-        width, itemsize = shape_of(self.model)["n_embd"], DTYPES[self.dtype].itemsize
-        return VOCABULARY * width * max(4, 2 * itemsize) + 4 * 4 * width**2
+        width = shape_of(self.model)["n_embd"]
+        return 4 * VOCABULARY * width + 4 * 4 * width**2
 
     def to_json(self) -> str:
         """Return the attempt as the child's argument."""

@@ -18,17 +18,10 @@ __all__ = ["describe_environment"]
 
 def describe_environment() -> dict[str, Any]:
     """Return machine, versions, commit, command and date."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_without_directory, sys.argv[1:])]),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": _commit(),
         "processor": _processor_name(),
         "num_cpus": len(os.sched_getaffinity(0)),
         "memory_nbytes": psutil.virtual_memory().total,
@@ -42,6 +35,20 @@ def describe_environment() -> dict[str, Any]:
 def _without_directory(argument: str) -> str:
     """Return an argument that says nothing of where on the machine things are."""
     return "PATH" if os.sep in argument else argument
+
+
+def _commit() -> str:
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:  # no git here
+        return "unknown"
+    return described.stdout.strip() or "unknown"
 
 
 def _processor_name() -> str:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from gemini.offload.io import IoBackend, IoEngine, IoOpenFlag
 from gemini.offload.io_backends import explain_refusal
 from gemini.tiers import TierLedger
 
-__all__ = ["Contender", "Run", "Setting", "all_contenders"]
+__all__ = ["Contender", "Run", "Setting", "all_contenders", "random_memory"]
 
 MIB = 1 << 20
 
@@ -73,6 +74,15 @@ def all_contenders() -> list[Contender]:
     ]
 
 
+@cache
+def random_memory() -> torch.Tensor:
+    """Return host memory for twice the largest `depth` blocks of a setting, from where the engine takes its own."""
+    nbytes = 2 * max(setting.depth * setting.block_nbytes for setting in SETTINGS)
+    memory = HostArena(TierLedger({})).allocate(nbytes, "blocks")
+    memory.view(-1, MIB).copy_(torch.randint(0, 256, (MIB,), dtype=torch.uint8))
+    return memory
+
+
 class Gemini:
     """Our engine, on one kernel interface."""
 
@@ -82,21 +92,18 @@ class Gemini:
     def __init__(self, backend: IoBackend) -> None:
         self.engine = backend.value
         self._backend = backend
-        self._arena = HostArena(TierLedger({}))
 
     def explain_absence(self) -> str:
         return explain_refusal(self._backend)
 
     def run(self, path: Path, pattern: IoPattern, setting: Setting, seconds: float) -> Run:
-        pool = self._arena.allocate(2 * setting.depth * setting.block_nbytes, "blocks")
-        buffers = pool.random_(0, 256).split(setting.block_nbytes)
+        buffers = random_memory().split(setting.block_nbytes)[: 2 * setting.depth]
         flags = IoOpenFlag.READ | IoOpenFlag.WRITE | IoOpenFlag.DIRECT
         with IoEngine(self._backend, queue_depth=setting.depth, num_threads=setting.depth) as engine:
             file = engine.open(path, flags)
             num_blocks = path.stat().st_size // setting.block_nbytes
             run = _time(lambda: run_pattern(file, pattern, buffers, num_blocks, seconds=seconds))
             stats = engine.stats()
-        self._arena.free(pool)
         return Run(stats.nbytes_read + stats.nbytes_written, run.seconds, run.cpu_s)
 
 

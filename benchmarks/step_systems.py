@@ -161,6 +161,7 @@ def make_deepspeed(options: argparse.Namespace) -> tuple[Step, Callable[[], dict
     where: dict[str, Any] = {"device": "cpu"}
     if options.system == "deepspeed-nvme":
         where = {"device": "nvme", "nvme_path": str(options.swap)}
+    shape = shape_of(options.model)
     settings = {
         "train_micro_batch_size_per_gpu": options.batch,
         "optimizer": {"type": "AdamW", "params": {"lr": LR, "weight_decay": 1e-2}},
@@ -169,7 +170,11 @@ def make_deepspeed(options: argparse.Namespace) -> tuple[Step, Callable[[], dict
         "zero_optimization": {
             "stage": 3,
             "offload_optimizer": {**where, "pipeline_read": True, "pipeline_write": True, "buffer_count": 4},
-            "offload_param": {**where, "buffer_count": 5, "buffer_size": 100_000_000},
+            "offload_param": {
+                **where,
+                "buffer_count": 5,
+                "buffer_size": shape["n_embd"] * shape.get("vocab_size", 50257),
+            },
         },
         "aio": {"block_size": 1 << 20, "queue_depth": 32, "single_submit": False, "overlap_events": True},
     }

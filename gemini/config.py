@@ -35,11 +35,16 @@ class NVMeConfig:
     """Kernel requests in flight at most."""
     direct: bool = True
     """Bypass the page cache (O_DIRECT) where the file system allows it."""
+    endurance: str | int | None = None
+    """Bytes that the drive is rated to take in its life ("600TB"; data sheets say TBW), for the report of wear. None:
+    not known."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, (str, os.PathLike)) or not os.fspath(self.path):
             raise ConfigError(f"NVMeConfig.path: expected a directory as a str or Path, got {self.path!r}")
         parse_nbytes(self.budget, name="NVMeConfig.budget")
+        if self.endurance is not None:
+            parse_nbytes(self.endurance, name="NVMeConfig.endurance")
         if self.engine not in ("auto", "io_uring", "aio", "threads"):
             raise ConfigError(
                 f'NVMeConfig.engine: expected "auto", "io_uring", "aio" or "threads", got {self.engine!r}'
@@ -51,6 +56,11 @@ class NVMeConfig:
     def budget_nbytes(self) -> int:
         """The budget in bytes."""
         return parse_nbytes(self.budget, name="NVMeConfig.budget")
+
+    @property
+    def endurance_nbytes(self) -> int | None:
+        """The rated endurance in bytes."""
+        return None if self.endurance is None else parse_nbytes(self.endurance, name="NVMeConfig.endurance")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

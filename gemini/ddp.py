@@ -16,6 +16,7 @@ from gemini.config import GeminiConfig
 from gemini.errors import CheckpointMismatchError, ConfigError, ModelError
 from gemini.hooks import HookSet
 from gemini.initialise import InitFn
+from gemini.offload.io import IoStats
 from gemini.placement.cost_model import HardwareProfile, StepFlops
 from gemini.report import MemoryReport, make_report
 from gemini.runtime import Runtime
@@ -69,6 +70,8 @@ class GeminiDDP(torch.nn.Module):
         _refuse_managed(module)
         self.module = module
         self._runtime = assemble(module, config or GeminiConfig(), init_fn=init_fn)
+        store = self._runtime.resources.store
+        self._disk_at_start = store.stats() if store is not None else IoStats(nbytes_read=0, nbytes_written=0)
         for param in module.parameters():
             setattr(param, _OWNER_ATTRIBUTE, self._runtime)
         self._hooks = HookSet(self._runtime)
@@ -158,7 +161,7 @@ class GeminiDDP(torch.nn.Module):
                 "GeminiDDP.memory_report: a prediction needs both profile= (from gemini.measure_hardware) and flops= "
                 "(from gemini.transformer_flops, or counted); give both or neither"
             )
-        return make_report(self._runtime, profile, flops)
+        return make_report(self._runtime, profile, flops, disk_at_start=self._disk_at_start)
 
     def trace_memory(self) -> AbstractContextManager[None]:
         """Measure activations and temporaries of what runs inside the context; slow on the CPU, free on CUDA."""

@@ -221,8 +221,7 @@ class GradientStore:
             torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
         chunk = self._chunks[chunk_id]
         self._check_accumulation(chunk, position)
-        if self.listener is not None:
-            self.listener.gradients_change(chunk_id)
+        self._announce_change(chunk_id)
         chunk.delivered.add(position)
         return chunk
 
@@ -264,11 +263,12 @@ class GradientStore:
     def _put_in_device_slot(self, chunk: GradChunk, position: int, flat: torch.Tensor) -> None:
         chunk_id = chunk.spec.chunk_id
         if chunk_id in self._on_device and position in self._on_device[chunk_id][1]:
-            self._depart(chunk_id)  # left by a backward that failed; the sum is taken in float32, on arrival
+            self._depart(chunk_id)  # of another use, or a backward that failed; the sum is taken on arrival
         waiting = self._on_device.get(chunk_id)
         if waiting is None:
             waiting = (self._claim_device_slot(), [])
             self._on_device[chunk_id] = waiting
+            self._announce_change(chunk_id)  # again: claiming a slot may have brought the rest of the chunk home
         slot, positions = waiting
         place = chunk.spec.slots[position]
         slot.buffer.view(chunk.spec.dtype)[place.begin : place.end].copy_(flat)
@@ -288,10 +288,10 @@ class GradientStore:
         return slot
 
     def _depart(self, chunk_id: int) -> None:
-        slot, positions = self._on_device.pop(chunk_id)
         chunk = self._chunks[chunk_id]
         if len(self._departures) == len(self._staging_slots):
             self._arrive(self._departures.pop(0))
+        slot, positions = self._on_device.pop(chunk_id)
         in_use = [id(departure.host_slot) for departure in self._departures]
         host_slot = next(slot for slot in self._staging_slots if id(slot) not in in_use)
         places = [chunk.spec.slots[position] for position in positions]
@@ -338,6 +338,11 @@ class GradientStore:
         is_travelling = chunk.spec.chunk_id in self._on_device or any(d.chunk is chunk for d in self._departures)
         if len(chunk.arrived) == len(chunk.spec.slots) and not any(chunk.num_expected.values()) and not is_travelling:
             self._announce(chunk)
+
+    def _announce_change(self, chunk_id: int) -> None:
+        """Tell the listener that a chunk's gradients are about to change."""
+        if self.listener is not None:
+            self.listener.gradients_change(chunk_id)
 
     def _announce(self, chunk: GradChunk) -> None:
         """Tell the listener that a chunk's gradients are all here."""
@@ -452,6 +457,7 @@ class GradientStore:
             chunk.sumsq.clear()
             chunk.num_expected.clear()
             chunk.earlier.clear()
+            chunk.arrived.clear()
             chunk.has_left = False
 
     def close(self) -> None:

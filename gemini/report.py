@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import psutil
 
 from gemini.heap import HeapStatistics, statistics
+from gemini.offload.io import IoStats
 from gemini.placement.cost_model import HardwareProfile, StepFlops, StepPrediction
 from gemini.placement.plan import MemoryDemand
 from gemini.runtime import Runtime
 from gemini.tiers import MemoryTier, format_nbytes
 
-__all__ = ["MemoryReport", "TierReport", "make_report"]
+__all__ = ["DiskWear", "MemoryReport", "TierReport", "make_report", "wear_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,18 @@ class TierReport:
     """By purpose, as allocated now."""
     peak_nbytes: int
     """The most that was allocated at any time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskWear:
+    """What training takes of the drive's life."""
+
+    endurance_nbytes: int
+    """Bytes that the drive is rated to take, as configured."""
+    life_share_per_step: float
+    """Part of that which one step writes."""
+    num_steps_of_life: int | None
+    """Steps that a new drive is rated for; None if a step writes nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +64,13 @@ class MemoryReport:
     num_trace_mismatches: int
     fetched_nbytes: int
     nvme_read_nbytes: int
+    """Since construction, and complete by now; so are the bytes written, the first weights and state among them."""
     nvme_written_nbytes: int
+    nvme_read_nbytes_per_step: float | None
+    """Mean since the weights came home, skipped steps and evaluation included; None before the first step."""
+    nvme_written_nbytes_per_step: float | None
+    wear: DiskWear | None
+    """None unless NVMeConfig.endurance is known and a step was made."""
     fetch_stall_s: float
     """Seconds that forward and backward waited for weights."""
     update_stall_s: float
@@ -91,10 +110,11 @@ class MemoryReport:
             lines += [f"{'':9}{purpose:<18}{format_nbytes(n):>12}" for purpose, n in tier.planned_nbytes.items()]
         lines.append(
             f"{self.num_steps} steps ({self.num_skipped_steps} skipped): {self.num_fetches} fetches, "
-            f"{self.num_misses} of them late, {format_nbytes(self.fetched_nbytes)}; disk read "
-            f"{format_nbytes(self.nvme_read_nbytes)}, written {format_nbytes(self.nvme_written_nbytes)}; stalls "
+            f"{self.num_misses} of them late, {format_nbytes(self.fetched_nbytes)}; stalls "
             f"{self.fetch_stall_s:.2f} s for weights, {self.update_stall_s:.2f} s in updates"
         )
+        if self.io_engine is not None:
+            lines.append("   disk: " + self._describe_disk())
         if self.heap is not None:
             lines.append(
                 f"   heap: peak {format_nbytes(self.heap.peak_resident_nbytes)} resident for "
@@ -110,11 +130,60 @@ class MemoryReport:
             )
         return "\n".join(lines)
 
+    def _describe_disk(self) -> str:
+        text = f"read {format_nbytes(self.nvme_read_nbytes)}, written {format_nbytes(self.nvme_written_nbytes)}"
+        if self.nvme_read_nbytes_per_step is not None and self.nvme_written_nbytes_per_step is not None:
+            text += (
+                f"; a step reads {format_nbytes(self.nvme_read_nbytes_per_step)} and writes "
+                f"{format_nbytes(self.nvme_written_nbytes_per_step)}"
+            )
+        if self.wear is not None:
+            text += f", {self.wear.life_share_per_step:.2g} of the drive's rated life"
+            if self.wear.num_steps_of_life is not None:
+                text += f" ({self.wear.num_steps_of_life:,} steps)"
+        return text
 
-def make_report(runtime: Runtime, profile: HardwareProfile | None, flops: StepFlops | None) -> MemoryReport:
-    """Collect a report; cheap, moves nothing."""
+
+def wear_of(endurance_nbytes: int, *, written_nbytes_per_step: float) -> DiskWear:
+    """Relate what a step writes to the drive's rated endurance.
+
+    Args:
+        endurance_nbytes: bytes the drive is rated to take, more than 0.
+        written_nbytes_per_step: bytes of one step.
+
+    Returns:
+        The share of one step, and how many there can be.
+    """
+    return DiskWear(
+        endurance_nbytes=endurance_nbytes,
+        life_share_per_step=written_nbytes_per_step / endurance_nbytes,
+        num_steps_of_life=int(endurance_nbytes / written_nbytes_per_step) if written_nbytes_per_step else None,
+    )
+
+
+def make_report(
+    runtime: Runtime, profile: HardwareProfile | None, flops: StepFlops | None, *, disk_at_start: IoStats
+) -> MemoryReport:
+    """Collect a report; cheap, moves nothing.
+
+    Args:
+        runtime: whose memory and moves.
+        profile: rates of the machine, for a prediction; None: there is none.
+        flops: operations of a step; given with `profile`.
+        disk_at_start: bytes the disk had moved when the first weights were home.
+
+    Returns:
+        The report.
+    """
     resources, core, stats = runtime.resources, runtime.core, runtime.core.stats
     store = resources.store
+    disk = store.stats() if store is not None else disk_at_start
+    nvme = runtime.config.nvme
+    num_steps = runtime.num_steps + runtime.num_skipped_steps
+    moved = disk - disk_at_start
+    wear = None
+    if num_steps and store is not None and nvme is not None and nvme.endurance_nbytes is not None:
+        wear = wear_of(nvme.endurance_nbytes, written_nbytes_per_step=moved.nbytes_written / num_steps)
     return MemoryReport(
         tiers=tuple(_tier_report(runtime, runtime.demand, tier) for tier in MemoryTier),
         num_steps=runtime.num_steps,
@@ -128,8 +197,11 @@ def make_report(runtime: Runtime, profile: HardwareProfile | None, flops: StepFl
         num_misses=stats.num_misses,
         num_trace_mismatches=runtime.num_trace_mismatches,
         fetched_nbytes=stats.fetched_nbytes,
-        nvme_read_nbytes=store.stats().nbytes_read if store is not None else 0,
-        nvme_written_nbytes=store.stats().nbytes_written if store is not None else 0,
+        nvme_read_nbytes=disk.nbytes_read,
+        nvme_written_nbytes=disk.nbytes_written,
+        nvme_read_nbytes_per_step=moved.nbytes_read / num_steps if num_steps else None,
+        nvme_written_nbytes_per_step=moved.nbytes_written / num_steps if num_steps else None,
+        wear=wear,
         fetch_stall_s=stats.stall_s,
         update_stall_s=runtime.update_stall_s,
         non_model_peak_nbytes=runtime.probe.non_model_peak_nbytes,

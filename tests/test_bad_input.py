@@ -569,8 +569,13 @@ def test_an_io_error_in_an_update_ends_training_and_close_still_works(tmp_path: 
         train_step(engine, optimizer)
         engine(batch()).sum().backward()
         engine.runtime.gradients.finish()
-        with break_reads(engine), pytest.raises(OffloadIOError, match="the file ends before the bytes asked for"):
+
+        def update() -> None:
             optimizer.step()
+            engine.runtime.finish_updates()  # an update goes on behind the next forward; who waits for it is told
+
+        with break_reads(engine), pytest.raises(OffloadIOError, match="the file ends before the bytes asked for"):
+            update()
         message = (
             r"^the optimizer state was lost: an optimizer step failed half way \(cannot read .*load a checkpoint into"
         )

@@ -75,6 +75,7 @@ def test_every_power_of_two_is_a_loss_scale(scale: float) -> None:
         ("queue_depth", 4097, "expected an int from 1 to 4096, got 4097"),
         ("direct", "yes", "expected True or False, got 'yes'"),
         *(("budget", value, "") for value in BAD_BYTES),
+        *(("endurance", value, "") for value in BAD_BYTES),
     ],
 )
 def test_a_bad_disk_value_is_refused_by_name(field: str, value: Any, message: str) -> None:

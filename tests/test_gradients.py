@@ -258,3 +258,11 @@ def test_close_gives_everything_back_with_gradients_under_way(path: str, tmp_pat
         made.store.close()
         assert made.resources.ledger.held_nbytes(HOST) == 0
         assert "gradient slots" not in made.resources.ledger.by_purpose(DEVICE)
+
+
+def test_a_chunk_takes_only_what_has_arrived_along(tmp_path: Path) -> None:
+    """A parameter that is not used, or not yet, does not travel."""
+    with opened("device to host", tmp_path) as made:
+        made.backward({(0, 1): torch.ones(7), (0, 2): torch.ones(1)})
+        made.store.finish()
+        assert made.resources.transfers.traffic.downloaded_nbytes == (64 + 1) * 4  # the first is padded to 64

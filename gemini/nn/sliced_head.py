@@ -283,12 +283,23 @@ class _Gradients:
         """
         if self._of_rows is not None:
             _add_product(self._of_rows[row_part], grad_logits, self._weight[token_part])
-        if self._place is not None:
-            self._place.add(token_part, grad_logits.T @ self._rows[row_part])
-        if self._of_weight is not None:
-            _add_product(self._of_weight[token_part], grad_logits.T, self._rows[row_part])
+        if self._place is not None or self._of_weight is not None:
+            self._add_to_weight(token_part, grad_logits.T, self._rows[row_part])
         if self._of_bias is not None:
             self._of_bias[token_part] += grad_logits.sum(dim=0, dtype=self._of_bias.dtype)
+
+    def _add_to_weight(self, token_part: slice, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Add `left @ right` to the gradient of some tokens, piece by piece.
+
+        With few rows a slice is the whole vocabulary. Its product would exist once more in full: on its way to the
+        place, or in float32 inside an operator that has no instructions for half precision.
+        """
+        for part in _slices(len(left), default_slice_size(left.device, right.shape[1])):
+            tokens = slice(token_part.start + part.start, token_part.start + part.stop)
+            if self._place is not None:
+                self._place.add(tokens, left[part] @ right)
+            elif self._of_weight is not None:
+                _add_product(self._of_weight[tokens], left[part], right)
 
     def result(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Return the gradients of rows, weight and bias; None where none was wanted, or the place has it."""
@@ -301,13 +312,9 @@ class _Gradients:
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """Add `left @ right` to a total, which may be of a wider dtype, in place."""
-    if total.dtype == left.dtype and total.dtype.itemsize > 2:
+    if total.dtype == left.dtype:
         total.addmm_(left, right)
         return
-    # A product of half precision exists in another dtype first, float32 inside the operator or the narrow one here: a
-    # piece of the whole at a time.
+    # The product exists in the narrow dtype first: a piece of the whole at a time.
     for part in _slices(len(total), default_slice_size(total.device, total.shape[1])):
-        if total.dtype == left.dtype:
-            total[part].addmm_(left[part], right)
-        else:
-            total[part] += left[part] @ right
+        total[part] += left[part] @ right

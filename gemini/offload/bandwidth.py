@@ -6,6 +6,7 @@ Knows files and patterns of transfers. Must not know what the figures are used f
 from __future__ import annotations
 
 import enum
+import errno
 import itertools
 import logging
 import os
@@ -18,8 +19,10 @@ from pathlib import Path
 
 import torch
 
+from gemini.errors import OffloadIOError
 from gemini.offload.arena import HostArena
 from gemini.offload.io import (
+    IoBackend,
     IoEngine,
     IoFile,
     IoOpenFlag,
@@ -83,20 +86,27 @@ def measure_disk(
     """
     if nbytes < 2 * BLOCK_NBYTES or seconds <= 0:
         raise ValueError(f"expected at least {2 * BLOCK_NBYTES} bytes and more than 0 s, got {nbytes} and {seconds}")
-    num_blocks = nbytes // BLOCK_NBYTES
+    try:
+        with tempfile.TemporaryDirectory(prefix="gemini-bandwidth-", dir=path) as directory:
+            found = _measure(Path(directory) / "file", nbytes // BLOCK_NBYTES, seconds, choose_backend(engine))
+    except OffloadIOError:
+        raise
+    except OSError as error:  # the directory's
+        raise OffloadIOError("measure the disk of", os.fsdecode(path), error.errno or errno.EIO) from error
+    if not found.is_direct:
+        _log.warning("%s does not take O_DIRECT: its bandwidth was measured through the page cache", path)
+    return found
+
+
+def _measure(path: Path, num_blocks: int, seconds: float, backend: IoBackend) -> DiskBandwidth:
     arena = HostArena(TierLedger({}))
     buffers = [arena.allocate(BLOCK_NBYTES, "bandwidth").random_(0, 256) for _ in range(NUM_BUFFERS)]
     flags = IoOpenFlag.READ | IoOpenFlag.WRITE | IoOpenFlag.CREATE | IoOpenFlag.DIRECT
-    with (
-        tempfile.TemporaryDirectory(prefix="gemini-bandwidth-", dir=path) as directory,
-        IoEngine(choose_backend(engine), queue_depth=QUEUE_DEPTH, num_threads=QUEUE_DEPTH) as io,
-    ):
-        file = io.open(Path(directory) / "file", flags)
+    with IoEngine(backend, queue_depth=QUEUE_DEPTH, num_threads=QUEUE_DEPTH) as engine:
+        file = engine.open(path, flags)
         fill_file(file, buffers, num_blocks)
         read, write, mixed = (run_pattern(file, pattern, buffers, num_blocks, seconds=seconds) for pattern in IoPattern)
         is_direct = file.is_direct
-    if not is_direct:
-        _log.warning("%s does not take O_DIRECT: its bandwidth was measured through the page cache", path)
     return DiskBandwidth(read_bytes_per_s=read, write_bytes_per_s=write, mixed_bytes_per_s=mixed, is_direct=is_direct)
 
 

@@ -124,6 +124,13 @@ class IoStats:
     nbytes_read: int
     nbytes_written: int
 
+    def __sub__(self, earlier: IoStats) -> IoStats:
+        """Return what was moved since an earlier look."""
+        return IoStats(
+            nbytes_read=self.nbytes_read - earlier.nbytes_read,
+            nbytes_written=self.nbytes_written - earlier.nbytes_written,
+        )
+
 
 def _describe(buffer: torch.Tensor | IoBuffer) -> IoBuffer:
     if isinstance(buffer, IoBuffer):

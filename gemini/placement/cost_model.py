@@ -232,8 +232,8 @@ def transformer_flops(
         num_layers: with attention.
         hidden_size: all heads of a layer together.
         sequence_length: tokens that a token attends to; none is taken to be masked away.
-        num_recomputed_params: those of `num_params` in blocks that activation checkpointing runs again in backward;
-            attention then is too.
+        num_recomputed_params: those of `num_params` that activation checkpointing multiplies with again in backward;
+            attention then is too. torch's stops a block as soon as backward has all it needs, before the last matrix.
 
     Returns:
         The operations.

@@ -100,6 +100,7 @@ struct Request : Transfer {
     int64_t nbytes_done = 0;
     int32_t status = 0;
     int32_t num_retries = 0;
+    bool is_waited_for = false;
     bool is_via_direct = false;      // its present transfer
     bool is_direct_refused = false;  // a direct transfer of it came back with -EINVAL
     bool is_complete = false;
@@ -190,7 +191,7 @@ struct gn_io {
 
     File* find_file_locked(int32_t number);
     int32_t check_locked(const gn_io_request& request);
-    const Request* find_unfinished_or_failed_locked(uint64_t ticket);
+    Request* find_unfinished_or_failed_locked(uint64_t ticket);
 
     const pid_t pid_ = getpid();
     int32_t queue_depth_ = 0;
@@ -409,7 +410,7 @@ int32_t gn_io::submit(const gn_io_request* requests, int64_t count, uint64_t* ti
     return 0;
 }
 
-const gn::io::Request* gn_io::find_unfinished_or_failed_locked(uint64_t ticket) {
+gn::io::Request* gn_io::find_unfinished_or_failed_locked(uint64_t ticket) {
     auto found = requests_.find(ticket);
     return found == requests_.end() ? nullptr : found->second.get();
 }
@@ -423,6 +424,7 @@ int32_t gn_io::wait(uint64_t ticket, int64_t timeout_ns, gn_io_result* result) {
     };
     if (!is_complete()) {
         if (timeout_ns == 0) return -ETIMEDOUT;
+        find_unfinished_or_failed_locked(ticket)->is_waited_for = true;
         ++num_waiters_;
         bool in_time = true;
         if (timeout_ns < 0 || timeout_ns > gn::io::kLongestWaitNs)
@@ -508,7 +510,6 @@ bool gn_io::submit_batch(int32_t count) {
             auto* refused = static_cast<Request*>(batch_[static_cast<size_t>(position++)]);
             refused->result = taken;
             settle_locked(refused);
-            request_completed_.notify_all();
         }
     }
     if (position == count) return false;
@@ -526,7 +527,6 @@ int32_t gn_io::collect() {
     if (count == 0) return 0;
     std::lock_guard<std::mutex> lock(mutex_);
     for (int32_t i = 0; i < count; ++i) settle_locked(static_cast<Request*>(batch_[static_cast<size_t>(i)]));
-    request_completed_.notify_all();
     return count;
 }
 
@@ -565,9 +565,10 @@ void gn_io::retry_locked(Request* request, int32_t status) {
     queue_.push_back(request);
 }
 
-// The caller notifies request_completed_.
+// Wakes only who waits for this request: a caller with many in flight would otherwise wake at each.
 void gn_io::complete_locked(Request* request, int32_t status) {
     --request->file->num_users;
+    if (request->is_waited_for) request_completed_.notify_all();
     if (status == 0) {
         requests_.erase(request->ticket);
         return;
@@ -578,7 +579,6 @@ void gn_io::complete_locked(Request* request, int32_t status) {
 
 void gn_io::cancel_queued_locked() {
     while (!queue_.is_empty()) complete_locked(queue_.pop(), -ECANCELED);
-    request_completed_.notify_all();
 }
 
 // Sleep until something was submitted or has finished. The kernel being short of resources gives no

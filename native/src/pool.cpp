@@ -97,7 +97,7 @@ struct CopyJob final : Job {
 };
 
 struct SweepJob final : Job {
-    static constexpr int64_t kPiecesPerBlock = 128;
+    static constexpr int64_t kPiecesPerBlock = 256;
 
     std::vector<gn_sweep_buffer> buffers;
     uint64_t* checksum;

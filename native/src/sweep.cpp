@@ -9,33 +9,40 @@
 namespace gn {
 namespace {
 
-// A cache line.
-struct Line {
-    static constexpr int kNumWords = 8;
-    static constexpr int64_t kNbytes = 64;
-    uint64_t words[kNumWords];
-};
+constexpr int64_t kLineNbytes = 64;
 
-// Bytes of all buffers together that one piece covers: few enough for the first-level cache, enough for the
-// processor to see a stream in each buffer.
-constexpr int64_t kPieceNbytes = 12 * 1024;
+// Bytes of all buffers together that one piece covers. Up to twice as many are as fast; with four times as
+// many a core moves a quarter less.
+constexpr int64_t kPieceNbytes = 3584;
+
+// The vector that every processor of the instruction sets here has, at any address.
+typedef uint64_t Words __attribute__((vector_size(16), aligned(1), may_alias));
 
 template <bool kIsInverted>
-inline void sweep_line(char* data, size_t nbytes, Line& sums) {
-    Line line = {};
-    memcpy(&line, data, nbytes);
-    for (int k = 0; k < Line::kNumWords; ++k) sums.words[k] ^= line.words[k];
-    if (!kIsInverted) return;
-    for (int k = 0; k < Line::kNumWords; ++k) line.words[k] = ~line.words[k];
-    memcpy(data, &line, nbytes);
+inline Words sweep_line(void* line) {
+    Words* words = static_cast<Words*>(line);
+    const Words a = words[0], b = words[1], c = words[2], d = words[3];
+    if (kIsInverted) {
+        words[0] = ~a;
+        words[1] = ~b;
+        words[2] = ~c;
+        words[3] = ~d;
+    }
+    return (a ^ b) ^ (c ^ d);
 }
 
 template <bool kIsInverted>
-void sweep_bytes(char* data, int64_t nbytes, Line& sums) {
+uint64_t sweep_bytes(char* data, int64_t nbytes) {
+    Words sum = {};
     int64_t i = 0;
-    for (; i + Line::kNbytes <= nbytes; i += Line::kNbytes)
-        sweep_line<kIsInverted>(data + i, Line::kNbytes, sums);
-    if (i < nbytes) sweep_line<kIsInverted>(data + i, static_cast<size_t>(nbytes - i), sums);
+    for (; i + kLineNbytes <= nbytes; i += kLineNbytes) sum ^= sweep_line<kIsInverted>(data + i);
+    if (i < nbytes) {
+        char line[kLineNbytes] = {};
+        memcpy(line, data + i, static_cast<size_t>(nbytes - i));
+        sum ^= sweep_line<kIsInverted>(line);
+        if (kIsInverted) memcpy(data + i, line, static_cast<size_t>(nbytes - i));
+    }
+    return sum[0] ^ sum[1];
 }
 
 }  // namespace
@@ -58,22 +65,18 @@ int64_t num_sweep_pieces(const gn_sweep_buffer* buffers, int64_t num_buffers) {
 
 uint64_t run_sweep(const gn_sweep_buffer* buffers, int64_t num_buffers, int64_t begin, int64_t end) {
     const int64_t num_pieces = num_sweep_pieces(buffers, num_buffers);
-    Line sums = {};
+    uint64_t sum = 0;
     for (int64_t piece = begin; piece < end; ++piece) {
         for (int64_t i = 0; i < num_buffers; ++i) {
-            const int64_t num_lines = (buffers[i].nbytes + Line::kNbytes - 1) / Line::kNbytes;
-            const int64_t share = (num_lines + num_pieces - 1) / num_pieces * Line::kNbytes;
+            const int64_t num_lines = (buffers[i].nbytes + kLineNbytes - 1) / kLineNbytes;
+            const int64_t share = (num_lines + num_pieces - 1) / num_pieces * kLineNbytes;
             const int64_t first = std::min(buffers[i].nbytes, piece * share);
             const int64_t nbytes = std::min(share, buffers[i].nbytes - first);
             char* data = static_cast<char*>(buffers[i].data) + first;
-            if (buffers[i].mode == GN_SWEEP_READ)
-                sweep_bytes<false>(data, nbytes, sums);
-            else
-                sweep_bytes<true>(data, nbytes, sums);
+            sum ^= buffers[i].mode == GN_SWEEP_READ ? sweep_bytes<false>(data, nbytes)
+                                                    : sweep_bytes<true>(data, nbytes);
         }
     }
-    uint64_t sum = 0;
-    for (const uint64_t word : sums.words) sum ^= word;
     return sum;
 }
 

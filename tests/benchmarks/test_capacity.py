@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -31,25 +31,30 @@ def test_a_shape_has_the_parameters_it_says(tmp_path: Path, layers: int, tokens:
     assert sum(param.numel() for param in meta_model(attempt).parameters()) == attempt.num_params
 
 
-def test_the_first_attempt_is_the_smallest_shape_that_the_disk_cannot_hold(tmp_path: Path) -> None:
-    shapes = list(range(24, 3, -1))
-    ram_nbytes = 1 << 30
-    (refused, reason), (tried, none) = islice(
-        capacity.planned_attempts(attempt_with(tmp_path, ram_nbytes=ram_nbytes), shapes), 2
+def test_plans_end_with_the_smallest_shape_that_the_disk_cannot_hold(tmp_path: Path) -> None:
+    attempt = attempt_with(tmp_path, ram_nbytes=1 << 30)
+    refused, (tried, second) = capacity.planned_attempts(attempt, range(24, 3, -1), 2)
+    assert refused is not None
+    assert refused["why"].startswith("nvme tier is short by ")
+    assert (tried.layers, second.layers) == (refused["layers"] - 1, refused["layers"] - 2)
+    both_nbytes = attempt.ram_nbytes + attempt.disk_nbytes
+    assert tried.num_params * 12 < both_nbytes < refused["params"] * 14 + attempt.ram_nbytes
+
+
+@pytest.mark.parametrize(
+    ("start", "largest_ok", "expected"),
+    [(3, 5, [3, 4, 5, 6]), (6, 5, [6, 5]), (5, 6, [5, 6, 7]), (4, 9, [4, 5, 6, 7]), (9, 3, [9, 8, 7, 6])],
+)
+def test_a_search_ends_between_what_does_and_what_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: int, largest_ok: int, expected: list[int]
+) -> None:
+    """Attempts 9 to 3, numbered by their layers; at most four of them."""
+    monkeypatch.setattr(
+        capacity, "run", lambda attempt, _: {"layers": attempt.layers, "ok": attempt.layers <= largest_ok}
     )
-    assert reason is not None
-    assert reason.startswith("nvme tier is short by ")
-    assert none is None
-    assert tried.layers == refused.layers - 1
-    assert tried.num_params * 12 < ram_nbytes + tried.disk_nbytes < refused.num_params * 14 + ram_nbytes
-
-
-def test_the_first_attempt_of_a_peer_should_not_fit(tmp_path: Path) -> None:
-    attempt = attempt_with(tmp_path, system="plain")
-    tried = [each for each, _ in islice(capacity.peer_attempts(attempt, list(range(24, 3, -1))), 3)]
-    room_nbytes = attempt.ram_nbytes - attempt.base_nbytes
-    assert [each.num_params * 16 > room_nbytes for each in tried] == [True, False, False]
-    assert tried[0].layers - 2 == tried[1].layers - 1 == tried[2].layers
+    attempts = [attempt_with(tmp_path, layers=layers) for layers in range(9, 2, -1)]
+    rows = capacity.search(attempts, 9 - start, argparse.Namespace(attempts=4, timeout=1.0))
+    assert [row["layers"] for row in rows] == expected
 
 
 @pytest.mark.slow

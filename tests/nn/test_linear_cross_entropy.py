@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -350,3 +352,28 @@ def test_half_precision_sums_over_many_slices_are_as_exact_as_torchs(slicing: An
     reference = whole.gradients(plain(whole))
     for ours, torchs, true in zip(found, reference, wanted, strict=True):
         assert distance(ours, true) <= 1.2 * distance(torchs, true)
+
+
+PEAK_OF_BACKWARD = """
+import pathlib, torch
+from gemini.nn import linear_cross_entropy
+
+def resident_nbytes(key):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+hidden = torch.full((2, 1024), 0.01).bfloat16().requires_grad_()
+weight = torch.full((20000, 1024), 0.01).bfloat16().requires_grad_()
+loss = linear_cross_entropy(hidden, weight, torch.tensor([3, 19999]))
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
+before = resident_nbytes("VmRSS:")
+loss.backward()
+print(resident_nbytes("VmHWM:") - before)
+"""
+
+
+def test_half_precision_gradients_of_the_weight_have_no_float32_copy() -> None:
+    """Operators keep one where the processor has no bfloat16 instructions; no tracker of tensors sees it."""
+    done = subprocess.run([sys.executable, "-c", PEAK_OF_BACKWARD], capture_output=True, text=True, check=True)
+    weight_nbytes = 2 * 20_000 * 1024
+    assert weight_nbytes <= int(done.stdout) < 2 * weight_nbytes  # 3 x with the copy

@@ -300,7 +300,7 @@ def test_a_tied_weights_chunk_is_complete_once_its_last_use_has_delivered(
 
             tied = engine.runtime.layout.slot_by_name["embedding.weight"].chunk_id
             events = [event for event, chunk_id in recorder.events if chunk_id == tied]
-            assert events.count("complete") == (1 if place != "device" else events.count("complete"))
-            assert events[:2] == ["change", "change"]
-            assert "change" not in events[events.index("complete") if "complete" in events else len(events) :]
+            assert events.count("complete") == 1
+            assert events.count("change") >= 2
+            assert events[-1] == "complete"
             engine.zero_grad()

@@ -442,9 +442,9 @@ def traffic_of(case: Case, config: Any, *, num_micro_batches: int = 1) -> dict[s
         transfers, moved = engine.runtime.resources.transfers, {"down": 0, "up": 0}
 
         def counting(name: str, copy: Callable[..., Any]) -> Callable[..., Any]:
-            def call(dst: torch.Tensor, src: torch.Tensor, **fields: Any) -> Any:
+            def call(dst: torch.Tensor, src: torch.Tensor, **options: Any) -> Any:
                 moved[name] += src.nbytes
-                return copy(dst, src, **fields)
+                return copy(dst, src, **options)
 
             return call
 
