@@ -4,7 +4,8 @@
 Without them every backward pass sends its gradients down, where they are added to those that wait. An accumulator
 is the same float32 sum, added in the same order and so with the same bits, on the device. It goes home in the last
 pass, as soon as it is complete. Which pass is the last is what the step before tells; if another one follows all the
-same, the sum goes home once more.
+same, the sum goes home once more. Chunks with an accumulator are resident, because a copy of the weights saves more and
+so takes the room first. Such chunks are never updated ahead of the step, so nobody need know that a sum is complete.
 """
 
 from __future__ import annotations
@@ -63,6 +64,11 @@ class GradientAccumulators:
 
     def __contains__(self, chunk_id: int) -> bool:
         return chunk_id in self._by_chunk
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes that all sums take."""
+        return sum(accumulator.buffer.nbytes for accumulator in self._by_chunk.values())
 
     def unsent(self) -> list[int]:
         """Return the chunks to whose sums something was added that has not been sent home."""
