@@ -24,7 +24,7 @@ help:  ## say what can be made (this text)
 
 setup: $(BUILT)  ## make .venv and build the native module; keeps a torch that is already installed
 
-quickstart: $(BUILT)  ## train a model larger than its memory budget, in two to three minutes
+quickstart: $(BUILT)  ## train a model larger than its memory budget, in a few minutes
 	$(PY) examples/quickstart.py
 
 test: $(BUILT)  ## run the tests; those that need a GPU say so and are skipped without one

@@ -84,7 +84,8 @@ class GeminiConfig:
     fractions per tier, a PlacementPlan is taken as it is."""
     gradient_accumulation: bool = True
     """Whether several backward passes may come before one optimizer step. Gradients then wait as float32 (4 bytes a
-    parameter); False keeps them in the working dtype (2 bytes) and makes a second backward an error."""
+    parameter); False keeps them in the working dtype, and if that is a half precision (2 bytes) makes a second backward
+    an error."""
     num_batch_slices: int = 1
     """Slices in which a batch passes through each repeated block, forward and backward, so that a large batch takes the
     activations of a small one while weights, gradients and state still move once a step. More than one runs every block
@@ -116,8 +117,9 @@ class GeminiConfig:
     """Instruction set of the native kernels; all give the same bits, forcing one is for tests."""
     cpu_allocator: Literal["auto", "pool", "system"] = "auto"
     """Who serves torch's CPU memory, for the whole process. "pool": `gemini.heap`, which keeps the process small; it
-    is compiled on first use, and it is an error if that fails. "system": torch's own, over malloc. "auto": the pool
-    if forward and backward run on the CPU and it can be had."""
+    is compiled on first use, and it is an error if that fails. "system": what is there: torch's own over malloc until an
+    engine of this process installs the pool (`gemini.heap.uninstall` takes it out). "auto": the pool if
+    forward and backward run on the CPU and it can be had."""
     initial_loss_scale: float = 2.0**16
     """First loss scale for float16; a power of two."""
     seed: int = 0

@@ -161,6 +161,11 @@ class GeminiDDP(torch.nn.Module):
                 "GeminiDDP.memory_report: a prediction needs both profile= (from gemini.measure_hardware) and flops= "
                 "(from gemini.transformer_flops, or counted); give both or neither"
             )
+        if flops is not None and not isinstance(flops, StepFlops):
+            raise ConfigError(
+                "GeminiDDP.memory_report: flops: expected StepFlops, such as gemini.transformer_flops returns, got "
+                f"{flops!r}"
+            )
         return make_report(self._runtime, profile, flops, disk_at_start=self._disk_at_start)
 
     def trace_memory(self) -> AbstractContextManager[None]:

@@ -94,7 +94,7 @@ class HybridAdam(torch.optim.Optimizer):
             raise ConfigError("HybridAdam: the parameters belong to different GeminiDDPs; use one optimizer for each")
         if self._runtime is None:
             self._runtime = runtime
-            if runtime.num_steps:
+            if runtime.optimizer is not None:
                 runtime.finish_updates()
                 reset_moments(runtime)  # another optimizer's
             runtime.optimizer = weakref.ref(self)
@@ -233,13 +233,17 @@ class HybridAdam(torch.optim.Optimizer):
                 )
         self.runtime.finish_updates()
         for group, saved in zip(self.param_groups, groups, strict=True):
-            group.update({key: value for key, value in saved.items() if key in group and key != "params"})
+            group.update({key: value for key, value in saved.items() if key != "params"})  # a scheduler's too
         self.state.clear()
         for index, param in zip(ids, params, strict=True):
+            slot = self._slots[id(param)]
             entry = state_dict["state"].get(index)
-            if entry is not None:
-                load_moments(self.runtime, self._slots[id(param)], entry["exp_avg"], entry["exp_avg_sq"])
-                self.state[param]["step"] = int(entry["step"])
+            if entry is None:  # never updated
+                zeros = torch.zeros(()).expand(slot.spec.shape)
+                load_moments(self.runtime, slot, zeros, zeros)
+                continue
+            load_moments(self.runtime, slot, entry["exp_avg"], entry["exp_avg_sq"])
+            self.state[param]["step"] = int(entry["step"])
 
     def _index_of_params(self) -> dict[int, int]:
         params = (param for group in self.param_groups for param in group["params"])

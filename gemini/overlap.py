@@ -26,7 +26,7 @@ from gemini.kernels.device import DeviceKernels
 from gemini.kernels.pool import Ticket
 from gemini.offload.home import TiledHome
 from gemini.offload.transfer import Mark
-from gemini.placement.overlap import OverlapMode, choose_overlap, smoothed_rate
+from gemini.placement.overlap import OverlapMode, choose_overlap, smoothed_rate, why_not_ahead
 from gemini.tiers import MemoryTier
 from gemini.update import UpdateJob, tiles_of, update_on_device
 from gemini.update_worker import UpdateWorker
@@ -274,6 +274,11 @@ class Overlap:
             self.last_step = now - self._times_before
         self._times_before = now
         self._choose_mode()
+
+    @property
+    def why_not_ahead(self) -> str | None:
+        """Why updates do not run ahead of the step although they were asked to."""
+        return why_not_ahead(self._asked, has_spares=self._has_spares, clip_rate=self._clip_rate)
 
     def _choose_mode(self) -> None:
         last = self.last_step

@@ -102,7 +102,7 @@ def _sum_rows(gradient: torch.Tensor, token_ids: torch.Tensor, padding_idx: int)
     Returns:
         Rows, sorted int64 [num_rows], and their gradients, [num_rows, hidden_size].
     """
-    flat_ids, flat = token_ids.reshape(-1), gradient.reshape(token_ids.numel(), -1)
+    flat_ids, flat = token_ids.reshape(-1), gradient.reshape(token_ids.numel(), gradient.shape[-1])
     if padding_idx >= 0:
         is_kept = flat_ids != padding_idx
         flat_ids, flat = flat_ids[is_kept], flat[is_kept]

@@ -53,6 +53,8 @@ class UpdateReport:
     """`GeminiConfig.overlap`."""
     overlap: str
     """The mode in force, of the coming step."""
+    why_not_asked: str | None
+    """Why that is not the mode asked for; None if it is, or "auto" was."""
     num_updates: int
     """Chunks that steps have updated, since construction."""
     num_ahead: int
@@ -66,8 +68,9 @@ class UpdateReport:
     """Seconds of that step, from the end of the one before to its own; None before the second step."""
 
     def __str__(self) -> str:
+        why = "" if self.why_not_asked is None else f", but {self.why_not_asked}"
         text = (
-            f"overlap {self.overlap} (asked for: {self.overlap_asked}); {self.num_updates} updates of chunks, "
+            f"overlap {self.overlap} (asked for: {self.overlap_asked}{why}); {self.num_updates} updates of chunks, "
             f"{self.num_ahead} started ahead of the step, {self.num_redone} of them redone"
         )
         if self.busy_s is not None and self.step_s is not None:
@@ -261,6 +264,7 @@ def _update_report(runtime: Runtime) -> UpdateReport:
     return UpdateReport(
         overlap_asked=runtime.config.overlap,
         overlap=overlap.mode.value,
+        why_not_asked=overlap.why_not_ahead,
         num_updates=overlap.stats.num_updates,
         num_ahead=overlap.stats.num_ahead,
         num_redone=overlap.stats.num_redone,

@@ -16,8 +16,8 @@ IO_ALIGNMENT_NBYTES = 4096
 """Offsets, lengths and buffers of direct I/O are multiples of this."""
 
 _UNITS = {"": 1, "B": 1}
-_UNITS |= {f"{prefix}B": 1000 ** (power + 1) for power, prefix in enumerate("KMGT")}
-_UNITS |= {f"{prefix}IB": 1024 ** (power + 1) for power, prefix in enumerate("KMGT")}
+_UNITS |= {f"{prefix}B": 1000 ** (power + 1) for power, prefix in enumerate("KMGTP")}
+_UNITS |= {f"{prefix}IB": 1024 ** (power + 1) for power, prefix in enumerate("KMGTP")}
 _NBYTES_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -36,8 +36,8 @@ def parse_nbytes(text: str | int, *, name: str) -> int:
     """Turn "6GiB", "512 MB" or a number of bytes into bytes.
 
     Args:
-        text: an int (bytes) or a number followed by B, KB, MB, GB, TB (powers of 1000) or
-            KiB, MiB, GiB, TiB (powers of 1024), in any case.
+        text: an int (bytes) or a number followed by B, KB, MB, GB, TB, PB (powers of 1000) or
+            KiB, MiB, GiB, TiB, PiB (powers of 1024), in any case.
         name: the option's name, for the error message.
 
     Returns:

@@ -313,7 +313,8 @@ class ChunkCore:
             self._settle_update(chunk)
         if chunk.is_leased:
             check_transition(chunk.name, chunk.state, ChunkState.UPDATING)
-        if chunk.slot is not None and not chunk.is_resident and self._is_viewed(chunk.slot):
+        is_shown = chunk.compute is not None and not chunk.is_resident  # a fetch under way will be abandoned
+        if chunk.slot is not None and is_shown and self._is_viewed(chunk.slot):
             raise _viewed_error(chunk)
 
     def begin_update(self, chunk_id: int, *, keeps_slot: bool = False) -> Chunk:

@@ -129,9 +129,10 @@ class Fetch:
         for ticket in tickets:
             with suppress(GeminiError):
                 ticket.wait()
-        self._reads.clear()
         for upload in self._uploads:
             upload.wait_on_host()
+        for started in (self._reads, self._copies, self._uploads):
+            started.clear()  # they refer to the buffers
 
     def _upload_what_was_read(self) -> None:
         for run, ticket in self._reads:

@@ -20,7 +20,7 @@ import torch
 
 from gemini.errors import ModelError
 from gemini.nn.deferred_logits import DeferredLogits
-from gemini.nn.linear_cross_entropy import Slicing, linear_cross_entropy, next_token_labels
+from gemini.nn.linear_cross_entropy import Slicing, check_options, linear_cross_entropy, next_token_labels
 
 __all__ = ["use_plain_loss", "use_sliced_loss"]
 
@@ -47,9 +47,11 @@ def use_sliced_loss(
         keep_logits: hold the logits, once, from forward to backward: faster where they fit.
 
     Raises:
+        ConfigError: an option has no meaning.
         ModelError: the model has no output layer that is a Linear, or a loss of its own. In a forward with labels: the
             model needs the logits for something other than this loss.
     """
+    check_options("mean", 0.0, slicing, slice_size, keep_logits)
     inner = _causal_lm_in(model)
     use_plain_loss(inner)
     _output_layer_of(inner)

@@ -15,7 +15,15 @@ from gemini.errors import ConfigError
 from gemini.gradient_sink import use_of
 from gemini.nn.sliced_head import LogitsFn, SlicedHead, TargetLogProbs, default_slice_size
 
-__all__ = ["LinearCrossEntropyLoss", "LogitsFn", "Reduction", "Slicing", "linear_cross_entropy", "next_token_labels"]
+__all__ = [
+    "LinearCrossEntropyLoss",
+    "LogitsFn",
+    "Reduction",
+    "Slicing",
+    "check_options",
+    "linear_cross_entropy",
+    "next_token_labels",
+]
 
 Reduction = Literal["none", "mean", "sum"]
 Slicing = Literal["rows", "vocabulary"]
@@ -83,7 +91,7 @@ def linear_cross_entropy(
             keep_logits=keep_logits,
         )
     _check(hidden, weight, labels, bias)
-    _check_options(reduction, label_smoothing, slicing, slice_size)
+    check_options(reduction, label_smoothing, slicing, slice_size, keep_logits)
     weight_use = use_of(weight)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -152,7 +160,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         keep_logits: bool = False,
     ) -> None:
         super().__init__()
-        _check_options(reduction, label_smoothing, slicing, slice_size)
+        check_options(reduction, label_smoothing, slicing, slice_size, keep_logits)
         self.ignore_index = ignore_index
         self.reduction: Reduction = reduction
         self.label_smoothing = label_smoothing
@@ -200,7 +208,10 @@ def _check(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, bia
         )
 
 
-def _check_options(reduction: str, label_smoothing: float, slicing: str, slice_size: int | None) -> None:
+def check_options(
+    reduction: str, label_smoothing: float, slicing: str, slice_size: int | None, keep_logits: bool
+) -> None:
+    """Raise ConfigError if an option of `linear_cross_entropy` has no meaning."""
     if reduction not in ("none", "mean", "sum"):
         raise ConfigError(f'linear_cross_entropy: reduction is "none", "mean" or "sum", got {reduction!r}')
     if not 0.0 <= label_smoothing <= 1.0:
@@ -209,6 +220,8 @@ def _check_options(reduction: str, label_smoothing: float, slicing: str, slice_s
         raise ConfigError(f'linear_cross_entropy: slicing is "rows" or "vocabulary", got {slicing!r}')
     if slice_size is not None and slice_size < 1:
         raise ConfigError(f"linear_cross_entropy: slice_size is at least 1, got {slice_size}")
+    if not isinstance(keep_logits, bool):
+        raise ConfigError(f"linear_cross_entropy: keep_logits is True or False, got {keep_logits!r}")
 
 
 def _check_range(row_labels: torch.Tensor, is_counted: torch.Tensor, num_tokens: int) -> None:

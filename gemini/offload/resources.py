@@ -16,7 +16,7 @@ from gemini.kernels.cpu import Isa, resolve_isa
 from gemini.kernels.pool import WorkerPool
 from gemini.kernels.topology import read_topology
 from gemini.offload.arena import HostArena
-from gemini.offload.store import DiskStore
+from gemini.offload.store import DiskStore, check_directory
 from gemini.offload.transfer import CpuTransfers, CudaTransfers, SimulatedTransfers, Transfers
 from gemini.tiers import MemoryTier, TierLedger, parse_nbytes
 
@@ -150,6 +150,8 @@ def open_resources(config: GeminiConfig, budgets: dict[MemoryTier, int | None], 
         if config.nvme is None:
             raise ConfigError("this plan puts bytes on disk: give GeminiConfig(nvme=NVMeConfig(path=..., budget=...))")
         store = DiskStore(config.nvme, capacity_nbytes=disk_nbytes)
+    elif config.nvme is not None:
+        check_directory(Path(config.nvme.path))  # a mistake would show only when a larger model needs the disk
     num_threads = config.num_threads or min(len(os.sched_getaffinity(0)), MAX_DEFAULT_THREADS)
     pool = WorkerPool(num_threads, isa=isa)
     nodes = [node for node, _ in read_topology().nodes]

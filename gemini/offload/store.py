@@ -50,7 +50,7 @@ from gemini.offload.io import (
 )
 from gemini.tiers import IO_ALIGNMENT_NBYTES, format_nbytes, round_up
 
-__all__ = ["DiskStore", "ExtentTransfer", "SwapHeader"]
+__all__ = ["DiskStore", "ExtentTransfer", "SwapHeader", "check_directory"]
 
 _log = logging.getLogger(__name__)
 
@@ -299,7 +299,7 @@ class DiskStore:
 
 def _take_file(path: Path) -> int:
     """Open and lock the swap file, taking over one whose owner is gone; returns the descriptor of the lock."""
-    _check_directory(path.parent)
+    check_directory(path.parent)
     while True:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -316,7 +316,8 @@ def _take_file(path: Path) -> int:
         os.close(fd)  # its owner removed it between our open and our lock
 
 
-def _check_directory(directory: Path) -> None:
+def check_directory(directory: Path) -> None:
+    """Raise OffloadIOError if there is no such directory."""
     try:
         is_directory = directory.is_dir()
         directory.stat()

@@ -155,8 +155,8 @@ def _seconds(amount: float, rate: float | None, what: str) -> float:
         return 0.0
     if rate is None:
         raise ConfigError(
-            f"the hardware profile has no rate for {what}, which this plan needs: measure it with the engine's own "
-            "device, and with the directory of its swap file if it has one"
+            f"the hardware profile has no rate for {what}, which this plan needs: call "
+            "gemini.measure_hardware with the engine's own device= and, if it has one, its swap file's directory"
         )
     return amount / rate
 

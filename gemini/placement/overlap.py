@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 
-__all__ = ["CLIP_RATE_LIMIT", "OverlapMode", "choose_overlap", "smoothed_rate"]
+__all__ = ["CLIP_RATE_LIMIT", "OverlapMode", "choose_overlap", "smoothed_rate", "why_not_ahead"]
 
 CLIP_RATE_LIMIT = 0.5
 """Share of clipped steps from which on updating ahead is not worth it: each clipped step does all of it again."""
@@ -38,6 +38,26 @@ def smoothed_rate(rate: float | None, happened: bool) -> float:
         The share, from 0 to 1.
     """
     return float(happened) if rate is None else (1 - RATE_WEIGHT) * rate + RATE_WEIGHT * happened
+
+
+def why_not_ahead(asked: OverlapMode | None, *, has_spares: bool, clip_rate: float | None) -> str | None:
+    """Say why updates do not run ahead of the step although the user wants it; None if they do, or nobody asked.
+
+    Args:
+        asked: what the user wants.
+        has_spares: whether tiles have spare places to be updated ahead to.
+        clip_rate: share of steps whose gradients were clipped or skipped; None before the first.
+
+    Returns:
+        The reason.
+    """
+    if asked is not OverlapMode.SPECULATIVE:
+        return None
+    if not has_spares:
+        return "no tile has weights and state on disk"
+    if clip_rate is None:
+        return "no step has been taken"
+    return "most steps clip" if clip_rate >= CLIP_RATE_LIMIT else None
 
 
 def choose_overlap(

@@ -253,6 +253,16 @@ def test_embeddings_with_options_get_the_gradients_of_torch(options: dict[str, A
         assert torch.equal(waiting_gradient(engine, "0.weight"), expected)
 
 
+@pytest.mark.parametrize("place", ["host", "device"])
+def test_an_embedding_of_no_tokens_can_be_differentiated(place: str) -> None:
+    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4))
+    with GeminiDDP(model, config_for(place)) as engine:
+        optimizer = hybrid_adam(engine.parameters())
+        engine(torch.zeros(2, 0, dtype=torch.int64)).sum().backward()
+        optimizer.step()
+        assert optimizer.last_grad_norm == 0.0
+
+
 def test_a_frozen_embedding_gets_nothing() -> None:
     model = Tied(is_sliced=True)
     model.embedding.weight.requires_grad_(False)

@@ -46,6 +46,21 @@ def with_a_schedule(engine: GeminiDDP, optimizer: HybridAdam, case: Case, batche
     return losses
 
 
+def evaluating_before_the_step(
+    engine: GeminiDDP, optimizer: HybridAdam, case: Case, batches: list[dict[str, Any]]
+) -> list[float]:
+    """An evaluation between backward and step leaves fetches under way that nobody will use."""
+    losses = []
+    for batch in batches:
+        loss = case.loss(engine(**batch))
+        loss.backward()
+        with torch.no_grad():
+            engine(**batch)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 def dropping_gradients(
     engine: GeminiDDP, optimizer: HybridAdam, case: Case, batches: list[dict[str, Any]]
 ) -> list[float]:
@@ -189,6 +204,14 @@ def train(
         torch.manual_seed(2)
         losses = script(engine, optimizer, case, case.batches(NUM_STEPS))
         return Run(losses, engine.master_state_dict()), engine
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_step_ends_fetches_that_nobody_will_use(tmp_path: Path, depth: int) -> None:
+    expected, _ = train("off", "host", tmp_path, evaluating_before_the_step, None)
+    found, _ = train("next-forward", "device", tmp_path, evaluating_before_the_step, None, prefetch_depth=depth)
+    assert found.losses == expected.losses
+    assert same_bits(found.weights, expected.weights)
 
 
 @pytest.mark.parametrize("mode", MODES)
