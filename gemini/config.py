@@ -117,7 +117,7 @@ class GeminiConfig:
     """Instruction set of the native kernels; all give the same bits, forcing one is for tests."""
     cpu_allocator: Literal["auto", "pool", "system"] = "auto"
     """Who serves torch's CPU memory, for the whole process. "pool": `gemini.heap`, which keeps the process small; it
-    is compiled on first use, and it is an error if that fails. "system": what is there: torch's own over malloc until an
+    is compiled on first use, and it is an error if that fails. "system": what is there, torch's own malloc until an
     engine of this process installs the pool (`gemini.heap.uninstall` takes it out). "auto": the pool if
     forward and backward run on the CPU and it can be had."""
     initial_loss_scale: float = 2.0**16

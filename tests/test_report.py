@@ -146,6 +146,7 @@ def test_the_report_tells_which_updates_ran_ahead_and_which_were_redone(tmp_path
     assert before == UpdateReport(
         overlap_asked="speculative",
         overlap="next-forward",  # until a step has shown how many backward passes make one
+        why_not_asked="no step has been taken",
         num_updates=0,
         num_ahead=0,
         num_redone=0,
@@ -153,7 +154,8 @@ def test_the_report_tells_which_updates_ran_ahead_and_which_were_redone(tmp_path
         step_s=None,
     )
     found = report.updates
-    assert (found.overlap_asked, found.overlap) == ("speculative", "speculative")
+    assert (found.overlap_asked, found.overlap, found.why_not_asked) == ("speculative", "speculative", None)
+    assert "(asked for: speculative, but no step has been taken)" in str(before)
     assert (found.num_updates, found.num_ahead, found.num_redone) == (4 * NUM_CHUNKS, 3 * NUM_CHUNKS, NUM_CHUNKS)
     assert json.loads(report.to_json())["updates"] == dataclasses.asdict(found)
     assert (

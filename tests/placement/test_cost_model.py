@@ -187,7 +187,7 @@ def test_a_disk_mixes_what_it_can_and_does_the_rest_alone(read, written, mixed_r
     ],
 )
 def test_a_rate_that_is_needed_and_not_known_is_named(missing, what):
-    with pytest.raises(ConfigError, match=f"no rate for {what}, which this plan needs: measure it with"):
+    with pytest.raises(ConfigError, match=f"no rate for {what}, which this plan needs: call gemini.measure_hardware"):
         predict(WORK, OverlapMode.OFF, dataclasses.replace(PROFILE, **missing))
 
 
