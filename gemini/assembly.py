@@ -15,7 +15,7 @@ import torch
 from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import ChunkLayout, ChunkSpec, build_layout, layout_summary
 from gemini.chunk.module_tree import describe_model
-from gemini.chunk.sharding import ChunkSlice, Sharding, cut_spec, cut_values
+from gemini.chunk.sharding import ChunkShard, Sharding, cut_spec, cut_values
 from gemini.config import GeminiConfig
 from gemini.errors import ConfigError, ModelError, OutOfTierMemoryError
 from gemini.gradients import GradientStore
@@ -59,8 +59,8 @@ class Blueprint:
     """Everything that is decided before a byte is allocated."""
 
     layout: ChunkLayout
-    parts: tuple[ChunkSlice | None, ...]
-    """The slice of each chunk that lives here, by chunk id; None: all of it."""
+    shards: tuple[ChunkShard | None, ...]
+    """The shard of each chunk that lives here, by chunk id; None: all of it."""
     demands: tuple[ChunkDemand, ...]
     shape: RuntimeShape
     plan: PlacementPlan
@@ -91,8 +91,9 @@ def draw_blueprint(model: torch.nn.Module, config: GeminiConfig, *, sharding: Sh
             'GeminiConfig.overlap: "speculative" is for one rank; choose "auto", "next-forward" or "off" when sharding'
         )
     layout = build_layout(describe_model(model, working_dtype=config.dtype), max_small_nbytes=config.min_unit_nbytes)
-    parts = tuple(_part_of(chunk, sharding) for chunk in layout.chunks)
-    demands = tuple(_demand_of(chunk, part, layout, sharding) for chunk, part in zip(layout.chunks, parts, strict=True))
+    shards = tuple(_shard_of(chunk, sharding) for chunk in layout.chunks)
+    pairs = zip(layout.chunks, shards, strict=True)
+    demands = tuple(_demand_of(chunk, shard, layout, sharding) for chunk, shard in pairs)
     shape = RuntimeShape(
         has_device=has_device_tier(config),
         tile_numel=config.tile_numel,
@@ -131,7 +132,7 @@ def draw_blueprint(model: torch.nn.Module, config: GeminiConfig, *, sharding: Sh
         plan = plan_with(shape)
     return Blueprint(
         layout=layout,
-        parts=parts,
+        shards=shards,
         demands=demands,
         shape=shape,
         plan=plan,
@@ -170,23 +171,23 @@ def _checkpoint_reserve_of(config: GeminiConfig, host_nbytes: int) -> int:
     return int(host_nbytes * DEFAULT_CHECKPOINT_RESERVE)
 
 
-def _part_of(chunk: ChunkSpec, sharding: Sharding | None) -> ChunkSlice | None:
-    return None if sharding is None else sharding.group.slice_of(chunk.numel, chunk.dtype.itemsize)
+def _shard_of(chunk: ChunkSpec, sharding: Sharding | None) -> ChunkShard | None:
+    return None if sharding is None else sharding.group.shard_of(chunk.numel, chunk.dtype.itemsize)
 
 
 def _demand_of(
-    chunk: ChunkSpec, part: ChunkSlice | None, layout: ChunkLayout, sharding: Sharding | None
+    chunk: ChunkSpec, shard: ChunkShard | None, layout: ChunkLayout, sharding: Sharding | None
 ) -> ChunkDemand:
     master = state_format_of(chunk.dtype).master_dtype if chunk.is_trainable else None
     is_in_root = chunk.unit_id == layout.root.unit_id
     return ChunkDemand(
         chunk_id=chunk.chunk_id,
-        numel=chunk.numel if part is None else part.numel,
+        numel=chunk.numel if shard is None else shard.numel,
         working_itemsize=chunk.dtype.itemsize,
         master_itemsize=master.itemsize if master is not None else 0,
         is_trainable=chunk.is_trainable,
         is_pinned=is_in_root or (sharding is not None and sharding.keeps_whole_weights),
-        num_ranks=1 if part is None else part.num_ranks,
+        num_ranks=1 if shard is None else shard.num_ranks,
         keeps_whole_gradient=sharding is not None and (is_in_root or sharding.keeps_whole_gradients),
     )
 
@@ -317,13 +318,13 @@ class _Builder:
         initialiser: Initialiser,
     ) -> None:
         chunk_id, blueprint = homes.chunk_id, self.blueprint
-        spec, part, demand = blueprint.layout.chunks[chunk_id], blueprint.parts[chunk_id], blueprint.demands[chunk_id]
+        spec, shard, demand = blueprint.layout.chunks[chunk_id], blueprint.shards[chunk_id], blueprint.demands[chunk_id]
         working, state, grad = _open_homes(demand, homes, blueprint.shape, self.resources)
-        home_spec = spec if part is None else cut_spec(spec, part)
+        home_spec = spec if shard is None else cut_spec(spec, shard)
         values = (initialiser.value_of(slot.spec.name) for slot in home_spec.slots)
         write_home(
             home_spec,
-            values if part is None else cut_values(spec, part, values),
+            values if shard is None else cut_values(spec, shard, values),
             working,
             state,
             tile_numel=blueprint.shape.tile_numel,
@@ -331,13 +332,13 @@ class _Builder:
             isa=self.resources.isa,
         )
         params = [initialiser.params[slot.spec.name] for slot in spec.slots]
-        core.add(spec, params, working, is_resident=homes.is_resident, part=part)
+        core.add(spec, params, working, is_resident=homes.is_resident, shard=shard)
         if state is None or grad is None or homes.grad is None:
             return
         states[chunk_id] = state
         if isinstance(gradients, ShardedGradients):
-            assert part is not None
-            gradients.add_chunk(spec, part, grad, homes.grad, is_kept_whole=demand.keeps_whole_gradient)
+            assert shard is not None
+            gradients.add_chunk(spec, shard, grad, homes.grad, is_kept_whole=demand.keeps_whole_gradient)
         else:
             gradients.add_chunk(spec, grad, homes.grad)
 

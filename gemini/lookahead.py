@@ -121,7 +121,7 @@ class Lookahead:
             self._core.ensure(chunk_id)
 
     def _gather_ahead(self, upcoming: Sequence[int]) -> None:
-        """Start reading slices, and gathering the nearest ones, whatever this rank has to wait for."""
+        """Start reading shards, and gathering the nearest ones, whatever this rank has to wait for."""
         residents = [chunk_id for chunk_id in upcoming if self._core.chunks[chunk_id].is_resident]
         decisions = choose_prefetch(
             [chunk_id for chunk_id in upcoming if chunk_id not in residents],

@@ -203,7 +203,7 @@ class Overlap:
             self._core.end_update(chunk_id)
             return
         job = self._ahead.get(chunk_id)
-        may_refresh = (keeps_slot or chunk.is_resident) and chunk.part is None
+        may_refresh = (keeps_slot or chunk.is_resident) and chunk.shard is None
         copy = chunk.compute if may_refresh else None
         if job is not None:
             job.readers = readers
@@ -244,8 +244,8 @@ class Overlap:
 
     def _segments(self, chunk_id: int, wish: StepWish) -> tuple[AdamSegment, ...]:
         """Return what a wish does to the part of a chunk that its home holds, in the home's coordinates."""
-        part = self._core.chunks[chunk_id].part
-        return wish.segments if part is None else clip_segments(wish.segments, part.begin, part.end)
+        shard = self._core.chunks[chunk_id].shard
+        return wish.segments if shard is None else clip_segments(wish.segments, shard.begin, shard.end)
 
     def end_step(self, *, is_clipped: bool) -> None:
         """Learn from a step, taken or skipped, and choose the mode of the next.

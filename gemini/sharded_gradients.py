@@ -1,17 +1,18 @@
-"""Gradients of chunks whose slices belong to several ranks: put together, exchanged, averaged, and kept by slice.
+"""Gradients of chunks whose shards belong to several ranks: put together, exchanged, averaged, and kept by shard.
 
 A chunk's gradients are put together whole, in the working dtype, in an exchange slot of compute memory. When all have
 arrived each rank sends every other rank that one's part, and adds up what it receives: in float32, in rank order, so
 that no sum overflows in half precision and all runs give the same bits. The mean, rounded once to the working dtype,
-goes to a GradientStore whose chunks are slices, and from there all is as with one rank.
+goes to a GradientStore whose chunks are shards, and from there all is as with one rank.
 
 [Note: Same exchanges on all ranks]
 All ranks take part in an exchange or it hangs, and which gradients arrive, and when, may differ among them. So a
 backward pass exchanges every chunk exactly once, in the reverse of the order in which forward used them: as soon as it
-and those before it are complete, at the latest when backward ends, zeros standing for what a rank has not got. Where
-slots run out first, the chunk whose turn it is goes as it is; what arrives for it after that is kept and exchanged in
-the step, once the ranks have agreed that any of them has such latecomers. The same agreement says which parameters have
-a gradient on any rank, and carries the sums of squares: one synchronisation a step.
+and those before it are complete, at the latest when backward ends, zeros standing for what a rank has not got. A chunk
+that is complete but finds no slot, because the one whose turn it is lacks something, makes that one go as it is; what
+arrives for a chunk that has gone is kept and exchanged in the step, once the ranks have agreed that any of them has
+such latecomers. The same agreement says which parameters have a gradient on any rank, and carries the sums of squares:
+one synchronisation a step.
 
 Chunks that are used all through a step (the root unit's), and all of them in stage 1, are kept whole until the step and
 exchanged only then, however many backward passes there were.
@@ -28,7 +29,7 @@ from dataclasses import dataclass, field
 import torch
 
 from gemini.chunk.layout import ChunkSpec
-from gemini.chunk.sharding import ChunkSlice, Collective, ShardGroup, cut_spec
+from gemini.chunk.sharding import ChunkShard, Collective, ShardGroup, cut_spec
 from gemini.errors import GeminiError
 from gemini.gradient_sink import GradientPlace
 from gemini.gradients import GradientListener, GradientStore, second_gradient_error
@@ -44,7 +45,7 @@ class _ExchangeSlot:
     sent: torch.Tensor
     """uint8; gradients of a whole chunk, in the working dtype."""
     received: torch.Tensor
-    """uint8; this rank's slice of them, from every rank."""
+    """uint8; this rank's shard of them, from every rank."""
 
 
 @dataclass(eq=False)
@@ -52,12 +53,14 @@ class _Chunk:
     """The gradients of one chunk in the step under way, as far as they have not been exchanged."""
 
     spec: ChunkSpec
-    part: ChunkSlice
+    shard: ChunkShard
     kept: torch.Tensor | None
     """uint8; whole gradients in the waiting dtype, of a chunk that is exchanged in the step; None for others."""
     slot: _ExchangeSlot | None = None
     filled: set[int] = field(default_factory=set)
     """Positions of which `kept` or `slot` has a gradient."""
+    waiting: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Flat gradients for which there has been no slot yet, by position."""
     late: dict[int, torch.Tensor] = field(default_factory=dict)
     """Flat float32 sums of what came after this backward pass had exchanged the chunk, by position."""
     has_gone: bool = False
@@ -69,14 +72,14 @@ class _Chunk:
 
     @property
     def is_complete(self) -> bool:
-        return len(self.filled) == len(self.spec.slots)
+        return len(self.filled | self.waiting.keys()) == len(self.spec.slots)
 
 
 class ShardedGradients:
     """All gradients of one engine whose chunks are sharded; to the engine what GradientStore is with one rank.
 
     Args:
-        slices: keeps the gradients of this rank's slices; closed with this.
+        shards: keeps the gradients of this rank's shards; closed with this.
         group: the ranks.
         transfers: source of compute memory.
         num_slots: chunks whose gradients are put together, or exchanged, at the same time; at least 2.
@@ -84,11 +87,11 @@ class ShardedGradients:
     """
 
     def __init__(
-        self, slices: GradientStore, group: ShardGroup, transfers: Transfers, *, num_slots: int, slot_nbytes: int
+        self, shards: GradientStore, group: ShardGroup, transfers: Transfers, *, num_slots: int, slot_nbytes: int
     ) -> None:
         self.num_backwards = 0
         """Backward passes since gradients were last cleared, the one under way included."""
-        self._slices = slices
+        self._shards = shards
         self._group = group
         self._transfers = transfers
         self._chunks: dict[int, _Chunk] = {}
@@ -104,23 +107,23 @@ class ShardedGradients:
         self._agreed_sums: dict[str, float] | None = None
 
     def add_chunk(
-        self, spec: ChunkSpec, part: ChunkSlice, home: TiledHome, tier: MemoryTier, *, is_kept_whole: bool
+        self, spec: ChunkSpec, shard: ChunkShard, home: TiledHome, tier: MemoryTier, *, is_kept_whole: bool
     ) -> None:
         """Take charge of a trainable chunk's gradients.
 
         Args:
             spec: layout of the whole chunk.
-            part: this rank's slice.
-            home: where the slice's gradients wait.
+            shard: this rank's shard.
+            home: where the shard's gradients wait.
             tier: the home's.
             is_kept_whole: whether they are exchanged only in the step.
         """
-        self._slices.add_chunk(cut_spec(spec, part), home, tier)
+        self._shards.add_chunk(cut_spec(spec, shard), home, tier)
         kept = None
         if is_kept_whole:
-            nbytes = round_up(part.whole_numel * self.dtype_of(spec.chunk_id).itemsize, IO_ALIGNMENT_NBYTES)
+            nbytes = round_up(shard.whole_numel * self.dtype_of(spec.chunk_id).itemsize, IO_ALIGNMENT_NBYTES)
             kept = self._transfers.allocate(nbytes, "whole gradients")
-        self._chunks[spec.chunk_id] = _Chunk(spec, part, kept)
+        self._chunks[spec.chunk_id] = _Chunk(spec, shard, kept)
 
     # ---------------------------------------------------------------- during backward
 
@@ -168,11 +171,12 @@ class ShardedGradients:
         if chunk.has_gone:
             late = chunk.late.get(position)
             chunk.late[position] = flat.to(torch.float32, copy=True) if late is None else late.add_(flat)
-            return
-        if chunk.kept is None and chunk.slot is None:
-            self._claim_slot(chunk)
-        self._fill(chunk, position, flat)
-        self._exchange_complete()
+        elif chunk.kept is not None or chunk.slot is not None or self._claim_slot(chunk):
+            self._fill(chunk, position, flat)
+        else:
+            waiting = chunk.waiting.get(position)
+            chunk.waiting[position] = flat if waiting is None else waiting + flat
+        self._exchange_complete(chunk)
 
     def end_backward(self) -> None:
         """Exchange what has not been; called by autograd when a backward pass has ended."""
@@ -192,44 +196,49 @@ class ShardedGradients:
     def _whole(self, chunk: _Chunk) -> torch.Tensor:
         """Return where a chunk's gradients are put together, [padded numel] of the waiting or the working dtype."""
         if chunk.kept is not None:
-            return chunk.kept.view(self.dtype_of(chunk.spec.chunk_id))[: chunk.part.whole_numel]
+            return chunk.kept.view(self.dtype_of(chunk.spec.chunk_id))[: chunk.shard.whole_numel]
         assert chunk.slot is not None
-        return chunk.slot.sent.view(chunk.spec.dtype)[: chunk.part.whole_numel]
+        return chunk.slot.sent.view(chunk.spec.dtype)[: chunk.shard.whole_numel]
 
-    def _exchange_complete(self) -> None:
-        """Exchange the chunks that are complete, but none before its turn."""
+    def _exchange_complete(self, newest: _Chunk) -> None:
+        """Exchange the chunks that are complete, but none before its turn unless the newest finds no slot."""
         while self._num_gone < len(self._order) and self._order[self._num_gone].is_complete:
+            self._exchange_next()
+        while newest.waiting and newest.is_complete and not self._claim_slot(newest):
             self._exchange_next()
 
     def _exchange_next(self) -> None:
+        """Exchange the chunk whose turn it is, whatever it has."""
         chunk = self._order[self._num_gone]
-        if chunk.slot is None:
-            self._claim_slot(chunk)
+        has_slot = chunk.slot is not None or self._claim_slot(chunk)
+        assert has_slot, "a slot is kept for the chunk whose turn it is"
         self._exchange(chunk)
         chunk.has_gone = True
         self._num_gone += 1
 
-    def _claim_slot(self, chunk: _Chunk) -> None:
-        """Give a chunk an empty slot.
+    def _claim_slot(self, chunk: _Chunk) -> bool:
+        """Give a chunk an empty slot and what waits for it, if one can be had by waiting for exchanges under way.
 
         The last slot is kept for the chunk whose turn it is: without one it could never go, nor any after it.
         """
-        while chunk.slot is None:
-            turn = self._order[self._num_gone]
-            is_free_for_all = len(self._free) > 1 or turn is chunk or turn.slot is not None
-            if self._free and is_free_for_all:
-                chunk.slot = self._free.pop()
-                self._whole(chunk).zero_()
-            elif self._under_way:
-                self._take_mean()
-            else:
-                self._exchange_next()
+        turn = self._order[self._num_gone]
+        num_needed = 1 if turn is chunk or turn.slot is not None else 2
+        while len(self._free) < num_needed and self._under_way:
+            self._take_mean()
+        if len(self._free) < num_needed:
+            return False
+        chunk.slot = self._free.pop()
+        self._whole(chunk).zero_()
+        for position, flat in chunk.waiting.items():
+            self._fill(chunk, position, flat)
+        chunk.waiting.clear()
+        return True
 
     def _exchange(self, chunk: _Chunk) -> None:
         """Start exchanging what a chunk's slot holds."""
         slot = chunk.slot
         assert slot is not None
-        nbytes = chunk.part.whole_numel * chunk.spec.dtype.itemsize
+        nbytes = chunk.shard.whole_numel * chunk.spec.dtype.itemsize
         first = chunk.spec.slots[0].spec.name if chunk.spec.slots else "empty"
         name = f"gradients of chunk {chunk.spec.chunk_id} ({first} and {max(len(chunk.spec.slots) - 1, 0)} more)"
         under_way = self._group.exchange(slot.sent[:nbytes], slot.received[:nbytes], name=name)
@@ -240,17 +249,17 @@ class ShardedGradients:
     # ---------------------------------------------------------------- on arrival
 
     def _take_mean(self) -> None:
-        """Wait for the oldest exchange and hand the mean of its slices on."""
+        """Wait for the oldest exchange and hand the mean of its shards on."""
         chunk, slot, under_way = self._under_way.popleft()
         try:
             under_way.wait()
             if not self._is_taking_means:
-                self._slices.begin_backward()
+                self._shards.begin_backward()
                 self._is_taking_means = True
-            numel, chunk_id = chunk.part.numel, chunk.spec.chunk_id
-            mean = mean_of_ranks(slot.received.view(chunk.spec.dtype)[: chunk.part.whole_numel].view(-1, numel))
-            for position, piece in enumerate(cut_spec(chunk.spec, chunk.part).slots):
-                self._slices.put(chunk_id, position, mean[piece.begin : piece.end])
+            numel, chunk_id = chunk.shard.numel, chunk.spec.chunk_id
+            mean = mean_of_ranks(slot.received.view(chunk.spec.dtype)[: chunk.shard.whole_numel].view(-1, numel))
+            for position, piece in enumerate(cut_spec(chunk.spec, chunk.shard).slots):
+                self._shards.put(chunk_id, position, mean[piece.begin : piece.end])
         finally:
             self._free.append(slot)
 
@@ -259,7 +268,7 @@ class ShardedGradients:
         while self._under_way:
             self._take_mean()
         if self._is_taking_means:
-            self._slices.end_backward()
+            self._shards.end_backward()
             self._is_taking_means = False
 
     # ---------------------------------------------------------------- between backward and update
@@ -277,14 +286,14 @@ class ShardedGradients:
             if chunk.kept is not None:
                 self._exchange_whole(chunk, {i: self._piece(chunk, i) for i in chunk.filled})
         self._end_means()
-        self._slices.finish()
+        self._shards.finish()
         with_latecomers = self._agree()
         for chunk in with_latecomers:
             self._exchange_whole(chunk, chunk.late)
             chunk.late.clear()
         if with_latecomers:
             self._end_means()
-            self._slices.finish()
+            self._shards.finish()
             self._agree()
 
     def _piece(self, chunk: _Chunk, position: int) -> torch.Tensor:
@@ -296,7 +305,7 @@ class ShardedGradients:
         while not self._free:
             self._take_mean()
         chunk.slot = self._free.pop()
-        whole = chunk.slot.sent.view(chunk.spec.dtype)[: chunk.part.whole_numel].zero_()
+        whole = chunk.slot.sent.view(chunk.spec.dtype)[: chunk.shard.whole_numel].zero_()
         for position, gradient in gradients.items():
             place = chunk.spec.slots[position]
             whole[place.begin : place.end].copy_(gradient)
@@ -304,7 +313,7 @@ class ShardedGradients:
 
     def _agree(self) -> list[_Chunk]:
         """Let all ranks know all sums of squares; return the chunks of which any rank has latecomers."""
-        own = self._slices.sums_of_squares()
+        own = self._shards.sums_of_squares()
         chunks = list(self._chunks.values())
         names = [slot.spec.name for chunk in chunks for slot in chunk.spec.slots]
         is_here = [i in chunk.delivered for chunk in chunks for i in range(len(chunk.spec.slots))]
@@ -317,7 +326,7 @@ class ShardedGradients:
         return [chunk for chunk, is_any in zip(chunks, is_late_anywhere.any(dim=0).tolist(), strict=True) if is_any]
 
     def sums_of_squares(self) -> dict[str, float]:
-        """Return the sum of squares of each gradient that any rank has, over all slices, by parameter name.
+        """Return the sum of squares of each gradient that any rank has, over all shards, by parameter name.
 
         The same bits on all ranks; NaN where a gradient is not finite. Scaled by the square of the loss scale, if there
         is one.
@@ -334,14 +343,14 @@ class ShardedGradients:
         """Forget all gradients; starts nothing that other ranks must take part in."""
         self._is_in_backward = False
         self._end_means()
-        self._slices.clear()
+        self._shards.clear()
         self._agreed_sums = None
         self.num_backwards = 0
         for chunk in self._chunks.values():
             if chunk.slot is not None:
                 self._free.append(chunk.slot)
                 chunk.slot = None
-            for found in (chunk.filled, chunk.late, chunk.delivered, chunk.earlier):
+            for found in (chunk.filled, chunk.waiting, chunk.late, chunk.delivered, chunk.earlier):
                 found.clear()
 
     def close(self) -> None:
@@ -360,26 +369,26 @@ class ShardedGradients:
                 self._transfers.free(chunk.kept, "whole gradients")
         self._free = []
         self._chunks.clear()
-        self._slices.close()
+        self._shards.close()
 
     # ---------------------------------------------------------------- as with one rank
 
     @property
     def listener(self) -> GradientListener | None:
-        """Who wants to know when gradients of slices come and go."""
-        return self._slices.listener
+        """Who wants to know when gradients of shards come and go."""
+        return self._shards.listener
 
     @listener.setter
     def listener(self, listener: GradientListener | None) -> None:
-        self._slices.listener = listener
+        self._shards.listener = listener
 
     def dtype_of(self, chunk_id: int) -> torch.dtype:
         """Return the dtype in which a chunk's gradients wait."""
-        return self._slices.dtype_of(chunk_id)
+        return self._shards.dtype_of(chunk_id)
 
     def home_of(self, chunk_id: int) -> TiledHome:
-        """Return where the gradients of a chunk's slice wait."""
-        return self._slices.home_of(chunk_id)
+        """Return where the gradients of a chunk's shard wait."""
+        return self._shards.home_of(chunk_id)
 
     def expect(self, chunk_id: int, position: int) -> None:
         """Do nothing: autograd adds up the gradients of all uses."""

@@ -1,6 +1,6 @@
 """Read and write single parameters and their state in their homes, wherever these are.
 
-With several ranks a home holds a slice. What is read is put together from all ranks' pieces, so all ranks must read
+With several ranks a home holds a shard. What is read is put together from all ranks' pieces, so all ranks must read
 the same parameters in the same order, and each gets everything. Of a value to be written each rank writes its piece.
 """
 
@@ -94,7 +94,7 @@ def load_master(runtime: Runtime, slot: ParamSlot, value: torch.Tensor) -> None:
                     source = flat[part.in_param].to(torch.float32).contiguous()
                     with _tile(runtime, state, part.tile, write=True) as record:
                         _store(record, part, slot.spec.dtype, working, source)
-        if chunk.slot is not None and chunk.part is None:
+        if chunk.slot is not None and chunk.shard is None:
             copy = chunk.slot.buffer[: chunk.spec.working_nbytes].view(chunk.spec.dtype)
             copy[slot.begin : slot.end].copy_(read_working(runtime, slot).reshape(-1))
     finally:
@@ -151,25 +151,25 @@ def reset_moments(runtime: Runtime) -> None:
 def _chunk_and_piece(runtime: Runtime, slot: ParamSlot) -> tuple[Chunk, ParamSlot]:
     """Return a parameter's chunk, and the piece of the parameter that lives here, in its place at home."""
     chunk = runtime.core.chunks[slot.chunk_id]
-    if chunk.part is None:
+    if chunk.shard is None:
         return chunk, slot
-    piece = piece_of(slot, chunk.part)
+    piece = piece_of(slot, chunk.shard)
     spec = dataclasses.replace(slot.spec, shape=(piece.stop - piece.start,))
-    return chunk, dataclasses.replace(slot, spec=spec, begin=slot.begin + piece.start - chunk.part.begin)
+    return chunk, dataclasses.replace(slot, spec=spec, begin=slot.begin + piece.start - chunk.shard.begin)
 
 
 def _cut(chunk: Chunk, slot: ParamSlot, value: torch.Tensor) -> torch.Tensor:
     """Return the piece of a parameter's value that lives here, flat on the CPU."""
     flat = value.detach().to("cpu").reshape(-1)
-    return flat if chunk.part is None else flat[piece_of(slot, chunk.part)]
+    return flat if chunk.shard is None else flat[piece_of(slot, chunk.shard)]
 
 
 def _make_whole(runtime: Runtime, slot: ParamSlot, flat: torch.Tensor) -> torch.Tensor:
     """Return a parameter, or as many values, of all ranks' pieces, in its shape; with several ranks all must call."""
-    part = runtime.core.chunks[slot.chunk_id].part
-    if part is None or runtime.sharding is None:
+    shard = runtime.core.chunks[slot.chunk_id].shard
+    if shard is None or runtime.sharding is None:
         return flat.view(slot.spec.shape)
-    pieces = [piece_of(slot, part.of_rank(rank)) for rank in range(part.num_ranks)]
+    pieces = [piece_of(slot, shard.of_rank(rank)) for rank in range(shard.num_ranks)]
     padded = flat.new_zeros(max(piece.stop - piece.start for piece in pieces))
     padded[: flat.numel()] = flat
     gathered = runtime.sharding.group.gather_values(padded, name=slot.spec.name)

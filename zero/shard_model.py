@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -67,7 +68,11 @@ def shard(
     if dist.get_world_size(process_group) == 1:
         return GeminiDDP(model, config, init_fn=init_fn)
     device = device_of(config)
-    group = TorchGroup(process_group, device if isinstance(device, torch.device) else torch.device("cpu"))
+    group = TorchGroup(
+        process_group,
+        device if isinstance(device, torch.device) else torch.device("cpu"),
+        swap_directory=None if config.nvme is None else Path(config.nvme.path),
+    )
     check_same_config(config, stage, group)
     check_same_model(model, group)
     config = share_node(config, count_node_ranks(group), group)

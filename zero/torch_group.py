@@ -12,22 +12,27 @@ The first failure stays: every later call raises at once.
 from __future__ import annotations
 
 import ctypes
+import logging
 import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
-from gemini.chunk.sharding import ChunkSlice
+from gemini.chunk.sharding import ChunkShard
 from gemini.errors import CollectiveError
+from gemini.offload.store import remove_abandoned
 from gemini.offload.transfer import Move
-from zero.sharding import slice_of
+from zero.sharding import shard_of
 
 __all__ = ["TorchGroup"]
+
+logger = logging.getLogger(__name__)
 
 REPORT_S = 2.0
 """Seconds in which other ranks may report the same failure before they are called silent."""
@@ -39,10 +44,15 @@ class TorchGroup:
     Args:
         group: NCCL for CUDA devices, gloo for the CPU; None: the default group. Not destroyed here.
         device: where chunks are gathered.
+        swap_directory: where the ranks of this machine have their swap files; those of ranks that have died are removed
+            when the group is closed after a failure.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None, device: torch.device, *, swap_directory: Path | None = None
+    ) -> None:
         self._group = group
+        self._swap_directory = swap_directory
         self._rank = dist.get_rank(group)
         self._world_size = dist.get_world_size(group)
         self._values_device = torch.device("cpu") if dist.get_backend(group) == "gloo" else device
@@ -61,14 +71,14 @@ class TorchGroup:
         """Number of processes in the group."""
         return self._world_size
 
-    def slice_of(self, numel: int, itemsize: int) -> ChunkSlice:
-        """Return this rank's slice of a chunk; see zero.sharding."""
-        return slice_of(numel, itemsize, rank=self._rank, world_size=self._world_size)
+    def shard_of(self, numel: int, itemsize: int) -> ChunkShard:
+        """Return this rank's shard of a chunk; see zero.sharding."""
+        return shard_of(numel, itemsize, rank=self._rank, world_size=self._world_size)
 
     # ---------------------------------------------------------------- collectives
 
     def all_gather(self, whole: torch.Tensor, *, name: str, after: Sequence[Move] = ()) -> _PendingCollective:
-        """Start filling a buffer with the slices of all ranks, in place.
+        """Start filling a buffer with the shards of all ranks, in place.
 
         Args:
             whole: uint8 [world_size * n]; holds this rank's n bytes in their place.
@@ -200,8 +210,12 @@ class TorchGroup:
         return f"no word from rank {', '.join(map(str, sorted(silent)))}, which has died or stalled"
 
     def close(self) -> None:
-        """Let go of the process group, which its owner destroys."""
-        self._failure = self._failure or "it is closed"
+        """Let go of the process group, which its owner destroys, and clear up after ranks that have died."""
+        if self._failure is None:
+            self._failure = "it is closed"
+        elif self._swap_directory is not None:
+            for path in remove_abandoned(self._swap_directory):
+                logger.info("removed %s, whose rank has died", path)
 
 
 class _PendingCollective:

@@ -9,7 +9,7 @@ import torch
 
 from gemini.chunk.fetch import Fetch
 from gemini.chunk.layout import ChunkSpec, ParamSlot
-from gemini.chunk.sharding import ChunkSlice, cut_spec
+from gemini.chunk.sharding import ChunkShard, cut_spec
 from gemini.chunk.state import ChunkState, check_transition
 from gemini.errors import ModelError
 from gemini.offload.home import TiledHome
@@ -41,7 +41,7 @@ class Chunk:
         params: the parameters (or plain tensors), in the order of `spec.slots`.
         home: where the working weights live between uses.
         is_resident: whether compute memory always holds them.
-        part: the slice that the home holds, with several ranks; None: it holds everything.
+        shard: the shard that the home holds, with several ranks; None: it holds everything.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class Chunk:
         home: TiledHome,
         *,
         is_resident: bool,
-        part: ChunkSlice | None = None,
+        shard: ChunkShard | None = None,
     ) -> None:
         self.spec = spec
-        self.part = part
-        self.home_spec = spec if part is None else cut_spec(spec, part)
+        self.shard = shard
+        self.home_spec = spec if shard is None else cut_spec(spec, shard)
         """The layout of what the home holds."""
         self.params = list(params)
         self.home = home
@@ -88,7 +88,7 @@ class Chunk:
     def slot_nbytes(self) -> int:
         """Bytes of the chunk in compute memory, padding included."""
         home_nbytes = sum(self.home.tile_nbytes)
-        return home_nbytes if self.part is None else home_nbytes * self.part.num_ranks
+        return home_nbytes if self.shard is None else home_nbytes * self.shard.num_ranks
 
     def in_place_buffer(self, device: torch.device) -> torch.Tensor:
         """Return the home of a chunk that is used there, in compute memory."""
@@ -100,7 +100,7 @@ class Chunk:
     def home_part(self, buffer: torch.Tensor) -> torch.Tensor:
         """Return the bytes of a buffer of compute memory that are the home's."""
         home_nbytes = sum(self.home.tile_nbytes)
-        begin = 0 if self.part is None else home_nbytes * self.part.rank
+        begin = 0 if self.shard is None else home_nbytes * self.shard.rank
         return buffer[begin : begin + home_nbytes]
 
     @property

@@ -14,7 +14,7 @@ import torch
 from gemini.chunk.chunk import Chunk, Slot, count_holders, placeholder, viewed_error
 from gemini.chunk.fetch import Fetch, Gather, MoveStats
 from gemini.chunk.layout import ChunkSpec
-from gemini.chunk.sharding import ChunkSlice, ShardGroup
+from gemini.chunk.sharding import ChunkShard, ShardGroup
 from gemini.chunk.slot_table import SlotTable
 from gemini.chunk.staging import Staging
 from gemini.chunk.state import ChunkState, PendingUpdates, check_transition
@@ -36,7 +36,7 @@ class ChunkCore:
         slots: compute memory that chunks without a residence take turns in; closed with the core.
         staging: host memory between disk and device; closed with the core.
         num_protected: how many of the most recently used chunks are never evicted.
-        group: the ranks that own the slices of chunks; None: homes hold everything.
+        group: the ranks that own the shards of chunks; None: homes hold everything.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ChunkCore:
         home: TiledHome,
         *,
         is_resident: bool,
-        part: ChunkSlice | None = None,
+        shard: ChunkShard | None = None,
     ) -> Chunk:
         """Take charge of a chunk whose home already holds its weights, or will before the first access.
 
@@ -82,13 +82,13 @@ class ChunkCore:
             home: where the weights live.
             is_resident: keep them in compute memory all the time: in the home itself where that is compute
                 memory, else in a copy.
-            part: the slice that the home holds; None: it holds everything.
+            shard: the shard that the home holds; None: it holds everything.
 
         Returns:
             The chunk, at home; `settle` makes a resident one ready.
         """
         assert spec.chunk_id == len(self.chunks)
-        chunk = Chunk(spec, params, home, is_resident=is_resident, part=part)
+        chunk = Chunk(spec, params, home, is_resident=is_resident, shard=shard)
         chunk.unbind(self._placeholder(spec.dtype))
         self.chunks.append(chunk)
         return chunk
@@ -99,7 +99,7 @@ class ChunkCore:
         assert chunk.is_resident
         assert chunk.state is ChunkState.AT_HOME
         compute_tier = self.resources.transfers.compute_tier
-        if chunk.part is None and set(chunk.home.tiers) <= {compute_tier}:
+        if chunk.shard is None and set(chunk.home.tiers) <= {compute_tier}:
             in_place = chunk.in_place_buffer(self.resources.transfers.device)
             chunk.bind(in_place)
             chunk.transition(ChunkState.READY)
@@ -108,7 +108,7 @@ class ChunkCore:
         buffer = self.resources.transfers.allocate(chunk.slot_nbytes, "resident copies")
         chunk.slot = Slot(buffer, chunk, count_holders(buffer))
         self._residents[buffer.data_ptr()] = chunk
-        if chunk.part is None:
+        if chunk.shard is None:
             self._start_fetch(chunk)
             self._finish_fetch(chunk)
 
@@ -253,13 +253,13 @@ class ChunkCore:
         self._start_fetch(chunk)
 
     def begin_gather(self, chunk_id: int) -> None:
-        """Start making a chunk whole whose own slice is on its way to compute memory; waits for that slice only.
+        """Start making a chunk whole whose own shard is on its way to compute memory; waits for that shard only.
 
         Args:
             chunk_id: the chunk; one that is not on its way is left alone.
 
         Raises:
-            OffloadIOError: the slice cannot be read.
+            OffloadIOError: the shard cannot be read.
             CollectiveError: the group has failed.
         """
         fetch = self.chunks[chunk_id].fetch
@@ -367,8 +367,8 @@ class ChunkCore:
     def end_update(self, chunk_id: int) -> None:
         """Give a chunk back after `begin_update`; its parameters show the new weights if compute memory has them."""
         chunk = self.chunks[chunk_id]
-        if chunk.part is not None:
-            pass  # other ranks have changed their slices too: what compute memory holds is old
+        if chunk.shard is not None:
+            pass  # other ranks have changed their shards too: what compute memory holds is old
         elif chunk.slot is not None:
             chunk.bind(chunk.slot.buffer)
         elif chunk.is_resident:
@@ -469,7 +469,7 @@ class ChunkCore:
         self.stats.read_nbytes += chunk.fetch.nbytes_from[MemoryTier.NVME]
 
     def _gather_of(self, chunk: Chunk, slot: Slot) -> Gather | None:
-        if self._group is None or chunk.part is None:
+        if self._group is None or chunk.shard is None:
             return None
         group, nbytes = self._group, chunk.slot_nbytes
         return lambda copies: group.all_gather(slot.buffer[:nbytes], name=chunk.name, after=copies)

@@ -19,7 +19,7 @@ from gemini.tiers import MemoryTier
 __all__ = ["Fetch", "Gather", "MoveStats"]
 
 Gather = Callable[[Sequence[Move]], Collective]
-"""Starts making a whole chunk of all ranks' slices, behind copies of this rank's slice under way."""
+"""Starts making a whole chunk of all ranks' shards, behind copies of this rank's shard under way."""
 
 
 @dataclass(slots=True)
@@ -42,8 +42,8 @@ class Fetch:
     """One fetch, started at construction and driven by `poll` until `finish`.
 
     Host memory that is compute memory is filled by the disk itself. A device is filled by uploads; what
-    comes from disk passes through `staging` first. With several ranks the home holds a slice, which `begin_gather`
-    makes whole: all ranks must call it in the same order, and so it waits for the slice.
+    comes from disk passes through `staging` first. With several ranks the home holds a shard, which `begin_gather`
+    makes whole: all ranks must call it in the same order, and so it waits for the shard.
 
     Args:
         home: where the weights are.
@@ -51,7 +51,7 @@ class Fetch:
         transfers: the device's copy engine.
         pool: copies between two places of host memory.
         staging: uint8 host memory of the same length as `dst`; needed for a device when tiles live on disk.
-        gather: adds the other ranks' slices; None: the home holds everything.
+        gather: adds the other ranks' shards; None: the home holds everything.
     """
 
     def __init__(

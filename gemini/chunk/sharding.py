@@ -1,7 +1,7 @@
 """What the engine knows of other ranks: which run of a chunk is its own, and whom to ask for the rest.
 
-Homes, tiles, gradients at home and optimizer state are those of the slice that this rank owns; compute memory holds
-whole chunks. How slices are cut and how bytes reach other ranks is for an implementation of `ShardGroup` to know.
+Homes, tiles, gradients at home and optimizer state are those of the shard that this rank owns; compute memory holds
+whole chunks. How shards are cut and how bytes reach other ranks is for an implementation of `ShardGroup` to know.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import torch
 from gemini.chunk.layout import ChunkSpec, ParamSlot
 from gemini.offload.transfer import Move
 
-__all__ = ["ChunkSlice", "Collective", "ShardGroup", "Sharding", "cut_spec", "cut_values", "piece_of"]
+__all__ = ["ChunkShard", "Collective", "ShardGroup", "Sharding", "cut_spec", "cut_values", "piece_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChunkSlice:
+class ChunkShard:
     """The run of a chunk's elements that one rank owns, once the chunk is padded so that all ranks' are equal."""
 
     rank: int
     num_ranks: int
     numel: int
-    """Elements of each rank's slice, more than 0."""
+    """Elements of each rank's shard, more than 0."""
 
     @property
     def begin(self) -> int:
@@ -43,8 +43,8 @@ class ChunkSlice:
         """Elements of the padded chunk."""
         return self.num_ranks * self.numel
 
-    def of_rank(self, rank: int) -> ChunkSlice:
-        """Return another rank's slice of the same chunk."""
+    def of_rank(self, rank: int) -> ChunkShard:
+        """Return another rank's shard of the same chunk."""
         return dataclasses.replace(self, rank=rank)
 
 
@@ -72,11 +72,11 @@ class ShardGroup(Protocol):
         """Number of processes in the group."""
         ...
 
-    def slice_of(self, numel: int, itemsize: int) -> ChunkSlice:
-        """Return this rank's slice of a chunk of `numel` elements whose working weights take `itemsize` bytes each."""
+    def shard_of(self, numel: int, itemsize: int) -> ChunkShard:
+        """Return this rank's shard of a chunk of `numel` elements whose working weights take `itemsize` bytes each."""
 
     def all_gather(self, whole: torch.Tensor, *, name: str, after: Sequence[Move] = ()) -> Collective:
-        """Start filling a buffer with the slices of all ranks.
+        """Start filling a buffer with the shards of all ranks.
 
         Args:
             whole: uint8 [world_size * n] in compute memory; holds this rank's n bytes in their place, the rest is
@@ -149,42 +149,42 @@ class Sharding:
         return self.stage < 2
 
 
-def piece_of(slot: ParamSlot, part: ChunkSlice) -> slice:
-    """Return which of a parameter's elements lie in a slice; may be empty."""
-    begin = min(max(part.begin - slot.begin, 0), slot.spec.numel)
-    return slice(begin, max(begin, min(part.end - slot.begin, slot.spec.numel)))
+def piece_of(slot: ParamSlot, shard: ChunkShard) -> slice:
+    """Return which of a parameter's elements lie in a shard; may be empty."""
+    begin = min(max(shard.begin - slot.begin, 0), slot.spec.numel)
+    return slice(begin, max(begin, min(shard.end - slot.begin, slot.spec.numel)))
 
 
-def cut_spec(spec: ChunkSpec, part: ChunkSlice) -> ChunkSpec:
-    """Return the layout of a slice: the pieces of parameters in it, flat, under the parameters' names.
+def cut_spec(spec: ChunkSpec, shard: ChunkShard) -> ChunkSpec:
+    """Return the layout of a shard: the pieces of parameters in it, flat, under the parameters' names.
 
     Args:
         spec: layout of the whole chunk.
-        part: which slice.
+        shard: which shard.
 
     Returns:
-        A layout of `part.numel` elements; parameters of which nothing lies in the slice are left out.
+        A layout of `shard.numel` elements; parameters of which nothing lies in the shard are left out.
     """
     slots = []
     for slot in spec.slots:
-        piece = piece_of(slot, part)
+        piece = piece_of(slot, shard)
         if piece.start < piece.stop:
             param = dataclasses.replace(slot.spec, shape=(piece.stop - piece.start,))
-            slots.append(dataclasses.replace(slot, spec=param, begin=slot.begin + piece.start - part.begin))
-    return dataclasses.replace(spec, slots=tuple(slots), numel=part.numel)
+            slots.append(dataclasses.replace(slot, spec=param, begin=slot.begin + piece.start - shard.begin))
+    return dataclasses.replace(spec, slots=tuple(slots), numel=shard.numel)
 
 
-def cut_values(spec: ChunkSpec, part: ChunkSlice, values: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Yield the pieces of parameters' values that lie in a slice, each 1D, in the order of `cut_spec`.
+def cut_values(spec: ChunkSpec, shard: ChunkShard, values: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yield the pieces of parameters' values that lie in a shard, each 1D, in the order of `cut_spec`.
 
     Args:
         spec: layout of the whole chunk.
-        part: which slice.
-        values: of those parameters, whole, in the layout's order, of which a piece lies in the slice.
+        shard: which shard.
+        values: of those parameters, whole, in the layout's order, of which a piece lies in the shard.
 
     Yields:
         Views of the values.
     """
-    pieces = (piece_of(slot, part) for slot in spec.slots)
+    pieces = (piece_of(slot, shard) for slot in spec.slots)
     for piece, value in zip((p for p in pieces if p.start < p.stop), values, strict=True):
         yield value.detach().reshape(-1)[piece]

@@ -149,7 +149,7 @@ def home_chunk(problem: Problem, chunk_id: int, role: Role, floor: Floor) -> Chu
 
     Returns:
         The homes. A frozen chunk that is resident on a device lives there, since no update needs it elsewhere. Of a
-        sharded chunk the role moves the slice alone; whole, it stays in compute memory only if it is pinned.
+        sharded chunk the role moves the shard alone; whole, it stays in compute memory only if it is pinned.
     """
     demand = problem.chunks[chunk_id]
     working, grad, state = floor.working, floor.grad, floor.state

@@ -32,7 +32,7 @@ class ChunkDemand:
 
     chunk_id: int
     numel: int
-    """Elements that live here, padding included: all of the chunk's or, with several ranks, this rank's slice."""
+    """Elements that live here, padding included: all of the chunk's or, with several ranks, this rank's shard."""
     working_itemsize: int
     """Bytes of one working weight."""
     master_itemsize: int
@@ -41,13 +41,13 @@ class ChunkDemand:
     is_pinned: bool
     """Whether the working weights must stay in compute memory all the time (the root unit)."""
     num_ranks: int = 1
-    """Ranks that own a slice each. With more than one, compute memory holds copies of whole chunks, never homes."""
+    """Ranks that own a shard each. With more than one, compute memory holds copies of whole chunks, never homes."""
     keeps_whole_gradient: bool = False
     """Whether compute memory holds the whole chunk's gradient until the step; with several ranks only."""
 
     @property
     def is_sharded(self) -> bool:
-        """Whether other ranks own slices."""
+        """Whether other ranks own shards."""
         return self.num_ranks > 1
 
     @property

@@ -71,7 +71,7 @@ def static_placement(
     tiles from the first chunk on, the last tiles of a chunk first. Neither takes more than its fraction, and what is
     missing is less than the next tile, or the next chunk on the device and for gradients. A chunk that is on the device
     without its state has its home in host memory and a copy on the device. The chunks that must always be in compute
-    memory are there in any case. With several ranks the fractions are of this rank's slices, which live on the device
+    memory are there in any case. With several ranks the fractions are of this rank's shards, which live on the device
     with their state or not at all, and no other chunk has a copy there.
 
     Args:

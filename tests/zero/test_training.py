@@ -1,0 +1,141 @@
+"""Many ranks train as one process does on the same batches."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from rank_cases import Fit, overflow_on_last_rank, train_alone, train_sharded
+from rank_pool import RankPool
+from training_harness import distance, same_bits
+
+from gemini.sharded_gradients import mean_of_ranks
+
+STAGES = pytest.mark.parametrize("stage", [1, 2, 3])
+FLOAT32_TOLERANCE = 1e-6
+"""Relative L2 distance of weights where sums are taken in another order."""
+
+
+@cache
+def alone(model: str, world_size: int, **fields: Any) -> Fit:
+    return train_alone(model=model, world_size=world_size, **fields)
+
+
+def agreed(fits: list[Fit]) -> Fit:
+    """Check that all ranks hold the same; return one's results with the mean of all losses."""
+    for fit in fits[1:]:
+        assert same_bits(fit.weights, fits[0].weights)
+        assert (repr(fit.norms), fit.num_skipped) == (repr(fits[0].norms), fits[0].num_skipped)
+    losses = [math.fsum(step) / len(fits) for step in zip(*(fit.losses for fit in fits), strict=True)]
+    return Fit(losses, fits[0].norms, fits[0].weights, fits[0].num_skipped)
+
+
+def assert_trains_alike(found: Fit, expected: Fit, world_size: int) -> None:
+    is_exact = world_size & (world_size - 1) == 0
+    if is_exact:
+        assert same_bits(found.weights, expected.weights)
+    assert distance(found.weights, expected.weights) < FLOAT32_TOLERANCE
+    assert found.losses == pytest.approx(expected.losses, rel=1e-6)
+    assert found.norms == pytest.approx(expected.norms, rel=1e-12 if is_exact else 1e-6)
+
+
+@STAGES
+@pytest.mark.parametrize("place", ["host", "nvme", "mixed", "resident"])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_ranks_train_as_one_process(world_size, place, stage, ranks: RankPool, tmp_path):
+    directory = tmp_path if place in ("nvme", "mixed") else None
+    fits = ranks.run(world_size, train_sharded, model="tower", stage=stage, place=place, directory=directory)
+    assert_trains_alike(agreed(fits), alone("tower", world_size), world_size)
+    assert list(tmp_path.iterdir()) == []
+
+
+@STAGES
+@pytest.mark.parametrize("model", ["gpt2", "mixtral", "borrowers", "hidden_borrowers", "routed", "lenders", "tiny"])
+def test_awkward_models_train_as_in_one_process(model, stage, ranks: RankPool):
+    fits = ranks.run(2, train_sharded, model=model, stage=stage, place="device")
+    assert_trains_alike(agreed(fits), alone(model, 2), 2)
+
+
+def test_more_ranks_than_a_chunk_has_blocks(ranks: RankPool):
+    fits = ranks.run(4, train_sharded, model="tiny", place="host")
+    assert_trains_alike(agreed(fits), alone("tiny", 4), 4)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_prefetching_changes_no_bit(depth, ranks: RankPool, tmp_path):
+    fits = ranks.run(2, train_sharded, model="tower", place="mixed", directory=tmp_path, prefetch_depth=depth)
+    assert_trains_alike(agreed(fits), alone("tower", 2), 2)
+
+
+@pytest.mark.parametrize("overlap", ["off", "next-forward"])
+def test_overlap_changes_no_bit(overlap, ranks: RankPool, tmp_path):
+    fits = ranks.run(2, train_sharded, model="tower", place="nvme", directory=tmp_path, overlap=overlap)
+    assert_trains_alike(agreed(fits), alone("tower", 2), 2)
+
+
+@STAGES
+def test_gradients_accumulate(stage, ranks: RankPool):
+    fits = ranks.run(2, train_sharded, model="gpt2", stage=stage, num_micro=2)
+    expected = alone("gpt2", 2, num_micro=2)
+    assert distance(agreed(fits).weights, expected.weights) < FLOAT32_TOLERANCE
+    assert agreed(fits).norms == pytest.approx(expected.norms, rel=1e-6)
+
+
+@STAGES
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_clipping_uses_the_norm_over_all_ranks(world_size, stage, ranks: RankPool):
+    adam = {"max_grad_norm": 0.01}
+    fits = ranks.run(world_size, train_sharded, model="tower", stage=stage, adam=adam)
+    expected = train_alone(model="tower", world_size=world_size, adam=adam)
+    assert min(norm for norm in expected.norms if norm is not None) > 0.02  # so it does clip
+    assert agreed(fits).norms == pytest.approx(expected.norms, rel=1e-6)
+    assert distance(agreed(fits).weights, expected.weights) < FLOAT32_TOLERANCE
+
+
+@STAGES
+def test_frozen_parameters_keep_their_bits(stage, ranks: RankPool):
+    fits = ranks.run(3, train_sharded, model="tower", stage=stage, place="device", frozen="blocks.1")
+    expected = train_alone(model="tower", world_size=3, frozen="blocks.1")
+    frozen = {name: value for name, value in expected.weights.items() if "blocks.1" in name}
+    found = agreed(fits).weights
+    assert same_bits({name: found[name] for name in frozen}, frozen)
+    assert distance(found, expected.weights) < FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize("place", ["host", "mixed", "resident"])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_stage_and_placement_change_no_bit_in_bfloat16(stage, place, ranks: RankPool, tmp_path):
+    directory = tmp_path if place == "mixed" else None
+    fields = {"model": "gpt2", "dtype": torch.bfloat16, "num_steps": 2}
+    first = agreed(ranks.run(2, train_sharded, stage=2, **fields))
+    fits = ranks.run(2, train_sharded, stage=stage, place=place, directory=directory, **fields)
+    assert same_bits(agreed(fits).weights, first.weights)
+    assert distance(first.weights, alone(world_size=2, **fields).weights) < 2e-3
+
+
+def test_gradients_kept_in_half_precision_train_alike(ranks: RankPool):
+    fields = {"model": "gpt2", "dtype": torch.bfloat16, "num_steps": 2}
+    first = ranks.run(2, train_sharded, **fields)
+    fits = ranks.run(2, train_sharded, gradient_accumulation=False, **fields)
+    assert same_bits(agreed(fits).weights, agreed(first).weights)
+
+
+def test_an_overflow_on_one_rank_skips_the_step_on_all(ranks: RankPool):
+    fits = ranks.run(2, overflow_on_last_rank)
+    assert [result["num_skipped"] for result in fits] == [1, 1]
+    assert [result["scales"] for result in fits] == [[2.0**16, 2.0**15, 2.0**15]] * 2
+    assert all(result["kept_weights"] for result in fits)
+    assert same_bits(fits[0]["weights"], fits[1]["weights"])
+
+
+def test_means_in_float16_do_not_overflow():
+    parts = torch.full((4, 2), 60_000.0, dtype=torch.float16)
+    assert mean_of_ranks(parts).tolist() == [60_000.0, 60_000.0]
+
+
+def test_means_are_rounded_once_from_a_float32_sum():
+    parts = torch.tensor([[256.0], [1.0], [1.0], [1.0]], dtype=torch.bfloat16)  # 256 + 1 is 256 in bfloat16
+    assert mean_of_ranks(parts).item() == torch.tensor(259 / 4).to(torch.bfloat16).item() == 64.5
