@@ -29,9 +29,7 @@ def test_host_memory_is_that_of_the_formula(world_size, stage, ranks: RankPool):
         "gradient slots": 2 * max(shards),  # a shard's way from the device
     }
     expected_device = {"gradient slots": 2 * max(shards), "exchange slots": 4 * max(whole)}
-    expected_device |= (
-        {"slots": 3 * max(whole)} if stage == 3 else {"resident copies": world_size * sum(shards)}
-    )
+    expected_device |= {"slots": 3 * max(whole)} if stage == 3 else {"resident copies": world_size * sum(shards)}
     if stage == 1:
         expected_device["whole gradients"] = world_size * sum(shards)
     assert result["planned"][MemoryTier.HOST] == expected_host
