@@ -53,9 +53,10 @@ format: $(TOOLS)  ## rewrite the sources in the project's form
 	$(PY) -m ruff format .
 	.venv/bin/clang-format -i $(CPP_SOURCES)
 
-gpu: $(BUILT)  ## run the GPU tests, then measure and write benchmarks/results
+gpu: $(BUILT)  ## run the GPU tests, then measure and write benchmarks/results and the tables
 	$(PY) -m pytest -m gpu tests
 	$(PY) benchmarks/gpu.py --out benchmarks/results
+	$(PY) benchmarks/tables.py
 
 bench: $(BUILT)  ## measure what this machine without a GPU can measure
 	$(PY) benchmarks/cpu.py --out benchmarks/results

@@ -30,7 +30,7 @@ SYSTEMS = ("gemini", "plain", "deepspeed")
 NUM_STEPS = 3
 VOCABULARY = 50257
 MAX_GRAD_NORM = 1.0
-RUNTIME_NBYTES = 96 << 20
+RUNTIME_NBYTES = 128 << 20
 """What the process takes beside imports, plan and tensors of a size with the model's: threads, code, small blocks."""
 
 

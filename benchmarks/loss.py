@@ -44,12 +44,15 @@ def main() -> None:
     weight = (torch.randn(arguments.vocabulary, arguments.hidden) * 0.02).requires_grad_()
     labels = torch.randint(0, arguments.vocabulary, (arguments.rows,))
 
-    def sliced(slicing: Any, slice_size: int) -> Callable[[], torch.Tensor]:
-        return lambda: linear_cross_entropy(hidden, weight, labels, slicing=slicing, slice_size=slice_size)
+    def sliced(slicing: Any, slice_size: int, keep_logits: bool = False) -> Callable[[], torch.Tensor]:
+        return lambda: linear_cross_entropy(
+            hidden, weight, labels, slicing=slicing, slice_size=slice_size, keep_logits=keep_logits
+        )
 
     ways: list[tuple[str, int | None, Callable[[], torch.Tensor]]] = [
         ("torch, whole logits", None, lambda: F.cross_entropy(F.linear(hidden, weight), labels)),
         *(("gemini, slices of the vocabulary", n, sliced("vocabulary", n)) for n in (1024, 4096, 16384)),
+        ("gemini, slices of the vocabulary, logits kept", 4096, sliced("vocabulary", 4096, keep_logits=True)),
         *(("gemini, slices of rows", n, sliced("rows", n)) for n in (64, 256)),
     ]
     rows = [

@@ -4,10 +4,11 @@ Every variant trains on the same batch, in a process of its own, one after the o
 
     slices N         GeminiDDP(num_batch_slices=N): one forward and backward, each block in N slices
     accumulation N   GeminiDDP, N micro-batches, each with a forward and backward of its own, one optimizer step
-    torch N          the same with torch.optim.AdamW and everything in memory
+    checkpointed N   the same with activation checkpointing
+    torch N          accumulation with torch.optim.AdamW and everything in memory
 
 "slices 1" and "accumulation 1" are the same thing, a batch that runs whole. Slices run each block a second time in
-backward; accumulation keeps the activations of a micro-batch and does not.
+backward, and so does checkpointing; accumulation alone keeps the activations of a micro-batch and does not.
 
 Usage: python benchmarks/slices.py --swap DIR [--rows 8] [--tokens 64] [--layers 12] [--width 768] [--json PATH]
 """
@@ -26,8 +27,11 @@ from typing import Any
 import torch
 from results_file import missing_row, spread_of, write_results
 
-VARIANTS = ("slices:1", "slices:2", "slices:4", "slices:8", "accumulation:2", "accumulation:4", "accumulation:8")
-SYSTEMS = {"slices": "gemini nvme", "accumulation": "gemini nvme", "torch": "torch host"}
+VARIANTS = (
+    *("slices:1", "slices:2", "slices:4", "slices:8", "accumulation:2", "accumulation:4", "accumulation:8"),
+    *("checkpointed:2", "checkpointed:4", "checkpointed:8", "torch:4"),
+)
+SYSTEMS = dict.fromkeys(("slices", "accumulation", "checkpointed"), "gemini nvme") | {"torch": "torch host"}
 COLUMNS = ("system", "variant", "step_s", "tokens_per_s", "peak_rss_bytes", "read_bytes", "written_bytes", "last_loss")
 
 
@@ -43,13 +47,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=3, help="timed steps; two more come first")
-    parser.add_argument("--variants", nargs="+", default=[*VARIANTS, "torch:4"], help="such as slices:4")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help="such as slices:4")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def build_model(arguments: argparse.Namespace, device: str) -> torch.nn.Module:
+def build_model(arguments: argparse.Namespace, device: str) -> Any:
     """Build a GPT-2 shape in float32 with dropout off."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -85,7 +89,10 @@ def run_variant(arguments: argparse.Namespace) -> dict[str, Any]:
             placement=StaticPlacement(param_nvme=1, state_nvme=1),
             num_batch_slices=int(count) if kind == "slices" else 1,
         )
-        engine = GeminiDDP(build_model(arguments, "meta"), config)
+        model = build_model(arguments, "meta")
+        if kind == "checkpointed":
+            model.gradient_checkpointing_enable()
+        engine = GeminiDDP(model, config)
         optimizer = HybridAdam(engine.parameters(), lr=1e-4)
     batch = torch.randint(
         0, arguments.vocabulary, (arguments.rows, arguments.tokens), generator=torch.Generator().manual_seed(1)

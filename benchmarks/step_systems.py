@@ -111,7 +111,7 @@ def make_gemini(options: argparse.Namespace) -> tuple[Step, Callable[[], dict[st
         )
 
     model = build_model(options.model, options.seq, "meta")
-    use_sliced_loss(model)
+    use_sliced_loss(model, keep_logits=options.system == "gemini-host")
     config = config_with()
     if options.system == "gemini-nvme":
         nvme = NVMeConfig(path=options.swap, budget="64GiB")
@@ -134,7 +134,6 @@ def make_gemini(options: argparse.Namespace) -> tuple[Step, Callable[[], dict[st
 
     def finish() -> dict[str, Any]:
         report = engine.memory_report()
-        stats = engine.runtime.overlap.stats
         engine.close()
         return {
             "params": report.num_params,
@@ -143,9 +142,9 @@ def make_gemini(options: argparse.Namespace) -> tuple[Step, Callable[[], dict[st
             "written_bytes": report.nvme_written_nbytes,
             "fetch_stall_s": report.fetch_stall_s,
             "update_stall_s": report.update_stall_s,
-            "updates": stats.num_updates,
-            "updates_ahead": stats.num_ahead,
-            "updates_redone": stats.num_redone,
+            "updates": report.updates.num_updates,
+            "updates_ahead": report.updates.num_ahead,
+            "updates_redone": report.updates.num_redone,
         }
 
     return step, finish

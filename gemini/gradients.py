@@ -2,7 +2,8 @@
 
 A gradient that compute memory's own tier keeps goes straight to its home. One that leaves a device travels by
 chunk through a device slot and a host slot; one that waits on disk is put together in a host slot first. On
-arrival at host memory the sum of squares is taken in the pass that stores or adds.
+arrival at host memory the sum of squares is taken in the pass that stores or adds. Where several backward passes
+make a step and the device has room, they are summed there first, see [Note: Accumulators].
 
 Gradients are consumed by the update: after `clear` there are none.
 """
@@ -13,12 +14,12 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
+from gemini.accumulators import GradientAccumulators
 from gemini.chunk.layout import ChunkSpec
-from gemini.errors import ModelError
+from gemini.gradient_listener import ArrivedGradients, GradientListener, second_gradient_error
 from gemini.gradient_sink import GradientPlace
 from gemini.kernels.cpu import GradMode
 from gemini.kernels.device import DeviceKernels
@@ -29,41 +30,10 @@ from gemini.offload.resources import Resources
 from gemini.offload.transfer import Move
 from gemini.tiers import MemoryTier
 
-__all__ = ["ArrivedGradients", "GradChunk", "GradientListener", "GradientStore", "second_gradient_error"]
+__all__ = ["GradChunk", "GradientStore"]
 
 MAX_JOBS_IN_FLIGHT = 4
 """Gradients whose autograd buffers may be alive at once while the worker pool stores them."""
-
-
-@dataclass(frozen=True, slots=True)
-class ArrivedGradients:
-    """All gradients of a chunk, in host memory or on their way from there to disk."""
-
-    tickets: tuple[GradTicket, ...]
-    """What must be complete before they may be read."""
-    slot: torch.Tensor | None
-    """Where to read them as long as the slot is not needed by others; None: at home."""
-
-
-class GradientListener(Protocol):
-    """Who wants to know when gradients come and go."""
-
-    def gradients_complete(self, chunk_id: int, arrived: ArrivedGradients) -> bool:
-        """Handle that a backward pass has delivered all gradients of a chunk.
-
-        Args:
-            chunk_id: the chunk.
-            arrived: where its gradients are.
-
-        Returns:
-            Whether they will be read from `arrived.slot`; then the slot is not reused before `leave_gradient_slot`.
-        """
-
-    def gradients_change(self, chunk_id: int) -> None:
-        """Stop reading a chunk's gradients, which are about to change; what was made of them must not count."""
-
-    def leave_gradient_slot(self, chunk_id: int) -> None:
-        """Stop reading a chunk's gradients from a slot; they are at home too."""
 
 
 @dataclass
@@ -135,6 +105,9 @@ class GradientStore:
         self.listener: GradientListener | None = None
         self.num_backwards = 0
         """Backward passes since gradients were last cleared, the one under way included."""
+        self.expected_backwards = 1
+        """Backward passes of the last step that was taken; the coming one probably has as many."""
+        self.accumulators = GradientAccumulators(resources.transfers, device_kernels)
         self._is_in_backward = False
         self._jobs: list[GradTicket] = []
         self._device_slots: list[_Slot] = []
@@ -178,6 +151,8 @@ class GradientStore:
             mode = GradMode.ADD if position in chunk.sumsq else GradMode.STORE
             view = self._view(chunk, position)
             chunk.sumsq[position] = self._device_kernels.store_gradient(view, grad.reshape(-1), mode=mode)
+        elif self.expected_backwards > 1 and chunk_id in self.accumulators:
+            self._accumulate(chunk, position, grad.reshape(-1))
         elif not self.can_write(chunk_id):
             self._put_in_device_slot(chunk, position, grad.reshape(-1))
         elif grad.is_contiguous():
@@ -267,6 +242,21 @@ class GradientStore:
         again = position in chunk.sumsq or any(d.chunk is chunk and position in d.positions for d in self._departures)
         if again and self._dtype_of(chunk.spec) is not torch.float32:
             raise second_gradient_error(chunk.spec.slots[position].spec.name, self._dtype_of(chunk.spec))
+
+    def _accumulate(self, chunk: GradChunk, position: int, flat: torch.Tensor) -> None:
+        chunk.sumsq[position] = self.accumulators.add(chunk.spec.chunk_id, position, flat)
+        is_complete = len(chunk.delivered) == len(chunk.spec.slots) and not any(chunk.num_expected.values())
+        if is_complete and self.num_backwards >= self.expected_backwards:
+            self._send_sums(chunk)
+
+    def _send_sums(self, chunk: GradChunk) -> None:
+        """Send a chunk's sums home."""
+        chunk_id, buffer = chunk.spec.chunk_id, chunk.home.host_buffer
+        if chunk.tier is MemoryTier.NVME:
+            self._claim_disk_slot(chunk)
+            buffer = self._in_disk_slot[chunk_id].buffer
+        assert buffer is not None
+        self.accumulators.send(chunk_id, buffer)
 
     def _put_in_device_slot(self, chunk: GradChunk, position: int, flat: torch.Tensor) -> None:
         chunk_id = chunk.spec.chunk_id
@@ -401,9 +391,10 @@ class GradientStore:
     def _write_out(self, chunk_id: int) -> None:
         slot = self._in_disk_slot.pop(chunk_id)
         chunk = self._chunks[chunk_id]
+        self.accumulators.wait(chunk_id)
         for ticket in chunk.sumsq.values():
-            assert isinstance(ticket, GradTicket)
-            ticket.wait()
+            if isinstance(ticket, GradTicket):
+                ticket.wait()
         (run,) = chunk.home.runs()
         slot.busy = chunk.home.write_run(run, slot.buffer[: run.nbytes])
         chunk.has_left = True
@@ -413,12 +404,15 @@ class GradientStore:
     def finish(self) -> None:
         """Block until every gradient has reached its home."""
         self.end_backward()
+        for chunk_id in self.accumulators.unsent():
+            self._send_sums(self._chunks[chunk_id])
         while self._departures:
             self._arrive(self._departures.pop(0))
         while self._jobs:
             self._jobs.pop(0).wait()
         for chunk_id in list(self._in_disk_slot):
             self._write_out(chunk_id)
+        self.accumulators.wait_all()
 
     def arrived(self, chunk_id: int) -> Sequence[int]:
         """Return the positions that have a gradient, in the layout's order; call `finish` first."""
@@ -459,6 +453,7 @@ class GradientStore:
 
     def clear(self) -> None:
         """Forget all gradients."""
+        self.accumulators.clear()
         self.finish()
         self.num_backwards = 0
         for chunk in self._chunks.values():
@@ -474,6 +469,7 @@ class GradientStore:
         for departure in self._departures:
             departure.move.wait_on_host()
         self._departures.clear()
+        self.accumulators.close()
         for slot in self._device_slots:
             self._resources.transfers.free(slot.buffer, "gradient slots")
         for slot in self._staging_slots + self._disk_slots:
@@ -482,12 +478,3 @@ class GradientStore:
             chunk.home.close()
         self._device_slots, self._staging_slots, self._disk_slots = [], [], []
         self._chunks.clear()
-
-
-def second_gradient_error(name: str, dtype: torch.dtype) -> ModelError:
-    """Return the error for a parameter's gradient of a second backward pass where they wait in half precision."""
-    return ModelError(
-        f"a second gradient for {name} arrived before optimizer.step(): several backward passes per step need float32 "
-        f"gradients, but they are kept as {dtype}; "
-        "set GeminiConfig(gradient_accumulation=True), or call optimizer.zero_grad() to drop the first"
-    )

@@ -19,7 +19,8 @@ import torch
 
 from gemini.chunk.core import ChunkCore
 from gemini.errors import GeminiError
-from gemini.gradients import ArrivedGradients, GradientStore
+from gemini.gradient_listener import ArrivedGradients
+from gemini.gradients import GradientStore
 from gemini.kernels.adam_tile import AdamSegment
 from gemini.kernels.device import DeviceKernels
 from gemini.kernels.pool import Ticket
@@ -31,7 +32,7 @@ from gemini.tiers import MemoryTier
 from gemini.update import UpdateJob, clip_segments, tiles_of, update_on_device
 from gemini.update_worker import UpdateWorker
 
-__all__ = ["Overlap", "OverlapStats", "StepPlanner", "StepWish"]
+__all__ = ["Overlap", "OverlapStats", "StepPlanner", "StepWish", "UpdateTimes"]
 
 
 class StepPlanner(Protocol):
@@ -60,6 +61,24 @@ class OverlapStats:
     """Updates that were started ahead of the step."""
     num_redone: int = 0
     """Those of them that did not count."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateTimes:
+    """Seconds since three clocks were started, or between two readings of them."""
+
+    elapsed_s: float
+    stall_s: float
+    """Training waited for updates."""
+    busy_s: float
+    """The update thread had something to read, compute or write."""
+
+    def __sub__(self, earlier: UpdateTimes) -> UpdateTimes:
+        return UpdateTimes(
+            elapsed_s=self.elapsed_s - earlier.elapsed_s,
+            stall_s=self.stall_s - earlier.stall_s,
+            busy_s=self.busy_s - earlier.busy_s,
+        )
 
 
 class Overlap:
@@ -93,6 +112,8 @@ class Overlap:
         """How soon the next forward needs a chunk, lower is sooner; the runtime puts its trace here."""
         self.failure: str | None = None
         """Why weights and state are no longer those of any one step; None while they are."""
+        self.last_step: UpdateTimes | None = None
+        """The last step's, from the end of the one before it to its own; None before the second."""
         self._asked = asked
         self._core = core
         self._states = states
@@ -104,8 +125,7 @@ class Overlap:
         self._grad_slots: dict[int, torch.Tensor] = {}
         self._backwards_per_step = 0
         self._clip_rate: float | None = None
-        self._step_began_s: float | None = None
-        self._stall_before_s = 0.0
+        self._times_before: UpdateTimes | None = None
         has_device = core.resources.transfers.compute_tier is MemoryTier.DEVICE
         self._has_traffic = has_device or any(
             home.is_on_disk for chunk_id in states for home in (states[chunk_id], core.chunks[chunk_id].home)
@@ -113,7 +133,7 @@ class Overlap:
         self._has_spares = any(state.has_spare(tile) for state in states.values() for tile in range(len(state.tiers)))
         core.updates = self
         gradients.listener = self
-        self._choose_mode(stall_s=None, step_s=None)
+        self._choose_mode()
 
     # ---------------------------------------------------------------- during backward
 
@@ -256,20 +276,23 @@ class Overlap:
         self.discard()
         self._backwards_per_step = self._gradients.num_backwards
         self._clip_rate = smoothed_rate(self._clip_rate, is_clipped)
-        now_s, stall_s = time.perf_counter(), self._worker.stall_s
-        step_s = None if self._step_began_s is None else now_s - self._step_began_s
-        self._choose_mode(stall_s=stall_s - self._stall_before_s, step_s=step_s)
-        self._step_began_s, self._stall_before_s = now_s, stall_s
+        worker = self._worker
+        now = UpdateTimes(elapsed_s=time.perf_counter(), stall_s=worker.stall_s, busy_s=worker.busy_s)
+        if self._times_before is not None:
+            self.last_step = now - self._times_before
+        self._times_before = now
+        self._choose_mode()
 
-    def _choose_mode(self, *, stall_s: float | None, step_s: float | None) -> None:
+    def _choose_mode(self) -> None:
+        last = self.last_step
         self.mode = choose_overlap(
             self._asked,
             has_traffic=self._has_traffic,
             has_spares=self._has_spares,
             clip_rate=self._clip_rate,
             is_speculating=self.mode is OverlapMode.SPECULATIVE,
-            stall_s=stall_s,
-            step_s=step_s,
+            stall_s=None if last is None else last.stall_s,
+            step_s=None if last is None else last.elapsed_s,
         )
 
     # ---------------------------------------------------------------- after the step

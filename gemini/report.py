@@ -15,7 +15,7 @@ from gemini.placement.plan import MemoryDemand
 from gemini.runtime import Runtime
 from gemini.tiers import MemoryTier, format_nbytes
 
-__all__ = ["DiskWear", "MemoryReport", "TierReport", "make_report", "wear_of"]
+__all__ = ["DiskWear", "MemoryReport", "TierReport", "UpdateReport", "make_report", "wear_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +46,36 @@ class DiskWear:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateReport:
+    """When updates of chunks ran."""
+
+    overlap_asked: str
+    """`GeminiConfig.overlap`."""
+    overlap: str
+    """The mode in force, of the coming step."""
+    num_updates: int
+    """Chunks that steps have updated, since construction."""
+    num_ahead: int
+    """Updates that were started ahead of the step."""
+    num_redone: int
+    """Those of them that did not count."""
+    busy_s: float | None
+    """Seconds of the last step in which the update thread had something to read, compute or write; None before the
+    second step."""
+    step_s: float | None
+    """Seconds of that step, from the end of the one before to its own; None before the second step."""
+
+    def __str__(self) -> str:
+        text = (
+            f"overlap {self.overlap} (asked for: {self.overlap_asked}); {self.num_updates} updates of chunks, "
+            f"{self.num_ahead} started ahead of the step, {self.num_redone} of them redone"
+        )
+        if self.busy_s is not None and self.step_s is not None:
+            text += f"; thread busy {self.busy_s:.3f} s of the last step's {self.step_s:.3f} s"
+        return text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryReport:
     """Memory and moves of one engine since it was built."""
 
@@ -58,6 +88,8 @@ class MemoryReport:
     num_resident_chunks: int
     num_slots: int
     slot_nbytes: int
+    accumulator_nbytes: int
+    """What the device holds now of gradients' sums; among its `held_nbytes`, but not planned."""
     num_fetches: int
     num_misses: int
     """Fetches that started only when the weights were needed."""
@@ -74,7 +106,8 @@ class MemoryReport:
     fetch_stall_s: float
     """Seconds that forward and backward waited for weights."""
     update_stall_s: float
-    """Seconds that the optimizer waited for the disk."""
+    """Seconds that training waited for updates."""
+    updates: UpdateReport
     non_model_peak_nbytes: int | None
     """Activations and temporaries at their peak; None until measured (on the CPU: inside `engine.trace_memory()`)."""
     resident_set_nbytes: int
@@ -107,12 +140,18 @@ class MemoryReport:
             lines.append(
                 f"{tier.tier:>7}: peak {format_nbytes(tier.peak_nbytes)}, planned {format_nbytes(planned)}, {budget}"
             )
-            lines += [f"{'':9}{purpose:<18}{format_nbytes(n):>12}" for purpose, n in tier.planned_nbytes.items()]
+            lines += [f"{'':9}{purpose:<24}{format_nbytes(n):>12}" for purpose, n in tier.planned_nbytes.items()]
+            lines += [
+                f"{'':9}{purpose:<24}{format_nbytes(n):>12}, not planned"
+                for purpose, n in tier.held_nbytes.items()
+                if n and purpose not in tier.planned_nbytes
+            ]
         lines.append(
             f"{self.num_steps} steps ({self.num_skipped_steps} skipped): {self.num_fetches} fetches, "
             f"{self.num_misses} of them late, {format_nbytes(self.fetched_nbytes)}; stalls "
             f"{self.fetch_stall_s:.2f} s for weights, {self.update_stall_s:.2f} s in updates"
         )
+        lines.append(f"updates: {self.updates}")
         if self.io_engine is not None:
             lines.append("   disk: " + self._describe_disk())
         if self.heap is not None:
@@ -193,6 +232,7 @@ def make_report(
         num_resident_chunks=sum(chunk.is_resident for chunk in core.chunks),
         num_slots=runtime.plan.num_slots,
         slot_nbytes=runtime.plan.slot_nbytes,
+        accumulator_nbytes=runtime.gradients.accumulators.nbytes,
         num_fetches=stats.num_fetches,
         num_misses=stats.num_misses,
         num_trace_mismatches=runtime.num_trace_mismatches,
@@ -204,6 +244,7 @@ def make_report(
         wear=wear,
         fetch_stall_s=stats.stall_s,
         update_stall_s=runtime.update_stall_s,
+        updates=_update_report(runtime),
         non_model_peak_nbytes=runtime.probe.non_model_peak_nbytes,
         resident_set_nbytes=psutil.Process().memory_info().rss,
         heap=statistics(),
@@ -212,6 +253,19 @@ def make_report(
         instruction_set=resources.isa.name.lower(),
         step_s=runtime.step_s,
         predicted=runtime.predict_step(profile, flops) if profile is not None and flops is not None else None,
+    )
+
+
+def _update_report(runtime: Runtime) -> UpdateReport:
+    overlap = runtime.overlap
+    return UpdateReport(
+        overlap_asked=runtime.config.overlap,
+        overlap=overlap.mode.value,
+        num_updates=overlap.stats.num_updates,
+        num_ahead=overlap.stats.num_ahead,
+        num_redone=overlap.stats.num_redone,
+        busy_s=overlap.last_step.busy_s if overlap.last_step is not None else None,
+        step_s=overlap.last_step.elapsed_s if overlap.last_step is not None else None,
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from gemini.adaptation import adapt_to_peak
+from gemini.adaptation import Adaptation
 from gemini.chunk.chunk import Chunk
 from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import ChunkLayout, ParamSlot
@@ -113,7 +113,6 @@ class Runtime:
         self.overlap = Overlap(asked, core=core, states=states, gradients=gradients, worker=worker, kernels=kernels)
         num_slots, is_sharded = plan.num_slots, sharding is not None
         self._lookahead = Lookahead(core, depth=config.prefetch_depth, num_slots=num_slots, is_sharded=is_sharded)
-        self._is_adapted = False
         self._saved = SavedWeights(core.chunk_in, self._weights_in_backward)
         self._entered: list[_Entry] = []
         self._borrowed_by_model: list[int] = []
@@ -128,6 +127,9 @@ class Runtime:
         self._clock = StepClock()
         self._is_closed = False
         self._pid = os.getpid()
+        self._adaptation: Adaptation | None = None
+        if shape.has_device and config.placement == "auto" and isinstance(gradients, GradientStore):
+            self._adaptation = Adaptation(core, gradients, demands, shape, settle=self.overlap.settle_all)
         self.overlap.predict = self._predict
         self.overlap.urgency = self._lookahead.urgency
 
@@ -433,22 +435,15 @@ class Runtime:
 
     def _end_step(self, *, is_clipped: bool) -> None:
         self.overlap.end_step(is_clipped=is_clipped)
+        self.gradients.expected_backwards = self.gradients.num_backwards
         self.clear_gradients()
         if self._lookahead.is_in_step:
             self._clock.end_step()
             self.probe.end_step()
-            self._adapt()
+            peak = self.probe.non_model_peak_nbytes
+            if self._adaptation is not None and peak is not None:
+                self.plan = self._adaptation.after_step(self.plan, peak_nbytes=peak)
         self._lookahead.end_step()
-
-    def _adapt(self) -> None:
-        """After the first step that was measured, use what is left of the device's budget."""
-        peak = self.probe.non_model_peak_nbytes
-        may_adapt = self._shape.has_device and self.config.placement == "auto" and self.sharding is None
-        if self._is_adapted or peak is None or not may_adapt:
-            return
-        self._is_adapted = True
-        self.overlap.settle_all()
-        self.plan = adapt_to_peak(self.core, self._demands, self.plan, self._shape, peak_nbytes=peak)
 
     @property
     def _loss_scale(self) -> float:

@@ -28,11 +28,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from gemini.accumulators import GradientAccumulators
 from gemini.chunk.layout import ChunkSpec
 from gemini.chunk.sharding import ChunkShard, Collective, ShardGroup, cut_spec
 from gemini.errors import GeminiError
+from gemini.gradient_listener import GradientListener, second_gradient_error
 from gemini.gradient_sink import GradientPlace
-from gemini.gradients import GradientListener, GradientStore, second_gradient_error
+from gemini.gradients import GradientStore
 from gemini.offload.home import TiledHome
 from gemini.offload.transfer import Transfers
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, round_up
@@ -91,6 +93,8 @@ class ShardedGradients:
     ) -> None:
         self.num_backwards = 0
         """Backward passes since gradients were last cleared, the one under way included."""
+        self.expected_backwards = 1
+        """Backward passes of the last step that was taken."""
         self._shards = shards
         self._group = group
         self._transfers = transfers
@@ -381,6 +385,11 @@ class ShardedGradients:
     @listener.setter
     def listener(self, listener: GradientListener | None) -> None:
         self._shards.listener = listener
+
+    @property
+    def accumulators(self) -> GradientAccumulators:
+        """Sums on the device of one rank; none are ever opened."""
+        return self._shards.accumulators
 
     def dtype_of(self, chunk_id: int) -> torch.dtype:
         """Return the dtype in which a chunk's gradients wait."""

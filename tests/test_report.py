@@ -1,8 +1,10 @@
-"""The report: what the disk was asked for, to the byte, and what that takes of its life."""
+"""The report: what the disk was asked for, to the byte, what that takes of its life, and when updates ran."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from torch import nn
 
 from gemini import GeminiConfig, GeminiDDP, HybridAdam, NVMeConfig, StaticPlacement
 from gemini.offload.io import IoStats
-from gemini.report import DiskWear, wear_of
+from gemini.report import DiskWear, UpdateReport, wear_of
 from gemini.tiers import round_up
+from gemini.update import TilePipeline, UpdateJob
 
 TILE_NUMEL = 4096
 WIDTH = 96
@@ -127,3 +130,64 @@ def test_a_step_that_writes_nothing_wears_nothing() -> None:
     assert wear_of(10**12, written_nbytes_per_step=0) == DiskWear(
         endurance_nbytes=10**12, life_share_per_step=0.0, num_steps_of_life=None
     )
+
+
+def test_the_report_tells_which_updates_ran_ahead_and_which_were_redone(tmp_path: Path) -> None:
+    config = make_config(tmp_path, overlap="speculative", placement=StaticPlacement(param_nvme=1, state_nvme=1))
+    with GeminiDDP(make_model(), config) as engine:
+        before = engine.memory_report().updates
+        optimizer = HybridAdam(engine.parameters(), lr=1e-3)
+        for _ in range(3):
+            train_step(engine, optimizer)
+        engine(torch.ones(2, WIDTH)).square().mean().backward()
+        engine.clip_grad_norm_(1e-3)
+        optimizer.step()
+        report = engine.memory_report()
+    assert before == UpdateReport(
+        overlap_asked="speculative",
+        overlap="next-forward",  # until a step has shown how many backward passes make one
+        num_updates=0,
+        num_ahead=0,
+        num_redone=0,
+        busy_s=None,
+        step_s=None,
+    )
+    found = report.updates
+    assert (found.overlap_asked, found.overlap) == ("speculative", "speculative")
+    assert (found.num_updates, found.num_ahead, found.num_redone) == (4 * NUM_CHUNKS, 3 * NUM_CHUNKS, NUM_CHUNKS)
+    assert json.loads(report.to_json())["updates"] == dataclasses.asdict(found)
+    assert (
+        "\nupdates: overlap speculative (asked for: speculative); 12 updates of chunks, 9 started ahead of the step, "
+        f"3 of them redone; thread busy {found.busy_s:.3f} s of the last step's {found.step_s:.3f} s\n"
+    ) in str(report)
+
+
+def test_a_mode_that_was_chosen_is_told_from_one_that_was_asked_for() -> None:
+    with GeminiDDP(make_model(), GeminiConfig(device="cpu", dtype=torch.float32, host_budget="64MiB")) as engine:
+        report = engine.memory_report()
+    assert (report.updates.overlap_asked, report.updates.overlap) == ("auto", "off")
+    assert "overlap off (asked for: auto); 0 updates of chunks" in str(report)
+    assert "thread busy" not in str(report)
+
+
+def test_the_update_thread_is_busy_while_it_works_whether_anybody_waits_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = TilePipeline.start
+
+    def slow_start(self: TilePipeline, job: UpdateJob, index: int) -> None:
+        time.sleep(0.02)
+        start(self, job, index)
+
+    monkeypatch.setattr(TilePipeline, "start", slow_start)
+    with GeminiDDP(make_model(), make_config(tmp_path, overlap="next-forward")) as engine:
+        optimizer = HybridAdam(engine.parameters())
+        train_step(engine, optimizer)
+        assert engine.memory_report().updates.busy_s is None
+        time.sleep(1)  # the updates end meanwhile
+        train_step(engine, optimizer)
+        updates = engine.memory_report().updates
+    num_tiles = 3 * NUM_CHUNKS
+    assert updates.busy_s is not None
+    assert updates.step_s is not None
+    assert num_tiles * 0.02 <= updates.busy_s <= updates.step_s - 0.5

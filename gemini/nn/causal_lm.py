@@ -28,7 +28,13 @@ _LOSS_NAME = "ForCausalLMLoss"
 _REMEDY = "call linear_cross_entropy in a forward of your own"
 
 
-def use_sliced_loss(model: torch.nn.Module, *, slicing: Slicing = "vocabulary", slice_size: int | None = None) -> None:
+def use_sliced_loss(
+    model: torch.nn.Module,
+    *,
+    slicing: Slicing = "vocabulary",
+    slice_size: int | None = None,
+    keep_logits: bool = False,
+) -> None:
     """Let a transformers causal language model compute its loss with `linear_cross_entropy`, from now on.
 
     `model(input_ids=..., labels=...)` then returns the same loss as before and no logits; without labels, nothing
@@ -38,6 +44,7 @@ def use_sliced_loss(model: torch.nn.Module, *, slicing: Slicing = "vocabulary", 
         model: a causal language model of transformers, or a wrapper with one inside; its `forward` is exchanged.
         slicing: which dimension of the logits is cut, as for `linear_cross_entropy`.
         slice_size: rows, or tokens of the vocabulary, whose logits exist at once; None: chosen by their bytes.
+        keep_logits: hold the logits, once, from forward to backward: faster where they fit.
 
     Raises:
         ModelError: the model has no output layer that is a Linear, or a loss of its own. In a forward with labels: the
@@ -51,7 +58,7 @@ def use_sliced_loss(model: torch.nn.Module, *, slicing: Slicing = "vocabulary", 
         raise ModelError(
             f"{type(inner).__name__}: its loss is {loss_name}, expected transformers' {_LOSS_NAME}; {_REMEDY}"
         )
-    inner.forward = _SlicedLossForward(inner, inner.forward, slicing, slice_size)
+    inner.forward = _SlicedLossForward(inner, inner.forward, slicing, slice_size, keep_logits)
 
 
 def use_plain_loss(model: torch.nn.Module) -> None:
@@ -100,6 +107,7 @@ class _SlicedLossForward:
     """The model's own, bound."""
     slicing: Slicing
     slice_size: int | None
+    keep_logits: bool
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -161,6 +169,7 @@ class _SlicedLossForward:
             logits_fn=logits.logits_fn,
             slicing=self.slicing,
             slice_size=self.slice_size,
+            keep_logits=self.keep_logits,
         )
         if num_items_in_batch is None:
             return loss

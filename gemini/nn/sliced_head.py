@@ -4,8 +4,9 @@
 *Rows*: all logits of `slice_size` positions at a time. Loss and gradients go through the same operations as torch's,
 but each slice adds to the whole gradient of the weight. *Vocabulary*: the logits of all positions for `slice_size`
 tokens at a time; each position's logsumexp is put together from the slices', and each slice of the weight's gradient is
-computed once. Either way backward computes the logits again, one matrix product more than keeping them; why the
-gradients are not computed in forward, and which way is the default, stands in docs/decisions/0007.
+computed once. Either way backward computes the logits again, one matrix product more than keeping them (which
+`keeps_logits` does, for those who have the memory); why the gradients are not computed in forward, and which way is the
+default, stands in docs/decisions/0007.
 """
 
 from __future__ import annotations
@@ -57,35 +58,27 @@ class SlicedHead:
     """Probability that the target spreads evenly over the vocabulary."""
     logits_fn: LogitsFn | None
     """Elementwise function between the output layer and the loss."""
+    keeps_logits: bool = False
+    """Whether forward leaves the output layer's results, all slices of them, to backward."""
 
-    def logits(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Return logits as the loss sees them, float32 or float64 [rows, tokens]; not an alias of anything."""
-        logits = F.linear(rows, weight, bias)
-        if self.logits_fn is not None:
-            logits = self.logits_fn(logits)
+    def logits(self, linear: torch.Tensor) -> torch.Tensor:
+        """Return logits as the loss sees them, float32 or float64, from the output layer's, or an alias of these."""
+        logits = linear if self.logits_fn is None else self.logits_fn(linear)
         return logits.to(_sum_dtype(logits.dtype))
 
-    def logits_backward(
-        self,
-        grad_of: Callable[[torch.Tensor], torch.Tensor],
-        rows: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Compute logits again and carry their gradient back through `logits_fn`.
+    def logits_backward(self, grad_of: Callable[[torch.Tensor], torch.Tensor], linear: torch.Tensor) -> torch.Tensor:
+        """Carry the gradient of the logits back through `logits_fn`.
 
         Args:
             grad_of: gradient of the logits as the loss sees them, from these; may overwrite them.
-            rows: [rows, hidden_size].
-            weight: [tokens, hidden_size].
-            bias: [tokens].
+            linear: the output layer's results, [rows, tokens]; overwritten unless they are kept.
 
         Returns:
-            Gradient of the output layer's own result, of its dtype, [rows, tokens].
+            Gradient of the output layer's results, of their dtype, [rows, tokens].
         """
         if self.logits_fn is None:
-            return grad_of(self.logits(rows, weight, bias)).to(rows.dtype)
-        linear = F.linear(rows, weight, bias).requires_grad_()
+            return grad_of(linear.to(_sum_dtype(linear.dtype), copy=self.keeps_logits)).to(linear.dtype)
+        linear = linear.detach().requires_grad_()
         with torch.enable_grad():
             logits = self.logits_fn(linear)
         grad = grad_of(logits.detach().to(_sum_dtype(logits.dtype), copy=True))
@@ -116,27 +109,28 @@ class TargetLogProbs(torch.autograd.Function):
         head: SlicedHead,
         weight_use: GradientUse | None,
     ) -> torch.Tensor:
+        kept: list[torch.Tensor] = []
         if head.by_rows:
-            log_probs, normalisers = _log_probs_by_rows(head, rows, weight, bias, labels), None
+            log_probs, normalisers = _log_probs_by_rows(head, rows, weight, bias, labels, kept), None
         else:
-            log_probs, normalisers = _log_probs_by_vocabulary(head, rows, weight, bias, labels)
-        ctx.save_for_backward(rows, weight, bias, labels, normalisers)
+            log_probs, normalisers = _log_probs_by_vocabulary(head, rows, weight, bias, labels, kept)
+        ctx.save_for_backward(rows, weight, bias, labels, normalisers, *kept)
         ctx.head, ctx.weight_use = head, weight_use
         return log_probs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
-        rows, weight, bias, labels, normalisers = ctx.saved_tensors
+        rows, weight, bias, labels, normalisers, *kept = ctx.saved_tensors
         sink = ctx.weight_use.sink if ctx.weight_use is not None and ctx.weight_use.is_open() else None
         # Slices of rows each add to the whole gradient, which they must do in float32 and in one place.
         writing = None if sink is None or ctx.head.by_rows else sink.write()
         with torch.autocast(rows.device.type, enabled=False), writing or nullcontext() as place:
             grads = _Gradients(ctx.needs_input_grad, ctx.head, rows, weight, place)
             if ctx.head.by_rows:
-                _backward_by_rows(ctx.head, rows, weight, bias, labels, grad, grads)
+                _backward_by_rows(ctx.head, rows, weight, bias, labels, grad, grads, kept)
             else:
-                _backward_by_vocabulary(ctx.head, rows, weight, bias, labels, normalisers, grad, grads)
+                _backward_by_vocabulary(ctx.head, rows, weight, bias, labels, normalisers, grad, grads, kept)
         of_rows, of_weight, of_bias = grads.result()
         if sink is not None and of_weight is not None:
             sink.put(of_weight)
@@ -145,11 +139,20 @@ class TargetLogProbs(torch.autograd.Function):
 
 
 def _log_probs_by_rows(
-    head: SlicedHead, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+    head: SlicedHead,
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    kept: list[torch.Tensor],
 ) -> torch.Tensor:
+    """Return log-probabilities of the targets, [rows]; `kept` is filled if the head keeps logits."""
     found = rows.new_empty(len(rows), dtype=_sum_dtype(rows.dtype))
     for part in _slices(len(rows), head.slice_size):
-        log_probs = head.logits(rows[part], weight, bias).log_softmax(dim=-1)
+        linear = F.linear(rows[part], weight, bias)
+        if head.keeps_logits:
+            kept.append(linear)
+        log_probs = head.logits(linear).log_softmax(dim=-1)
         found[part] = log_probs.gather(1, labels[part, None])[:, 0]
         if head.smoothing:
             found[part] = torch.lerp(found[part], log_probs.mean(dim=-1), head.smoothing)
@@ -157,13 +160,21 @@ def _log_probs_by_rows(
 
 
 def _log_probs_by_vocabulary(
-    head: SlicedHead, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+    head: SlicedHead,
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    kept: list[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log-probabilities of the targets, and every row's logsumexp, both [rows]."""
+    """Return log-probabilities of the targets, and every row's logsumexp, both [rows]; `kept` is filled as above."""
     normalisers = rows.new_full((len(rows),), -torch.inf, dtype=_sum_dtype(rows.dtype))
     at_label, total = torch.zeros_like(normalisers), torch.zeros_like(normalisers)
     for part in _slices(len(weight), head.slice_size):
-        logits = head.logits(rows, weight[part], _part_of(bias, part))
+        linear = F.linear(rows, weight[part], _part_of(bias, part))
+        if head.keeps_logits:
+            kept.append(linear)
+        logits = head.logits(linear)
         normalisers = torch.logaddexp(normalisers, logits.logsumexp(dim=-1))
         place, is_here = _places(labels, part)
         at_label = torch.where(is_here, logits.gather(1, place[:, None])[:, 0], at_label)
@@ -192,15 +203,17 @@ def _backward_by_rows(
     labels: torch.Tensor,
     grad: torch.Tensor,
     grads: _Gradients,
+    kept: Sequence[torch.Tensor],
 ) -> None:
     everywhere = head.smoothing / len(weight)
-    for part in _slices(len(rows), head.slice_size):
+    for i, part in enumerate(_slices(len(rows), head.slice_size)):
 
         def grad_of(logits: torch.Tensor, part: slice = part) -> torch.Tensor:
             probs = logits.log_softmax(dim=-1).exp_()
             return _grad_logits(probs, labels[part], grad[part], grad[part] * (1 - head.smoothing), everywhere)
 
-        grads.add(part, slice(0, len(weight)), head.logits_backward(grad_of, rows[part], weight, bias))
+        linear = kept[i] if kept else F.linear(rows[part], weight, bias)
+        grads.add(part, slice(0, len(weight)), head.logits_backward(grad_of, linear))
 
 
 def _backward_by_vocabulary(
@@ -212,9 +225,10 @@ def _backward_by_vocabulary(
     normalisers: torch.Tensor,
     grad: torch.Tensor,
     grads: _Gradients,
+    kept: Sequence[torch.Tensor],
 ) -> None:
     everywhere = head.smoothing / len(weight)
-    for part in _slices(len(weight), head.slice_size):
+    for i, part in enumerate(_slices(len(weight), head.slice_size)):
 
         def grad_of(logits: torch.Tensor, part: slice = part) -> torch.Tensor:
             probs = logits.sub_(normalisers[:, None]).exp_()
@@ -222,8 +236,8 @@ def _backward_by_vocabulary(
             at_label = torch.where(is_here, grad * (1 - head.smoothing), 0)
             return _grad_logits(probs, place, grad, at_label, everywhere)
 
-        every_row = slice(0, len(rows))
-        grads.add(every_row, part, head.logits_backward(grad_of, rows, weight[part], _part_of(bias, part)))
+        linear = kept[i] if kept else F.linear(rows, weight[part], _part_of(bias, part))
+        grads.add(slice(0, len(rows)), part, head.logits_backward(grad_of, linear))
 
 
 def _grad_logits(

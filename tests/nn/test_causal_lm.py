@@ -85,14 +85,15 @@ def assert_same_gradients(found: dict[str, Any], expected: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("keep_logits", [False, True])
 @pytest.mark.parametrize(("slicing", "slice_size"), [("rows", 5), ("vocabulary", 17)])
-def test_loss_and_gradients_are_the_models_own(name: str, slicing: Any, slice_size: int) -> None:
+def test_loss_and_gradients_are_the_models_own(name: str, slicing: Any, slice_size: int, keep_logits: bool) -> None:
     model = build(name)
     expected = model(**batch())
     expected.loss.backward()
     wanted = gradients(model)
 
-    gemini.nn.use_sliced_loss(model, slicing=slicing, slice_size=slice_size)
+    gemini.nn.use_sliced_loss(model, slicing=slicing, slice_size=slice_size, keep_logits=keep_logits)
     output = model(**batch())
     output.loss.backward()
 

@@ -340,6 +340,40 @@ def test_between_forward_and_backward_only_a_few_numbers_a_row_are_kept(slicing:
     assert kept_nbytes <= 64 * (8 + 8 + 4 + 4) + 8
 
 
+@each_slicing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("logits_fn", [None, lambda logits: 5 * torch.tanh(logits / 5)])
+def test_kept_logits_change_no_bit_and_can_be_used_twice(
+    dtype: torch.dtype, logits_fn: Any, slicing: Any, slice_size: int | None
+) -> None:
+    inputs = make_inputs(dtype)
+    options = {"slicing": slicing, "slice_size": slice_size, "logits_fn": logits_fn, "label_smoothing": 0.1}
+    loss = sliced(inputs, **options)
+    expected = [loss.detach(), *torch.autograd.grad(loss, (inputs.hidden, inputs.weight, inputs.bias))]
+
+    loss = sliced(inputs, keep_logits=True, **options)
+    for _ in range(2):
+        found = [
+            loss.detach(),
+            *torch.autograd.grad(loss, (inputs.hidden, inputs.weight, inputs.bias), retain_graph=True),
+        ]
+        for each, wanted in zip(found, expected, strict=True):
+            assert torch.equal(each, wanted)
+
+
+@pytest.mark.parametrize(("slicing", "slice_size"), [("rows", 4), ("vocabulary", 62)])
+def test_kept_logits_are_kept_once(slicing: Any, slice_size: int) -> None:
+    inputs = make_inputs(rows=64, vocab=1000)
+
+    with LiveStorages(inputs.hidden, inputs.weight, inputs.bias, inputs.labels) as live:
+        loss = sliced(inputs, slicing=slicing, slice_size=slice_size, keep_logits=True)
+        gc.collect()
+        kept_nbytes = live.live_nbytes
+        loss.backward()
+
+    assert 0 <= kept_nbytes - 4 * 64 * 1000 <= 64 * (8 + 8 + 4 + 4) + 8
+
+
 @pytest.mark.parametrize("slicing", ["rows", "vocabulary"])
 def test_half_precision_sums_over_many_slices_are_as_exact_as_torchs(slicing: Any) -> None:
     """Summed in bfloat16 instead, the error of the weight's or the inputs' gradient would be half as large again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,14 @@ def test_prefetching_does_not_race(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with fake_cuda(monkeypatch) as cuda:
         train_gemini(case, config_for("mixed", tmp_path, prefetch_depth=depth, overlap="next-forward"), num_steps=4)
     assert sorted(set(cuda.races)) == []
+
+
+def test_checkpoints_of_slices_do_not_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpt2 = HF_CASES["gpt2"]
+    case = dataclasses.replace(gpt2, batch=lambda generator: {**gpt2.batch(generator), "use_cache": False})
+    config = config_for("device", tmp_path, num_batch_slices=2, overlap="next-forward")
+    expected = train(case, config)
+    with fake_cuda(monkeypatch) as cuda:
+        found = train(case, config)
+    assert sorted(set(cuda.races)) == []
+    assert same_bits(found, expected)
