@@ -187,6 +187,7 @@ def _demand_of(
         master_itemsize=master.itemsize if master is not None else 0,
         is_trainable=chunk.is_trainable,
         is_pinned=is_in_root or (sharding is not None and sharding.keeps_whole_weights),
+        is_sharded=shard is not None,
         num_ranks=1 if shard is None else shard.num_ranks,
         keeps_whole_gradient=sharding is not None and (is_in_root or sharding.keeps_whole_gradients),
     )

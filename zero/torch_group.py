@@ -216,6 +216,7 @@ class TorchGroup:
         elif self._swap_directory is not None:
             for path in remove_abandoned(self._swap_directory):
                 logger.info("removed %s, whose rank has died", path)
+        self._swap_directory = None
 
 
 class _PendingCollective:

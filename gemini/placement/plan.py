@@ -40,15 +40,12 @@ class ChunkDemand:
     is_trainable: bool
     is_pinned: bool
     """Whether the working weights must stay in compute memory all the time (the root unit)."""
+    is_sharded: bool = False
+    """Whether only a shard lives here. Compute memory then holds copies of whole chunks, never homes."""
     num_ranks: int = 1
-    """Ranks that own a shard each. With more than one, compute memory holds copies of whole chunks, never homes."""
+    """Ranks that own a shard each."""
     keeps_whole_gradient: bool = False
-    """Whether compute memory holds the whole chunk's gradient until the step; with several ranks only."""
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether other ranks own shards."""
-        return self.num_ranks > 1
+    """Whether compute memory holds the whole chunk's gradient until the step; of sharded chunks only."""
 
     @property
     def working_nbytes(self) -> int:

@@ -14,6 +14,7 @@ from rank_cases import case_of, cut_batch, global_batches
 from training_harness import config_for, hybrid_adam
 
 import zero
+from gemini import CollectiveError
 
 
 def train_until_fault(*, fault: str, when: str, directory: Path, again: bool = False) -> None:
@@ -56,19 +57,13 @@ def train_until_fault(*, fault: str, when: str, directory: Path, again: bool = F
                 if when == "step":
                     strike()
                 optimizer.step()
-            except zero_errors():
+            except CollectiveError:
                 if before is not None:
                     assert engine.runtime.core.chunks[0].num_updates == before
                 if not again:
                     raise
                 engine(**cut_batch(batch, rank, world_size))
             optimizer.zero_grad()
-
-
-def zero_errors() -> type[Exception]:
-    from gemini import CollectiveError
-
-    return CollectiveError
 
 
 def build_on_ranks(*, fault: str | None, directory: Path | None = None) -> Any:

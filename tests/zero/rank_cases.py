@@ -249,3 +249,28 @@ def measure_memory(*, model: str, stage: int, place: str, directory: Path | None
             "numels": [(chunk.numel, chunk.unit_id == 0) for chunk in runtime.layout.chunks],
             "fetched_nbytes": runtime.core.stats.fetched_nbytes,
         }
+
+
+def count_collectives(*, stage: int, num_micro: int) -> tuple[dict[str, int], int]:
+    """Return how often one step agrees and exchanges, and the number of chunks that are trained."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    case = case_of("tower")
+    counts = {"gather_values": 0, "exchange": 0}
+
+    def count(group: Any, method: str) -> None:
+        inner = getattr(group, method)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            counts[method] += 1
+            return inner(*args, **kwargs)
+
+        setattr(group, method, counted)
+
+    with sharded(case, stage=stage, place="device", directory=None) as engine:
+        optimizer = hybrid_adam(engine.parameters())
+        for method in counts:
+            count(engine.runtime.sharding.group, method)
+        for batch in global_batches(case, num_micro, world_size):
+            case.loss(engine(**cut_batch(batch, rank, world_size))).backward()
+        optimizer.step()
+        return counts, len(engine.runtime.states)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
-from model_zoo import HIDDEN, Block, square, vector_batch
+from model_zoo import HF_CASES, HIDDEN, Block, square, vector_batch
 from torch import nn
 from training_harness import Case
 
@@ -83,7 +85,20 @@ class Tiny(nn.Module):
         return x
 
 
+def checkpointed(*, use_reentrant: bool) -> Case:
+    """Return GPT-2 with activation checkpoints."""
+
+    def build() -> nn.Module:
+        model = HF_CASES["gpt2"].build()
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        return model
+
+    return dataclasses.replace(HF_CASES["gpt2"], build=build)
+
+
 RANK_CASES = {
+    "checkpointed": checkpointed(use_reentrant=False),
+    "checkpointed_reentrant": checkpointed(use_reentrant=True),
     "routed": Case(Routed, vector_batch, square),
     "lenders": Case(Lenders, vector_batch, square),
     "tiny": Case(Tiny, vector_batch, square),

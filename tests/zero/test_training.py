@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_cases import Fit, overflow_on_last_rank, train_alone, train_sharded
+from rank_cases import Fit, count_collectives, overflow_on_last_rank, train_alone, train_sharded
 from rank_pool import RankPool
 from training_harness import distance, same_bits
 
@@ -52,8 +52,11 @@ def test_ranks_train_as_one_process(world_size, place, stage, ranks: RankPool, t
     assert list(tmp_path.iterdir()) == []
 
 
+AWKWARD = ["gpt2", "mixtral", "borrowers", "hidden_borrowers", "routed", "lenders", "tiny", "checkpointed"]
+
+
 @STAGES
-@pytest.mark.parametrize("model", ["gpt2", "mixtral", "borrowers", "hidden_borrowers", "routed", "lenders", "tiny"])
+@pytest.mark.parametrize("model", [*AWKWARD, "checkpointed_reentrant"])
 def test_awkward_models_train_as_in_one_process(model, stage, ranks: RankPool):
     fits = ranks.run(2, train_sharded, model=model, stage=stage, place="device")
     assert_trains_alike(agreed(fits), alone(model, 2), 2)
@@ -68,6 +71,17 @@ def test_more_ranks_than_a_chunk_has_blocks(ranks: RankPool):
 def test_prefetching_changes_no_bit(depth, ranks: RankPool, tmp_path):
     fits = ranks.run(2, train_sharded, model="tower", place="mixed", directory=tmp_path, prefetch_depth=depth)
     assert_trains_alike(agreed(fits), alone("tower", 2), 2)
+
+
+def test_batches_in_slices_train_alike(ranks: RankPool):
+    fits = ranks.run(2, train_sharded, model="llama", num_batch_slices=2)
+    assert_trains_alike(agreed(fits), alone("llama", 2, num_batch_slices=2), 2)
+
+
+def test_a_tight_budget_moves_shards_to_disk(ranks: RankPool, tmp_path):
+    fields = {"model": "llama", "directory": tmp_path, "placement": "auto", "host_budget": "4MiB"}
+    fits = ranks.run(2, train_sharded, place="nvme", **fields)
+    assert_trains_alike(agreed(fits), alone("llama", 2), 2)
 
 
 @pytest.mark.parametrize("overlap", ["off", "next-forward"])
@@ -129,6 +143,12 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(ranks: RankPool):
     assert [result["scales"] for result in fits] == [[2.0**16, 2.0**15, 2.0**15]] * 2
     assert all(result["kept_weights"] for result in fits)
     assert same_bits(fits[0]["weights"], fits[1]["weights"])
+
+
+@pytest.mark.parametrize(("stage", "num_micro", "num_exchanges"), [(1, 1, 1), (1, 3, 1), (2, 3, 3), (3, 3, 3)])
+def test_ranks_agree_once_a_step(stage, num_micro, num_exchanges, ranks: RankPool):
+    for counts, num_chunks in ranks.run(2, count_collectives, stage=stage, num_micro=num_micro):
+        assert counts == {"gather_values": 1, "exchange": num_exchanges * num_chunks}
 
 
 def test_means_in_float16_do_not_overflow():
