@@ -271,7 +271,7 @@ class Runtime:
         """
         self.check_usable()
         if isinstance(self.gradients, ShardedGradients):
-            self.gradients.begin_backward(self._lookahead.urgency)
+            self.gradients.reach_unit(self.layout.units[unit_id].own_chunk_ids, self._lookahead.urgency)
         for chunk_id in (*self._borrowed_by_unit.get(unit_id, ()), *self.layout.units[unit_id].chunk_ids):
             self.core.ensure(chunk_id)
             self._lookahead.record(chunk_id)

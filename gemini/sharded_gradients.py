@@ -8,11 +8,12 @@ goes to a GradientStore whose chunks are shards, and from there all is as with o
 [Note: Same exchanges on all ranks]
 All ranks take part in an exchange or it hangs, and which gradients arrive, and when, may differ among them. So a
 backward pass exchanges every chunk exactly once, in the reverse of the order in which forward used them: as soon as it
-and those before it are complete, at the latest when backward ends, zeros standing for what a rank has not got. A chunk
-that is complete but finds no slot, because the one whose turn it is lacks something, makes that one go as it is; what
-arrives for a chunk that has gone is kept and exchanged in the step, once the ranks have agreed that any of them has
-such latecomers. The same agreement says which parameters have a gradient on any rank, and carries the sums of squares:
-one synchronisation a step.
+and those before it are complete, zeros standing for what a rank has not got. It does not wait for ever: when backward
+reaches a unit, the chunks whose slots that unit needs go as they are. They must, because another rank may be waiting
+there for such a slot, and would not gather the weights that this rank needs next. What arrives for a chunk that has
+gone is kept and exchanged in the step, once the ranks have agreed that any of them has such latecomers. The same
+agreement says which parameters have a gradient on any rank, and carries the sums of squares: one synchronisation a
+step.
 
 Chunks that are used all through a step (the root unit's), and all of them in stage 1, are kept whole until the step and
 exchanged only then, however many backward passes there were.
@@ -65,6 +66,8 @@ class _Chunk:
     """Flat gradients for which there has been no slot yet, by position."""
     late: dict[int, torch.Tensor] = field(default_factory=dict)
     """Flat float32 sums of what came after this backward pass had exchanged the chunk, by position."""
+    turn: int = 0
+    """Its place in this backward pass's order of exchanges."""
     has_gone: bool = False
     """Whether this backward pass has exchanged the chunk."""
     delivered: set[int] = field(default_factory=set)
@@ -99,6 +102,7 @@ class ShardedGradients:
         self._group = group
         self._transfers = transfers
         self._chunks: dict[int, _Chunk] = {}
+        self._num_slots = num_slots
         self._free = [
             _ExchangeSlot(*(transfers.allocate(slot_nbytes, "exchange slots") for _ in range(2)))
             for _ in range(num_slots if slot_nbytes else 0)
@@ -146,9 +150,23 @@ class ShardedGradients:
         exchanged = [chunk for chunk in self._chunks.values() if chunk.kept is None]
         self._order = sorted(exchanged, key=lambda chunk: (-urgency(chunk.spec.chunk_id), -chunk.spec.chunk_id))
         self._num_gone = 0
+        for turn, chunk in enumerate(self._order):
+            chunk.turn, chunk.has_gone = turn, False
         for chunk in self._chunks.values():
-            chunk.has_gone = False
             chunk.earlier |= chunk.delivered
+
+    def reach_unit(self, chunk_ids: Sequence[int], urgency: Callable[[int], int]) -> None:
+        """Begin a backward pass unless one is under way, and make room for what the unit reached will deliver.
+
+        Args:
+            chunk_ids: the unit's; the same on all ranks.
+            urgency: how soon forward uses a chunk, lower is sooner; the same on all ranks.
+        """
+        self.begin_backward(urgency)
+        reached = [self._chunks[chunk_id] for chunk_id in chunk_ids if chunk_id in self._chunks]
+        turns = [chunk.turn for chunk in reached if chunk.kept is None]
+        while turns and self._num_gone < min(turns) - (self._num_slots - 1):
+            self._exchange_next()
 
     def put(self, chunk_id: int, position: int, grad: torch.Tensor) -> None:
         """Take one parameter's gradient as autograd hands it over.
@@ -165,13 +183,11 @@ class ShardedGradients:
         self.begin_backward(lambda chunk_id: chunk_id)
         chunk = self._chunks[chunk_id]
         dtype = self.dtype_of(chunk_id)
-        if position in chunk.earlier and dtype is not torch.float32:
+        if (position in chunk.earlier or chunk.has_gone) and dtype is not torch.float32:
             raise second_gradient_error(chunk.spec.slots[position].spec.name, dtype)
         self._agreed_sums = None
         chunk.delivered.add(position)
         flat = (grad.to_dense() if grad.is_sparse else grad).detach().reshape(-1)
-        if chunk.has_gone and dtype is not torch.float32:
-            raise second_gradient_error(chunk.spec.slots[position].spec.name, dtype)
         if chunk.has_gone:
             late = chunk.late.get(position)
             chunk.late[position] = flat.to(torch.float32, copy=True) if late is None else late.add_(flat)
@@ -205,7 +221,7 @@ class ShardedGradients:
         return chunk.slot.sent.view(chunk.spec.dtype)[: chunk.shard.whole_numel]
 
     def _exchange_complete(self, newest: _Chunk) -> None:
-        """Exchange the chunks that are complete, but none before its turn unless the newest finds no slot."""
+        """Exchange the chunks that are complete, each in its turn, and others before them if the newest has no slot."""
         while self._num_gone < len(self._order) and self._order[self._num_gone].is_complete:
             self._exchange_next()
         while newest.waiting and newest.is_complete and not self._claim_slot(newest):
@@ -243,8 +259,7 @@ class ShardedGradients:
         slot = chunk.slot
         assert slot is not None
         nbytes = chunk.shard.whole_numel * chunk.spec.dtype.itemsize
-        first = chunk.spec.slots[0].spec.name if chunk.spec.slots else "empty"
-        name = f"gradients of chunk {chunk.spec.chunk_id} ({first} and {max(len(chunk.spec.slots) - 1, 0)} more)"
+        name = f"gradients of {chunk.spec.name}"
         under_way = self._group.exchange(slot.sent[:nbytes], slot.received[:nbytes], name=name)
         self._under_way.append((chunk, slot, under_way))
         chunk.slot = None
@@ -346,11 +361,13 @@ class ShardedGradients:
     def clear(self) -> None:
         """Forget all gradients; starts nothing that other ranks must take part in."""
         self._is_in_backward = False
+        self._order, self._num_gone = [], 0  # of a backward pass that failed, some may not have gone
         self._end_means()
         self._shards.clear()
         self._agreed_sums = None
         self.num_backwards = 0
         for chunk in self._chunks.values():
+            chunk.has_gone = False
             if chunk.slot is not None:
                 self._free.append(chunk.slot)
                 chunk.slot = None

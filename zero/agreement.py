@@ -13,7 +13,7 @@ import torch
 from gemini.chunk.sharding import ShardGroup
 from gemini.config import GeminiConfig
 from gemini.errors import ConfigError, ModelError
-from gemini.offload.resources import budgets_of
+from gemini.offload.resources import MAX_DEFAULT_THREADS, budgets_of
 from gemini.tiers import MemoryTier
 
 __all__ = ["check_same_config", "check_same_model", "count_node_ranks", "share_node"]
@@ -23,7 +23,7 @@ _NO_BUDGET = -1
 
 
 def check_same_config(config: GeminiConfig, stage: int, group: ShardGroup) -> None:
-    """Make sure that all ranks were given the same configuration; the disk's directory may differ.
+    """Make sure that all ranks were given the same configuration; disk directories and device numbers may differ.
 
     Args:
         config: this rank's.
@@ -35,7 +35,8 @@ def check_same_config(config: GeminiConfig, stage: int, group: ShardGroup) -> No
         CollectiveError: a rank did not take part.
     """
     nvme = None if config.nvme is None else dataclasses.replace(config.nvme, path=".")
-    text = f"{dataclasses.replace(config, nvme=nvme)} {stage}"
+    device = str(config.device).partition(":")[0]
+    text = f"{dataclasses.replace(config, nvme=nvme, device=device)} {stage}"
     others = _ranks_that_differ(zlib.crc32(text.encode()), group, name="configurations")
     if others:
         raise ConfigError(
@@ -103,6 +104,7 @@ def share_node(config: GeminiConfig, num_node_ranks: int, group: ShardGroup) -> 
     own = [_NO_BUDGET if nbytes is None else nbytes // shares[tier] for tier, nbytes in budgets.items()]
     least = group.gather_values(torch.tensor(own, dtype=torch.int64), name="budgets").min(dim=0).values.tolist()
     agreed = {tier: None if n == _NO_BUDGET else int(n) for tier, n in zip(budgets, least, strict=True)}
+    num_processors = len(os.sched_getaffinity(0))
     nvme, nvme_nbytes = config.nvme, agreed[MemoryTier.NVME]
     if nvme is not None and nvme_nbytes is not None:
         nvme = dataclasses.replace(nvme, budget=nvme_nbytes)
@@ -111,7 +113,7 @@ def share_node(config: GeminiConfig, num_node_ranks: int, group: ShardGroup) -> 
         device_budget=agreed[MemoryTier.DEVICE],
         host_budget=agreed[MemoryTier.HOST],
         nvme=nvme,
-        num_threads=config.num_threads or max(1, len(os.sched_getaffinity(0)) // num_node_ranks),
+        num_threads=config.num_threads or min(max(1, num_processors // num_node_ranks), MAX_DEFAULT_THREADS),
     )
 
 

@@ -67,10 +67,16 @@ def shard(
     process_group = None if mesh is None else mesh.get_group()
     if dist.get_world_size(process_group) == 1:
         return GeminiDDP(model, config, init_fn=init_fn)
-    device = device_of(config)
+    wanted = device_of(config)
+    device = wanted if isinstance(wanted, torch.device) else torch.device("cpu")
+    if device.type == "cuda" and dist.get_backend(process_group) == "gloo":
+        raise ConfigError(
+            f'zero.shard: gloo cannot exchange what is on {device}: call init_process_group("nccl"), or train with '
+            'GeminiConfig(device="cpu")'
+        )
     group = TorchGroup(
         process_group,
-        device if isinstance(device, torch.device) else torch.device("cpu"),
+        device,
         swap_directory=None if config.nvme is None else Path(config.nvme.path),
     )
     check_same_config(config, stage, group)

@@ -106,8 +106,7 @@ class Chunk:
     @property
     def name(self) -> str:
         """What to call the chunk in messages."""
-        first = self.spec.slots[0].spec.name if self.spec.slots else "empty"
-        return f"chunk {self.spec.chunk_id} ({first} and {max(len(self.spec.slots) - 1, 0)} more)"
+        return self.spec.name
 
     def transition(self, to: ChunkState) -> None:
         """Enter a state.

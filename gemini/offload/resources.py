@@ -20,7 +20,7 @@ from gemini.offload.store import DiskStore
 from gemini.offload.transfer import CpuTransfers, CudaTransfers, SimulatedTransfers, Transfers
 from gemini.tiers import MemoryTier, TierLedger, parse_nbytes
 
-__all__ = ["Resources", "budgets_of", "device_of", "has_device_tier", "open_resources"]
+__all__ = ["MAX_DEFAULT_THREADS", "Resources", "budgets_of", "device_of", "has_device_tier", "open_resources"]
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,14 @@ def has_device_tier(config: GeminiConfig) -> bool:
 
 
 def device_of(config: GeminiConfig) -> torch.device | str | None:
-    """Return the CUDA device, "simulated", or None for the CPU."""
+    """Return the CUDA device, "simulated", or None for the CPU.
+
+    Args:
+        config: what the user asked for.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
     wanted = config.device
     if wanted is None:
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None

@@ -35,6 +35,30 @@ class Routed(nn.Module):
         return x
 
 
+class Patchy(nn.Module):
+    """Blocks that use all they have, or all but a bias, depending on what they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(PatchyBlock() for _ in range(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        is_full = float(x.detach().mean()) > 0
+        for block in self.blocks:
+            x = block(x, is_full)
+        return x
+
+
+class PatchyBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Block()
+        self.scale = nn.Parameter(torch.ones(HIDDEN))
+
+    def forward(self, x: torch.Tensor, is_full: bool) -> torch.Tensor:
+        return self.inner(x) * self.scale if is_full else self.inner(x)
+
+
 class Lender(nn.Module):
     """Uses its weight; its bias is others' to use."""
 
@@ -100,6 +124,7 @@ RANK_CASES = {
     "checkpointed": checkpointed(use_reentrant=False),
     "checkpointed_reentrant": checkpointed(use_reentrant=True),
     "routed": Case(Routed, vector_batch, square),
+    "patchy": Case(Patchy, vector_batch, square),
     "lenders": Case(Lenders, vector_batch, square),
     "tiny": Case(Tiny, vector_batch, square),
 }

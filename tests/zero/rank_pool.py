@@ -18,6 +18,8 @@ from typing import Any
 
 CASE_TIMEOUT_S = 90.0
 GROUP_TIMEOUT_S = 30.0
+AGREED_ERRORS = {"ConfigError", "ModelError", "OffloadIOError"}
+"""What construction raises once all ranks know that one of them cannot go on."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,11 @@ class RankPool:
         return results
 
     def try_run(self, world_size: int, case: Callable[..., Any], **arguments: Any) -> list[Any]:
-        """As `run`, but return a Failure for each rank that raises. The processes are not used again then."""
+        """As `run`, but return a Failure for each rank that raises; they are not used again if they may be at odds."""
         if world_size not in self._groups:
             self._groups[world_size] = RankGroup(world_size)
         results = self._groups[world_size].call(case, arguments)
-        if any(isinstance(result, Failure) for result in results):
+        if any(isinstance(result, Failure) and result.type_name not in AGREED_ERRORS for result in results):
             self._groups.pop(world_size).close()
         return results
 

@@ -2,69 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from functools import cache
-from typing import Any
-
 import pytest
 import torch
-from rank_cases import Fit, count_collectives, overflow_on_last_rank, train_alone, train_sharded
+from comparison import FLOAT32_TOLERANCE, STAGES, agreed, alone, assert_trains_alike
+from rank_cases import count_collectives, overflow_on_last_rank, train_alone, train_sharded
 from rank_pool import RankPool
 from training_harness import distance, same_bits
 
 from gemini.sharded_gradients import mean_of_ranks
 
-STAGES = pytest.mark.parametrize("stage", [1, 2, 3])
-FLOAT32_TOLERANCE = 1e-6
-"""Relative L2 distance of weights where sums are taken in another order."""
-
-
-@cache
-def alone(model: str, world_size: int, **fields: Any) -> Fit:
-    return train_alone(model=model, world_size=world_size, **fields)
-
-
-def agreed(fits: list[Fit]) -> Fit:
-    """Check that all ranks hold the same; return one's results with the mean of all losses."""
-    for fit in fits[1:]:
-        assert same_bits(fit.weights, fits[0].weights)
-        assert (repr(fit.norms), fit.num_skipped) == (repr(fits[0].norms), fits[0].num_skipped)
-    losses = [math.fsum(step) / len(fits) for step in zip(*(fit.losses for fit in fits), strict=True)]
-    return Fit(losses, fits[0].norms, fits[0].weights, fits[0].num_skipped)
-
-
-def assert_trains_alike(found: Fit, expected: Fit, world_size: int) -> None:
-    is_exact = world_size & (world_size - 1) == 0
-    if is_exact:
-        assert same_bits(found.weights, expected.weights)
-    assert distance(found.weights, expected.weights) < FLOAT32_TOLERANCE
-    assert found.losses == pytest.approx(expected.losses, rel=1e-6)
-    assert found.norms == pytest.approx(expected.norms, rel=1e-12 if is_exact else 1e-6)
-
 
 @STAGES
-@pytest.mark.parametrize("place", ["host", "nvme", "mixed", "resident"])
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("world_size", "place"),
+    [(2, "host"), (2, "nvme"), (2, "mixed"), (2, "resident"), (3, "host"), (3, "nvme"), (4, "host"), (4, "mixed")],
+)
 def test_ranks_train_as_one_process(world_size, place, stage, ranks: RankPool, tmp_path):
     directory = tmp_path if place in ("nvme", "mixed") else None
     fits = ranks.run(world_size, train_sharded, model="tower", stage=stage, place=place, directory=directory)
     assert_trains_alike(agreed(fits), alone("tower", world_size), world_size)
     assert list(tmp_path.iterdir()) == []
-
-
-AWKWARD = ["gpt2", "mixtral", "borrowers", "hidden_borrowers", "routed", "lenders", "tiny", "checkpointed"]
-
-
-@STAGES
-@pytest.mark.parametrize("model", [*AWKWARD, "checkpointed_reentrant"])
-def test_awkward_models_train_as_in_one_process(model, stage, ranks: RankPool):
-    fits = ranks.run(2, train_sharded, model=model, stage=stage, place="device")
-    assert_trains_alike(agreed(fits), alone(model, 2), 2)
-
-
-def test_more_ranks_than_a_chunk_has_blocks(ranks: RankPool):
-    fits = ranks.run(4, train_sharded, model="tiny", place="host")
-    assert_trains_alike(agreed(fits), alone("tiny", 4), 4)
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
