@@ -6,14 +6,13 @@ that no sum overflows in half precision and all runs give the same bits. The mea
 goes to a GradientStore whose chunks are shards, and from there all is as with one rank.
 
 [Note: Same exchanges on all ranks]
-All ranks take part in an exchange or it hangs, and which gradients arrive, and when, may differ among them. So a
-backward pass exchanges every chunk exactly once, in the reverse of the order in which forward used them: as soon as it
-and those before it are complete, zeros standing for what a rank has not got. It does not wait for ever: when backward
-reaches a unit, the chunks whose slots that unit needs go as they are. They must, because another rank may be waiting
-there for such a slot, and would not gather the weights that this rank needs next. What arrives for a chunk that has
-gone is kept and exchanged in the step, once the ranks have agreed that any of them has such latecomers. The same
-agreement says which parameters have a gradient on any rank, and carries the sums of squares: one synchronisation a
-step.
+All ranks take part in an exchange or it hangs, and all collectives of a group must be asked for in one order, gathers
+of weights among them. Which gradients arrive, and when, may differ among ranks. So it does not matter: a backward pass
+exchanges every chunk exactly once, in the reverse of the order in which forward used them, each when backward reaches
+a unit after its own, the rest when backward ends, with zeros for what a rank has not got. A unit that forward uses
+several times is reached as often; how often, the last backward pass tells. What arrives for a chunk that has gone is
+kept and exchanged in the step, once the ranks have agreed that any of them has such latecomers. The same agreement says
+which parameters have a gradient on any rank, and carries the sums of squares: one synchronisation a step.
 
 Chunks that are used all through a step (the root unit's), and all of them in stage 1, are kept whole until the step and
 exchanged only then, however many backward passes there were.
@@ -68,16 +67,16 @@ class _Chunk:
     """Flat float32 sums of what came after this backward pass had exchanged the chunk, by position."""
     turn: int = 0
     """Its place in this backward pass's order of exchanges."""
+    num_reached: int = 0
+    """How often this backward pass has reached its unit."""
+    num_expected: int = 1
+    """How often it probably will."""
     has_gone: bool = False
     """Whether this backward pass has exchanged the chunk."""
     delivered: set[int] = field(default_factory=set)
     """Positions that have had a gradient here since the last update."""
     earlier: set[int] = field(default_factory=set)
     """Those of them that an earlier backward pass has delivered."""
-
-    @property
-    def is_complete(self) -> bool:
-        return len(self.filled | self.waiting.keys()) == len(self.spec.slots)
 
 
 class ShardedGradients:
@@ -102,7 +101,6 @@ class ShardedGradients:
         self._group = group
         self._transfers = transfers
         self._chunks: dict[int, _Chunk] = {}
-        self._num_slots = num_slots
         self._free = [
             _ExchangeSlot(*(transfers.allocate(slot_nbytes, "exchange slots") for _ in range(2)))
             for _ in range(num_slots if slot_nbytes else 0)
@@ -152,21 +150,23 @@ class ShardedGradients:
         self._num_gone = 0
         for turn, chunk in enumerate(self._order):
             chunk.turn, chunk.has_gone = turn, False
+            chunk.num_expected, chunk.num_reached = max(chunk.num_reached, 1), 0
         for chunk in self._chunks.values():
             chunk.earlier |= chunk.delivered
 
     def reach_unit(self, chunk_ids: Sequence[int], urgency: Callable[[int], int]) -> None:
-        """Begin a backward pass unless one is under way, and make room for what the unit reached will deliver.
+        """Begin a backward pass unless one is under way, and exchange what the units reached before have delivered.
 
         Args:
-            chunk_ids: the unit's; the same on all ranks.
+            chunk_ids: the unit's own; the same on all ranks.
             urgency: how soon forward uses a chunk, lower is sooner; the same on all ranks.
         """
         self.begin_backward(urgency)
-        reached = [self._chunks[chunk_id] for chunk_id in chunk_ids if chunk_id in self._chunks]
-        turns = [chunk.turn for chunk in reached if chunk.kept is None]
-        while turns and self._num_gone < min(turns) - (self._num_slots - 1):
-            self._exchange_next()
+        for chunk in [self._chunks[chunk_id] for chunk_id in chunk_ids if chunk_id in self._chunks]:
+            if chunk.kept is None:
+                chunk.num_reached += 1
+                while self._num_gone < chunk.turn and self._has_passed(self._order[self._num_gone]):
+                    self._exchange_next()
 
     def put(self, chunk_id: int, position: int, grad: torch.Tensor) -> None:
         """Take one parameter's gradient as autograd hands it over.
@@ -196,7 +196,10 @@ class ShardedGradients:
         else:
             waiting = chunk.waiting.get(position)
             chunk.waiting[position] = flat if waiting is None else waiting + flat
-        self._exchange_complete(chunk)
+
+    def _has_passed(self, chunk: _Chunk) -> bool:
+        """Return whether backward has reached a chunk's unit as often as it probably will."""
+        return chunk.num_reached >= chunk.num_expected
 
     def end_backward(self) -> None:
         """Exchange what has not been; called by autograd when a backward pass has ended."""
@@ -219,13 +222,6 @@ class ShardedGradients:
             return chunk.kept.view(self.dtype_of(chunk.spec.chunk_id))[: chunk.shard.whole_numel]
         assert chunk.slot is not None
         return chunk.slot.sent.view(chunk.spec.dtype)[: chunk.shard.whole_numel]
-
-    def _exchange_complete(self, newest: _Chunk) -> None:
-        """Exchange the chunks that are complete, each in its turn, and others before them if the newest has no slot."""
-        while self._num_gone < len(self._order) and self._order[self._num_gone].is_complete:
-            self._exchange_next()
-        while newest.waiting and newest.is_complete and not self._claim_slot(newest):
-            self._exchange_next()
 
     def _exchange_next(self) -> None:
         """Exchange the chunk whose turn it is, whatever it has."""

@@ -114,7 +114,8 @@ def checkpointed(*, use_reentrant: bool) -> Case:
 
     def build() -> nn.Module:
         model = HF_CASES["gpt2"].build()
-        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": use_reentrant})
         return model
 
     return dataclasses.replace(HF_CASES["gpt2"], build=build)
