@@ -35,7 +35,7 @@ SYSTEMS = ("plain", "gemini-host", "gemini-nvme", "deepspeed-host", "deepspeed-n
 MAX_NORMS = {"idle": 1e6, "active": 1e-3}
 """A threshold that no step reaches, and one that every step exceeds."""
 LR = 1e-5
-NUM_WARM_UPS = 3
+NUM_WARM_UPS = 2
 """Steps that come first: allocations, the trace, and the measurements by which an overlap is chosen."""
 
 Step = Callable[[torch.Tensor], torch.Tensor]
@@ -111,7 +111,7 @@ def make_gemini(options: argparse.Namespace) -> tuple[Step, Callable[[], dict[st
         )
 
     model = build_model(options.model, options.seq, "meta")
-    use_sliced_loss(model, keep_logits=options.system == "gemini-host")
+    use_sliced_loss(model, keep_logits=True)
     config = config_with()
     if options.system == "gemini-nvme":
         nvme = NVMeConfig(path=options.swap, budget="64GiB")
