@@ -72,6 +72,9 @@ def device_of(config: GeminiConfig) -> torch.device | str | None:
     Args:
         config: what the user asked for.
 
+    Returns:
+        What forward and backward run on.
+
     Raises:
         ConfigError: there is no such device.
     """
