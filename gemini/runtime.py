@@ -319,7 +319,9 @@ class Runtime:
 
     def _weights_in_backward(self, chunk: Chunk) -> torch.Tensor:
         self.check_usable()
-        if not chunk.is_resident:
+        # How often a node asks is no matter of units, and so may not be the same on all ranks.
+        is_settled = self.sharding is not None and chunk.compute is not None
+        if not chunk.is_resident and not is_settled:
             self.core.ensure(chunk.spec.chunk_id)
             self._lookahead.record(chunk.spec.chunk_id)
             self._lookahead.fetch_ahead()
