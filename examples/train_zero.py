@@ -28,7 +28,7 @@ from gemini import GeminiConfig, HybridAdam, MemoryReport, NVMeConfig
 from gemini.tiers import format_nbytes
 
 HOST_BUDGET, TINY_HOST_BUDGET = "1400MiB", "24MiB"
-NVME_BUDGET_NBYTES = 3 * 2**30
+NVME_BUDGET_NBYTES, TINY_NVME_BUDGET_NBYTES = 3 * 2**30, 2**28
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -77,12 +77,13 @@ def run(console: Console, arguments: argparse.Namespace) -> None:
     ids = encode_once(arguments)
     batches = random_windows(ids, num_rows=NUM_ROWS, num_tokens=NUM_TOKENS, seed=arguments.seed * world_size + rank)
     swap = arguments.nvme or arguments.out / "swap"
-    check_disk_space(swap, NVME_BUDGET_NBYTES)
+    nvme_nbytes = TINY_NVME_BUDGET_NBYTES if arguments.tiny else NVME_BUDGET_NBYTES
+    check_disk_space(swap, nvme_nbytes)
     config = GeminiConfig(
         device="cpu",
         dtype=dtype,
         host_budget=arguments.host_budget or (TINY_HOST_BUDGET if arguments.tiny else HOST_BUDGET),
-        nvme=NVMeConfig(path=swap, budget=NVME_BUDGET_NBYTES),
+        nvme=NVMeConfig(path=swap, budget=nvme_nbytes),
         tile_numel=TINY_TILE_NUMEL if arguments.tiny else 2**19,
         seed=arguments.seed,
     )

@@ -319,9 +319,9 @@ class Runtime:
 
     def _weights_in_backward(self, chunk: Chunk) -> torch.Tensor:
         self.check_usable()
-        # How often a node asks is no matter of units, and so may not be the same on all ranks.
-        is_settled = self.sharding is not None and chunk.compute is not None
-        if not chunk.is_resident and not is_settled:
+        if self.sharding is not None and chunk.compute is not None and not chunk.is_resident:
+            self.core.protect(chunk.spec.chunk_id)  # and no more: ranks may use more of a unit, or less, than others
+        elif not chunk.is_resident:
             self.core.ensure(chunk.spec.chunk_id)
             self._lookahead.record(chunk.spec.chunk_id)
             self._lookahead.fetch_ahead()

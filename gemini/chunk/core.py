@@ -126,14 +126,7 @@ class ChunkCore:
         self.settle(chunk_id)
 
     def unsettle(self, chunk_id: int) -> None:
-        """Give up a resident chunk's copy; from here on it takes turns in the slots.
-
-        Args:
-            chunk_id: the chunk.
-
-        Raises:
-            IllegalTransitionError: the chunk is leased.
-        """
+        """Give up the copy of a resident chunk that is not leased; from here on it takes turns in the slots."""
         chunk = self.chunks[chunk_id]
         assert chunk.is_resident
         assert chunk.slot is not None, f"{chunk.name} has no copy to give up"
@@ -220,9 +213,14 @@ class ChunkCore:
             return chunk
         if chunk_id in self._recent:
             self._recent.remove(chunk_id)
-        self._recent.append(chunk_id)
-        del self._recent[: max(len(self._recent) - self._num_protected, 0)]
+        self.protect(chunk_id)
         return chunk
+
+    def protect(self, chunk_id: int) -> None:
+        """Count a chunk that is in a slot among the last few used, if it is not one of them."""
+        if chunk_id not in self._recent:
+            self._recent.append(chunk_id)
+            del self._recent[: max(len(self._recent) - self._num_protected, 0)]
 
     def can_prefetch(self, chunk_id: int) -> bool:
         """Return whether a fetch of this chunk could start now without waiting, given a slot."""
@@ -337,7 +335,7 @@ class ChunkCore:
             self._settle_update(chunk)
         if chunk.is_leased:
             check_transition(chunk.name, chunk.state, ChunkState.UPDATING)
-        if chunk.slot is not None and not chunk.is_resident and self._slots.is_viewed(chunk):
+        if chunk.compute is not None and not chunk.is_resident and self._slots.is_viewed(chunk):
             raise viewed_error(chunk)
 
     def begin_update(self, chunk_id: int, *, keeps_slot: bool = False) -> Chunk:
