@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gemini.errors import ModelError
+from gemini.errors import ModelError, WorkerError
 from gemini.update import TilePipeline, UpdateJob
 
 __all__ = ["UpdateWorker"]
@@ -119,6 +119,7 @@ class UpdateWorker:
 
         Raises:
             OffloadIOError: this or another update failed; some tiles have been updated and some have not.
+            WorkerError: the thread has ended.
         """
         self._check_process()
         shared = self._shared
@@ -192,6 +193,8 @@ class UpdateWorker:
     def _wait_for(self, condition: Callable[[], bool]) -> None:
         """Wait with the lock held, in slices, so that signals such as Ctrl-C are handled between them."""
         while not condition():
+            if self._thread is None or not self._thread.is_alive():
+                raise WorkerError("the thread that updates weights has ended before its work was done")
             self._shared.changed.wait(0.1)
 
     def _check_failure(self) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import ChunkSpec, ParamSlot, ParamSpec
-from gemini.errors import OffloadIOError
+from gemini.errors import OffloadIOError, WorkerError
 from gemini.kernels.adam_tile import AdamHyper, AdamSegment, AdamTile, state_format_of
 from gemini.kernels.cpu import adam_update
 from gemini.kernels.device import select_device_kernels
@@ -323,6 +323,15 @@ def test_an_error_in_the_middle_returns_every_buffer(
             p.homes[kind].close()
     assert resources.store is not None
     assert resources.store.held_nbytes == 0
+
+
+def test_nobody_waits_for_a_thread_that_has_ended(resources: Resources, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemini.update_worker._serve", lambda shared: None)
+    core, worker = make_worker(resources)
+    job = Placed(resources, core, Whole(torch.float32), all_in(HOST)).job(EVERYTHING)
+    worker.submit(job, urgency=0)
+    with pytest.raises(WorkerError, match="has ended before its work was done"):
+        worker.wait(job)
 
 
 # ---------------------------------------------------------------------- pure helpers
