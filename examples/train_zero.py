@@ -27,7 +27,7 @@ import zero
 from gemini import GeminiConfig, HybridAdam, MemoryReport, NVMeConfig
 from gemini.tiers import format_nbytes
 
-HOST_BUDGET, TINY_HOST_BUDGET = "1400MiB", "24MiB"
+HOST_BUDGET, TINY_HOST_BUDGET = "2400MiB", "24MiB"
 NVME_BUDGET_NBYTES, TINY_NVME_BUDGET_NBYTES = 3 * 2**30, 2**28
 
 
@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=3, help="what is sharded (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="decides first weights and batches")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (%(default)s)")
-    parser.add_argument("--host-budget", help='memory for all processes together, such as "1400MiB"')
+    parser.add_argument("--host-budget", help='memory for all processes together, such as "2400MiB"')
     parser.add_argument("--nvme", type=Path, help="directory for the swap files (OUT/swap)")
     parser.add_argument("--out", type=Path, default=Path("runs/zero"), help="where results go (%(default)s)")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # a small model, for the tests
