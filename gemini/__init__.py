@@ -6,6 +6,7 @@ from gemini.config import GeminiConfig, NVMeConfig
 from gemini.ddp import GeminiDDP
 from gemini.errors import (
     CheckpointMismatchError,
+    CollectiveError,
     ConfigError,
     GeminiError,
     HeapUnavailableError,
@@ -26,6 +27,7 @@ from gemini.tiers import MemoryTier
 __all__ = [
     "CheckpointMismatchError",
     "ChunkManager",
+    "CollectiveError",
     "ConfigError",
     "GeminiConfig",
     "GeminiDDP",

@@ -15,13 +15,14 @@ import torch
 from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import ChunkLayout, ChunkSpec, build_layout, layout_summary
 from gemini.chunk.module_tree import describe_model
+from gemini.chunk.sharding import ChunkShard, Sharding, cut_spec, cut_values
 from gemini.config import GeminiConfig
-from gemini.errors import ModelError, OutOfTierMemoryError
+from gemini.errors import ConfigError, ModelError, OutOfTierMemoryError
 from gemini.gradients import GradientStore
 from gemini.heap import serve_cpu_memory
 from gemini.initialise import InitFn, Initialiser, find_init_fn
 from gemini.kernels.adam_tile import state_format_of
-from gemini.kernels.device import select_device_kernels
+from gemini.kernels.device import DeviceKernels, select_device_kernels
 from gemini.materialize import write_home
 from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources, budgets_of, has_device_tier, open_resources
@@ -38,6 +39,7 @@ from gemini.placement.plan import (
 )
 from gemini.placement.policy import Budgets, choose_plan
 from gemini.runtime import Runtime
+from gemini.sharded_gradients import ShardedGradients
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, parse_nbytes, round_up
 from gemini.update import TilePipeline
 from gemini.update_worker import UpdateWorker
@@ -57,6 +59,8 @@ class Blueprint:
     """Everything that is decided before a byte is allocated."""
 
     layout: ChunkLayout
+    shards: tuple[ChunkShard | None, ...]
+    """The shard of each chunk that lives here, by chunk id; None: all of it."""
     demands: tuple[ChunkDemand, ...]
     shape: RuntimeShape
     plan: PlacementPlan
@@ -65,12 +69,13 @@ class Blueprint:
     chunks_at_once: int
 
 
-def draw_blueprint(model: torch.nn.Module, config: GeminiConfig) -> Blueprint:
+def draw_blueprint(model: torch.nn.Module, config: GeminiConfig, *, sharding: Sharding | None = None) -> Blueprint:
     """Lay a model out and place its chunks. Neither allocates nor changes anything; the model may be on "meta".
 
     Args:
         model: the user's model.
         config: what the user asked for.
+        sharding: the ranks that share the model; None: there are no others.
 
     Returns:
         Layout, plan and the bytes they take.
@@ -81,8 +86,14 @@ def draw_blueprint(model: torch.nn.Module, config: GeminiConfig) -> Blueprint:
         OutOfTierMemoryError: the budgets cannot hold the model.
     """
     _refuse_overlaps(model)
+    if sharding is not None and config.overlap == "speculative":
+        raise ConfigError(
+            'GeminiConfig.overlap: "speculative" is for one rank; choose "auto", "next-forward" or "off" when sharding'
+        )
     layout = build_layout(describe_model(model, working_dtype=config.dtype), max_small_nbytes=config.min_unit_nbytes)
-    demands = tuple(_demand_of(chunk, layout) for chunk in layout.chunks)
+    shards = tuple(_shard_of(chunk, sharding) for chunk in layout.chunks)
+    pairs = zip(layout.chunks, shards, strict=True)
+    demands = tuple(_demand_of(chunk, shard, layout, sharding) for chunk, shard in pairs)
     shape = RuntimeShape(
         has_device=has_device_tier(config),
         tile_numel=config.tile_numel,
@@ -110,7 +121,8 @@ def draw_blueprint(model: torch.nn.Module, config: GeminiConfig) -> Blueprint:
             chunks_at_once=chunks_at_once,
         )
 
-    shape = dataclasses.replace(shape, has_spares=config.nvme is not None and config.overlap in ("auto", "speculative"))
+    may_speculate = config.overlap in ("auto", "speculative") and sharding is None
+    shape = dataclasses.replace(shape, has_spares=config.nvme is not None and may_speculate)
     try:
         plan = plan_with(shape)
     except OutOfTierMemoryError:
@@ -120,6 +132,7 @@ def draw_blueprint(model: torch.nn.Module, config: GeminiConfig) -> Blueprint:
         plan = plan_with(shape)
     return Blueprint(
         layout=layout,
+        shards=shards,
         demands=demands,
         shape=shape,
         plan=plan,
@@ -158,25 +171,38 @@ def _checkpoint_reserve_of(config: GeminiConfig, host_nbytes: int) -> int:
     return int(host_nbytes * DEFAULT_CHECKPOINT_RESERVE)
 
 
-def _demand_of(chunk: ChunkSpec, layout: ChunkLayout) -> ChunkDemand:
+def _shard_of(chunk: ChunkSpec, sharding: Sharding | None) -> ChunkShard | None:
+    return None if sharding is None else sharding.group.shard_of(chunk.numel, chunk.dtype.itemsize)
+
+
+def _demand_of(
+    chunk: ChunkSpec, shard: ChunkShard | None, layout: ChunkLayout, sharding: Sharding | None
+) -> ChunkDemand:
     master = state_format_of(chunk.dtype).master_dtype if chunk.is_trainable else None
+    is_in_root = chunk.unit_id == layout.root.unit_id
     return ChunkDemand(
         chunk_id=chunk.chunk_id,
-        numel=chunk.numel,
+        numel=chunk.numel if shard is None else shard.numel,
         working_itemsize=chunk.dtype.itemsize,
         master_itemsize=master.itemsize if master is not None else 0,
         is_trainable=chunk.is_trainable,
-        is_pinned=chunk.unit_id == layout.root.unit_id,
+        is_pinned=is_in_root or (sharding is not None and sharding.keeps_whole_weights),
+        is_sharded=shard is not None,
+        num_ranks=1 if shard is None else shard.num_ranks,
+        keeps_whole_gradient=sharding is not None and (is_in_root or sharding.keeps_whole_gradients),
     )
 
 
-def assemble(model: torch.nn.Module, config: GeminiConfig, *, init_fn: InitFn | None) -> Runtime:
+def assemble(
+    model: torch.nn.Module, config: GeminiConfig, *, init_fn: InitFn | None, sharding: Sharding | None = None
+) -> Runtime:
     """Build the runtime for a model and move its weights into it.
 
     Args:
         model: changed in place: its parameters become views of chunks.
         config: what the user asked for.
         init_fn: gives modules on the meta device their first values; None: the model's own way.
+        sharding: the ranks that share the model; None: there are no others.
 
     Returns:
         The runtime, ready for the first step.
@@ -187,87 +213,135 @@ def assemble(model: torch.nn.Module, config: GeminiConfig, *, init_fn: InitFn | 
         OutOfTierMemoryError: the budgets, or the machine, cannot hold the model.
         OffloadIOError: the swap file cannot be made, claimed or filled.
     """
-    blueprint = draw_blueprint(model, config)
+    blueprint = draw_blueprint(model, config, sharding=sharding)
     logger.info("%s", layout_summary(blueprint.layout))
     serve_cpu_memory(config.cpu_allocator, is_compute_on_cpu=not blueprint.shape.has_device)
     disk_nbytes = blueprint.memory.total(MemoryTier.NVME)
-    resources = open_resources(config, blueprint.budgets, disk_nbytes=disk_nbytes)
+    rank = 0 if sharding is None else sharding.group.rank
+    resources = open_resources(config, blueprint.budgets, disk_nbytes=disk_nbytes, rank=rank)
     try:
-        runtime = _build(model, config, blueprint, resources, init_fn or find_init_fn(model))
+        builder = _Builder(config, blueprint, resources, sharding)
+        runtime = builder.build(model, init_fn or find_init_fn(model))
     except BaseException:
         resources.close()
         raise
     return runtime
 
 
-def _build(
-    model: torch.nn.Module, config: GeminiConfig, blueprint: Blueprint, resources: Resources, init_fn: InitFn
-) -> Runtime:
-    device = resources.transfers.device
-    shape, plan, layout = blueprint.shape, blueprint.plan, blueprint.layout
-    buffers = largest_buffers(blueprint.demands, plan, shape)
-    kernels = select_device_kernels(device)
-    core = ChunkCore(
-        resources,
-        slots=FixedSlots(resources.transfers, num_slots=plan.num_slots, slot_nbytes=plan.slot_nbytes, purpose="slots"),
-        staging=FixedSlots(
-            CpuTransfers(resources.arena),
-            num_slots=shape.num_fetch_slots if buffers["fetch slots"] else 0,
-            slot_nbytes=buffers["fetch slots"],
-            purpose="fetch slots",
-        ),
-        num_protected=max(1, min(blueprint.chunks_at_once, plan.num_slots - 1)),
-    )
-    gradients = GradientStore(
-        resources,
-        device_kernels=kernels,
-        grad_dtype_of=lambda spec: torch.float32 if config.gradient_accumulation else spec.dtype,
-        num_slots=shape.num_grad_slots,
-        device_slot_nbytes=buffers["device gradient slots"],
-        disk_slot_nbytes=buffers["disk gradient slots"],
-    )
-    pipeline = TilePipeline(
-        resources, tile_numel=shape.tile_numel, ring_depth=shape.ring_depth, ring_nbytes=buffers["update ring"]
-    )
-    states: dict[int, TiledHome] = {}
-    with Initialiser(model, init_fn, device=device, dtype=config.dtype, seed=config.seed) as initialiser:
-        initialiser.fill_buffers()
-        for spec, homes in zip(layout.chunks, plan.chunks, strict=True):
-            working, state, grad = _open_homes(blueprint.demands[spec.chunk_id], homes, shape, resources)
-            write_home(
-                spec,
-                (initialiser.value_of(slot.spec.name) for slot in spec.slots),
-                working,
-                state,
-                tile_numel=shape.tile_numel,
-                transfers=resources.transfers,
-                isa=resources.isa,
-            )
-            owned = [initialiser.params[slot.spec.name] for slot in spec.slots]
-            core.add(spec, owned, working, is_resident=homes.is_resident)
-            if state is not None and grad is not None and homes.grad is not None:
-                states[spec.chunk_id] = state
-                gradients.add_chunk(spec, grad, homes.grad)
-    for homes in plan.chunks:
-        if homes.is_resident:
-            core.settle(homes.chunk_id)
-    for name, buffer in model.named_buffers():
-        if buffer.device != device:
-            owner, _, leaf = name.rpartition(".")
-            model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
-    return Runtime(
-        config,
-        layout=layout,
-        plan=plan,
-        demands=blueprint.demands,
-        shape=shape,
-        resources=resources,
-        core=core,
-        states=states,
-        gradients=gradients,
-        worker=UpdateWorker(pipeline),
-        kernels=kernels,
-    )
+@dataclass(frozen=True, slots=True)
+class _Builder:
+    """Carries a blueprint out."""
+
+    config: GeminiConfig
+    blueprint: Blueprint
+    resources: Resources
+    sharding: Sharding | None
+
+    def build(self, model: torch.nn.Module, init_fn: InitFn) -> Runtime:
+        """Claim memory and disk and bring the weights home."""
+        blueprint, device = self.blueprint, self.resources.transfers.device
+        shape, plan = blueprint.shape, blueprint.plan
+        buffers = largest_buffers(blueprint.demands, plan, shape)
+        kernels = select_device_kernels(device)
+        core = self._make_core(fetch_slot_nbytes=buffers["fetch slots"])
+        gradients = self._make_gradients(kernels, buffers)
+        pipeline = TilePipeline(
+            self.resources, tile_numel=shape.tile_numel, ring_depth=shape.ring_depth, ring_nbytes=buffers["update ring"]
+        )
+        states: dict[int, TiledHome] = {}
+        with Initialiser(model, init_fn, device=device, dtype=self.config.dtype, seed=self.config.seed) as initialiser:
+            initialiser.fill_buffers()
+            for homes in plan.chunks:
+                self._add_chunk(homes, core, gradients, states, initialiser)
+        for homes in plan.chunks:
+            if homes.is_resident:
+                core.settle(homes.chunk_id)
+        for name, buffer in model.named_buffers():
+            if buffer.device != device:
+                owner, _, leaf = name.rpartition(".")
+                model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+        return Runtime(
+            self.config,
+            layout=blueprint.layout,
+            plan=plan,
+            demands=blueprint.demands,
+            shape=shape,
+            resources=self.resources,
+            core=core,
+            states=states,
+            gradients=gradients,
+            worker=UpdateWorker(pipeline),
+            kernels=kernels,
+            sharding=self.sharding,
+        )
+
+    def _make_core(self, *, fetch_slot_nbytes: int) -> ChunkCore:
+        plan, transfers = self.blueprint.plan, self.resources.transfers
+        return ChunkCore(
+            self.resources,
+            slots=FixedSlots(transfers, num_slots=plan.num_slots, slot_nbytes=plan.slot_nbytes, purpose="slots"),
+            staging=FixedSlots(
+                CpuTransfers(self.resources.arena),
+                num_slots=self.blueprint.shape.num_fetch_slots if fetch_slot_nbytes else 0,
+                slot_nbytes=fetch_slot_nbytes,
+                purpose="fetch slots",
+            ),
+            num_protected=max(1, min(self.blueprint.chunks_at_once, plan.num_slots - 1)),
+            group=None if self.sharding is None else self.sharding.group,
+        )
+
+    def _make_gradients(self, kernels: DeviceKernels, buffers: dict[str, int]) -> GradientStore | ShardedGradients:
+        num_slots = self.blueprint.shape.num_grad_slots
+        store = GradientStore(
+            self.resources,
+            device_kernels=kernels,
+            grad_dtype_of=lambda spec: torch.float32 if self.config.gradient_accumulation else spec.dtype,
+            num_slots=num_slots,
+            device_slot_nbytes=buffers["device gradient slots"],
+            disk_slot_nbytes=buffers["disk gradient slots"],
+        )
+        if self.sharding is None:
+            return store
+        return ShardedGradients(
+            store,
+            self.sharding.group,
+            self.resources.transfers,
+            num_slots=num_slots,
+            slot_nbytes=buffers["exchange slots"] // 2,
+        )
+
+    def _add_chunk(
+        self,
+        homes: ChunkPlacement,
+        core: ChunkCore,
+        gradients: GradientStore | ShardedGradients,
+        states: dict[int, TiledHome],
+        initialiser: Initialiser,
+    ) -> None:
+        chunk_id, blueprint = homes.chunk_id, self.blueprint
+        spec, shard, demand = blueprint.layout.chunks[chunk_id], blueprint.shards[chunk_id], blueprint.demands[chunk_id]
+        working, state, grad = _open_homes(demand, homes, blueprint.shape, self.resources)
+        home_spec = spec if shard is None else cut_spec(spec, shard)
+        values = (initialiser.value_of(slot.spec.name) for slot in home_spec.slots)
+        write_home(
+            home_spec,
+            values if shard is None else cut_values(spec, shard, values),
+            working,
+            state,
+            tile_numel=blueprint.shape.tile_numel,
+            transfers=self.resources.transfers,
+            isa=self.resources.isa,
+        )
+        params = [initialiser.params[slot.spec.name] for slot in spec.slots]
+        core.add(spec, params, working, is_resident=homes.is_resident, shard=shard)
+        if state is None or grad is None or homes.grad is None:
+            return
+        states[chunk_id] = state
+        if isinstance(gradients, ShardedGradients):
+            assert shard is not None
+            gradients.add_chunk(spec, shard, grad, homes.grad, is_kept_whole=demand.keeps_whole_gradient)
+        else:
+            gradients.add_chunk(spec, grad, homes.grad)
 
 
 def _open_homes(

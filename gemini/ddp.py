@@ -12,6 +12,7 @@ import torch
 from gemini.activations import ActivationCheckpoints
 from gemini.assembly import assemble
 from gemini.chunk.layout import ParamSlot
+from gemini.chunk.sharding import Sharding
 from gemini.config import GeminiConfig
 from gemini.errors import CheckpointMismatchError, ConfigError, ModelError
 from gemini.hooks import HookSet
@@ -50,6 +51,7 @@ class GeminiDDP(torch.nn.Module):
         config: budgets and choices; None: defaults.
         init_fn: for models on the meta device: gives one module's own parameters and buffers their first values.
             None: transformers' `_init_weights` or the module's `reset_parameters`.
+        sharding: the ranks that share the model; `zero.shard` gives it. None: there are no others.
 
     Attributes:
         module: the user's model.
@@ -62,14 +64,19 @@ class GeminiDDP(torch.nn.Module):
     """
 
     def __init__(
-        self, module: torch.nn.Module, config: GeminiConfig | None = None, *, init_fn: InitFn | None = None
+        self,
+        module: torch.nn.Module,
+        config: GeminiConfig | None = None,
+        *,
+        init_fn: InitFn | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(module, torch.nn.Module):
             raise ConfigError(f"GeminiDDP: expected a torch.nn.Module, got {type(module).__name__}")
         _refuse_managed(module)
         self.module = module
-        self._runtime = assemble(module, config or GeminiConfig(), init_fn=init_fn)
+        self._runtime = assemble(module, config or GeminiConfig(), init_fn=init_fn, sharding=sharding)
         store = self._runtime.resources.store
         self._disk_at_start = store.stats() if store is not None else IoStats(nbytes_read=0, nbytes_written=0)
         for param in module.parameters():
@@ -156,6 +163,8 @@ class GeminiDDP(torch.nn.Module):
             ModelError: the engine is closed or its state was lost.
         """
         self._runtime.check_usable()
+        if profile is not None and self._runtime.sharding is not None:
+            raise ConfigError("GeminiDDP.memory_report: no prediction with several ranks: the network is not modelled")
         if (profile is None) is not (flops is None):
             raise ConfigError(
                 "GeminiDDP.memory_report: a prediction needs both profile= (from gemini.measure_hardware) and flops= "

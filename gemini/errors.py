@@ -11,6 +11,7 @@ from typing import Any
 
 __all__ = [
     "CheckpointMismatchError",
+    "CollectiveError",
     "ConfigError",
     "GeminiError",
     "HeapUnavailableError",
@@ -44,6 +45,10 @@ class IllegalTransitionError(GeminiError, RuntimeError):
 
 class WorkerError(GeminiError, RuntimeError):
     """A job of the native worker pool failed or was cancelled."""
+
+
+class CollectiveError(GeminiError, RuntimeError):
+    """An operation of all ranks failed: a rank has died, stalled or gone another way."""
 
 
 class HeapUnavailableError(GeminiError, RuntimeError):

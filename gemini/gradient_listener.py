@@ -7,9 +7,10 @@ from typing import Protocol
 
 import torch
 
+from gemini.errors import ModelError
 from gemini.kernels.pool import GradTicket
 
-__all__ = ["ArrivedGradients", "GradientListener"]
+__all__ = ["ArrivedGradients", "GradientListener", "second_gradient_error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +42,12 @@ class GradientListener(Protocol):
 
     def leave_gradient_slot(self, chunk_id: int) -> None:
         """Stop reading a chunk's gradients from a slot; they are at home too."""
+
+
+def second_gradient_error(name: str, dtype: torch.dtype) -> ModelError:
+    """Return the error for a parameter's gradient of a second backward pass where they wait in half precision."""
+    return ModelError(
+        f"a second gradient for {name} arrived before optimizer.step(): several backward passes per step need float32 "
+        f"gradients, but they are kept as {dtype}; "
+        "set GeminiConfig(gradient_accumulation=True), or call optimizer.zero_grad() to drop the first"
+    )

@@ -19,8 +19,7 @@ import torch
 
 from gemini.accumulators import GradientAccumulators
 from gemini.chunk.layout import ChunkSpec
-from gemini.errors import ModelError
-from gemini.gradient_listener import ArrivedGradients, GradientListener
+from gemini.gradient_listener import ArrivedGradients, GradientListener, second_gradient_error
 from gemini.gradient_sink import GradientPlace
 from gemini.kernels.cpu import GradMode
 from gemini.kernels.device import DeviceKernels
@@ -216,14 +215,18 @@ class GradientStore:
 
     def _begin_delivery(self, chunk_id: int, position: int) -> GradChunk:
         if not self._is_in_backward:
-            self._is_in_backward = True
-            self.num_backwards += 1
+            self.begin_backward()
             torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
         chunk = self._chunks[chunk_id]
         self._check_accumulation(chunk, position)
         self._announce_change(chunk_id)
         chunk.delivered.add(position)
         return chunk
+
+    def begin_backward(self) -> None:
+        """Begin a backward pass that the caller ends; else the first gradient begins it and autograd ends it."""
+        self._is_in_backward = True
+        self.num_backwards += 1
 
     def end_backward(self) -> None:
         """Send off what waits in device slots; called by autograd when a backward pass has ended."""
@@ -238,12 +241,7 @@ class GradientStore:
     def _check_accumulation(self, chunk: GradChunk, position: int) -> None:
         again = position in chunk.sumsq or any(d.chunk is chunk and position in d.positions for d in self._departures)
         if again and self._dtype_of(chunk.spec) is not torch.float32:
-            raise ModelError(
-                f"a second gradient for {chunk.spec.slots[position].spec.name} arrived before optimizer.step(): "
-                "several backward passes per step need float32 gradients, but they are kept as "
-                f"{self._dtype_of(chunk.spec)}; "
-                "set GeminiConfig(gradient_accumulation=True), or call optimizer.zero_grad() to drop the first"
-            )
+            raise second_gradient_error(chunk.spec.slots[position].spec.name, self._dtype_of(chunk.spec))
 
     def _accumulate(self, chunk: GradChunk, position: int, flat: torch.Tensor) -> None:
         chunk.sumsq[position] = self.accumulators.add(chunk.spec.chunk_id, position, flat)
@@ -419,6 +417,11 @@ class GradientStore:
     def arrived(self, chunk_id: int) -> Sequence[int]:
         """Return the positions that have a gradient, in the layout's order; call `finish` first."""
         return sorted(self._chunks[chunk_id].sumsq)
+
+    def names(self) -> set[str]:
+        """Return the parameters that have a gradient."""
+        self.finish()
+        return {chunk.spec.slots[position].spec.name for chunk in self._chunks.values() for position in chunk.sumsq}
 
     def sums_of_squares(self) -> dict[str, float]:
         """Return the sum of squares of each gradient that has arrived, by parameter name; blocks on the device once.

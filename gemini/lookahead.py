@@ -2,9 +2,17 @@
 
 What comes next is what came next in the last step of the same kind; a step that goes another way is served on
 demand and becomes what the next one is compared with.
+
+[Note: Same order on all ranks]
+Ranks gather chunks together, so each must start the same gathers in the same order. Time is not the same on all ranks:
+which read has ended, or which update, must not decide. So with several ranks everything here follows from the order of
+uses alone, which is the same as long as all ranks run the same units in the same order. Whoever must wait for a read or
+an update before a gather that comes next does so. Only reads go ahead of that, into slots chosen by the same rule.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from gemini.chunk.core import ChunkCore
 from gemini.placement.prefetch import choose_prefetch
@@ -20,12 +28,16 @@ class Lookahead:
         core: chunks and slots; asks this object which chunk is used next.
         depth: chunks to fetch ahead; 0 fetches on demand only.
         num_slots: slots the chunks take turns in.
+        is_sharded: whether several ranks own the chunks, so that residents come anew after every update; see
+            [Note: Same order on all ranks].
     """
 
-    def __init__(self, core: ChunkCore, *, depth: int, num_slots: int) -> None:
+    def __init__(self, core: ChunkCore, *, depth: int, num_slots: int, is_sharded: bool = False) -> None:
         self._core = core
-        self._depth = depth if num_slots else 0
-        self._horizon = depth + num_slots
+        self._depth = depth if num_slots or is_sharded else 0
+        self._is_sharded = is_sharded
+        num_residents = sum(chunk.is_resident for chunk in core.chunks) if is_sharded else 0
+        self._horizon = depth + num_slots + num_residents
         self._histories = {phase: AccessHistory() for phase in Phase}
         self._phase = Phase.TRAIN
         self.is_in_step = False
@@ -63,10 +75,10 @@ class Lookahead:
         self.is_in_step = False
 
     def record(self, chunk_id: int) -> None:
-        """Note a use; chunks that never move do not count."""
+        """Note a use; chunks that never move, nor change elsewhere, do not count."""
         if self._phase is Phase.TRAIN:
             self._forward_order.setdefault(chunk_id, len(self._forward_order))
-        if not self._core.chunks[chunk_id].is_resident:
+        if self._is_sharded or not self._core.chunks[chunk_id].is_resident:
             self._history.record(chunk_id)
 
     def urgency(self, chunk_id: int) -> int:
@@ -82,6 +94,9 @@ class Lookahead:
         if not self._depth:
             return
         self._core.poll()
+        if self._is_sharded:
+            self._gather_ahead(self._history.upcoming(self._horizon))
+            return
         decisions = choose_prefetch(
             self._history.upcoming(self._horizon),
             self._core.in_memory(),
@@ -95,3 +110,32 @@ class Lookahead:
             if decision.evict_chunk is not None:
                 self._core.evict(decision.evict_chunk)
             self._core.prefetch(decision.fetch_chunk)
+
+    def gather_now(self, chunk_ids: Sequence[int]) -> None:
+        """Make resident chunks usable, all at the same time; waits for their updates."""
+        for chunk_id in chunk_ids:
+            self._core.prefetch(chunk_id)
+        for chunk_id in chunk_ids:
+            self._core.begin_gather(chunk_id)
+        for chunk_id in chunk_ids:
+            self._core.ensure(chunk_id)
+
+    def _gather_ahead(self, upcoming: Sequence[int]) -> None:
+        """Start reading shards, and gathering the nearest ones, whatever this rank has to wait for."""
+        residents = [chunk_id for chunk_id in upcoming if self._core.chunks[chunk_id].is_resident]
+        decisions = choose_prefetch(
+            [chunk_id for chunk_id in upcoming if chunk_id not in residents],
+            self._core.in_memory(),
+            num_free_slots=self._core.num_free_slots(),
+            evictable=self._core.evictable(),
+            depth=self._depth,
+        )
+        for decision in decisions:
+            if decision.evict_chunk is not None:
+                self._core.evict(decision.evict_chunk)
+            self._core.prefetch(decision.fetch_chunk)
+        for chunk_id in upcoming[: self._depth]:
+            if chunk_id in residents:
+                self._core.prefetch(chunk_id)
+        for chunk_id in upcoming[: max(self._depth - 1, 1)]:
+            self._core.begin_gather(chunk_id)

@@ -27,8 +27,9 @@ from gemini.kernels.pool import Ticket
 from gemini.offload.home import TiledHome
 from gemini.offload.transfer import Mark
 from gemini.placement.overlap import OverlapMode, choose_overlap, smoothed_rate, why_not_ahead
+from gemini.sharded_gradients import ShardedGradients
 from gemini.tiers import MemoryTier
-from gemini.update import UpdateJob, tiles_of, update_on_device
+from gemini.update import UpdateJob, clip_segments, tiles_of, update_on_device
 from gemini.update_worker import UpdateWorker
 
 __all__ = ["Overlap", "OverlapStats", "StepPlanner", "StepWish", "UpdateTimes"]
@@ -98,7 +99,7 @@ class Overlap:
         *,
         core: ChunkCore,
         states: Mapping[int, TiledHome],
-        gradients: GradientStore,
+        gradients: GradientStore | ShardedGradients,
         worker: UpdateWorker,
         kernels: DeviceKernels,
     ) -> None:
@@ -149,7 +150,8 @@ class Overlap:
 
     def _start_ahead(self, chunk_id: int, wish: StepWish, arrivals: tuple[Ticket, ...]) -> None:
         chunk, state = self._core.chunks[chunk_id], self._states[chunk_id]
-        tiles = tuple(tile for tile in tiles_of(wish.segments, self._worker.tile_numel) if state.has_spare(tile))
+        touched = tiles_of(self._segments(chunk_id, wish), self._worker.tile_numel)
+        tiles = tuple(tile for tile in touched if state.has_spare(tile))
         if not tiles or (chunk.is_resident and chunk.slot is not None):  # whose copy shows the old weights until then
             return
         job = self._job(chunk_id, wish, tiles, arrivals)
@@ -196,7 +198,7 @@ class Overlap:
         """
         for chunk_id, job in list(self._ahead.items()):
             wish = wishes.get(chunk_id)
-            if wish is None or (job.segments, job.grad_scale) != (wish.segments, wish.grad_scale):
+            if wish is None or (job.segments, job.grad_scale) != (self._segments(chunk_id, wish), wish.grad_scale):
                 self._drop(chunk_id)
         for chunk_id in wishes:
             self._core.check_updatable(chunk_id)  # while nothing has happened yet
@@ -212,7 +214,7 @@ class Overlap:
 
     def _commit_chunk(self, chunk_id: int, wish: StepWish, *, keeps_slot: bool, readers: Mark) -> None:
         state, chunk = self._states[chunk_id], self._core.chunks[chunk_id]
-        tiles = tiles_of(wish.segments, self._worker.tile_numel)
+        tiles = tiles_of(self._segments(chunk_id, wish), self._worker.tile_numel)
         urgency = self.urgency(chunk_id)
         self.stats.num_updates += 1
         if MemoryTier.DEVICE in state.tiers:
@@ -221,7 +223,8 @@ class Overlap:
             self._core.end_update(chunk_id)
             return
         job = self._ahead.get(chunk_id)
-        copy = chunk.compute if keeps_slot or chunk.is_resident else None
+        may_refresh = (keeps_slot or chunk.is_resident) and chunk.shard is None
+        copy = chunk.compute if may_refresh else None
         if job is not None:
             job.readers = readers
             if not self._worker.adjust(job, urgency=urgency, refreshes=copy):
@@ -245,12 +248,12 @@ class Overlap:
         readers: Mark | None = None,
     ) -> UpdateJob:
         return UpdateJob(
-            spec=self._core.chunks[chunk_id].spec,
+            spec=self._core.chunks[chunk_id].home_spec,
             working=self._core.chunks[chunk_id].home,
             state=self._states[chunk_id],
             grad=self._gradients.home_of(chunk_id),
             grad_dtype=self._gradients.dtype_of(chunk_id),
-            segments=wish.segments,
+            segments=self._segments(chunk_id, wish),
             grad_scale=wish.grad_scale,
             tiles=tiles,
             arrivals=arrivals,
@@ -258,6 +261,11 @@ class Overlap:
             refreshes=refreshes,
             readers=readers,
         )
+
+    def _segments(self, chunk_id: int, wish: StepWish) -> tuple[AdamSegment, ...]:
+        """Return what a wish does to the part of a chunk that its home holds, in the home's coordinates."""
+        shard = self._core.chunks[chunk_id].shard
+        return wish.segments if shard is None else clip_segments(wish.segments, shard.begin, shard.end)
 
     def end_step(self, *, is_clipped: bool) -> None:
         """Learn from a step, taken or skipped, and choose the mode of the next.

@@ -10,10 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-import statistics
-import time
 import weakref
-from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -25,6 +22,7 @@ from gemini.adaptation import Adaptation
 from gemini.chunk.chunk import Chunk
 from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import ChunkLayout, ParamSlot
+from gemini.chunk.sharding import Sharding
 from gemini.config import GeminiConfig
 from gemini.errors import GeminiError, ModelError
 from gemini.gradient_sink import GradientPlace
@@ -42,14 +40,13 @@ from gemini.placement.plan import ChunkDemand, MemoryDemand, PlacementPlan, Runt
 from gemini.placement.tracer import Phase
 from gemini.saved import SavedWeights
 from gemini.scaler import LossScaler, scale_gradients_of
+from gemini.sharded_gradients import ShardedGradients
+from gemini.step_clock import StepClock
 from gemini.update_worker import UpdateWorker
 
 __all__ = ["Runtime"]
 
 logger = logging.getLogger(__name__)
-
-MAX_TIMED_STEPS = 16
-"""Newest steps whose median is the measured time of a step."""
 
 
 @dataclass
@@ -77,6 +74,7 @@ class Runtime:
         gradients: closed by `close`.
         worker: runs updates; closed by `close`.
         kernels: the device's.
+        sharding: the ranks that share the model; None: there are no others. Closed by `close`.
     """
 
     def __init__(
@@ -90,9 +88,10 @@ class Runtime:
         resources: Resources,
         core: ChunkCore,
         states: Mapping[int, TiledHome],
-        gradients: GradientStore,
+        gradients: GradientStore | ShardedGradients,
         worker: UpdateWorker,
         kernels: DeviceKernels,
+        sharding: Sharding | None = None,
     ) -> None:
         self.config = config
         self.layout = layout
@@ -103,6 +102,7 @@ class Runtime:
         self.core = core
         self.states = states
         self.gradients = gradients
+        self.sharding = sharding
         self.probe = MemoryProbe(resources.transfers.device, resources.ledger)
         self.scaler = LossScaler(config.initial_loss_scale) if config.dtype is torch.float16 else None
         self.optimizer: weakref.ref[StepPlanner] | None = None
@@ -111,7 +111,8 @@ class Runtime:
         self.num_skipped_steps = 0
         asked = None if config.overlap == "auto" else OverlapMode(config.overlap)
         self.overlap = Overlap(asked, core=core, states=states, gradients=gradients, worker=worker, kernels=kernels)
-        self._lookahead = Lookahead(core, depth=config.prefetch_depth, num_slots=plan.num_slots)
+        num_slots, is_sharded = plan.num_slots, sharding is not None
+        self._lookahead = Lookahead(core, depth=config.prefetch_depth, num_slots=num_slots, is_sharded=is_sharded)
         self._saved = SavedWeights(core.chunk_in, self._weights_in_backward)
         self._entered: list[_Entry] = []
         self._borrowed_by_model: list[int] = []
@@ -123,12 +124,11 @@ class Runtime:
         }
         self._has_pushed_for_model = False
         self._clip_factor = 1.0
-        self._step_began_s = 0.0
-        self._step_seconds: deque[float] = deque(maxlen=MAX_TIMED_STEPS)
+        self._clock = StepClock()
         self._is_closed = False
         self._pid = os.getpid()
         self._adaptation: Adaptation | None = None
-        if shape.has_device and config.placement == "auto":
+        if shape.has_device and config.placement == "auto" and isinstance(gradients, GradientStore):
             self._adaptation = Adaptation(core, gradients, demands, shape, settle=self.overlap.settle_all)
         self.overlap.predict = self._predict
         self.overlap.urgency = self._lookahead.urgency
@@ -141,7 +141,7 @@ class Runtime:
     @property
     def step_s(self) -> float | None:
         """Median seconds of the newest steps, from the start of forward to the end of the update; None before two."""
-        return statistics.median(self._step_seconds) if self._step_seconds else None
+        return self._clock.step_s
 
     def predict_step(self, profile: HardwareProfile, flops: StepFlops) -> StepPrediction:
         """Predict how long the next step takes under the plan in force; see gemini.placement.cost_model."""
@@ -163,12 +163,11 @@ class Runtime:
         """
         self.check_usable()
         if torch.is_grad_enabled() and not self._lookahead.is_in_step:
-            self._step_began_s = time.perf_counter()
+            self._clock.begin_step()
         for chunk in self.core.chunks:
             chunk.check_params()
         self._drop_leftovers()
-        for chunk_id in self.layout.root.own_chunk_ids:  # used anywhere, without notice
-            self.overlap.settle(chunk_id)
+        self._lookahead.gather_now(self.layout.root.own_chunk_ids)  # used anywhere, without notice
         if torch.is_grad_enabled() and not self._lookahead.is_in_step:
             self.probe.begin_step()
         self._lookahead.begin_forward(Phase.TRAIN if torch.is_grad_enabled() else Phase.INFERENCE)
@@ -271,6 +270,8 @@ class Runtime:
         anything that came before it in forward.
         """
         self.check_usable()
+        if isinstance(self.gradients, ShardedGradients):
+            self.gradients.reach_unit(self.layout.units[unit_id].own_chunk_ids, self._lookahead.urgency)
         for chunk_id in (*self._borrowed_by_unit.get(unit_id, ()), *self.layout.units[unit_id].chunk_ids):
             self.core.ensure(chunk_id)
             self._lookahead.record(chunk_id)
@@ -318,7 +319,9 @@ class Runtime:
 
     def _weights_in_backward(self, chunk: Chunk) -> torch.Tensor:
         self.check_usable()
-        if not chunk.is_resident:
+        if self.sharding is not None and chunk.compute is not None and not chunk.is_resident:
+            self.core.protect(chunk.spec.chunk_id)  # and no more: ranks may use more of a unit, or less, than others
+        elif not chunk.is_resident:
             self.core.ensure(chunk.spec.chunk_id)
             self._lookahead.record(chunk.spec.chunk_id)
             self._lookahead.fetch_ahead()
@@ -356,12 +359,7 @@ class Runtime:
 
     def slots_with_gradient(self) -> set[str]:
         """Return the names of the parameters that have a gradient."""
-        self.gradients.finish()
-        return {
-            self.layout.chunks[chunk_id].slots[position].spec.name
-            for chunk_id in self.states
-            for position in self.gradients.arrived(chunk_id)
-        }
+        return self.gradients.names()
 
     def update(self, segments: Mapping[int, tuple[AdamSegment, ...]]) -> None:
         """Update parameters and consume all gradients; depending on the overlap, the work goes on after the return.
@@ -381,7 +379,8 @@ class Runtime:
             self.scaler.update(found_overflow=False)
         self.num_steps += 1
         self._end_step(is_clipped=self._clip_factor != 1.0)
-        self._lookahead.fetch_ahead()
+        if self.sharding is None:  # else it would wait for updates
+            self._lookahead.fetch_ahead()
 
     def _predict(self, chunk_id: int) -> StepWish | None:
         optimizer = None if self.optimizer is None else self.optimizer()
@@ -441,8 +440,7 @@ class Runtime:
         self.gradients.expected_backwards = self.gradients.num_backwards
         self.clear_gradients()
         if self._lookahead.is_in_step:
-            if self.num_steps + self.num_skipped_steps > 1:  # the first, which is traced, does not count
-                self._step_seconds.append(time.perf_counter() - self._step_began_s)
+            self._clock.end_step()
             self.probe.end_step()
             peak = self.probe.non_model_peak_nbytes
             if self._adaptation is not None and peak is not None:
@@ -474,6 +472,8 @@ class Runtime:
                 f"the optimizer state was lost: {self.overlap.failure}; some parameters were updated and some were "
                 "not, so load a checkpoint into a new GeminiDDP"
             )
+        if self.sharding is not None:
+            self.sharding.group.check()
 
     def _drop_leftovers(self) -> None:
         """Forget what an exception in an earlier forward or backward may have left behind."""
@@ -492,3 +492,5 @@ class Runtime:
             state.close()
         self.core.close()
         self.resources.close()
+        if self.sharding is not None:
+            self.sharding.group.close()

@@ -84,12 +84,13 @@ class UpdateJob:
     """The update of some tiles of one chunk."""
 
     spec: ChunkSpec
+    """Of what the homes hold."""
     working: TiledHome
     state: TiledHome
     grad: TiledHome
     grad_dtype: torch.dtype
     segments: tuple[AdamSegment, ...]
-    """Runs of elements to update, in chunk coordinates, sorted; the rest is left alone."""
+    """Runs of elements to update, in the coordinates of `spec`, sorted; the rest is left alone."""
     grad_scale: float
     tiles: tuple[int, ...]
     """What to update; each holds part of a segment."""

@@ -1,14 +1,21 @@
-"""Read and write single parameters and their state in their homes, wherever these are."""
+"""Read and write single parameters and their state in their homes, wherever these are.
+
+With several ranks a home holds a shard. What is read is put together from all ranks' pieces, so all ranks must read
+the same parameters in the same order, and each gets everything. Of a value to be written each rank writes its piece.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from gemini.chunk.chunk import Chunk
 from gemini.chunk.layout import ParamSlot
+from gemini.chunk.sharding import piece_of
 from gemini.kernels.cpu import cast, join_master, split_master
 from gemini.offload.home import TiledHome
 from gemini.offload.io import empty_aligned
@@ -32,12 +39,12 @@ class _Part:
 
 def read_working(runtime: Runtime, slot: ParamSlot) -> torch.Tensor:
     """Return a parameter's working weights, a CPU copy in its shape."""
-    chunk = runtime.core.chunks[slot.chunk_id]
-    flat = torch.empty(slot.spec.numel, dtype=slot.spec.dtype)
-    for part in _parts(runtime, slot):
+    chunk, piece = _chunk_and_piece(runtime, slot)
+    flat = torch.empty(piece.spec.numel, dtype=slot.spec.dtype)
+    for part in _parts(runtime, piece):
         with _tile(runtime, chunk.home, part.tile, write=False) as tile:
             flat[part.in_param] = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
-    return flat.view(slot.spec.shape)
+    return _make_whole(runtime, slot, flat)
 
 
 def read_master(runtime: Runtime, slot: ParamSlot) -> torch.Tensor:
@@ -45,9 +52,9 @@ def read_master(runtime: Runtime, slot: ParamSlot) -> torch.Tensor:
     state = runtime.states.get(slot.chunk_id)
     if state is None:
         return read_working(runtime, slot)
-    chunk = runtime.core.chunks[slot.chunk_id]
-    flat = torch.empty(slot.spec.numel, dtype=torch.float32)
-    for part in _parts(runtime, slot):
+    chunk, piece = _chunk_and_piece(runtime, slot)
+    flat = torch.empty(piece.spec.numel, dtype=torch.float32)
+    for part in _parts(runtime, piece):
         with (
             _tile(runtime, chunk.home, part.tile, write=False) as tile,
             _tile(runtime, state, part.tile, write=False) as record,
@@ -60,7 +67,7 @@ def read_master(runtime: Runtime, slot: ParamSlot) -> torch.Tensor:
                 join_master(flat[part.in_param], working, master[part.in_tile])
             else:
                 flat[part.in_param] = master[part.in_tile]
-    return flat.view(slot.spec.shape)
+    return _make_whole(runtime, slot, flat)
 
 
 def load_master(runtime: Runtime, slot: ParamSlot, value: torch.Tensor) -> None:
@@ -75,9 +82,10 @@ def load_master(runtime: Runtime, slot: ParamSlot, value: torch.Tensor) -> None:
     """
     chunk = runtime.core.begin_update(slot.chunk_id)
     state = runtime.states.get(slot.chunk_id)
-    flat = value.detach().to("cpu").reshape(-1)
+    piece = _chunk_and_piece(runtime, slot)[1]
+    flat = _cut(chunk, slot, value)
     try:
-        for part in _parts(runtime, slot):
+        for part in _parts(runtime, piece):
             with _tile(runtime, chunk.home, part.tile, write=True) as tile:
                 working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
                 if state is None:
@@ -86,7 +94,7 @@ def load_master(runtime: Runtime, slot: ParamSlot, value: torch.Tensor) -> None:
                     source = flat[part.in_param].to(torch.float32).contiguous()
                     with _tile(runtime, state, part.tile, write=True) as record:
                         _store(record, part, slot.spec.dtype, working, source)
-        if chunk.slot is not None:
+        if chunk.slot is not None and chunk.shard is None:
             copy = chunk.slot.buffer[: chunk.spec.working_nbytes].view(chunk.spec.dtype)
             copy[slot.begin : slot.end].copy_(read_working(runtime, slot).reshape(-1))
     finally:
@@ -106,29 +114,32 @@ def _store(record: torch.Tensor, part: _Part, dtype: torch.dtype, working: torch
 
 def read_moments(runtime: Runtime, slot: ParamSlot) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a trainable parameter's momentum and variance, float32 CPU copies in its shape."""
-    momentum = torch.empty(slot.spec.numel, dtype=torch.float32)
-    variance = torch.empty(slot.spec.numel, dtype=torch.float32)
-    for part in _parts(runtime, slot):
+    piece = _chunk_and_piece(runtime, slot)[1]
+    momentum = torch.empty(piece.spec.numel, dtype=torch.float32)
+    variance = torch.empty(piece.spec.numel, dtype=torch.float32)
+    for part in _parts(runtime, piece):
         with _tile(runtime, runtime.states[slot.chunk_id], part.tile, write=False) as record:
             _, first, second = record_views(record, part.length, slot.spec.dtype)
             momentum[part.in_param] = first[part.in_tile]
             variance[part.in_param] = second[part.in_tile]
-    return momentum.view(slot.spec.shape), variance.view(slot.spec.shape)
+    return _make_whole(runtime, slot, momentum), _make_whole(runtime, slot, variance)
 
 
 def load_moments(runtime: Runtime, slot: ParamSlot, momentum: torch.Tensor, variance: torch.Tensor) -> None:
     """Set a trainable parameter's momentum and variance; same shape, any float dtype and device."""
-    for part in _parts(runtime, slot):
+    chunk, piece = _chunk_and_piece(runtime, slot)
+    flat_momentum, flat_variance = _cut(chunk, slot, momentum), _cut(chunk, slot, variance)
+    for part in _parts(runtime, piece):
         with _tile(runtime, runtime.states[slot.chunk_id], part.tile, write=True) as record:
             _, first, second = record_views(record, part.length, slot.spec.dtype)
-            first[part.in_tile] = momentum.detach().to("cpu").reshape(-1)[part.in_param]
-            second[part.in_tile] = variance.detach().to("cpu").reshape(-1)[part.in_param]
+            first[part.in_tile] = flat_momentum[part.in_param]
+            second[part.in_tile] = flat_variance[part.in_param]
 
 
 def reset_moments(runtime: Runtime) -> None:
     """Set the momentum and variance of every parameter to zero."""
     for chunk_id, state in runtime.states.items():
-        spec = runtime.layout.chunks[chunk_id]
+        spec = runtime.core.chunks[chunk_id].home_spec
         for tile in range(len(state.tiers)):
             length = min(runtime.config.tile_numel, spec.numel - tile * runtime.config.tile_numel)
             with _tile(runtime, state, tile, write=True) as record:
@@ -137,9 +148,40 @@ def reset_moments(runtime: Runtime) -> None:
                 variance.zero_()
 
 
+def _chunk_and_piece(runtime: Runtime, slot: ParamSlot) -> tuple[Chunk, ParamSlot]:
+    """Return a parameter's chunk, and the piece of the parameter that lives here, in its place at home."""
+    chunk = runtime.core.chunks[slot.chunk_id]
+    if chunk.shard is None:
+        return chunk, slot
+    piece = piece_of(slot, chunk.shard)
+    spec = dataclasses.replace(slot.spec, shape=(piece.stop - piece.start,))
+    return chunk, dataclasses.replace(slot, spec=spec, begin=slot.begin + piece.start - chunk.shard.begin)
+
+
+def _cut(chunk: Chunk, slot: ParamSlot, value: torch.Tensor) -> torch.Tensor:
+    """Return the piece of a parameter's value that lives here, flat on the CPU."""
+    flat = value.detach().to("cpu").reshape(-1)
+    return flat if chunk.shard is None else flat[piece_of(slot, chunk.shard)]
+
+
+def _make_whole(runtime: Runtime, slot: ParamSlot, flat: torch.Tensor) -> torch.Tensor:
+    """Return a parameter, or as many values, of all ranks' pieces, in its shape; with several ranks all must call."""
+    shard = runtime.core.chunks[slot.chunk_id].shard
+    if shard is None or runtime.sharding is None:
+        return flat.view(slot.spec.shape)
+    pieces = [piece_of(slot, shard.of_rank(rank)) for rank in range(shard.num_ranks)]
+    padded = flat.new_zeros(max(piece.stop - piece.start for piece in pieces))
+    padded[: flat.numel()] = flat
+    gathered = runtime.sharding.group.gather_values(padded, name=slot.spec.name)
+    whole = [values[: piece.stop - piece.start] for values, piece in zip(gathered, pieces, strict=True)]
+    return torch.cat(whole).view(slot.spec.shape)
+
+
 def _parts(runtime: Runtime, slot: ParamSlot) -> Iterator[_Part]:
     tile_numel = runtime.config.tile_numel
-    numel = runtime.layout.chunks[slot.chunk_id].numel
+    numel = runtime.core.chunks[slot.chunk_id].home_spec.numel
+    if slot.spec.numel == 0:
+        return
     for tile in range(slot.begin // tile_numel, -(-slot.end // tile_numel)):
         begin = tile * tile_numel
         length = min(tile_numel, numel - begin)

@@ -1,9 +1,8 @@
-"""Many ranks: which slice of a chunk is whose, and how slices become chunks again.
+"""Many ranks: a model's states, gradients and weights shared out among the processes of a torch.distributed group.
 
-This package depends on gemini and is never imported by it. What exists so far is the seam, `ChunkCollectives`, and its
-identity for one process; sharding a model over several ranks will stand behind it.
+This package depends on gemini and is never imported by it; gemini.chunk.sharding is where it plugs in.
 """
 
-from zero.collectives import ChunkCollectives, ScalarReduction, SingleProcess
+from zero.shard_model import shard
 
-__all__ = ["ChunkCollectives", "ScalarReduction", "SingleProcess"]
+__all__ = ["shard"]

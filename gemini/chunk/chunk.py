@@ -9,11 +9,12 @@ import torch
 
 from gemini.chunk.fetch import Fetch
 from gemini.chunk.layout import ChunkSpec, ParamSlot
+from gemini.chunk.sharding import ChunkShard, cut_spec
 from gemini.chunk.state import ChunkState, check_transition
 from gemini.errors import ModelError
 from gemini.offload.home import TiledHome
 
-__all__ = ["Chunk", "Slot", "placeholder"]
+__all__ = ["Chunk", "Slot", "count_holders", "placeholder", "viewed_error"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,10 +41,22 @@ class Chunk:
         params: the parameters (or plain tensors), in the order of `spec.slots`.
         home: where the working weights live between uses.
         is_resident: whether compute memory always holds them.
+        shard: the shard that the home holds, with several ranks; None: it holds everything.
     """
 
-    def __init__(self, spec: ChunkSpec, params: Sequence[torch.Tensor], home: TiledHome, *, is_resident: bool) -> None:
+    def __init__(
+        self,
+        spec: ChunkSpec,
+        params: Sequence[torch.Tensor],
+        home: TiledHome,
+        *,
+        is_resident: bool,
+        shard: ChunkShard | None = None,
+    ) -> None:
         self.spec = spec
+        self.shard = shard
+        self.home_spec = spec if shard is None else cut_spec(spec, shard)
+        """The layout of what the home holds."""
         self.params = list(params)
         self.home = home
         self.is_resident = is_resident
@@ -72,10 +85,28 @@ class Chunk:
         return self._num_leases > 0
 
     @property
+    def slot_nbytes(self) -> int:
+        """Bytes of the chunk in compute memory, padding included."""
+        home_nbytes = sum(self.home.tile_nbytes)
+        return home_nbytes if self.shard is None else home_nbytes * self.shard.num_ranks
+
+    def in_place_buffer(self, device: torch.device) -> torch.Tensor:
+        """Return the home of a chunk that is used there, in compute memory."""
+        buffer = self.home.host_buffer if self.home.device_buffer is None else self.home.device_buffer
+        if buffer is None:  # no elements
+            buffer = torch.empty(0, dtype=torch.uint8, device=device)
+        return buffer
+
+    def home_part(self, buffer: torch.Tensor) -> torch.Tensor:
+        """Return the bytes of a buffer of compute memory that are the home's."""
+        home_nbytes = sum(self.home.tile_nbytes)
+        begin = 0 if self.shard is None else home_nbytes * self.shard.rank
+        return buffer[begin : begin + home_nbytes]
+
+    @property
     def name(self) -> str:
         """What to call the chunk in messages."""
-        first = self.spec.slots[0].spec.name if self.spec.slots else "empty"
-        return f"chunk {self.spec.chunk_id} ({first} and {max(len(self.spec.slots) - 1, 0)} more)"
+        return self.spec.name
 
     def transition(self, to: ChunkState) -> None:
         """Enter a state.
@@ -189,3 +220,12 @@ def placeholder(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return the scalar that absent weights show: NaN, so that a use nobody announced cannot go unseen."""
     value = float("nan") if dtype.is_floating_point else 0
     return torch.full((), value, dtype=dtype, device=device)
+
+
+def viewed_error(chunk: Chunk) -> ModelError:
+    """Return the error for a chunk that must leave its slot while its weights are looked at."""
+    return ModelError(
+        f"{chunk.name} has to leave its slot while a view of its weights is still held, which would show other "
+        "weights from now on; clone what outlives a module's forward, call modules rather than their forward, "
+        "or raise prefetch_depth, which gives more slots"
+    )

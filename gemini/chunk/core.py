@@ -7,21 +7,23 @@ call or as the `next_use` function, and here the bytes move.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from gemini.chunk.chunk import Chunk, Slot, count_holders, placeholder
-from gemini.chunk.fetch import Fetch, MoveStats
+from gemini.chunk.chunk import Chunk, Slot, count_holders, placeholder, viewed_error
+from gemini.chunk.fetch import Fetch, Gather, MoveStats
 from gemini.chunk.layout import ChunkSpec
+from gemini.chunk.sharding import ChunkShard, ShardGroup
+from gemini.chunk.slot_table import SlotTable
 from gemini.chunk.staging import Staging
 from gemini.chunk.state import ChunkState, PendingUpdates, check_transition
-from gemini.errors import GeminiError, ModelError, OutOfTierMemoryError
+from gemini.errors import GeminiError
 from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources
 from gemini.offload.slots import SlotSource
 from gemini.placement.eviction import farthest_next_use
-from gemini.tiers import MemoryTier, format_nbytes
+from gemini.tiers import MemoryTier
 
 __all__ = ["ChunkCore"]
 
@@ -34,6 +36,7 @@ class ChunkCore:
         slots: compute memory that chunks without a residence take turns in; closed with the core.
         staging: host memory between disk and device; closed with the core.
         num_protected: how many of the most recently used chunks are never evicted.
+        group: the ranks that own the shards of chunks; None: homes hold everything.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class ChunkCore:
         slots: SlotSource,
         staging: SlotSource,
         num_protected: int = 1,
+        group: ShardGroup | None = None,
     ) -> None:
         self.resources = resources
         self.chunks: list[Chunk] = []
@@ -51,17 +55,25 @@ class ChunkCore:
         """Moments until a chunk is used again; the runtime puts its trace here."""
         self.updates: PendingUpdates | None = None
         """Ends the updates of chunks that are needed; None where every update ends before anything else begins."""
-        self._source = slots
         self._residents: dict[int, Chunk] = {}  # by address of the storage that holds them
-        self._slots: dict[int, Slot] = {}  # those in use, by address of their storage
+        self._slots = SlotTable(slots)
         self._num_protected = num_protected
         self._recent: list[int] = []
         self._staging = Staging(staging)
         self._placeholders: dict[torch.dtype, torch.Tensor] = {}
+        self._group = group
 
     # ---------------------------------------------------------------- registering
 
-    def add(self, spec: ChunkSpec, params: Sequence[torch.Tensor], home: TiledHome, *, is_resident: bool) -> Chunk:
+    def add(
+        self,
+        spec: ChunkSpec,
+        params: Sequence[torch.Tensor],
+        home: TiledHome,
+        *,
+        is_resident: bool,
+        shard: ChunkShard | None = None,
+    ) -> Chunk:
         """Take charge of a chunk whose home already holds its weights, or will before the first access.
 
         Args:
@@ -70,33 +82,35 @@ class ChunkCore:
             home: where the weights live.
             is_resident: keep them in compute memory all the time: in the home itself where that is compute
                 memory, else in a copy.
+            shard: the shard that the home holds; None: it holds everything.
 
         Returns:
             The chunk, at home; `settle` makes a resident one ready.
         """
         assert spec.chunk_id == len(self.chunks)
-        chunk = Chunk(spec, params, home, is_resident=is_resident)
+        chunk = Chunk(spec, params, home, is_resident=is_resident, shard=shard)
         chunk.unbind(self._placeholder(spec.dtype))
         self.chunks.append(chunk)
         return chunk
 
     def settle(self, chunk_id: int) -> None:
-        """Bring a resident chunk into compute memory for good."""
+        """Bring a resident chunk into compute memory for good; one with several ranks comes when it is first used."""
         chunk = self.chunks[chunk_id]
         assert chunk.is_resident
         assert chunk.state is ChunkState.AT_HOME
         compute_tier = self.resources.transfers.compute_tier
-        if set(chunk.home.tiers) <= {compute_tier}:
-            in_place = self._in_place_buffer(chunk)
+        if chunk.shard is None and set(chunk.home.tiers) <= {compute_tier}:
+            in_place = chunk.in_place_buffer(self.resources.transfers.device)
             chunk.bind(in_place)
             chunk.transition(ChunkState.READY)
             self._residents[in_place.data_ptr()] = chunk
             return
-        buffer = self.resources.transfers.allocate(sum(chunk.home.tile_nbytes), "resident copies")
+        buffer = self.resources.transfers.allocate(chunk.slot_nbytes, "resident copies")
         chunk.slot = Slot(buffer, chunk, count_holders(buffer))
-        self._start_fetch(chunk)
-        self._finish_fetch(chunk)
         self._residents[buffer.data_ptr()] = chunk
+        if chunk.shard is None:
+            self._start_fetch(chunk)
+            self._finish_fetch(chunk)
 
     def reside(self, chunk_id: int) -> None:
         """Give a chunk that has taken turns in the slots a copy of its own, which stays.
@@ -112,14 +126,7 @@ class ChunkCore:
         self.settle(chunk_id)
 
     def unsettle(self, chunk_id: int) -> None:
-        """Give up a resident chunk's copy; from here on it takes turns in the slots.
-
-        Args:
-            chunk_id: the chunk.
-
-        Raises:
-            IllegalTransitionError: the chunk is leased.
-        """
+        """Give up the copy of a resident chunk that is not leased; from here on it takes turns in the slots."""
         chunk = self.chunks[chunk_id]
         assert chunk.is_resident
         assert chunk.slot is not None, f"{chunk.name} has no copy to give up"
@@ -192,7 +199,7 @@ class ChunkCore:
         chunk = self.chunks[chunk_id]
         if chunk.state is ChunkState.UPDATING:
             self._settle_update(chunk)
-        if chunk.is_resident:
+        if chunk.is_resident and chunk.compute is not None:
             return chunk
         if chunk.compute is None:
             start = time.perf_counter()
@@ -202,11 +209,18 @@ class ChunkCore:
                 self.stats.num_misses += 1
             self._finish_fetch(chunk)
             self.stats.stall_s += time.perf_counter() - start
+        if chunk.is_resident:
+            return chunk
         if chunk_id in self._recent:
             self._recent.remove(chunk_id)
-        self._recent.append(chunk_id)
-        del self._recent[: max(len(self._recent) - self._num_protected, 0)]
+        self.protect(chunk_id)
         return chunk
+
+    def protect(self, chunk_id: int) -> None:
+        """Count a chunk that is in a slot among the last few used, if it is not one of them."""
+        if chunk_id not in self._recent:
+            self._recent.append(chunk_id)
+            del self._recent[: max(len(self._recent) - self._num_protected, 0)]
 
     def can_prefetch(self, chunk_id: int) -> bool:
         """Return whether a fetch of this chunk could start now without waiting, given a slot."""
@@ -231,34 +245,42 @@ class ChunkCore:
         chunk = self.chunks[chunk_id]
         if chunk.state is ChunkState.UPDATING:
             self._settle_update(chunk)
-        if chunk.is_resident or chunk.compute is not None or chunk.fetch is not None:
+        if chunk.compute is not None or chunk.fetch is not None:
             return
         self._take_slot(chunk)
         self._start_fetch(chunk)
 
+    def begin_gather(self, chunk_id: int) -> None:
+        """Start making a chunk whole whose own shard is on its way to compute memory; waits for that shard only.
+
+        Args:
+            chunk_id: the chunk; one that is not on its way is left alone.
+
+        Raises:
+            OffloadIOError: the shard cannot be read.
+            CollectiveError: the group has failed.
+        """
+        fetch = self.chunks[chunk_id].fetch
+        if fetch is not None:
+            fetch.begin_gather()
+
     def in_memory(self) -> set[int]:
         """Return the chunks that are in a slot or on their way to one."""
-        return {slot.chunk.spec.chunk_id for slot in self._slots.values()}
+        return _ids(self._slots.chunks())
 
     def evictable(self) -> set[int]:
         """Return the chunks whose slots could be taken now: not leased, not just used, and seen by nobody else."""
-        return {
-            slot.chunk.spec.chunk_id
-            for slot in self._slots.values()
-            if slot.chunk.state is ChunkState.READY
-            and slot.chunk.spec.chunk_id not in self._recent
-            and not self._is_viewed(slot)
-        }
+        return self._slots.evictable(self._recent)
 
     def num_free_slots(self) -> int:
         """Return how many slots are empty."""
-        return self._source.num_free()
+        return self._slots.num_free()
 
     def poll(self) -> None:
         """Push every fetch under way one stage further, and finish those that are complete."""
-        for slot in self._slots.values():
-            if slot.chunk.fetch is not None:
-                slot.chunk.fetch.poll()
+        for chunk in self._slots.chunks(ChunkState.FETCHING):
+            if chunk.fetch is not None:
+                chunk.fetch.poll()
 
     def evict(self, chunk_id: int) -> None:
         """Free a chunk's slot; the home still holds the weights, so nothing is copied.
@@ -279,24 +301,24 @@ class ChunkCore:
             chunk.fetch = None
         chunk.transition(ChunkState.AT_HOME)
         if self._leave_slot(chunk):
-            raise _viewed_error(chunk)
+            raise viewed_error(chunk)
 
     def evict_idle(self) -> None:
         """Free every slot that is not leased."""
         self._recent.clear()
-        for chunk_id in self.evictable() | self._fetching():
+        for chunk_id in self.evictable() | _ids(self._slots.chunks(ChunkState.FETCHING)):
             self.evict(chunk_id)
 
     # ---------------------------------------------------------------- for the optimizer and for others
 
     def chunk_in(self, storage_address: int) -> Chunk | None:
         """Return the chunk whose weights a storage of compute memory holds now, None if it holds none."""
-        slot = self._slots.get(storage_address)
+        slot = self._slots.find(storage_address)
         return slot.chunk if slot is not None else self._residents.get(storage_address)
 
     def is_slot(self, storage_address: int) -> bool:
         """Return whether a storage is a slot, that is, memory that is refilled."""
-        return storage_address in self._slots
+        return self._slots.find(storage_address) is not None
 
     def check_updatable(self, chunk_id: int) -> None:
         """Check that `begin_update` will succeed.
@@ -313,9 +335,8 @@ class ChunkCore:
             self._settle_update(chunk)
         if chunk.is_leased:
             check_transition(chunk.name, chunk.state, ChunkState.UPDATING)
-        is_shown = chunk.compute is not None and not chunk.is_resident  # a fetch under way will be abandoned
-        if chunk.slot is not None and is_shown and self._is_viewed(chunk.slot):
-            raise _viewed_error(chunk)
+        if chunk.compute is not None and not chunk.is_resident and self._slots.is_viewed(chunk):
+            raise viewed_error(chunk)
 
     def begin_update(self, chunk_id: int, *, keeps_slot: bool = False) -> Chunk:
         """Reserve a chunk for the optimizer; its parameters show a placeholder until `end_update`.
@@ -344,10 +365,12 @@ class ChunkCore:
     def end_update(self, chunk_id: int) -> None:
         """Give a chunk back after `begin_update`; its parameters show the new weights if compute memory has them."""
         chunk = self.chunks[chunk_id]
-        if chunk.slot is not None:
+        if chunk.shard is not None:
+            pass  # other ranks have changed their shards too: what compute memory holds is old
+        elif chunk.slot is not None:
             chunk.bind(chunk.slot.buffer)
         elif chunk.is_resident:
-            chunk.bind(self._in_place_buffer(chunk))
+            chunk.bind(chunk.in_place_buffer(self.resources.transfers.device))
         chunk.transition(ChunkState.AT_HOME if chunk.compute is None else ChunkState.READY)
 
     def drop_leases(self) -> None:
@@ -372,7 +395,7 @@ class ChunkCore:
                     self._leave_slot(chunk)
             chunk.slot = None
             chunk.home.close()
-        self._source.close()
+        self._slots.close()
         self._staging.close()
 
     # ---------------------------------------------------------------- inside
@@ -383,65 +406,36 @@ class ChunkCore:
         assert self.updates is not None
         self.updates.settle(chunk.spec.chunk_id)
 
-    def _in_place_buffer(self, chunk: Chunk) -> torch.Tensor:
-        """Return the home of a chunk that is used there, in compute memory."""
-        buffer = chunk.home.host_buffer if chunk.home.device_buffer is None else chunk.home.device_buffer
-        if buffer is None:  # no elements
-            buffer = torch.empty(0, dtype=torch.uint8, device=self.resources.transfers.device)
-        return buffer
-
     def _placeholder(self, dtype: torch.dtype) -> torch.Tensor:
         if dtype not in self._placeholders:
             self._placeholders[dtype] = placeholder(dtype, self.resources.transfers.device)
         return self._placeholders[dtype]
 
     def _take_slot(self, chunk: Chunk) -> None:
-        """Give a chunk a slot, evicting others for it if need be."""
-        nbytes = sum(chunk.home.tile_nbytes)
-        while (buffer := self._source.acquire(nbytes)) is None:
-            candidates = self.evictable() or self._fetching() or self._unleased()
+        """Give a chunk that is not resident a slot, evicting others for it if need be."""
+        if chunk.is_resident:
+            return
+        while (slot := self._slots.take(chunk)) is None:
+            # Chunks fetched ahead, and those used last, leave only if nothing else can.
+            fetching, ready = (_ids(self._slots.chunks(state)) for state in (ChunkState.FETCHING, ChunkState.READY))
+            candidates = self.evictable() or fetching or ready
             if not candidates:
-                updating = [s.chunk for s in self._slots.values() if s.chunk.state is ChunkState.UPDATING]
+                updating = self._slots.chunks(ChunkState.UPDATING)
                 if not updating:
-                    raise self._no_slot_error(chunk)
+                    raise self._slots.shortage_error(chunk, self.resources.transfers.compute_tier)
                 self._settle_update(updating[-1])
                 continue
             self.evict(farthest_next_use(candidates, {i: self.next_use(i) for i in candidates}))
-        chunk.slot = Slot(buffer, chunk, count_holders(buffer))
-        self._slots[chunk.slot.address] = chunk.slot
-
-    def _fetching(self) -> set[int]:
-        """Return chunks fetched ahead that have not been used yet; they leave only if nothing else can."""
-        return {slot.chunk.spec.chunk_id for slot in self._slots.values() if slot.chunk.state is ChunkState.FETCHING}
-
-    def _unleased(self) -> set[int]:
-        """Return chunks among the most recently used that nobody leases; they leave when all others are leased."""
-        return {slot.chunk.spec.chunk_id for slot in self._slots.values() if slot.chunk.state is ChunkState.READY}
-
-    def _is_viewed(self, slot: Slot) -> bool:
-        """Return whether anyone but the chunk's own parameters looks at a slot: a node of autograd's, user code."""
-        chunk = slot.chunk
-        own = len(chunk.params) + 1 if chunk.compute is not None else 0
-        return self._source.reuses_buffers and count_holders(slot.buffer) > slot.num_holders + own
+        chunk.slot = slot
 
     def _leave_slot(self, chunk: Chunk) -> bool:
         """Give a chunk's slot back; return whether someone still looks at it."""
-        slot = chunk.slot
-        assert slot is not None
+        assert chunk.slot is not None
         chunk.unbind(self._placeholder(chunk.spec.dtype))
-        is_viewed = self._is_viewed(slot)
-        del self._slots[slot.address]
-        self._source.give_back(slot.buffer)
+        is_viewed = self._slots.is_viewed(chunk)
+        self._slots.give_back(chunk.slot)
         chunk.slot = None
         return is_viewed
-
-    def _no_slot_error(self, chunk: Chunk) -> OutOfTierMemoryError:
-        tier = self.resources.transfers.compute_tier
-        held = "; ".join(f"{slot.chunk.name} {slot.chunk.state.value}" for slot in self._slots.values())
-        return OutOfTierMemoryError(
-            f"cannot fetch {chunk.name}, {format_nbytes(chunk.spec.working_nbytes)}, to {tier.value} memory: all "
-            f"{len(self._slots)} slots are in use ({held or 'none can be made'}); raise {tier.value}_budget"
-        )
 
     def _needs_staging(self, chunk: Chunk) -> bool:
         return chunk.home.is_on_disk and self.resources.transfers.compute_tier is MemoryTier.DEVICE
@@ -455,10 +449,11 @@ class ChunkCore:
                 staging = self._staging.claim(sum(chunk.home.tile_nbytes), chunk.name)
             chunk.fetch = Fetch(
                 chunk.home,
-                chunk.slot.buffer,
+                chunk.home_part(chunk.slot.buffer),
                 transfers=self.resources.transfers,
                 pool=self.resources.pool,
                 staging=staging,
+                gather=self._gather_of(chunk, chunk.slot),
             )
         except GeminiError:
             self._fail_fetch(chunk)
@@ -470,6 +465,12 @@ class ChunkCore:
         self.stats.num_fetches += 1
         self.stats.fetched_nbytes += sum(chunk.fetch.nbytes_from.values())
         self.stats.read_nbytes += chunk.fetch.nbytes_from[MemoryTier.NVME]
+
+    def _gather_of(self, chunk: Chunk, slot: Slot) -> Gather | None:
+        if self._group is None or chunk.shard is None:
+            return None
+        group, nbytes = self._group, chunk.slot_nbytes
+        return lambda copies: group.all_gather(slot.buffer[:nbytes], name=chunk.name, after=copies)
 
     def _finish_fetch(self, chunk: Chunk) -> None:
         assert chunk.fetch is not None
@@ -492,9 +493,5 @@ class ChunkCore:
             self._leave_slot(chunk)
 
 
-def _viewed_error(chunk: Chunk) -> ModelError:
-    return ModelError(
-        f"{chunk.name} has to leave its slot while a view of its weights is still held, which would show other "
-        "weights from now on; clone what outlives a module's forward, call modules rather than their forward, "
-        "or raise prefetch_depth, which gives more slots"
-    )
+def _ids(chunks: Iterable[Chunk]) -> set[int]:
+    return {chunk.spec.chunk_id for chunk in chunks}

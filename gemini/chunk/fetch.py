@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 
+from gemini.chunk.sharding import Collective
 from gemini.errors import GeminiError, OffloadIOError
 from gemini.kernels.pool import Ticket, WorkerPool
 from gemini.offload.home import TiledHome, TileRun
@@ -14,7 +16,10 @@ from gemini.offload.io import IoTicket
 from gemini.offload.transfer import Move, Transfers
 from gemini.tiers import MemoryTier
 
-__all__ = ["Fetch", "MoveStats"]
+__all__ = ["Fetch", "Gather", "MoveStats"]
+
+Gather = Callable[[Sequence[Move]], Collective]
+"""Starts making a whole chunk of all ranks' shards, behind copies of this rank's shard under way."""
 
 
 @dataclass(slots=True)
@@ -37,7 +42,8 @@ class Fetch:
     """One fetch, started at construction and driven by `poll` until `finish`.
 
     Host memory that is compute memory is filled by the disk itself. A device is filled by uploads; what
-    comes from disk passes through `staging` first.
+    comes from disk passes through `staging` first. With several ranks the home holds a shard, which `begin_gather`
+    makes whole: all ranks must call it in the same order, and so it waits for the shard.
 
     Args:
         home: where the weights are.
@@ -45,6 +51,7 @@ class Fetch:
         transfers: the device's copy engine.
         pool: copies between two places of host memory.
         staging: uint8 host memory of the same length as `dst`; needed for a device when tiles live on disk.
+        gather: adds the other ranks' shards; None: the home holds everything.
     """
 
     def __init__(
@@ -55,15 +62,18 @@ class Fetch:
         transfers: Transfers,
         pool: WorkerPool,
         staging: torch.Tensor | None = None,
+        gather: Gather | None = None,
     ) -> None:
         self.staging = staging
         self.nbytes_from = dict.fromkeys(MemoryTier, 0)
-        self._dst = dst
+        self._dst: torch.Tensor | None = dst
         self._transfers = transfers
         self._pool = pool
         self._reads: list[tuple[TileRun, IoTicket]] = []
         self._copies: list[Ticket] = []
         self._uploads: list[Move] = []
+        self._gather = gather
+        self._gathering: Collective | None = None
         self._failure: OffloadIOError | None = None
         try:
             self._start(home)
@@ -73,6 +83,7 @@ class Fetch:
 
     def _start(self, home: TiledHome) -> None:
         transfers, staging, dst, pool = self._transfers, self.staging, self._dst, self._pool
+        assert dst is not None
         has_device = transfers.compute_tier is MemoryTier.DEVICE
         for run in home.runs():
             self.nbytes_from[run.tier] += run.nbytes
@@ -82,8 +93,9 @@ class Fetch:
                 assert landing is not None, "weights on disk reach a device through host memory"
                 self._reads.append((run, home.read_run(run, landing[part])))
                 continue
-            assert home.host_buffer is not None
-            source = home.host_buffer[run.home_offset : run.home_offset + run.nbytes]
+            buffer = home.device_buffer if run.tier is MemoryTier.DEVICE else home.host_buffer
+            assert buffer is not None
+            source = buffer[run.home_offset : run.home_offset + run.nbytes]
             if has_device:
                 self._uploads.append(transfers.upload(dst[part], source))
             else:
@@ -99,19 +111,34 @@ class Fetch:
             self._upload_what_was_read()
         return not self._reads
 
-    def finish(self) -> None:
-        """Wait until compute may use the weights.
+    def begin_gather(self) -> None:
+        """Wait until the host knows of all that is to come of the home, and start gathering, if that is called for.
 
         Raises:
             OffloadIOError: a read failed.
+            CollectiveError: the group has failed.
         """
         self._upload_what_was_read()
         if self._failure is not None:
             raise self._failure
         for copy in self._copies:
             copy.wait()
+        if self._gather is not None and self._gathering is None:
+            self._gathering = self._gather(self._uploads)
+
+    def finish(self) -> None:
+        """Wait until compute may use the weights.
+
+        Raises:
+            OffloadIOError: a read failed.
+            CollectiveError: a rank did not take part.
+        """
+        self.begin_gather()
         for upload in self._uploads:
             upload.wait_on_compute()
+        if self._gathering is not None:
+            self._gathering.wait()
+        self._leave()
 
     def may_reuse_staging(self) -> bool:
         """Return whether the staging buffer has been left by every copy."""
@@ -133,6 +160,14 @@ class Fetch:
             upload.wait_on_host()
         for started in (self._reads, self._copies, self._uploads):
             started.clear()  # they refer to the buffers
+        if self._gathering is not None:
+            with suppress(GeminiError):
+                self._gathering.wait()
+        self._leave()
+
+    def _leave(self) -> None:
+        """Let go of the destination: whoever else is found to look at it does so in earnest."""
+        self._dst = self._gathering = None
 
     def _upload_what_was_read(self) -> None:
         for run, ticket in self._reads:
@@ -142,6 +177,7 @@ class Fetch:
                 self._failure = error
                 continue
             if self.staging is not None:
+                assert self._dst is not None
                 part = slice(run.begin, run.begin + run.nbytes)
                 self._uploads.append(self._transfers.upload(self._dst[part], self.staging[part]))
         self._reads.clear()

@@ -91,6 +91,12 @@ class ChunkSpec:
         """Bytes of the working weights."""
         return self.numel * self.dtype.itemsize
 
+    @property
+    def name(self) -> str:
+        """What to call the chunk in messages."""
+        first = self.slots[0].spec.name if self.slots else "empty"
+        return f"chunk {self.chunk_id} ({first} and {max(len(self.slots) - 1, 0)} more)"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitSpec:

@@ -20,7 +20,7 @@ from gemini.offload.store import DiskStore, check_directory
 from gemini.offload.transfer import CpuTransfers, CudaTransfers, SimulatedTransfers, Transfers
 from gemini.tiers import MemoryTier, TierLedger, parse_nbytes
 
-__all__ = ["Resources", "budgets_of", "has_device_tier", "open_resources"]
+__all__ = ["MAX_DEFAULT_THREADS", "Resources", "budgets_of", "device_of", "has_device_tier", "open_resources"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +63,21 @@ def available_host_nbytes() -> int:
 
 def has_device_tier(config: GeminiConfig) -> bool:
     """Return whether compute memory is apart from host memory."""
-    return _device_of(config) is not None
+    return device_of(config) is not None
 
 
-def _device_of(config: GeminiConfig) -> torch.device | str | None:
-    """Return the CUDA device, "simulated", or None for the CPU."""
+def device_of(config: GeminiConfig) -> torch.device | str | None:
+    """Return the CUDA device, "simulated", or None for the CPU.
+
+    Args:
+        config: what the user asked for.
+
+    Returns:
+        What forward and backward run on.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
     wanted = config.device
     if wanted is None:
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
@@ -100,7 +110,7 @@ def budgets_of(config: GeminiConfig) -> dict[MemoryTier, int | None]:
     Raises:
         ConfigError: a device budget was given for a computation that was put on the CPU by name.
     """
-    device = _device_of(config)
+    device = device_of(config)
     if device is None:
         if config.device_budget is not None and config.device is not None:
             raise ConfigError(
@@ -127,13 +137,16 @@ def budgets_of(config: GeminiConfig) -> dict[MemoryTier, int | None]:
     }
 
 
-def open_resources(config: GeminiConfig, budgets: dict[MemoryTier, int | None], *, disk_nbytes: int) -> Resources:
+def open_resources(
+    config: GeminiConfig, budgets: dict[MemoryTier, int | None], *, disk_nbytes: int, rank: int = 0
+) -> Resources:
     """Start threads, claim the swap file and prepare memory.
 
     Args:
         config: what the user asked for.
         budgets: from `budgets_of`.
         disk_nbytes: bytes the swap file must hold; 0 leaves the disk alone.
+        rank: whose swap file it is.
 
     Returns:
         The resources; the caller closes them.
@@ -142,14 +155,14 @@ def open_resources(config: GeminiConfig, budgets: dict[MemoryTier, int | None], 
         OffloadIOError: the swap file cannot be made, claimed or filled.
         ConfigError: disk space is needed and no NVMe tier is configured, or a forced engine does not work here.
     """
-    device = _device_of(config)
+    device = device_of(config)
     isa = resolve_isa(config.isa)
     ledger = TierLedger(budgets)
     store = None
     if disk_nbytes:
         if config.nvme is None:
             raise ConfigError("this plan puts bytes on disk: give GeminiConfig(nvme=NVMeConfig(path=..., budget=...))")
-        store = DiskStore(config.nvme, capacity_nbytes=disk_nbytes)
+        store = DiskStore(config.nvme, capacity_nbytes=disk_nbytes, rank=rank)
     elif config.nvme is not None:
         check_directory(Path(config.nvme.path))  # a mistake would show only when a larger model needs the disk
     num_threads = config.num_threads or min(len(os.sched_getaffinity(0)), MAX_DEFAULT_THREADS)

@@ -50,7 +50,7 @@ from gemini.offload.io import (
 )
 from gemini.tiers import IO_ALIGNMENT_NBYTES, format_nbytes, round_up
 
-__all__ = ["DiskStore", "ExtentTransfer", "SwapHeader", "check_directory"]
+__all__ = ["DiskStore", "ExtentTransfer", "SwapHeader", "check_directory", "remove_abandoned"]
 
 _log = logging.getLogger(__name__)
 
@@ -295,6 +295,34 @@ class DiskStore:
                 f"cannot {operation.value} {nbytes} bytes at {transfer.offset} of {transfer.extent}: expected a range "
                 f"within its {transfer.extent.nbytes} bytes"
             )
+
+
+def remove_abandoned(directory: Path) -> list[Path]:
+    """Remove the swap files of processes that are gone.
+
+    Args:
+        directory: where to look.
+
+    Returns:
+        What was removed. Files that cannot be are left, as those of living processes are.
+    """
+    removed = []
+    for path in sorted(directory.glob("gemini-rank*.swap")):
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            _lock(path, fd)
+            if _is_same_file(path, fd):
+                _empty_stale_file(path, fd)
+                os.unlink(path)
+                removed.append(path)
+        except OSError:
+            continue
+        finally:
+            os.close(fd)
+    return removed
 
 
 def _take_file(path: Path) -> int:

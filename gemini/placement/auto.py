@@ -60,9 +60,8 @@ def auto_placement(
 
 
 def _place_on_cpu(problem: Problem) -> Draft:
-    all_in_host = Draft(
-        problem, (home_chunk(problem, i, Role.RESIDENT, _HOST_FLOOR) for i in range(len(problem.chunks))), 0
-    )
+    homes = (home_chunk(problem, i, Role.RESIDENT, _HOST_FLOOR) for i in range(len(problem.chunks)))
+    all_in_host = Draft(problem, homes, problem.most_slots)
     if all_in_host.fits(_HOST):
         return all_in_host
     if problem.budgets.nvme is None:
@@ -76,9 +75,8 @@ def _place_on_cpu(problem: Problem) -> Draft:
 
 
 def _place_with_device(problem: Problem) -> Draft:
-    everything = Draft(
-        problem, (home_chunk(problem, i, Role.ON_DEVICE, _HOST_FLOOR) for i in range(len(problem.chunks))), 0
-    )
+    homes = (home_chunk(problem, i, Role.ON_DEVICE, _HOST_FLOOR) for i in range(len(problem.chunks)))
+    everything = Draft(problem, homes, problem.most_slots)
     if everything.fits(MemoryTier.DEVICE):
         return everything
     # A resident's copy spares uploads, yet what lives below takes as much room as before. When the tiers below are
@@ -94,8 +92,9 @@ def _place_with_device(problem: Problem) -> Draft:
 def _fill_device_with_residents(problem: Problem) -> Draft:
     draft = _draft_residents(problem, _HOST_FLOOR)
     if draft.slot_cap == problem.most_slots:
-        residents = [i for i in _promotion_order(problem) if draft.homes[i].is_resident]
-        _promote_to_device(draft, residents)
+        chunks = problem.chunks
+        order = _promotion_order(problem)
+        _promote_to_device(draft, [i for i in order if draft.homes[i].is_resident or chunks[i].is_sharded])
     return draft
 
 

@@ -203,7 +203,9 @@ def _find_contradiction(demand: ChunkDemand, homes: ChunkPlacement, shape: Runti
         if (homes.grad is device) != (device in homes.state):
             return "the gradient lives on the device exactly when the state does"
     compute = device if shape.has_device else MemoryTier.HOST
-    if not homes.is_resident and set(homes.working) == {compute}:
+    if demand.is_sharded and homes.is_resident is not demand.is_pinned:
+        return f"with several ranks is_resident must be {demand.is_pinned} for this chunk"
+    if not homes.is_resident and set(homes.working) == {compute} and not demand.is_sharded:
         return "all its working weights live in compute memory, so is_resident must be True"
     if not homes.is_resident and demand.is_pinned:
         return "its working weights must always be in compute memory, so is_resident must be True"
@@ -211,7 +213,7 @@ def _find_contradiction(demand: ChunkDemand, homes: ChunkPlacement, shape: Runti
 
 
 def _check_slots(chunks: Sequence[ChunkDemand], plan: PlacementPlan, chunks_at_once: int) -> None:
-    sizes = [demand.working_nbytes for demand, homes in zip(chunks, plan.chunks, strict=True) if not homes.is_resident]
+    sizes = [demand.compute_nbytes for demand, homes in zip(chunks, plan.chunks, strict=True) if not homes.is_resident]
     fewest = min(len(sizes), chunks_at_once)
     if plan.num_slots < fewest:
         raise ConfigError(f"PlacementPlan.num_slots: expected at least {fewest}, got {plan.num_slots}")

@@ -133,9 +133,9 @@ class Draft:
         else:
             self._tally.remove(demand, homes)
         if not homes.is_resident:
-            self._slot_users[demand.working_nbytes] += sign
-            if not self._slot_users[demand.working_nbytes]:
-                del self._slot_users[demand.working_nbytes]
+            self._slot_users[demand.compute_nbytes] += sign
+            if not self._slot_users[demand.compute_nbytes]:
+                del self._slot_users[demand.compute_nbytes]
 
 
 def home_chunk(problem: Problem, chunk_id: int, role: Role, floor: Floor) -> ChunkPlacement:
@@ -148,7 +148,8 @@ def home_chunk(problem: Problem, chunk_id: int, role: Role, floor: Floor) -> Chu
         floor: where the rest of it lives.
 
     Returns:
-        The homes. A frozen chunk that is resident on a device lives there, since no update needs it elsewhere.
+        The homes. A frozen chunk that is resident on a device lives there, since no update needs it elsewhere. Of a
+        sharded chunk the role moves the shard alone; whole, it stays in compute memory only if it is pinned.
     """
     demand = problem.chunks[chunk_id]
     working, grad, state = floor.working, floor.grad, floor.state
@@ -157,12 +158,13 @@ def home_chunk(problem: Problem, chunk_id: int, role: Role, floor: Floor) -> Chu
     if role is Role.ON_DEVICE:
         working = grad = state = MemoryTier.DEVICE
     num_tiles = demand.num_tiles(problem.shape.tile_numel)
+    is_in_compute = role is not Role.IN_SLOT or working is problem.compute_tier
     return ChunkPlacement(
         chunk_id=demand.chunk_id,
         working=(working,) * num_tiles,
         state=(state,) * num_tiles if demand.is_trainable else (),
         grad=grad if demand.is_trainable else None,
-        is_resident=role is not Role.IN_SLOT or working is problem.compute_tier,
+        is_resident=demand.is_pinned if demand.is_sharded else is_in_compute,
     )
 
 
@@ -181,7 +183,7 @@ def draft_smallest(problem: Problem, floor: Floor, slot_cap: int) -> Draft:
         A draft; it need not fit the budgets.
     """
     sizes = sorted(
-        round_up(demand.working_nbytes, IO_ALIGNMENT_NBYTES) for demand in problem.chunks if not demand.is_pinned
+        round_up(demand.compute_nbytes, IO_ALIGNMENT_NBYTES) for demand in problem.chunks if not demand.is_pinned
     )
     resident_nbytes = sum(sizes)
     least_nbytes, slot_nbytes = resident_nbytes, 0
@@ -190,19 +192,13 @@ def draft_smallest(problem: Problem, floor: Floor, slot_cap: int) -> Draft:
         total_nbytes = resident_nbytes + min(num_users, slot_cap) * nbytes
         if total_nbytes < least_nbytes and (num_users == len(sizes) or sizes[num_users] > nbytes):
             least_nbytes, slot_nbytes = total_nbytes, nbytes
-    return Draft(
-        problem,
-        (
-            home_chunk(
-                problem,
-                chunk_id,
-                Role.RESIDENT if demand.is_pinned or demand.working_nbytes > slot_nbytes else Role.IN_SLOT,
-                floor,
-            )
-            for chunk_id, demand in enumerate(problem.chunks)
-        ),
-        slot_cap,
-    )
+
+    def role_of(demand: ChunkDemand) -> Role:
+        is_too_large = demand.compute_nbytes > slot_nbytes and not demand.is_sharded
+        return Role.RESIDENT if demand.is_pinned or is_too_large else Role.IN_SLOT
+
+    homes = (home_chunk(problem, i, role_of(demand), floor) for i, demand in enumerate(problem.chunks))
+    return Draft(problem, homes, slot_cap)
 
 
 def move_below(draft: Draft, floor: Floor) -> Draft:

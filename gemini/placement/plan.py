@@ -32,7 +32,7 @@ class ChunkDemand:
 
     chunk_id: int
     numel: int
-    """Elements, padding included."""
+    """Elements that live here, padding included: all of the chunk's or, with several ranks, this rank's shard."""
     working_itemsize: int
     """Bytes of one working weight."""
     master_itemsize: int
@@ -40,11 +40,22 @@ class ChunkDemand:
     is_trainable: bool
     is_pinned: bool
     """Whether the working weights must stay in compute memory all the time (the root unit)."""
+    is_sharded: bool = False
+    """Whether only a shard lives here. Compute memory then holds copies of whole chunks, never homes."""
+    num_ranks: int = 1
+    """Ranks that own a shard each."""
+    keeps_whole_gradient: bool = False
+    """Whether compute memory holds the whole chunk's gradient until the step; of sharded chunks only."""
 
     @property
     def working_nbytes(self) -> int:
-        """Bytes of the working weights."""
+        """Bytes of the working weights that live here."""
         return self.numel * self.working_itemsize
+
+    @property
+    def compute_nbytes(self) -> int:
+        """Bytes of the whole chunk's working weights in compute memory."""
+        return self.num_ranks * self.working_nbytes
 
     @property
     def state_itemsize(self) -> int:
@@ -82,7 +93,8 @@ class ChunkPlacement:
     """Where gradients wait for the update; None for frozen chunks. DEVICE exactly when the state is there."""
     is_resident: bool
     """Whether compute memory always holds the working weights; then fetching them costs nothing. True where all of
-    `working` is in compute memory; elsewhere it costs a copy there."""
+    `working` is in compute memory; elsewhere it costs a copy there. A chunk with several ranks always needs the copy
+    and has it exactly if it is pinned."""
 
     def spare_tiles(self) -> tuple[int, ...]:
         """Return the tiles that get a spare place if there are any: those whose state and weights are on disk."""
@@ -147,7 +159,7 @@ def memory_demand(chunks: Sequence[ChunkDemand], plan: PlacementPlan, shape: Run
 
     Returns:
         Bytes by tier and purpose. Purposes: "working", "resident copies", "state", "spares", "gradients" (homes),
-        "slots", "update ring", "gradient slots", "fetch slots".
+        "whole gradients", "slots", "update ring", "gradient slots", "exchange slots", "fetch slots".
 
     Source: docs/memory_model.md.
     """
@@ -186,6 +198,7 @@ class DemandTally:
         by_purpose = {tier: dict(sums) for tier, sums in self._held.items()}
         host, device = by_purpose[MemoryTier.HOST], by_purpose[MemoryTier.DEVICE]
         by_purpose[self._compute]["slots"] = num_slots * slot_nbytes
+        by_purpose[self._compute]["exchange slots"] = shape.num_grad_slots * largest.get("exchange slots", 0)
         host["update ring"] = shape.ring_depth * largest.get("update ring", 0)
         host["fetch slots"] = shape.num_fetch_slots * largest.get("fetch slots", 0)
         host["gradient slots"] = shape.num_grad_slots * (device_gradient + largest.get("disk gradient slots", 0))
@@ -213,8 +226,12 @@ class DemandTally:
             held[MemoryTier.NVME]["spares"] += sign * (len(spares) * full_nbytes - missing)
         if homes.grad is not None:
             held[homes.grad]["gradients"] += sign * _aligned(demand.numel * shape.grad_itemsize)
-        if homes.is_resident and homes.working.count(self._compute) < len(homes.working):
-            held[self._compute]["resident copies"] += sign * _aligned(demand.working_nbytes)
+        has_copy = demand.is_sharded or homes.working.count(self._compute) < len(homes.working)
+        if homes.is_resident and has_copy:
+            held[self._compute]["resident copies"] += sign * _aligned(demand.compute_nbytes)
+        if homes.grad is not None and demand.keeps_whole_gradient:
+            whole_nbytes = demand.num_ranks * demand.numel * shape.grad_itemsize
+            held[self._compute]["whole gradients"] += sign * _aligned(whole_nbytes)
         for purpose, needed in _buffer_needs(demand, homes, shape).items():
             sizes = self._needs.setdefault(purpose, Counter())
             sizes[needed] += sign
@@ -231,7 +248,8 @@ def _buffer_needs(demand: ChunkDemand, homes: ChunkPlacement, shape: RuntimeShap
     """Return the bytes of each kind of shared buffer that this chunk needs one of.
 
     A gradient leaves a device in the working dtype through a device slot and a host slot of equal size; a
-    gradient that lives on disk is put together in a host slot of its home's dtype.
+    gradient that lives on disk is put together in a host slot of its home's dtype. Ranks exchange gradients in the
+    working dtype, each sending a whole chunk and receiving as much.
     """
     needs = {"update ring": _ring_tile_nbytes(demand, homes, shape)}
     if shape.has_device and MemoryTier.NVME in homes.working:
@@ -240,6 +258,8 @@ def _buffer_needs(demand: ChunkDemand, homes: ChunkPlacement, shape: RuntimeShap
         needs["device gradient slots"] = _aligned(demand.working_nbytes)
     if homes.grad is MemoryTier.NVME:
         needs["disk gradient slots"] = _aligned(demand.numel * shape.grad_itemsize)
+    if demand.is_sharded and homes.grad is not None:
+        needs["exchange slots"] = 2 * _aligned(demand.compute_nbytes)
     return needs
 
 
@@ -284,9 +304,11 @@ def largest_buffers(chunks: Sequence[ChunkDemand], plan: PlacementPlan, shape: R
         shape: sizes of the buffers.
 
     Returns:
-        Bytes of one of the "update ring", the "fetch slots", the "device gradient slots" and the "disk gradient slots".
+        Bytes of one of the "update ring", the "fetch slots", the "device gradient slots", the "disk gradient slots" and
+        the "exchange slots".
     """
-    largest = dict.fromkeys(("update ring", "fetch slots", "device gradient slots", "disk gradient slots"), 0)
+    kinds = ("update ring", "fetch slots", "device gradient slots", "disk gradient slots", "exchange slots")
+    largest = dict.fromkeys(kinds, 0)
     for demand, homes in zip(chunks, plan.chunks, strict=True):
         for kind, nbytes in _buffer_needs(demand, homes, shape).items():
             largest[kind] = max(largest[kind], nbytes)

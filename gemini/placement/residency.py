@@ -44,10 +44,10 @@ def adapt_residency(
 
 
 def _copy_nbytes(demand: ChunkDemand) -> int:
-    return round_up(demand.working_nbytes, IO_ALIGNMENT_NBYTES)
+    return round_up(demand.compute_nbytes, IO_ALIGNMENT_NBYTES)
 
 
 def _may_stream(demand: ChunkDemand, homes: ChunkPlacement, plan: PlacementPlan) -> bool:
     """Return whether a resident chunk has a copy to give up, and a slot to take turns in."""
     has_copy = homes.is_resident and MemoryTier.DEVICE not in homes.working
-    return has_copy and not demand.is_pinned and plan.num_slots > 0 and demand.working_nbytes <= plan.slot_nbytes
+    return has_copy and not demand.is_pinned and plan.num_slots > 0 and demand.compute_nbytes <= plan.slot_nbytes

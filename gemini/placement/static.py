@@ -71,7 +71,8 @@ def static_placement(
     tiles from the first chunk on, the last tiles of a chunk first. Neither takes more than its fraction, and what is
     missing is less than the next tile, or the next chunk on the device and for gradients. A chunk that is on the device
     without its state has its home in host memory and a copy on the device. The chunks that must always be in compute
-    memory are there in any case.
+    memory are there in any case. With several ranks the fractions are of this rank's shards, which live on the device
+    with their state or not at all, and no other chunk has a copy there.
 
     Args:
         chunks: the chunks, by id.
@@ -139,7 +140,7 @@ def _choose_homes(chunks: Sequence[ChunkDemand], shape: RuntimeShape, static: St
     return [
         _home_on_device(demand, shape)
         if i in on_device
-        else _home_below(demand, shape, on_disk, is_resident=i in residents or demand.is_pinned)
+        else _home_below(demand, shape, on_disk, is_resident=i in residents)
         for i, demand in enumerate(chunks)
     ]
 
@@ -217,7 +218,7 @@ def _home_on_device(demand: ChunkDemand, shape: RuntimeShape) -> ChunkPlacement:
         working=tiles,
         state=tiles if demand.is_trainable else (),
         grad=MemoryTier.DEVICE if demand.is_trainable else None,
-        is_resident=True,
+        is_resident=demand.is_pinned or not demand.is_sharded,
     )
 
 
@@ -228,11 +229,12 @@ def _home_below(demand: ChunkDemand, shape: RuntimeShape, on_disk: _OnDisk, *, i
         return (MemoryTier.HOST,) * (num_tiles - num_on_disk) + (MemoryTier.NVME,) * num_on_disk
 
     working = tiles(on_disk.working.get(demand.chunk_id, 0))
+    is_in_compute = is_resident or (not shape.has_device and MemoryTier.NVME not in working)
     grad = MemoryTier.NVME if on_disk.grads.get(demand.chunk_id) else MemoryTier.HOST
     return ChunkPlacement(
         chunk_id=demand.chunk_id,
         working=working,
         state=tiles(on_disk.state.get(demand.chunk_id, 0)) if demand.is_trainable else (),
         grad=grad if demand.is_trainable else None,
-        is_resident=is_resident or (not shape.has_device and MemoryTier.NVME not in working),
+        is_resident=demand.is_pinned or (is_in_compute and not demand.is_sharded),
     )

@@ -1,0 +1,108 @@
+"""Train the quickstart's model on several processes of this machine, each with a part of it:
+
+    torchrun --nproc-per-node 2 examples/train_zero.py
+
+Every process trains on text of its own and keeps its shard of weights, gradients and optimizer state, part of it in a
+swap file. The training loop is that of one process, but for the line that wraps the model. At the end each process's
+bytes are shown, tier by tier.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from lm_training import check_disk_space, choose_dtype, encode, random_windows, read_stdlib, run_example
+from quickstart import NUM_ROWS, NUM_TOKENS, TEXT_NBYTES, TINY_TEXT_NBYTES, TINY_TILE_NUMEL, VOCAB_SIZE, build_model
+from rich.console import Console
+from rich.table import Table
+
+import zero
+from gemini import GeminiConfig, HybridAdam, MemoryReport, NVMeConfig
+from gemini.tiers import format_nbytes
+
+HOST_BUDGET, TINY_HOST_BUDGET = "2400MiB", "24MiB"
+NVME_BUDGET_NBYTES, TINY_NVME_BUDGET_NBYTES = 3 * 2**30, 2**28
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps (%(default)s)")
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=3, help="what is sharded (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="decides first weights and batches")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (%(default)s)")
+    parser.add_argument("--host-budget", help='memory for all processes together, such as "2400MiB"')
+    parser.add_argument("--nvme", type=Path, help="directory for the swap files (OUT/swap)")
+    parser.add_argument("--out", type=Path, default=Path("runs/zero"), help="where results go (%(default)s)")
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # a small model, for the tests
+    return parser.parse_args()
+
+
+def encode_once(arguments: argparse.Namespace) -> torch.Tensor:
+    """Return the text's tokens; the first process prepares what the others then find."""
+    texts = read_stdlib(TINY_TEXT_NBYTES if arguments.tiny else TEXT_NBYTES)
+    for is_mine in (dist.get_rank() == 0, dist.get_rank() != 0):
+        if is_mine:
+            ids = encode(texts, vocab_size=VOCAB_SIZE, cache=arguments.out)
+        dist.barrier()
+    return ids
+
+
+def print_ranks(report: MemoryReport, console: Console) -> None:
+    """Show the peak of each tier on each process."""
+    peaks = {tier.tier: tier.peak_nbytes for tier in report.tiers if tier.peak_nbytes}
+    everyone: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, peaks)
+    table = Table("rank", *peaks, title="held by the engine at most")
+    for rank, held in enumerate(everyone):
+        table.add_row(str(rank), *(format_nbytes(held[tier]) for tier in peaks))
+    console.print(table)
+
+
+def run(console: Console, arguments: argparse.Namespace) -> None:
+    """Prepare, train and report."""
+    dist.init_process_group("gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if rank != 0:
+        console.file = io.StringIO()
+    torch.set_num_threads(max(1, torch.get_num_threads() // world_size))
+    dtype, reason = choose_dtype("fp32", torch.device("cpu"))
+    ids = encode_once(arguments)
+    batches = random_windows(ids, num_rows=NUM_ROWS, num_tokens=NUM_TOKENS, seed=arguments.seed * world_size + rank)
+    swap = arguments.nvme or arguments.out / "swap"
+    nvme_nbytes = TINY_NVME_BUDGET_NBYTES if arguments.tiny else NVME_BUDGET_NBYTES
+    check_disk_space(swap, nvme_nbytes)
+    config = GeminiConfig(
+        device="cpu",
+        dtype=dtype,
+        host_budget=arguments.host_budget or (TINY_HOST_BUDGET if arguments.tiny else HOST_BUDGET),
+        nvme=NVMeConfig(path=swap, budget=nvme_nbytes),
+        tile_numel=TINY_TILE_NUMEL if arguments.tiny else 2**19,
+        seed=arguments.seed,
+    )
+    console.print(f"{world_size} processes, stage {arguments.stage}; working weights: {reason}")
+    with zero.shard(build_model(is_tiny=arguments.tiny), config, stage=arguments.stage) as engine:
+        optimizer = HybridAdam(engine.parameters(), lr=arguments.lr, weight_decay=0.1, max_grad_norm=1.0)
+        for step, batch in enumerate(islice(batches, arguments.steps), start=1):
+            start = time.perf_counter()
+            loss = engine(input_ids=batch, labels=batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            mean = loss.detach()
+            dist.all_reduce(mean)
+            console.print(f"step {step}: loss {mean.item() / world_size:.3f}, {time.perf_counter() - start:.2f} s")
+        print_ranks(engine.memory_report(), console)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments()
+    sys.exit(run_example(lambda console: run(console, arguments)))

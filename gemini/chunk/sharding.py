@@ -1,0 +1,190 @@
+"""What the engine knows of other ranks: which run of a chunk is its own, and whom to ask for the rest.
+
+Homes, tiles, gradients at home and optimizer state are those of the shard that this rank owns; compute memory holds
+whole chunks. How shards are cut and how bytes reach other ranks is for an implementation of `ShardGroup` to know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from gemini.chunk.layout import ChunkSpec, ParamSlot
+from gemini.offload.transfer import Move
+
+__all__ = ["ChunkShard", "Collective", "ShardGroup", "Sharding", "cut_spec", "cut_values", "piece_of"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkShard:
+    """The run of a chunk's elements that one rank owns, once the chunk is padded so that all ranks' are equal."""
+
+    rank: int
+    num_ranks: int
+    numel: int
+    """Elements of each rank's shard, more than 0."""
+
+    @property
+    def begin(self) -> int:
+        """First element, in the padded chunk; may lie beyond the chunk itself."""
+        return self.rank * self.numel
+
+    @property
+    def end(self) -> int:
+        """One past the last element."""
+        return self.begin + self.numel
+
+    @property
+    def whole_numel(self) -> int:
+        """Elements of the padded chunk."""
+        return self.num_ranks * self.numel
+
+    def of_rank(self, rank: int) -> ChunkShard:
+        """Return another rank's shard of the same chunk."""
+        return dataclasses.replace(self, rank=rank)
+
+
+class Collective(Protocol):
+    """An operation of all ranks under way."""
+
+    def wait(self) -> None:
+        """Make compute submitted from now on see the result; blocks where compute is the host itself.
+
+        Raises:
+            CollectiveError: a rank has died, stalled or gone another way.
+        """
+
+
+class ShardGroup(Protocol):
+    """The ranks that share one model. All of them call the same methods in the same order."""
+
+    @property
+    def rank(self) -> int:
+        """This process's place in the group, from 0."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes in the group."""
+        ...
+
+    def shard_of(self, numel: int, itemsize: int) -> ChunkShard:
+        """Return this rank's shard of a chunk of `numel` elements whose working weights take `itemsize` bytes each."""
+
+    def all_gather(self, whole: torch.Tensor, *, name: str, after: Sequence[Move] = ()) -> Collective:
+        """Start filling a buffer with the shards of all ranks.
+
+        Args:
+            whole: uint8 [world_size * n] in compute memory; holds this rank's n bytes in their place, the rest is
+                overwritten. Untouched by others until the result has been waited for.
+            name: what is gathered, for messages.
+            after: copies into `whole` under way.
+
+        Returns:
+            The operation.
+
+        Raises:
+            CollectiveError: the group has failed.
+        """
+
+    def exchange(self, sent: torch.Tensor, received: torch.Tensor, *, name: str) -> Collective:
+        """Start sending each rank its part of a buffer, and receiving this rank's part of everyone's.
+
+        Args:
+            sent: uint8 [world_size * n] in compute memory, the parts in rank order; unchanged until the result has been
+                waited for.
+            received: as many bytes; overwritten, in rank order.
+            name: what is exchanged, for messages.
+
+        Returns:
+            The operation.
+
+        Raises:
+            CollectiveError: the group has failed.
+        """
+
+    def gather_values(self, values: torch.Tensor, *, name: str) -> torch.Tensor:
+        """Return everyone's values; blocks until all ranks have called.
+
+        It also makes sure that all ranks have asked for the same operations since the last time.
+
+        Args:
+            values: [n] on the CPU, of any dtype; of the same length everywhere.
+            name: what is gathered, for messages.
+
+        Returns:
+            [world_size, n] on the CPU, the same bits on every rank.
+
+        Raises:
+            CollectiveError: a rank has died, stalled or gone another way.
+        """
+
+    def check(self) -> None:
+        """Raise CollectiveError if an operation has failed: ranks may have gone different ways since."""
+
+    def close(self) -> None:
+        """Give up what belongs to this group alone; waits for no other rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharding:
+    """With whom a model is shared, and how much of it."""
+
+    group: ShardGroup
+    stage: int
+    """1: the optimizer's state is sharded; 2: and gradients; 3: and working weights."""
+
+    @property
+    def keeps_whole_weights(self) -> bool:
+        """Whether compute memory always holds all weights."""
+        return self.stage < 3
+
+    @property
+    def keeps_whole_gradients(self) -> bool:
+        """Whether compute memory holds all of this rank's gradients until the step."""
+        return self.stage < 2
+
+
+def piece_of(slot: ParamSlot, shard: ChunkShard) -> slice:
+    """Return which of a parameter's elements lie in a shard; may be empty."""
+    begin = min(max(shard.begin - slot.begin, 0), slot.spec.numel)
+    return slice(begin, max(begin, min(shard.end - slot.begin, slot.spec.numel)))
+
+
+def cut_spec(spec: ChunkSpec, shard: ChunkShard) -> ChunkSpec:
+    """Return the layout of a shard: the pieces of parameters in it, flat, under the parameters' names.
+
+    Args:
+        spec: layout of the whole chunk.
+        shard: which shard.
+
+    Returns:
+        A layout of `shard.numel` elements; parameters of which nothing lies in the shard are left out.
+    """
+    slots = []
+    for slot in spec.slots:
+        piece = piece_of(slot, shard)
+        if piece.start < piece.stop:
+            param = dataclasses.replace(slot.spec, shape=(piece.stop - piece.start,))
+            slots.append(dataclasses.replace(slot, spec=param, begin=slot.begin + piece.start - shard.begin))
+    return dataclasses.replace(spec, slots=tuple(slots), numel=shard.numel)
+
+
+def cut_values(spec: ChunkSpec, shard: ChunkShard, values: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yield the pieces of parameters' values that lie in a shard, each 1D, in the order of `cut_spec`.
+
+    Args:
+        spec: layout of the whole chunk.
+        shard: which shard.
+        values: of those parameters, whole, in the layout's order, of which a piece lies in the shard.
+
+    Yields:
+        Views of the values.
+    """
+    pieces = (piece_of(slot, shard) for slot in spec.slots)
+    for piece, value in zip((p for p in pieces if p.start < p.stop), values, strict=True):
+        yield value.detach().reshape(-1)[piece]

@@ -1,0 +1,21 @@
+"""What holds for tests of many ranks: processes are started once for each world size and run case after case."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # importmode=importlib leaves sys.path alone
+sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
+
+from rank_pool import RankPool
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """Processes that act as ranks, started when first asked for."""
+    with RankPool() as pool:
+        yield pool

@@ -1,0 +1,103 @@
+"""A rank that fails, dies or stalls ends the others with an error that names it, and nothing is left behind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from failing_ranks import build_on_ranks, train_until_fault
+from rank_pool import Failure, RankGroup, RankPool
+
+TIMEOUT_S = 4.0
+
+
+@contextmanager
+def group_of(world_size: int) -> Iterator[RankGroup]:
+    group = RankGroup(world_size, timeout_s=TIMEOUT_S)
+    group.call(build_on_ranks, {"fault": None})  # so that processes have started
+    try:
+        yield group
+    finally:
+        for process in group.processes:
+            process.kill()
+        group.close()
+
+
+def failures_of(results: list[Any], ranks: list[int]) -> list[Failure]:
+    found = [results[rank] for rank in ranks]
+    assert all(isinstance(failure, Failure) for failure in found), found
+    return found
+
+
+@pytest.mark.parametrize("when", ["forward", "backward", "step"])
+def test_a_killed_rank_ends_the_others(when, tmp_path):
+    with group_of(3) as group:
+        start_s = time.monotonic()
+        results = group.call(train_until_fault, {"fault": "kill", "when": when, "directory": tmp_path})
+        assert time.monotonic() - start_s < TIMEOUT_S + 6
+    assert results[2].type_name == "Died"
+    for failure in failures_of(results, [0, 1]):
+        assert failure.type_name == "CollectiveError"
+        assert "no word from rank 2, which has died or stalled" in failure.message
+    assert any("blocks." in failure.message or "norms" in failure.message for failure in failures_of(results, [0, 1]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stalled_rank_ends_the_others_within_the_timeout(tmp_path):
+    with group_of(2) as group:
+        start_s = time.monotonic()
+        results = [None]
+        for connection in group.connections:
+            connection.send((train_until_fault, {"fault": "stall", "when": "forward", "directory": tmp_path}))
+        assert group.connections[0].poll(TIMEOUT_S + 6)
+        results = [group.connections[0].recv()]
+        assert time.monotonic() - start_s < TIMEOUT_S + 6
+    (failure,) = failures_of(results, [0])
+    assert failure.type_name == "CollectiveError"
+    assert "all-gather of chunk" in failure.message
+    assert "no word from rank 1" in failure.message
+
+
+def test_an_engine_that_lost_a_rank_refuses_to_go_on(tmp_path):
+    with group_of(2) as group:
+        results = group.call(train_until_fault, {"fault": "kill", "when": "step", "directory": tmp_path, "again": True})
+    (failure,) = failures_of(results, [0])
+    assert "this group has failed before: " in failure.message
+
+
+def test_ranks_that_run_other_units_are_found_out_before_weights_change(ranks: RankPool, tmp_path):
+    results = ranks.try_run(2, train_until_fault, fault="stray", when="forward", directory=tmp_path)
+    for failure in failures_of(results, [0, 1]):
+        assert failure.type_name == "CollectiveError"
+        assert "have not asked for the same collectives" in failure.message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "type_name", "message"),
+    [
+        ("seed", "ModelError", "different first values of parameters"),
+        ("model", "ModelError", "different models"),
+        ("config", "ConfigError", "different configurations or stages"),
+        ("speculative", "ConfigError", "is for one rank"),
+    ],
+)
+def test_ranks_that_differ_are_refused(fault, type_name, message, ranks: RankPool):
+    for failure in failures_of(ranks.try_run(2, build_on_ranks, fault=fault), [0, 1]):
+        assert failure.type_name == type_name
+        assert message in failure.message
+
+
+def test_a_rank_that_cannot_be_built_closes_the_others(ranks: RankPool, tmp_path):
+    results = ranks.try_run(2, build_on_ranks, fault="directory", directory=tmp_path)
+    assert results[1].type_name == "OffloadIOError"
+    assert "rank 1 could not build its engine" in results[0].message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_budgets_are_the_least_of_all_ranks_and_shared(ranks: RankPool):
+    budgets = ranks.run(2, build_on_ranks, fault="budget")
+    assert budgets == [(32 << 20, 1), (32 << 20, 1)]

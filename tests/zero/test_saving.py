@@ -1,0 +1,38 @@
+"""Weights and optimizer state leave and enter sharded engines whole, whatever the number of ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rank_cases import case_of, evaluate_between_steps, save_and_load
+from rank_pool import RankPool
+from training_harness import config_for, hybrid_adam, same_bits
+
+from gemini import GeminiDDP
+
+
+@pytest.mark.parametrize(("world_size", "stage", "place"), [(2, 3, "mixed"), (3, 3, "host"), (2, 1, "nvme")])
+def test_a_loaded_checkpoint_goes_on_with_the_same_bits(world_size, stage, place, ranks: RankPool, tmp_path):
+    directory = None if place == "host" else tmp_path
+    for result in ranks.run(world_size, save_and_load, stage=stage, place=place, directory=directory):
+        assert same_bits(result["again"], result["through"])
+        assert same_bits(result["working"], result["again"])
+
+
+def test_one_process_loads_what_ranks_have_saved(ranks: RankPool):
+    saved = ranks.run(2, save_and_load, stage=3, place="host", directory=None)[0]["saved"]
+    with GeminiDDP(case_of("gpt2").model(), config_for("host")) as engine:
+        optimizer = hybrid_adam(engine.parameters())
+        engine.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        assert same_bits(engine.master_state_dict(), saved["model"])
+        state, expected = optimizer.state_dict()["state"], saved["optimizer"]["state"]
+    assert all(torch.equal(state[i][name], expected[i][name]) for i in expected for name in expected[i])
+
+
+@pytest.mark.parametrize(("stage", "place"), [(3, "device"), (2, "host"), (1, "device")])
+def test_evaluation_sees_the_weights_of_the_last_step(stage, place, ranks: RankPool):
+    first, second = ranks.run(2, evaluate_between_steps, stage=stage, place=place)
+    other, _ = ranks.run(2, evaluate_between_steps, stage=3, place="resident")
+    assert first == other
+    assert len(second) == len(first)

@@ -1,0 +1,118 @@
+"""Many ranks train as one process does on the same batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from comparison import FLOAT32_TOLERANCE, STAGES, agreed, alone, assert_trains_alike
+from rank_cases import count_collectives, overflow_on_last_rank, train_alone, train_sharded
+from rank_pool import RankPool
+from training_harness import distance, same_bits
+
+from gemini.sharded_gradients import mean_of_ranks
+
+
+@STAGES
+@pytest.mark.parametrize(
+    ("world_size", "place"),
+    [(2, "host"), (2, "nvme"), (2, "mixed"), (2, "resident"), (3, "host"), (3, "nvme"), (4, "host"), (4, "mixed")],
+)
+def test_ranks_train_as_one_process(world_size, place, stage, ranks: RankPool, tmp_path):
+    directory = tmp_path if place in ("nvme", "mixed") else None
+    fits = ranks.run(world_size, train_sharded, model="tower", stage=stage, place=place, directory=directory)
+    assert_trains_alike(agreed(fits), alone("tower", world_size), world_size)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_prefetching_changes_no_bit(depth, ranks: RankPool, tmp_path):
+    fits = ranks.run(2, train_sharded, model="tower", place="mixed", directory=tmp_path, prefetch_depth=depth)
+    assert_trains_alike(agreed(fits), alone("tower", 2), 2)
+
+
+def test_batches_in_slices_train_alike(ranks: RankPool):
+    fits = ranks.run(2, train_sharded, model="tower", num_batch_slices=2)
+    assert_trains_alike(agreed(fits), alone("tower", 2, num_batch_slices=2), 2)
+
+
+def test_a_tight_budget_moves_shards_to_disk(ranks: RankPool, tmp_path):
+    fields = {"model": "llama", "directory": tmp_path, "placement": "auto", "host_budget": "4MiB"}
+    fits = ranks.run(2, train_sharded, place="nvme", **fields)
+    assert_trains_alike(agreed(fits), alone("llama", 2), 2)
+
+
+@pytest.mark.parametrize("overlap", ["off", "next-forward"])
+def test_overlap_changes_no_bit(overlap, ranks: RankPool, tmp_path):
+    fits = ranks.run(2, train_sharded, model="tower", place="nvme", directory=tmp_path, overlap=overlap)
+    assert_trains_alike(agreed(fits), alone("tower", 2), 2)
+
+
+@STAGES
+def test_gradients_accumulate(stage, ranks: RankPool):
+    fits = ranks.run(2, train_sharded, model="gpt2", stage=stage, num_micro=2)
+    expected = alone("gpt2", 2, num_micro=2)
+    assert distance(agreed(fits).weights, expected.weights) < FLOAT32_TOLERANCE
+    assert agreed(fits).norms == pytest.approx(expected.norms, rel=1e-6)
+
+
+@STAGES
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_clipping_uses_the_norm_over_all_ranks(world_size, stage, ranks: RankPool):
+    adam = {"max_grad_norm": 0.01}
+    fits = ranks.run(world_size, train_sharded, model="tower", stage=stage, adam=adam)
+    expected = train_alone(model="tower", world_size=world_size, adam=adam)
+    assert min(norm for norm in expected.norms if norm is not None) > 0.02  # so it does clip
+    assert agreed(fits).norms == pytest.approx(expected.norms, rel=1e-6)
+    assert distance(agreed(fits).weights, expected.weights) < FLOAT32_TOLERANCE
+
+
+@STAGES
+def test_frozen_parameters_keep_their_bits(stage, ranks: RankPool):
+    fits = ranks.run(3, train_sharded, model="tower", stage=stage, place="device", frozen="blocks.1")
+    expected = train_alone(model="tower", world_size=3, frozen="blocks.1")
+    frozen = {name: value for name, value in expected.weights.items() if "blocks.1" in name}
+    found = agreed(fits).weights
+    assert same_bits({name: found[name] for name in frozen}, frozen)
+    assert distance(found, expected.weights) < FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize("place", ["host", "mixed", "resident"])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_stage_and_placement_change_no_bit_in_bfloat16(stage, place, ranks: RankPool, tmp_path):
+    directory = tmp_path if place == "mixed" else None
+    fields = {"model": "gpt2", "dtype": torch.bfloat16, "num_steps": 2}
+    first = agreed(ranks.run(2, train_sharded, stage=2, **fields))
+    fits = ranks.run(2, train_sharded, stage=stage, place=place, directory=directory, **fields)
+    assert same_bits(agreed(fits).weights, first.weights)
+    assert distance(first.weights, alone(world_size=2, **fields).weights) < 2e-3
+
+
+def test_gradients_kept_in_half_precision_train_alike(ranks: RankPool):
+    fields = {"model": "gpt2", "dtype": torch.bfloat16, "num_steps": 2}
+    first = ranks.run(2, train_sharded, **fields)
+    fits = ranks.run(2, train_sharded, gradient_accumulation=False, **fields)
+    assert same_bits(agreed(fits).weights, agreed(first).weights)
+
+
+def test_an_overflow_on_one_rank_skips_the_step_on_all(ranks: RankPool):
+    fits = ranks.run(2, overflow_on_last_rank)
+    assert [result["num_skipped"] for result in fits] == [1, 1]
+    assert [result["scales"] for result in fits] == [[2.0**16, 2.0**15, 2.0**15]] * 2
+    assert all(result["kept_weights"] for result in fits)
+    assert same_bits(fits[0]["weights"], fits[1]["weights"])
+
+
+@pytest.mark.parametrize(("stage", "num_micro", "num_exchanges"), [(1, 1, 1), (1, 3, 1), (2, 3, 3), (3, 3, 3)])
+def test_ranks_agree_once_a_step(stage, num_micro, num_exchanges, ranks: RankPool):
+    for counts, num_chunks in ranks.run(2, count_collectives, stage=stage, num_micro=num_micro):
+        assert counts == {"gather_values": 1, "exchange": num_exchanges * num_chunks}
+
+
+def test_means_in_float16_do_not_overflow():
+    parts = torch.full((4, 2), 60_000.0, dtype=torch.float16)
+    assert mean_of_ranks(parts).tolist() == [60_000.0, 60_000.0]
+
+
+def test_means_are_rounded_once_from_a_float32_sum():
+    parts = torch.tensor([[256.0], [1.0], [1.0], [1.0]], dtype=torch.bfloat16)  # 256 + 1 is 256 in bfloat16
+    assert mean_of_ranks(parts).item() == torch.tensor(259 / 4).to(torch.bfloat16).item() == 65.0

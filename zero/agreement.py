@@ -1,0 +1,140 @@
+"""What ranks must have in common before they share a model: configuration, budgets, the model and its first values."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import zlib
+from pathlib import Path
+
+import torch
+
+from gemini.chunk.sharding import ShardGroup
+from gemini.config import GeminiConfig
+from gemini.errors import ConfigError, ModelError
+from gemini.offload.resources import MAX_DEFAULT_THREADS, budgets_of
+from gemini.tiers import MemoryTier
+
+__all__ = ["check_same_config", "check_same_model", "count_node_ranks", "share_node"]
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_NO_BUDGET = -1
+
+
+def check_same_config(config: GeminiConfig, stage: int, group: ShardGroup) -> None:
+    """Make sure that all ranks were given the same configuration; disk directories and device numbers may differ.
+
+    Args:
+        config: this rank's.
+        stage: this rank's.
+        group: the ranks.
+
+    Raises:
+        ConfigError: another rank's differs.
+        CollectiveError: a rank did not take part.
+    """
+    nvme = None if config.nvme is None else dataclasses.replace(config.nvme, path=".")
+    device = str(config.device).partition(":")[0]
+    text = f"{dataclasses.replace(config, nvme=nvme, device=device)} {stage}"
+    others = _ranks_that_differ(zlib.crc32(text.encode()), group, name="configurations")
+    if others:
+        raise ConfigError(
+            f"zero.shard: rank {group.rank} and rank {others[0]} were given different configurations or stages; rank "
+            f"{group.rank} has stage {stage}, {config}"
+        )
+
+
+def check_same_model(model: torch.nn.Module, group: ShardGroup) -> None:
+    """Make sure that all ranks were given the same model with the same values, of which each will keep a part.
+
+    Args:
+        model: this rank's; what is on the meta device has no values to be compared.
+        group: the ranks.
+
+    Raises:
+        ModelError: another rank's differs.
+        CollectiveError: a rank did not take part.
+    """
+    structure = values = 0
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        kind = (name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad, tensor.is_meta)
+        structure = zlib.crc32(repr(kind).encode(), structure)
+        if not tensor.is_meta and isinstance(tensor, torch.nn.Parameter):
+            content = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+            values = zlib.crc32(content.numpy().data, values)
+    for fingerprint, what, remedy in (
+        (structure, "models", "build the same model everywhere"),
+        (values, "first values of parameters", "set the same seed before building the model, or load a checkpoint"),
+    ):
+        others = _ranks_that_differ(fingerprint, group, name=what)
+        if others:
+            raise ModelError(
+                f"zero.shard: rank {group.rank} and rank {others[0]} have different {what}, of which each keeps a "
+                f"part: {remedy}"
+            )
+
+
+def count_node_ranks(group: ShardGroup) -> int:
+    """Return how many ranks run on this rank's machine, itself included."""
+    boot_id = _BOOT_ID.read_text() if _BOOT_ID.exists() else ""
+    node = zlib.crc32(f"{socket.gethostname()} {boot_id}".encode())
+    return group.world_size - len(_ranks_that_differ(node, group, name="machines"))
+
+
+def share_node(config: GeminiConfig, num_node_ranks: int, group: ShardGroup) -> GeminiConfig:
+    """Return the configuration of one of a machine's ranks: its part of host memory, disk and threads.
+
+    All ranks get the same budgets, so that they come to the same plan: those of the rank that has least.
+
+    Args:
+        config: the machine's; the device budget is each rank's own.
+        num_node_ranks: ranks on the machine.
+        group: the ranks.
+
+    Returns:
+        The rank's, with budgets in bytes.
+
+    Raises:
+        ConfigError: a budget was given for a tier that there is not.
+        CollectiveError: a rank did not take part.
+    """
+    budgets = budgets_of(config)
+    shares = {MemoryTier.DEVICE: 1, MemoryTier.HOST: num_node_ranks, MemoryTier.NVME: num_node_ranks}
+    own = [_NO_BUDGET if nbytes is None else nbytes // shares[tier] for tier, nbytes in budgets.items()]
+    least = group.gather_values(torch.tensor(own, dtype=torch.int64), name="budgets").min(dim=0).values.tolist()
+    agreed = {tier: None if n == _NO_BUDGET else int(n) for tier, n in zip(budgets, least, strict=True)}
+    num_processors = len(os.sched_getaffinity(0))
+    nvme, nvme_nbytes = config.nvme, agreed[MemoryTier.NVME]
+    if nvme is not None and nvme_nbytes is not None:
+        nvme = dataclasses.replace(nvme, budget=nvme_nbytes)
+    return dataclasses.replace(
+        config,
+        device_budget=agreed[MemoryTier.DEVICE],
+        host_budget=agreed[MemoryTier.HOST],
+        nvme=nvme,
+        num_threads=config.num_threads or min(max(1, num_processors // num_node_ranks), MAX_DEFAULT_THREADS),
+    )
+
+
+def check_all_built(error: BaseException | None, group: ShardGroup) -> None:
+    """Make sure that no rank failed to build its engine, which the others would wait for.
+
+    Args:
+        error: what went wrong on this rank; None: nothing.
+        group: the ranks.
+
+    Raises:
+        ModelError: another rank failed; it says why itself.
+        CollectiveError: a rank did not take part.
+    """
+    has_failed = torch.tensor([error is not None], dtype=torch.int64)
+    failed = group.gather_values(has_failed, name="outcomes of construction")[:, 0].nonzero()[:, 0].tolist()
+    if failed and error is None:
+        raise ModelError(f"zero.shard: rank {failed[0]} could not build its engine and says why; this one is closed")
+
+
+def _ranks_that_differ(fingerprint: int, group: ShardGroup, *, name: str) -> list[int]:
+    """Return the ranks whose fingerprint is another."""
+    fingerprints = group.gather_values(torch.tensor([fingerprint], dtype=torch.int64), name=name)[:, 0].tolist()
+    return [rank for rank, other in enumerate(fingerprints) if other != fingerprint]

@@ -1,0 +1,99 @@
+"""`shard`: GeminiDDP over all ranks of a process group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from gemini.chunk.sharding import Sharding
+from gemini.config import GeminiConfig
+from gemini.ddp import GeminiDDP
+from gemini.errors import ConfigError, GeminiError
+from gemini.initialise import InitFn
+from gemini.offload.resources import device_of
+from zero.agreement import check_all_built, check_same_config, check_same_model, count_node_ranks, share_node
+from zero.torch_group import TorchGroup
+
+__all__ = ["shard"]
+
+
+def shard(
+    model: torch.nn.Module,
+    config: GeminiConfig | None = None,
+    *,
+    stage: Literal[1, 2, 3] = 3,
+    mesh: DeviceMesh | None = None,
+    init_fn: InitFn | None = None,
+) -> GeminiDDP:
+    """Wrap a model as GeminiDDP does, shared out among the ranks of a process group. Every rank calls it.
+
+    Each rank trains on its own batches; gradients are the mean over all ranks, and losses the rank's own. What runs
+    units of the model, and what reads or loads weights or optimizer state (`state_dict` and the like,
+    `save_pretrained`, evaluation), is to be called by all ranks in the same order; weights read are complete on each.
+
+    Args:
+        model: the same on every rank, values included; on the CPU or the meta device.
+        config: the machine's: host and disk budgets are shared equally by its ranks; a device budget is each rank's
+            own. None: defaults.
+        stage: 1 shards the optimizer's state, 2 gradients too, 3 working weights too.
+        mesh: a mesh of one dimension whose ranks share the model; None: all ranks do.
+        init_fn: as GeminiDDP's.
+
+    Returns:
+        The engine. With one rank it is a plain GeminiDDP.
+
+    Raises:
+        ConfigError: there is no process group, the stage or the mesh is none that works, or ranks have different
+            configurations.
+        ModelError: ranks have different models, or one of them could not build its engine.
+        OutOfTierMemoryError: the budgets cannot hold the model.
+        OffloadIOError: a swap file cannot be made, claimed or filled.
+        CollectiveError: a rank did not take part.
+    """
+    config = config or GeminiConfig()
+    if stage not in (1, 2, 3):
+        raise ConfigError(f"zero.shard: stage: expected 1, 2 or 3, got {stage!r}")
+    if not dist.is_initialized():
+        raise ConfigError(
+            "zero.shard: there is no process group: call torch.distributed.init_process_group first, in processes "
+            "started by torchrun"
+        )
+    if mesh is not None and mesh.ndim != 1:
+        raise ConfigError(f"zero.shard: mesh: expected one dimension, got {mesh.ndim}: {mesh}")
+    process_group = None if mesh is None else mesh.get_group()
+    if dist.get_world_size(process_group) == 1:
+        return GeminiDDP(model, config, init_fn=init_fn)
+    wanted = device_of(config)
+    device = wanted if isinstance(wanted, torch.device) else torch.device("cpu")
+    if device.type == "cuda" and dist.get_backend(process_group) == "gloo":
+        raise ConfigError(
+            f'zero.shard: gloo cannot exchange what is on {device}: call init_process_group("nccl"), or train with '
+            'GeminiConfig(device="cpu")'
+        )
+    group = TorchGroup(
+        process_group,
+        device,
+        swap_directory=None if config.nvme is None else Path(config.nvme.path),
+    )
+    check_same_config(config, stage, group)
+    check_same_model(model, group)
+    config = share_node(config, count_node_ranks(group), group)
+    engine, failure = None, None
+    try:
+        engine = GeminiDDP(model, config, init_fn=init_fn, sharding=Sharding(group=group, stage=stage))
+    except GeminiError as error:
+        failure = error
+    try:
+        check_all_built(failure, group)
+    except GeminiError:
+        if engine is not None:
+            engine.close()
+        raise
+    if failure is not None:
+        raise failure
+    assert engine is not None
+    return engine
