@@ -149,6 +149,40 @@ def test_placement_changes_no_bit(place, dtype, tmp_path):
     assert same_bits(found.weights, expected.weights)
 
 
+class Strided(nn.Module):
+    """Gives its blocks what `arrange` makes of the batch."""
+
+    def __init__(self, arrange: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.arrange = arrange
+        self.enter = nn.Linear(HIDDEN, HIDDEN)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(SEQ, SEQ), nn.LayerNorm(SEQ)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.arrange(self.enter(x))
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "arrange",
+    [
+        lambda x: x.transpose(1, 2),
+        lambda x: x[..., 3 : 3 + SEQ],
+        lambda x: x[::2, 2:, ::4],
+        lambda x: x[:, :1, :SEQ].expand(-1, 5, -1),
+    ],
+    ids=["transposed", "narrowed", "every other", "expanded"],
+)
+@pytest.mark.parametrize("num_batch_slices", [3, 4])
+def test_placement_changes_no_bit_of_strided_batches(arrange, num_batch_slices):
+    case = Case(lambda: Strided(arrange), vectors(4), square)
+    expected = train_gemini(case, config_for("host", num_batch_slices=num_batch_slices))
+    found = train_gemini(case, config_for("device", num_batch_slices=num_batch_slices))
+    assert same_bits(found.weights, expected.weights)
+
+
 @pytest.mark.parametrize("overlap", ["off", "next-forward", "speculative"])
 @pytest.mark.parametrize("place", ["nvme", "mixed"])
 def test_overlapped_updates_change_no_bit(place, overlap, tmp_path):
