@@ -24,6 +24,8 @@ __all__ = ["ActivationCheckpoints"]
 
 _MAX_SOURCES = 2
 """Tensors kept on the device because their copies are under way."""
+_ALIGNMENT_NBYTES = 64
+"""Kernels may sum in another order from an address that is no multiple of it; torch allocates at multiples."""
 _LARGEST_FIT = 2
 """A buffer is used again for what needs at least this part of it, so that batches may differ in length."""
 
@@ -33,9 +35,14 @@ class _HostCopy:
     """One tensor in host memory, and on its way from and to the device."""
 
     buffer: torch.Tensor
-    """uint8 of the arena; the tensor is its beginning."""
-    shape: torch.Size
+    """uint8 of the arena; its beginning is the memory that the tensor spans."""
+    nbytes: int
+    """Of that memory."""
+    lead_nbytes: int
+    """By which the tensor's address is beyond a multiple of `_ALIGNMENT_NBYTES`."""
     dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
     move: Move
     """The last one."""
     source: torch.Tensor | None
@@ -93,10 +100,20 @@ class ActivationCheckpoints:
 
     def _put(self, tensor: torch.Tensor) -> _Checkpoint:
         self._drop_sources(_MAX_SOURCES - 1)
-        source = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        buffer = self._claim(source.numel())
-        move = self._resources.transfers.download(buffer[: source.numel()], source)
-        copy = _HostCopy(buffer, tensor.shape, tensor.dtype, move, source)
+        source = _spanned_memory(tensor.detach())
+        nbytes = source.numel()
+        buffer = self._claim(nbytes)
+        move = self._resources.transfers.download(buffer[:nbytes], source)
+        copy = _HostCopy(
+            buffer=buffer,
+            nbytes=nbytes,
+            lead_nbytes=tensor.data_ptr() % _ALIGNMENT_NBYTES,
+            dtype=tensor.dtype,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+            move=move,
+            source=source,
+        )
         self._leaving.append(copy)
         checkpoint = _Checkpoint(self._num_made)
         self._num_made += 1
@@ -114,16 +131,16 @@ class ActivationCheckpoints:
         if earlier is not None:
             self._bring_back(self._live[earlier])
         assert tensor is not None
-        return tensor.view(copy.dtype).view(copy.shape)
+        return tensor.view(copy.dtype).as_strided(copy.shape, copy.stride)
 
     def _bring_back(self, copy: _HostCopy) -> None:
         """Start copying a tensor to the device, unless that is under way."""
         if copy.target is not None:
             return
         copy.move.wait_on_compute()
-        nbytes = copy.shape.numel() * copy.dtype.itemsize
-        copy.target = torch.empty(nbytes, dtype=torch.uint8, device=self._resources.transfers.device)
-        copy.move = self._resources.transfers.upload(copy.target, copy.buffer[:nbytes])
+        device = self._resources.transfers.device
+        copy.target = torch.empty(copy.lead_nbytes + copy.nbytes, dtype=torch.uint8, device=device)[copy.lead_nbytes :]
+        copy.move = self._resources.transfers.upload(copy.target, copy.buffer[: copy.nbytes])
 
     def _drop_sources(self, most: int) -> None:
         """Give up device tensors that have reached host memory, waiting until no more than `most` have not."""
@@ -159,3 +176,13 @@ class ActivationCheckpoints:
                 f"activation checkpoints: no room in host memory for {format_nbytes(nbytes)} that a block needs again "
                 f"in backward: {error}; raise GeminiConfig.checkpoint_reserve or use smaller batches"
             ) from error
+
+
+def _spanned_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what lies between a tensor's first and last element, gaps included, as a uint8 view.
+
+    Its copy at the same alignment, seen with the same strides, is the same to every kernel; for others a kernel may
+    sum in another order.
+    """
+    last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((last + 1,), (1,)).view(torch.uint8)

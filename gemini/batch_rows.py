@@ -2,27 +2,54 @@
 
 [Note: Rows of a batch]
 A block is taken to treat the rows of its batch independently of each other. The batch is dimension 0 of the first
-tensor among its arguments. A tensor whose dimension 0 is as long has a row for each row of the batch; any other tensor
-(position embeddings [1, ...], a mask for all rows) is shared by all slices. Where another dimension of the first tensor
-is as long as the batch, a tensor of fewer dimensions could be either, and is refused. Every tensor that a block returns
-has a row for each row it was given.
+tensor among its arguments that the user does not call shared. A tensor whose dimension 0 is of another length (position
+embeddings [1, ...], a mask for all rows) is shared by all slices. One of the same length may be either, as a bias for
+each head is where a batch has as many rows as there are heads. Lengths alone never decide that: such a tensor has rows
+if its argument's name and its number of dimensions say so in transformers (`ROW_DIMS`) or in torch's own blocks
+(`TORCH_ROW_DIMS`), or if the user says so; it is shared if the user says so, and refused otherwise. Every tensor that a
+block returns has a row for each row it was given.
 """
 
 from __future__ import annotations
 
 import enum
+import inspect
 import types
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
+from torch import nn
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
 from gemini.errors import ModelError
 
-__all__ = ["BlockCall", "JoinedOutputs", "has_rows", "slice_bounds", "take_apart"]
+__all__ = ["ROW_DIMS", "TORCH_ROW_DIMS", "ArgumentRules", "BlockCall", "JoinedOutputs", "slice_bounds", "take_apart"]
+
+ROW_DIMS: Mapping[str, tuple[int, ...]] = {
+    "attention_mask": (2, 4),
+    "encoder_attention_mask": (2, 4),
+    "encoder_decoder_position_bias": (4,),
+    "encoder_hidden_states": (3,),
+    "position_bias": (4,),
+    "position_embeddings": (3,),
+    "position_ids": (2,),
+}
+"""How many dimensions an argument of transformers' blocks has if dimension 0 is the batch; where it is shared, that
+dimension is missing or 1."""
+TORCH_ROW_DIMS: Mapping[str, tuple[int, ...]] = {
+    "key": (3,),
+    "key_padding_mask": (2,),
+    "memory": (3,),
+    "memory_key_padding_mask": (2,),
+    "src_key_padding_mask": (2,),
+    "tgt_key_padding_mask": (2,),
+    "value": (3,),
+}
+"""The same for `_TORCH_BLOCKS`. Other blocks may mean something else by these names."""
+_TORCH_BLOCKS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 _PLAIN_TYPES = (
     *(type(None), bool, int, float, complex, str, bytes, enum.Enum, type),
@@ -47,20 +74,57 @@ def slice_bounds(num_rows: int, num_slices: int) -> tuple[tuple[int, int], ...]:
     return tuple(pairwise(edges))
 
 
-def has_rows(shape: Sequence[int], first_shape: Sequence[int]) -> bool | None:
-    """Return whether a tensor has a row for each row of the batch, see [Note: Rows of a batch].
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArgumentRules:
+    """What is known about a block's arguments by name, see [Note: Rows of a batch]."""
 
-    Args:
-        shape: the tensor's.
-        first_shape: of the first tensor among the arguments, [num_rows, ...].
+    positional_names: tuple[str, ...] = ()
+    """Of the block's parameters; a positional argument beyond them goes by its index, "1"."""
+    row_dims: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: ROW_DIMS)
+    batch_names: Collection[str] = ()
+    """The user's: arguments whose tensors have rows."""
+    shared_names: Collection[str] = ()
+    """The user's: arguments whose tensors are shared."""
 
-    Returns:
-        None if it cannot be told.
-    """
-    num_rows, *others = first_shape
-    if not shape or shape[0] != num_rows:
-        return False
-    return None if num_rows in others and len(shape) < len(first_shape) else True
+    @staticmethod
+    def of(
+        module: nn.Module, *, batch_names: Collection[str] = (), shared_names: Collection[str] = ()
+    ) -> ArgumentRules:
+        """Read what a block's class and the parameters of its forward say."""
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        params = inspect.signature(module.forward).parameters.values()
+        return ArgumentRules(
+            positional_names=tuple(param.name for param in params if param.kind in positional),
+            row_dims={**ROW_DIMS, **TORCH_ROW_DIMS} if isinstance(module, _TORCH_BLOCKS) else ROW_DIMS,
+            batch_names=batch_names,
+            shared_names=shared_names,
+        )
+
+    def name_of(self, position: int) -> str:
+        """Return the name of a positional argument."""
+        return self.positional_names[position] if position < len(self.positional_names) else str(position)
+
+    def has_rows(self, name: str, shape: Sequence[int], batch_shape: Sequence[int]) -> bool | None:
+        """Return whether a tensor has a row for each row of the batch.
+
+        Args:
+            name: of the argument that it is, or is part of.
+            shape: the tensor's.
+            batch_shape: of the batch, [num_rows, ...].
+
+        Returns:
+            None if it cannot be told.
+        """
+        num_rows, *others = batch_shape
+        if not shape or shape[0] != num_rows or name in self.shared_names:
+            return False
+        if num_rows == 1 or name in self.batch_names:
+            return True
+        # A mask [queries, keys] for all rows looks like one [rows, keys] where there are as many positions as rows.
+        is_row_shape = len(shape) in self.row_dims.get(name, ()) and not (
+            num_rows in others and len(shape) < len(batch_shape)
+        )
+        return True if is_row_shape else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +135,9 @@ class BlockCall:
     """All arguments in order, containers taken apart; None in the place of a tensor."""
     structure: TreeSpec
     places: tuple[int, ...]
-    """Where among the leaves the tensors belong; the first one's rows are the batch."""
+    """Where among the leaves the tensors belong."""
+    batch_index: int
+    """Which of the tensors is the batch."""
     is_sliced: tuple[bool, ...]
     """For each tensor whether it has rows of the batch."""
     num_rows: int
@@ -93,7 +159,7 @@ class BlockCall:
 
 
 def take_apart(
-    args: tuple[Any, ...], kwargs: dict[str, Any], *, block_name: str
+    args: tuple[Any, ...], kwargs: dict[str, Any], *, block_name: str, rules: ArgumentRules
 ) -> tuple[BlockCall, list[torch.Tensor]] | None:
     """Separate a call's tensors from everything else.
 
@@ -101,9 +167,10 @@ def take_apart(
         args: positional arguments; tuples, lists and dictionaries in them are looked into.
         kwargs: keyword arguments.
         block_name: for messages.
+        rules: what the arguments' names say.
 
     Returns:
-        The call and its tensors; None if there are no tensors, and so no batch.
+        The call and its tensors; None if no tensor may be the batch.
 
     Raises:
         ModelError: an argument may hold tensors that nobody can divide (a cache), or may or may not have rows.
@@ -113,32 +180,41 @@ def take_apart(
     for place, leaf in enumerate(leaves):
         if place not in places and not isinstance(leaf, _PLAIN_TYPES):
             raise ModelError(
-                f"argument {_name_of(place, args, kwargs)} of {block_name} is a {type(leaf).__name__}, which cannot be "
+                f"argument {_path_of(place, args, kwargs)} of {block_name} is a {type(leaf).__name__}, which cannot be "
                 "divided into slices: train without caches (use_cache=False in the model's configuration), or set "
                 "GeminiConfig(num_batch_slices=1)"
             )
-    if not places:
-        return None
     tensors: list[torch.Tensor] = [leaves[place] for place in places]
-    if tensors[0].dim() == 0:
+    names = _names_of(args, kwargs, rules)
+    batch_index = next((i for i, place in enumerate(places) if names[place] not in rules.shared_names), None)
+    if batch_index is None:
+        return None
+    batch = tensors[batch_index]
+    if batch.dim() == 0:
         raise ModelError(
             f"the first tensor among the arguments of {block_name} is a scalar, expected [rows, ...]; pass the batch "
             "first, or set GeminiConfig(num_batch_slices=1)"
         )
-    kinds = [True, *(has_rows(tensor.shape, tensors[0].shape) for tensor in tensors[1:])]
-    if None in kinds:
-        place = places[kinds.index(None)]
-        raise ModelError(
-            f"argument {_name_of(place, args, kwargs)} of {block_name} has shape {tuple(leaves[place].shape)}, and the "
-            f"batch {tuple(tensors[0].shape)} is as long in another dimension: whether the argument belongs to rows of "
-            "the batch cannot be told; use a batch of another length"
-        )
+    kinds = []
+    for place, tensor in zip(places, tensors, strict=True):
+        kind = rules.has_rows(names[place], tensor.shape, batch.shape)
+        if kind is None and tensor is batch:
+            kind = True
+        if kind is None:
+            raise ModelError(
+                f"argument {_path_of(place, args, kwargs)} of {block_name} has shape {tuple(tensor.shape)}, as many in "
+                f"dimension 0 as the batch {tuple(batch.shape)} has rows: whether it has a row for each or is "
+                f'shared by all cannot be told; name "{names[place]}" in GeminiConfig.batch_arguments or in '
+                "GeminiConfig.shared_arguments"
+            )
+        kinds.append(kind)
     call = BlockCall(
         leaves=tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves),
         structure=structure,
         places=places,
-        is_sliced=tuple(map(bool, kinds)),
-        num_rows=tensors[0].shape[0],
+        batch_index=batch_index,
+        is_sliced=tuple(kinds),
+        num_rows=batch.shape[0],
     )
     return call, tensors
 
@@ -148,7 +224,14 @@ def _is_leaf(node: Any) -> bool:
     return not isinstance(node, (tuple, list, dict))
 
 
-def _name_of(place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def _names_of(args: tuple[Any, ...], kwargs: dict[str, Any], rules: ArgumentRules) -> list[str]:
+    """Return for each leaf the name of the argument that it is part of."""
+    names = [*map(rules.name_of, range(len(args))), *kwargs]
+    values = [*args, *kwargs.values()]
+    return [name for name, value in zip(names, values, strict=True) for _ in tree_leaves(value, is_leaf=_is_leaf)]
+
+
+def _path_of(place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     paths = [path for path, _ in tree_flatten_with_path((args, kwargs), is_leaf=_is_leaf)[0]]
     return keystr(paths[place][1:])
 

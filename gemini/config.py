@@ -90,7 +90,15 @@ class GeminiConfig:
     """Slices in which a batch passes through each repeated block, forward and backward, so that a large batch takes the
     activations of a small one while weights, gradients and state still move once a step. More than one runs every block
     a second time in backward, as activation checkpointing does; each block must treat the rows of its batch, dimension
-    0 of its first argument, independently."""
+    0 of its first argument, independently. Further tensors as long in dimension 0 are cut too if they are named and
+    shaped as masks, positions and encoder states are in transformers, or listed in `batch_arguments`; all slices share
+    them if they are listed in `shared_arguments`; otherwise they are refused, because one for each head looks alike."""
+    batch_arguments: tuple[str, ...] = ()
+    """Names of blocks' arguments whose tensors have one row for each row of the batch in dimension 0. Matters where
+    that dimension is as long as the batch, with several `num_batch_slices`."""
+    shared_arguments: tuple[str, ...] = ()
+    """Names of blocks' arguments whose tensors are the same for all rows of a batch, whatever their length. The
+    first argument with tensors that is not among them is the batch."""
     overlap: Literal["auto", "off", "next-forward", "speculative"] = "auto"
     """When updates run; the bits are the same. "off": inside `optimizer.step()`. "next-forward": while the next forward
     computes, which waits for each unit's own update. "speculative": also during backward, as if nothing will be clipped
@@ -144,6 +152,13 @@ class GeminiConfig:
         _check_bool("GeminiConfig.gradient_accumulation", self.gradient_accumulation)
         _check_int("GeminiConfig.seed", self.seed, 0, 2**32 - 1)
         _check_int("GeminiConfig.num_batch_slices", self.num_batch_slices, 1, 1 << 16)
+        _check_names("GeminiConfig.batch_arguments", self.batch_arguments)
+        _check_names("GeminiConfig.shared_arguments", self.shared_arguments)
+        if both := set(self.batch_arguments) & set(self.shared_arguments):
+            raise ConfigError(
+                "GeminiConfig.shared_arguments: expected none of GeminiConfig.batch_arguments, got "
+                + ", ".join(sorted(both))
+            )
         _check_int("GeminiConfig.prefetch_depth", self.prefetch_depth, 0, 64)
         _check_int("GeminiConfig.min_unit_nbytes", self.min_unit_nbytes, 0, 1 << 40)
         _check_int("GeminiConfig.ring_depth", self.ring_depth, 2, 64)
@@ -174,6 +189,11 @@ def _is_power_of_two(value: object) -> bool:
 def _check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise ConfigError(f"{name}: expected True or False, got {value!r}")
+
+
+def _check_names(name: str, value: object) -> None:
+    if not isinstance(value, tuple) or not all(isinstance(each, str) for each in value):
+        raise ConfigError(f"{name}: expected a tuple of names, got {value!r}")
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

@@ -93,13 +93,21 @@ class GeminiDDP(torch.nn.Module):
         module.zero_grad = self.zero_grad  # type: ignore[method-assign]
 
     def _slice_blocks(self, unit_names: dict[int, str]) -> BatchSlicer | None:
-        num_slices = self._runtime.config.num_batch_slices
-        if num_slices == 1:
+        config = self._runtime.config
+        if config.num_batch_slices == 1:
             return None
         resources = self._runtime.resources
         has_device = resources.transfers.compute_tier is MemoryTier.DEVICE
         keep = ActivationCheckpoints(resources).keeping if has_device else None
-        return BatchSlicer(self.module, unit_names, num_slices=num_slices, scope=self._hooks, keep=keep)
+        return BatchSlicer(
+            self.module,
+            unit_names,
+            num_slices=config.num_batch_slices,
+            scope=self._hooks,
+            batch_arguments=config.batch_arguments,
+            shared_arguments=config.shared_arguments,
+            keep=keep,
+        )
 
     @property
     def runtime(self) -> Runtime:

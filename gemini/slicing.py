@@ -6,7 +6,7 @@ How a call of a block is run in slices is gemini.sliced_call's business, see [No
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gemini.batch_rows import take_apart
+from gemini.batch_rows import ArgumentRules, take_apart
 from gemini.errors import ConfigError, ModelError
 from gemini.sliced_call import SlicedBlock, UnitScope, run_in_slices
 
@@ -51,6 +51,8 @@ class BatchSlicer:
         unit_names: module name of each unit but the root's, by unit id.
         num_slices: slices of a batch; fewer where it has fewer rows.
         scope: the engine.
+        batch_arguments: names of blocks' arguments whose tensors have rows of the batch.
+        shared_arguments: names of those whose tensors all rows share.
         keep: decides where blocks' batches are kept; None: where they are.
 
     Raises:
@@ -65,6 +67,8 @@ class BatchSlicer:
         *,
         num_slices: int,
         scope: UnitScope,
+        batch_arguments: Collection[str] = (),
+        shared_arguments: Collection[str] = (),
         keep: KeepFn | None = None,
     ) -> None:
         modules = {name: model.get_submodule(name) for name in unit_names.values()}
@@ -82,8 +86,9 @@ class BatchSlicer:
             if name in repeated
         ]
         for block in blocks:
+            rules = ArgumentRules.of(block.module, batch_names=batch_arguments, shared_names=shared_arguments)
             self._replaced.append((block.module, vars(block.module).get("forward")))
-            block.module.forward = self._sliced_forward(block)
+            block.module.forward = self._sliced_forward(block, rules)
 
     def remove(self) -> None:
         """Let all blocks run whole again."""
@@ -93,14 +98,16 @@ class BatchSlicer:
                 module.forward = own_forward
         self._replaced.clear()
 
-    def _sliced_forward(self, block: SlicedBlock) -> Callable[..., Any]:
+    def _sliced_forward(self, block: SlicedBlock, rules: ArgumentRules) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            apart = take_apart(args, kwargs, block_name=block.name) if torch.is_grad_enabled() else None
+            if not torch.is_grad_enabled():
+                return block.forward(*args, **kwargs)
+            apart = take_apart(args, kwargs, block_name=block.name, rules=rules)
             if apart is None or apart[0].num_rows == 0:
                 return block.forward(*args, **kwargs)
             _refuse_what_mixes_rows(block, kwargs)
             call, tensors = apart
-            with self._keep(tensors[0]):
+            with self._keep(tensors[call.batch_index]):
                 return run_in_slices(block, call, tensors)
 
         return torch.compiler.disable(forward)  # type: ignore[no-any-return, no-untyped-call]

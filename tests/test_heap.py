@@ -143,6 +143,36 @@ def test_a_request_beyond_all_memory_fails_as_torchs_does(nbytes: int) -> None:
     assert is_intact(make_block(MIB, 7), 7)
 
 
+OVERCOMMIT = """
+import json, psutil, torch
+from gemini import heap
+machine = psutil.virtual_memory().total
+absurd = 2 * machine + psutil.swap_memory().total
+
+def can_have(nbytes):
+    try:
+        torch.empty(nbytes, dtype=torch.uint8)
+    except RuntimeError:
+        return False
+    return True
+
+plain = can_have(absurd)
+heap.install()
+found = [can_have(absurd)]
+blocks = [torch.empty(machine // 4 * 3, dtype=torch.uint8) for _ in range(4)]
+served = heap.statistics().num_live_blocks
+del blocks  # which leaves a free span that is long enough
+found.append(can_have(absurd))
+print(json.dumps([plain, found, served]))
+"""
+
+
+def test_memory_that_the_machine_lacks_is_refused_as_without_the_pool() -> None:
+    plain, found, served = run_python(OVERCOMMIT)
+    assert served == 4
+    assert found == [plain, plain]
+
+
 def test_blocks_survive_a_change_of_allocator() -> None:
     heap.uninstall()
     blocks = [make_block(MIB, 0)]

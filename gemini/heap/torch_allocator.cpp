@@ -5,7 +5,8 @@
 // request (address-ordered first fit) and neighbouring free spans are joined, so blocks gather at the low
 // end. Free pages are kept for reuse as long as all that is resident stays within what was alive at once
 // lately, plus a slack; beyond that the highest are given back, before a new block can touch more. Everything
-// else is torch's own c10::alloc_cpu. One deleter serves both, because the range tells them apart.
+// else is torch's own c10::alloc_cpu, blocks larger than the machine's memory too, so that they fail as they
+// do without the pool. One deleter serves both, because the range tells them apart.
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
@@ -59,8 +60,8 @@ class Heap {
     /// Returns 0 or -ENOMEM.
     int reserve() {
         if (base_ != nullptr) return 0;
-        size_t nbytes =
-            round_up(4 * size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE)), kPageNbytes);
+        machine_nbytes_ = size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE));
+        size_t nbytes = round_up(4 * machine_nbytes_, kPageNbytes);
         for (; nbytes >= kMinRangeNbytes; nbytes = round_up(nbytes / 2, kPageNbytes)) {
             void* range = mmap(nullptr, nbytes + kPageNbytes, PROT_NONE,
                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -78,9 +79,10 @@ class Heap {
         return byte >= base_ && byte < base_ + capacity_;
     }
 
-    /// Return a block, or nullptr if the range or the system has no room.
+    /// Return a block, or nullptr if the range or the system has no room, or if the machine's memory is
+    /// smaller. The kernel does not check requests within the range (MAP_NORESERVE), but malloc's it refuses.
     void* allocate(size_t nbytes) {
-        if (nbytes > capacity_) return nullptr;
+        if (nbytes > std::min(capacity_, machine_nbytes_)) return nullptr;
         nbytes = round_up(nbytes, kAlignment);
         auto span =
             std::find_if(free_.begin(), free_.end(), [&](const auto& each) { return each.second >= nbytes; });
@@ -207,7 +209,8 @@ class Heap {
 
     char* base_ = nullptr;
     size_t capacity_ = 0;
-    size_t usable_ = 0;  // the part of the range that may be read and written; never shrinks
+    size_t machine_nbytes_ = 0;  // its physical memory
+    size_t usable_ = 0;          // the part of the range that may be read and written; never shrinks
     Spans free_, live_;
     std::vector<bool> is_touched_;  // per huge page of the usable part
     size_t needed_now_ = 0, needed_before_ = 0;

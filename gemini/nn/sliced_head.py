@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from gemini.errors import ConfigError
 from gemini.gradient_sink import GradientPlace, GradientUse
 
 __all__ = ["LogitsFn", "SlicedHead", "TargetLogProbs", "default_slice_size"]
@@ -63,8 +64,16 @@ class SlicedHead:
 
     def logits(self, linear: torch.Tensor) -> torch.Tensor:
         """Return logits as the loss sees them, float32 or float64, from the output layer's, or an alias of these."""
-        logits = linear if self.logits_fn is None else self.logits_fn(linear)
-        return logits.to(_sum_dtype(logits.dtype))
+        if self.logits_fn is None:
+            return linear.to(_sum_dtype(linear.dtype))
+        logits = self.logits_fn(linear)
+        expected = _sum_dtype(linear.dtype)
+        if not logits.is_floating_point() or _sum_dtype(logits.dtype) != expected:
+            raise ConfigError(
+                f"linear_cross_entropy: expected logits_fn to return logits of {expected} or less, as it was given "
+                f"{linear.dtype}, got {logits.dtype}; convert `hidden` and `weight` to compute in another dtype"
+            )
+        return logits.to(expected)
 
     def logits_backward(self, grad_of: Callable[[torch.Tensor], torch.Tensor], linear: torch.Tensor) -> torch.Tensor:
         """Carry the gradient of the logits back through `logits_fn`.
@@ -155,7 +164,7 @@ def _log_probs_by_rows(
         log_probs = head.logits(linear).log_softmax(dim=-1)
         found[part] = log_probs.gather(1, labels[part, None])[:, 0]
         if head.smoothing:
-            found[part] = torch.lerp(found[part], log_probs.mean(dim=-1), head.smoothing)
+            found[part] = _smoothed(found[part], log_probs.mean(dim=-1), head.smoothing)
     return found
 
 
@@ -181,8 +190,13 @@ def _log_probs_by_vocabulary(
         if head.smoothing:
             total += logits.sum(dim=-1)
     if head.smoothing:
-        at_label = torch.lerp(at_label, total / len(weight), head.smoothing)
+        at_label = _smoothed(at_label, total / len(weight), head.smoothing)
     return at_label - normalisers, normalisers
+
+
+def _smoothed(at_label: torch.Tensor, mean: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """Weigh as torch does; torch.lerp takes a difference, which is NaN where both are infinite."""
+    return (1 - smoothing) * at_label + smoothing * mean
 
 
 def _part_of(bias: torch.Tensor | None, part: slice) -> torch.Tensor | None:

@@ -129,6 +129,7 @@ class DiskStore:
         self._wants_direct = config.direct
         self._lock_fd = _take_file(self._path)
         self._remover = weakref.finalize(self, _remove_file, self._path, self._lock_fd, os.getpid())
+        os.register_at_fork(after_in_child=self._remover)  # the lock would last as long as a child that inherits it
         try:
             header = SwapHeader(pid=os.getpid(), created_s=time.time(), capacity_nbytes=self.capacity_nbytes).pack()
             _reserve(self._path, self._lock_fd, header, _HEADER_NBYTES + self.capacity_nbytes)

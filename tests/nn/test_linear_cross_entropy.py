@@ -279,6 +279,32 @@ def test_arguments_that_do_not_fit_are_refused(changes: dict[str, Any], message:
         linear_cross_entropy(**{**tensors, **changes})
 
 
+@each_slicing
+def test_logits_of_another_precision_are_refused(slicing: Any, slice_size: int | None) -> None:
+    inputs = make_inputs()
+
+    with pytest.raises(ConfigError, match=r"logits of torch\.float32 or less.*got torch\.float64"):
+        sliced(inputs, logits_fn=torch.Tensor.double, slicing=slicing, slice_size=slice_size)
+
+
+@each_slicing
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_label_that_is_impossible_costs_infinity(slicing: Any, slice_size: int | None, smoothing: float) -> None:
+    inputs = make_inputs()
+    logits = F.linear(inputs.hidden, inputs.weight, inputs.bias).detach()
+    impossible = logits[1, inputs.labels[1]]
+
+    def mask(logits: torch.Tensor) -> torch.Tensor:
+        return logits.masked_fill(logits <= impossible, -torch.inf)
+
+    options: dict[str, Any] = {"reduction": "none", "label_smoothing": smoothing}
+    loss = sliced(inputs, logits_fn=mask, slicing=slicing, slice_size=slice_size, **options)
+    expected = plain(inputs, mask, **options)
+
+    assert expected.isinf().any()
+    torch.testing.assert_close(loss, expected)
+
+
 def test_the_module_is_the_function() -> None:
     inputs = make_inputs(ignore_index=7)
     options: dict[str, Any] = {"ignore_index": 7, "reduction": "sum", "label_smoothing": 0.1, "slice_size": 11}

@@ -253,6 +253,26 @@ def test_store_of_another_process_is_respected_until_it_is_killed(
 
 
 @forks
+def test_child_of_a_killed_owner_does_not_hold_its_file(tmp_path: Path) -> None:
+    def open_and_fork(fd: int) -> None:
+        with DiskStore(config(tmp_path, engine="threads"), capacity_nbytes=MIB):
+            child = os.fork()
+            if child:
+                os.write(fd, f"{child}\n".encode())
+            time.sleep(60)
+
+    pid, line = fork_child(open_and_fork)
+    try:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        DiskStore(config(tmp_path), capacity_nbytes=MIB).close()
+        os.kill(int(line), 0)  # the child lives
+    finally:
+        os.kill(int(line), signal.SIGKILL)
+    assert os.listdir(tmp_path) == []
+
+
+@forks
 def test_forked_child_leaves_the_parents_file_alone(store: DiskStore) -> None:
     def close_in_child(fd: int) -> None:
         store.close()

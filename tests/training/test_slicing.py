@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -146,6 +147,40 @@ def test_placement_changes_no_bit(place, dtype, tmp_path):
     expected = train_gemini(LLAMA, config_for("host", dtype=dtype, num_batch_slices=3))
     found = train_gemini(LLAMA, config_for(place, tmp_path, dtype=dtype, num_batch_slices=3))
     assert found.losses == expected.losses
+    assert same_bits(found.weights, expected.weights)
+
+
+class Strided(nn.Module):
+    """Gives its blocks what `arrange` makes of the batch."""
+
+    def __init__(self, arrange: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.arrange = arrange
+        self.enter = nn.Linear(HIDDEN, HIDDEN)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(SEQ, SEQ), nn.LayerNorm(SEQ)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.arrange(self.enter(x))
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "arrange",
+    [
+        lambda x: x.transpose(1, 2),
+        lambda x: x[..., 3 : 3 + SEQ],
+        lambda x: x[::2, 2:, ::4],
+        lambda x: x[:, :1, :SEQ].expand(-1, 5, -1),
+    ],
+    ids=["transposed", "narrowed", "every other", "expanded"],
+)
+@pytest.mark.parametrize("num_batch_slices", [3, 4])
+def test_placement_changes_no_bit_of_strided_batches(arrange, num_batch_slices):
+    case = Case(lambda: Strided(arrange), vectors(4), square)
+    expected = train_gemini(case, config_for("host", num_batch_slices=num_batch_slices))
+    found = train_gemini(case, config_for("device", num_batch_slices=num_batch_slices))
     assert same_bits(found.weights, expected.weights)
 
 
@@ -322,7 +357,41 @@ class SharedTower(nn.Module):
 
 
 def test_gradients_of_further_arguments_are_those_of_the_batch(config):
+    config = replace(config, batch_arguments=("shift",))
     assert_trains_as_in_plain_torch(Case(SharedTower, TOWER.batch, square), config)
+
+
+class Heads(nn.Module):
+    """A block that takes a bias for each head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        heads = x.unflatten(2, (4, -1)).transpose(1, 2)
+        scores = heads @ heads.mT + bias
+        return x + self.project((scores.softmax(-1) @ heads).transpose(1, 2).flatten(2))
+
+
+class HeadsTower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(4, SEQ, SEQ))
+        self.blocks = nn.ModuleList(Heads() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x, self.bias)
+        return x
+
+
+def test_an_argument_as_long_as_the_batch_by_chance_is_not_cut(config):
+    case = Case(HeadsTower, vectors(4), square)
+    assert_trains_as_in_plain_torch(Case(HeadsTower, vectors(6), square), config)
+    with pytest.raises(ModelError, match=r"of block blocks\.0 \(Heads\) has shape .*shared by all cannot be told"):
+        train_gemini(case, config, 1)
+    assert_trains_as_in_plain_torch(case, replace(config, shared_arguments=("bias",)))
 
 
 def test_gradients_accumulate_over_batches(config):
@@ -759,6 +828,19 @@ def test_gradients_of_gradients_are_refused(config):
 def test_the_number_of_slices_is_checked(value):
     with pytest.raises(ConfigError, match=r"^GeminiConfig\.num_batch_slices: expected an int"):
         config_for("host", num_batch_slices=value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_arguments": "mask"}, r"^GeminiConfig\.batch_arguments: expected a tuple of names, got 'mask'"),
+        ({"shared_arguments": (1,)}, r"^GeminiConfig\.shared_arguments: expected a tuple of names"),
+        ({"batch_arguments": ("a", "b"), "shared_arguments": ("b",)}, "shared_arguments: expected none .*got b"),
+    ],
+)
+def test_names_of_arguments_are_checked(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        config_for("host", **fields)
 
 
 def test_repeated_blocks_differ_in_numbers_only():
