@@ -184,5 +184,7 @@ def _spanned_memory(tensor: torch.Tensor) -> torch.Tensor:
     Its copy at the same alignment, seen with the same strides, is the same to every kernel; for others a kernel may
     sum in another order.
     """
+    if tensor.numel() == 0:
+        return tensor.new_empty(0, dtype=torch.uint8)
     last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.as_strided((last + 1,), (1,)).view(torch.uint8)
