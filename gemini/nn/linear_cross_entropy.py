@@ -53,7 +53,8 @@ def linear_cross_entropy(
         reduction: "mean" over the positions that count (NaN if none does, as torch has it), "sum", or "none".
         label_smoothing: probability spread evenly over the vocabulary, in [0, 1].
         logits_fn: differentiable elementwise function of the logits, such as soft capping; gradients flow through it,
-            but not to tensors it closes over.
+            but not to tensors it closes over. What it returns may be of a narrower dtype, not of a wider one than
+            float32 (float64 for float64 inputs).
         slicing: which dimension of the logits is cut; see [Note: Two ways to slice] in sliced_head.py.
         slice_size: rows, or tokens of the vocabulary, whose logits exist at once; None: 16 MiB of float32 logits on the
             CPU, 256 MiB elsewhere, and at least 64.
