@@ -189,7 +189,7 @@ def take_apart(
     batch_index = next((i for i, place in enumerate(places) if names[place] not in rules.shared_names), None)
     if batch_index is None:
         return None
-    batch = tensors[batch_index]
+    batch, batch_place = tensors[batch_index], places[batch_index]
     if batch.dim() == 0:
         raise ModelError(
             f"the first tensor among the arguments of {block_name} is a scalar, expected [rows, ...]; pass the batch "
@@ -205,7 +205,8 @@ def take_apart(
                 f"argument {_path_of(place, args, kwargs)} of {block_name} has shape {tuple(tensor.shape)}, as many in "
                 f"dimension 0 as the batch {tuple(batch.shape)} has rows: whether it has a row for each or is "
                 f'shared by all cannot be told; name "{names[place]}" in GeminiConfig.batch_arguments or in '
-                "GeminiConfig.shared_arguments"
+                f"GeminiConfig.shared_arguments; if {_path_of(batch_place, args, kwargs)}, the first tensor, is not "
+                "the batch, name its argument in the latter"
             )
         kinds.append(kind)
     call = BlockCall(

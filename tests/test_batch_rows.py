@@ -144,7 +144,11 @@ def test_a_call_without_tensors_has_no_batch():
             {"mask": torch.ones(3, 3)},
             r"'mask'\] of block b has shape \(3, 3\).*name \"mask\" in GeminiConfig.batch_arguments or",
         ),
-        ((torch.ones(3, 2), [torch.ones(3, 5)]), {}, r"argument \[1\]\[0\] of block b .*name \"1\" in"),
+        (
+            (torch.ones(3, 2), [torch.ones(3, 5)]),
+            {},
+            r"argument \[1\]\[0\] of block b .*name \"1\" in.*if \[0\], the first",
+        ),
     ],
 )
 def test_what_cannot_be_divided_is_refused_by_name(args, kwargs, message):
