@@ -175,13 +175,21 @@ class GradientStore:
         """Expect no more uses; the sum of all their gradients comes with the next `put`."""
         del self._chunks[chunk_id].num_expected[position]
 
-    def takes_apart(self, chunk_id: int, position: int) -> bool:
+    def takes_apart(self, chunk_id: int, position: int, *, num_uses: int) -> bool:
         """Return whether the sum has autograd's bits if all uses of a parameter deliver by themselves.
 
         To what has waited since an earlier backward pass autograd adds the sum of all uses, not one after the other.
+
+        Args:
+            chunk_id: the parameter's chunk.
+            position: its position in the chunk's layout.
+            num_uses: how many the pass under way may run, those that it has run included.
+
+        Returns:
+            The same throughout a pass.
         """
         chunk = self._chunks[chunk_id]
-        if chunk.num_expected[position] <= 1 and position not in chunk.delivered:
+        if num_uses <= 1 and position not in chunk.delivered:
             return True
         return position not in chunk.earlier and self._dtype_of(chunk.spec) is torch.float32
 

@@ -289,9 +289,9 @@ class Runtime:
         """Expect that a use of a parameter will deliver its gradient by itself, if it may then."""
         self.gradients.expect(*self._place_of_param[id(param)])
 
-    def takes_gradients_apart(self, param: torch.nn.Parameter) -> bool:
-        """Return whether uses of a parameter may deliver by themselves."""
-        return self.gradients.takes_apart(*self._place_of_param[id(param)])
+    def takes_gradients_apart(self, param: torch.nn.Parameter, num_uses: int) -> bool:
+        """Return whether uses of a parameter, of which backward may run so many, may deliver by themselves."""
+        return self.gradients.takes_apart(*self._place_of_param[id(param)], num_uses=num_uses)
 
     def put_gradient(self, param: torch.nn.Parameter, gradient: torch.Tensor) -> None:
         """Take the gradient of one use of a parameter."""
