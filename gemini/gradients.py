@@ -10,16 +10,18 @@ Gradients are consumed by the update: after `clear` there are none.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from gemini.accumulators import GradientAccumulators
+from gemini.backward_pass import BackwardPass
 from gemini.chunk.layout import ChunkSpec
 from gemini.errors import ModelError
+from gemini.grad_chunk import GradChunk
 from gemini.gradient_listener import ArrivedGradients, GradientListener
 from gemini.gradient_sink import GradientPlace
 from gemini.kernels.cpu import GradMode
@@ -31,31 +33,10 @@ from gemini.offload.resources import Resources
 from gemini.offload.transfer import Move
 from gemini.tiers import MemoryTier
 
-__all__ = ["GradChunk", "GradientStore"]
+__all__ = ["GradientStore"]
 
 MAX_JOBS_IN_FLIGHT = 4
 """Gradients whose autograd buffers may be alive at once while the worker pool stores them."""
-
-
-@dataclass
-class GradChunk:
-    """The gradients of one chunk in the step under way."""
-
-    spec: ChunkSpec
-    home: TiledHome
-    tier: MemoryTier
-    sumsq: dict[int, GradTicket | torch.Tensor] = field(default_factory=dict)
-    """Sum of squares of each gradient that has arrived, by position in the layout."""
-    num_expected: Counter[int] = field(default_factory=Counter)
-    """Uses of each parameter, by position, that will deliver their gradients by themselves and have not yet."""
-    delivered: set[int] = field(default_factory=set)
-    """Positions of which this backward pass has delivered something."""
-    arrived: set[int] = field(default_factory=set)
-    """Those of them of which something has reached host memory."""
-    earlier: set[int] = field(default_factory=set)
-    """Positions of which earlier backward passes have delivered something since the last update."""
-    has_left: bool = False
-    """Whether this step's gradients are, in part, already on disk."""
 
 
 @dataclass(eq=False)
@@ -109,7 +90,7 @@ class GradientStore:
         self.expected_backwards = 1
         """Backward passes of the last step that was taken; the coming one probably has as many."""
         self.accumulators = GradientAccumulators(resources.transfers, device_kernels)
-        self._is_in_backward = False
+        self._pass = BackwardPass()
         self._jobs: list[GradTicket] = []
         self._device_slots: list[_Slot] = []
         self._staging_slots: list[_Slot] = []
@@ -168,12 +149,18 @@ class GradientStore:
 
     def fulfil(self, chunk_id: int, position: int) -> None:
         """Expect one use less; its gradient comes with the next `put` or `writing`."""
-        num_expected = self._chunks[chunk_id].num_expected
-        num_expected[position] = max(0, num_expected[position] - 1)
+        chunk = self._chunks[chunk_id]
+        chunk.num_expected[position] = max(0, chunk.num_expected[position] - 1)
+        chunk.unfinished.add(position)
 
     def fulfil_all(self, chunk_id: int, position: int) -> None:
         """Expect no more uses; the sum of all their gradients comes with the next `put`."""
         del self._chunks[chunk_id].num_expected[position]
+        self.finish_uses(chunk_id, position)
+
+    def finish_uses(self, chunk_id: int, position: int) -> None:
+        """Note that all uses of a parameter in this backward pass have delivered."""
+        self._chunks[chunk_id].unfinished.discard(position)
 
     def takes_apart(self, chunk_id: int, position: int, *, num_uses: int) -> bool:
         """Return whether the sum has autograd's bits if all uses of a parameter deliver by themselves.
@@ -188,6 +175,7 @@ class GradientStore:
         Returns:
             The same throughout a pass.
         """
+        self._end_failed_pass()
         chunk = self._chunks[chunk_id]
         if num_uses <= 1 and position not in chunk.delivered:
             return True
@@ -223,10 +211,10 @@ class GradientStore:
         self._note_arrival(chunk, position, self._resources.pool.submit_gradient(None, view))
 
     def _begin_delivery(self, chunk_id: int, position: int) -> GradChunk:
-        if not self._is_in_backward:
-            self._is_in_backward = True
+        self._end_failed_pass()
+        if not self._pass.is_open:
             self.num_backwards += 1
-            torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
+            self._pass.begin(self.end_backward)
         chunk = self._chunks[chunk_id]
         self._check_accumulation(chunk, position)
         self._announce_change(chunk_id)
@@ -235,13 +223,34 @@ class GradientStore:
 
     def end_backward(self) -> None:
         """Send off what waits in device slots; called by autograd when a backward pass has ended."""
-        self._is_in_backward = False
+        self._pass.end()
         while self._on_device:
             self._depart(next(iter(self._on_device)))
         for chunk in self._chunks.values():
             chunk.earlier |= chunk.delivered
             chunk.delivered.clear()
             chunk.arrived.clear()
+            chunk.unfinished.clear()
+
+    def _end_failed_pass(self) -> None:
+        """Drop what only some uses of a parameter have delivered to a pass that has failed: autograd has none of it."""
+        if not self._pass.has_failed:
+            return
+        partial = {chunk_id: chunk.unfinished - chunk.earlier for chunk_id, chunk in self._chunks.items()}
+        self.end_backward()
+        while self._departures:
+            self._arrive(self._departures.pop(0))
+        for chunk_id, positions in partial.items():
+            for position in positions:
+                self._drop(self._chunks[chunk_id], position)
+
+    def _drop(self, chunk: GradChunk, position: int) -> None:
+        self._announce_change(chunk.spec.chunk_id)
+        waiting = chunk.sumsq.pop(position, None)
+        if isinstance(waiting, GradTicket):
+            waiting.wait()
+        self.accumulators.drop(chunk.spec.chunk_id, position)
+        chunk.earlier.discard(position)
 
     def _check_accumulation(self, chunk: GradChunk, position: int) -> None:
         again = position in chunk.sumsq or any(d.chunk is chunk and position in d.positions for d in self._departures)
@@ -413,6 +422,7 @@ class GradientStore:
 
     def finish(self) -> None:
         """Block until every gradient has reached its home."""
+        self._end_failed_pass()
         self.end_backward()
         for chunk_id in self.accumulators.unsent():
             self._send_sums(self._chunks[chunk_id])

@@ -66,6 +66,9 @@ class RuntimeEvents(Protocol):
     def take_gradient(self, param: torch.nn.Parameter) -> None:
         """Take the gradient autograd has just accumulated into `param.grad`."""
 
+    def finish_gradient(self, param: torch.nn.Parameter) -> None:
+        """Handle that all uses of a parameter in this backward pass have delivered by themselves."""
+
     def expect_gradient(self, param: torch.nn.Parameter) -> None:
         """Expect that a use of a parameter will deliver its gradient by itself, if it may then."""
 
@@ -135,18 +138,19 @@ class HookSet:
             self._handles.append(module.register_forward_pre_hook(before, prepend=True))
             self._handles.append(module.register_forward_hook(after, always_call=True))
         # torch keeps these where the garbage collector cannot follow, so they must not keep the engine alive.
-        method = weakref.WeakMethod(self._events.take_gradient)
+        events_ref = weakref.ref(self._events)
         sums = self.slice_sums
 
         def take_gradient(param: torch.nn.Parameter) -> None:
-            if param.grad is None:  # a node of the graph had none to give
-                return
-            if sums.is_open:
+            if param.grad is not None and sums.is_open:
                 sums.add(param)
                 return
-            take = method()
-            assert take is not None, "the engine is gone but its graph is not"
-            take(param)
+            events = events_ref()
+            assert events is not None, "the engine is gone but its graph is not"
+            if param.grad is None:  # no node of the graph had one to give, but perhaps to a sink
+                events.finish_gradient(param)
+            else:
+                events.take_gradient(param)
 
         for param in params:
             handle = param.register_post_accumulate_grad_hook(take_gradient)  # type: ignore[no-untyped-call]

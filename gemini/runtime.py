@@ -285,6 +285,10 @@ class Runtime:
         self.gradients.fulfil_all(*place)
         self.gradients.put(*place, grad)
 
+    def finish_gradient(self, param: torch.nn.Parameter) -> None:
+        """Handle that all uses of a parameter in this backward pass have delivered by themselves."""
+        self.gradients.finish_uses(*self._place_of_param[id(param)])
+
     def expect_gradient(self, param: torch.nn.Parameter) -> None:
         """Expect that a use of a parameter will deliver its gradient by itself, if it may then."""
         self.gradients.expect(*self._place_of_param[id(param)])

@@ -384,6 +384,55 @@ def test_whatever_the_passes_and_uses_the_waiting_gradient_is_torchs(
     assert torch.equal(found, plain.embedding.weight.grad)
 
 
+class FailingBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        raise ValueError("failed on purpose")
+
+
+def fail_between_the_uses(model: nn.Module, body: nn.Linear, batch: dict[str, torch.Tensor]) -> None:
+    handle = body.register_forward_hook(lambda module, args, output: FailingBackward.apply(output))
+    loss = model(**batch)
+    with pytest.raises(ValueError, match="failed on purpose"):
+        loss.backward()
+    handle.remove()
+
+
+@pytest.mark.parametrize("num_before", [0, 1])
+@pytest.mark.parametrize("num_after", [0, 1, 2])
+@pytest.mark.parametrize("place", PLACEMENTS)
+@each_head
+def test_a_pass_that_fails_between_the_uses_leaves_what_it_leaves_in_torch(
+    is_sliced: bool, place: str, num_before: int, num_after: int, tmp_path: Path
+) -> None:
+    case = CASES["sliced" if is_sliced else "linear"]
+    batches = case.batches(num_before + 1 + num_after)
+
+    def run(model: nn.Module, body: nn.Linear) -> None:
+        backward_after_backward(model, batches[:num_before])
+        fail_between_the_uses(model, body, batches[num_before])
+        backward_after_backward(model, batches[num_before + 1 :])
+
+    plain = case.model()
+    run(plain, plain.body)
+    expected = {name: param.grad for name, param in plain.named_parameters() if param.grad is not None}
+
+    with GeminiDDP(case.model(), config_for(place, tmp_path)) as engine:
+        optimizer = hybrid_adam(engine.parameters(), lr=0.0, betas=(0.0, 0.0), weight_decay=0.0)
+        run(engine, engine.module.body)
+        assert engine.runtime.slots_with_gradient() == set(expected)
+        optimizer.step()
+        states = optimizer.state_dict()["state"]
+        names = [name for name, _ in plain.named_parameters()]
+        found = {names[index]: state["exp_avg"] for index, state in states.items() if names[index] in expected}
+
+    assert same_bits(found, expected)
+
+
 # ---------------------------------------------------------------- completeness
 
 
