@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 import torch
 
 from gemini.accumulators import GradientAccumulators
+from gemini.backward_pass import BackwardPass
 from gemini.chunk.layout import ChunkSpec
 from gemini.chunk.sharding import ChunkShard, Collective, ShardGroup, cut_spec
 from gemini.errors import GeminiError
@@ -108,7 +109,7 @@ class ShardedGradients:
         self._under_way: deque[tuple[_Chunk, _ExchangeSlot, Collective]] = deque()
         self._order: list[_Chunk] = []
         self._num_gone = 0
-        self._is_in_backward = False
+        self._pass = BackwardPass()
         self._is_taking_means = False
         self._agreed_sums: dict[str, float] | None = None
 
@@ -139,11 +140,12 @@ class ShardedGradients:
         Args:
             urgency: how soon forward uses a chunk, lower is sooner; the same on all ranks.
         """
-        if self._is_in_backward:
+        if self._pass.has_failed:
+            self.end_backward()
+        if self._pass.is_open:
             return
-        self._is_in_backward = True
         self.num_backwards += 1
-        torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
+        self._pass.begin(self.end_backward)
         self._end_means()
         exchanged = [chunk for chunk in self._chunks.values() if chunk.kept is None]
         self._order = sorted(exchanged, key=lambda chunk: (-urgency(chunk.spec.chunk_id), -chunk.spec.chunk_id))
@@ -203,7 +205,7 @@ class ShardedGradients:
 
     def end_backward(self) -> None:
         """Exchange what has not been; called by autograd when a backward pass has ended."""
-        self._is_in_backward = False
+        self._pass.end()
         while self._num_gone < len(self._order):
             self._exchange_next()
 
@@ -356,7 +358,7 @@ class ShardedGradients:
 
     def clear(self) -> None:
         """Forget all gradients; starts nothing that other ranks must take part in."""
-        self._is_in_backward = False
+        self._pass.end()
         self._order, self._num_gone = [], 0  # of a backward pass that failed, some may not have gone
         self._end_means()
         self._shards.clear()
@@ -415,9 +417,9 @@ class ShardedGradients:
     def expect(self, chunk_id: int, position: int) -> None:
         """Do nothing: autograd adds up the gradients of all uses."""
 
-    fulfil = fulfil_all = expect
+    fulfil = fulfil_all = finish_uses = expect
 
-    def takes_apart(self, chunk_id: int, position: int) -> bool:
+    def takes_apart(self, chunk_id: int, position: int, *, num_uses: int) -> bool:
         """Return False: autograd adds up the gradients of all uses."""
         return False
 
