@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from results_file import missing_row, spread_of, write_results
-from step_systems import DTYPES, SHAPES
+from step_systems import DTYPES, SHAPES, build_model
 
 MALLOC_VARIANTS = {
     "torch": {},
@@ -71,8 +71,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train in this process and measure."""
-    from step_systems import build_model
-
     from gemini import GeminiConfig, GeminiDDP, HybridAdam, NVMeConfig, StaticPlacement
 
     torch.manual_seed(0)
