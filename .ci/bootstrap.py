@@ -40,7 +40,7 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 BUILD_TOOLS = ("pip>=23.2", "setuptools>=77", "wheel", "cffi>=1.17", "packaging")
 """What pip needs to build the package. To read torch's metadata, a pip before 23.2 would download all of torch."""
 PROGRAMS = ("ruff", "pydoclint", "clang-format")
-"""Tools that `make check` runs as programs of .venv, not as modules."""
+"""Tools of `make check` that need a program in .venv/bin, a module alone not being enough."""
 
 DESCRIBE = """
 import json, os, site, sys, sysconfig

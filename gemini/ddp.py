@@ -120,7 +120,7 @@ class GeminiDDP(torch.nn.Module):
         try:
             return self.module(*args, **kwargs)
         except Exception:
-            raise  # after which torch has run the hooks that end a forward
+            raise  # torch has run the hooks that end a forward
         except BaseException:  # Ctrl-C, SystemExit: torch runs no hooks, and leases must not stay
             self._hooks.abort()
             raise
