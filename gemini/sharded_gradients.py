@@ -14,6 +14,8 @@ several times is reached as often; how often, the last backward pass tells. What
 kept and exchanged in the step, once the ranks have agreed that any of them has such latecomers. The same agreement says
 which parameters have a gradient on any rank, and carries the sums of squares: one synchronisation a step.
 
+With several replicas of the model what a replica has summed goes through gemini.replica_sums before it becomes a mean.
+
 Chunks that are used all through a step (the root unit's), and all of them in stage 1, are kept whole until the step and
 exchanged only then, however many backward passes there were.
 """
@@ -37,6 +39,7 @@ from gemini.gradient_sink import GradientPlace
 from gemini.gradients import GradientStore
 from gemini.offload.home import TiledHome
 from gemini.offload.transfer import Transfers
+from gemini.replica_sums import ReplicaSums, sum_of_parts
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, round_up
 
 __all__ = ["ShardedGradients"]
@@ -99,6 +102,7 @@ class ShardedGradients:
         """Backward passes of the last step that was taken."""
         self._shards = shards
         self._group = group
+        self._replica_sums = ReplicaSums(group, self._hand_on) if group.grid.num_replicas > 1 else None
         self._transfers = transfers
         self._chunks: dict[int, _Chunk] = {}
         self._free = [
@@ -206,6 +210,8 @@ class ShardedGradients:
         self._is_in_backward = False
         while self._num_gone < len(self._order):
             self._exchange_next()
+        if self._replica_sums is not None:  # `clear` starts no collectives, so none may be left to start
+            self._end_means()
 
     def _fill(self, chunk: _Chunk, position: int, flat: torch.Tensor) -> None:
         whole = self._whole(chunk)
@@ -240,7 +246,7 @@ class ShardedGradients:
         turn = self._order[self._num_gone]
         num_needed = 1 if turn is chunk or turn.slot is not None else 2
         while len(self._free) < num_needed and self._under_way:
-            self._take_mean()
+            self._take_sum()
         if len(self._free) < num_needed:
             return False
         chunk.slot = self._free.pop()
@@ -260,28 +266,43 @@ class ShardedGradients:
         self._under_way.append((chunk, slot, under_way))
         chunk.slot = None
         chunk.filled.clear()
+        if self._replica_sums is not None:
+            while len(self._under_way) > 1:
+                self._take_sum()
+            self._replica_sums.advance()
 
     # ---------------------------------------------------------------- on arrival
 
-    def _take_mean(self) -> None:
-        """Wait for the oldest exchange and hand the mean of its shards on."""
+    def _take_sum(self) -> None:
+        """Wait for the oldest exchange and hand the sum of its shards on."""
         chunk, slot, under_way = self._under_way.popleft()
         try:
             under_way.wait()
-            if not self._is_taking_means:
-                self._shards.begin_backward()
-                self._is_taking_means = True
-            numel, chunk_id = chunk.shard.numel, chunk.spec.chunk_id
-            mean = mean_of_ranks(slot.received.view(chunk.spec.dtype)[: chunk.shard.whole_numel].view(-1, numel))
-            for position, piece in enumerate(cut_spec(chunk.spec, chunk.shard).slots):
-                self._shards.put(chunk_id, position, mean[piece.begin : piece.end])
+            parts = slot.received.view(chunk.spec.dtype)[: chunk.shard.whole_numel].view(-1, chunk.shard.numel)
+            total = sum_of_parts(parts)
         finally:
             self._free.append(slot)
+        if self._replica_sums is None:
+            self._hand_on(chunk.spec.chunk_id, total)
+        else:
+            self._replica_sums.add(chunk.spec.chunk_id, total, name=f"sums of {chunk.spec.name}")
+
+    def _hand_on(self, chunk_id: int, total: torch.Tensor) -> None:
+        """Give the mean of all ranks' gradients of a shard to the gradient store; its sum, float32, is overwritten."""
+        if not self._is_taking_means:
+            self._shards.begin_backward()
+            self._is_taking_means = True
+        chunk = self._chunks[chunk_id]
+        mean = mean_of_sum(total, self._group.grid.num_batches, chunk.spec.dtype)
+        for position, piece in enumerate(cut_spec(chunk.spec, chunk.shard).slots):
+            self._shards.put(chunk_id, position, mean[piece.begin : piece.end])
 
     def _end_means(self) -> None:
         """Hand on the means of everything under way."""
         while self._under_way:
-            self._take_mean()
+            self._take_sum()
+        if self._replica_sums is not None:
+            self._replica_sums.finish()
         if self._is_taking_means:
             self._shards.end_backward()
             self._is_taking_means = False
@@ -318,7 +339,7 @@ class ShardedGradients:
     def _exchange_whole(self, chunk: _Chunk, gradients: dict[int, torch.Tensor]) -> None:
         """Exchange flat gradients, by position, through a slot; outside of backward."""
         while not self._free:
-            self._take_mean()
+            self._take_sum()
         chunk.slot = self._free.pop()
         whole = chunk.slot.sent.view(chunk.spec.dtype)[: chunk.shard.whole_numel].zero_()
         for position, gradient in gradients.items():
@@ -337,6 +358,7 @@ class ShardedGradients:
         table = self._group.gather_values(values, name="norms of gradients")
         sums, is_anywhere, is_late_anywhere = torch.split(table, [len(names), len(names), len(chunks)], dim=1)
         with_gradient = is_anywhere.any(dim=0).tolist()
+        sums = sums[: self._group.grid.num_shards]  # the first replica's; the others' are the same
         self._agreed_sums = {name: _exact_sum(sums[:, i].tolist()) for i, name in enumerate(names) if with_gradient[i]}
         return [chunk for chunk, is_any in zip(chunks, is_late_anywhere.any(dim=0).tolist(), strict=True) if is_any]
 
@@ -358,6 +380,10 @@ class ShardedGradients:
         """Forget all gradients; starts nothing that other ranks must take part in."""
         self._is_in_backward = False
         self._order, self._num_gone = [], 0  # of a backward pass that failed, some may not have gone
+        while self._under_way:
+            self._take_sum()
+        if self._replica_sums is not None:
+            self._replica_sums.abandon()
         self._end_means()
         self._shards.clear()
         self._agreed_sums = None
@@ -372,6 +398,8 @@ class ShardedGradients:
 
     def close(self) -> None:
         """Wait for what is under way, whatever becomes of it, and give slots and homes back."""
+        if self._replica_sums is not None:
+            self._replica_sums.abandon()
         while self._under_way:
             _, slot, under_way = self._under_way.popleft()
             self._free.append(slot)
@@ -430,19 +458,18 @@ class ShardedGradients:
         raise AssertionError("gradients of sharded chunks come with put alone")
 
 
-def mean_of_ranks(parts: torch.Tensor) -> torch.Tensor:
-    """Return the mean of what all ranks have sent: added in float32 in rank order, rounded once.
+def mean_of_sum(total: torch.Tensor, num_summands: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return the mean that belongs to a sum, rounded once.
 
     Args:
-        parts: [num_ranks, numel], float32, bfloat16 or float16; read only.
+        total: float32; overwritten.
+        num_summands: how many were added.
+        dtype: float32, bfloat16 or float16.
 
     Returns:
-        The mean, [numel], of the same dtype. It overflows only where it is itself out of range.
+        The mean, of `dtype`. It overflows only where it is itself out of range.
     """
-    total = parts[0].to(torch.float32, copy=True)
-    for part in parts[1:]:
-        total.add_(part)
-    return total.div_(len(parts)).to(parts.dtype)
+    return total.div_(num_summands).to(dtype)
 
 
 def _exact_sum(values: Sequence[float]) -> float:

@@ -172,7 +172,7 @@ def _make_whole(runtime: Runtime, slot: ParamSlot, flat: torch.Tensor) -> torch.
     pieces = [piece_of(slot, shard.of_rank(rank)) for rank in range(shard.num_ranks)]
     padded = flat.new_zeros(max(piece.stop - piece.start for piece in pieces))
     padded[: flat.numel()] = flat
-    gathered = runtime.sharding.group.gather_values(padded, name=slot.spec.name)
+    gathered = runtime.sharding.group.gather_pieces(padded, name=slot.spec.name)
     whole = [values[: piece.stop - piece.start] for values, piece in zip(gathered, pieces, strict=True)]
     return torch.cat(whole).view(slot.spec.shape)
 

@@ -79,7 +79,7 @@ def count_node_ranks(group: ShardGroup) -> int:
     """Return how many ranks run on this rank's machine, itself included."""
     boot_id = _BOOT_ID.read_text() if _BOOT_ID.exists() else ""
     node = zlib.crc32(f"{socket.gethostname()} {boot_id}".encode())
-    return group.world_size - len(_ranks_that_differ(node, group, name="machines"))
+    return len(group.ranks) - len(_ranks_that_differ(node, group, name="machines"))
 
 
 def share_node(config: GeminiConfig, num_node_ranks: int, group: ShardGroup) -> GeminiConfig:
@@ -131,10 +131,11 @@ def check_all_built(error: BaseException | None, group: ShardGroup) -> None:
     has_failed = torch.tensor([error is not None], dtype=torch.int64)
     failed = group.gather_values(has_failed, name="outcomes of construction")[:, 0].nonzero()[:, 0].tolist()
     if failed and error is None:
-        raise ModelError(f"zero.shard: rank {failed[0]} could not build its engine and says why; this one is closed")
+        rank = group.ranks[failed[0]]
+        raise ModelError(f"zero.shard: rank {rank} could not build its engine and says why; this one is closed")
 
 
 def _ranks_that_differ(fingerprint: int, group: ShardGroup, *, name: str) -> list[int]:
     """Return the ranks whose fingerprint is another."""
     fingerprints = group.gather_values(torch.tensor([fingerprint], dtype=torch.int64), name=name)[:, 0].tolist()
-    return [rank for rank, other in enumerate(fingerprints) if other != fingerprint]
+    return [rank for rank, other in zip(group.ranks, fingerprints, strict=True) if other != fingerprint]

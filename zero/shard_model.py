@@ -40,7 +40,8 @@ def shard(
         config: the machine's: host and disk budgets are shared equally by its ranks; a device budget is each rank's
             own. None: defaults.
         stage: 1 shards the optimizer's state, 2 gradients too, 3 working weights too.
-        mesh: a mesh of one dimension whose ranks share the model; None: all ranks do.
+        mesh: whose ranks share the model; None: all ranks do. Of one dimension: each chunk is cut over it. Of two,
+            (replicate, shard): chunks are cut over the second, and the first has replicas of the shards.
         init_fn: as GeminiDDP's.
 
     Returns:
@@ -62,10 +63,13 @@ def shard(
             "zero.shard: there is no process group: call torch.distributed.init_process_group first, in processes "
             "started by torchrun"
         )
-    if mesh is not None and mesh.ndim != 1:
-        raise ConfigError(f"zero.shard: mesh: expected one dimension, got {mesh.ndim}: {mesh}")
-    process_group = None if mesh is None else mesh.get_group()
-    if dist.get_world_size(process_group) == 1:
+    if mesh is not None and mesh.ndim > 2:
+        raise ConfigError(
+            f"zero.shard: mesh: expected one dimension, or two (replicate, shard), got {mesh.ndim}: {mesh}"
+        )
+    process_group = None if mesh is None else mesh.get_group(mesh.ndim - 1)
+    num_ranks = dist.get_world_size() if mesh is None else mesh.size()
+    if num_ranks == 1:
         return GeminiDDP(model, config, init_fn=init_fn)
     wanted = device_of(config)
     device = wanted if isinstance(wanted, torch.device) else torch.device("cpu")
@@ -77,6 +81,7 @@ def shard(
     group = TorchGroup(
         process_group,
         device,
+        replicas=None if mesh is None or mesh.ndim == 1 else mesh.get_group(0),
         swap_directory=None if config.nvme is None else Path(config.nvme.path),
     )
     check_same_config(config, stage, group)
