@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from gemini.chunk.tensor_parallel import is_dtensor
 from gemini.errors import ModelError
 from gemini.gradient_sink import GradientPlace, attach_sink, detach_sink, sink_of
 from gemini.nn.linear_cross_entropy import linear_cross_entropy
@@ -152,6 +153,8 @@ class HookSet:
         for param in params:
             handle = param.register_post_accumulate_grad_hook(take_gradient)  # type: ignore[no-untyped-call]
             self._handles.append(handle)
+            if is_dtensor(param):  # its gradient may have to be summed over ranks first
+                continue
             self._sinks[param] = sink = _Sink(param, self._events, sums)
             attach_sink(param, sink)
         num_names = Counter(id(param) for _, _, param in self._owners)

@@ -23,6 +23,7 @@ from gemini.chunk.chunk import Chunk
 from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import ChunkLayout, ParamSlot
 from gemini.chunk.sharding import Sharding
+from gemini.chunk.tensor_parallel import local_gradient, local_part
 from gemini.config import GeminiConfig
 from gemini.errors import GeminiError, ModelError
 from gemini.gradient_sink import GradientPlace
@@ -259,7 +260,8 @@ class Runtime:
 
     def is_borrowed(self, tensor: torch.Tensor) -> bool:
         """Return whether a tensor lies in a slot."""
-        return type(tensor) is torch.Tensor and self.core.is_slot(tensor.untyped_storage().data_ptr())
+        local = local_part(tensor)
+        return type(local) is torch.Tensor and self.core.is_slot(local.untyped_storage().data_ptr())
 
     # ---------------------------------------------------------------- backward
 
@@ -284,7 +286,7 @@ class Runtime:
         self._check_not_clipped()
         place = self._place_of_param[id(param)]
         self.gradients.fulfil_all(*place)
-        self.gradients.put(*place, grad)
+        self.gradients.put(*place, local_gradient(param, grad))
 
     def expect_gradient(self, param: torch.nn.Parameter) -> None:
         """Expect that a use of a parameter will deliver its gradient by itself, if it may then."""

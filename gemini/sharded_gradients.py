@@ -351,15 +351,21 @@ class ShardedGradients:
         """Let all ranks know all sums of squares; return the chunks of which any rank has latecomers."""
         own = self._shards.sums_of_squares()
         chunks = list(self._chunks.values())
-        names = [slot.spec.name for chunk in chunks for slot in chunk.spec.slots]
+        params = [slot.spec for chunk in chunks for slot in chunk.spec.slots]
+        names = [param.name for param in params]
         is_here = [i in chunk.delivered for chunk in chunks for i in range(len(chunk.spec.slots))]
         is_late = [bool(chunk.late) for chunk in chunks]
         values = torch.tensor([*(own.get(name, 0.0) for name in names), *is_here, *is_late], dtype=torch.float64)
         table = self._group.gather_values(values, name="norms of gradients")
         sums, is_anywhere, is_late_anywhere = torch.split(table, [len(names), len(names), len(chunks)], dim=1)
         with_gradient = is_anywhere.any(dim=0).tolist()
-        sums = sums[: self._group.grid.num_shards]  # the first replica's; the others' are the same
-        self._agreed_sums = {name: _exact_sum(sums[:, i].tolist()) for i, name in enumerate(names) if with_gradient[i]}
+        grid = self._group.grid  # replicas have the same sums, and so have tensor ranks where they hold copies
+        sums = sums.view(grid.num_tensor_ranks, grid.num_replicas * grid.num_shards, -1)[:, : grid.num_shards]
+        self._agreed_sums = {
+            param.name: _exact_sum(sums[: 1 if param.split is None else None, :, i].reshape(-1).tolist())
+            for i, param in enumerate(params)
+            if with_gradient[i]
+        }
         return [chunk for chunk, is_any in zip(chunks, is_late_anywhere.any(dim=0).tolist(), strict=True) if is_any]
 
     def sums_of_squares(self) -> dict[str, float]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from gemini.chunk.sharding import ShardGroup
+from gemini.chunk.tensor_parallel import local_part, split_of
 from gemini.config import GeminiConfig
 from gemini.errors import ConfigError, ModelError
 from gemini.offload.resources import MAX_DEFAULT_THREADS, budgets_of
@@ -53,21 +54,30 @@ def check_same_model(model: torch.nn.Module, group: ShardGroup) -> None:
         group: the ranks.
 
     Raises:
-        ModelError: another rank's differs.
+        ModelError: another rank's differs, or a DTensor is divided unevenly.
         CollectiveError: a rank did not take part.
     """
-    structure = values = 0
+    structure = copies = parts = 0
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        kind = (name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad, tensor.is_meta)
+        split = split_of(name, tensor)
+        dim = None if split is None else split.dim
+        kind = (name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad, tensor.is_meta, dim)
         structure = zlib.crc32(repr(kind).encode(), structure)
         if not tensor.is_meta and isinstance(tensor, torch.nn.Parameter):
-            content = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-            values = zlib.crc32(content.numpy().data, values)
-    for fingerprint, what, remedy in (
-        (structure, "models", "build the same model everywhere"),
-        (values, "first values of parameters", "set the same seed before building the model, or load a checkpoint"),
+            content = local_part(tensor).detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
+            if split is None:
+                copies = zlib.crc32(content, copies)
+            else:
+                parts = zlib.crc32(content, parts)
+    num_peers = len(group.ranks) // group.grid.num_tensor_ranks
+    peers = group.ranks[group.grid.tensor_rank * num_peers :][:num_peers]
+    seed = "set the same seed before building the model, or load a checkpoint"
+    for fingerprint, what, ranks, remedy in (
+        (structure, "models", group.ranks, "build the same model everywhere"),
+        (copies, "first values of parameters", group.ranks, seed),
+        (parts, "first values of parameters", peers, seed),
     ):
-        others = _ranks_that_differ(fingerprint, group, name=what)
+        others = [rank for rank in _ranks_that_differ(fingerprint, group, name=what) if rank in ranks]
         if others:
             raise ModelError(
                 f"zero.shard: rank {group.rank} and rank {others[0]} have different {what}, of which each keeps a "

@@ -57,6 +57,9 @@ class _Line:
         return len(self.ranks)
 
 
+_ALONE = _Line(None, 0, (0,))
+
+
 class TorchGroup:
     """The process groups that share one model, and the failures of their collectives.
 
@@ -65,6 +68,7 @@ class TorchGroup:
             the default group. Not destroyed here.
         device: where chunks are gathered.
         replicas: the ranks that hold the same shard; None: there is one replica.
+        tensor_ranks: the ranks among which parameters are divided first; None: they are not.
         swap_directory: where the ranks of this machine have their swap files; those of ranks that have died are removed
             when the group is closed after a failure.
 
@@ -78,11 +82,14 @@ class TorchGroup:
         device: torch.device,
         *,
         replicas: dist.ProcessGroup | None = None,
+        tensor_ranks: dist.ProcessGroup | None = None,
         swap_directory: Path | None = None,
     ) -> None:
         self._lines = {RankAxis.SHARD: _line_of(shards)}
         if replicas is not None:
             self._lines[RankAxis.REPLICA] = _line_of(replicas)
+        if tensor_ranks is not None:
+            self._lines[RankAxis.TENSOR] = _line_of(tensor_ranks)
         self._swap_directory = swap_directory
         self._rank = dist.get_rank()
         self._values_device = torch.device("cpu") if dist.get_backend(shards) == "gloo" else device
@@ -91,7 +98,7 @@ class TorchGroup:
         self._num_collectives = 0
         self._failure: str | None = None
         own = torch.tensor([self._rank])
-        self._ranks = tuple(self._gather_along(self._lines, own, "numbers of ranks")[:, 0].tolist())
+        self._ranks = tuple(self._collect(self._lines, own, "numbers of ranks")[:, 0].tolist())
 
     @property
     def rank(self) -> int:
@@ -101,15 +108,18 @@ class TorchGroup:
     @property
     def grid(self) -> RankGrid:
         """How the ranks are arranged."""
-        replicas = self._lines.get(RankAxis.REPLICA)
-        num_shards = self._lines[RankAxis.SHARD].num_ranks
-        if replicas is None:
-            return RankGrid(num_shards=num_shards)
-        return RankGrid(num_shards=num_shards, num_replicas=replicas.num_ranks, replica=replicas.place)
+        replicas, tensor_ranks = (self._lines.get(axis, _ALONE) for axis in (RankAxis.REPLICA, RankAxis.TENSOR))
+        return RankGrid(
+            num_shards=self._lines[RankAxis.SHARD].num_ranks,
+            num_replicas=replicas.num_ranks,
+            replica=replicas.place,
+            num_tensor_ranks=tensor_ranks.num_ranks,
+            tensor_rank=tensor_ranks.place,
+        )
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The numbers of all ranks that share the model: replica after replica, each in the order of its shards."""
+        """The numbers of all ranks that share the model: by tensor rank, then by replica, in the order of shards."""
         return self._ranks
 
     def shard_of(self, numel: int, itemsize: int) -> ChunkShard:
@@ -173,41 +183,39 @@ class TorchGroup:
             name: what is gathered, for messages.
 
         Returns:
-            [num_replicas * num_shards, n] on the CPU, in the order of `ranks`.
+            [num_tensor_ranks * num_replicas * num_shards, n] on the CPU, in the order of `ranks`.
 
         Raises:
             CollectiveError: a rank has died, stalled or gone another way.
         """
-        return self._gather_in_step(self._lines, self._ranks, values, name)
+        return self._gather_in_step(self._lines, values, name)
 
-    def gather_pieces(self, values: torch.Tensor, *, name: str) -> torch.Tensor:
-        """Return the values of the ranks of this replica, in the order of their shards; else as `gather_values`.
+    def gather_along(self, axes: Sequence[RankAxis], values: torch.Tensor, *, name: str) -> torch.Tensor:
+        """Return the values of the ranks along some axes only; else as `gather_values`.
 
         Args:
+            axes: which.
             values: [n] on the CPU, of any dtype.
             name: what is gathered, for messages.
 
         Returns:
-            [num_shards, n] on the CPU.
+            [num_ranks, n] on the CPU; along the first axis rows follow one another.
 
         Raises:
             CollectiveError: a rank has died, stalled or gone another way.
         """
-        line = self._lines[RankAxis.SHARD]
-        return self._gather_in_step((RankAxis.SHARD,), line.ranks, values, name)
+        return self._gather_in_step(axes, values, name)
 
-    def _gather_in_step(
-        self, axes: Iterable[RankAxis], ranks: Sequence[int], values: torch.Tensor, name: str
-    ) -> torch.Tensor:
+    def _gather_in_step(self, axes: Iterable[RankAxis], values: torch.Tensor, name: str) -> torch.Tensor:
         """Return the values of the ranks along some axes, after checking their trails."""
         what = self._note("all-gather", name)
-        trail = torch.tensor([self._trail, self._num_collectives], dtype=torch.int64)
+        trail = torch.tensor([self._rank, self._num_collectives, self._trail], dtype=torch.int64)
         message = torch.cat([trail.view(torch.uint8), values.contiguous().view(torch.uint8)])
-        rows = self._gather_along(axes, message, what)
+        rows = self._collect(axes, message, what)
         trails = rows[:, : trail.nbytes].contiguous().view(torch.int64)
-        others = [rank for rank, other in zip(ranks, trails, strict=True) if not torch.equal(other, trail)]
+        others = [int(other[0]) for other in trails if not torch.equal(other[1:], trail[1:])]
         if others:
-            counts = ", ".join(f"rank {rank} {int(other[1])}" for rank, other in zip(ranks, trails, strict=True))
+            counts = ", ".join(f"rank {rank} {count}" for rank, count, _ in trails.tolist())
             self._failure = (
                 f"{what}: rank {self._rank} and rank {others[0]} have not asked for the same collectives (so far: "
                 f"{counts}): all ranks must run the same units in the same order, evaluation and saving included"
@@ -215,7 +223,7 @@ class TorchGroup:
             raise CollectiveError(self._failure)
         return rows[:, trail.nbytes :].contiguous().view(values.dtype)
 
-    def _gather_along(self, axes: Iterable[RankAxis], values: torch.Tensor, what: str) -> torch.Tensor:
+    def _collect(self, axes: Iterable[RankAxis], values: torch.Tensor, what: str) -> torch.Tensor:
         """Return what the ranks along some axes have, [num_ranks, n], the first axis running fastest."""
         rows = values.view(1, -1)
         for line in [self._lines[axis] for axis in axes]:

@@ -66,6 +66,8 @@ class RankAxis(Enum):
     """Ranks that hold one replica of the model together, each a shard of every chunk."""
     REPLICA = "replica"
     """Ranks that hold the same shard."""
+    TENSOR = "tensor"
+    """Ranks that hold other parts of each parameter, or copies; they are given the same batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +78,10 @@ class RankGrid:
     num_replicas: int = 1
     replica: int = 0
     """This rank's, from 0."""
+    num_tensor_ranks: int = 1
+    """Ranks among which parameters are divided before they are laid out in chunks."""
+    tensor_rank: int = 0
+    """This rank's place among them, from 0."""
 
     @property
     def num_batches(self) -> int:
@@ -163,21 +169,22 @@ class ShardGroup(Protocol):
             name: what is gathered, for messages.
 
         Returns:
-            [num_replicas * num_shards, n] on the CPU, the same bits on every rank.
+            [num_tensor_ranks * num_replicas * num_shards, n] on the CPU, the same bits on every rank.
 
         Raises:
             CollectiveError: a rank has died, stalled or gone another way.
         """
 
-    def gather_pieces(self, values: torch.Tensor, *, name: str) -> torch.Tensor:
-        """Return the values of the ranks of this replica, in the order of their shards; else as `gather_values`.
+    def gather_along(self, axes: Sequence[RankAxis], values: torch.Tensor, *, name: str) -> torch.Tensor:
+        """Return the values of the ranks along some axes only; else as `gather_values`.
 
         Args:
+            axes: which; the same on all ranks.
             values: [n] on the CPU, of any dtype; of the same length everywhere.
             name: what is gathered, for messages.
 
         Returns:
-            [num_shards, n] on the CPU.
+            [num_ranks, n] on the CPU; along the first axis rows follow one another.
 
         Raises:
             CollectiveError: a rank has died, stalled or gone another way.
@@ -229,7 +236,7 @@ def cut_spec(spec: ChunkSpec, shard: ChunkShard) -> ChunkSpec:
     for slot in spec.slots:
         piece = piece_of(slot, shard)
         if piece.start < piece.stop:
-            param = dataclasses.replace(slot.spec, shape=(piece.stop - piece.start,))
+            param = dataclasses.replace(slot.spec, shape=(piece.stop - piece.start,), split=None)
             slots.append(dataclasses.replace(slot, spec=param, begin=slot.begin + piece.start - shard.begin))
     return dataclasses.replace(spec, slots=tuple(slots), numel=shard.numel)
 
