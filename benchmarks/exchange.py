@@ -22,7 +22,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 from results_file import spread_of, write_results
 
-from gemini.gradient_exchange import mean_of_ranks
+from gemini.gradient_exchange import mean_of_sum
+from gemini.replica_sums import sum_of_parts
 
 COLUMNS = ("system", "num_ranks", "ms", "ms_min", "ms_max")
 
@@ -50,7 +51,7 @@ def systems(numel: int) -> dict[str, Callable[[], object]]:
 
     def exchange_and_add() -> torch.Tensor:
         exchange()
-        return mean_of_ranks(received.view(world_size, numel))
+        return mean_of_sum(sum_of_parts(received.view(world_size, numel)), world_size, received.dtype)
 
     def reduce_in_float32() -> torch.Tensor:
         total = torch.empty(numel)

@@ -16,6 +16,7 @@ from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import ChunkLayout, ChunkSpec, build_layout, layout_summary
 from gemini.chunk.module_tree import describe_model
 from gemini.chunk.sharding import ChunkShard, Sharding, cut_spec, cut_values
+from gemini.chunk.tensor_parallel import is_dtensor, local_part
 from gemini.config import GeminiConfig
 from gemini.errors import ConfigError, ModelError, OutOfTierMemoryError
 from gemini.gradients import GradientStore
@@ -86,6 +87,8 @@ def draw_blueprint(model: torch.nn.Module, config: GeminiConfig, *, sharding: Sh
         OutOfTierMemoryError: the budgets cannot hold the model.
     """
     _refuse_overlaps(model)
+    if sharding is None:
+        _refuse_dtensors(model)
     if sharding is not None and config.overlap == "speculative":
         raise ConfigError(
             'GeminiConfig.overlap: "speculative" is for one rank; choose "auto", "next-forward" or "off" when sharding'
@@ -144,9 +147,10 @@ def draw_blueprint(model: torch.nn.Module, config: GeminiConfig, *, sharding: Sh
 
 def _refuse_overlaps(model: torch.nn.Module) -> None:
     """Raise ModelError if two parameters share memory without being the same object: chunks would untie them."""
+    params = ((name, local_part(param)) for name, param in model.named_parameters())
     ranges = sorted(
         (param.untyped_storage().data_ptr(), param.data_ptr(), param.data_ptr() + param.nbytes, name)
-        for name, param in model.named_parameters()
+        for name, param in params
         if not param.is_meta and param.numel() > 1 and param.untyped_storage().nbytes() >= param.nbytes
     )
     for (storage, _, end, name), (next_storage, next_begin, _, next_name) in pairwise(ranges):
@@ -154,6 +158,15 @@ def _refuse_overlaps(model: torch.nn.Module) -> None:
             raise ModelError(
                 f"parameters {name} and {next_name} share memory but are two objects; tie them by assigning one "
                 "Parameter to both modules before GeminiDDP(...)"
+            )
+
+
+def _refuse_dtensors(model: torch.nn.Module) -> None:
+    for name, param in model.named_parameters():
+        if is_dtensor(param):
+            raise ModelError(
+                f"parameter {name} is a DTensor, of which other ranks hold parts: wrap the model with "
+                "zero.shard(model, config, mesh=...), where the mesh is that of data parallelism, of one rank or more"
             )
 
 

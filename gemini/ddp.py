@@ -13,6 +13,7 @@ from gemini.activations import ActivationCheckpoints
 from gemini.assembly import assemble
 from gemini.chunk.layout import ParamSlot
 from gemini.chunk.sharding import Sharding
+from gemini.chunk.tensor_parallel import local_part
 from gemini.config import GeminiConfig
 from gemini.errors import CheckpointMismatchError, ConfigError, ModelError
 from gemini.hooks import HookSet
@@ -251,7 +252,7 @@ class GeminiDDP(torch.nn.Module):
         for module_name, module in self.module.named_modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and name not in module._non_persistent_buffers_set:
-                    yield f"{module_name}.{name}".strip("."), buffer.detach().cpu().clone()
+                    yield f"{module_name}.{name}".strip("."), local_part(buffer).detach().cpu().clone()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights into their homes; their float32 values become the masters, the moments stay.
@@ -282,7 +283,9 @@ class GeminiDDP(torch.nn.Module):
         slots = self._runtime.layout.slot_by_name
         for name, value in state_dict.items():
             expected = (
-                slots[params[name]].spec.shape if name in params else tuple(getattr(buffers.get(name), "shape", ()))
+                slots[params[name]].spec.full_shape
+                if name in params
+                else tuple(getattr(buffers.get(name), "shape", ()))
             )
             if name not in unexpected and tuple(value.shape) != tuple(expected):
                 raise CheckpointMismatchError(
@@ -293,7 +296,7 @@ class GeminiDDP(torch.nn.Module):
             if name in params:
                 load_master(self._runtime, slots[params[name]], value)
             elif name in buffers:
-                buffers[name].copy_(value)
+                local_part(buffers[name]).copy_(value)
         return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 
     def _persistent_buffers(self) -> list[str]:

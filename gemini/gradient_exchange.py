@@ -1,8 +1,8 @@
-"""Gradients between ranks: each sends every other rank that one's part, and takes the mean of what it receives.
+"""Gradients between ranks: each sends every other rank that one's part, and adds up what it receives.
 
 A chunk that is put together in a slot goes from there at once. One that fits no slot, or is kept whole elsewhere, goes
 in pieces: some elements of every rank's shard at a time, copied together in a slot. Sums are taken in float32 and in
-rank order, so that no sum overflows in half precision and all runs give the same bits.
+rank order, so that no sum overflows in half precision and all runs give the same bits; over replicas, see replica_sums.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from gemini.chunk.layout import ChunkSpec
 from gemini.chunk.sharding import ChunkShard, Collective, ShardGroup
 from gemini.errors import GeminiError
 from gemini.offload.transfer import Transfers
+from gemini.replica_sums import ReplicaSums, sum_of_parts
 
-__all__ = ["ExchangeSlot", "GradientExchange", "copy_piece", "mean_of_ranks"]
+__all__ = ["ExchangeSlot", "GradientExchange", "copy_piece", "mean_of_sum"]
 
 
 @dataclass(eq=False)
@@ -42,8 +43,8 @@ class _Piece:
     numel: int
     slot: ExchangeSlot
     under_way: Collective
-    mean: torch.Tensor | None
-    """Takes the mean, the whole shard's; None: the piece is all of it."""
+    total: torch.Tensor | None
+    """Takes the sum, the whole shard's, float32; None: the piece is all of it."""
 
     @property
     def is_last(self) -> bool:
@@ -58,7 +59,8 @@ class GradientExchange:
         transfers: source of compute memory.
         num_slots: exchanges at the same time.
         slot_nbytes: bytes of what is exchanged at once; 0: nothing ever is.
-        deliver: takes the mean of this rank's shard of a chunk's gradients, [shard numel] of the working dtype.
+        deliver: takes a chunk's id and the sum over all ranks of this rank's shard of its gradients, float32 [numel],
+            which is given away.
     """
 
     def __init__(
@@ -68,17 +70,23 @@ class GradientExchange:
         *,
         num_slots: int,
         slot_nbytes: int,
-        deliver: Callable[[ChunkSpec, ChunkShard, torch.Tensor], None],
+        deliver: Callable[[int, torch.Tensor], None],
     ) -> None:
         self._group = group
         self._transfers = transfers
         self._slot_nbytes = slot_nbytes
         self._deliver = deliver
+        self._replica_sums = ReplicaSums(group, deliver) if group.grid.num_replicas > 1 else None
         self._free = [
             ExchangeSlot(*(transfers.allocate(slot_nbytes, "exchange slots") for _ in range(2)))
             for _ in range(num_slots if slot_nbytes else 0)
         ]
         self._under_way: deque[_Piece] = deque()
+
+    @property
+    def has_replicas(self) -> bool:
+        """Whether sums are taken over replicas too, which takes collectives after the exchange."""
+        return self._replica_sums is not None
 
     def fits(self, spec: ChunkSpec, shard: ChunkShard) -> bool:
         """Return whether a slot has room for a whole chunk."""
@@ -102,7 +110,7 @@ class GradientExchange:
         self._free.append(slot)
 
     def send(self, spec: ChunkSpec, shard: ChunkShard, slot: ExchangeSlot) -> None:
-        """Start exchanging the whole chunk that a slot holds; the slot is free when its mean has been delivered."""
+        """Start exchanging the whole chunk that a slot holds; the slot is free when its sum has been taken."""
         self._start(spec, shard, slot, 0, shard.numel, None)
 
     def send_in_pieces(self, spec: ChunkSpec, shard: ChunkShard, gradients: Mapping[int, torch.Tensor]) -> None:
@@ -115,9 +123,9 @@ class GradientExchange:
                 under way.
         """
         piece_numel = min(self._slot_nbytes // (shard.num_ranks * spec.dtype.itemsize), shard.numel)
-        mean = None
+        total = None
         if piece_numel < shard.numel:
-            mean = torch.empty(shard.numel, dtype=spec.dtype, device=self._transfers.device)
+            total = torch.empty(shard.numel, dtype=torch.float32, device=self._transfers.device)
         for begin in range(0, shard.numel, piece_numel):
             numel = min(piece_numel, shard.numel - begin)
             slot = self.claim()
@@ -125,7 +133,7 @@ class GradientExchange:
             sent = slot.sent.view(spec.dtype)[: shard.num_ranks * numel].view(shard.num_ranks, numel).zero_()
             for position, flat in gradients.items():
                 copy_piece(sent, flat, at=spec.slots[position].begin - begin, stride=shard.numel)
-            self._start(spec, shard, slot, begin, numel, mean)
+            self._start(spec, shard, slot, begin, numel, total)
 
     def _start(
         self,
@@ -134,41 +142,56 @@ class GradientExchange:
         slot: ExchangeSlot,
         begin: int,
         numel: int,
-        mean: torch.Tensor | None,
+        total: torch.Tensor | None,
     ) -> None:
         nbytes = shard.num_ranks * numel * spec.dtype.itemsize
         name = f"gradients of {spec.name}"
         under_way = self._group.exchange(slot.sent[:nbytes], slot.received[:nbytes], name=name)
-        self._under_way.append(_Piece(spec, shard, begin, numel, slot, under_way, mean))
+        self._under_way.append(_Piece(spec, shard, begin, numel, slot, under_way, total))
+        if self._replica_sums is not None:
+            while len(self._under_way) > 1:
+                self._arrive()
+            self._replica_sums.advance()
 
     def _arrive(self) -> None:
-        """Wait for the oldest exchange, and hand the mean of its shard on when it is complete."""
+        """Wait for the oldest exchange, and hand the sum of its shard on when it is complete."""
         piece = self._under_way.popleft()
         try:
             piece.under_way.wait()
             numel, num_ranks = piece.numel, piece.shard.num_ranks
-            parts = piece.slot.received.view(piece.spec.dtype)[: num_ranks * numel].view(num_ranks, numel)
-            mean = mean_of_ranks(parts)
-            if piece.mean is not None:
-                piece.mean[piece.begin : piece.begin + numel] = mean
-                mean = piece.mean
-            if piece.is_last:
-                self._deliver(piece.spec, piece.shard, mean)
+            total = sum_of_parts(piece.slot.received.view(piece.spec.dtype)[: num_ranks * numel].view(num_ranks, numel))
         finally:
             self._free.append(piece.slot)
+        if piece.total is not None:
+            piece.total[piece.begin : piece.begin + numel] = total
+            total = piece.total
+        if not piece.is_last:
+            return
+        if self._replica_sums is None:
+            self._deliver(piece.spec.chunk_id, total)
+        else:
+            self._replica_sums.add(piece.spec.chunk_id, total, name=f"sums of {piece.spec.name}")
 
     def finish(self) -> None:
-        """Deliver the means of everything under way."""
+        """Deliver the sums of everything under way."""
         while self._under_way:
             self._arrive()
+        if self._replica_sums is not None:
+            self._replica_sums.finish()
 
-    def close(self) -> None:
-        """Wait for what is under way, whatever becomes of it, and give all slots back; none is claimed any more."""
+    def abandon(self) -> None:
+        """Wait for what is under way, whatever becomes of it, and forget it; starts nothing."""
         while self._under_way:
             piece = self._under_way.popleft()
             self._free.append(piece.slot)
             with suppress(GeminiError):
                 piece.under_way.wait()
+        if self._replica_sums is not None:
+            self._replica_sums.abandon()
+
+    def close(self) -> None:
+        """Abandon what is under way and give all slots back; none is claimed any more."""
+        self.abandon()
         for slot in self._free:
             for buffer in (slot.sent, slot.received):
                 self._transfers.free(buffer, "exchange slots")
@@ -191,16 +214,15 @@ def copy_piece(rows: torch.Tensor, flat: torch.Tensor, *, at: int, stride: int) 
             row[begin - first : end - first].copy_(flat[begin:end])
 
 
-def mean_of_ranks(parts: torch.Tensor) -> torch.Tensor:
-    """Return the mean of what all ranks have sent: added in float32 in rank order, rounded once.
+def mean_of_sum(total: torch.Tensor, num_summands: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return the mean that belongs to a sum, rounded once.
 
     Args:
-        parts: [num_ranks, numel], float32, bfloat16 or float16; read only.
+        total: float32; overwritten.
+        num_summands: how many were added.
+        dtype: float32, bfloat16 or float16.
 
     Returns:
-        The mean, [numel], of the same dtype. It overflows only where it is itself out of range.
+        The mean, of `dtype`. It overflows only where it is itself out of range.
     """
-    total = parts[0].to(torch.float32, copy=True)
-    for part in parts[1:]:
-        total.add_(part)
-    return total.div_(len(parts)).to(parts.dtype)
+    return total.div_(num_summands).to(dtype)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from gemini.chunk.tensor_parallel import is_dtensor
 from gemini.errors import ModelError
 from gemini.gradient_sink import GradientPlace, GradientUse, attach_sink, detach_sink, sink_of
 from gemini.outputs import map_tensors
@@ -155,6 +156,8 @@ class HookSet:
         for param in params:
             handle = param.register_post_accumulate_grad_hook(take_gradient)  # type: ignore[no-untyped-call]
             self._handles.append(handle)
+            if is_dtensor(param):  # its gradient may have to be summed over ranks first
+                continue
             self._sinks[param] = sink = _Sink(param, self._events, sums)
             attach_sink(param, sink)
         unwatched = [unit_modules[unit_id] for unit_id in self._compiled_units]

@@ -15,6 +15,7 @@ from types import TracebackType
 
 import torch
 
+from gemini.chunk.tensor_parallel import is_dtensor, local_part, split_of, stand_in_for
 from gemini.errors import ModelError
 
 __all__ = ["InitFn", "Initialiser", "find_init_fn"]
@@ -65,7 +66,8 @@ class Initialiser:
 
     Attributes:
         params: by canonical name the parameter that the model will have: the user's own, or a stand-in on `device`,
-            without values, for one that was on the meta device. Ties and flags are kept.
+            without values, for one that was on the meta device or is a DTensor, whose dtype is fixed, of another
+            dtype. Ties and flags are kept.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class Initialiser:
         self._originals = dict(model.named_parameters())
         self._final: dict[int, torch.nn.Parameter] = {}
         for name, param in self._originals.items():
-            self.params[name] = self._final[id(param)] = _stand_in(param, device, dtype) if param.is_meta else param
+            self.params[name] = self._final[id(param)] = _final_param(param, device, dtype)
 
     def __enter__(self) -> Initialiser:
         shown = {id(param): _meta_twin(param) for param in self._originals.values()}
@@ -107,14 +109,15 @@ class Initialiser:
             name: its canonical name.
 
         Returns:
-            Its own value on the CPU if it was real; else a new one, float32 if floating-point.
+            Its own value on the CPU if it was real; else a new one, float32 if floating-point. Of a DTensor the part
+            that is this rank's.
 
         Raises:
             ModelError: the model's initialisation leaves it, in part or in whole, without a value.
         """
         original = self._originals[name]
         if not original.is_meta:
-            return original.detach().to("cpu")
+            return local_part(original).detach().to("cpu")
         dtype = torch.float32 if original.is_floating_point() else original.dtype
         blank = torch.full(original.shape, _unlikely_value(dtype), dtype=dtype)
         real = torch.nn.Parameter(blank, requires_grad=original.requires_grad)
@@ -128,7 +131,8 @@ class Initialiser:
             owner._parameters[key] = hidden
         if real.is_floating_point() and real.numel() and bool(real.min().isnan()):  # NaN if any is; no mask in memory
             raise ModelError(f"parameter {name} {REMEDY}")
-        return real.detach()
+        split = split_of(name, original)
+        return real.detach() if split is None else split.cut(real.detach())
 
     def fill_buffers(self) -> None:
         """Make buffers on the meta device real and let their modules fill them.
@@ -154,9 +158,11 @@ class Initialiser:
             self._init_fn(self._modules[module_name])
 
 
-def _stand_in(param: torch.nn.Parameter, device: torch.device, dtype: torch.dtype) -> torch.nn.Parameter:
+def _final_param(param: torch.nn.Parameter, device: torch.device, dtype: torch.dtype) -> torch.nn.Parameter:
     kind = dtype if param.dtype.is_floating_point else param.dtype
-    missing = torch.zeros((), dtype=kind, device=device).expand(param.shape)
+    if not param.is_meta and not (is_dtensor(param) and param.dtype != kind):
+        return param
+    missing = stand_in_for(param, torch.zeros((), dtype=kind, device=device))
     return torch.nn.Parameter(missing, requires_grad=param.requires_grad)
 
 

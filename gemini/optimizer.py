@@ -149,7 +149,7 @@ class HybridAdam(torch.optim.Optimizer):
             return loss
         if self.max_grad_norm is not None:
             runtime.clip(norm, self.max_grad_norm)
-        with_gradient = runtime.slots_with_gradient()
+        with_gradient = runtime.gradients.names()
         updated = [(group, p) for group, p in params if self._slots[id(p)].spec.name in with_gradient]
         runtime.update(self._segments(updated))
         for _, param in updated:
@@ -226,10 +226,10 @@ class HybridAdam(torch.optim.Optimizer):
         for index, param in zip(ids, params, strict=True):
             entry = state_dict["state"].get(index)
             slot = self._slots[id(param)]
-            if entry is not None and tuple(entry["exp_avg"].shape) != slot.spec.shape:
+            if entry is not None and tuple(entry["exp_avg"].shape) != slot.spec.full_shape:
                 raise CheckpointMismatchError(
                     f"HybridAdam: the state of {slot.spec.name} has shape {tuple(entry['exp_avg'].shape)}, expected "
-                    f"{slot.spec.shape}"
+                    f"{slot.spec.full_shape}"
                 )
         self.runtime.finish_updates()
         for group, saved in zip(self.param_groups, groups, strict=True):
@@ -239,7 +239,7 @@ class HybridAdam(torch.optim.Optimizer):
             slot = self._slots[id(param)]
             entry = state_dict["state"].get(index)
             if entry is None:  # never updated
-                zeros = torch.zeros(()).expand(slot.spec.shape)
+                zeros = torch.zeros(()).expand(slot.spec.full_shape)
                 load_moments(self.runtime, slot, zeros, zeros)
                 continue
             load_moments(self.runtime, slot, entry["exp_avg"], entry["exp_avg_sq"])

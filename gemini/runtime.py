@@ -23,6 +23,7 @@ from gemini.chunk.chunk import Chunk
 from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import ChunkLayout, ParamSlot
 from gemini.chunk.sharding import Sharding
+from gemini.chunk.tensor_parallel import local_gradient, local_part
 from gemini.config import GeminiConfig
 from gemini.errors import GeminiError, ModelError
 from gemini.gradient_sink import GradientPlace
@@ -259,7 +260,8 @@ class Runtime:
 
     def is_borrowed(self, tensor: torch.Tensor) -> bool:
         """Return whether a tensor lies in a slot."""
-        return type(tensor) is torch.Tensor and self.core.is_slot(tensor.untyped_storage().data_ptr())
+        local = local_part(tensor)
+        return type(local) is torch.Tensor and self.core.is_slot(local.untyped_storage().data_ptr())
 
     # ---------------------------------------------------------------- backward
 
@@ -283,7 +285,7 @@ class Runtime:
         self._check_not_clipped()
         place = self._place_of_param[id(param)]
         self.gradients.fulfil_all(*place)
-        self.gradients.put(*place, grad)
+        self.gradients.put(*place, local_gradient(param, grad))
 
     def finish_gradient(self, param: torch.nn.Parameter) -> None:
         """Handle that all uses of a parameter in this backward pass have delivered by themselves."""
@@ -360,10 +362,6 @@ class Runtime:
         """Scale the gradients at hand so that a norm becomes at most `max_norm`, as torch's clip_grad_norm_ does."""
         self._clip_factor *= min(1.0, max_norm / (norm + 1e-6))
 
-    def slots_with_gradient(self) -> set[str]:
-        """Return the names of the parameters that have a gradient."""
-        return self.gradients.names()
-
     def update(self, segments: Mapping[int, tuple[AdamSegment, ...]]) -> None:
         """Update parameters and consume all gradients; depending on the overlap, the work goes on after the return.
 
@@ -432,11 +430,6 @@ class Runtime:
     def num_trace_mismatches(self) -> int:
         """Accesses of training steps that came in another order than in the step before."""
         return self._lookahead.num_mismatches
-
-    @property
-    def update_stall_s(self) -> float:
-        """Seconds that training has waited for updates."""
-        return self.overlap.stall_s
 
     def _end_step(self, *, is_clipped: bool) -> None:
         self.overlap.end_step(is_clipped=is_clipped)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from gemini.chunk.chunk import Chunk
+from gemini.chunk.tensor_parallel import local_part, with_local_part
 from gemini.errors import ModelError
 
 __all__ = ["SavedWeights"]
@@ -41,6 +42,8 @@ class _WeightView:
     """First element, in elements of `dtype` from the start of the chunk."""
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    dtensor: tuple[type[torch.Tensor], Any] | None
+    """Type and spec of the DTensor of which this was the local part; None: it was a plain tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +100,21 @@ class SavedWeights:
                 self.pop()
 
     def _view_of(self, tensor: torch.Tensor) -> _WeightView | None:
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        local = local_part(tensor)
+        if type(local) not in (torch.Tensor, torch.nn.Parameter):
             return None
-        chunk = self._chunk_of(tensor.untyped_storage().data_ptr())
+        chunk = self._chunk_of(local.untyped_storage().data_ptr())
         if chunk is None:
             return None
-        offset = int(tensor.storage_offset())
-        return _WeightView(chunk, chunk.num_updates, tensor.dtype, offset, tuple(tensor.shape), tuple(tensor.stride()))
+        return _WeightView(
+            chunk,
+            chunk.num_updates,
+            local.dtype,
+            int(local.storage_offset()),
+            tuple(local.shape),
+            tuple(local.stride()),
+            None if local is tensor else (type(tensor), tensor._spec),  # type: ignore[attr-defined]
+        )
 
     def _weights(self, saved: _WeightView) -> torch.Tensor:
         chunk = saved.chunk
@@ -115,7 +126,8 @@ class SavedWeights:
             )
         view = self._weights_of(chunk).view(saved.dtype).as_strided(saved.shape, saved.strides, saved.offset)
         # With create_graph=True backward builds a graph of its own, which saves what it is given here.
-        return view.clone() if torch.is_grad_enabled() and not chunk.is_resident else view
+        view = view.clone() if torch.is_grad_enabled() and not chunk.is_resident else view
+        return view if saved.dtensor is None else with_local_part(saved.dtensor[0], view, saved.dtensor[1])
 
     def _unpack(self, packed: Any) -> torch.Tensor:
         if isinstance(packed, _WeightView):

@@ -13,6 +13,8 @@ several times is reached as often; how often, the last backward pass tells. What
 kept and exchanged in the step, once the ranks have agreed that any of them has such latecomers. The same agreement says
 which parameters have a gradient on any rank, and carries the sums of squares: one synchronisation a step.
 
+With several replicas of the model what a replica has summed goes through gemini.replica_sums before it becomes a mean.
+
 Chunks that are used all through a step (the root unit's), and all of them in stage 1, are kept whole until the step and
 exchanged only then, however many backward passes there were.
 """
@@ -30,7 +32,7 @@ from gemini.accumulators import GradientAccumulators
 from gemini.backward_pass import BackwardPass
 from gemini.chunk.layout import ChunkSpec
 from gemini.chunk.sharding import ChunkShard, ShardGroup, cut_spec
-from gemini.gradient_exchange import ExchangeSlot, GradientExchange
+from gemini.gradient_exchange import ExchangeSlot, GradientExchange, mean_of_sum
 from gemini.gradient_listener import GradientListener, second_gradient_error
 from gemini.gradient_sink import GradientPlace
 from gemini.gradients import GradientStore
@@ -94,7 +96,7 @@ class ShardedGradients:
         self._transfers = transfers
         self._chunks: dict[int, _Chunk] = {}
         self._exchange = GradientExchange(
-            group, transfers, num_slots=num_slots, slot_nbytes=slot_nbytes, deliver=self._put_mean
+            group, transfers, num_slots=num_slots, slot_nbytes=slot_nbytes, deliver=self._hand_on
         )
         self._order: list[_Chunk] = []
         self._num_gone = 0
@@ -197,6 +199,8 @@ class ShardedGradients:
         self._pass.end()
         while self._num_gone < len(self._order):
             self._exchange_next()
+        if self._exchange.has_replicas:  # `clear` starts no collectives, so none may be left to start
+            self._end_means()
 
     def _fill(self, chunk: _Chunk, position: int, flat: torch.Tensor) -> None:
         whole = self._whole(chunk)
@@ -249,13 +253,15 @@ class ShardedGradients:
 
     # ---------------------------------------------------------------- on arrival
 
-    def _put_mean(self, spec: ChunkSpec, shard: ChunkShard, mean: torch.Tensor) -> None:
-        """Hand the mean of this rank's shard of a chunk's gradients on."""
+    def _hand_on(self, chunk_id: int, total: torch.Tensor) -> None:
+        """Give the mean of all ranks' gradients of a shard to the gradient store; its sum, float32, is overwritten."""
         if not self._is_taking_means:
             self._shards.begin_backward()
             self._is_taking_means = True
-        for position, piece in enumerate(cut_spec(spec, shard).slots):
-            self._shards.put(spec.chunk_id, position, mean[piece.begin : piece.end])
+        chunk = self._chunks[chunk_id]
+        mean = mean_of_sum(total, self._group.grid.num_batches, chunk.spec.dtype)
+        for position, piece in enumerate(cut_spec(chunk.spec, chunk.shard).slots):
+            self._shards.put(chunk_id, position, mean[piece.begin : piece.end])
 
     def _end_means(self) -> None:
         """Hand on the means of everything under way."""
@@ -296,14 +302,21 @@ class ShardedGradients:
         """Let all ranks know all sums of squares; return the chunks of which any rank has latecomers."""
         own = self._shards.sums_of_squares()
         chunks = list(self._chunks.values())
-        names = [slot.spec.name for chunk in chunks for slot in chunk.spec.slots]
+        params = [slot.spec for chunk in chunks for slot in chunk.spec.slots]
+        names = [param.name for param in params]
         is_here = [i in chunk.delivered for chunk in chunks for i in range(len(chunk.spec.slots))]
         is_late = [bool(chunk.late) for chunk in chunks]
         values = torch.tensor([*(own.get(name, 0.0) for name in names), *is_here, *is_late], dtype=torch.float64)
         table = self._group.gather_values(values, name="norms of gradients")
         sums, is_anywhere, is_late_anywhere = torch.split(table, [len(names), len(names), len(chunks)], dim=1)
         with_gradient = is_anywhere.any(dim=0).tolist()
-        self._agreed_sums = {name: _exact_sum(sums[:, i].tolist()) for i, name in enumerate(names) if with_gradient[i]}
+        grid = self._group.grid  # replicas have the same sums, and so have tensor ranks where they hold copies
+        sums = sums.view(grid.num_tensor_ranks, grid.num_replicas * grid.num_shards, -1)[:, : grid.num_shards]
+        self._agreed_sums = {
+            param.name: _exact_sum(sums[: 1 if param.split is None else None, :, i].reshape(-1).tolist())
+            for i, param in enumerate(params)
+            if with_gradient[i]
+        }
         return [chunk for chunk, is_any in zip(chunks, is_late_anywhere.any(dim=0).tolist(), strict=True) if is_any]
 
     def sums_of_squares(self) -> dict[str, float]:
@@ -324,6 +337,7 @@ class ShardedGradients:
         """Forget all gradients; starts nothing that other ranks must take part in."""
         self._pass.end()
         self._order, self._num_gone = [], 0  # of a backward pass that failed, some may not have gone
+        self._exchange.abandon()
         self._end_means()
         self._shards.clear()
         self._agreed_sums = None

@@ -1,7 +1,8 @@
 """Read and write single parameters and their state in their homes, wherever these are.
 
-With several ranks a home holds a shard. What is read is put together from all ranks' pieces, so all ranks must read
-the same parameters in the same order, and each gets everything. Of a value to be written each rank writes its piece.
+With several ranks a home holds a shard; with tensor parallelism, of what is this rank's. What is read is put together
+from all ranks' pieces, so all ranks must read the same parameters in the same order, and each gets everything. Of a
+value to be written each rank writes its piece.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 
 from gemini.chunk.chunk import Chunk
 from gemini.chunk.layout import ParamSlot
-from gemini.chunk.sharding import piece_of
+from gemini.chunk.sharding import RankAxis, piece_of
 from gemini.kernels.cpu import cast, join_master, split_master
 from gemini.offload.home import TiledHome
 from gemini.offload.io import empty_aligned
@@ -154,13 +155,14 @@ def _chunk_and_piece(runtime: Runtime, slot: ParamSlot) -> tuple[Chunk, ParamSlo
     if chunk.shard is None:
         return chunk, slot
     piece = piece_of(slot, chunk.shard)
-    spec = dataclasses.replace(slot.spec, shape=(piece.stop - piece.start,))
+    spec = dataclasses.replace(slot.spec, shape=(piece.stop - piece.start,), split=None)
     return chunk, dataclasses.replace(slot, spec=spec, begin=slot.begin + piece.start - chunk.shard.begin)
 
 
 def _cut(chunk: Chunk, slot: ParamSlot, value: torch.Tensor) -> torch.Tensor:
     """Return the piece of a parameter's value that lives here, flat on the CPU."""
-    flat = value.detach().to("cpu").reshape(-1)
+    whole = value.detach().to("cpu")
+    flat = (whole if slot.spec.split is None else slot.spec.split.cut(whole)).reshape(-1)
     return flat if chunk.shard is None else flat[piece_of(slot, chunk.shard)]
 
 
@@ -169,12 +171,17 @@ def _make_whole(runtime: Runtime, slot: ParamSlot, flat: torch.Tensor) -> torch.
     shard = runtime.core.chunks[slot.chunk_id].shard
     if shard is None or runtime.sharding is None:
         return flat.view(slot.spec.shape)
+    split = slot.spec.split
     pieces = [piece_of(slot, shard.of_rank(rank)) for rank in range(shard.num_ranks)]
     padded = flat.new_zeros(max(piece.stop - piece.start for piece in pieces))
     padded[: flat.numel()] = flat
-    gathered = runtime.sharding.group.gather_values(padded, name=slot.spec.name)
-    whole = [values[: piece.stop - piece.start] for values, piece in zip(gathered, pieces, strict=True)]
-    return torch.cat(whole).view(slot.spec.shape)
+    axes = (RankAxis.SHARD,) if split is None else (RankAxis.SHARD, RankAxis.TENSOR)
+    gathered = runtime.sharding.group.gather_along(axes, padded, name=slot.spec.name)
+    parts = []
+    for rows in gathered.view(-1, shard.num_ranks, padded.numel()):
+        whole = [values[: piece.stop - piece.start] for values, piece in zip(rows, pieces, strict=True)]
+        parts.append(torch.cat(whole).view(slot.spec.shape))
+    return parts[0] if split is None else split.join(parts)
 
 
 def _parts(runtime: Runtime, slot: ParamSlot) -> Iterator[_Part]:

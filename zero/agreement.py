@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from gemini.chunk.sharding import ShardGroup
+from gemini.chunk.tensor_parallel import local_part, split_of
 from gemini.config import GeminiConfig
 from gemini.errors import ConfigError, ModelError
 from gemini.offload.resources import MAX_DEFAULT_THREADS, budgets_of
@@ -53,21 +54,30 @@ def check_same_model(model: torch.nn.Module, group: ShardGroup) -> None:
         group: the ranks.
 
     Raises:
-        ModelError: another rank's differs.
+        ModelError: another rank's differs, or a DTensor is divided unevenly.
         CollectiveError: a rank did not take part.
     """
-    structure = values = 0
+    structure = copies = parts = 0
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        kind = (name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad, tensor.is_meta)
+        split = split_of(name, tensor)
+        dim = None if split is None else split.dim
+        kind = (name, tuple(tensor.shape), tensor.dtype, tensor.requires_grad, tensor.is_meta, dim)
         structure = zlib.crc32(repr(kind).encode(), structure)
         if not tensor.is_meta and isinstance(tensor, torch.nn.Parameter):
-            content = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-            values = zlib.crc32(content.numpy().data, values)
-    for fingerprint, what, remedy in (
-        (structure, "models", "build the same model everywhere"),
-        (values, "first values of parameters", "set the same seed before building the model, or load a checkpoint"),
+            content = local_part(tensor).detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
+            if split is None:
+                copies = zlib.crc32(content, copies)
+            else:
+                parts = zlib.crc32(content, parts)
+    num_peers = len(group.ranks) // group.grid.num_tensor_ranks
+    peers = group.ranks[group.grid.tensor_rank * num_peers :][:num_peers]
+    seed = "set the same seed before building the model, or load a checkpoint"
+    for fingerprint, what, ranks, remedy in (
+        (structure, "models", group.ranks, "build the same model everywhere"),
+        (copies, "first values of parameters", group.ranks, seed),
+        (parts, "first values of parameters", peers, seed),
     ):
-        others = _ranks_that_differ(fingerprint, group, name=what)
+        others = [rank for rank in _ranks_that_differ(fingerprint, group, name=what) if rank in ranks]
         if others:
             raise ModelError(
                 f"zero.shard: rank {group.rank} and rank {others[0]} have different {what}, of which each keeps a "
@@ -79,7 +89,7 @@ def count_node_ranks(group: ShardGroup) -> int:
     """Return how many ranks run on this rank's machine, itself included."""
     boot_id = _BOOT_ID.read_text() if _BOOT_ID.exists() else ""
     node = zlib.crc32(f"{socket.gethostname()} {boot_id}".encode())
-    return group.world_size - len(_ranks_that_differ(node, group, name="machines"))
+    return len(group.ranks) - len(_ranks_that_differ(node, group, name="machines"))
 
 
 def share_node(config: GeminiConfig, num_node_ranks: int, group: ShardGroup) -> GeminiConfig:
@@ -131,10 +141,11 @@ def check_all_built(error: BaseException | None, group: ShardGroup) -> None:
     has_failed = torch.tensor([error is not None], dtype=torch.int64)
     failed = group.gather_values(has_failed, name="outcomes of construction")[:, 0].nonzero()[:, 0].tolist()
     if failed and error is None:
-        raise ModelError(f"zero.shard: rank {failed[0]} could not build its engine and says why; this one is closed")
+        rank = group.ranks[failed[0]]
+        raise ModelError(f"zero.shard: rank {rank} could not build its engine and says why; this one is closed")
 
 
 def _ranks_that_differ(fingerprint: int, group: ShardGroup, *, name: str) -> list[int]:
     """Return the ranks whose fingerprint is another."""
     fingerprints = group.gather_values(torch.tensor([fingerprint], dtype=torch.int64), name=name)[:, 0].tolist()
-    return [rank for rank, other in enumerate(fingerprints) if other != fingerprint]
+    return [rank for rank, other in zip(group.ranks, fingerprints, strict=True) if other != fingerprint]

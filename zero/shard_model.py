@@ -16,6 +16,7 @@ from gemini.errors import ConfigError, GeminiError
 from gemini.initialise import InitFn
 from gemini.offload.resources import device_of
 from zero.agreement import check_all_built, check_same_config, check_same_model, count_node_ranks, share_node
+from zero.tensor_mesh import check_grid, find_tensor_mesh
 from zero.torch_group import TorchGroup
 
 __all__ = ["shard"]
@@ -31,25 +32,29 @@ def shard(
 ) -> GeminiDDP:
     """Wrap a model as GeminiDDP does, shared out among the ranks of a process group. Every rank calls it.
 
-    Each rank trains on its own batches; gradients are the mean over all ranks, and losses the rank's own. What runs
-    units of the model, and what reads or loads weights or optimizer state (`state_dict` and the like,
+    Each rank of the mesh trains on its own batches; gradients are the mean over these, and losses the rank's own. What
+    runs units of the model, and what reads or loads weights or optimizer state (`state_dict` and the like,
     `save_pretrained`, evaluation), is to be called by all ranks in the same order; weights read are complete on each.
 
     Args:
-        model: the same on every rank, values included; on the CPU or the meta device.
+        model: the same on every rank, values included; on the CPU or the meta device. Its parameters may be DTensors,
+            as torch.distributed.tensor.parallel makes them: then the ranks that hold parts of them get equal batches.
         config: the machine's: host and disk budgets are shared equally by its ranks; a device budget is each rank's
             own. None: defaults.
         stage: 1 shards the optimizer's state, 2 gradients too, 3 working weights too.
-        mesh: a mesh of one dimension whose ranks share the model; None: all ranks do.
+        mesh: whose ranks share the model; None: all ranks do. Of one dimension: each chunk is cut over it. Of two,
+            (replicate, shard): chunks are cut over the second, and the first has replicas of the shards. With
+            tensor parallelism it has the other dimensions of the same mesh.
         init_fn: as GeminiDDP's.
 
     Returns:
-        The engine. With one rank it is a plain GeminiDDP.
+        The engine. With one rank, and no DTensors, it is a plain GeminiDDP.
 
     Raises:
         ConfigError: there is no process group, the stage or the mesh is none that works, or ranks have different
             configurations.
-        ModelError: ranks have different models, or one of them could not build its engine.
+        ModelError: ranks have different models, DTensors are divided unevenly or over several meshes, or another rank
+            could not build its engine.
         OutOfTierMemoryError: the budgets cannot hold the model.
         OffloadIOError: a swap file cannot be made, claimed or filled.
         CollectiveError: a rank did not take part.
@@ -62,13 +67,17 @@ def shard(
             "zero.shard: there is no process group: call torch.distributed.init_process_group first, in processes "
             "started by torchrun"
         )
-    if mesh is not None and mesh.ndim != 1:
-        raise ConfigError(f"zero.shard: mesh: expected one dimension, got {mesh.ndim}: {mesh}")
-    process_group = None if mesh is None else mesh.get_group()
-    if dist.get_world_size(process_group) == 1:
-        return GeminiDDP(model, config, init_fn=init_fn)
+    if mesh is not None and mesh.ndim > 2:
+        raise ConfigError(
+            f"zero.shard: mesh: expected one dimension, or two (replicate, shard), got {mesh.ndim}: {mesh}"
+        )
+    process_group = None if mesh is None else mesh.get_group(mesh.ndim - 1)
+    num_ranks = dist.get_world_size() if mesh is None else mesh.size()
     wanted = device_of(config)
     device = wanted if isinstance(wanted, torch.device) else torch.device("cpu")
+    tensor_mesh = find_tensor_mesh(model, mesh, device)
+    if num_ranks == 1 and tensor_mesh is None:
+        return GeminiDDP(model, config, init_fn=init_fn)
     if device.type == "cuda" and dist.get_backend(process_group) == "gloo":
         raise ConfigError(
             f'zero.shard: gloo cannot exchange what is on {device}: call init_process_group("nccl"), or train with '
@@ -77,8 +86,11 @@ def shard(
     group = TorchGroup(
         process_group,
         device,
+        replicas=None if mesh is None or mesh.ndim == 1 else mesh.get_group(0),
+        tensor_ranks=None if tensor_mesh is None else tensor_mesh.get_group(),
         swap_directory=None if config.nvme is None else Path(config.nvme.path),
     )
+    check_grid(group)
     check_same_config(config, stage, group)
     check_same_model(model, group)
     config = share_node(config, count_node_ranks(group), group)

@@ -1,12 +1,14 @@
-"""The ranks of a torch.distributed process group, as gemini.chunk.sharding.ShardGroup wants them.
+"""The ranks of torch.distributed process groups, as gemini.chunk.sharding.ShardGroup wants them.
 
 Two collectives are used: an all-gather for weights and values, and an all-to-all for gradients, which the receiver adds
-up itself. Everything travels as bytes.
+up itself. Everything travels as bytes. There is a process group for each axis of the grid of ranks; what all ranks must
+know is gathered along one axis after the other.
 
 [Note: When a rank is lost]
 Backends say that a connection broke or that time ran out, not who was awaited by whom for what. So whoever fails
-writes to the group's store what it was waiting for, looks for a moment who else does, and names those that are silent.
-The first failure stays: every later call raises at once.
+writes to the group's store what it was waiting for, looks for a moment who else on its axis does, and names those that
+are silent. One whose peers have all failed before it names these and what they were waiting for. The first failure
+stays: every later call raises at once.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ import ctypes
 import logging
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
-from gemini.chunk.sharding import ChunkShard
+from gemini.chunk.sharding import ChunkShard, RankAxis, RankGrid
 from gemini.errors import CollectiveError
 from gemini.offload.store import remove_abandoned
 from gemini.offload.transfer import Move
@@ -38,51 +41,103 @@ REPORT_S = 2.0
 """Seconds in which other ranks may report the same failure before they are called silent."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """The ranks of one axis through this rank."""
+
+    group: dist.ProcessGroup | None
+    """None: all processes."""
+    place: int
+    """This rank's, from 0."""
+    ranks: tuple[int, ...]
+    """Their numbers among all processes."""
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.ranks)
+
+
+_ALONE = _Line(None, 0, (0,))
+
+
 class TorchGroup:
-    """A process group and the failures of its collectives.
+    """The process groups that share one model, and the failures of their collectives.
 
     Args:
-        group: NCCL for CUDA devices, gloo for the CPU; None: the default group. Not destroyed here.
+        shards: the ranks that hold one replica of the model together. NCCL for CUDA devices, gloo for the CPU; None:
+            the default group. Not destroyed here.
         device: where chunks are gathered.
+        replicas: the ranks that hold the same shard; None: there is one replica.
+        tensor_ranks: the ranks among which parameters are divided first; None: they are not.
         swap_directory: where the ranks of this machine have their swap files; those of ranks that have died are removed
             when the group is closed after a failure.
+
+    Raises:
+        CollectiveError: a rank did not take part.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup | None, device: torch.device, *, swap_directory: Path | None = None
+        self,
+        shards: dist.ProcessGroup | None,
+        device: torch.device,
+        *,
+        replicas: dist.ProcessGroup | None = None,
+        tensor_ranks: dist.ProcessGroup | None = None,
+        swap_directory: Path | None = None,
     ) -> None:
-        self._group = group
+        self._lines = {RankAxis.SHARD: _line_of(shards)}
+        if replicas is not None:
+            self._lines[RankAxis.REPLICA] = _line_of(replicas)
+        if tensor_ranks is not None:
+            self._lines[RankAxis.TENSOR] = _line_of(tensor_ranks)
         self._swap_directory = swap_directory
-        self._rank = dist.get_rank(group)
-        self._world_size = dist.get_world_size(group)
-        self._values_device = torch.device("cpu") if dist.get_backend(group) == "gloo" else device
+        self._rank = dist.get_rank()
+        self._values_device = torch.device("cpu") if dist.get_backend(shards) == "gloo" else device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._trail = 0  # checksum of all collectives so far
         self._num_collectives = 0
         self._failure: str | None = None
+        own = torch.tensor([self._rank])
+        self._ranks = tuple(self._collect(self._lines, own, "numbers of ranks")[:, 0].tolist())
 
     @property
     def rank(self) -> int:
-        """This process's place in the group, from 0."""
+        """This process's number among all processes, from 0."""
         return self._rank
 
     @property
-    def world_size(self) -> int:
-        """Number of processes in the group."""
-        return self._world_size
+    def grid(self) -> RankGrid:
+        """How the ranks are arranged."""
+        replicas, tensor_ranks = (self._lines.get(axis, _ALONE) for axis in (RankAxis.REPLICA, RankAxis.TENSOR))
+        return RankGrid(
+            num_shards=self._lines[RankAxis.SHARD].num_ranks,
+            num_replicas=replicas.num_ranks,
+            replica=replicas.place,
+            num_tensor_ranks=tensor_ranks.num_ranks,
+            tensor_rank=tensor_ranks.place,
+        )
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The numbers of all ranks that share the model: by tensor rank, then by replica, in the order of shards."""
+        return self._ranks
 
     def shard_of(self, numel: int, itemsize: int) -> ChunkShard:
         """Return this rank's shard of a chunk; see zero.sharding."""
-        return shard_of(numel, itemsize, rank=self._rank, world_size=self._world_size)
+        line = self._lines[RankAxis.SHARD]
+        return shard_of(numel, itemsize, rank=line.place, world_size=line.num_ranks)
 
     # ---------------------------------------------------------------- collectives
 
-    def all_gather(self, whole: torch.Tensor, *, name: str, after: Sequence[Move] = ()) -> _PendingCollective:
-        """Start filling a buffer with the shards of all ranks, in place.
+    def all_gather(
+        self, whole: torch.Tensor, *, name: str, axis: RankAxis = RankAxis.SHARD, after: Sequence[Move] = ()
+    ) -> _PendingCollective:
+        """Start filling a buffer with the parts of all ranks of an axis, in place.
 
         Args:
-            whole: uint8 [world_size * n]; holds this rank's n bytes in their place.
+            whole: uint8 [num_ranks * n]; holds this rank's n bytes in their place.
             name: what is gathered, for messages.
+            axis: among which ranks.
             after: copies into `whole` under way.
 
         Returns:
@@ -91,20 +146,23 @@ class TorchGroup:
         Raises:
             CollectiveError: the group has failed.
         """
-        what = self._note("all-gather", name)
-        nbytes = whole.numel() // self._world_size
+        line, what = self._lines[axis], self._note("all-gather", name)
+        nbytes = whole.numel() // line.num_ranks
         alias = alias_of(whole)
-        own = alias[self._rank * nbytes : (self._rank + 1) * nbytes]
-        with self._failing(what), self._behind(after):
-            return _PendingCollective(self, what, _start_all_gather(alias, own, self._group))
+        own = alias[line.place * nbytes : (line.place + 1) * nbytes]
+        with self._failing(what, line), self._behind(after):
+            return _PendingCollective(self, what, line, _start_all_gather(alias, own, line.group))
 
-    def exchange(self, sent: torch.Tensor, received: torch.Tensor, *, name: str) -> _PendingCollective:
-        """Start sending each rank its part of a buffer, and receiving this rank's part of everyone's.
+    def exchange(
+        self, sent: torch.Tensor, received: torch.Tensor, *, name: str, axis: RankAxis = RankAxis.SHARD
+    ) -> _PendingCollective:
+        """Start sending each rank of an axis its part of a buffer, and receiving this rank's part of everyone's.
 
         Args:
-            sent: uint8 [world_size * n], the parts in rank order; unchanged until the result has been waited for.
+            sent: uint8 [num_ranks * n], the parts in rank order; unchanged until the result has been waited for.
             received: as many bytes; overwritten.
             name: what is exchanged, for messages.
+            axis: among which ranks.
 
         Returns:
             The operation.
@@ -112,10 +170,10 @@ class TorchGroup:
         Raises:
             CollectiveError: the group has failed.
         """
-        what = self._note("all-to-all", name)
-        with self._failing(what), self._behind(()):
-            work = dist.all_to_all_single(alias_of(received), alias_of(sent), group=self._group, async_op=True)
-            return _PendingCollective(self, what, work)
+        line, what = self._lines[axis], self._note("all-to-all", name)
+        with self._failing(what, line), self._behind(()):
+            work = dist.all_to_all_single(alias_of(received), alias_of(sent), group=line.group, async_op=True)
+            return _PendingCollective(self, what, line, work)
 
     def gather_values(self, values: torch.Tensor, *, name: str) -> torch.Tensor:
         """Return everyone's values, and make sure that all ranks have come the same way; blocks.
@@ -125,28 +183,55 @@ class TorchGroup:
             name: what is gathered, for messages.
 
         Returns:
-            [world_size, n] on the CPU.
+            [num_tensor_ranks * num_replicas * num_shards, n] on the CPU, in the order of `ranks`.
 
         Raises:
             CollectiveError: a rank has died, stalled or gone another way.
         """
+        return self._gather_in_step(self._lines, values, name)
+
+    def gather_along(self, axes: Sequence[RankAxis], values: torch.Tensor, *, name: str) -> torch.Tensor:
+        """Return the values of the ranks along some axes only; else as `gather_values`.
+
+        Args:
+            axes: which.
+            values: [n] on the CPU, of any dtype.
+            name: what is gathered, for messages.
+
+        Returns:
+            [num_ranks, n] on the CPU; along the first axis rows follow one another.
+
+        Raises:
+            CollectiveError: a rank has died, stalled or gone another way.
+        """
+        return self._gather_in_step(axes, values, name)
+
+    def _gather_in_step(self, axes: Iterable[RankAxis], values: torch.Tensor, name: str) -> torch.Tensor:
+        """Return the values of the ranks along some axes, after checking their trails."""
         what = self._note("all-gather", name)
-        trail = torch.tensor([self._trail, self._num_collectives], dtype=torch.int64)
+        trail = torch.tensor([self._rank, self._num_collectives, self._trail], dtype=torch.int64)
         message = torch.cat([trail.view(torch.uint8), values.contiguous().view(torch.uint8)])
-        gathered = message.new_empty(self._world_size * message.numel(), device=self._values_device)
-        with self._failing(what):
-            _start_all_gather(gathered, message.to(self._values_device), self._group).wait()
-            rows = gathered.cpu().view(self._world_size, message.numel())
+        rows = self._collect(axes, message, what)
         trails = rows[:, : trail.nbytes].contiguous().view(torch.int64)
-        others = [rank for rank in range(self._world_size) if not torch.equal(trails[rank], trail)]
+        others = [int(other[0]) for other in trails if not torch.equal(other[1:], trail[1:])]
         if others:
-            counts = ", ".join(f"rank {rank} {int(trails[rank, 1])}" for rank in range(self._world_size))
+            counts = ", ".join(f"rank {rank} {count}" for rank, count, _ in trails.tolist())
             self._failure = (
                 f"{what}: rank {self._rank} and rank {others[0]} have not asked for the same collectives (so far: "
                 f"{counts}): all ranks must run the same units in the same order, evaluation and saving included"
             )
             raise CollectiveError(self._failure)
         return rows[:, trail.nbytes :].contiguous().view(values.dtype)
+
+    def _collect(self, axes: Iterable[RankAxis], values: torch.Tensor, what: str) -> torch.Tensor:
+        """Return what the ranks along some axes have, [num_ranks, n], the first axis running fastest."""
+        rows = values.view(1, -1)
+        for line in [self._lines[axis] for axis in axes]:
+            gathered = rows.new_empty(line.num_ranks * rows.numel(), device=self._values_device)
+            with self._failing(what, line):
+                _start_all_gather(gathered, rows.view(-1).to(self._values_device), line.group).wait()
+                rows = gathered.cpu().view(-1, values.numel())
+        return rows
 
     def _note(self, kind: str, name: str) -> str:
         """Add a collective to the trail; return what to call it."""
@@ -174,7 +259,7 @@ class TorchGroup:
             raise CollectiveError(f"this group has failed before: {self._failure}")
 
     @contextmanager
-    def _failing(self, what: str) -> Iterator[None]:
+    def _failing(self, what: str, line: _Line) -> Iterator[None]:
         """Turn a backend's error into one that names the collective and the ranks."""
         try:
             yield
@@ -182,32 +267,35 @@ class TorchGroup:
             if isinstance(error, CollectiveError):
                 raise
             self.check()
-            self._failure = self._describe(what, error)
+            reason = str(error).splitlines()[0].split(". This ")[0]
+            cause = self._find_cause(what, line)
+            self._failure = (
+                f"{what} failed on rank {self._rank} of {dist.get_world_size()}: {cause}; the backend says: {reason}. "
+                "Start all ranks again, from a checkpoint"
+            )
             raise CollectiveError(self._failure) from error
 
-    def _describe(self, what: str, error: RuntimeError) -> str:
-        reason = str(error).splitlines()[0].split(". This ")[0]
-        return (
-            f"{what} failed on rank {self._rank} of {self._world_size}: {self._find_silent(what)}; the backend says: "
-            f"{reason}. Start all ranks again, from a checkpoint"
-        )
-
-    def _find_silent(self, what: str) -> str:
-        """Tell the others of a failure through the store, and return who does not tell of one."""
-        silent = set(range(self._world_size)) - {self._rank}
+    def _find_cause(self, what: str, line: _Line) -> str:
+        """Tell the others of a failure through the store, and return who of a line does not tell of one."""
+        silent = set(line.ranks) - {self._rank}
         try:
             store = PrefixStore("zero-failure", dist.distributed_c10d._get_default_store())
             store.set_timeout(timedelta(seconds=REPORT_S))
-            store.set(f"{self._rank}", what)
+            store.set(f"{self._rank}", f"rank {self._rank} has failed before, in the {what}")
             deadline_s = time.monotonic() + REPORT_S
             while silent and time.monotonic() < deadline_s:
                 silent -= {rank for rank in silent if store.check([f"{rank}"])}
                 time.sleep(0.05)
+            if silent:
+                names = ", ".join(map(str, sorted(silent)))
+                cause = f"no word from rank {names}, which has died or stalled"
+            else:
+                others = [store.get(f"{rank}").decode() for rank in line.ranks if rank != self._rank]
+                cause = others[0] if others else "a connection was lost"
+            store.set(f"{self._rank}", f"rank {self._rank} has failed in the {what}: {cause}")
         except RuntimeError:
             return "the process that holds the group's store is gone"
-        if not silent:
-            return "a connection was lost, but all ranks are there"
-        return f"no word from rank {', '.join(map(str, sorted(silent)))}, which has died or stalled"
+        return cause
 
     def close(self) -> None:
         """Let go of the process group, which its owner destroys, and clear up after ranks that have died."""
@@ -222,9 +310,10 @@ class TorchGroup:
 class _PendingCollective:
     """One collective under way."""
 
-    def __init__(self, group: TorchGroup, what: str, work: dist.Work) -> None:
+    def __init__(self, group: TorchGroup, what: str, line: _Line, work: dist.Work) -> None:
         self._group = group
         self._what = what
+        self._line = line
         self._work: dist.Work | None = work
 
     def wait(self) -> None:
@@ -235,7 +324,7 @@ class _PendingCollective:
         """
         work, self._work = self._work, None
         if work is not None:
-            with self._group._failing(self._what):
+            with self._group._failing(self._what, self._line):
                 work.wait()
 
 
@@ -267,6 +356,20 @@ def alias_of(buffer: torch.Tensor) -> torch.Tensor:
         return torch.as_tensor(_CudaMemory(buffer), device=buffer.device)
     memory = (ctypes.c_uint8 * buffer.numel()).from_address(buffer.data_ptr())
     return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _line_of(group: dist.ProcessGroup | None) -> _Line:
+    if group is not None:
+        _shorten_timeout(group)
+    return _Line(group, dist.get_rank(group), tuple(dist.get_process_group_ranks(group)))
+
+
+def _shorten_timeout(group: dist.ProcessGroup) -> None:
+    """Let a group wait no longer than the default group; a mesh makes its groups with half an hour on gloo."""
+    groups = (group, dist.distributed_c10d._get_default_group())
+    backends = [each._get_backend(device) for each in groups for device in each._device_types]
+    timeout = min(backend.options._timeout for backend in backends)
+    dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def _start_all_gather(gathered: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup | None) -> dist.Work:

@@ -11,6 +11,7 @@ from gemini.chunk.fetch import Fetch
 from gemini.chunk.layout import ChunkSpec, ParamSlot
 from gemini.chunk.sharding import ChunkShard, cut_spec
 from gemini.chunk.state import ChunkState, check_transition
+from gemini.chunk.tensor_parallel import local_part, show_values
 from gemini.errors import ModelError
 from gemini.offload.home import TiledHome
 
@@ -153,7 +154,7 @@ class Chunk:
         with torch.inference_mode(False):  # what is bound now may be trained with later
             self.compute = buffer[: self.spec.working_nbytes].view(self.spec.dtype)
             for slot, param in zip(self.spec.slots, self.params, strict=True):
-                param.data = param_view(self.compute, slot)
+                show_values(param, param_view(self.compute, slot))
         self._remember_binding()
 
     def check_params(self) -> None:
@@ -172,7 +173,7 @@ class Chunk:
                     f"has {found} now; set requires_grad before GeminiDDP(...), and device and dtype in GeminiConfig "
                     "instead of calling .to(), .cuda() or .half()"
                 )
-            if param.data_ptr() != address:
+            if local_part(param).data_ptr() != address:
                 raise ModelError(
                     f"parameter {slot.spec.name} no longer shows its chunk: its .data was replaced after "
                     "GeminiDDP(...); load values with engine.load_state_dict instead"
@@ -184,12 +185,12 @@ class Chunk:
         self._device_type = missing.device.type
         with torch.inference_mode(False):
             for slot, param in zip(self.spec.slots, self.params, strict=True):
-                param.data = missing.expand(slot.spec.shape)
+                show_values(param, missing.expand(slot.spec.shape))
         self._remember_binding()
 
     def _remember_binding(self) -> None:
-        self._addresses = [param.data_ptr() for param in self.params]
-        self._versions = [param._version for param in self.params]
+        self._addresses = [local_part(param).data_ptr() for param in self.params]
+        self._versions = [_version_of(param) for param in self.params]
 
     def check_written(self) -> None:
         """Refuse parameters that were written in place: the home knows nothing of it, and may be all that is kept.
@@ -198,12 +199,18 @@ class Chunk:
             ModelError: one was.
         """
         for slot, param, version in zip(self.spec.slots, self.params, self._versions, strict=True):
-            if param._version != version:
+            if _version_of(param) != version:
                 self._remember_binding()
                 raise ModelError(
                     f"parameter {slot.spec.name} was written in place; only the optimizer and engine.load_state_dict "
                     "may change weights, which live elsewhere most of the time"
                 )
+
+
+def _version_of(param: torch.Tensor) -> int:
+    """Return how often a parameter, or this rank's part of it, was written in place."""
+    local = local_part(param)
+    return param._version if local is param else param._version + local._version
 
 
 def count_holders(buffer: torch.Tensor) -> int:

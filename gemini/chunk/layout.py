@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gemini.chunk.tensor_parallel import TensorSplit
 from gemini.chunk.units import choose_units, reachable_param_names, root_param_names
 from gemini.tiers import format_nbytes, round_up
 
@@ -46,9 +47,17 @@ class ParamSpec:
     index: int
     """Position in the model's parameter order."""
     shape: tuple[int, ...]
+    """Of what this rank holds."""
     dtype: torch.dtype
     """Dtype of the working weight."""
     is_trainable: bool
+    split: TensorSplit | None = None
+    """Which part of the parameter that is, with tensor parallelism; None: all of it."""
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """Shape of the whole parameter."""
+        return self.shape if self.split is None else self.split.full_shape(self.shape)
 
     @property
     def numel(self) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from gemini.chunk.layout import ParamSpec
+from gemini.chunk.tensor_parallel import local_part, split_of
 from gemini.errors import ModelError
 
 __all__ = ["ModuleNode", "ModuleTree", "ParamEntry", "compiled_layers", "describe_model", "unwrap_compiled"]
@@ -85,7 +86,8 @@ def describe_model(model: nn.Module, *, working_dtype: torch.dtype) -> ModuleTre
         The tree as plain data.
 
     Raises:
-        ModelError: a parameter is complex, trainable but not floating-point, or not yet initialised.
+        ModelError: a parameter is complex, trainable but not floating-point, not yet initialised, or divided among
+            ranks unevenly.
     """
     params = _describe_params(model, working_dtype)
     canonical_name = {id(param): name for name, param in model.named_parameters(remove_duplicate=True)}
@@ -135,9 +137,10 @@ def _describe_params(model: nn.Module, working_dtype: torch.dtype) -> tuple[Para
         spec = ParamSpec(
             name=name,
             index=index,
-            shape=tuple(param.shape),
+            shape=tuple(local_part(param).shape),
             dtype=working_dtype if param.dtype.is_floating_point else param.dtype,
             is_trainable=param.requires_grad,
+            split=split_of(name, param),
         )
         aliases = tuple(alias for alias in names[id(param)] if alias != name)
         entries.append(ParamEntry(spec=spec, aliases=aliases))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 import torch
@@ -16,7 +17,17 @@ import torch
 from gemini.chunk.layout import ChunkSpec, ParamSlot
 from gemini.offload.transfer import Move
 
-__all__ = ["ChunkShard", "Collective", "ShardGroup", "Sharding", "cut_spec", "cut_values", "piece_of"]
+__all__ = [
+    "ChunkShard",
+    "Collective",
+    "RankAxis",
+    "RankGrid",
+    "ShardGroup",
+    "Sharding",
+    "cut_spec",
+    "cut_values",
+    "piece_of",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +59,38 @@ class ChunkShard:
         return dataclasses.replace(self, rank=rank)
 
 
+class RankAxis(Enum):
+    """A direction in the grid of ranks: those that differ from this one in that direction alone."""
+
+    SHARD = "shard"
+    """Ranks that hold one replica of the model together, each a shard of every chunk."""
+    REPLICA = "replica"
+    """Ranks that hold the same shard."""
+    TENSOR = "tensor"
+    """Ranks that hold other parts of each parameter, or copies; they are given the same batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankGrid:
+    """How the ranks are arranged, and where this one is."""
+
+    num_shards: int
+    num_replicas: int = 1
+    replica: int = 0
+    """This rank's, from 0."""
+    num_tensor_ranks: int = 1
+    """Ranks among which parameters are divided before they are laid out in chunks."""
+    tensor_rank: int = 0
+    """This rank's place among them, from 0."""
+
+    @property
+    def num_batches(self) -> int:
+        """Parts of the global batch, over which gradients are averaged."""
+        return self.num_replicas * self.num_shards
+
+
 class Collective(Protocol):
-    """An operation of all ranks under way."""
+    """An operation of several ranks under way."""
 
     def wait(self) -> None:
         """Make compute submitted from now on see the result; blocks where compute is the host itself.
@@ -64,24 +105,32 @@ class ShardGroup(Protocol):
 
     @property
     def rank(self) -> int:
-        """This process's place in the group, from 0."""
+        """This process's number among all processes, from 0; for messages and names of files."""
         ...
 
     @property
-    def world_size(self) -> int:
-        """Number of processes in the group."""
+    def grid(self) -> RankGrid:
+        """How the ranks are arranged."""
+        ...
+
+    @property
+    def ranks(self) -> Sequence[int]:
+        """The numbers of all ranks that share the model, in the order of the rows of `gather_values`."""
         ...
 
     def shard_of(self, numel: int, itemsize: int) -> ChunkShard:
         """Return this rank's shard of a chunk of `numel` elements whose working weights take `itemsize` bytes each."""
 
-    def all_gather(self, whole: torch.Tensor, *, name: str, after: Sequence[Move] = ()) -> Collective:
-        """Start filling a buffer with the shards of all ranks.
+    def all_gather(
+        self, whole: torch.Tensor, *, name: str, axis: RankAxis = RankAxis.SHARD, after: Sequence[Move] = ()
+    ) -> Collective:
+        """Start filling a buffer with the parts of all ranks of an axis.
 
         Args:
-            whole: uint8 [world_size * n] in compute memory; holds this rank's n bytes in their place, the rest is
+            whole: uint8 [num_ranks * n] in compute memory; holds this rank's n bytes in their place, the rest is
                 overwritten. Untouched by others until the result has been waited for.
             name: what is gathered, for messages.
+            axis: among which ranks.
             after: copies into `whole` under way.
 
         Returns:
@@ -91,14 +140,17 @@ class ShardGroup(Protocol):
             CollectiveError: the group has failed.
         """
 
-    def exchange(self, sent: torch.Tensor, received: torch.Tensor, *, name: str) -> Collective:
-        """Start sending each rank its part of a buffer, and receiving this rank's part of everyone's.
+    def exchange(
+        self, sent: torch.Tensor, received: torch.Tensor, *, name: str, axis: RankAxis = RankAxis.SHARD
+    ) -> Collective:
+        """Start sending each rank of an axis its part of a buffer, and receiving this rank's part of everyone's.
 
         Args:
-            sent: uint8 [world_size * n] in compute memory, the parts in rank order; unchanged until the result has been
+            sent: uint8 [num_ranks * n] in compute memory, the parts in rank order; unchanged until the result has been
                 waited for.
             received: as many bytes; overwritten, in rank order.
             name: what is exchanged, for messages.
+            axis: among which ranks.
 
         Returns:
             The operation.
@@ -117,7 +169,22 @@ class ShardGroup(Protocol):
             name: what is gathered, for messages.
 
         Returns:
-            [world_size, n] on the CPU, the same bits on every rank.
+            [num_tensor_ranks * num_replicas * num_shards, n] on the CPU, the same bits on every rank.
+
+        Raises:
+            CollectiveError: a rank has died, stalled or gone another way.
+        """
+
+    def gather_along(self, axes: Sequence[RankAxis], values: torch.Tensor, *, name: str) -> torch.Tensor:
+        """Return the values of the ranks along some axes only; else as `gather_values`.
+
+        Args:
+            axes: which; the same on all ranks.
+            values: [n] on the CPU, of any dtype; of the same length everywhere.
+            name: what is gathered, for messages.
+
+        Returns:
+            [num_ranks, n] on the CPU; along the first axis rows follow one another.
 
         Raises:
             CollectiveError: a rank has died, stalled or gone another way.
@@ -169,7 +236,7 @@ def cut_spec(spec: ChunkSpec, shard: ChunkShard) -> ChunkSpec:
     for slot in spec.slots:
         piece = piece_of(slot, shard)
         if piece.start < piece.stop:
-            param = dataclasses.replace(slot.spec, shape=(piece.stop - piece.start,))
+            param = dataclasses.replace(slot.spec, shape=(piece.stop - piece.start,), split=None)
             slots.append(dataclasses.replace(slot, spec=param, begin=slot.begin + piece.start - shard.begin))
     return dataclasses.replace(spec, slots=tuple(slots), numel=shard.numel)
 

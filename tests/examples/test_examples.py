@@ -131,3 +131,16 @@ def test_train_zero_shares_the_model_among_processes(tmp_path: Path) -> None:
     assert "2 processes, stage 3" in output
     assert "step 2: loss" in output
     assert list((tmp_path / "swap").iterdir()) == []
+
+
+def test_train_tensor_parallel_divides_layers_among_processes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = ["examples/train_tensor_parallel.py", "--tiny", "--tp", "2", "--steps", "2", "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, timeout=100)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    output = done.stdout.decode()
+    assert "1 x 2 processes, stage 3" in output
+    assert "step 2: loss" in output
+    assert list((tmp_path / "swap").iterdir()) == []

@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rank_cases import case_of, cut_batch, global_batches
+from rank_cases import case_of, cut_batch, global_batches, mesh_of
 from training_harness import config_for, hybrid_adam
 
 import zero
 from gemini import CollectiveError
 
 
-def train_until_fault(*, fault: str, when: str, directory: Path, again: bool = False) -> None:
+def train_until_fault(
+    *, fault: str, when: str, directory: Path, again: bool = False, mesh: tuple[int, ...] | None = None
+) -> None:
     """Train four steps; in the second something happens to the last rank.
 
     Args:
@@ -25,6 +27,7 @@ def train_until_fault(*, fault: str, when: str, directory: Path, again: bool = F
         when: "forward" or "backward", in the middle of it, or "step", just before it.
         directory: for the swap file.
         again: whether to train on after an error.
+        mesh: its sizes; None: no mesh.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     case = case_of("tower")
@@ -43,7 +46,8 @@ def train_until_fault(*, fault: str, when: str, directory: Path, again: bool = F
         model.blocks[2].register_forward_pre_hook(strike)
     if when == "backward":
         model.blocks[1].register_full_backward_hook(strike)
-    with zero.shard(model, config_for("nvme", directory), stage=3) as engine:
+    config = config_for("nvme", directory)
+    with zero.shard(model, config, stage=3, mesh=mesh_of(*mesh) if mesh else None) as engine:
         optimizer = hybrid_adam(engine.parameters())
         before = None
         for i, batch in enumerate(global_batches(case, 4, world_size)):

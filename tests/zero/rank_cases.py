@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from model_zoo import ZOO
 from rank_models import RANK_CASES
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from training_harness import Case, config_for, hybrid_adam, same_bits
 
 import zero
@@ -101,10 +103,25 @@ class Fit:
     num_skipped: int
 
 
+@cache
+def mesh_of(*sizes: int) -> DeviceMesh:
+    """Return a mesh of all ranks; its process groups are made once in each process."""
+    return init_device_mesh("cpu", sizes)
+
+
 @contextmanager
-def sharded(case: Case, *, stage: int, place: str, directory: Path | None, **fields: Any) -> Iterator[GeminiDDP]:
+def sharded(
+    case: Case,
+    *,
+    stage: int,
+    place: str,
+    directory: Path | None,
+    mesh: tuple[int, ...] | None = None,
+    **fields: Any,
+) -> Iterator[GeminiDDP]:
     """Yield this rank's engine."""
-    with zero.shard(case.model(), config_for(place, directory, **fields), stage=stage) as engine:
+    config = config_for(place, directory, **fields)
+    with zero.shard(case.model(), config, stage=stage, mesh=mesh_of(*mesh) if mesh else None) as engine:
         yield engine
 
 
@@ -180,12 +197,12 @@ def train_alone(
         return Fit(losses, norms, engine.master_state_dict(), engine.runtime.num_skipped_steps)
 
 
-def overflow_on_last_rank() -> dict[str, Any]:
+def overflow_on_last_rank(*, mesh: tuple[int, ...] | None = None) -> dict[str, Any]:
     """Train three float16 steps; in the first the last rank's gradients overflow."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     case = case_of("gpt2")
     batches = [cut_batch(batch, rank, world_size) for batch in global_batches(case, 3, world_size)]
-    with sharded(case, stage=3, place="device", directory=None, dtype=torch.float16) as engine:
+    with sharded(case, stage=3, place="device", directory=None, mesh=mesh, dtype=torch.float16) as engine:
         optimizer = hybrid_adam(engine.parameters())
         scaler = engine.runtime.scaler
         assert scaler is not None
@@ -206,7 +223,9 @@ def overflow_on_last_rank() -> dict[str, Any]:
         }
 
 
-def save_and_load(*, stage: int, place: str, directory: Path | None) -> dict[str, Any]:
+def save_and_load(
+    *, stage: int, place: str, directory: Path | None, mesh: tuple[int, ...] | None = None
+) -> dict[str, Any]:
     """Train two steps, save, train one more; load what was saved into a new engine and train that step again."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     case = case_of("gpt2")
@@ -215,12 +234,12 @@ def save_and_load(*, stage: int, place: str, directory: Path | None) -> dict[str
     def go_on(engine: GeminiDDP, optimizer: HybridAdam, part: slice) -> Fit:
         return fit(engine, optimizer, case, batches[part], rank=rank, world_size=world_size)
 
-    with sharded(case, stage=stage, place=place, directory=directory) as engine:
+    with sharded(case, stage=stage, place=place, directory=directory, mesh=mesh) as engine:
         optimizer = hybrid_adam(engine.parameters())
         go_on(engine, optimizer, slice(2))
         saved = {"model": engine.master_state_dict(), "optimizer": optimizer.state_dict()}
         through = go_on(engine, optimizer, slice(2, 3))
-    with sharded(case, stage=stage, place=place, directory=directory) as engine:
+    with sharded(case, stage=stage, place=place, directory=directory, mesh=mesh) as engine:
         optimizer = hybrid_adam(engine.parameters())
         go_on(engine, optimizer, slice(1))  # to be overwritten
         engine.load_state_dict(saved["model"])
@@ -251,11 +270,13 @@ def evaluate_between_steps(*, stage: int, place: str) -> list[float]:
     return [*losses, *tokens[0].tolist()]
 
 
-def measure_memory(*, model: str, stage: int, place: str, directory: Path | None) -> dict[str, Any]:
+def measure_memory(
+    *, model: str, stage: int, place: str, directory: Path | None, mesh: tuple[int, ...] | None = None
+) -> dict[str, Any]:
     """Train two steps; return bytes planned and held by tier and purpose, and bytes fetched."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     case = case_of(model)
-    with sharded(case, stage=stage, place=place, directory=directory) as engine:
+    with sharded(case, stage=stage, place=place, directory=directory, mesh=mesh) as engine:
         optimizer = hybrid_adam(engine.parameters())
         batches = global_batches(case, 2, world_size)
         fit(engine, optimizer, case, batches, rank=rank, world_size=world_size)
@@ -270,7 +291,7 @@ def measure_memory(*, model: str, stage: int, place: str, directory: Path | None
         }
 
 
-def count_collectives(*, stage: int, num_micro: int) -> tuple[dict[str, int], int]:
+def count_collectives(*, stage: int, num_micro: int, mesh: tuple[int, ...] | None = None) -> tuple[dict[str, int], int]:
     """Return how often one step agrees and exchanges, and the number of chunks that are trained."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     case = case_of("tower")
@@ -285,7 +306,7 @@ def count_collectives(*, stage: int, num_micro: int) -> tuple[dict[str, int], in
 
         setattr(group, method, counted)
 
-    with sharded(case, stage=stage, place="device", directory=None) as engine:
+    with sharded(case, stage=stage, place="device", directory=None, mesh=mesh) as engine:
         optimizer = hybrid_adam(engine.parameters())
         for method in counts:
             count(engine.runtime.sharding.group, method)

@@ -11,7 +11,8 @@ from rank_cases import count_collectives, overflow_on_last_rank, train_alone, tr
 from rank_pool import RankPool
 from training_harness import distance, same_bits
 
-from gemini.gradient_exchange import copy_piece, mean_of_ranks
+from gemini.gradient_exchange import copy_piece, mean_of_sum
+from gemini.replica_sums import sum_of_parts
 
 
 @STAGES
@@ -141,9 +142,10 @@ def test_a_piece_holds_what_falls_into_it(stride, begin, num_rows, at, numel):
 
 def test_means_in_float16_do_not_overflow():
     parts = torch.full((4, 2), 60_000.0, dtype=torch.float16)
-    assert mean_of_ranks(parts).tolist() == [60_000.0, 60_000.0]
+    assert mean_of_sum(sum_of_parts(parts), 4, torch.float16).tolist() == [60_000.0, 60_000.0]
 
 
 def test_means_are_rounded_once_from_a_float32_sum():
     parts = torch.tensor([[256.0], [1.0], [1.0], [1.0]], dtype=torch.bfloat16)  # 256 + 1 is 256 in bfloat16
-    assert mean_of_ranks(parts).item() == torch.tensor(259 / 4).to(torch.bfloat16).item() == 65.0
+    mean = mean_of_sum(sum_of_parts(parts), 4, torch.bfloat16)
+    assert mean.item() == torch.tensor(259 / 4).to(torch.bfloat16).item() == 65.0

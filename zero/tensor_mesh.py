@@ -1,0 +1,79 @@
+"""The ranks among which a model's parameters are divided already, by torch.distributed.tensor.parallel."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from gemini.chunk.sharding import ShardGroup
+from gemini.chunk.tensor_parallel import is_dtensor
+from gemini.errors import ConfigError, ModelError
+
+__all__ = ["check_grid", "find_tensor_mesh"]
+
+_REMEDY = 'make one mesh of ("dp", "tp"), call parallelize_module with mesh["tp"], and give mesh["dp"] to zero.shard'
+
+
+def find_tensor_mesh(model: torch.nn.Module, mesh: DeviceMesh | None, device: torch.device) -> DeviceMesh | None:
+    """Return the mesh of a model's tensor parallelism.
+
+    Args:
+        model: as parallelize_module has left it.
+        mesh: the one given to zero.shard.
+        device: where the model computes.
+
+    Returns:
+        The mesh of its DTensors; None if there are none.
+
+    Raises:
+        ConfigError: it and the other mesh do not make a grid.
+        ModelError: DTensors have several meshes.
+    """
+    first_name, found = "", None
+    for name, param in model.named_parameters():
+        if not is_dtensor(param):
+            continue
+        own: DeviceMesh = param.device_mesh  # type: ignore[attr-defined]
+        if found is None:
+            first_name, found = name, own
+        if own != found:
+            raise ModelError(
+                f"parameters {first_name} and {name} are DTensors on different meshes, {found} and {own}: divide all "
+                "over one mesh of one dimension"
+            )
+    if found is None:
+        return None
+    if mesh is None:
+        raise ConfigError(
+            f"zero.shard: mesh: parameter {first_name} is a DTensor on {found}, so it is not all ranks that train on "
+            f"batches of their own: {_REMEDY}"
+        )
+    common = set(found.mesh.flatten().tolist()) & set(mesh.mesh.flatten().tolist())
+    if common != {dist.get_rank()}:
+        raise ConfigError(
+            f"zero.shard: mesh: parameter {first_name} is a DTensor on {found}, which shares ranks {sorted(common)} "
+            f"with {mesh}, expected rank {dist.get_rank()} alone: {_REMEDY}"
+        )
+    if found.device_type != device.type:
+        raise ConfigError(
+            f"zero.shard: parameter {first_name} is a DTensor on {found}, but the model computes on {device}: use one "
+            "kind of device for both"
+        )
+    return found
+
+
+def check_grid(group: ShardGroup) -> None:
+    """Make sure that every rank has one place in the grid.
+
+    Args:
+        group: the ranks.
+
+    Raises:
+        ConfigError: some have none, or several.
+    """
+    if len(set(group.ranks)) != len(group.ranks):
+        raise ConfigError(
+            f"zero.shard: mesh: with tensor parallelism it gives the grid of ranks {list(group.ranks)}, in which some "
+            f"are several times: {_REMEDY}"
+        )
