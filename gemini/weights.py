@@ -24,14 +24,7 @@ from gemini.runtime import Runtime
 from gemini.tiers import MemoryTier
 from gemini.update import record_views
 
-__all__ = [
-    "load_masters",
-    "load_moments",
-    "read_master",
-    "read_moments",
-    "read_working",
-    "reset_moments",
-]
+__all__ = ["load_masters", "load_moments", "read_master", "read_moments", "read_working", "reset_moments"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +37,13 @@ def nbytes_of(field: str) -> int:
     """Return a count of this process's mappings of memory files."""
     lines = [line for entry in shared_mappings() for line in entry]
     return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
+
+
+def seals_of_shared_files() -> list[int]:
+    """Return the seals of each memory file that this process has a descriptor of."""
+    numbers = [int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")]
+    names = {number: os.readlink(f"/proc/self/fd/{number}") for number in numbers}
+    return [fcntl.fcntl(number, fcntl.F_GET_SEALS) for number, name in names.items() if "/memfd:gemini" in name]
 
 
 @contextmanager
@@ -73,6 +82,8 @@ def measure_sharing(*, stage: int, place: str, directory: Path | None = None, **
             "gathered": names,
             "pss_nbytes": nbytes_of("Pss"),
             "dirtied_nbytes": nbytes_of("Anonymous"),
+            "inodes": {entry[0].split()[4] for entry in shared_mappings()},
+            "seals": seals_of_shared_files(),
             "frozen_nbytes": sum(4 * chunk.numel for chunk in runtime.layout.chunks if not chunk.is_trainable),
             "whole_nbytes": sum(demand.compute_nbytes for demand in runtime._demands if not demand.is_trainable),
             "planned": runtime.demand.by_purpose,
@@ -100,13 +111,16 @@ def write_behind_the_engine() -> dict[str, Any]:
 
 
 def load_and_read(*, stage: int, place: str) -> dict[str, Any]:
-    """Train, load other weights, train on; return what was loaded, what is read and what forward shows."""
+    """Train, and load other weights, of the frozen ones only rank 0 the right ones; return what all see then."""
     case = case_of(MODEL)
     batch = cut_batch(global_batches(case, 1, dist.get_world_size())[0], 0, dist.get_world_size())
     other = case.model(seed=5)
     with sharded(case, stage=stage, place=place, directory=None) as engine:
         train_two_steps(engine)
-        engine.load_state_dict(other.state_dict())
+        given = other.state_dict()
+        if dist.get_rank() > 0:
+            given |= {name: torch.zeros_like(value) for name, value in given.items() if "base" in name}
+        engine.load_state_dict(given)
         with torch.no_grad():
             output = engine(**batch)
         result = {"loaded": other.state_dict(), "read": engine.state_dict(), "dirtied_nbytes": nbytes_of("Anonymous")}
@@ -154,6 +168,16 @@ def train_while_the_first_rank_dies() -> dict[str, Any]:
             message = str(error)
         frozen = engine.get_parameter(f"module.{FROZEN}").clone()
     return {"message": message, "num_mapped": num_mapped, "num_left": len(shared_mappings()), "frozen": frozen}
+
+
+def measure_on_machines(*, machines: list[str]) -> dict[str, Any]:
+    """Measure as if ranks ran on several machines, of which these are the names, by rank."""
+    inner = socket.gethostname
+    socket.gethostname = lambda: machines[dist.get_rank()]
+    try:
+        return measure_sharing(stage=3, place="host")
+    finally:
+        socket.gethostname = inner
 
 
 def shard_with_a_hidden_file() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from frozen_cases import (
     FROZEN,
     MODEL,
     load_and_read,
+    measure_on_machines,
     measure_sharing,
     read_first_values,
     shard_with_a_hidden_file,
@@ -20,6 +21,7 @@ from rank_pool import RankGroup, RankPool
 from training_harness import same_bits
 
 from gemini import MemoryTier
+from gemini.offload.memory_file import F_SEAL_FUTURE_WRITE
 
 KIB = 1 << 10
 HOST = MemoryTier.HOST
@@ -65,6 +67,8 @@ def test_a_machine_has_one_copy_and_nobody_gathers_it(world_size, stage, place, 
         assert not any("base" in name for name in result["gathered"])
         assert any("down" in name for name in result["gathered"])  # what is trained
         assert result["dirtied_nbytes"] == 0
+        assert result["seals"]
+        assert all(seals & F_SEAL_FUTURE_WRITE for seals in result["seals"])
         assert result["held"] == result["planned"]
         assert result["planned"][HOST]["shared weights"] * world_size == first["whole_nbytes"]
         assert result["num_left"] == 0
@@ -125,6 +129,25 @@ def test_the_weights_outlive_the_rank_that_made_them():
         assert result["num_mapped"] == 1
         assert result["num_left"] == 0
         assert torch.equal(result["frozen"], expected)
+
+
+def test_each_machine_has_a_copy_of_its_own(ranks: RankPool):
+    results = ranks.run(4, measure_on_machines, machines=["a", "b", "b", "a"])
+    inodes = [result["inodes"] for result in results]
+    assert inodes[0] == inodes[3] != inodes[1] == inodes[2]
+    for here in ((0, 3), (1, 2)):
+        pss_nbytes = sum(results[rank]["pss_nbytes"] for rank in here)
+        assert results[0]["frozen_nbytes"] - 32 * KIB <= pss_nbytes <= results[0]["whole_nbytes"]
+    for result in results:
+        assert result["planned"][HOST]["shared weights"] == result["whole_nbytes"] / 2
+        assert not any("base" in name for name in result["gathered"])
+
+
+def test_nobody_shares_if_a_rank_is_alone_on_its_machine(ranks: RankPool):
+    for result in ranks.run(3, measure_on_machines, machines=["a", "a", "b"]):
+        assert result["pss_nbytes"] == 0
+        assert "shared weights" not in result["planned"][HOST]
+        assert result["num_new_descriptors"] <= 0
 
 
 def test_ranks_that_cannot_share_keep_shards(ranks: RankPool):
