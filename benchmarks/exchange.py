@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from results_file import spread_of, write_results
 
-from gemini.sharded_gradients import mean_of_ranks
+from gemini.gradient_exchange import mean_of_ranks
 
 COLUMNS = ("system", "num_ranks", "ms", "ms_min", "ms_max")
 

@@ -193,6 +193,7 @@ def _demand_of(
         num_ranks=1 if shard is None else shard.num_ranks,
         num_sharers=1 if file is None else file.num_users,
         keeps_whole_gradient=sharding is not None and (is_in_root or sharding.keeps_whole_gradients),
+        has_one_param=len(chunk.slots) == 1,
     )
 
 

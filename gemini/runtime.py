@@ -270,8 +270,7 @@ class Runtime:
         anything that came before it in forward.
         """
         self.check_usable()
-        if isinstance(self.gradients, ShardedGradients):
-            self.gradients.reach_unit(self.layout.units[unit_id].own_chunk_ids, self._lookahead.urgency)
+        self.gradients.reach_unit(self.layout.units[unit_id].own_chunk_ids, self._lookahead.urgency)
         for chunk_id in (*self._borrowed_by_unit.get(unit_id, ()), *self.layout.units[unit_id].chunk_ids):
             self.core.ensure(chunk_id)
             self._lookahead.record(chunk_id)
@@ -286,13 +285,17 @@ class Runtime:
         self.gradients.fulfil_all(*place)
         self.gradients.put(*place, grad)
 
+    def finish_gradient(self, param: torch.nn.Parameter) -> None:
+        """Handle that all uses of a parameter in this backward pass have delivered by themselves."""
+        self.gradients.finish_uses(*self._place_of_param[id(param)])
+
     def expect_gradient(self, param: torch.nn.Parameter) -> None:
         """Expect that a use of a parameter will deliver its gradient by itself, if it may then."""
         self.gradients.expect(*self._place_of_param[id(param)])
 
-    def takes_gradients_apart(self, param: torch.nn.Parameter) -> bool:
-        """Return whether uses of a parameter may deliver by themselves."""
-        return self.gradients.takes_apart(*self._place_of_param[id(param)])
+    def takes_gradients_apart(self, param: torch.nn.Parameter, num_uses: int) -> bool:
+        """Return whether uses of a parameter, of which backward may run so many, may deliver by themselves."""
+        return self.gradients.takes_apart(*self._place_of_param[id(param)], num_uses=num_uses)
 
     def put_gradient(self, param: torch.nn.Parameter, gradient: torch.Tensor) -> None:
         """Take the gradient of one use of a parameter."""
