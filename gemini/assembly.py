@@ -35,6 +35,7 @@ from gemini.placement.plan import (
     MemoryDemand,
     PlacementPlan,
     RuntimeShape,
+    has_shared_home,
     largest_buffers,
     memory_demand,
 )
@@ -193,6 +194,7 @@ def _demand_of(
 ) -> ChunkDemand:
     master = state_format_of(chunk.dtype).master_dtype if chunk.is_trainable else None
     is_in_root = chunk.unit_id == layout.root.unit_id
+    file = None if sharding is None or chunk.is_trainable else sharding.frozen_file
     return ChunkDemand(
         chunk_id=chunk.chunk_id,
         numel=chunk.numel if shard is None else shard.numel,
@@ -202,6 +204,7 @@ def _demand_of(
         is_pinned=is_in_root or (sharding is not None and sharding.keeps_whole_weights),
         is_sharded=shard is not None,
         num_ranks=1 if shard is None else shard.num_ranks,
+        num_sharers=1 if file is None else file.num_users,
         keeps_whole_gradient=sharding is not None and (is_in_root or sharding.keeps_whole_gradients),
         has_one_param=len(chunk.slots) == 1,
     )
@@ -265,6 +268,7 @@ class _Builder:
         states: dict[int, TiledHome] = {}
         with Initialiser(model, init_fn, device=device, dtype=self.config.dtype, seed=self.config.seed) as initialiser:
             initialiser.fill_buffers()
+            self._lay_out_shared_weights()
             for homes in plan.chunks:
                 self._add_chunk(homes, core, gradients, states, initialiser)
         for homes in plan.chunks:
@@ -324,6 +328,45 @@ class _Builder:
             slot_nbytes=buffers["exchange slots"] // 2,
         )
 
+    def _lay_out_shared_weights(self) -> None:
+        """Say how much the ranks of this machine will keep in their common file."""
+        blueprint = self.blueprint
+        pairs = zip(blueprint.demands, blueprint.plan.chunks, strict=True)
+        nbytes = sum(demand.compute_nbytes for demand, homes in pairs if has_shared_home(demand, homes.working))
+        if self.sharding is not None and self.sharding.frozen_file is not None:
+            self.sharding.frozen_file.lay_out(nbytes, is_read_in_place=not blueprint.shape.has_device)
+
+    def _add_shared_chunk(self, homes: ChunkPlacement, core: ChunkCore, initialiser: Initialiser) -> None:
+        """Take a frozen chunk's part of the common file; the rank that writes it brings the weights home."""
+        blueprint, arena = self.blueprint, self.resources.arena
+        spec, demand = blueprint.layout.chunks[homes.chunk_id], blueprint.demands[homes.chunk_id]
+        tile_numel = blueprint.shape.tile_numel
+        padded = dataclasses.replace(demand, numel=demand.num_ranks * demand.numel)
+        tile_nbytes = [padded.working_tile_nbytes(tile, tile_numel) for tile in range(padded.num_tiles(tile_numel))]
+        assert self.sharding is not None
+        assert self.sharding.frozen_file is not None
+        home = TiledHome(
+            (MemoryTier.HOST,) * len(tile_nbytes),
+            tile_nbytes,
+            arena=arena,
+            store=None,
+            shared=arena.take_shared(self.sharding.frozen_file, demand.compute_nbytes, "shared weights"),
+            purpose="shared weights",
+        )
+        if home.is_writable:
+            write_home(
+                dataclasses.replace(spec, numel=padded.numel),
+                (initialiser.value_of(slot.spec.name) for slot in spec.slots),
+                home,
+                None,
+                tile_numel=tile_numel,
+                transfers=self.resources.transfers,
+                isa=self.resources.isa,
+            )
+            home.refresh()
+        params = [initialiser.params[slot.spec.name] for slot in spec.slots]
+        core.add(spec, params, home, is_resident=homes.is_resident)
+
     def _add_chunk(
         self,
         homes: ChunkPlacement,
@@ -334,6 +377,9 @@ class _Builder:
     ) -> None:
         chunk_id, blueprint = homes.chunk_id, self.blueprint
         spec, shard, demand = blueprint.layout.chunks[chunk_id], blueprint.shards[chunk_id], blueprint.demands[chunk_id]
+        if has_shared_home(demand, homes.working):
+            self._add_shared_chunk(homes, core, initialiser)
+            return
         working, state, grad = _open_homes(demand, homes, blueprint.shape, self.resources)
         home_spec = spec if shard is None else cut_spec(spec, shard)
         values = (initialiser.value_of(slot.spec.name) for slot in home_spec.slots)

@@ -114,6 +114,10 @@ class GeminiConfig:
     checkpoint_reserve: str | int | None = None
     """Host bytes kept free for activation checkpoints of sliced blocks: what every block is given waits there for
     backward. None: a tenth of the host budget. Without meaning on the CPU, or without slices."""
+    share_frozen: bool = True
+    """Whether the ranks of a machine keep frozen weights that live in host memory once, whole, for all of them, so that
+    no rank asks another for them. False cuts them as trained weights are, over the ranks of all machines. Without
+    meaning with one rank."""
     min_unit_nbytes: int = 1 << 20
     """Modules with fewer bytes of working weights that are in no repeated block join the root unit, which always stays
     in compute memory: a fetch of its own would not pay for them."""
@@ -152,6 +156,7 @@ class GeminiConfig:
         if self.overlap not in OVERLAPS:
             raise ConfigError(f"GeminiConfig.overlap: expected one of {', '.join(OVERLAPS)}, got {self.overlap!r}")
         _check_bool("GeminiConfig.gradient_accumulation", self.gradient_accumulation)
+        _check_bool("GeminiConfig.share_frozen", self.share_frozen)
         _check_int("GeminiConfig.seed", self.seed, 0, 2**32 - 1)
         _check_int("GeminiConfig.num_batch_slices", self.num_batch_slices, 1, 1 << 16)
         _check_names("GeminiConfig.batch_arguments", self.batch_arguments)

@@ -24,7 +24,7 @@ from gemini.report import MemoryReport, make_report
 from gemini.runtime import Runtime
 from gemini.slicing import BatchSlicer
 from gemini.tiers import MemoryTier
-from gemini.weights import load_master, read_master, read_working
+from gemini.weights import load_masters, read_master, read_working
 
 __all__ = ["GeminiDDP", "runtime_of"]
 
@@ -292,10 +292,10 @@ class GeminiDDP(torch.nn.Module):
                     f"load_state_dict: {name} has shape {tuple(value.shape)}, expected {tuple(expected)}"
                 )
         self._runtime.finish_updates()
+        weights = ((slots[params[name]], value) for name, value in state_dict.items() if name in params)
+        load_masters(self._runtime, weights)
         for name, value in state_dict.items():
-            if name in params:
-                load_master(self._runtime, slots[params[name]], value)
-            elif name in buffers:
+            if name not in params and name in buffers:
                 local_part(buffers[name]).copy_(value)
         return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 

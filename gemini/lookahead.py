@@ -36,7 +36,7 @@ class Lookahead:
         self._core = core
         self._depth = depth if num_slots or is_sharded else 0
         self._is_sharded = is_sharded
-        num_residents = sum(chunk.is_resident for chunk in core.chunks) if is_sharded else 0
+        num_residents = sum(chunk.is_resident and chunk.shard is not None for chunk in core.chunks)
         self._horizon = depth + num_slots + num_residents
         self._histories = {phase: AccessHistory() for phase in Phase}
         self._phase = Phase.TRAIN
@@ -78,7 +78,8 @@ class Lookahead:
         """Note a use; chunks that never move, nor change elsewhere, do not count."""
         if self._phase is Phase.TRAIN:
             self._forward_order.setdefault(chunk_id, len(self._forward_order))
-        if self._is_sharded or not self._core.chunks[chunk_id].is_resident:
+        chunk = self._core.chunks[chunk_id]
+        if chunk.shard is not None or not chunk.is_resident:
             self._history.record(chunk_id)
 
     def urgency(self, chunk_id: int) -> int:

@@ -2,13 +2,13 @@
 
 With several ranks a home holds a shard; with tensor parallelism, of what is this rank's. What is read is put together
 from all ranks' pieces, so all ranks must read the same parameters in the same order, and each gets everything. Of a
-value to be written each rank writes its piece.
+value to be written each rank writes its piece; what ranks share is written by one of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ from gemini.runtime import Runtime
 from gemini.tiers import MemoryTier
 from gemini.update import record_views
 
-__all__ = ["load_master", "load_moments", "read_master", "read_moments", "read_working", "reset_moments"]
+__all__ = ["load_masters", "load_moments", "read_master", "read_moments", "read_working", "reset_moments"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,22 +71,43 @@ def read_master(runtime: Runtime, slot: ParamSlot) -> torch.Tensor:
     return _make_whole(runtime, slot, flat)
 
 
-def load_master(runtime: Runtime, slot: ParamSlot, value: torch.Tensor) -> None:
-    """Make `value`, of any float dtype, a parameter's master and working weight.
+def load_masters(runtime: Runtime, values: Iterable[tuple[ParamSlot, torch.Tensor]]) -> None:
+    """Make values of any float dtype the masters and working weights of parameters.
 
-    A copy in compute memory is brought up to date.
+    Copies in compute memory are brought up to date. Of weights that ranks share, one rank's value counts, and all ranks
+    must call: they meet before, so that none still uses what changes, and after.
 
     Args:
         runtime: the engine's.
-        slot: the parameter.
-        value: same shape, any device.
+        values: parameters and their values, of the same shape, on any device.
+
+    Raises:
+        CollectiveError: a rank did not come; from then on weights are in part the old ones.
     """
+    shared = [chunk.home for chunk in runtime.core.chunks if chunk.home.is_shared]
+    if shared:
+        runtime.resources.transfers.synchronize()
+        _await_ranks(runtime, name="readiness to load shared weights")
+    for slot, value in values:
+        _load_master(runtime, slot, value)
+    if shared:
+        _await_ranks(runtime, name="end of loading shared weights")
+        for home in shared:
+            home.refresh()
+
+
+def _await_ranks(runtime: Runtime, *, name: str) -> None:
+    assert runtime.sharding is not None
+    runtime.sharding.group.gather_values(torch.zeros(1), name=name)
+
+
+def _load_master(runtime: Runtime, slot: ParamSlot, value: torch.Tensor) -> None:
     chunk = runtime.core.begin_update(slot.chunk_id)
     state = runtime.states.get(slot.chunk_id)
     piece = _chunk_and_piece(runtime, slot)[1]
     flat = _cut(chunk, slot, value)
     try:
-        for part in _parts(runtime, piece):
+        for part in _parts(runtime, piece) if chunk.home.is_writable else ():
             with _tile(runtime, chunk.home, part.tile, write=True) as tile:
                 working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
                 if state is None:
@@ -95,7 +116,7 @@ def load_master(runtime: Runtime, slot: ParamSlot, value: torch.Tensor) -> None:
                     source = flat[part.in_param].to(torch.float32).contiguous()
                     with _tile(runtime, state, part.tile, write=True) as record:
                         _store(record, part, slot.spec.dtype, working, source)
-        if chunk.slot is not None and chunk.shard is None:
+        if chunk.slot is not None and not chunk.is_common:
             copy = chunk.slot.buffer[: chunk.spec.working_nbytes].view(chunk.spec.dtype)
             copy[slot.begin : slot.end].copy_(read_working(runtime, slot).reshape(-1))
     finally:

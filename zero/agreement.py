@@ -17,7 +17,7 @@ from gemini.errors import ConfigError, ModelError
 from gemini.offload.resources import MAX_DEFAULT_THREADS, budgets_of
 from gemini.tiers import MemoryTier
 
-__all__ = ["check_same_config", "check_same_model", "count_node_ranks", "share_node"]
+__all__ = ["check_same_config", "check_same_model", "find_node_ranks", "share_node"]
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _NO_BUDGET = -1
@@ -85,11 +85,12 @@ def check_same_model(model: torch.nn.Module, group: ShardGroup) -> None:
             )
 
 
-def count_node_ranks(group: ShardGroup) -> int:
-    """Return how many ranks run on this rank's machine, itself included."""
+def find_node_ranks(group: ShardGroup) -> list[int]:
+    """Return the ranks that run on this rank's machine, itself included, in the order of `group.ranks`."""
     boot_id = _BOOT_ID.read_text() if _BOOT_ID.exists() else ""
     node = zlib.crc32(f"{socket.gethostname()} {boot_id}".encode())
-    return len(group.ranks) - len(_ranks_that_differ(node, group, name="machines"))
+    others = _ranks_that_differ(node, group, name="machines")
+    return [rank for rank in group.ranks if rank not in others]
 
 
 def share_node(config: GeminiConfig, num_node_ranks: int, group: ShardGroup) -> GeminiConfig:

@@ -15,7 +15,8 @@ from gemini.ddp import GeminiDDP
 from gemini.errors import ConfigError, GeminiError
 from gemini.initialise import InitFn
 from gemini.offload.resources import device_of
-from zero.agreement import check_all_built, check_same_config, check_same_model, count_node_ranks, share_node
+from zero.agreement import check_all_built, check_same_config, check_same_model, find_node_ranks, share_node
+from zero.frozen import open_frozen_file
 from zero.tensor_mesh import check_grid, find_tensor_mesh
 from zero.torch_group import TorchGroup
 
@@ -93,14 +94,31 @@ def shard(
     check_grid(group)
     check_same_config(config, stage, group)
     check_same_model(model, group)
-    config = share_node(config, count_node_ranks(group), group)
+    node_ranks = find_node_ranks(group)
+    config = share_node(config, len(node_ranks), group)
+    file = None
+    has_frozen = any(not param.requires_grad for param in model.parameters())
+    if config.share_frozen and has_frozen and tensor_mesh is None:  # whose ranks hold different parts
+        file = open_frozen_file(node_ranks, group)
+    try:
+        engine = _build(model, config, init_fn, Sharding(group=group, stage=stage, frozen_file=file))
+        if file is not None:
+            file.seal()
+    finally:
+        if file is not None:
+            file.close()
+    return engine
+
+
+def _build(model: torch.nn.Module, config: GeminiConfig, init_fn: InitFn | None, sharding: Sharding) -> GeminiDDP:
+    """Return the engine once all ranks have one, or raise on all."""
     engine, failure = None, None
     try:
-        engine = GeminiDDP(model, config, init_fn=init_fn, sharding=Sharding(group=group, stage=stage))
+        engine = GeminiDDP(model, config, init_fn=init_fn, sharding=sharding)
     except GeminiError as error:
         failure = error
     try:
-        check_all_built(failure, group)
+        check_all_built(failure, sharding.group)
     except GeminiError:
         if engine is not None:
             engine.close()

@@ -86,6 +86,11 @@ class Chunk:
         return self._num_leases > 0
 
     @property
+    def is_common(self) -> bool:
+        """Whether other ranks write what compute memory shows of it: their shards, or the home itself."""
+        return self.shard is not None or self.home.is_shared
+
+    @property
     def slot_nbytes(self) -> int:
         """Bytes of the chunk in compute memory, padding included."""
         home_nbytes = sum(self.home.tile_nbytes)

@@ -94,7 +94,7 @@ class ChunkCore:
         return chunk
 
     def settle(self, chunk_id: int) -> None:
-        """Bring a resident chunk into compute memory for good; one with several ranks comes when it is first used."""
+        """Bring a resident chunk into compute memory for good; a copy of what is common comes when it is first used."""
         chunk = self.chunks[chunk_id]
         assert chunk.is_resident
         assert chunk.state is ChunkState.AT_HOME
@@ -108,7 +108,7 @@ class ChunkCore:
         buffer = self.resources.transfers.allocate(chunk.slot_nbytes, "resident copies")
         chunk.slot = Slot(buffer, chunk, count_holders(buffer))
         self._residents[buffer.data_ptr()] = chunk
-        if chunk.shard is None:
+        if not chunk.is_common:
             self._start_fetch(chunk)
             self._finish_fetch(chunk)
 
@@ -365,10 +365,9 @@ class ChunkCore:
     def end_update(self, chunk_id: int) -> None:
         """Give a chunk back after `begin_update`; its parameters show the new weights if compute memory has them."""
         chunk = self.chunks[chunk_id]
-        if chunk.shard is not None:
-            pass  # other ranks have changed their shards too: what compute memory holds is old
-        elif chunk.slot is not None:
-            chunk.bind(chunk.slot.buffer)
+        if chunk.slot is not None:
+            if not chunk.is_common:  # else other ranks have changed it too, and what the slot holds is old
+                chunk.bind(chunk.slot.buffer)
         elif chunk.is_resident:
             chunk.bind(chunk.in_place_buffer(self.resources.transfers.device))
         chunk.transition(ChunkState.AT_HOME if chunk.compute is None else ChunkState.READY)

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from gemini.chunk.layout import ChunkSpec, ParamSlot
+from gemini.offload.memory_file import MemoryFile
 from gemini.offload.transfer import Move
 
 __all__ = [
@@ -204,6 +205,9 @@ class Sharding:
     group: ShardGroup
     stage: int
     """1: the optimizer's state is sharded; 2: and gradients; 3: and working weights."""
+    frozen_file: MemoryFile | None = None
+    """Holds the frozen weights that live in host memory, whole, for all of the ranks on this machine; None: each rank
+    keeps its shards of them. The ranks must meet between construction, when one of them fills it, and the first use."""
 
     @property
     def keeps_whole_weights(self) -> bool:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import logging
 import mmap
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 
 from gemini.errors import OutOfTierMemoryError
 from gemini.kernels.topology import interleave_memory
+from gemini.offload.memory_file import MemoryFile, SharedBuffer
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, TierLedger, format_nbytes, round_up
 
 __all__ = ["HostArena"]
@@ -69,19 +70,53 @@ class HostArena:
             OutOfTierMemoryError: the host budget or the machine cannot give the bytes.
         """
         nbytes = round_up(max(nbytes, 1), IO_ALIGNMENT_NBYTES)
+        with self._charging(nbytes, purpose):
+            buffer = _map_memory(nbytes)
+            self._interleave(buffer)
+        self._grant(buffer, nbytes, purpose)
+        return buffer
+
+    def take_shared(self, file: MemoryFile, nbytes: int, purpose: str) -> SharedBuffer:
+        """Take the next part of a memory file, charged with this process's share of it.
+
+        Args:
+            file: mapped.
+            nbytes: bytes wanted, whole pages.
+            purpose: the ledger's word for what the bytes are for.
+
+        Returns:
+            The part; its `view` is given back as a buffer from `allocate` is.
+
+        Raises:
+            OutOfTierMemoryError: the host budget or the machine cannot give the bytes.
+        """
+        with self._charging(file.share_of(nbytes), purpose):
+            buffer = file.take(nbytes)
+            if buffer.writer is not None:
+                self._interleave(buffer.writer)
+            file.reserve(buffer)
+        self._grant(buffer.view, file.share_of(nbytes), purpose)
+        return buffer
+
+    @contextmanager
+    def _charging(self, nbytes: int, purpose: str) -> Iterator[None]:
+        """Charge the ledger for what is mapped inside, unless the machine refuses it."""
         self._ledger.charge(MemoryTier.HOST, purpose, nbytes)
         try:
-            buffer = _map_memory(nbytes)
-            if len(self._nodes) > 1:
-                interleave_memory(buffer.data_ptr(), nbytes, self._nodes)
+            yield
         except OSError as error:
             self._ledger.credit(MemoryTier.HOST, purpose, nbytes)
             raise OutOfTierMemoryError(
                 f"the machine refused {format_nbytes(nbytes)} of host memory for {purpose}: {error}; lower host_budget"
             ) from error
+
+    def _interleave(self, buffer: torch.Tensor) -> None:
+        if len(self._nodes) > 1:
+            interleave_memory(buffer.data_ptr(), buffer.numel(), self._nodes)
+
+    def _grant(self, buffer: torch.Tensor, nbytes: int, purpose: str) -> None:
         is_locked = self._device is not None and purpose not in NEVER_COPIED and self._lock(buffer)
         self._buffers[buffer.data_ptr()] = _Grant(purpose, nbytes, is_locked)
-        return buffer
 
     def free(self, buffer: torch.Tensor) -> None:
         """Give a buffer back; its memory goes when the last view of it does."""

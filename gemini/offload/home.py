@@ -19,6 +19,7 @@ from gemini.errors import OffloadIOError, OutOfTierMemoryError
 from gemini.offload.arena import HostArena
 from gemini.offload.extents import Extent
 from gemini.offload.io import IoTicket
+from gemini.offload.memory_file import SharedBuffer
 from gemini.offload.store import DiskStore
 from gemini.tiers import MemoryTier
 
@@ -54,6 +55,7 @@ class TiledHome:
         arena: source of host memory.
         store: the disk tier; may be None if no tile lives there.
         device_buffer: uint8 [sum of tile_nbytes] in device memory, if the tiles live there.
+        shared: the memory file's part, from the arena, that all tiles live in; None: the home has memory of its own.
         spare_tiles: tiles on disk that get a spare place.
         purpose: the ledger's word for these bytes.
     """
@@ -66,6 +68,7 @@ class TiledHome:
         arena: HostArena,
         store: DiskStore | None,
         device_buffer: torch.Tensor | None = None,
+        shared: SharedBuffer | None = None,
         spare_tiles: Iterable[int] = (),
         purpose: str,
     ) -> None:
@@ -75,6 +78,7 @@ class TiledHome:
         self._store = store
         self.host_buffer: torch.Tensor | None = None
         self.device_buffer = device_buffer
+        self._shared = shared
         self.writes: list[IoTicket] = []
         self._writes_ahead: list[IoTicket] = []
         self._extents: dict[bool, Extent] = {}  # by whether it is that of the spare places
@@ -92,7 +96,10 @@ class TiledHome:
                 if nbytes:
                     assert store is not None, "tiles on disk need a disk store"
                     self._extents[is_spare] = store.allocate(nbytes)
-            if host_nbytes:
+            if shared is not None:
+                assert shared.view.numel() == host_nbytes == sum(self.tile_nbytes)
+                self.host_buffer = shared.view
+            elif host_nbytes:
                 self.host_buffer = arena.allocate(host_nbytes, purpose)
         except OutOfTierMemoryError:
             self.close()
@@ -118,6 +125,21 @@ class TiledHome:
         """Whether any tile lives on disk."""
         return bool(self._extents)
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether this is one copy for several ranks."""
+        return self._shared is not None
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether this process may write to the home; of a shared one only one process may."""
+        return self._shared is None or self._shared.writer is not None
+
+    def refresh(self) -> None:
+        """Show what a shared home holds now, whatever this process has written to its parameters."""
+        if self._shared is not None:
+            self._shared.refresh()
+
     def has_spare(self, tile: int) -> bool:
         """Return whether a tile can be written ahead."""
         return tile in self._spares
@@ -134,8 +156,10 @@ class TiledHome:
         return runs
 
     def tile(self, tile: int) -> torch.Tensor:
-        """Return a tile that lives in host or device memory, uint8 [its bytes]."""
+        """Return a tile that lives in host or device memory, uint8 [its bytes]; to write to if that is allowed."""
         buffer = self.device_buffer if self.tiers[tile] is MemoryTier.DEVICE else self.host_buffer
+        if self._shared is not None and self._shared.writer is not None:
+            buffer = self._shared.writer
         assert buffer is not None
         assert self.tiers[tile] is not MemoryTier.NVME
         offset = self._places[tile].home_offset
@@ -218,7 +242,7 @@ class TiledHome:
         """Give the host memory and the disk space back; a write that failed no longer matters."""
         if self.host_buffer is not None:
             self._arena.free(self.host_buffer)
-            self.host_buffer = None
+            self.host_buffer = self._shared = None
         if self._extents and self._store is not None:
             for ticket in self.writes:
                 with suppress(OffloadIOError):

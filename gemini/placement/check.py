@@ -13,6 +13,8 @@ from gemini.placement.plan import (
     MemoryDemand,
     PlacementPlan,
     RuntimeShape,
+    has_shared_home,
+    is_used_in_place,
     memory_demand,
 )
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, format_nbytes, round_up
@@ -152,6 +154,9 @@ def _fixes(
     fixes = [f"raise {_BUDGET_NAMES[tier]} to at least {needed} bytes"]
     if tier is MemoryTier.DEVICE:
         fixes[0] = f"raise device_budget or lower activation_reserve until {needed} bytes are left for chunks"
+    shared = [d for d, homes in zip(chunks, plan.chunks, strict=True) if has_shared_home(d, homes.working)]
+    if tier is MemoryTier.HOST and any(demand.num_sharers < demand.num_ranks for demand in shared):
+        fixes.append("set share_frozen=False, which cuts frozen weights over the ranks of all machines")
     if tier is MemoryTier.HOST and budgets.nvme is None:
         fixes.append("add a disk tier, nvme=NVMeConfig(...)")
     itemsizes = [demand.working_itemsize for demand in chunks if demand.is_trainable]
@@ -202,11 +207,11 @@ def _find_contradiction(demand: ChunkDemand, homes: ChunkPlacement, shape: Runti
             )
         if (homes.grad is device) != (device in homes.state):
             return "the gradient lives on the device exactly when the state does"
-    compute = device if shape.has_device else MemoryTier.HOST
-    if demand.is_sharded and homes.is_resident is not demand.is_pinned:
+    if is_used_in_place(demand, homes.working, shape):
+        if not homes.is_resident:
+            return "all its working weights live in compute memory, so is_resident must be True"
+    elif demand.is_sharded and homes.is_resident is not demand.is_pinned:
         return f"with several ranks is_resident must be {demand.is_pinned} for this chunk"
-    if not homes.is_resident and set(homes.working) == {compute} and not demand.is_sharded:
-        return "all its working weights live in compute memory, so is_resident must be True"
     if not homes.is_resident and demand.is_pinned:
         return "its working weights must always be in compute memory, so is_resident must be True"
     return None

@@ -9,7 +9,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from gemini.placement.check import Budgets
-from gemini.placement.plan import ChunkDemand, ChunkPlacement, DemandTally, PlacementPlan, RuntimeShape
+from gemini.placement.plan import (
+    ChunkDemand,
+    ChunkPlacement,
+    DemandTally,
+    PlacementPlan,
+    RuntimeShape,
+    is_used_in_place,
+)
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, round_up
 
 __all__ = ["Draft", "Floor", "Problem", "Role", "draft_smallest", "home_chunk", "move_below"]
@@ -149,7 +156,8 @@ def home_chunk(problem: Problem, chunk_id: int, role: Role, floor: Floor) -> Chu
 
     Returns:
         The homes. A frozen chunk that is resident on a device lives there, since no update needs it elsewhere. Of a
-        sharded chunk the role moves the shard alone; whole, it stays in compute memory only if it is pinned.
+        sharded chunk the role moves the shard alone; whole, it stays in compute memory only if it is pinned or ranks
+        share one copy of it there.
     """
     demand = problem.chunks[chunk_id]
     working, grad, state = floor.working, floor.grad, floor.state
@@ -158,13 +166,13 @@ def home_chunk(problem: Problem, chunk_id: int, role: Role, floor: Floor) -> Chu
     if role is Role.ON_DEVICE:
         working = grad = state = MemoryTier.DEVICE
     num_tiles = demand.num_tiles(problem.shape.tile_numel)
-    is_in_compute = role is not Role.IN_SLOT or working is problem.compute_tier
+    has_copy = demand.is_pinned if demand.is_sharded else role is not Role.IN_SLOT
     return ChunkPlacement(
         chunk_id=demand.chunk_id,
         working=(working,) * num_tiles,
         state=(state,) * num_tiles if demand.is_trainable else (),
         grad=grad if demand.is_trainable else None,
-        is_resident=demand.is_pinned if demand.is_sharded else is_in_compute,
+        is_resident=has_copy or is_used_in_place(demand, (working,), problem.shape),
     )
 
 

@@ -19,6 +19,8 @@ __all__ = [
     "MemoryDemand",
     "PlacementPlan",
     "RuntimeShape",
+    "has_shared_home",
+    "is_used_in_place",
     "memory_demand",
     "state_record_nbytes",
 ]
@@ -47,6 +49,9 @@ class ChunkDemand:
     """Whether only a shard lives here. Compute memory then holds copies of whole chunks, never homes."""
     num_ranks: int = 1
     """Ranks that own a shard each."""
+    num_sharers: int = 1
+    """Ranks of this machine that share one copy of the whole chunk if all of it lives in host memory; of frozen chunks
+    only. 1: each rank has its shard there."""
     keeps_whole_gradient: bool = False
     """Whether compute memory holds the whole chunk's gradient until the step; of sharded chunks only."""
     has_one_param: bool = False
@@ -61,6 +66,11 @@ class ChunkDemand:
     def compute_nbytes(self) -> int:
         """Bytes of the whole chunk's working weights in compute memory."""
         return self.num_ranks * self.working_nbytes
+
+    @property
+    def share_nbytes(self) -> int:
+        """Bytes that each rank counts for a whole chunk that ranks of this machine share."""
+        return _aligned(-(-self.compute_nbytes // self.num_sharers))
 
     @property
     def state_itemsize(self) -> int:
@@ -99,7 +109,7 @@ class ChunkPlacement:
     is_resident: bool
     """Whether compute memory always holds the working weights; then fetching them costs nothing. True where all of
     `working` is in compute memory; elsewhere it costs a copy there. A chunk with several ranks always needs the copy
-    and has it exactly if it is pinned."""
+    and has it exactly if it is pinned, except where ranks share one copy of it in compute memory itself."""
 
     def spare_tiles(self) -> tuple[int, ...]:
         """Return the tiles that get a spare place if there are any: those whose state and weights are on disk."""
@@ -154,6 +164,18 @@ def state_record_nbytes(length: int, master_itemsize: int) -> int:
     return _aligned(length * master_itemsize) + 2 * _aligned(length * 4)
 
 
+def has_shared_home(demand: ChunkDemand, working: Sequence[MemoryTier]) -> bool:
+    """Return whether a chunk whose tiles live in `working` is there once, whole, for several ranks of a machine."""
+    return demand.num_sharers > 1 and working.count(MemoryTier.HOST) == len(working)
+
+
+def is_used_in_place(demand: ChunkDemand, working: Sequence[MemoryTier], shape: RuntimeShape) -> bool:
+    """Return whether forward and backward read a chunk whose tiles live in `working` right there."""
+    compute = MemoryTier.DEVICE if shape.has_device else MemoryTier.HOST
+    is_whole = not demand.is_sharded or has_shared_home(demand, working)
+    return is_whole and working.count(compute) == len(working)
+
+
 def memory_demand(chunks: Sequence[ChunkDemand], plan: PlacementPlan, shape: RuntimeShape) -> MemoryDemand:
     """Compute the bytes a plan takes in each tier.
 
@@ -163,8 +185,8 @@ def memory_demand(chunks: Sequence[ChunkDemand], plan: PlacementPlan, shape: Run
         shape: sizes of the buffers.
 
     Returns:
-        Bytes by tier and purpose. Purposes: "working", "resident copies", "state", "spares", "gradients" (homes),
-        "whole gradients", "slots", "update ring", "gradient slots", "exchange slots", "fetch slots".
+        Bytes by tier and purpose. Purposes: "working", "shared weights", "state", "spares", "gradients" (homes),
+        "resident copies", "whole gradients", "slots", "update ring", "gradient slots", "exchange slots", "fetch slots".
 
     Source: docs/memory_model.md.
     """
@@ -217,7 +239,10 @@ class DemandTally:
         lengths = _tile_lengths(demand, shape.tile_numel)
         working_nbytes = [_aligned(length * demand.working_itemsize) for length in lengths]
         state_nbytes = [state_record_nbytes(length, demand.master_itemsize) for length in lengths]
-        kinds = (("working", homes.working, working_nbytes), ("state", homes.state, state_nbytes))
+        is_shared = has_shared_home(demand, homes.working)
+        if is_shared:
+            held[MemoryTier.HOST]["shared weights"] += sign * demand.share_nbytes
+        kinds = (("working", () if is_shared else homes.working, working_nbytes), ("state", homes.state, state_nbytes))
         for purpose, tiers, (full_nbytes, last_nbytes) in kinds:
             for tier in _TIERS:
                 num_tiles = tiers.count(tier)
@@ -231,8 +256,7 @@ class DemandTally:
             held[MemoryTier.NVME]["spares"] += sign * (len(spares) * full_nbytes - missing)
         if homes.grad is not None:
             held[homes.grad]["gradients"] += sign * _aligned(demand.numel * shape.grad_itemsize)
-        has_copy = demand.is_sharded or homes.working.count(self._compute) < len(homes.working)
-        if homes.is_resident and has_copy:
+        if homes.is_resident and not is_used_in_place(demand, homes.working, shape):
             held[self._compute]["resident copies"] += sign * _aligned(demand.compute_nbytes)
         if homes.grad is not None and demand.keeps_whole_gradient:
             whole_nbytes = demand.num_ranks * demand.numel * shape.grad_itemsize

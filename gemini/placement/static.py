@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gemini.errors import ConfigError
 from gemini.placement.check import Budgets, check_plan
 from gemini.placement.draft import Draft, Problem
-from gemini.placement.plan import ChunkDemand, ChunkPlacement, PlacementPlan, RuntimeShape
+from gemini.placement.plan import ChunkDemand, ChunkPlacement, PlacementPlan, RuntimeShape, is_used_in_place
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, round_up
 
 __all__ = ["StaticPlacement", "static_placement"]
@@ -72,7 +72,8 @@ def static_placement(
     missing is less than the next tile, or the next chunk on the device and for gradients. A chunk that is on the device
     without its state has its home in host memory and a copy on the device. The chunks that must always be in compute
     memory are there in any case. With several ranks the fractions are of this rank's shards, which live on the device
-    with their state or not at all, and no other chunk has a copy there.
+    with their state or not at all, and no other chunk has a copy there. A frozen chunk that ranks of a machine share is
+    shared if the fractions leave all of it in host memory.
 
     Args:
         chunks: the chunks, by id.
@@ -229,12 +230,12 @@ def _home_below(demand: ChunkDemand, shape: RuntimeShape, on_disk: _OnDisk, *, i
         return (MemoryTier.HOST,) * (num_tiles - num_on_disk) + (MemoryTier.NVME,) * num_on_disk
 
     working = tiles(on_disk.working.get(demand.chunk_id, 0))
-    is_in_compute = is_resident or (not shape.has_device and MemoryTier.NVME not in working)
+    has_copy = demand.is_pinned or (is_resident and not demand.is_sharded)
     grad = MemoryTier.NVME if on_disk.grads.get(demand.chunk_id) else MemoryTier.HOST
     return ChunkPlacement(
         chunk_id=demand.chunk_id,
         working=working,
         state=tiles(on_disk.state.get(demand.chunk_id, 0)) if demand.is_trainable else (),
         grad=grad if demand.is_trainable else None,
-        is_resident=demand.is_pinned or (is_in_compute and not demand.is_sharded),
+        is_resident=has_copy or is_used_in_place(demand, working, shape),
     )

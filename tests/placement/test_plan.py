@@ -14,6 +14,7 @@ from gemini.placement import (
     ChunkPlacement,
     PlacementPlan,
     RuntimeShape,
+    auto_placement,
     check_plan,
     memory_demand,
 )
@@ -188,3 +189,81 @@ def test_check_plan_wants_weights_wholly_in_host_memory_to_be_resident_on_the_cp
     cpu, budgets = dataclasses.replace(SHAPE, has_device=False), dataclasses.replace(BUDGETS, device=None)
     with pytest.raises(ConfigError, match="chunk 1: all its working weights live in compute memory"):
         check_plan(CHUNKS, change(1, working=(HOST,) * 3), cpu, budgets)
+
+
+# A frozen chunk of 4 ranks, two of them on this machine: shards of 6144 elements, tiles of 4096 and 2048, in bfloat16.
+FROZEN = ChunkDemand(
+    chunk_id=0,
+    numel=6144,
+    working_itemsize=2,
+    master_itemsize=0,
+    is_trainable=False,
+    is_pinned=False,
+    is_sharded=True,
+    num_ranks=4,
+    num_sharers=2,
+)
+ON_CPU = dataclasses.replace(SHAPE, has_device=False)
+
+
+def frozen_plan(*working: MemoryTier, is_resident: bool) -> PlacementPlan:
+    homes = ChunkPlacement(chunk_id=0, working=working, state=(), grad=None, is_resident=is_resident)
+    num_slots = 0 if is_resident else 1
+    return PlacementPlan(chunks=(homes,), num_slots=num_slots, slot_nbytes=num_slots * 49_152)
+
+
+@pytest.mark.parametrize(
+    ("shape", "plan", "expected"),
+    [
+        (ON_CPU, frozen_plan(HOST, HOST, is_resident=True), {HOST: {"shared weights": 24_576}}),
+        (
+            SHAPE,
+            frozen_plan(HOST, HOST, is_resident=False),
+            {HOST: {"shared weights": 24_576}, DEVICE: {"slots": 49_152}},
+        ),
+        (
+            SHAPE,
+            frozen_plan(HOST, HOST, is_resident=True),
+            {HOST: {"shared weights": 24_576}, DEVICE: {"resident copies": 49_152}},
+        ),
+        (
+            ON_CPU,
+            frozen_plan(HOST, NVME, is_resident=False),
+            {HOST: {"working": 8_192, "slots": 49_152}, NVME: {"working": 4_096}},
+        ),
+    ],
+)
+def test_frozen_weights_in_host_memory_count_by_share(shape, plan, expected):
+    by_purpose = memory_demand([FROZEN], plan, shape).by_purpose
+    assert {tier: purposes for tier, purposes in by_purpose.items() if purposes} == expected
+
+
+@pytest.mark.parametrize(
+    ("working", "is_resident", "message"),
+    [
+        ((HOST, HOST), False, "all its working weights live in compute memory, so is_resident must be True"),
+        ((HOST, NVME), True, "with several ranks is_resident must be False for this chunk"),
+    ],
+)
+def test_frozen_weights_that_ranks_share_are_used_in_place(working, is_resident, message):
+    budgets = Budgets(device=None, host=1 << 20, nvme=1 << 20)
+    with pytest.raises(ConfigError, match=message):
+        check_plan([FROZEN], frozen_plan(*working, is_resident=is_resident), ON_CPU, budgets)
+
+
+def test_automatic_placement_shares_what_fits_host_memory():
+    large, small = (
+        auto_placement([FROZEN], ON_CPU, Budgets(device=None, host=host, nvme=1 << 20), prefetch_depth=0)
+        for host in (24_576, 24_575 + 49_152)
+    )
+    assert large == frozen_plan(HOST, HOST, is_resident=True)
+    assert small == large
+    trained = dataclasses.replace(FROZEN, is_trainable=True, num_sharers=1)
+    cut = auto_placement([trained], ON_CPU, Budgets(device=None, host=1 << 20, nvme=None), prefetch_depth=0)
+    assert not cut.chunks[0].is_resident
+
+
+def test_a_short_host_budget_names_sharing_where_it_costs_bytes():
+    plan = frozen_plan(HOST, HOST, is_resident=True)
+    with pytest.raises(OutOfTierMemoryError, match="set share_frozen=False, which cuts frozen weights"):
+        check_plan([FROZEN], plan, ON_CPU, Budgets(device=None, host=4096, nvme=None))

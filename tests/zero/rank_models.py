@@ -122,6 +122,30 @@ class WideHead(nn.Module):
         return x
 
 
+class Adapted(nn.Module):
+    """Frozen blocks, each with a trained update of low rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(AdaptedBlock() for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class AdaptedBlock(nn.Module):
+    def __init__(self, width: int = 160, rank: int = 2) -> None:
+        super().__init__()
+        self.base = nn.Sequential(nn.Linear(HIDDEN, width), nn.GELU(), nn.Linear(width, HIDDEN)).requires_grad_(False)
+        self.down = nn.Linear(HIDDEN, rank, bias=False)
+        self.up = nn.Linear(rank, HIDDEN, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.base(x) + self.up(self.down(x))
+
+
 def checkpointed(*, use_reentrant: bool) -> Case:
     """Return GPT-2 with activation checkpoints."""
 
@@ -137,6 +161,7 @@ def checkpointed(*, use_reentrant: bool) -> Case:
 RANK_CASES = {
     "checkpointed": checkpointed(use_reentrant=False),
     "checkpointed_reentrant": checkpointed(use_reentrant=True),
+    "adapted": Case(Adapted, vector_batch, square),
     "routed": Case(Routed, vector_batch, square),
     "patchy": Case(Patchy, vector_batch, square),
     "lenders": Case(Lenders, vector_batch, square),

@@ -1,0 +1,65 @@
+"""One copy of frozen weights for the ranks of a machine: who makes the file, and how the others come to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from gemini.chunk.sharding import ShardGroup
+from gemini.offload.memory_file import MemoryFile, MemoryFileAddress
+
+__all__ = ["open_frozen_file"]
+
+logger = logging.getLogger(__name__)
+
+NOWHERE = MemoryFileAddress(pid=-1, descriptor=-1, inode=-1)
+
+
+def open_frozen_file(node_ranks: Sequence[int], group: ShardGroup) -> MemoryFile | None:
+    """Make a memory file on each machine, by its first rank, and open it on that machine's other ranks.
+
+    All ranks get one or none does, so that all come to the same plan.
+
+    Args:
+        node_ranks: the ranks of this machine, this one among them, in the order of `group.ranks`.
+        group: the ranks.
+
+    Returns:
+        The file, counted among as many ranks as the machine with the fewest has. None: a rank is alone on its machine,
+        or one cannot have the file, which it logs.
+
+    Raises:
+        CollectiveError: a rank did not take part.
+    """
+    file, address = None, NOWHERE
+    try:
+        if group.rank == node_ranks[0]:
+            file = MemoryFile.create()
+            address = file.address
+    except OSError as error:
+        _warn(group.rank, error)
+    own = torch.tensor(dataclasses.astuple(address), dtype=torch.int64)
+    addresses = group.gather_values(own, name="addresses of frozen weights")
+    pid, descriptor, inode = addresses[list(group.ranks).index(node_ranks[0])].tolist()
+    address = MemoryFileAddress(pid=pid, descriptor=descriptor, inode=inode)
+    try:
+        if group.rank != node_ranks[0] and address != NOWHERE:
+            file = MemoryFile.open(address)
+    except OSError as error:
+        _warn(group.rank, error)
+    num_users = torch.tensor([0 if file is None else len(node_ranks)], dtype=torch.int64)
+    fewest = int(group.gather_values(num_users, name="users of frozen weights").min())
+    if file is None:
+        return None
+    if fewest < 2:
+        file.close()
+        return None
+    file.num_users = fewest
+    return file
+
+
+def _warn(rank: int, error: OSError) -> None:
+    logger.warning("each rank keeps its shards of frozen weights: rank %d cannot have a common copy: %s", rank, error)
