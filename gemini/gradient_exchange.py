@@ -146,7 +146,11 @@ class GradientExchange:
     ) -> None:
         nbytes = shard.num_ranks * numel * spec.dtype.itemsize
         name = f"gradients of {spec.name}"
-        under_way = self._group.exchange(slot.sent[:nbytes], slot.received[:nbytes], name=name)
+        try:
+            under_way = self._group.exchange(slot.sent[:nbytes], slot.received[:nbytes], name=name)
+        except GeminiError:
+            self._free.append(slot)
+            raise
         self._under_way.append(_Piece(spec, shard, begin, numel, slot, under_way, total))
         if self._replica_sums is not None:
             while len(self._under_way) > 1:

@@ -222,10 +222,10 @@ class ShardedGradients:
         """Exchange the chunk whose turn it is, whatever it has."""
         chunk = self._order[self._num_gone]
         if self._has_slot(chunk):
-            assert chunk.slot is not None
-            self._exchange.send(chunk.spec, chunk.shard, chunk.slot)
-            chunk.slot = None
+            slot, chunk.slot = chunk.slot, None
+            assert slot is not None
             chunk.filled.clear()
+            self._exchange.send(chunk.spec, chunk.shard, slot)
         else:
             self._exchange.send_in_pieces(chunk.spec, chunk.shard, chunk.waiting)
             chunk.waiting.clear()
