@@ -25,7 +25,18 @@ from children import run_child
 from results_file import missing_row, write_results
 from zero_systems import SYSTEMS, add_options
 
-COLUMNS = ("ranks", "system", "step_s", "ratio", "sent_bytes", "of_ring", "state_bytes", "peak_rss_bytes")
+COLUMNS = (
+    "ranks",
+    "system",
+    "step_s",
+    "step_s_min",
+    "step_s_max",
+    "ratio",
+    "sent_bytes",
+    "of_ring",
+    "state_bytes",
+    "peak_rss_bytes",
+)
 NAMES = {
     "torch": "torch ddp",
     "gemini-1": "gemini stage 1",
