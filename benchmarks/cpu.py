@@ -22,6 +22,7 @@ RUNS = {
     "loss": ["loss.py"],
     "slices": ["slices.py", "--swap", "SWAP"],
     "heap": ["heap.py", "--swap", "SWAP"],
+    "zero": ["zero_step.py"],
     "prediction": ["prediction.py", "--swap", "SWAP"],
 }
 """Script and options of each result file; SWAP stands for a directory on the drive to be measured."""

@@ -135,6 +135,16 @@ def make_gemini(options: argparse.Namespace) -> tuple[Step, Callable[[], dict[st
     return training_step(engine, optimizer), finish
 
 
+def deepspeed_settings(batch: int, *, max_norm: float, zero: dict[str, Any]) -> dict[str, Any]:
+    """Return DeepSpeed's configuration: AdamW in float32 and what `zero` says of sharding and offload."""
+    return {
+        "train_micro_batch_size_per_gpu": batch,
+        "optimizer": {"type": "AdamW", "params": {"lr": LR, "weight_decay": 1e-2}},
+        "gradient_clipping": max_norm,
+        "zero_optimization": zero,
+    }
+
+
 def make_deepspeed(options: argparse.Namespace) -> tuple[Step, Callable[[], dict[str, Any]]]:
     """Return a step of DeepSpeed ZeRO-3 with offload."""
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -146,20 +156,18 @@ def make_deepspeed(options: argparse.Namespace) -> tuple[Step, Callable[[], dict
     if options.system == "deepspeed-nvme":
         where = {"device": "nvme", "nvme_path": str(options.swap)}
     shape = shape_of(options.model)
-    settings = {
-        "train_micro_batch_size_per_gpu": options.batch,
-        "optimizer": {"type": "AdamW", "params": {"lr": LR, "weight_decay": 1e-2}},
-        "bf16": {"enabled": options.dtype == "bf16"},
-        "gradient_clipping": MAX_NORMS[options.clip],
-        "zero_optimization": {
-            "stage": 3,
-            "offload_optimizer": {**where, "pipeline_read": True, "pipeline_write": True, "buffer_count": 4},
-            "offload_param": {
-                **where,
-                "buffer_count": 5,
-                "buffer_size": shape["n_embd"] * shape.get("vocab_size", 50257),
-            },
+    zero = {
+        "stage": 3,
+        "offload_optimizer": {**where, "pipeline_read": True, "pipeline_write": True, "buffer_count": 4},
+        "offload_param": {
+            **where,
+            "buffer_count": 5,
+            "buffer_size": shape["n_embd"] * shape.get("vocab_size", 50257),
         },
+    }
+    settings = {
+        **deepspeed_settings(options.batch, max_norm=MAX_NORMS[options.clip], zero=zero),
+        "bf16": {"enabled": options.dtype == "bf16"},
         "aio": {"block_size": 1 << 20, "queue_depth": 32, "single_submit": False, "overlap_events": True},
     }
     deepspeed.init_distributed(dist_backend="gloo")

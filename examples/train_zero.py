@@ -13,6 +13,7 @@ import argparse
 import io
 import sys
 import time
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -34,15 +35,20 @@ NVME_BUDGET_NBYTES, TINY_NVME_BUDGET_NBYTES = 3 * 2**30, 2**28
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, out=Path("runs/zero"))
+    return parser.parse_args()
+
+
+def add_options(parser: argparse.ArgumentParser, *, out: Path) -> None:
+    """Add the options of a training run whose results go to `out` unless told otherwise."""
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps (%(default)s)")
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=3, help="what is sharded (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="decides first weights and batches")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (%(default)s)")
     parser.add_argument("--host-budget", help='memory for all processes together, such as "2400MiB"')
     parser.add_argument("--nvme", type=Path, help="directory for the swap files (OUT/swap)")
-    parser.add_argument("--out", type=Path, default=Path("runs/zero"), help="where results go (%(default)s)")
+    parser.add_argument("--out", type=Path, default=out, help="where results go (%(default)s)")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # a small model, for the tests
-    return parser.parse_args()
 
 
 def encode_once(arguments: argparse.Namespace) -> torch.Tensor:
@@ -67,8 +73,20 @@ def print_ranks(report: MemoryReport, console: Console) -> None:
 
 
 def run(console: Console, arguments: argparse.Namespace) -> None:
-    """Prepare, train and report."""
+    """Join the other processes and train."""
     dist.init_process_group("gloo")
+    train(console, arguments)
+    dist.destroy_process_group()
+
+
+def train(console: Console, arguments: argparse.Namespace, on_step: Callable[[float], None] | None = None) -> None:
+    """Prepare, train and report, as one of the default process group's ranks.
+
+    Args:
+        console: shows what rank 0 prints.
+        arguments: as from `add_options`.
+        on_step: is told each step's loss, the mean over all ranks.
+    """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if rank != 0:
         console.file = io.StringIO()
@@ -99,8 +117,9 @@ def run(console: Console, arguments: argparse.Namespace) -> None:
             mean = loss.detach()
             dist.all_reduce(mean)
             console.print(f"step {step}: loss {mean.item() / world_size:.3f}, {time.perf_counter() - start:.2f} s")
+            if on_step is not None:
+                on_step(mean.item() / world_size)
         print_ranks(engine.memory_report(), console)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

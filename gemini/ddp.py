@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -129,6 +129,18 @@ class GeminiDDP(torch.nn.Module):
     def backward(self, loss: torch.Tensor) -> None:
         """Run backward; the same as `loss.backward()`."""
         loss.backward()  # type: ignore[no-untyped-call]
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Change nothing: for loops that ask torch's DistributedDataParallel to put exchanges off.
+
+        With one rank, and in stage 1, none are exchanged before the step, inside of the context or not. Stages 2 and 3
+        have no room for whole gradients and exchange in every backward, here too. Either way the step takes the mean
+        over all ranks of all that was accumulated, even if every backward was inside.
+
+        Returns:
+            A context that does nothing; the same bits come out with it and without.
+        """
+        return nullcontext()
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Clip the gradients at hand by their global L2 norm, as `torch.nn.utils.clip_grad_norm_` does.

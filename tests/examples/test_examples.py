@@ -144,3 +144,29 @@ def test_train_tensor_parallel_divides_layers_among_processes(tmp_path: Path) ->
     assert "1 x 2 processes, stage 3" in output
     assert "step 2: loss" in output
     assert list((tmp_path / "swap").iterdir()) == []
+
+
+def test_train_ray_shares_the_model_among_workers(tmp_path: Path) -> None:
+    pytest.importorskip("ray.train", reason="Ray Train is not installed")
+    output = run_example("train_ray.py", "--tiny", "--steps", "2", "--workers", "2", "--out", tmp_path)
+
+    assert "2 processes, stage 3" in output
+    assert "step 2: loss" in output
+    assert "Trained by 2 workers" in output
+    assert list((tmp_path / "swap").iterdir()) == []
+
+
+def test_train_ray_says_what_it_needs() -> None:
+    """Whether Ray is installed or not: None in sys.modules hides it."""
+    program = REPOSITORY / "examples" / "train_ray.py"
+    code = f"""
+import runpy, sys
+sys.modules["ray"] = None
+sys.path.insert(0, {str(program.parent)!r})
+runpy.run_path({str(program)!r}, run_name="__main__")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
+
+    assert done.returncode == 1
+    assert done.stderr == 'train_ray.py needs Ray Train: pip install "ray[train]", or use train_zero.py\n'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -75,15 +75,18 @@ def fit(
     rank: int,
     world_size: int,
     num_micro: int = 1,
+    no_sync: str | None = None,
 ) -> Fit:
-    """Train on one rank's part of global batches."""
+    """Train on one rank's part of global batches; under `no_sync` "but-last" or "all" backward passes of a step."""
     losses, norms = [], []
     for batch in batches:
         loss_sum = 0.0
         for micro in range(num_micro):
             part = cut_batch(cut_batch(batch, micro, num_micro), rank, world_size)
-            loss = case.loss(engine(**part)) / num_micro
-            loss.backward()
+            is_last = micro == num_micro - 1
+            with engine.no_sync() if no_sync == "all" or (no_sync and not is_last) else nullcontext():
+                loss = case.loss(engine(**part)) / num_micro
+                loss.backward()
             loss_sum += loss.item()
         optimizer.step()
         optimizer.zero_grad()
@@ -133,6 +136,7 @@ def train_sharded(
     directory: Path | None = None,
     num_steps: int = 3,
     num_micro: int = 1,
+    no_sync: str | None = None,
     frozen: str | None = None,
     adam: dict[str, Any] | None = None,
     **fields: Any,
@@ -143,7 +147,8 @@ def train_sharded(
     batches = global_batches(case, num_steps, world_size * num_micro)
     with sharded(case, stage=stage, place=place, directory=directory, **fields) as engine:
         optimizer = hybrid_adam(engine.parameters(), **(adam or {}))
-        return fit(engine, optimizer, case, batches, rank=rank, world_size=world_size, num_micro=num_micro)
+        ranks = {"rank": rank, "world_size": world_size}
+        return fit(engine, optimizer, case, batches, **ranks, num_micro=num_micro, no_sync=no_sync)
 
 
 def train_in_pieces(*, piece_nbytes: int, **fields: Any) -> tuple[Fit, int]:

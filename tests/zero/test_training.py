@@ -59,6 +59,16 @@ def test_gradients_accumulate(stage, ranks: RankPool):
 
 
 @STAGES
+@pytest.mark.parametrize("no_sync", ["but-last", "all"])
+def test_accumulation_in_no_sync_changes_no_bit(no_sync, stage, ranks: RankPool):
+    fields = {"model": "gpt2", "stage": stage, "num_micro": 2, "num_steps": 2}
+    expected = agreed(ranks.run(2, train_sharded, **fields))
+    found = agreed(ranks.run(2, train_sharded, **fields, no_sync=no_sync))
+    assert same_bits(found.weights, expected.weights)
+    assert (found.losses, found.norms) == (expected.losses, expected.norms)
+
+
+@STAGES
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_clipping_uses_the_norm_over_all_ranks(world_size, stage, ranks: RankPool):
     adam = {"max_grad_norm": 0.01}
