@@ -277,22 +277,19 @@ class TorchGroup:
 
     def _find_cause(self, what: str, line: _Line) -> str:
         """Tell the others of a failure through the store, and return who of a line does not tell of one."""
-        silent = set(line.ranks) - {self._rank}
+        peers = [rank for rank in line.ranks if rank != self._rank]
         try:
             store = PrefixStore("zero-failure", dist.distributed_c10d._get_default_store())
             store.set_timeout(timedelta(seconds=REPORT_S))
-            store.set(f"{self._rank}", f"rank {self._rank} has failed before, in the {what}")
-            deadline_s = time.monotonic() + REPORT_S
-            while silent and time.monotonic() < deadline_s:
-                silent -= {rank for rank in silent if store.check([f"{rank}"])}
-                time.sleep(0.05)
+            store.set(f"{self._rank}", what)
+            silent = _missing(store, [f"{rank}" for rank in peers])
             if silent:
-                names = ", ".join(map(str, sorted(silent)))
-                cause = f"no word from rank {names}, which has died or stalled"
+                cause = f"no word from rank {', '.join(silent)}, which has died or stalled"
+            elif peers and not _missing(store, [f"cause {peers[0]}"]):
+                cause = store.get(f"cause {peers[0]}").decode()
             else:
-                others = [store.get(f"{rank}").decode() for rank in line.ranks if rank != self._rank]
-                cause = others[0] if others else "a connection was lost"
-            store.set(f"{self._rank}", f"rank {self._rank} has failed in the {what}: {cause}")
+                cause = "a connection was lost, but all ranks are there"
+            store.set(f"cause {self._rank}", f"rank {self._rank} has failed before, in the {what}: {cause}")
         except RuntimeError:
             return "the process that holds the group's store is gone"
         return cause
@@ -356,6 +353,15 @@ def alias_of(buffer: torch.Tensor) -> torch.Tensor:
         return torch.as_tensor(_CudaMemory(buffer), device=buffer.device)
     memory = (ctypes.c_uint8 * buffer.numel()).from_address(buffer.data_ptr())
     return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _missing(store: PrefixStore, keys: list[str]) -> list[str]:
+    """Return which keys do not appear in a store within a while."""
+    deadline_s = time.monotonic() + REPORT_S
+    while keys and time.monotonic() < deadline_s:
+        keys = [key for key in keys if not store.check([key])]
+        time.sleep(0.05)
+    return keys
 
 
 def _line_of(group: dist.ProcessGroup | None) -> _Line:

@@ -179,6 +179,8 @@ def save_and_load_divided(*, sizes: tuple[int, ...], directory: Path | None = No
         go_on(engine, optimizer, slice(2))
         saved = {"model": engine.master_state_dict(), "optimizer": optimizer.state_dict()}
         shown = engine.module.state_dict()
+        if directory is not None:
+            engine.module.save_pretrained(directory / "saved")
         through = go_on(engine, optimizer, slice(2, 3))
     with divided(case, "llama", sizes, **fields) as engine:
         optimizer = hybrid_adam(engine.parameters())
