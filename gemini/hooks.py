@@ -29,6 +29,7 @@ __all__ = ["HookSet", "RuntimeEvents"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
+_LOOKUPS = (torch.nn.Embedding, torch.nn.EmbeddingBag)
 _CALL_CODE = torch.nn.Module._call_impl.__code__
 
 
@@ -55,8 +56,8 @@ class RuntimeEvents(Protocol):
     def exit_unit(self, unit_id: int) -> None:
         """Give back what `enter_unit` took."""
 
-    def enter_backward(self, unit_id: int) -> None:
-        """Make a unit's weights usable: backward has reached its outputs."""
+    def enter_backward(self, unit_id: int, *, reads_weights: bool) -> None:
+        """Handle that backward has reached a unit's outputs; make its weights usable if it reads any."""
 
     def num_updates_of(self, unit_id: int) -> int:
         """Return how often the optimizer has changed a unit's weights."""
@@ -135,7 +136,8 @@ class HookSet:
         self._handles.append(root.register_forward_pre_hook(self._before_model, prepend=True))
         self._handles.append(root.register_forward_hook(self._after_model, always_call=True))
         for unit_id, module in unit_modules.items():
-            before, after = self._unit_hooks(unit_id)
+            # A lookup's backward needs the rows that were looked up, and no weights.
+            before, after = self._unit_hooks(unit_id, reads_weights=type(module) not in _LOOKUPS)
             self._handles.append(module.register_forward_pre_hook(before, prepend=True))
             self._handles.append(module.register_forward_hook(after, always_call=True))
         # torch keeps these where the garbage collector cannot follow, so they must not keep the engine alive.
@@ -236,7 +238,7 @@ class HookSet:
         self._events.end_forward()
         return output
 
-    def _unit_hooks(self, unit_id: int) -> tuple[Callable[..., None], Callable[..., Any]]:
+    def _unit_hooks(self, unit_id: int, *, reads_weights: bool) -> tuple[Callable[..., None], Callable[..., Any]]:
         @_disable_compile
         def before(module: torch.nn.Module, args: Any) -> None:
             self._mode.pause()  # first, or it would see the engine itself handle parameters
@@ -252,7 +254,7 @@ class HookSet:
             output = self._own_outputs(output)
             self._entered.pop()
             self._events.exit_unit(unit_id)
-            self._watch_backward(unit_id, output)
+            self._watch_backward(unit_id, output, reads_weights=reads_weights)
             self._watch()
             return output
 
@@ -274,7 +276,7 @@ class HookSet:
         if is_running and not is_compiled:
             self._mode.resume()
 
-    def _watch_backward(self, unit_id: int, output: Any) -> None:
+    def _watch_backward(self, unit_id: int, output: Any, *, reads_weights: bool) -> None:
         """Report when backward is about to run a unit.
 
         transformers checkpoints `forward` inside `__call__`: its recomputation uses the weights and fires no hook.
@@ -283,7 +285,7 @@ class HookSet:
             return
 
         def reached(gradient: torch.Tensor) -> None:
-            self._events.enter_backward(unit_id)
+            self._events.enter_backward(unit_id, reads_weights=reads_weights)
 
         def watch(tensor: torch.Tensor) -> torch.Tensor:
             if tensor.requires_grad:

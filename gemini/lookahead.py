@@ -96,7 +96,8 @@ class Lookahead:
             return
         self._core.poll()
         if self._is_sharded:
-            self._gather_ahead(self._history.upcoming(self._horizon))
+            # What is gathered before the step's update must be gathered again after it.
+            self._gather_ahead(self._history.upcoming(self._horizon, looks_past_end=not self.is_in_step))
             return
         decisions = choose_prefetch(
             self._history.upcoming(self._horizon),

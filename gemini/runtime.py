@@ -265,7 +265,7 @@ class Runtime:
 
     # ---------------------------------------------------------------- backward
 
-    def enter_backward(self, unit_id: int) -> None:
+    def enter_backward(self, unit_id: int, *, reads_weights: bool) -> None:
         """Make a unit's weights usable before backward runs it, for recomputation that fires no hooks.
 
         Needs no lease: the chunks of the unit used last are never evicted, and autograd runs all of a unit before
@@ -273,7 +273,8 @@ class Runtime:
         """
         self.check_usable()
         self.gradients.reach_unit(self.layout.units[unit_id].own_chunk_ids, self._lookahead.urgency)
-        for chunk_id in (*self._borrowed_by_unit.get(unit_id, ()), *self.layout.units[unit_id].chunk_ids):
+        own = self.layout.units[unit_id].chunk_ids if reads_weights else ()
+        for chunk_id in (*self._borrowed_by_unit.get(unit_id, ()), *own):
             self.core.ensure(chunk_id)
             self._lookahead.record(chunk_id)
         self._lookahead.fetch_ahead()

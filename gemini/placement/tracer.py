@@ -105,11 +105,12 @@ class AccessHistory:
         if position is not None:
             self._cursor = position
 
-    def upcoming(self, limit: int) -> tuple[int, ...]:
+    def upcoming(self, limit: int, *, looks_past_end: bool = True) -> tuple[int, ...]:
         """Return the next distinct units, nearest first; after the end of the step the next one begins alike.
 
         Args:
             limit: the most units to return.
+            looks_past_end: whether units of the next step are among them.
 
         Returns:
             Unit ids; empty if no step of this phase is known. The unit entered last is among them if it comes again.
@@ -119,7 +120,8 @@ class AccessHistory:
             return ()
         found: dict[int, None] = {}
         num_units = len(trace.units)
-        for offset in range(1, num_units + 1):
+        num_left = num_units if looks_past_end else num_units - 1 - self._cursor
+        for offset in range(1, num_left + 1):
             found[trace.units[(self._cursor + offset) % num_units]] = None
             if len(found) == limit or len(found) == len(trace.positions):
                 break

@@ -50,6 +50,16 @@ def test_upcoming_goes_on_with_the_start_of_the_next_step():
     assert history.upcoming(2) == (5, 6)
 
 
+def test_upcoming_ends_with_the_step_if_asked():
+    history = traced([5, 6, 7])
+    history.begin_step(Phase.TRAIN)
+    history.record(5)
+    assert history.upcoming(9, looks_past_end=False) == (6, 7)
+    history.record(6)
+    history.record(7)
+    assert history.upcoming(9, looks_past_end=False) == ()
+
+
 def test_next_use_distance_counts_accesses_and_wraps():
     history = traced(STEP)
     history.begin_step(Phase.TRAIN)

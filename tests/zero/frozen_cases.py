@@ -6,14 +6,12 @@ import fcntl
 import os
 import signal
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from rank_cases import case_of, cut_batch, global_batches, sharded
+from rank_cases import case_of, cut_batch, gathered_names, global_batches, sharded
 from training_harness import config_for, hybrid_adam
 
 import zero
@@ -44,21 +42,6 @@ def seals_of_shared_files() -> list[int]:
     numbers = [int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")]
     names = {number: os.readlink(f"/proc/self/fd/{number}") for number in numbers}
     return [fcntl.fcntl(number, fcntl.F_GET_SEALS) for number, name in names.items() if "/memfd:gemini" in name]
-
-
-@contextmanager
-def gathered_names(engine: GeminiDDP) -> Iterator[list[str]]:
-    """Yield what has been gathered inside, one entry for each all-gather of weights."""
-    group, names = engine.runtime.sharding.group, []
-    inner = group.all_gather
-
-    def noted(whole: torch.Tensor, *, name: str, **fields: Any) -> Any:
-        names.append(name)
-        return inner(whole, name=name, **fields)
-
-    group.all_gather = noted
-    yield names
-    del group.all_gather
 
 
 def train_two_steps(engine: GeminiDDP) -> None:

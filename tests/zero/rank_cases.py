@@ -296,6 +296,39 @@ def measure_memory(
         }
 
 
+def count_gathers_of_words(*, place: str) -> list[int]:
+    """Return how often each of three steps gathers the embedding."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    case = case_of("reader")
+    with sharded(case, stage=3, place=place, directory=None) as engine:
+        optimizer = hybrid_adam(engine.parameters())
+        runtime = engine.runtime
+        words = runtime.core.chunks[runtime.layout.slot_by_name["words.weight"].chunk_id].spec.name
+        counts = []
+        for batch in global_batches(case, 3, world_size):
+            with gathered_names(engine) as names:
+                case.loss(engine(**cut_batch(batch, rank, world_size))).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            counts.append(names.count(words))
+        return counts
+
+
+@contextmanager
+def gathered_names(engine: GeminiDDP) -> Iterator[list[str]]:
+    """Yield what has been gathered inside, one entry for each all-gather of weights."""
+    group, names = engine.runtime.sharding.group, []
+    inner = group.all_gather
+
+    def noted(whole: torch.Tensor, *, name: str, **fields: Any) -> Any:
+        names.append(name)
+        return inner(whole, name=name, **fields)
+
+    group.all_gather = noted
+    yield names
+    del group.all_gather
+
+
 def count_collectives(*, stage: int, num_micro: int, mesh: tuple[int, ...] | None = None) -> tuple[dict[str, int], int]:
     """Return how often one step agrees and exchanges, and the number of chunks that are trained."""
     rank, world_size = dist.get_rank(), dist.get_world_size()

@@ -146,6 +146,25 @@ class AdaptedBlock(nn.Module):
         return x + self.base(x) + self.up(self.down(x))
 
 
+class Reader(nn.Module):
+    """A lookup and more blocks than there are slots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(64, HIDDEN)
+        self.blocks = nn.ModuleList(Block() for _ in range(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.words(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def token_batch(generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {"x": torch.randint(0, 64, (4, 8), generator=generator)}
+
+
 def checkpointed(*, use_reentrant: bool) -> Case:
     """Return GPT-2 with activation checkpoints."""
 
@@ -166,5 +185,6 @@ RANK_CASES = {
     "patchy": Case(Patchy, vector_batch, square),
     "lenders": Case(Lenders, vector_batch, square),
     "wide_head": Case(WideHead, vector_batch, square),
+    "reader": Case(Reader, token_batch, square),
     "tiny": Case(Tiny, vector_batch, square),
 }

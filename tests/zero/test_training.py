@@ -7,7 +7,14 @@ import torch
 from comparison import FLOAT32_TOLERANCE, STAGES, agreed, alone, assert_trains_alike
 from hypothesis import given
 from hypothesis import strategies as st
-from rank_cases import count_collectives, overflow_on_last_rank, train_alone, train_in_pieces, train_sharded
+from rank_cases import (
+    count_collectives,
+    count_gathers_of_words,
+    overflow_on_last_rank,
+    train_alone,
+    train_in_pieces,
+    train_sharded,
+)
 from rank_pool import RankPool
 from training_harness import distance, same_bits
 
@@ -119,6 +126,11 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(ranks: RankPool):
 def test_ranks_agree_once_a_step(stage, num_micro, num_exchanges, ranks: RankPool):
     for counts, num_chunks in ranks.run(2, count_collectives, stage=stage, num_micro=num_micro):
         assert counts == {"gather_values": 1, "exchange": num_exchanges * num_chunks}
+
+
+def test_backward_gathers_no_weights_for_a_lookup(ranks: RankPool):
+    for counts in ranks.run(2, count_gathers_of_words, place="device"):
+        assert counts == [1, 1, 1]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
