@@ -38,7 +38,9 @@ TORCH_REQUIREMENTS = ("torch==2.13.0", "torch>=2.6")
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 """The PyTorch project's own index of builds without CUDA."""
 BUILD_TOOLS = ("pip>=23.2", "setuptools>=77", "wheel", "cffi>=1.17", "packaging")
-"""pip 23.2 is the first that reads a wheel's metadata without downloading the wheel."""
+"""What pip needs to build the package. To read torch's metadata, a pip before 23.2 would download all of torch."""
+PROGRAMS = ("ruff", "pydoclint", "clang-format")
+"""Tools of `make check` that need a program in .venv/bin, a module alone not being enough."""
 
 DESCRIBE = """
 import json, os, site, sys, sysconfig
@@ -57,6 +59,7 @@ print(json.dumps({
     "torch": torch_version,
 }))
 """
+"""A program for the interpreter in question, which prints the fields of `Interpreter` as JSON."""
 
 
 class Interpreter(NamedTuple):
@@ -128,9 +131,20 @@ def install_tools() -> None:
     """Install what `make check` needs beyond the tests."""
     # The package is installed, so pip only adds what its extra asks for and does not build it again.
     pip("install", "--constraint", str(CONSTRAINTS), "gemini-memory[dev]")
-    for tool in ("ruff", "clang-format"):
-        if not (VENV / "bin" / tool).exists():  # satisfied by a parent environment, whose programs are elsewhere
-            pip("install", "--ignore-installed", "--no-deps", tool)
+    # pip is content with tools that .venv sees in a parent environment, but their programs are in that one's bin.
+    missing = [tool for tool in PROGRAMS if not (VENV / "bin" / tool).exists()]
+    if missing:
+        pip("install", "--ignore-installed", "--no-deps", *tool_requirements(missing))
+
+
+def tool_requirements(tools: List[str]) -> List[str]:
+    """Return what the extra `dev` asks of some tools, such as "ruff>=0.14,<0.18"."""
+    code = (
+        "import json, sys; from importlib.metadata import requires; from packaging.requirements import Requirement;"
+        "rs = map(Requirement, requires('gemini-memory')); tools = json.load(sys.stdin);"
+        "print(json.dumps([f'{r.name}{r.specifier}' for r in rs if r.name in tools]))"
+    )
+    return ask_environment(code, tools)
 
 
 # ---------------------------------------------------------------- interpreter and environment
@@ -264,8 +278,13 @@ def required_names(requires_dist: List[str]) -> List[str]:
         "import json, sys; from packaging.requirements import Requirement; rs = map(Requirement, json.load(sys.stdin));"
         "print(json.dumps([r.name for r in rs if r.marker is None or r.marker.evaluate({'extra': ''})]))"
     )
+    return ask_environment(code, requires_dist)
+
+
+def ask_environment(code: str, question: List[str]) -> List[str]:
+    """Run code in .venv that reads a list as JSON and prints another."""
     shown = subprocess.run(
-        [str(VENV_PYTHON), "-c", code], input=json.dumps(requires_dist).encode(), stdout=subprocess.PIPE, check=True
+        [str(VENV_PYTHON), "-c", code], input=json.dumps(question).encode(), stdout=subprocess.PIPE, check=True
     )
     return json.loads(shown.stdout.decode())
 

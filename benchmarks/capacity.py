@@ -58,7 +58,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="working weights (%(default)s)")
     parser.add_argument("--tokens", type=int, help=f"in a step; {MANY_TOKENS}, or {FEW_TOKENS} where bf16 is slow")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
-    parser.add_argument("--max-layers", type=int, default=LAYERS.start, help="start no larger than this")
+    parser.add_argument(
+        "--max-layers", type=int, choices=LAYERS, default=LAYERS.start, metavar="N", help="start no larger than this"
+    )
     parser.add_argument("--attempts", type=int, default=6, help="runs of each system at most")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds after which a run counts as failed")
     parser.add_argument("--json", type=Path, help="write the rows to this file")

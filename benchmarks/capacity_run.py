@@ -11,13 +11,13 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from step_systems import DTYPES, LR, build_model, make_deepspeed, make_plain, shape_of
+from training_step import Step, training_step
 
 from gemini import GeminiConfig, GeminiDDP, HybridAdam, NVMeConfig
 from gemini.assembly import draw_blueprint
@@ -95,9 +95,7 @@ def _status_nbytes(key: str) -> int:
 
 def meta_model(attempt: Attempt) -> torch.nn.Module:
     """Build the model on the meta device; few tokens keep their activations, more of them have them recomputed."""
-    model = build_model(attempt.model, attempt.tokens, "meta")
-    if attempt.tokens <= 16:
-        model.gradient_checkpointing_disable()  # type: ignore[operator]
+    model = build_model(attempt.model, attempt.tokens, "meta", checkpoints=attempt.tokens > 16)
     use_sliced_loss(model)
     return model
 
@@ -116,20 +114,18 @@ def gemini_config(attempt: Attempt) -> GeminiConfig:
     )
 
 
-def make_gemini(attempt: Attempt) -> tuple[Callable[[torch.Tensor], torch.Tensor], dict[str, Any]]:
+def make_gemini(attempt: Attempt) -> tuple[Step, dict[str, Any]]:
     """Return a step of Gemini, updates included, and what its row says beside the measurements."""
     model, config = meta_model(attempt), gemini_config(attempt)
     memory = draw_blueprint(model, config).memory
     engine = GeminiDDP(model, config)
     optimizer = HybridAdam(engine.parameters(), lr=LR, max_grad_norm=MAX_GRAD_NORM)
+    train = training_step(engine, optimizer)
     num_steps_left = NUM_STEPS
 
     def step(batch: torch.Tensor) -> torch.Tensor:
         nonlocal num_steps_left
-        loss: torch.Tensor = engine(input_ids=batch, labels=batch).loss
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad()
+        loss = train(batch)
         num_steps_left -= 1
         if not num_steps_left:
             engine.runtime.finish_updates()
@@ -142,7 +138,7 @@ def make_gemini(attempt: Attempt) -> tuple[Callable[[torch.Tensor], torch.Tensor
     }
 
 
-def make_peer(attempt: Attempt) -> tuple[Callable[[torch.Tensor], torch.Tensor], dict[str, Any]]:
+def make_peer(attempt: Attempt) -> tuple[Step, dict[str, Any]]:
     """Return a peer's step; plain PyTorch computes in float32, the faster dtype on processors without bfloat16."""
     options = argparse.Namespace(
         system="deepspeed-nvme",

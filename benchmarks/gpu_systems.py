@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from training_step import Step, deepspeed_step, enable_checkpointing, training_step
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama-0.4b": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16},
@@ -67,8 +68,7 @@ BUDGET_SHARE = 0.94
 class System(NamedTuple):
     """What a run needs to know of a system."""
 
-    step: Callable[[torch.Tensor], torch.Tensor]
-    """Trains on token ids, int64 [batch, seq], and returns the loss."""
+    step: Step
     finish: Callable[[], dict[str, Any]]
     """Ends it and says what is to be said."""
 
@@ -105,9 +105,7 @@ def build_model(model: str, *, device: str, dtype: torch.dtype, checkpoints: boo
     finally:
         torch.set_default_dtype(before)
     if checkpoints:
-        # The second name is the one before transformers 5.
-        enable = getattr(built, "activation_checkpointing_enable", None) or built.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable_checkpointing(built)
     use_sliced_loss(built)
     return built.train()
 
@@ -118,16 +116,12 @@ def make_torch(options: argparse.Namespace) -> System:
     dtype = torch.float32 if has_autocast else torch.bfloat16
     model = build_model(options.model, device=options.device, dtype=dtype, checkpoints=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
-
-    def step(batch: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(options.device, dtype=torch.bfloat16, enabled=has_autocast):
-            loss: torch.Tensor = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
-
+    step = training_step(
+        model,
+        optimizer,
+        max_norm=MAX_NORM,
+        precision=lambda: torch.autocast(options.device, dtype=torch.bfloat16, enabled=has_autocast),
+    )
     return System(step, lambda: {"params": sum(param.numel() for param in model.parameters())})
 
 
@@ -207,13 +201,6 @@ def make_gemini(options: argparse.Namespace) -> System:
     engine = GeminiDDP(model, config, init_fn=random_init(model))
     optimizer = HybridAdam(engine.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, max_grad_norm=MAX_NORM)
 
-    def step(batch: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = engine(input_ids=batch, labels=batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
-
     def finish() -> dict[str, Any]:
         report = engine.memory_report()
         traffic = engine.runtime.resources.transfers.traffic
@@ -231,7 +218,7 @@ def make_gemini(options: argparse.Namespace) -> System:
             "update_stall_s": report.update_stall_s,
         }
 
-    return System(step, finish)
+    return System(training_step(engine, optimizer), finish)
 
 
 def deepspeed_pinned_nbytes(num_params: int) -> int:
@@ -272,14 +259,7 @@ def make_deepspeed(options: argparse.Namespace) -> System:
         },
     }
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
-
-    def step(batch: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = engine(input_ids=batch, labels=batch).loss
-        engine.backward(loss)
-        engine.step()
-        return loss
-
-    return System(step, lambda: {"params": num_params, "is_pinned": is_pinned})
+    return System(deepspeed_step(engine), lambda: {"params": num_params, "is_pinned": is_pinned})
 
 
 def host_nbytes(options: argparse.Namespace) -> int:
@@ -300,15 +280,8 @@ def make_torchao(options: argparse.Namespace) -> System:
     optimizer = CPUOffloadOptimizer(
         model.parameters(), torch.optim.AdamW, offload_gradients=True, fused=True, lr=LR, weight_decay=WEIGHT_DECAY
     )
-
-    def step(batch: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
-
-    return System(step, lambda: {"params": sum(param.numel() for param in model.parameters())})
+    num_params = sum(param.numel() for param in model.parameters())
+    return System(training_step(model, optimizer), lambda: {"params": num_params})
 
 
 class DevicePeak:
@@ -363,7 +336,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             break
         batch = torch.randint(0, vocab_size, (options.batch, options.seq), generator=generator)
         start = time.perf_counter()
-        losses.append(float(system.step(batch.to(options.device)).detach()))  # waits for the device, as a log does
+        losses.append(float(system.step(batch.to(options.device))))  # waits for the device, as a log does
         seconds.append(time.perf_counter() - start)
         peak.note()
     timed = seconds[NUM_WARM_UPS:]

@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from results_file import missing_row, spread_of, write_results
-from step import DTYPES, SHAPES
+from step_systems import DTYPES, SHAPES, build_model
 
 MALLOC_VARIANTS = {
     "torch": {},
@@ -71,8 +71,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train in this process and measure."""
-    from step import build_model
-
     from gemini import GeminiConfig, GeminiDDP, HybridAdam, NVMeConfig, StaticPlacement
 
     torch.manual_seed(0)
@@ -89,7 +87,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     shape = (arguments.rows, arguments.tokens)
     batch = torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(1))
     seconds, losses = [], []
-    with GeminiDDP(build_model(arguments, "meta"), config) as engine:
+    with GeminiDDP(build_model(arguments.model, arguments.tokens, "meta"), config) as engine:
         optimizer = HybridAdam(engine.parameters(), lr=1e-4)
         for _ in range(arguments.steps + 2):
             start = time.perf_counter()

@@ -5,7 +5,7 @@ The profile is measured first, so that what is compared is a prediction; the dis
 drives drift. `error` is predicted / measured - 1. The operations of the formula are given beside those that torch's
 counter sees in a step of the plain model.
 
-    python benchmarks/prediction.py [--model gpt2 | gpt2-medium | tiny] [--swap DIR] [--json PATH]
+    python benchmarks/prediction.py [--model gpt2 | gpt2-medium | gpt2-large | tiny] [--swap DIR] [--json PATH]
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from results_file import missing_row, spread_of, write_results
+from training_step import enable_checkpointing
 
 VARIANTS = (
     *("slices:1", "slices:2", "slices:4", "slices:8", "accumulation:2", "accumulation:4", "accumulation:8"),
@@ -91,7 +92,7 @@ def run_variant(arguments: argparse.Namespace) -> dict[str, Any]:
         )
         model = build_model(arguments, "meta")
         if kind == "checkpointed":
-            model.gradient_checkpointing_enable()
+            enable_checkpointing(model)
         engine = GeminiDDP(model, config)
         optimizer = HybridAdam(engine.parameters(), lr=1e-4)
     batch = torch.randint(

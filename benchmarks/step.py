@@ -3,15 +3,15 @@
 Every system trains the same GPT-2 shape on the same batches in a process of its own, one after the other: plain
 PyTorch, Gemini with everything in host memory and with (almost) everything on disk, DeepSpeed ZeRO-3 with both.
 Clipping is on in all of them: "idle", with a threshold that is never reached, and "active", where every step clips;
-what the others do does not depend on it, so they run once. A
-processor without bfloat16 instructions multiplies bfloat16 a hundred times slower than float32, so --dtype auto takes
-the faster of the two for all systems alike and says which.
+what the others do does not depend on it, so they run once. A processor without bfloat16 instructions multiplies
+bfloat16 a hundred times slower than float32, so --dtype auto takes the faster of the two for all systems alike and says
+which.
 
 The drive's bandwidth is measured before and after each run that uses it; `io_floor_s` is the time in which the bytes
 that a step on disk must move cross at that bandwidth: weights read for forward and backward and written once, state
 read and written once.
 
-    python benchmarks/step.py [--model gpt2-medium | gpt2-large | gpt2] [--swap DIR] [--json PATH]
+    python benchmarks/step.py [--model gpt2 | gpt2-medium | gpt2-large | tiny] [--swap DIR] [--json PATH]
 """
 
 from __future__ import annotations

@@ -18,11 +18,11 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from training_step import Step, deepspeed_step, enable_checkpointing, training_step
 
 SHAPES: dict[str, dict[str, int]] = {
     "gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12},
@@ -37,8 +37,6 @@ MAX_NORMS = {"idle": 1e6, "active": 1e-3}
 LR = 1e-5
 NUM_WARM_UPS = 2
 """Steps that come first: allocations, the trace, and the measurements by which an overlap is chosen."""
-
-Step = Callable[[torch.Tensor], torch.Tensor]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -60,15 +58,17 @@ def shape_of(model: str) -> dict[str, int]:
     return {"n_layer": layers, "n_embd": 80 * layers, "n_head": layers}
 
 
-def build_model(model: str, seq: int, device: str) -> torch.nn.Module:
-    """Build a GPT-2 with random weights, dropout off and activation checkpointing on."""
+def build_model(model: str, seq: int, device: str, *, checkpoints: bool = True) -> torch.nn.Module:
+    """Build a GPT-2 with random weights and dropout off."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     config = GPT2Config(n_positions=max(seq, 64), use_cache=False, **shape_of(model), **no_dropout)
     with torch.device(device):
         built = GPT2LMHeadModel(config)
-    built.gradient_checkpointing_enable()
+    built.loss_type = "ForCausalLM"  # transformers reads it from a class's name; GPT-2's has none, and it warns
+    if checkpoints:
+        enable_checkpointing(built)
     return built.train()
 
 
@@ -76,20 +76,12 @@ def make_plain(options: argparse.Namespace) -> tuple[Step, Callable[[], dict[str
     """Return a step of plain PyTorch."""
     model = build_model(options.model, options.seq, "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
-    max_norm = MAX_NORMS[options.clip]
-
-    def step(batch: torch.Tensor) -> torch.Tensor:
-        precision: AbstractContextManager[Any] = nullcontext()
-        if options.dtype == "bf16":
-            precision = torch.autocast("cpu", dtype=torch.bfloat16)
-        with precision:
-            loss: torch.Tensor = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
-
+    step = training_step(
+        model,
+        optimizer,
+        max_norm=MAX_NORMS[options.clip],
+        precision=lambda: torch.autocast("cpu", dtype=torch.bfloat16, enabled=options.dtype == "bf16"),
+    )
     return step, lambda: {"params": sum(p.numel() for p in model.parameters())}
 
 
@@ -125,13 +117,6 @@ def make_gemini(options: argparse.Namespace) -> tuple[Step, Callable[[], dict[st
     engine = GeminiDDP(model, config)
     optimizer = HybridAdam(engine.parameters(), lr=LR, max_grad_norm=MAX_NORMS[options.clip])
 
-    def step(batch: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = engine(input_ids=batch, labels=batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
-
     def finish() -> dict[str, Any]:
         report = engine.memory_report()
         engine.close()
@@ -147,7 +132,7 @@ def make_gemini(options: argparse.Namespace) -> tuple[Step, Callable[[], dict[st
             "updates_redone": report.updates.num_redone,
         }
 
-    return step, finish
+    return training_step(engine, optimizer), finish
 
 
 def make_deepspeed(options: argparse.Namespace) -> tuple[Step, Callable[[], dict[str, Any]]]:
@@ -180,14 +165,9 @@ def make_deepspeed(options: argparse.Namespace) -> tuple[Step, Callable[[], dict
     deepspeed.init_distributed(dist_backend="gloo")
     model = build_model(options.model, options.seq, "cpu")
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
-
-    def step(batch: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = engine(input_ids=batch, labels=batch).loss
-        engine.backward(loss)
-        engine.step()
-        return loss
-
-    return step, lambda: {"params": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())}
+    return deepspeed_step(engine), lambda: {
+        "params": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    }
 
 
 def main() -> None:

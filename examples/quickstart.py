@@ -70,6 +70,7 @@ def build_model(*, is_tiny: bool) -> Any:
     config = transformers.GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, **shape)
     with torch.device("meta"):
         model = transformers.GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # transformers reads it from a class's name; GPT-2's has none, and it warns
     enable_checkpointing(model)
     use_sliced_loss(model)
     return model.train()

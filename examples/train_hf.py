@@ -124,6 +124,7 @@ def build_model(arguments: argparse.Namespace) -> tuple[Any, int]:
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     model.config.use_cache = False
+    model.loss_type = model.loss_type or "ForCausalLM"  # None where the class's name does not tell; it would warn
     if arguments.checkpoint_activations:
         enable_checkpointing(model)
     use_sliced_loss(model)

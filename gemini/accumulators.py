@@ -96,6 +96,13 @@ class GradientAccumulators:
         accumulator.is_home = False
         return self._kernels.store_gradient(total, grad, mode=mode)
 
+    def drop(self, chunk_id: int, position: int) -> None:
+        """Forget a parameter's sum, if its chunk has an accumulator."""
+        accumulator = self._by_chunk.get(chunk_id)
+        if accumulator is not None:
+            accumulator.positions.discard(position)
+            accumulator.is_home |= not accumulator.positions
+
     def send(self, chunk_id: int, host_buffer: torch.Tensor) -> None:
         """Start copying a chunk's sums home, those of the parameters that have a gradient.
 

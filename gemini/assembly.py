@@ -203,6 +203,7 @@ def _demand_of(
         is_sharded=shard is not None,
         num_ranks=1 if shard is None else shard.num_ranks,
         keeps_whole_gradient=sharding is not None and (is_in_root or sharding.keeps_whole_gradients),
+        has_one_param=len(chunk.slots) == 1,
     )
 
 

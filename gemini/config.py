@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,7 @@ from gemini.tiers import parse_nbytes
 __all__ = ["GeminiConfig", "NVMeConfig"]
 
 OVERLAPS = ("auto", "off", "next-forward", "speculative")
+_BYTES_WRITTEN_PATTERN = re.compile(r"([TP]B)W\s*$", re.IGNORECASE)
 WORKING_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -36,15 +38,15 @@ class NVMeConfig:
     direct: bool = True
     """Bypass the page cache (O_DIRECT) where the file system allows it."""
     endurance: str | int | None = None
-    """Bytes that the drive is rated to take in its life ("600TB"; data sheets say TBW), for the report of wear. None:
-    not known."""
+    """Bytes that the drive is rated to take in its life, as its data sheet says it ("600 TBW", "1.2 PBW") or as other
+    bytes ("600TB"); the memory report then relates what a step writes to it. None: not known."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, (str, os.PathLike)) or not os.fspath(self.path):
             raise ConfigError(f"NVMeConfig.path: expected a directory as a str or Path, got {self.path!r}")
         parse_nbytes(self.budget, name="NVMeConfig.budget")
         if self.endurance is not None:
-            parse_nbytes(self.endurance, name="NVMeConfig.endurance")
+            _parse_endurance(self.endurance)
         if self.engine not in ("auto", "io_uring", "aio", "threads"):
             raise ConfigError(
                 f'NVMeConfig.engine: expected "auto", "io_uring", "aio" or "threads", got {self.engine!r}'
@@ -60,7 +62,7 @@ class NVMeConfig:
     @property
     def endurance_nbytes(self) -> int | None:
         """The rated endurance in bytes."""
-        return None if self.endurance is None else parse_nbytes(self.endurance, name="NVMeConfig.endurance")
+        return None if self.endurance is None else _parse_endurance(self.endurance)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,6 +181,13 @@ class GeminiConfig:
             raise ConfigError(
                 f"GeminiConfig.initial_loss_scale: expected a power of two, got {self.initial_loss_scale!r}"
             )
+
+
+def _parse_endurance(endurance: str | int) -> int:
+    """Turn bytes, or TBW and PBW (terabytes and petabytes written), into bytes."""
+    if isinstance(endurance, str):
+        endurance = _BYTES_WRITTEN_PATTERN.sub(r"\1", endurance)
+    return parse_nbytes(endurance, name="NVMeConfig.endurance")
 
 
 def _is_power_of_two(value: object) -> bool:

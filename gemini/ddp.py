@@ -122,7 +122,7 @@ class GeminiDDP(torch.nn.Module):
             return self.module(*args, **kwargs)
         except Exception:
             raise  # torch has run the hooks that end a forward
-        except BaseException:
+        except BaseException:  # Ctrl-C, SystemExit: torch runs no hooks, and leases must not stay
             self._hooks.abort()
             raise
 

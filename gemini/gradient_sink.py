@@ -62,8 +62,8 @@ class GradientPlace:
 class GradientSink(Protocol):
     """Takes gradients of one parameter."""
 
-    def expect(self) -> None:
-        """Expect one more use that will deliver by itself, if it may then."""
+    def expect(self, use: GradientUse) -> None:
+        """Expect one more use that will deliver by itself, if it may then; to be held weakly."""
 
     def is_open(self) -> bool:
         """Return, in backward, whether a use may deliver by itself."""
@@ -88,10 +88,20 @@ class GradientUse:
         with torch._C.DisableTorchFunction():  # looking at the graph is no use of the parameter
             self._accumulation = get_gradient_edge(param).node
         self.sink = sink
-        sink.expect()
+        self._last_pass: int | None = None
+        sink.expect(self)
+
+    def may_run(self) -> bool:
+        """Return, in backward, whether the pass under way may have run or may yet run this use.
+
+        No if an earlier pass did and freed its part of the graph.
+        """
+        return self._last_pass in (None, torch._C._current_graph_task_id())
 
     def is_open(self) -> bool:
-        """Return, in backward, whether this use's gradient may go past autograd."""
+        """Return, from this use's own backward, whether its gradient may go past autograd."""
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            self._last_pass = torch._C._current_graph_task_id()
         if torch.is_grad_enabled() or self._param._backward_hooks or not self.sink.is_open():
             return False
         try:

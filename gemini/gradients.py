@@ -10,15 +10,17 @@ Gradients are consumed by the update: after `clear` there are none.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from gemini.accumulators import GradientAccumulators
+from gemini.backward_pass import BackwardPass
 from gemini.chunk.layout import ChunkSpec
+from gemini.grad_chunk import GradChunk
 from gemini.gradient_listener import ArrivedGradients, GradientListener, second_gradient_error
 from gemini.gradient_sink import GradientPlace
 from gemini.kernels.cpu import GradMode
@@ -30,31 +32,10 @@ from gemini.offload.resources import Resources
 from gemini.offload.transfer import Move
 from gemini.tiers import MemoryTier
 
-__all__ = ["GradChunk", "GradientStore"]
+__all__ = ["GradientStore"]
 
 MAX_JOBS_IN_FLIGHT = 4
 """Gradients whose autograd buffers may be alive at once while the worker pool stores them."""
-
-
-@dataclass
-class GradChunk:
-    """The gradients of one chunk in the step under way."""
-
-    spec: ChunkSpec
-    home: TiledHome
-    tier: MemoryTier
-    sumsq: dict[int, GradTicket | torch.Tensor] = field(default_factory=dict)
-    """Sum of squares of each gradient that has arrived, by position in the layout."""
-    num_expected: Counter[int] = field(default_factory=Counter)
-    """Uses of each parameter, by position, that will deliver their gradients by themselves and have not yet."""
-    delivered: set[int] = field(default_factory=set)
-    """Positions of which this backward pass has delivered something."""
-    arrived: set[int] = field(default_factory=set)
-    """Those of them of which something has reached host memory."""
-    earlier: set[int] = field(default_factory=set)
-    """Positions of which earlier backward passes have delivered something since the last update."""
-    has_left: bool = False
-    """Whether this step's gradients are, in part, already on disk."""
 
 
 @dataclass(eq=False)
@@ -108,7 +89,7 @@ class GradientStore:
         self.expected_backwards = 1
         """Backward passes of the last step that was taken; the coming one probably has as many."""
         self.accumulators = GradientAccumulators(resources.transfers, device_kernels)
-        self._is_in_backward = False
+        self._pass = BackwardPass()
         self._jobs: list[GradTicket] = []
         self._device_slots: list[_Slot] = []
         self._staging_slots: list[_Slot] = []
@@ -167,20 +148,35 @@ class GradientStore:
 
     def fulfil(self, chunk_id: int, position: int) -> None:
         """Expect one use less; its gradient comes with the next `put` or `writing`."""
-        num_expected = self._chunks[chunk_id].num_expected
-        num_expected[position] = max(0, num_expected[position] - 1)
+        chunk = self._chunks[chunk_id]
+        chunk.num_expected[position] = max(0, chunk.num_expected[position] - 1)
+        chunk.unfinished.add(position)
 
     def fulfil_all(self, chunk_id: int, position: int) -> None:
         """Expect no more uses; the sum of all their gradients comes with the next `put`."""
         del self._chunks[chunk_id].num_expected[position]
+        self.finish_uses(chunk_id, position)
 
-    def takes_apart(self, chunk_id: int, position: int) -> bool:
+    def finish_uses(self, chunk_id: int, position: int) -> None:
+        """Note that all uses of a parameter in this backward pass have delivered."""
+        self._chunks[chunk_id].unfinished.discard(position)
+
+    def takes_apart(self, chunk_id: int, position: int, *, num_uses: int) -> bool:
         """Return whether the sum has autograd's bits if all uses of a parameter deliver by themselves.
 
         To what has waited since an earlier backward pass autograd adds the sum of all uses, not one after the other.
+
+        Args:
+            chunk_id: the parameter's chunk.
+            position: its position in the chunk's layout.
+            num_uses: how many the pass under way may run, those that it has run included.
+
+        Returns:
+            The same throughout a pass.
         """
+        self._end_failed_pass()
         chunk = self._chunks[chunk_id]
-        if chunk.num_expected[position] <= 1 and position not in chunk.delivered:
+        if num_uses <= 1 and position not in chunk.delivered:
             return True
         return position not in chunk.earlier and self._dtype_of(chunk.spec) is torch.float32
 
@@ -214,9 +210,10 @@ class GradientStore:
         self._note_arrival(chunk, position, self._resources.pool.submit_gradient(None, view))
 
     def _begin_delivery(self, chunk_id: int, position: int) -> GradChunk:
-        if not self._is_in_backward:
-            self.begin_backward()
-            torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
+        self._end_failed_pass()
+        if not self._pass.is_open:
+            self.num_backwards += 1
+            self._pass.begin(self.end_backward)
         chunk = self._chunks[chunk_id]
         self._check_accumulation(chunk, position)
         self._announce_change(chunk_id)
@@ -225,18 +222,42 @@ class GradientStore:
 
     def begin_backward(self) -> None:
         """Begin a backward pass that the caller ends; else the first gradient begins it and autograd ends it."""
-        self._is_in_backward = True
         self.num_backwards += 1
+        self._pass.begin(None)
+
+    def reach_unit(self, chunk_ids: Sequence[int], urgency: Callable[[int], int]) -> None:
+        """Do nothing: gradients go where they wait as they come; see ShardedGradients.reach_unit."""
 
     def end_backward(self) -> None:
         """Send off what waits in device slots; called by autograd when a backward pass has ended."""
-        self._is_in_backward = False
+        self._pass.end()
         while self._on_device:
             self._depart(next(iter(self._on_device)))
         for chunk in self._chunks.values():
             chunk.earlier |= chunk.delivered
             chunk.delivered.clear()
             chunk.arrived.clear()
+            chunk.unfinished.clear()
+
+    def _end_failed_pass(self) -> None:
+        """Drop what only some uses of a parameter have delivered to a pass that has failed: autograd has none of it."""
+        if not self._pass.has_failed:
+            return
+        partial = {chunk_id: chunk.unfinished - chunk.earlier for chunk_id, chunk in self._chunks.items()}
+        self.end_backward()
+        while self._departures:
+            self._arrive(self._departures.pop(0))
+        for chunk_id, positions in partial.items():
+            for position in positions:
+                self._drop(self._chunks[chunk_id], position)
+
+    def _drop(self, chunk: GradChunk, position: int) -> None:
+        self._announce_change(chunk.spec.chunk_id)
+        waiting = chunk.sumsq.pop(position, None)
+        if isinstance(waiting, GradTicket):
+            waiting.wait()
+        self.accumulators.drop(chunk.spec.chunk_id, position)
+        chunk.earlier.discard(position)
 
     def _check_accumulation(self, chunk: GradChunk, position: int) -> None:
         again = position in chunk.sumsq or any(d.chunk is chunk and position in d.positions for d in self._departures)
@@ -262,12 +283,10 @@ class GradientStore:
         chunk_id = chunk.spec.chunk_id
         if chunk_id in self._on_device and position in self._on_device[chunk_id][1]:
             self._depart(chunk_id)  # of another use, or a backward that failed; the sum is taken on arrival
-        waiting = self._on_device.get(chunk_id)
-        if waiting is None:
-            waiting = (self._claim_device_slot(), [])
-            self._on_device[chunk_id] = waiting
+        if chunk_id not in self._on_device:
+            self._on_device[chunk_id] = (self._claim_device_slot(), [])
             self._announce_change(chunk_id)  # again: claiming a slot may have brought the rest of the chunk home
-        slot, positions = waiting
+        slot, positions = self._on_device[chunk_id]
         place = chunk.spec.slots[position]
         slot.buffer.view(chunk.spec.dtype)[place.begin : place.end].copy_(flat)
         positions.append(position)
@@ -403,6 +422,7 @@ class GradientStore:
 
     def finish(self) -> None:
         """Block until every gradient has reached its home."""
+        self._end_failed_pass()
         self.end_backward()
         for chunk_id in self.accumulators.unsent():
             self._send_sums(self._chunks[chunk_id])

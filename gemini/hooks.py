@@ -20,8 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from gemini.chunk.tensor_parallel import is_dtensor
 from gemini.errors import ModelError
-from gemini.gradient_sink import GradientPlace, attach_sink, detach_sink, sink_of
-from gemini.nn.linear_cross_entropy import linear_cross_entropy
+from gemini.gradient_sink import GradientPlace, GradientUse, attach_sink, detach_sink, sink_of
 from gemini.outputs import map_tensors
 from gemini.parameter_uses import embedding, separate_use
 from gemini.sliced_call import GradientSums
@@ -68,11 +67,14 @@ class RuntimeEvents(Protocol):
     def take_gradient(self, param: torch.nn.Parameter) -> None:
         """Take the gradient autograd has just accumulated into `param.grad`."""
 
+    def finish_gradient(self, param: torch.nn.Parameter) -> None:
+        """Handle that all uses of a parameter in this backward pass have delivered by themselves."""
+
     def expect_gradient(self, param: torch.nn.Parameter) -> None:
         """Expect that a use of a parameter will deliver its gradient by itself, if it may then."""
 
-    def takes_gradients_apart(self, param: torch.nn.Parameter) -> bool:
-        """Return whether uses of a parameter may deliver by themselves."""
+    def takes_gradients_apart(self, param: torch.nn.Parameter, num_uses: int) -> bool:
+        """Return whether uses of a parameter, of which backward may run so many, may deliver by themselves."""
 
     def put_gradient(self, param: torch.nn.Parameter, gradient: torch.Tensor) -> None:
         """Take the gradient of one use of a parameter."""
@@ -137,18 +139,19 @@ class HookSet:
             self._handles.append(module.register_forward_pre_hook(before, prepend=True))
             self._handles.append(module.register_forward_hook(after, always_call=True))
         # torch keeps these where the garbage collector cannot follow, so they must not keep the engine alive.
-        method = weakref.WeakMethod(self._events.take_gradient)
+        events_ref = weakref.ref(self._events)
         sums = self.slice_sums
 
         def take_gradient(param: torch.nn.Parameter) -> None:
-            if param.grad is None:  # a node of the graph had none to give
-                return
-            if sums.is_open:
+            if param.grad is not None and sums.is_open:
                 sums.add(param)
                 return
-            take = method()
-            assert take is not None, "the engine is gone but its graph is not"
-            take(param)
+            events = events_ref()
+            assert events is not None, "the engine is gone but its graph is not"
+            if param.grad is None:  # no node of the graph had one to give, but perhaps to a sink
+                events.finish_gradient(param)
+            else:
+                events.take_gradient(param)
 
         for param in params:
             handle = param.register_post_accumulate_grad_hook(take_gradient)  # type: ignore[no-untyped-call]
@@ -157,10 +160,14 @@ class HookSet:
                 continue
             self._sinks[param] = sink = _Sink(param, self._events, sums)
             attach_sink(param, sink)
+        unwatched = [unit_modules[unit_id] for unit_id in self._compiled_units]
+        unwatched += [module for module in root.modules() if _is_compiled(module)]
+        unseen = {id(param) for module in unwatched for param in module.parameters()}
         num_names = Counter(id(param) for _, _, param in self._owners)
         for param, sink in self._sinks.items():
             if num_names[id(param)] > 1:
                 self._mode.shared[id(param)] = sink
+                sink.has_other_uses = id(param) in unseen
 
     def abort(self) -> None:
         """Undo what a forward that was interrupted has begun; torch runs no hooks for a KeyboardInterrupt."""
@@ -211,6 +218,7 @@ class HookSet:
         if self._depth == 0:
             self._mode.pause()
             self._check_owners()
+            self._mode.is_model_trained = torch.is_grad_enabled()
             self._events.begin_forward()
         self._depth += 1
         self._watch()
@@ -223,6 +231,7 @@ class HookSet:
         if self._depth:
             return None
         self._mode.pause()
+        self._mode.is_model_trained = False
         output = self._events.wrap_outputs(self._own_outputs(output))
         self._events.end_forward()
         return output
@@ -303,15 +312,20 @@ class _Sink:
         # The graph keeps sinks where the garbage collector cannot follow.
         self._param_ref, self._events_ref = weakref.ref(param), weakref.ref(events)
         self._sums = sums
+        self._uses: weakref.WeakSet[GradientUse] = weakref.WeakSet()  # of the graphs that still exist
+        self.num_announced = 0
         self.has_other_uses = False
 
-    def expect(self) -> None:
+    def expect(self, use: GradientUse) -> None:
+        self._uses.add(use)
+        self.num_announced += 1
         self._events().expect_gradient(self._param())
 
     def is_open(self) -> bool:
         if self.has_other_uses or self._sums.is_open:
             return False
-        return self._events().takes_gradients_apart(self._param())
+        num_uses = sum(use.may_run() for use in self._uses)
+        return self._events().takes_gradients_apart(self._param(), num_uses)
 
     def put(self, gradient: torch.Tensor) -> None:
         self._events().put_gradient(self._param(), gradient)
@@ -343,8 +357,6 @@ class _ForeignUseMode(TorchFunctionMode):
     _METADATA = frozenset(
         {"__set__", "__len__", "size", "dim", "numel", "stride", "is_floating_point", "element_size", "ndimension"}
     )
-    _DELIVERING = frozenset({F.linear, linear_cross_entropy})
-    """Functions whose uses of a shared parameter deliver by themselves, as embeddings do."""
     _VIEW_PROPERTIES = frozenset({"T", "mT", "H", "mH", "data"})
     """Properties that show the values; all others, such as `shape`, do not."""
 
@@ -352,6 +364,8 @@ class _ForeignUseMode(TorchFunctionMode):
         super().__init__()
         self.shared: dict[int, _Sink] = {}
         """Sinks of the parameters that have several names or serve as embedding, by id."""
+        self.is_model_trained = False
+        """Whether the forward that is running began with gradients."""
         self._events = events
         self._is_active = False
         self._is_watching = False
@@ -380,28 +394,58 @@ class _ForeignUseMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._is_watching and self._reads_values(func):
+            num_announced: dict[_Sink, int] = {}
             for value in (*args, *kwargs.values()):
-                if isinstance(value, torch.nn.Parameter):
-                    self._use(value, func)
-                elif isinstance(value, (list, tuple)):
-                    for item in value:
-                        if isinstance(item, torch.nn.Parameter):
-                            self._use(item, func)
-            if func is F.embedding:
-                return embedding(*args, **kwargs)
-            if func is F.linear and len(args) > 1 and id(args[1]) in self.shared:
-                args = (args[0], separate_use(args[1]), *args[2:])
+                for param in value if isinstance(value, (list, tuple)) else (value,):
+                    if isinstance(param, torch.nn.Parameter):
+                        self._use(param, func)
+                        if param.requires_grad and id(param) in self.shared:
+                            sink = self.shared[id(param)]
+                            num_announced[sink] = sink.num_announced
+            if num_announced and (torch.is_grad_enabled() or self.is_model_trained):
+                return self._call_with_shared(func, args, kwargs, num_announced)
         return func(*args, **kwargs)
 
     def _use(self, param: torch.nn.Parameter, func: Any) -> None:
-        """Report a parameter that a function is about to use, and remember how it is used."""
+        """Report a parameter that a function is about to use."""
         self._events.use_parameter(param)
         if func is F.embedding:
             sink = sink_of(param)
             if isinstance(sink, _Sink):
                 self.shared[id(param)] = sink
-        elif func not in self._DELIVERING and id(param) in self.shared and torch.is_grad_enabled():
-            self.shared[id(param)].has_other_uses = True
+
+    def _call_with_shared(self, func: Any, args: Any, kwargs: Any, num_announced: dict[_Sink, int]) -> Any:
+        """Call a function such that its uses of shared parameters are announced, and remember those that are not.
+
+        Without gradients none is: there a reentrant checkpoint may be running, whose backward is a pass of its own.
+
+        Args:
+            func: any of torch's.
+            args: of the function.
+            kwargs: of the function.
+            num_announced: how many uses have been announced before the call, by the parameters' sinks.
+
+        Returns:
+            What the function does.
+        """
+        if func is F.embedding:
+            func = embedding
+        elif func is F.linear:
+            args, kwargs = self._with_separate_weight(args, kwargs)
+        result = func(*args, **kwargs)
+        for sink, num_before in num_announced.items():
+            if sink.num_announced == num_before:
+                sink.has_other_uses = True
+        return result
+
+    def _with_separate_weight(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Return the arguments of a linear layer with a separate use in place of a shared weight."""
+        weight = args[1] if len(args) > 1 else kwargs.get("weight")
+        if id(weight) not in self.shared:
+            return args, kwargs
+        if len(args) > 1:
+            return (args[0], separate_use(weight), *args[2:]), kwargs
+        return args, {**kwargs, "weight": separate_use(weight)}
 
     def _reads_values(self, func: Any) -> bool:
         if func.__name__ == "__get__":

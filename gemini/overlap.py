@@ -10,6 +10,7 @@ After `commit` a chunk is UPDATING until `settle`, which whoever needs it calls 
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -145,12 +146,12 @@ class Overlap:
         if self.mode is OverlapMode.SPECULATIVE and is_last_backward:
             wish = self.predict(chunk_id)
             if wish is not None:
-                self._start_ahead(chunk_id, wish, arrived.tickets)
+                self._start_ahead(chunk_id, self._at_home(chunk_id, wish), arrived.tickets)
         return arrived.slot is not None
 
     def _start_ahead(self, chunk_id: int, wish: StepWish, arrivals: tuple[Ticket, ...]) -> None:
         chunk, state = self._core.chunks[chunk_id], self._states[chunk_id]
-        touched = tiles_of(self._segments(chunk_id, wish), self._worker.tile_numel)
+        touched = tiles_of(wish.segments, self._worker.tile_numel)
         tiles = tuple(tile for tile in touched if state.has_spare(tile))
         if not tiles or (chunk.is_resident and chunk.slot is not None):  # whose copy shows the old weights until then
             return
@@ -196,9 +197,10 @@ class Overlap:
             IllegalTransitionError: a chunk is leased; nothing has happened.
             ModelError: someone looks at a slot that will show other weights; nothing has happened.
         """
+        wishes = {chunk_id: self._at_home(chunk_id, wish) for chunk_id, wish in wishes.items()}
         for chunk_id, job in list(self._ahead.items()):
             wish = wishes.get(chunk_id)
-            if wish is None or (job.segments, job.grad_scale) != (self._segments(chunk_id, wish), wish.grad_scale):
+            if wish is None or (job.segments, job.grad_scale) != (wish.segments, wish.grad_scale):
                 self._drop(chunk_id)
         for chunk_id in wishes:
             self._core.check_updatable(chunk_id)  # while nothing has happened yet
@@ -214,7 +216,7 @@ class Overlap:
 
     def _commit_chunk(self, chunk_id: int, wish: StepWish, *, keeps_slot: bool, readers: Mark) -> None:
         state, chunk = self._states[chunk_id], self._core.chunks[chunk_id]
-        tiles = tiles_of(self._segments(chunk_id, wish), self._worker.tile_numel)
+        tiles = tiles_of(wish.segments, self._worker.tile_numel)
         urgency = self.urgency(chunk_id)
         self.stats.num_updates += 1
         if MemoryTier.DEVICE in state.tiers:
@@ -253,7 +255,7 @@ class Overlap:
             state=self._states[chunk_id],
             grad=self._gradients.home_of(chunk_id),
             grad_dtype=self._gradients.dtype_of(chunk_id),
-            segments=self._segments(chunk_id, wish),
+            segments=wish.segments,
             grad_scale=wish.grad_scale,
             tiles=tiles,
             arrivals=arrivals,
@@ -262,10 +264,12 @@ class Overlap:
             readers=readers,
         )
 
-    def _segments(self, chunk_id: int, wish: StepWish) -> tuple[AdamSegment, ...]:
+    def _at_home(self, chunk_id: int, wish: StepWish) -> StepWish:
         """Return what a wish does to the part of a chunk that its home holds, in the home's coordinates."""
         shard = self._core.chunks[chunk_id].shard
-        return wish.segments if shard is None else clip_segments(wish.segments, shard.begin, shard.end)
+        if shard is None:
+            return wish
+        return dataclasses.replace(wish, segments=clip_segments(wish.segments, shard.begin, shard.end))
 
     def end_step(self, *, is_clipped: bool) -> None:
         """Learn from a step, taken or skipped, and choose the mode of the next.

@@ -23,7 +23,7 @@ from gemini.chunk.chunk import Chunk
 from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import ChunkLayout, ParamSlot
 from gemini.chunk.sharding import Sharding
-from gemini.chunk.tensor_parallel import local_gradient, local_part
+from gemini.chunk.tensor_parallel import local_part, take_local_gradient
 from gemini.config import GeminiConfig
 from gemini.errors import GeminiError, ModelError
 from gemini.gradient_sink import GradientPlace
@@ -272,8 +272,7 @@ class Runtime:
         anything that came before it in forward.
         """
         self.check_usable()
-        if isinstance(self.gradients, ShardedGradients):
-            self.gradients.reach_unit(self.layout.units[unit_id].own_chunk_ids, self._lookahead.urgency)
+        self.gradients.reach_unit(self.layout.units[unit_id].own_chunk_ids, self._lookahead.urgency)
         for chunk_id in (*self._borrowed_by_unit.get(unit_id, ()), *self.layout.units[unit_id].chunk_ids):
             self.core.ensure(chunk_id)
             self._lookahead.record(chunk_id)
@@ -281,20 +280,23 @@ class Runtime:
 
     def take_gradient(self, param: torch.nn.Parameter) -> None:
         """Take a gradient from autograd."""
-        grad, param.grad = param.grad, None
-        assert grad is not None
+        grad = take_local_gradient(param)
         self._check_not_clipped()
         place = self._place_of_param[id(param)]
         self.gradients.fulfil_all(*place)
-        self.gradients.put(*place, local_gradient(param, grad))
+        self.gradients.put(*place, grad)
+
+    def finish_gradient(self, param: torch.nn.Parameter) -> None:
+        """Handle that all uses of a parameter in this backward pass have delivered by themselves."""
+        self.gradients.finish_uses(*self._place_of_param[id(param)])
 
     def expect_gradient(self, param: torch.nn.Parameter) -> None:
         """Expect that a use of a parameter will deliver its gradient by itself, if it may then."""
         self.gradients.expect(*self._place_of_param[id(param)])
 
-    def takes_gradients_apart(self, param: torch.nn.Parameter) -> bool:
-        """Return whether uses of a parameter may deliver by themselves."""
-        return self.gradients.takes_apart(*self._place_of_param[id(param)])
+    def takes_gradients_apart(self, param: torch.nn.Parameter, num_uses: int) -> bool:
+        """Return whether uses of a parameter, of which backward may run so many, may deliver by themselves."""
+        return self.gradients.takes_apart(*self._place_of_param[id(param)], num_uses=num_uses)
 
     def put_gradient(self, param: torch.nn.Parameter, gradient: torch.Tensor) -> None:
         """Take the gradient of one use of a parameter."""

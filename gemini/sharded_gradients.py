@@ -1,9 +1,8 @@
 """Gradients of chunks whose shards belong to several ranks: put together, exchanged, averaged, and kept by shard.
 
-A chunk's gradients are put together whole, in the working dtype, in an exchange slot of compute memory. When all have
-arrived each rank sends every other rank that one's part, and adds up what it receives: in float32, in rank order, so
-that no sum overflows in half precision and all runs give the same bits. The mean, rounded once to the working dtype,
-goes to a GradientStore whose chunks are shards, and from there all is as with one rank.
+A chunk's gradients are put together whole, in the working dtype, in an exchange slot of compute memory; see
+gradient_exchange for what happens to them there. The mean, rounded once to the working dtype, goes to a GradientStore
+whose chunks are shards, and from there all is as with one rank.
 
 [Note: Same exchanges on all ranks]
 All ranks take part in an exchange or it hangs, and all collectives of a group must be asked for in one order, gathers
@@ -14,8 +13,6 @@ several times is reached as often; how often, the last backward pass tells. What
 kept and exchanged in the step, once the ranks have agreed that any of them has such latecomers. The same agreement says
 which parameters have a gradient on any rank, and carries the sums of squares: one synchronisation a step.
 
-With several replicas of the model what a replica has summed goes through gemini.replica_sums before it becomes a mean.
-
 Chunks that are used all through a step (the root unit's), and all of them in stage 1, are kept whole until the step and
 exchanged only then, however many backward passes there were.
 """
@@ -23,34 +20,25 @@ exchanged only then, however many backward passes there were.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
 
 from gemini.accumulators import GradientAccumulators
+from gemini.backward_pass import BackwardPass
 from gemini.chunk.layout import ChunkSpec
-from gemini.chunk.sharding import ChunkShard, Collective, ShardGroup, cut_spec
-from gemini.errors import GeminiError
+from gemini.chunk.sharding import ChunkShard, ShardGroup, cut_spec
+from gemini.gradient_exchange import ExchangeSlot, GradientExchange
 from gemini.gradient_listener import GradientListener, second_gradient_error
 from gemini.gradient_sink import GradientPlace
 from gemini.gradients import GradientStore
 from gemini.offload.home import TiledHome
 from gemini.offload.transfer import Transfers
-from gemini.replica_sums import ReplicaSums, sum_of_parts
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, round_up
 
 __all__ = ["ShardedGradients"]
-
-
-@dataclass(eq=False)
-class _ExchangeSlot:
-    sent: torch.Tensor
-    """uint8; gradients of a whole chunk, in the working dtype."""
-    received: torch.Tensor
-    """uint8; this rank's shard of them, from every rank."""
 
 
 @dataclass(eq=False)
@@ -61,11 +49,11 @@ class _Chunk:
     shard: ChunkShard
     kept: torch.Tensor | None
     """uint8; whole gradients in the waiting dtype, of a chunk that is exchanged in the step; None for others."""
-    slot: _ExchangeSlot | None = None
+    slot: ExchangeSlot | None = None
     filled: set[int] = field(default_factory=set)
     """Positions of which `kept` or `slot` has a gradient."""
     waiting: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Flat gradients for which there has been no slot yet, by position."""
+    """Flat gradients for which there has been no slot yet, or never will be, by position."""
     late: dict[int, torch.Tensor] = field(default_factory=dict)
     """Flat float32 sums of what came after this backward pass had exchanged the chunk, by position."""
     turn: int = 0
@@ -90,7 +78,8 @@ class ShardedGradients:
         group: the ranks.
         transfers: source of compute memory.
         num_slots: chunks whose gradients are put together, or exchanged, at the same time; at least 2.
-        slot_nbytes: bytes of the largest whole chunk in the working dtype.
+        slot_nbytes: bytes of a slot. Gradients of a chunk that is larger, in the working dtype, wait as autograd made
+            them until it is the chunk's turn.
     """
 
     def __init__(
@@ -102,17 +91,14 @@ class ShardedGradients:
         """Backward passes of the last step that was taken."""
         self._shards = shards
         self._group = group
-        self._replica_sums = ReplicaSums(group, self._hand_on) if group.grid.num_replicas > 1 else None
         self._transfers = transfers
         self._chunks: dict[int, _Chunk] = {}
-        self._free = [
-            _ExchangeSlot(*(transfers.allocate(slot_nbytes, "exchange slots") for _ in range(2)))
-            for _ in range(num_slots if slot_nbytes else 0)
-        ]
-        self._under_way: deque[tuple[_Chunk, _ExchangeSlot, Collective]] = deque()
+        self._exchange = GradientExchange(
+            group, transfers, num_slots=num_slots, slot_nbytes=slot_nbytes, deliver=self._put_mean
+        )
         self._order: list[_Chunk] = []
         self._num_gone = 0
-        self._is_in_backward = False
+        self._pass = BackwardPass()
         self._is_taking_means = False
         self._agreed_sums: dict[str, float] | None = None
 
@@ -143,11 +129,12 @@ class ShardedGradients:
         Args:
             urgency: how soon forward uses a chunk, lower is sooner; the same on all ranks.
         """
-        if self._is_in_backward:
+        if self._pass.has_failed:
+            self.end_backward()
+        if self._pass.is_open:
             return
-        self._is_in_backward = True
         self.num_backwards += 1
-        torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
+        self._pass.begin(self.end_backward)
         self._end_means()
         exchanged = [chunk for chunk in self._chunks.values() if chunk.kept is None]
         self._order = sorted(exchanged, key=lambda chunk: (-urgency(chunk.spec.chunk_id), -chunk.spec.chunk_id))
@@ -195,7 +182,7 @@ class ShardedGradients:
         if chunk.has_gone:
             late = chunk.late.get(position)
             chunk.late[position] = flat.to(torch.float32, copy=True) if late is None else late.add_(flat)
-        elif chunk.kept is not None or chunk.slot is not None or self._claim_slot(chunk):
+        elif chunk.kept is not None or self._has_slot(chunk):
             self._fill(chunk, position, flat)
         else:
             waiting = chunk.waiting.get(position)
@@ -207,10 +194,10 @@ class ShardedGradients:
 
     def end_backward(self) -> None:
         """Exchange what has not been; called by autograd when a backward pass has ended."""
-        self._is_in_backward = False
+        self._pass.end()
         while self._num_gone < len(self._order):
             self._exchange_next()
-        if self._replica_sums is not None:  # `clear` starts no collectives, so none may be left to start
+        if self._group.grid.num_replicas > 1:  # sums over replicas start here or in backward, never in `clear`
             self._end_means()
 
     def _fill(self, chunk: _Chunk, position: int, flat: torch.Tensor) -> None:
@@ -232,77 +219,49 @@ class ShardedGradients:
     def _exchange_next(self) -> None:
         """Exchange the chunk whose turn it is, whatever it has."""
         chunk = self._order[self._num_gone]
-        has_slot = chunk.slot is not None or self._claim_slot(chunk)
-        assert has_slot, "a slot is kept for the chunk whose turn it is"
-        self._exchange(chunk)
+        if self._has_slot(chunk):
+            slot, chunk.slot = chunk.slot, None
+            assert slot is not None
+            self._exchange.send(chunk.spec, chunk.shard, slot)
+            chunk.filled.clear()
+        else:
+            self._exchange.send_in_pieces(chunk.spec, chunk.shard, chunk.waiting)
+            chunk.waiting.clear()
         chunk.has_gone = True
         self._num_gone += 1
 
-    def _claim_slot(self, chunk: _Chunk) -> bool:
-        """Give a chunk an empty slot and what waits for it, if one can be had by waiting for exchanges under way.
+    def _has_slot(self, chunk: _Chunk) -> bool:
+        """Give a chunk that has none an empty slot and what waits for it, if one can be had; return whether it has.
 
         The last slot is kept for the chunk whose turn it is: without one it could never go, nor any after it.
         """
-        turn = self._order[self._num_gone]
-        num_needed = 1 if turn is chunk or turn.slot is not None else 2
-        while len(self._free) < num_needed and self._under_way:
-            self._take_sum()
-        if len(self._free) < num_needed:
+        if chunk.slot is not None:
+            return True
+        if not self._exchange.fits(chunk.spec, chunk.shard):
             return False
-        chunk.slot = self._free.pop()
+        turn = self._order[self._num_gone]
+        chunk.slot = self._exchange.claim(num_left=0 if turn is chunk or turn.slot is not None else 1)
+        if chunk.slot is None:
+            return False
         self._whole(chunk).zero_()
         for position, flat in chunk.waiting.items():
             self._fill(chunk, position, flat)
         chunk.waiting.clear()
         return True
 
-    def _exchange(self, chunk: _Chunk) -> None:
-        """Start exchanging what a chunk's slot holds."""
-        slot = chunk.slot
-        assert slot is not None
-        nbytes = chunk.shard.whole_numel * chunk.spec.dtype.itemsize
-        name = f"gradients of {chunk.spec.name}"
-        under_way = self._group.exchange(slot.sent[:nbytes], slot.received[:nbytes], name=name)
-        self._under_way.append((chunk, slot, under_way))
-        chunk.slot = None
-        chunk.filled.clear()
-        if self._replica_sums is not None:
-            while len(self._under_way) > 1:
-                self._take_sum()
-            self._replica_sums.advance()
-
     # ---------------------------------------------------------------- on arrival
 
-    def _take_sum(self) -> None:
-        """Wait for the oldest exchange and hand the sum of its shards on."""
-        chunk, slot, under_way = self._under_way.popleft()
-        try:
-            under_way.wait()
-            parts = slot.received.view(chunk.spec.dtype)[: chunk.shard.whole_numel].view(-1, chunk.shard.numel)
-            total = sum_of_parts(parts)
-        finally:
-            self._free.append(slot)
-        if self._replica_sums is None:
-            self._hand_on(chunk.spec.chunk_id, total)
-        else:
-            self._replica_sums.add(chunk.spec.chunk_id, total, name=f"sums of {chunk.spec.name}")
-
-    def _hand_on(self, chunk_id: int, total: torch.Tensor) -> None:
-        """Give the mean of all ranks' gradients of a shard to the gradient store; its sum, float32, is overwritten."""
+    def _put_mean(self, spec: ChunkSpec, shard: ChunkShard, mean: torch.Tensor) -> None:
+        """Hand the mean of this rank's shard of a chunk's gradients on."""
         if not self._is_taking_means:
             self._shards.begin_backward()
             self._is_taking_means = True
-        chunk = self._chunks[chunk_id]
-        mean = mean_of_sum(total, self._group.grid.num_batches, chunk.spec.dtype)
-        for position, piece in enumerate(cut_spec(chunk.spec, chunk.shard).slots):
-            self._shards.put(chunk_id, position, mean[piece.begin : piece.end])
+        for position, piece in enumerate(cut_spec(spec, shard).slots):
+            self._shards.put(spec.chunk_id, position, mean[piece.begin : piece.end])
 
     def _end_means(self) -> None:
         """Hand on the means of everything under way."""
-        while self._under_way:
-            self._take_sum()
-        if self._replica_sums is not None:
-            self._replica_sums.finish()
+        self._exchange.finish()
         if self._is_taking_means:
             self._shards.end_backward()
             self._is_taking_means = False
@@ -320,32 +279,20 @@ class ShardedGradients:
         self.end_backward()
         for chunk in self._chunks.values():
             if chunk.kept is not None:
-                self._exchange_whole(chunk, {i: self._piece(chunk, i) for i in chunk.filled})
+                places = ((i, chunk.spec.slots[i]) for i in sorted(chunk.filled))
+                gradients = {i: self._whole(chunk)[place.begin : place.end] for i, place in places}
+                self._exchange.send_in_pieces(chunk.spec, chunk.shard, gradients)
+                chunk.filled.clear()
         self._end_means()
         self._shards.finish()
         with_latecomers = self._agree()
         for chunk in with_latecomers:
-            self._exchange_whole(chunk, chunk.late)
+            self._exchange.send_in_pieces(chunk.spec, chunk.shard, chunk.late)
             chunk.late.clear()
         if with_latecomers:
             self._end_means()
             self._shards.finish()
             self._agree()
-
-    def _piece(self, chunk: _Chunk, position: int) -> torch.Tensor:
-        place = chunk.spec.slots[position]
-        return self._whole(chunk)[place.begin : place.end]
-
-    def _exchange_whole(self, chunk: _Chunk, gradients: dict[int, torch.Tensor]) -> None:
-        """Exchange flat gradients, by position, through a slot; outside of backward."""
-        while not self._free:
-            self._take_sum()
-        chunk.slot = self._free.pop()
-        whole = chunk.slot.sent.view(chunk.spec.dtype)[: chunk.shard.whole_numel].zero_()
-        for position, gradient in gradients.items():
-            place = chunk.spec.slots[position]
-            whole[place.begin : place.end].copy_(gradient)
-        self._exchange(chunk)
 
     def _agree(self) -> list[_Chunk]:
         """Let all ranks know all sums of squares; return the chunks of which any rank has latecomers."""
@@ -384,12 +331,9 @@ class ShardedGradients:
 
     def clear(self) -> None:
         """Forget all gradients; starts nothing that other ranks must take part in."""
-        self._is_in_backward = False
+        self._pass.end()
         self._order, self._num_gone = [], 0  # of a backward pass that failed, some may not have gone
-        while self._under_way:
-            self._take_sum()
-        if self._replica_sums is not None:
-            self._replica_sums.abandon()
+        self._exchange.abandon()
         self._end_means()
         self._shards.clear()
         self._agreed_sums = None
@@ -397,28 +341,20 @@ class ShardedGradients:
         for chunk in self._chunks.values():
             chunk.has_gone = False
             if chunk.slot is not None:
-                self._free.append(chunk.slot)
+                self._exchange.give_back(chunk.slot)
                 chunk.slot = None
             for found in (chunk.filled, chunk.waiting, chunk.late, chunk.delivered, chunk.earlier):
                 found.clear()
 
     def close(self) -> None:
         """Wait for what is under way, whatever becomes of it, and give slots and homes back."""
-        if self._replica_sums is not None:
-            self._replica_sums.abandon()
-        while self._under_way:
-            _, slot, under_way = self._under_way.popleft()
-            self._free.append(slot)
-            with suppress(GeminiError):
-                under_way.wait()
-        self._free += [chunk.slot for chunk in self._chunks.values() if chunk.slot is not None]
-        for slot in self._free:
-            for buffer in (slot.sent, slot.received):
-                self._transfers.free(buffer, "exchange slots")
+        for chunk in self._chunks.values():
+            if chunk.slot is not None:
+                self._exchange.give_back(chunk.slot)
+        self._exchange.close()
         for chunk in self._chunks.values():
             if chunk.kept is not None:
                 self._transfers.free(chunk.kept, "whole gradients")
-        self._free = []
         self._chunks.clear()
         self._shards.close()
 
@@ -449,9 +385,9 @@ class ShardedGradients:
     def expect(self, chunk_id: int, position: int) -> None:
         """Do nothing: autograd adds up the gradients of all uses."""
 
-    fulfil = fulfil_all = expect
+    fulfil = fulfil_all = finish_uses = expect
 
-    def takes_apart(self, chunk_id: int, position: int) -> bool:
+    def takes_apart(self, chunk_id: int, position: int, *, num_uses: int) -> bool:
         """Return False: autograd adds up the gradients of all uses."""
         return False
 
@@ -462,20 +398,6 @@ class ShardedGradients:
     def writing(self, chunk_id: int, position: int) -> AbstractContextManager[GradientPlace]:
         """Never called."""
         raise AssertionError("gradients of sharded chunks come with put alone")
-
-
-def mean_of_sum(total: torch.Tensor, num_summands: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return the mean that belongs to a sum, rounded once.
-
-    Args:
-        total: float32; overwritten.
-        num_summands: how many were added.
-        dtype: float32, bfloat16 or float16.
-
-    Returns:
-        The mean, of `dtype`. It overflows only where it is itself out of range.
-    """
-    return total.div_(num_summands).to(dtype)
 
 
 def _exact_sum(values: Sequence[float]) -> float:

@@ -1,8 +1,9 @@
-"""Which torch `make setup` installs; no index is asked here."""
+"""Which torch `make setup` installs, and which tools `make check`; no index is asked here."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -72,3 +73,21 @@ def test_cuda_without_a_cpu_build_is_announced(bootstrap, capsys) -> None:
 def test_a_torch_from_2_6_on_is_suitable(bootstrap, version, suitable) -> None:
     interpreter = bootstrap.Interpreter("python3", (3, 11), False, True, [], "gcc", version)
     assert interpreter.has_suitable_torch is suitable
+
+
+def test_a_tool_whose_program_is_in_a_parent_environment_is_installed(bootstrap, tmp_path, monkeypatch) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ruff").touch()
+    calls: list[tuple[str, ...]] = []
+    monkeypatch.setattr(bootstrap, "VENV", tmp_path)
+    monkeypatch.setattr(bootstrap, "tool_requirements", lambda tools: [f"{tool}>=1" for tool in tools])
+    monkeypatch.setattr(bootstrap, "pip", lambda *arguments: calls.append(arguments))
+    bootstrap.install_tools()
+    assert calls[-1] == ("install", "--ignore-installed", "--no-deps", "pydoclint>=1", "clang-format>=1")
+
+
+def test_every_program_that_make_runs_is_installed_as_one(bootstrap) -> None:
+    makefile = (BOOTSTRAP.parent.parent / "Makefile").read_text(encoding="ascii")
+    programs = set(re.findall(r"\.venv/bin/([\w-]+)", makefile)) - {"python"}
+    assert programs == {"pydoclint", "clang-format"}
+    assert programs < set(bootstrap.PROGRAMS)  # ruff is a module that looks for its program

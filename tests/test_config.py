@@ -83,6 +83,26 @@ def test_a_bad_disk_value_is_refused_by_name(field: str, value: Any, message: st
         NVMeConfig(**{"path": "/tmp", "budget": "1GiB", field: value})
 
 
+@pytest.mark.parametrize(
+    ("endurance", "nbytes"),
+    [
+        ("600TBW", 600 * 10**12),
+        ("1.2 pbw ", 1200 * 10**12),
+        ("600TB", 600 * 10**12),
+        (10**12, 10**12),
+        (None, None),
+    ],
+)
+def test_endurance_is_read_as_data_sheets_write_it(endurance: str | int | None, nbytes: int | None) -> None:
+    assert NVMeConfig(path="/tmp", budget="1GiB", endurance=endurance).endurance_nbytes == nbytes
+
+
+@pytest.mark.parametrize(("field", "value"), [("endurance", "600GBW"), ("endurance", "TBW"), ("budget", "600TBW")])
+def test_bytes_written_are_endurance_alone_and_in_tera_and_petabytes(field: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^NVMeConfig\.{field}: cannot read "):
+        NVMeConfig(**{"path": "/tmp", "budget": "1GiB", field: value})
+
+
 @pytest.mark.parametrize("field", ["param_device", "param_nvme", "state_device", "state_nvme", "grad_nvme"])
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), "1", None, True])
 def test_a_bad_fraction_is_refused_by_name(field: str, value: Any) -> None:

@@ -238,9 +238,23 @@ def transformer_flops(
     Returns:
         The operations.
 
+    Raises:
+        ConfigError: a number is negative.
+
     Source: Kaplan et al. 2020, section 2.1 (2 per parameter and token forward, twice that backward); Korthikanti et al.
     2022, appendix A (attention: scores and their product with the values, 2 x hidden_size each per pair of tokens).
     """
+    counts = {
+        "num_params": num_params,
+        "num_tokens": num_tokens,
+        "num_layers": num_layers,
+        "hidden_size": hidden_size,
+        "sequence_length": sequence_length,
+        "num_recomputed_params": num_recomputed_params,
+    }
+    for name, count in counts.items():
+        if count < 0:
+            raise ConfigError(f"transformer_flops: {name}: expected 0 or more, got {count}")
     attention = 4 * num_tokens * num_layers * hidden_size * sequence_length
     forward = 2 * num_params * num_tokens + attention
     again = 2 * num_recomputed_params * num_tokens + (attention if num_recomputed_params else 0)

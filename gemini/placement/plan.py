@@ -25,6 +25,9 @@ __all__ = [
 
 _TIERS = tuple(MemoryTier)
 
+EXCHANGE_PIECE_NBYTES = 32 << 20
+"""Bytes of gradients that ranks exchange at once if nothing asks for more: long messages reach full bandwidth."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkDemand:
@@ -46,6 +49,8 @@ class ChunkDemand:
     """Ranks that own a shard each."""
     keeps_whole_gradient: bool = False
     """Whether compute memory holds the whole chunk's gradient until the step; of sharded chunks only."""
+    has_one_param: bool = False
+    """Whether the chunk is one parameter's alone, whose gradient autograd makes in one piece."""
 
     @property
     def working_nbytes(self) -> int:
@@ -249,7 +254,7 @@ def _buffer_needs(demand: ChunkDemand, homes: ChunkPlacement, shape: RuntimeShap
 
     A gradient leaves a device in the working dtype through a device slot and a host slot of equal size; a
     gradient that lives on disk is put together in a host slot of its home's dtype. Ranks exchange gradients in the
-    working dtype, each sending a whole chunk and receiving as much.
+    working dtype, each sending a whole chunk and receiving as much; or pieces of it, if it lies whole elsewhere.
     """
     needs = {"update ring": _ring_tile_nbytes(demand, homes, shape)}
     if shape.has_device and MemoryTier.NVME in homes.working:
@@ -259,7 +264,9 @@ def _buffer_needs(demand: ChunkDemand, homes: ChunkPlacement, shape: RuntimeShap
     if homes.grad is MemoryTier.NVME:
         needs["disk gradient slots"] = _aligned(demand.numel * shape.grad_itemsize)
     if demand.is_sharded and homes.grad is not None:
-        needs["exchange slots"] = 2 * _aligned(demand.compute_nbytes)
+        is_elsewhere = demand.keeps_whole_gradient or demand.has_one_param
+        nbytes = min(demand.compute_nbytes, EXCHANGE_PIECE_NBYTES) if is_elsewhere else demand.compute_nbytes
+        needs["exchange slots"] = 2 * _aligned(nbytes)
     return needs
 
 

@@ -207,6 +207,13 @@ def test_transformer_flops_are_those_of_two_layers_computed_by_hand():
     assert again == StepFlops(forward=182_272, backward=495_616)  # 2 x 182,272 + 2 x 1536 x 32 + 32,768
 
 
+@pytest.mark.parametrize("name", ["num_params", "num_tokens", "num_layers", "num_recomputed_params"])
+def test_negative_counts_are_refused_by_name(name):
+    counts = {"num_params": 1, "num_tokens": 1, "num_layers": 1, "hidden_size": 1, "sequence_length": 1, name: -1}
+    with pytest.raises(ConfigError, match=rf"^transformer_flops: {name}: expected 0 or more, got -1$"):
+        transformer_flops(**counts)
+
+
 # ---------------------------------------------------------------- what holds for any work and machine
 
 amounts = st.integers(0, 10**6)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from live_storages import LiveStorages
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from training_harness import PLACEMENTS, Case, config_for, hybrid_adam, same_bits, step
 
 from gemini import GeminiDDP, ModelError
@@ -270,6 +271,176 @@ def test_a_frozen_embedding_gets_nothing() -> None:
         engine(**CASES["sliced"].batches(1)[0]).backward()
 
         assert engine.runtime.slots_with_gradient() == {"body.weight", "body.bias"}
+
+
+# ---------------------------------------------------------------- several passes, and uses that nobody announces
+
+
+def backward_twice_through_one_graph(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:
+    loss = model(**batches[0])
+    model(**batches[1]).backward()
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def backward_through_an_old_and_a_new_graph(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:
+    old = model(**batches[0])
+    old.backward(retain_graph=True)
+    (old + model(**batches[1])).backward()
+
+
+def backward_through_a_sum(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:
+    torch.stack([model(**batch) for batch in batches]).sum().backward()
+
+
+def backward_after_backward(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:
+    for batch in batches:
+        model(**batch).backward()
+
+
+RETAINING = [backward_twice_through_one_graph, backward_through_an_old_and_a_new_graph]
+PASSES = [*RETAINING, backward_through_a_sum, backward_after_backward]
+
+
+class KeywordHead(Tied):
+    """Names the weight in the call of its output layer."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.body(self.embedding(ids)))
+        return F.cross_entropy(F.linear(hidden, weight=self.head.weight), ids.roll(1))
+
+
+class ProjectedHead(Tied):
+    """Uses the weight as embedding and as input of a linear layer."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(ids)
+        return F.cross_entropy(hidden @ F.linear(self.head.weight, self.body.weight).T, ids.roll(1))
+
+
+class SparseFrequencies(Tied):
+    """Looks up with an option that leaves the embedding to torch."""
+
+    def __init__(self) -> None:
+        super().__init__(is_sliced=False)
+        self.embedding.scale_grad_by_freq = True
+
+
+class CheckpointedEmbedding(Tied):
+    """Looks up in a checkpoint whose backward is a pass of its own within the other's."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        anchor = torch.zeros(1, requires_grad=True)  # without one the checkpoint's outputs would need no gradient
+        looked_up = checkpoint(lambda anchor: self.embedding(ids) + anchor, anchor, use_reentrant=True)
+        return F.cross_entropy(self.head(torch.tanh(self.body(looked_up))), ids.roll(1))
+
+
+class CheckpointedHead(Tied):
+    """Recomputes its output layer in backward."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.body(self.embedding(ids)))
+        return F.cross_entropy(checkpoint(self.head, hidden, use_reentrant=False), ids.roll(1))
+
+
+class CompiledHeads(Tied):
+    """Uses the weight in blocks whose functions nobody sees."""
+
+    def __init__(self) -> None:
+        super().__init__(is_sliced=False)
+        torch._dynamo.reset()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(HIDDEN, VOCAB, bias=False)) for _ in range(2))
+        for block in self.blocks:
+            block[0].weight = self.embedding.weight
+            block.compile(backend="eager")
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.body(self.embedding(ids)))
+        return F.cross_entropy(self.blocks[0](hidden) + self.blocks[1](hidden), ids.roll(1))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: Tied(is_sliced=False),
+    "keyword": lambda: KeywordHead(is_sliced=False),
+    "projected": lambda: ProjectedHead(is_sliced=False),
+    "frequencies": SparseFrequencies,
+    "checkpointed embedding": lambda: CheckpointedEmbedding(is_sliced=False),
+    "compiled heads": CompiledHeads,
+    "checkpointed head": lambda: CheckpointedHead(is_sliced=False),
+}
+
+
+NAMES_AND_PASSES = [
+    pytest.param(name, run, id=f"{name}-{run.__name__}")
+    for name in MODELS
+    for run in PASSES
+    if name != "checkpointed embedding" or run not in RETAINING  # torch refuses to run such a checkpoint again
+]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch.compile's
+@pytest.mark.parametrize(("name", "run"), NAMES_AND_PASSES)
+def test_whatever_the_passes_and_uses_the_waiting_gradient_is_torchs(
+    name: str, run: Callable[[nn.Module, list[dict[str, torch.Tensor]]], None]
+) -> None:
+    case = case_of(MODELS[name])
+    plain, batches = case.model(), case.batches(3)
+    run(plain, batches)
+
+    with GeminiDDP(case.model(), config_for("host")) as engine:
+        run(engine, batches)
+        found = waiting_gradient(engine)
+
+    assert torch.equal(found, plain.embedding.weight.grad)
+
+
+class FailingBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        raise ValueError("failed on purpose")
+
+
+def fail_between_the_uses(model: nn.Module, body: nn.Linear, batch: dict[str, torch.Tensor]) -> None:
+    handle = body.register_forward_hook(lambda module, args, output: FailingBackward.apply(output))
+    loss = model(**batch)
+    with pytest.raises(ValueError, match="failed on purpose"):
+        loss.backward()
+    handle.remove()
+
+
+@pytest.mark.parametrize("num_before", [0, 1])
+@pytest.mark.parametrize("num_after", [0, 1, 2])
+@pytest.mark.parametrize("place", PLACEMENTS)
+@each_head
+def test_a_pass_that_fails_between_the_uses_leaves_what_it_leaves_in_torch(
+    is_sliced: bool, place: str, num_before: int, num_after: int, tmp_path: Path
+) -> None:
+    case = CASES["sliced" if is_sliced else "linear"]
+    batches = case.batches(num_before + 1 + num_after)
+
+    def run(model: nn.Module, body: nn.Linear) -> None:
+        backward_after_backward(model, batches[:num_before])
+        fail_between_the_uses(model, body, batches[num_before])
+        backward_after_backward(model, batches[num_before + 1 :])
+
+    plain = case.model()
+    run(plain, plain.body)
+    expected = {name: param.grad for name, param in plain.named_parameters() if param.grad is not None}
+
+    with GeminiDDP(case.model(), config_for(place, tmp_path)) as engine:
+        optimizer = hybrid_adam(engine.parameters(), lr=0.0, betas=(0.0, 0.0), weight_decay=0.0)
+        run(engine, engine.module.body)
+        assert engine.runtime.slots_with_gradient() == set(expected)
+        optimizer.step()
+        states = optimizer.state_dict()["state"]
+        names = [name for name, _ in plain.named_parameters()]
+        found = {names[index]: state["exp_avg"] for index, state in states.items() if names[index] in expected}
+
+    assert same_bits(found, expected)
 
 
 # ---------------------------------------------------------------- completeness

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from model_zoo import ZOO
@@ -19,6 +20,8 @@ from training_harness import Case, config_for, hybrid_adam, same_bits
 
 import zero
 from gemini import GeminiDDP, HybridAdam, MemoryTier
+from gemini.placement import plan
+from zero.torch_group import TorchGroup
 
 
 def cut_batch(batch: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
@@ -141,6 +144,22 @@ def train_sharded(
     with sharded(case, stage=stage, place=place, directory=directory, **fields) as engine:
         optimizer = hybrid_adam(engine.parameters(), **(adam or {}))
         return fit(engine, optimizer, case, batches, rank=rank, world_size=world_size, num_micro=num_micro)
+
+
+def train_in_pieces(*, piece_nbytes: int, **fields: Any) -> tuple[Fit, int]:
+    """Train this rank's part with exchanges of at most so many bytes; return how many there were, too."""
+    num_exchanges = 0
+    start = TorchGroup.exchange
+
+    def exchange(*args: Any, **kwargs: Any) -> Any:
+        nonlocal num_exchanges
+        num_exchanges += 1
+        return start(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "EXCHANGE_PIECE_NBYTES", piece_nbytes)
+        patch.setattr(TorchGroup, "exchange", exchange)
+        return train_sharded(**fields), num_exchanges
 
 
 def train_alone(

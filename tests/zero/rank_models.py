@@ -109,6 +109,19 @@ class Tiny(nn.Module):
         return x
 
 
+class WideHead(nn.Module):
+    """A layer of one parameter alone, far larger than all else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), nn.Linear(HIDDEN, 64 * HIDDEN, bias=False)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
 def checkpointed(*, use_reentrant: bool) -> Case:
     """Return GPT-2 with activation checkpoints."""
 
@@ -127,5 +140,6 @@ RANK_CASES = {
     "routed": Case(Routed, vector_batch, square),
     "patchy": Case(Patchy, vector_batch, square),
     "lenders": Case(Lenders, vector_batch, square),
+    "wide_head": Case(WideHead, vector_batch, square),
     "tiny": Case(Tiny, vector_batch, square),
 }

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from comparison import FLOAT32_TOLERANCE, STAGES, agreed, alone, assert_trains_alike
-from rank_cases import count_collectives, overflow_on_last_rank, train_alone, train_sharded
+from hypothesis import given
+from hypothesis import strategies as st
+from rank_cases import count_collectives, overflow_on_last_rank, train_alone, train_in_pieces, train_sharded
 from rank_pool import RankPool
 from training_harness import distance, same_bits
 
+from gemini.gradient_exchange import copy_piece, mean_of_sum
 from gemini.replica_sums import sum_of_parts
-from gemini.sharded_gradients import mean_of_sum
 
 
 @STAGES
@@ -107,6 +109,35 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(ranks: RankPool):
 def test_ranks_agree_once_a_step(stage, num_micro, num_exchanges, ranks: RankPool):
     for counts, num_chunks in ranks.run(2, count_collectives, stage=stage, num_micro=num_micro):
         assert counts == {"gather_values": 1, "exchange": num_exchanges * num_chunks}
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_exchanging_in_pieces_changes_no_bit(stage, world_size, ranks: RankPool):
+    fields = {"model": "wide_head", "stage": stage, "num_micro": 2}
+    whole, num_whole = ranks.run(world_size, train_in_pieces, piece_nbytes=1 << 30, **fields)[0]
+    results = ranks.run(world_size, train_in_pieces, piece_nbytes=20_000, **fields)
+    pieces = agreed([fit for fit, _ in results])
+    assert results[0][1] > num_whole
+    assert pieces.norms == whole.norms
+    assert same_bits(pieces.weights, whole.weights)
+
+
+@given(
+    stride=st.integers(1, 9),
+    begin=st.integers(0, 8),
+    num_rows=st.integers(1, 4),
+    at=st.integers(0, 20),
+    numel=st.integers(1, 30),
+)
+def test_a_piece_holds_what_falls_into_it(stride, begin, num_rows, at, numel):
+    row_numel = max(1, stride - begin)
+    begin = min(begin, stride - 1)
+    line = torch.zeros(num_rows * stride + at + numel)
+    line[at : at + numel] = torch.arange(1.0, numel + 1)
+    rows = torch.zeros(num_rows, row_numel)
+    copy_piece(rows, line[at : at + numel].clone(), at=at - begin, stride=stride)
+    assert torch.equal(rows, line[: num_rows * stride].view(num_rows, stride)[:, begin : begin + row_numel])
 
 
 def test_means_in_float16_do_not_overflow():

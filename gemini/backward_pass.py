@@ -1,0 +1,49 @@
+"""Whether a backward pass is under way, has ended or has failed. Knows nothing of gradients."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+
+__all__ = ["BackwardPass"]
+
+
+class BackwardPass:
+    """The backward pass that an engine has seen last.
+
+    Autograd calls back at the end of a pass that succeeds. Of one that fails it only forgets the callback, which nobody
+    else holds: it is gone then.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = False
+        """Whether a pass has begun and `end` has not been called since."""
+        self._callback: weakref.ref[Callable[[], None]] | None = None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the open pass is over without having called back."""
+        return self.is_open and self._callback is not None and self._callback() is None
+
+    def begin(self, at_end: Callable[[], None] | None) -> None:
+        """Note that a backward pass has begun.
+
+        Args:
+            at_end: called when it has succeeded; then this must be called from within the pass. None: whoever calls
+                this calls `end`, and knows if the pass fails.
+        """
+        self.is_open, self._callback = True, None
+        if at_end is None:
+            return
+
+        def callback() -> None:
+            at_end()
+
+        self._callback = weakref.ref(callback)
+        torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+    def end(self) -> None:
+        """Note that the pass is over."""
+        self.is_open, self._callback = False, None

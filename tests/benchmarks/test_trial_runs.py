@@ -1,0 +1,26 @@
+"""Benchmarks that no other test runs, in miniature: they run to the end and write what their tables need."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+TRIALS = {
+    "heap.py": ["--model", "tiny", "--tokens", "32", "--steps", "1", "--rounds", "1", "--systems", "torch", "gemini"],
+}
+
+
+@pytest.mark.parametrize("script", TRIALS)
+def test_a_trial_run_writes_its_rows(script: str, tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    command = [sys.executable, BENCHMARKS / script, *TRIALS[script], "--swap", tmp_path, "--json", result]
+    subprocess.run(command, check=True, timeout=300)
+    rows = json.loads(result.read_text())["rows"]
+    assert rows
+    assert not [row for row in rows if row.get("missing")]
