@@ -1,8 +1,9 @@
-"""Gradients between ranks: each sends every other rank that one's part, and adds up what it receives.
+"""Gradients between ranks: each sends every other rank that one's part, and takes the mean of what it receives.
 
 A chunk that is put together in a slot goes from there at once. One that fits no slot, or is kept whole elsewhere, goes
 in pieces: some elements of every rank's shard at a time, copied together in a slot. Sums are taken in float32 and in
-rank order, so that no sum overflows in half precision and all runs give the same bits; over replicas, see replica_sums.
+rank order, so that no sum overflows in half precision and all runs give the same bits. With several replicas of the
+model they go through gemini.replica_sums before they become means.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -43,8 +45,8 @@ class _Piece:
     numel: int
     slot: ExchangeSlot
     under_way: Collective
-    total: torch.Tensor | None
-    """Takes the sum, the whole shard's, float32; None: the piece is all of it."""
+    mean: torch.Tensor | None
+    """Takes the mean, the whole shard's; None: the piece is all of it."""
 
     @property
     def is_last(self) -> bool:
@@ -59,8 +61,7 @@ class GradientExchange:
         transfers: source of compute memory.
         num_slots: exchanges at the same time.
         slot_nbytes: bytes of what is exchanged at once; 0: nothing ever is.
-        deliver: takes a chunk's id and the sum over all ranks of this rank's shard of its gradients, float32 [numel],
-            which is given away.
+        deliver: takes the mean of this rank's shard of a chunk's gradients, [shard numel] of the working dtype.
     """
 
     def __init__(
@@ -70,23 +71,18 @@ class GradientExchange:
         *,
         num_slots: int,
         slot_nbytes: int,
-        deliver: Callable[[int, torch.Tensor], None],
+        deliver: Callable[[ChunkSpec, ChunkShard, torch.Tensor], None],
     ) -> None:
         self._group = group
+        self._replica_sums = ReplicaSums(group) if group.grid.num_replicas > 1 else None
         self._transfers = transfers
         self._slot_nbytes = slot_nbytes
         self._deliver = deliver
-        self._replica_sums = ReplicaSums(group, deliver) if group.grid.num_replicas > 1 else None
         self._free = [
             ExchangeSlot(*(transfers.allocate(slot_nbytes, "exchange slots") for _ in range(2)))
             for _ in range(num_slots if slot_nbytes else 0)
         ]
         self._under_way: deque[_Piece] = deque()
-
-    @property
-    def has_replicas(self) -> bool:
-        """Whether sums are taken over replicas too, which takes collectives after the exchange."""
-        return self._replica_sums is not None
 
     def fits(self, spec: ChunkSpec, shard: ChunkShard) -> bool:
         """Return whether a slot has room for a whole chunk."""
@@ -110,7 +106,7 @@ class GradientExchange:
         self._free.append(slot)
 
     def send(self, spec: ChunkSpec, shard: ChunkShard, slot: ExchangeSlot) -> None:
-        """Start exchanging the whole chunk that a slot holds; the slot is free when its sum has been taken."""
+        """Start exchanging the whole chunk that a slot holds; the slot is given back, also by an error."""
         self._start(spec, shard, slot, 0, shard.numel, None)
 
     def send_in_pieces(self, spec: ChunkSpec, shard: ChunkShard, gradients: Mapping[int, torch.Tensor]) -> None:
@@ -123,9 +119,9 @@ class GradientExchange:
                 under way.
         """
         piece_numel = min(self._slot_nbytes // (shard.num_ranks * spec.dtype.itemsize), shard.numel)
-        total = None
+        mean = None
         if piece_numel < shard.numel:
-            total = torch.empty(shard.numel, dtype=torch.float32, device=self._transfers.device)
+            mean = torch.empty(shard.numel, dtype=spec.dtype, device=self._transfers.device)
         for begin in range(0, shard.numel, piece_numel):
             numel = min(piece_numel, shard.numel - begin)
             slot = self.claim()
@@ -133,7 +129,7 @@ class GradientExchange:
             sent = slot.sent.view(spec.dtype)[: shard.num_ranks * numel].view(shard.num_ranks, numel).zero_()
             for position, flat in gradients.items():
                 copy_piece(sent, flat, at=spec.slots[position].begin - begin, stride=shard.numel)
-            self._start(spec, shard, slot, begin, numel, total)
+            self._start(spec, shard, slot, begin, numel, mean)
 
     def _start(
         self,
@@ -142,7 +138,7 @@ class GradientExchange:
         slot: ExchangeSlot,
         begin: int,
         numel: int,
-        total: torch.Tensor | None,
+        mean: torch.Tensor | None,
     ) -> None:
         nbytes = shard.num_ranks * numel * spec.dtype.itemsize
         name = f"gradients of {spec.name}"
@@ -151,51 +147,59 @@ class GradientExchange:
         except GeminiError:
             self._free.append(slot)
             raise
-        self._under_way.append(_Piece(spec, shard, begin, numel, slot, under_way, total))
+        self._under_way.append(_Piece(spec, shard, begin, numel, slot, under_way, mean))
         if self._replica_sums is not None:
             while len(self._under_way) > 1:
                 self._arrive()
             self._replica_sums.advance()
 
     def _arrive(self) -> None:
-        """Wait for the oldest exchange, and hand the sum of its shard on when it is complete."""
+        """Wait for the oldest exchange and take its sum; starts nothing, for ranks may come here at different times."""
         piece = self._under_way.popleft()
         try:
             piece.under_way.wait()
             numel, num_ranks = piece.numel, piece.shard.num_ranks
-            total = sum_of_parts(piece.slot.received.view(piece.spec.dtype)[: num_ranks * numel].view(num_ranks, numel))
+            parts = piece.slot.received.view(piece.spec.dtype)[: num_ranks * numel].view(num_ranks, numel)
+            total = sum_of_parts(parts)
         finally:
             self._free.append(piece.slot)
-        if piece.total is not None:
-            piece.total[piece.begin : piece.begin + numel] = total
-            total = piece.total
-        if not piece.is_last:
-            return
         if self._replica_sums is None:
-            self._deliver(piece.spec.chunk_id, total)
+            self._take_sum(piece, total)
         else:
-            self._replica_sums.add(piece.spec.chunk_id, total, name=f"sums of {piece.spec.name}")
+            self._replica_sums.add(total, name=f"sums of {piece.spec.name}", deliver=partial(self._take_sum, piece))
+
+    def _take_sum(self, piece: _Piece, total: torch.Tensor) -> None:
+        """Take the mean of a piece, and hand that of the shard on when it is complete; the sum is overwritten."""
+        mean = mean_of_sum(total, self._group.grid.num_batches, piece.spec.dtype)
+        if piece.mean is not None:
+            piece.mean[piece.begin : piece.begin + piece.numel] = mean
+            mean = piece.mean
+        if piece.is_last:
+            self._deliver(piece.spec, piece.shard, mean)
 
     def finish(self) -> None:
-        """Deliver the sums of everything under way."""
+        """Deliver the means of everything under way."""
         while self._under_way:
             self._arrive()
         if self._replica_sums is not None:
             self._replica_sums.finish()
 
     def abandon(self) -> None:
-        """Wait for what is under way, whatever becomes of it, and forget it; starts nothing."""
+        """Wait for everything under way, and start nothing; what that leaves incomplete is forgotten."""
+        while self._under_way:
+            self._arrive()
+        if self._replica_sums is not None:
+            self._replica_sums.abandon()
+
+    def close(self) -> None:
+        """Wait for what is under way, whatever becomes of it, and give all slots back; none is claimed any more."""
+        if self._replica_sums is not None:
+            self._replica_sums.abandon()
         while self._under_way:
             piece = self._under_way.popleft()
             self._free.append(piece.slot)
             with suppress(GeminiError):
                 piece.under_way.wait()
-        if self._replica_sums is not None:
-            self._replica_sums.abandon()
-
-    def close(self) -> None:
-        """Abandon what is under way and give all slots back; none is claimed any more."""
-        self.abandon()
         for slot in self._free:
             for buffer in (slot.sent, slot.received):
                 self._transfers.free(buffer, "exchange slots")

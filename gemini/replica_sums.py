@@ -1,7 +1,8 @@
 """Sums of shards' gradients on their way to being sums over all replicas of the model.
 
-Each shard's float32 sum is cut into as many parts as there are replicas; every replica adds up one part, in the order
-of replicas, and all gather the results: `2 (R - 1) / R` of the shard's bytes each way, and the same bits everywhere.
+The float32 sum of a shard, or of a piece of it, is cut into as many parts as there are replicas; every replica adds up
+one part, in the order of replicas, and all gather the results: `2 (R - 1) / R` of the sum's bytes each way, and the
+same bits everywhere.
 
 Collectives start in `advance` and `finish` alone. All ranks call these at the same places of the program, so the order
 of collectives is the same on all, whenever sums were added; see [Note: Same exchanges on all ranks] in
@@ -27,7 +28,7 @@ __all__ = ["ReplicaSums", "sum_of_parts"]
 class _Sum:
     """One sum under way."""
 
-    chunk_id: int
+    deliver: Callable[[torch.Tensor], None]
     stages: Generator[Collective, None, torch.Tensor]
     pending: Collective | None = None
     """What has been started and not waited for; None: nothing has been started."""
@@ -38,23 +39,21 @@ class ReplicaSums:
 
     Args:
         group: the ranks.
-        deliver: takes a chunk's id and the sum over replicas of this rank's shard of it, float32 [numel].
     """
 
-    def __init__(self, group: ShardGroup, deliver: Callable[[int, torch.Tensor], None]) -> None:
+    def __init__(self, group: ShardGroup) -> None:
         self._group = group
-        self._deliver = deliver
         self._sums: deque[_Sum] = deque()
 
-    def add(self, chunk_id: int, total: torch.Tensor, *, name: str) -> None:
+    def add(self, total: torch.Tensor, *, name: str, deliver: Callable[[torch.Tensor], None]) -> None:
         """Take one replica's sum; nothing starts before the next `advance`.
 
         Args:
-            chunk_id: the chunk's.
-            total: this rank's shard, float32 [numel]; given away.
+            total: of this rank's shard or a piece of it, float32 [numel]; given away.
             name: what it is, for messages.
+            deliver: takes the sum over all replicas, float32 [numel].
         """
-        self._sums.append(_Sum(chunk_id, _stages(self._group, total, name)))
+        self._sums.append(_Sum(deliver, _stages(self._group, total, name)))
 
     def advance(self) -> None:
         """Bring every sum one stage further, and deliver those that have passed the last.
@@ -70,7 +69,7 @@ class ReplicaSums:
             try:
                 under_way.pending = next(under_way.stages)
             except StopIteration as end:
-                self._deliver(under_way.chunk_id, end.value)
+                under_way.deliver(end.value)
             else:
                 self._sums.append(under_way)
 

@@ -23,7 +23,7 @@ from gemini.chunk.chunk import Chunk
 from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import ChunkLayout, ParamSlot
 from gemini.chunk.sharding import Sharding
-from gemini.chunk.tensor_parallel import local_gradient, local_part
+from gemini.chunk.tensor_parallel import local_part, take_local_gradient
 from gemini.config import GeminiConfig
 from gemini.errors import GeminiError, ModelError
 from gemini.gradient_sink import GradientPlace
@@ -281,12 +281,11 @@ class Runtime:
 
     def take_gradient(self, param: torch.nn.Parameter) -> None:
         """Take a gradient from autograd."""
-        grad, param.grad = param.grad, None
-        assert grad is not None
+        grad = take_local_gradient(param)
         self._check_not_clipped()
         place = self._place_of_param[id(param)]
         self.gradients.fulfil_all(*place)
-        self.gradients.put(*place, local_gradient(param, grad))
+        self.gradients.put(*place, grad)
 
     def finish_gradient(self, param: torch.nn.Parameter) -> None:
         """Handle that all uses of a parameter in this backward pass have delivered by themselves."""

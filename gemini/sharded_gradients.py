@@ -13,8 +13,6 @@ several times is reached as often; how often, the last backward pass tells. What
 kept and exchanged in the step, once the ranks have agreed that any of them has such latecomers. The same agreement says
 which parameters have a gradient on any rank, and carries the sums of squares: one synchronisation a step.
 
-With several replicas of the model what a replica has summed goes through gemini.replica_sums before it becomes a mean.
-
 Chunks that are used all through a step (the root unit's), and all of them in stage 1, are kept whole until the step and
 exchanged only then, however many backward passes there were.
 """
@@ -32,7 +30,7 @@ from gemini.accumulators import GradientAccumulators
 from gemini.backward_pass import BackwardPass
 from gemini.chunk.layout import ChunkSpec
 from gemini.chunk.sharding import ChunkShard, ShardGroup, cut_spec
-from gemini.gradient_exchange import ExchangeSlot, GradientExchange, mean_of_sum
+from gemini.gradient_exchange import ExchangeSlot, GradientExchange
 from gemini.gradient_listener import GradientListener, second_gradient_error
 from gemini.gradient_sink import GradientPlace
 from gemini.gradients import GradientStore
@@ -96,7 +94,7 @@ class ShardedGradients:
         self._transfers = transfers
         self._chunks: dict[int, _Chunk] = {}
         self._exchange = GradientExchange(
-            group, transfers, num_slots=num_slots, slot_nbytes=slot_nbytes, deliver=self._hand_on
+            group, transfers, num_slots=num_slots, slot_nbytes=slot_nbytes, deliver=self._put_mean
         )
         self._order: list[_Chunk] = []
         self._num_gone = 0
@@ -199,7 +197,7 @@ class ShardedGradients:
         self._pass.end()
         while self._num_gone < len(self._order):
             self._exchange_next()
-        if self._exchange.has_replicas:  # `clear` starts no collectives, so none may be left to start
+        if self._group.grid.num_replicas > 1:  # sums over replicas start here or in backward, never in `clear`
             self._end_means()
 
     def _fill(self, chunk: _Chunk, position: int, flat: torch.Tensor) -> None:
@@ -224,8 +222,8 @@ class ShardedGradients:
         if self._has_slot(chunk):
             slot, chunk.slot = chunk.slot, None
             assert slot is not None
-            chunk.filled.clear()
             self._exchange.send(chunk.spec, chunk.shard, slot)
+            chunk.filled.clear()
         else:
             self._exchange.send_in_pieces(chunk.spec, chunk.shard, chunk.waiting)
             chunk.waiting.clear()
@@ -253,15 +251,13 @@ class ShardedGradients:
 
     # ---------------------------------------------------------------- on arrival
 
-    def _hand_on(self, chunk_id: int, total: torch.Tensor) -> None:
-        """Give the mean of all ranks' gradients of a shard to the gradient store; its sum, float32, is overwritten."""
+    def _put_mean(self, spec: ChunkSpec, shard: ChunkShard, mean: torch.Tensor) -> None:
+        """Hand the mean of this rank's shard of a chunk's gradients on."""
         if not self._is_taking_means:
             self._shards.begin_backward()
             self._is_taking_means = True
-        chunk = self._chunks[chunk_id]
-        mean = mean_of_sum(total, self._group.grid.num_batches, chunk.spec.dtype)
-        for position, piece in enumerate(cut_spec(chunk.spec, chunk.shard).slots):
-            self._shards.put(chunk_id, position, mean[piece.begin : piece.end])
+        for position, piece in enumerate(cut_spec(spec, shard).slots):
+            self._shards.put(spec.chunk_id, position, mean[piece.begin : piece.end])
 
     def _end_means(self) -> None:
         """Hand on the means of everything under way."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def make_replicas(num_replicas: int) -> tuple[list[ReplicaSums], list[dict[int, 
     replicas = []
     for i in range(num_replicas):
         group = FakeGroup(RankGrid(num_shards=1, num_replicas=num_replicas, replica=i), wires)
-        replicas.append(ReplicaSums(group, delivered[i].__setitem__))
+        replicas.append(ReplicaSums(group))
     return replicas, delivered
 
 
@@ -82,7 +83,7 @@ def test_all_replicas_get_the_sum_in_their_order(num_replicas, numels):
     totals = [torch.randn(num_replicas, numel, generator=generator) for numel in numels]
     for chunk_id, parts in enumerate(totals):
         for i, sums in enumerate(replicas):
-            sums.add(chunk_id, parts[i].clone(), name=f"chunk {chunk_id}")
+            sums.add(parts[i].clone(), name=f"chunk {chunk_id}", deliver=partial(delivered[i].__setitem__, chunk_id))
         for sums in replicas:
             sums.advance()
     for _ in range(2):
@@ -97,19 +98,19 @@ def test_all_replicas_get_the_sum_in_their_order(num_replicas, numels):
 def test_a_sum_that_came_early_starts_no_collective_of_its_own():
     replicas, _ = make_replicas(2)
     early, late = replicas
-    early.add(0, torch.ones(4), name="chunk 0")
+    early.add(torch.ones(4), name="chunk 0", deliver=torch.numel)
     late.advance()
-    late.add(0, torch.ones(4), name="chunk 0")
+    late.add(torch.ones(4), name="chunk 0", deliver=torch.numel)
     calls = early._group.wires.calls
     assert calls == [[], []]
 
 
 def test_abandoned_sums_are_not_delivered():
     replicas, delivered = make_replicas(2)
-    for sums in replicas:
-        sums.add(0, torch.ones(4), name="chunk 0")
+    for i, sums in enumerate(replicas):
+        sums.add(torch.ones(4), name="chunk 0", deliver=partial(delivered[i].__setitem__, 0))
         sums.advance()
-        sums.add(1, torch.ones(4), name="chunk 1")
+        sums.add(torch.ones(4), name="chunk 1", deliver=partial(delivered[i].__setitem__, 1))
     for sums in replicas:
         sums.abandon()
         sums.finish()

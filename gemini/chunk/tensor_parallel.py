@@ -18,11 +18,11 @@ from gemini.errors import ModelError
 __all__ = [
     "TensorSplit",
     "is_dtensor",
-    "local_gradient",
     "local_part",
     "show_values",
     "split_of",
     "stand_in_for",
+    "take_local_gradient",
     "with_local_part",
 ]
 
@@ -109,16 +109,19 @@ def split_of(name: str, param: torch.Tensor) -> TensorSplit | None:
     return TensorSplit(dim=placement.dim, rank=mesh.get_local_rank(), num_ranks=num_ranks)
 
 
-def local_gradient(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """Return the gradient of what this rank holds of a parameter; sums over the tensor-parallel group are taken.
+def take_local_gradient(param: torch.Tensor) -> torch.Tensor:
+    """Take the gradient of what this rank holds of a parameter out of `param.grad`.
+
+    A DTensor's may have been delivered as partial sums, or divided in another way; then all ranks of its mesh exchange.
 
     Args:
-        param: the parameter.
-        grad: as autograd has delivered it; a DTensor's may be partial, or divided in another way.
+        param: the parameter; left without a gradient.
 
     Returns:
         The gradient, of the local part's shape.
     """
+    grad, param.grad = param.grad, None
+    assert grad is not None
     if not is_dtensor(param):
         return grad
     with torch.no_grad():
