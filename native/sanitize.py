@@ -16,6 +16,8 @@ from pathlib import Path
 from build import COMPILE_ARGS, HEADER, NATIVE_DIR
 
 SANITIZERS = {"address and undefined behaviour": "address,undefined", "threads": "thread"}
+TIMEOUT_S = 300
+"""Some ten times what the program needs; a race may end in a hang."""
 TOO_RANDOM = "unexpected memory mapping"
 """What an older thread sanitizer says where the kernel scatters mappings more widely than it can take."""
 
@@ -48,10 +50,11 @@ def build(program: Path, option: str) -> None:
 
 def run(program: Path, directory: str) -> None:
     """Run the program; where mappings are too random for it, once more without."""
-    done = subprocess.run([program, directory], capture_output=True, text=True, check=False)
+    command = [str(program), directory]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
     if done.returncode and TOO_RANDOM in done.stderr:
-        fixed = ["setarch", platform.machine(), "-R", program, directory]
-        done = subprocess.run(fixed, capture_output=True, text=True, check=False)
+        command = ["setarch", platform.machine(), "-R", *command]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
     if done.returncode:
         sys.exit(f"[sanitize] {program.name}: exit status {done.returncode}\n{done.stdout}{done.stderr}")
 

@@ -156,11 +156,18 @@ def fill(directory: Path) -> None:
     assert shutil.disk_usage(directory).free == 0
 
 
-def test_a_write_refused_in_the_update_is_declared_lost(config: GeminiConfig) -> None:
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        (FULL_DEVICE, r"cannot write .* of chunk \d+ .*: No space left"),
+        (FAILING_DEVICE, r"cannot read .* of chunk \d+ "),
+    ],
+)
+def test_a_disk_that_fails_in_the_update_is_declared_lost(device: str, message: str, config: GeminiConfig) -> None:
     with GeminiDDP(TOWER.model(), dataclasses.replace(config, overlap="off")) as engine:
         optimizer = hybrid_adam(engine.parameters())
         deliver(engine, square(engine(**TOWER.batches(1)[0])))
-        with redirected_writes(engine), pytest.raises(OffloadIOError, match=r"of chunk \d+ .*: No space left"):
+        with broken(engine, device), pytest.raises(OffloadIOError, match=message):
             update(engine, optimizer)
         with pytest.raises(ModelError, match="the optimizer state was lost"):
             optimizer.step()
@@ -172,11 +179,11 @@ def update(engine: GeminiDDP, optimizer: HybridAdam) -> None:
 
 
 @contextlib.contextmanager
-def redirected_writes(engine: GeminiDDP) -> Iterator[None]:
-    """Let the disk be full for a while: reads give zeros, so nothing is verified meanwhile."""
+def broken(engine: GeminiDDP, device: str) -> Iterator[None]:
+    """Let a device stand in for the disk until no update is under way; unverified, for a full one reads as zeros."""
     store = store_of(engine)
     store._file.verify(0)
-    with redirected(store, FULL_DEVICE):
+    with redirected(store, device):
         yield
         with contextlib.suppress(GeminiError):
             engine.runtime.overlap.settle_all()
