@@ -13,7 +13,7 @@ CPP_SOURCES = $(filter %.cpp %.h,$(NATIVE_SOURCES)) $(wildcard gemini/heap/*.cpp
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test check check-format lint typecheck docstrings check-native format gpu bench clean
+.PHONY: help setup quickstart test check check-format lint typecheck docstrings check-native sanitize format gpu bench clean
 
 help:  ## say what can be made (this text)
 	@echo "Gemini: train models far larger than the device's memory. Start with: make quickstart"
@@ -47,6 +47,9 @@ docstrings: $(TOOLS)
 
 check-native: $(TOOLS)
 	.venv/bin/clang-format --dry-run -Werror $(CPP_SOURCES)
+
+sanitize: $(BUILT)  ## run the native library's own test program under sanitizers, about a minute
+	$(PY) native/sanitize.py
 
 format: $(TOOLS)  ## rewrite the sources in the project's form
 	$(PY) -m ruff check --fix --select I .

@@ -103,6 +103,7 @@ def draw_blueprint(model: torch.nn.Module, config: GeminiConfig, *, sharding: Sh
         tile_numel=config.tile_numel,
         ring_depth=config.ring_depth,
         grad_itemsize=4 if config.gradient_accumulation else config.dtype.itemsize,
+        has_checksums=config.nvme is not None and config.nvme.verify,
     )
     budgets = budgets_of(config)
     device_nbytes = budgets[MemoryTier.DEVICE]
@@ -380,7 +381,7 @@ class _Builder:
         if has_shared_home(demand, homes.working):
             self._add_shared_chunk(homes, core, initialiser)
             return
-        working, state, grad = _open_homes(demand, homes, blueprint.shape, self.resources)
+        working, state, grad = _open_homes(demand, homes, blueprint.shape, self.resources, name=spec.name)
         home_spec = spec if shard is None else cut_spec(spec, shard)
         values = (initialiser.value_of(slot.spec.name) for slot in home_spec.slots)
         write_home(
@@ -405,7 +406,7 @@ class _Builder:
 
 
 def _open_homes(
-    demand: ChunkDemand, homes: ChunkPlacement, shape: RuntimeShape, resources: Resources
+    demand: ChunkDemand, homes: ChunkPlacement, shape: RuntimeShape, resources: Resources, *, name: str
 ) -> tuple[TiledHome, TiledHome | None, TiledHome | None]:
     """Claim memory and disk for a chunk's working weights, state and gradients."""
     tiles = range(demand.num_tiles(shape.tile_numel))
@@ -424,6 +425,7 @@ def _open_homes(
             device_buffer=resources.transfers.allocate(on_device, purpose) if on_device else None,
             spare_tiles=spare_tiles,
             purpose=purpose,
+            record=f"{'weights' if purpose == 'working' else purpose} of {name}",
         )
 
     def aligned(nbytes: int) -> int:

@@ -37,6 +37,9 @@ class NVMeConfig:
     """Kernel requests in flight at most."""
     direct: bool = True
     """Bypass the page cache (O_DIRECT) where the file system allows it."""
+    verify: bool = False
+    """Compare whatever is read with the CRC-32C of what was written there, in a thread of the I/O engine. Takes 4 bytes
+    of host memory for each 4096 bytes of the swap file."""
     endurance: str | int | None = None
     """Bytes that the drive is rated to take in its life, as its data sheet says it ("600 TBW", "1.2 PBW") or as other
     bytes ("600TB"); the memory report then relates what a step writes to it. None: not known."""
@@ -53,6 +56,7 @@ class NVMeConfig:
             )
         _check_int("NVMeConfig.queue_depth", self.queue_depth, 1, 4096)
         _check_bool("NVMeConfig.direct", self.direct)
+        _check_bool("NVMeConfig.verify", self.verify)
 
     @property
     def budget_nbytes(self) -> int:

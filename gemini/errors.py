@@ -13,6 +13,7 @@ __all__ = [
     "CheckpointMismatchError",
     "CollectiveError",
     "ConfigError",
+    "CorruptRecordError",
     "GeminiError",
     "HeapUnavailableError",
     "IllegalTransitionError",
@@ -69,6 +70,7 @@ class OffloadIOError(GeminiError, OSError):
         offset: first byte of the transfer in the file, if there was one.
         nbytes: bytes asked for.
         nbytes_done: bytes moved before the failure.
+        record: what the bytes are, such as "state of chunk 3 (block.weight and 2 more)"; empty if nobody said.
         hint: what the user can do, a clause without a full stop.
     """
 
@@ -81,26 +83,48 @@ class OffloadIOError(GeminiError, OSError):
         offset: int | None = None,
         nbytes: int | None = None,
         nbytes_done: int = 0,
+        record: str = "",
         hint: str = "",
     ) -> None:
-        message = f"cannot {operation} {path}"
-        if nbytes is not None and offset is not None:
-            message += f": {nbytes} bytes at offset {offset}, {nbytes_done} done"
-        message += f": {os.strerror(errno_value)} (errno {errno_value})"
-        if hint:
-            message += f"; {hint}"
-        super().__init__(errno_value, message, path)
         self.operation = operation
         self.path = path
         self.offset = offset
         self.nbytes = nbytes
         self.nbytes_done = nbytes_done
+        self.record = record
         self.hint = hint
+        super().__init__(errno_value, self._describe(path, errno_value), path)
+
+    def _describe(self, path: str, errno_value: int) -> str:
+        message = f"cannot {self.operation} {path}"
+        if self.record:
+            message += f", {self.record}"
+        if self.nbytes is not None and self.offset is not None:
+            message += f": {self.nbytes} bytes at offset {self.offset}, {self.nbytes_done} done"
+        message += f": {os.strerror(errno_value)} (errno {errno_value})"
+        return f"{message}; {self.hint}" if self.hint else message
 
     def __reduce__(self) -> tuple[Any, ...]:
         # OSError would call the class with its own arguments.
-        fields = {name: getattr(self, name) for name in ("offset", "nbytes", "nbytes_done", "hint")}
-        return partial(OffloadIOError, **fields), (self.operation, self.path, self.errno)
+        fields = {name: getattr(self, name) for name in ("offset", "nbytes", "nbytes_done", "record", "hint")}
+        return partial(type(self), **fields), (self.operation, self.path, self.errno)
 
     def __str__(self) -> str:
         return str(self.strerror)
+
+
+class CorruptRecordError(OffloadIOError):
+    """Bytes came back from disk that were never written there: their CRC-32C differs (`NVMeConfig.verify`).
+
+    `offset` and `nbytes` are those of the read, `nbytes_done` counts its bytes before the first bad block.
+    """
+
+    def _describe(self, path: str, errno_value: int) -> str:
+        assert self.offset is not None
+        block = self.offset + self.nbytes_done
+        what = f", {self.record}" if self.record else ""
+        return (
+            f"{path}{what}: the CRC-32C of the block of 4096 bytes at offset {block} is not that of what was written "
+            "there, which is lost: load a checkpoint into a new engine, and examine the drive (smartctl -x), the "
+            "kernel log (dmesg) and main memory before that directory is used again"
+        )

@@ -109,7 +109,7 @@ def _put_tile(home: TiledHome, tile: int, content: torch.Tensor, transfers: Tran
     if tier is MemoryTier.NVME:
         home.write_tile(tile, content)
         while len(home.writes) > MAX_WRITES_IN_FLIGHT:
-            home.writes.pop(0).wait()
+            home.writes.pop(0)[1].wait()
     elif tier is MemoryTier.HOST:
         home.tile(tile).copy_(content)
     else:

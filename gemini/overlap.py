@@ -196,6 +196,7 @@ class Overlap:
             OffloadIOError: state could not be read or written; `failure` says so too.
             IllegalTransitionError: a chunk is leased; nothing has happened.
             ModelError: someone looks at a slot that will show other weights; nothing has happened.
+            WorkerError: the thread for updates cannot be started; nothing has happened.
         """
         wishes = {chunk_id: self._at_home(chunk_id, wish) for chunk_id, wish in wishes.items()}
         for chunk_id, job in list(self._ahead.items()):
@@ -204,6 +205,8 @@ class Overlap:
                 self._drop(chunk_id)
         for chunk_id in wishes:
             self._core.check_updatable(chunk_id)  # while nothing has happened yet
+        if any(MemoryTier.DEVICE not in self._states[chunk_id].tiers for chunk_id in wishes):
+            self._worker.start()
         try:
             readers = self._core.resources.transfers.mark()
             for chunk_id in sorted(wishes, key=self.urgency):

@@ -10,7 +10,15 @@ import re
 
 from gemini.errors import ConfigError, OutOfTierMemoryError
 
-__all__ = ["IO_ALIGNMENT_NBYTES", "MemoryTier", "TierLedger", "format_nbytes", "parse_nbytes", "round_up"]
+__all__ = [
+    "IO_ALIGNMENT_NBYTES",
+    "MemoryTier",
+    "TierLedger",
+    "checksum_nbytes",
+    "format_nbytes",
+    "parse_nbytes",
+    "round_up",
+]
 
 IO_ALIGNMENT_NBYTES = 4096
 """Offsets, lengths and buffers of direct I/O are multiples of this."""
@@ -72,6 +80,11 @@ def format_nbytes(nbytes: float) -> str:
 def round_up(value: int, multiple: int) -> int:
     """Return the smallest multiple of `multiple` that is not below `value`."""
     return -(-value // multiple) * multiple
+
+
+def checksum_nbytes(disk_nbytes: int) -> int:
+    """Return the host memory that checksums of a swap file take: 4 bytes for each block of 4096, header included."""
+    return 4 * (round_up(disk_nbytes, IO_ALIGNMENT_NBYTES) // IO_ALIGNMENT_NBYTES + 1)
 
 
 class TierLedger:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gemini.errors import ModelError, WorkerError
+from gemini.errors import GeminiError, ModelError, WorkerError
 from gemini.update import TilePipeline, UpdateJob
 
 __all__ = ["UpdateWorker"]
@@ -56,7 +56,7 @@ class _Shared:
 
 
 class UpdateWorker:
-    """Runs update jobs in a thread of its own; the thread starts with the first job.
+    """Runs update jobs in a thread of its own; the thread starts with the first job, or `start`.
 
     A job stays known until it is forgotten, which `wait` and `cancel` do.
 
@@ -82,6 +82,29 @@ class UpdateWorker:
         """Elements in a tile."""
         return self._shared.pipeline.tile_numel
 
+    def start(self) -> None:
+        """Make sure that the thread runs.
+
+        Raises:
+            WorkerError: the system refuses the thread, or an update before has failed otherwise than by I/O.
+            OffloadIOError: an update before has failed.
+        """
+        self._check_process()
+        with self._shared.changed:
+            self._check_failure()
+        if self._thread is not None:
+            return
+        thread = threading.Thread(target=_serve, args=(self._shared,), name="gemini-update", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise WorkerError(
+                f"cannot start the thread that updates weights: {error}; nothing has been updated: raise the limits on "
+                "processes (ulimit -u, pids.max) and memory, then take the step again"
+            ) from error
+        self._thread = thread
+        self._stop = weakref.finalize(self, _stop, self._shared, thread)
+
     def submit(self, job: UpdateJob, *, urgency: int) -> None:
         """Queue a job.
 
@@ -90,21 +113,17 @@ class UpdateWorker:
             urgency: lower comes first, tile by tile.
 
         Raises:
-            OffloadIOError: an update before it failed.
+            WorkerError: as `start`.
+            OffloadIOError: as `start`.
         """
-        self._check_process()
         assert job.tiles
+        self.start()
         shared = self._shared
         with shared.changed:
-            self._check_failure()
             progress = _Progress(job, urgency)
             shared.progress[id(job)] = progress
             shared.waiting.append(progress)
             shared.changed.notify_all()
-        if self._thread is None:
-            self._thread = threading.Thread(target=_serve, args=(shared,), name="gemini-update", daemon=True)
-            self._stop = weakref.finalize(self, _stop, shared, self._thread)
-            self._thread.start()
 
     def is_updated(self, job: UpdateJob) -> bool:
         """Return whether `wait` would return, or raise, at once."""
@@ -119,7 +138,7 @@ class UpdateWorker:
 
         Raises:
             OffloadIOError: this or another update failed; some tiles have been updated and some have not.
-            WorkerError: the thread has ended.
+            WorkerError: the thread has ended otherwise.
         """
         self._check_process()
         shared = self._shared
@@ -199,8 +218,10 @@ class UpdateWorker:
 
     def _check_failure(self) -> None:
         failure = self._shared.failure
-        if failure is not None:
+        if isinstance(failure, GeminiError):
             raise failure
+        if failure is not None:
+            raise WorkerError(f"the thread that updates weights has ended: {failure!r}") from failure
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
@@ -211,7 +232,19 @@ class UpdateWorker:
 
 
 def _serve(shared: _Shared) -> None:
-    """Run jobs until asked to stop. After a failure nothing more is started."""
+    """Run jobs until asked to stop or something fails; then nothing more is started."""
+    try:
+        _run_jobs(shared)
+    except BaseException as error:
+        with suppress(RuntimeError):  # a device that has failed fails every wait
+            shared.pipeline.abandon()
+        with shared.changed:
+            shared.failure = error
+            shared.waiting.clear()
+            shared.changed.notify_all()
+
+
+def _run_jobs(shared: _Shared) -> None:
     pipeline = shared.pipeline
     while True:
         with shared.changed:
@@ -221,19 +254,10 @@ def _serve(shared: _Shared) -> None:
                 return
             next_tile = None if shared.is_closing else _take_tile(shared)
         start = time.perf_counter()
-        try:
-            if next_tile is not None:
-                pipeline.start(*next_tile)
-            else:
-                pipeline.push()
-        except BaseException as error:
-            with suppress(RuntimeError):  # a device that has failed fails every wait
-                pipeline.abandon()
-            with shared.changed:
-                shared.failure = error
-                shared.waiting.clear()
-                shared.changed.notify_all()
-            return
+        if next_tile is not None:
+            pipeline.start(*next_tile)
+        else:
+            pipeline.push()
         with shared.changed:
             shared.busy_s += time.perf_counter() - start
             for job in pipeline.take_updated():

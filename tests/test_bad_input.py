@@ -255,7 +255,7 @@ def test_another_process_is_named_and_its_death_frees_the_directory(tmp_path: Pa
         assert holder.stdout is not None
         assert holder.stdout.readline() == "ready\n"
         with pytest.raises(
-            OffloadIOError, match=rf"{SWAP}: .* process {holder.pid} uses it now: give this run another"
+            OffloadIOError, match=rf"{SWAP}: .* process {holder.pid} on .* uses it now: give this run another"
         ):
             GeminiDDP(make_model(), make_config(tmp_path))
         holder.send_signal(signal.SIGKILL)
@@ -283,7 +283,7 @@ def test_a_program_that_ends_without_close_leaves_no_file_and_does_not_hang(tmp_
 def test_another_engine_of_this_process_is_refused(tmp_path: Path) -> None:
     with GeminiDDP(make_model(), make_config(tmp_path)) as engine:
         with pytest.raises(
-            OffloadIOError, match=rf"process {os.getpid()} uses it now: give this run another directory"
+            OffloadIOError, match=rf"process {os.getpid()} on .* uses it now: give this run another directory"
         ):
             GeminiDDP(make_model(), make_config(tmp_path))
         train_step(engine, HybridAdam(engine.parameters()))

@@ -97,15 +97,17 @@ PROPERTY = settings(max_examples=15, deadline=None, suppress_health_check=[Healt
     device_budget=st.integers(100 * KIB, 3 * MIB),
     host_budget=st.integers(300 * KIB, 3 * MIB),
     device=st.sampled_from(["cpu", "simulated"]),
-    accumulates=st.booleans(),
+    flags=st.tuples(st.booleans(), st.booleans()),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 def test_every_budget_is_kept_and_every_byte_foretold(
-    tmp_path: Path, device_budget: int, host_budget: int, device: str, accumulates: bool, dtype: torch.dtype
+    tmp_path: Path, device_budget: int, host_budget: int, device: str, flags: tuple[bool, bool], dtype: torch.dtype
 ) -> None:
+    accumulates, verifies = flags
     config = make_config(
         tmp_path,
         device=device,
+        nvme=NVMeConfig(path=tmp_path, budget="16MiB", verify=verifies),
         device_budget=device_budget if device == "simulated" else None,
         host_budget=host_budget,
         gradient_accumulation=accumulates,

@@ -84,7 +84,7 @@ class ChunkManager:
             raise ConfigError("register: a tensor belongs to a chunk already")
         spec = _pack(named, chunk_id=len(self._core.chunks), dtype=dtypes.pop())
         content = _aligned_copy(spec, list(named.values()))
-        home = self._open_home(tier, content.numel())
+        home = self._open_home(tier, content.numel(), spec.name)
         try:
             self._write(home, content)
         except BaseException:
@@ -164,7 +164,7 @@ class ChunkManager:
         if self.tier_of(chunk_id) is tier:
             return
         content = self._read(chunk)
-        home = self._open_home(tier, content.numel())
+        home = self._open_home(tier, content.numel(), chunk.name)
         try:
             self._write(home, content)
         except BaseException:
@@ -218,19 +218,19 @@ class ChunkManager:
     def _is_in_place(self, tier: MemoryTier) -> bool:
         return tier is self._resources.transfers.compute_tier
 
-    def _open_home(self, tier: MemoryTier, nbytes: int) -> TiledHome:
+    def _open_home(self, tier: MemoryTier, nbytes: int, name: str) -> TiledHome:
         resources = self._resources
         if tier is MemoryTier.DEVICE and not self._is_in_place(tier):
             raise ConfigError("there is no device tier: GeminiConfig.device is the CPU")
         if tier is MemoryTier.NVME and resources.store is None:
             raise ConfigError("there is no NVMe tier: give GeminiConfig(nvme=NVMeConfig(path=..., budget=...))")
         try:
-            return self._allocate_home(tier, nbytes)
+            return self._allocate_home(tier, nbytes, name)
         except OutOfTierMemoryError:
             self._core.evict_idle()
-            return self._allocate_home(tier, nbytes)
+            return self._allocate_home(tier, nbytes, name)
 
-    def _allocate_home(self, tier: MemoryTier, nbytes: int) -> TiledHome:
+    def _allocate_home(self, tier: MemoryTier, nbytes: int, name: str) -> TiledHome:
         resources = self._resources
         on_device = tier is MemoryTier.DEVICE
         return TiledHome(
@@ -240,6 +240,7 @@ class ChunkManager:
             store=resources.store,
             device_buffer=resources.transfers.allocate(nbytes, "working") if on_device else None,
             purpose="working",
+            record=name,
         )
 
     def _free_home(self, home: TiledHome) -> None:

@@ -128,7 +128,7 @@ class WorkerPool:
     Raises:
         ValueError: num_threads is out of range.
         ConfigError: the machine lacks this instruction set.
-        OSError: the threads could not be started.
+        WorkerError: the system refuses the threads; none is left running.
     """
 
     def __init__(self, num_threads: int, *, isa: Isa = Isa.AUTO, cpus: Sequence[int] = ()) -> None:
@@ -138,7 +138,10 @@ class WorkerPool:
         handle = ffi.new("gn_pool **")
         status = lib.gn_pool_create(handle, num_threads)
         if status != 0:
-            raise OSError(-status, f"cannot start {num_threads} worker threads: {os.strerror(-status)}")
+            raise WorkerError(
+                f"cannot start {num_threads} worker threads: {os.strerror(-status)} (errno {-status}); lower "
+                "GeminiConfig.num_threads or raise the limits on processes (ulimit -u, pids.max) and memory"
+            )
         self._num_threads = num_threads
         self._process_id = os.getpid()
         self._background_threads = num_threads

@@ -58,6 +58,7 @@ class TiledHome:
         shared: the memory file's part, from the arena, that all tiles live in; None: the home has memory of its own.
         spare_tiles: tiles on disk that get a spare place.
         purpose: the ledger's word for these bytes.
+        record: what they are, for messages about the disk.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class TiledHome:
         shared: SharedBuffer | None = None,
         spare_tiles: Iterable[int] = (),
         purpose: str,
+        record: str = "",
     ) -> None:
         self.tiers = tuple(tiers)
         self.tile_nbytes = tuple(tile_nbytes)
@@ -79,8 +81,9 @@ class TiledHome:
         self.host_buffer: torch.Tensor | None = None
         self.device_buffer = device_buffer
         self._shared = shared
-        self.writes: list[IoTicket] = []
-        self._writes_ahead: list[IoTicket] = []
+        self.writes: list[tuple[TileRun, IoTicket]] = []
+        """Those of which it is not yet known that they have reached the disk, oldest first."""
+        self._writes_ahead: list[tuple[TileRun, IoTicket]] = []
         self._extents: dict[bool, Extent] = {}  # by whether it is that of the spare places
         self._places = self._places_by_tier()
         self._spares: dict[int, TileRun] = {}  # the place of each such tile that is not its own at present
@@ -95,7 +98,7 @@ class TiledHome:
             for is_spare, nbytes in ((False, self.nbytes(MemoryTier.NVME)), (True, spare_nbytes)):
                 if nbytes:
                     assert store is not None, "tiles on disk need a disk store"
-                    self._extents[is_spare] = store.allocate(nbytes)
+                    self._extents[is_spare] = store.allocate(nbytes, record=record)
             if shared is not None:
                 assert shared.view.numel() == host_nbytes == sum(self.tile_nbytes)
                 self.host_buffer = shared.view
@@ -197,13 +200,17 @@ class TiledHome:
         if not ahead:
             return self.write_run(self._places[tile], source)
         ticket = self._write(self._spares[tile], source)
-        self._writes_ahead.append(ticket)
+        self._writes_ahead.append((self._spares[tile], ticket))
         return ticket
 
     def write_run(self, run: TileRun, source: torch.Tensor) -> IoTicket:
-        """Start writing a run to disk from uint8 [run.nbytes]; as `write_tile`."""
+        """Start writing a run to disk from uint8 [run.nbytes]; as `write_tile`.
+
+        It takes the place of an earlier write of the same run that has ended, however that ended.
+        """
         ticket = self._write(run, source)
-        self.writes.append(ticket)
+        self.writes = [each for each in self.writes if each[0] != run or not each[1].is_done()]
+        self.writes.append((run, ticket))
         return ticket
 
     def _write(self, run: TileRun, source: torch.Tensor) -> IoTicket:
@@ -219,14 +226,14 @@ class TiledHome:
 
     def forget_ahead(self) -> None:
         """Block until nothing is being written ahead; the spare places may then be written anew."""
-        for ticket in self._writes_ahead:
+        for _, ticket in self._writes_ahead:
             with suppress(OffloadIOError):
                 ticket.wait()
         self._writes_ahead = []
 
     def is_being_written(self) -> bool:
         """Return whether a write has yet to reach the disk, so that a read would have to wait for it."""
-        return any(not ticket.is_done() for ticket in self.writes)
+        return any(not ticket.is_done() for _, ticket in self.writes)
 
     def finish_writes(self) -> None:
         """Block until everything written, but for what was written ahead, has reached the disk.
@@ -234,7 +241,7 @@ class TiledHome:
         Raises:
             OffloadIOError: a write failed.
         """
-        for ticket in self.writes:
+        for _, ticket in self.writes:
             ticket.wait()
         self.writes = []
 
@@ -244,7 +251,7 @@ class TiledHome:
             self._arena.free(self.host_buffer)
             self.host_buffer = self._shared = None
         if self._extents and self._store is not None:
-            for ticket in self.writes:
+            for _, ticket in self.writes:
                 with suppress(OffloadIOError):
                     ticket.wait()
             self.writes = []

@@ -20,7 +20,7 @@ from types import TracebackType
 import torch
 
 from gemini._native import ffi, lib
-from gemini.errors import OffloadIOError
+from gemini.errors import CorruptRecordError, OffloadIOError
 from gemini.offload.io_backends import IoBackend, available_backends, choose_backend, explain_refusal, native_number
 from gemini.tiers import IO_ALIGNMENT_NBYTES
 
@@ -115,6 +115,8 @@ class IoRequest:
     """CPU tensor, contiguous, any dtype; read only for a write, overwritten by a read."""
     offset: int
     """First byte in the file."""
+    record: str = ""
+    """What the bytes are, for messages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,13 +159,24 @@ class IoTicket:
         nbytes: length of the transfer.
     """
 
-    __slots__ = ("_engine", "_file", "_is_settled", "_nbytes", "_number", "_offset", "_operation", "_outcome")
+    __slots__ = (
+        "_engine",
+        "_file",
+        "_is_settled",
+        "_nbytes",
+        "_number",
+        "_offset",
+        "_operation",
+        "_outcome",
+        "_record",
+    )
 
     def __init__(self, engine: IoEngine, request: IoRequest, number: int, nbytes: int) -> None:
         self._engine = engine
         self._file = request.file
         self._operation = request.operation
         self._offset = request.offset
+        self._record = request.record
         self._number = number
         self._nbytes = nbytes
         self._is_settled = False
@@ -186,6 +199,7 @@ class IoTicket:
 
         Raises:
             OffloadIOError: the transfer failed or was cancelled by closing the engine.
+            CorruptRecordError: a verified file holds other bytes than were written.
             TimeoutError: it is still under way.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -194,13 +208,15 @@ class IoTicket:
                 raise TimeoutError(f"{self._operation.value} of {self._file.path} not complete after {timeout_s} s")
         status, nbytes_done = self._outcome
         if status != 0:
-            raise OffloadIOError(
+            kind = CorruptRecordError if status == -errno.EBADMSG else OffloadIOError
+            raise kind(
                 self._operation.value,
                 self._file.path,
                 -status,
                 offset=self._offset,
                 nbytes=self._nbytes,
                 nbytes_done=nbytes_done,
+                record=self._record,
                 hint=_HINTS.get(-status, ""),
             )
 
@@ -251,6 +267,18 @@ class IoFile:
         """Start writing a buffer to the file; see IoEngine.submit."""
         request = IoRequest(file=self, operation=IoOperation.WRITE, buffer=buffer, offset=offset)
         return self._engine.submit([request])[0]
+
+    def verify(self, nbytes: int) -> None:
+        """Compare whole blocks of 4096 bytes that are read with what was last written there, by CRC-32C, from now on.
+
+        Args:
+            nbytes: how much of the file, from its beginning on; takes 4 bytes of memory for each block.
+
+        Raises:
+            OffloadIOError: transfers are under way (EBUSY), or the file is closed (EBADF).
+        """
+        with self._engine._borrow() as native:
+            self._check("verify", lib.gn_io_verify(native, self._number, nbytes))
 
     def sync(self) -> None:
         """Block until what was written is on the device (fdatasync).

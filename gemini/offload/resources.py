@@ -18,7 +18,7 @@ from gemini.kernels.topology import read_topology
 from gemini.offload.arena import HostArena
 from gemini.offload.store import DiskStore, check_directory
 from gemini.offload.transfer import CpuTransfers, CudaTransfers, SimulatedTransfers, Transfers
-from gemini.tiers import MemoryTier, TierLedger, parse_nbytes
+from gemini.tiers import MemoryTier, TierLedger, checksum_nbytes, parse_nbytes
 
 __all__ = ["MAX_DEFAULT_THREADS", "Resources", "budgets_of", "device_of", "has_device_tier", "open_resources"]
 
@@ -158,15 +158,13 @@ def open_resources(
     device = device_of(config)
     isa = resolve_isa(config.isa)
     ledger = TierLedger(budgets)
-    store = None
-    if disk_nbytes:
-        if config.nvme is None:
-            raise ConfigError("this plan puts bytes on disk: give GeminiConfig(nvme=NVMeConfig(path=..., budget=...))")
-        store = DiskStore(config.nvme, capacity_nbytes=disk_nbytes, rank=rank)
-    elif config.nvme is not None:
-        check_directory(Path(config.nvme.path))  # a mistake would show only when a larger model needs the disk
     num_threads = config.num_threads or min(len(os.sched_getaffinity(0)), MAX_DEFAULT_THREADS)
     pool = WorkerPool(num_threads, isa=isa)
+    try:
+        store = _open_store(config, ledger, disk_nbytes=disk_nbytes, rank=rank)
+    except BaseException:
+        pool.close()
+        raise
     nodes = [node for node, _ in read_topology().nodes]
     arena = HostArena(ledger, device=device if isinstance(device, torch.device) else None, nodes=nodes)
     transfers: Transfers
@@ -177,3 +175,18 @@ def open_resources(
     else:
         transfers = SimulatedTransfers(ledger, pool)
     return Resources(ledger=ledger, arena=arena, pool=pool, transfers=transfers, store=store, isa=isa)
+
+
+def _open_store(config: GeminiConfig, ledger: TierLedger, *, disk_nbytes: int, rank: int) -> DiskStore | None:
+    """Claim the swap file, if one is needed."""
+    nvme = config.nvme
+    if nvme is None:
+        if disk_nbytes:
+            raise ConfigError("this plan puts bytes on disk: give GeminiConfig(nvme=NVMeConfig(path=..., budget=...))")
+        return None
+    if not disk_nbytes:
+        check_directory(Path(nvme.path))  # a mistake would show only when a larger model needs the disk
+        return None
+    if nvme.verify:
+        ledger.charge(MemoryTier.HOST, "checksums", checksum_nbytes(disk_nbytes))
+    return DiskStore(nvme, capacity_nbytes=disk_nbytes, rank=rank)

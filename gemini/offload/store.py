@@ -9,12 +9,16 @@ zeros; extents count from its end:
 
     offset  type      field
     0       8 bytes   magic, b"GEMSWAP" and a zero byte
-    8       uint32    format version, 1
+    8       uint32    format version, 2
     12      uint32    process id of the owner
     16      float64   time of creation, seconds since the epoch
     24      uint64    capacity in bytes, header not counted
+    32      64 bytes  host name of the owner, UTF-8, cut, padded with zeros
 
-Nothing in the file outlives the process: it is scratch space, and its owner removes it.
+Nothing in the file outlives the process: it is scratch space, and its owner removes it. A file that bears the magic
+and that nobody holds is therefore free for the taking, whatever its version; one that does not bear it is left alone.
+The header is on the device before anything else is done with the file, so that this is known even after a crash of
+the whole machine.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import errno
 import fcntl
 import logging
 import os
+import socket
 import struct
 import threading
 import time
@@ -54,9 +59,10 @@ __all__ = ["DiskStore", "ExtentTransfer", "SwapHeader", "check_directory", "remo
 
 _log = logging.getLogger(__name__)
 
-_HEADER = struct.Struct("<8sIIdQ")
+_HEADER = struct.Struct("<8sIIdQ64s")
 _MAGIC = b"GEMSWAP\0"
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
+_HOST_NBYTES = 64
 _HEADER_NBYTES = IO_ALIGNMENT_NBYTES
 
 
@@ -68,21 +74,39 @@ class SwapHeader:
     created_s: float
     """Seconds since the epoch."""
     capacity_nbytes: int
+    host: str
+    """Name of the machine the owner runs on: those that share a file system have processes of the same number."""
+
+    @property
+    def owner(self) -> str:
+        """Who made the file, in words."""
+        return f"process {self.pid} on {self.host}" if self.host.isprintable() and self.host else f"process {self.pid}"
 
     def pack(self) -> bytes:
         """Return the block, 4096 bytes."""
-        fields = _HEADER.pack(_MAGIC, _FORMAT_VERSION, self.pid, self.created_s, self.capacity_nbytes)
+        host = self.host.encode("utf-8", "replace")[:_HOST_NBYTES]
+        fields = _HEADER.pack(_MAGIC, _FORMAT_VERSION, self.pid, self.created_s, self.capacity_nbytes, host)
         return fields.ljust(_HEADER_NBYTES, b"\0")
 
     @staticmethod
     def unpack(block: bytes) -> SwapHeader | None:
-        """Read a block; None if it is not a header of this format."""
-        if len(block) < _HEADER.size:
+        """Read a block, which may hold anything; None if it is not a header of this version."""
+        if len(block) < _HEADER.size or not bears_magic(block):
             return None
-        magic, version, pid, created_s, capacity_nbytes = _HEADER.unpack_from(block)
-        if magic != _MAGIC or version != _FORMAT_VERSION:
+        _, version, pid, created_s, capacity_nbytes, host = _HEADER.unpack_from(block)
+        if version != _FORMAT_VERSION:
             return None
-        return SwapHeader(pid=pid, created_s=created_s, capacity_nbytes=capacity_nbytes)
+        return SwapHeader(
+            pid=pid,
+            created_s=created_s,
+            capacity_nbytes=capacity_nbytes,
+            host=host.rstrip(b"\0").decode("utf-8", "replace"),
+        )
+
+
+def bears_magic(block: bytes) -> bool:
+    """Return whether a file that begins with these bytes is a swap file, of any version."""
+    return block.startswith(_MAGIC)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,12 +150,19 @@ class DiskStore:
         self._path = Path(config.path).absolute() / f"gemini-rank{rank}.swap"
         self._lock = threading.Lock()  # guards the allocator
         self._allocator = ExtentAllocator(round_up(capacity_nbytes, IO_ALIGNMENT_NBYTES))
+        self._records: dict[Extent, str] = {}  # what the extents handed out hold, for messages
         self._wants_direct = config.direct
+        self._verifies = config.verify
         self._lock_fd = _take_file(self._path)
         self._remover = weakref.finalize(self, _remove_file, self._path, self._lock_fd, os.getpid())
         os.register_at_fork(after_in_child=self._remover)  # the lock would last as long as a child that inherits it
         try:
-            header = SwapHeader(pid=os.getpid(), created_s=time.time(), capacity_nbytes=self.capacity_nbytes).pack()
+            header = SwapHeader(
+                pid=os.getpid(),
+                created_s=time.time(),
+                capacity_nbytes=self.capacity_nbytes,
+                host=socket.gethostname(),
+            ).pack()
             _reserve(self._path, self._lock_fd, header, _HEADER_NBYTES + self.capacity_nbytes)
             self._engine = IoEngine(backend, queue_depth=config.queue_depth)
             self._open(header)
@@ -166,11 +197,12 @@ class DiskStore:
         with self._lock:
             return self._allocator.held_nbytes
 
-    def allocate(self, nbytes: int) -> Extent:
+    def allocate(self, nbytes: int, *, record: str = "") -> Extent:
         """Take an extent of at least `nbytes` > 0; its contents are undefined.
 
         Args:
             nbytes: bytes needed; rounded up to a multiple of 4096.
+            record: what it will hold, for messages.
 
         Returns:
             The extent.
@@ -180,7 +212,9 @@ class DiskStore:
             OutOfTierMemoryError: no free run of the file is long enough.
         """
         with self._lock:
-            return self._allocator.allocate(nbytes)
+            extent = self._allocator.allocate(nbytes)
+            self._records[extent] = record
+            return extent
 
     def free(self, extent: Extent) -> None:
         """Give an extent back; no transfer may be under way on it.
@@ -193,6 +227,7 @@ class DiskStore:
         """
         with self._lock:
             self._allocator.free(extent)
+            del self._records[extent]
 
     def read(self, extent: Extent, tensor: torch.Tensor, *, offset: int = 0) -> IoTicket:
         """Start filling a tensor from an extent; see read_batch."""
@@ -260,6 +295,8 @@ class DiskStore:
         if self._wants_direct:
             flags |= IoOpenFlag.DIRECT
         self._file = self._engine.open(self._path, flags)
+        if self._verifies:
+            self._file.verify(_HEADER_NBYTES + self.capacity_nbytes)
         # The first direct transfer shows whether the file system means what it said at open.
         block = empty_aligned(_HEADER_NBYTES, torch.uint8)
         block.copy_(torch.frombuffer(bytearray(header), dtype=torch.uint8))
@@ -275,6 +312,7 @@ class DiskStore:
         with self._lock:
             for transfer in transfers:
                 self._check(operation, transfer)
+            records = [self._records[transfer.extent] for transfer in transfers]
         return self._engine.submit(
             [
                 IoRequest(
@@ -282,8 +320,9 @@ class DiskStore:
                     operation=operation,
                     buffer=transfer.buffer,
                     offset=_HEADER_NBYTES + transfer.extent.offset + transfer.offset,
+                    record=record,
                 )
-                for transfer in transfers
+                for transfer, record in zip(transfers, records, strict=True)
             ]
         )
 
@@ -375,7 +414,7 @@ def _lock(path: Path, fd: int) -> None:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         header = SwapHeader.unpack(os.pread(fd, _HEADER_NBYTES, 0))
-        owner = "another process" if header is None else f"process {header.pid}"
+        owner = "another process" if header is None else header.owner
         hint = f"{owner} uses it now: give this run another directory or wait for that one"
         raise OffloadIOError("lock", str(path), errno.EBUSY, hint=hint) from error
     except OSError as error:
@@ -393,17 +432,20 @@ def _empty_stale_file(path: Path, fd: int) -> None:
     nbytes = os.fstat(fd).st_size
     if nbytes == 0:
         return
-    header = SwapHeader.unpack(os.pread(fd, _HEADER_NBYTES, 0))
-    if header is None:
-        hint = "a file of that name exists but is not a swap file of this version: move it away"
+    block = os.pread(fd, _HEADER_NBYTES, 0)
+    if not bears_magic(block):
+        hint = "a file of that name exists but is not a swap file: move it away"
         raise OffloadIOError("use as swap space", str(path), errno.EEXIST, hint=hint)
-    _log.info("taking over swap file %s (%s): its owner, process %d, is gone", path, format_nbytes(nbytes), header.pid)
+    header = SwapHeader.unpack(block)
+    owner = "a process of another version" if header is None else header.owner
+    _log.info("taking over swap file %s (%s): its owner, %s, is gone", path, format_nbytes(nbytes), owner)
     os.ftruncate(fd, 0)
 
 
 def _reserve(path: Path, fd: int, header: bytes, nbytes: int) -> None:
     try:
         os.pwrite(fd, header, 0)  # first of all, so that whoever finds the lock taken can name us
+        os.fsync(fd)
         os.posix_fallocate(fd, 0, nbytes)
     except OSError as error:
         os.ftruncate(fd, 0)

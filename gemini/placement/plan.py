@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, round_up
+from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, checksum_nbytes, round_up
 
 __all__ = [
     "ChunkDemand",
@@ -146,6 +146,8 @@ class RuntimeShape:
     has_spares: bool = False
     """Whether tiles that live on disk whole have a second place there, so that an update may run before it is known
     whether it will count."""
+    has_checksums: bool = False
+    """Whether host memory holds checksums of what is on disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,7 +188,8 @@ def memory_demand(chunks: Sequence[ChunkDemand], plan: PlacementPlan, shape: Run
 
     Returns:
         Bytes by tier and purpose. Purposes: "working", "shared weights", "state", "spares", "gradients" (homes),
-        "resident copies", "whole gradients", "slots", "update ring", "gradient slots", "exchange slots", "fetch slots".
+        "resident copies", "whole gradients", "slots", "update ring", "gradient slots", "exchange slots", "fetch slots",
+        "checksums".
 
     Source: docs/memory_model.md.
     """
@@ -230,6 +233,8 @@ class DemandTally:
         host["fetch slots"] = shape.num_fetch_slots * largest.get("fetch slots", 0)
         host["gradient slots"] = shape.num_grad_slots * (device_gradient + largest.get("disk gradient slots", 0))
         device["gradient slots"] = shape.num_grad_slots * device_gradient
+        disk_nbytes = sum(by_purpose[MemoryTier.NVME].values())
+        host["checksums"] = checksum_nbytes(disk_nbytes) if shape.has_checksums and disk_nbytes else 0
         return MemoryDemand(
             by_purpose={tier: {purpose: n for purpose, n in sums.items() if n} for tier, sums in by_purpose.items()}
         )

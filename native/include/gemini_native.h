@@ -222,6 +222,19 @@ int32_t gn_pool_wait(gn_pool* pool, uint64_t ticket, int64_t timeout_ns);
  * 1024. -ENOSYS: no such system call here; -EPERM, -EINVAL: as mbind(2). */
 int32_t gn_memory_interleave(void* address, int64_t nbytes, const int32_t* nodes, int32_t num_nodes);
 
+/* ------------------------------------------------------------------ checksums */
+
+enum gn_crc_method {
+    GN_CRC_AUTO = 0,       /* the fastest one this processor has */
+    GN_CRC_PORTABLE = 1,   /* plain C++, present everywhere */
+    GN_CRC_INSTRUCTION = 2 /* the processor's own instruction: SSE4.2, or ARMv8 CRC */
+};
+
+/* Continue the CRC-32C (RFC 3720) *crc over `nbytes` bytes; start with 0. All methods give the same value.
+ * Blocking, single thread. -EINVAL: unknown method, negative count; -ENOTSUP: the processor or the build
+ * lacks the method. */
+int32_t gn_crc32c(uint32_t* crc, const void* data, int64_t nbytes, int32_t method);
+
 /* ------------------------------------------------------------------ asynchronous file I/O */
 
 enum gn_io_backend {
@@ -245,7 +258,7 @@ typedef struct gn_io gn_io;
 
 /* What became of a request. */
 typedef struct gn_io_result {
-    int32_t status; /* 0, or -errno (reading past the end of the file is -ENODATA) */
+    int32_t status; /* 0, or -errno (reading past the end of the file is -ENODATA; see gn_io_verify) */
     int32_t file;
     int32_t op;
     int64_t offset;      /* of the request */
@@ -280,6 +293,14 @@ int32_t gn_io_open(gn_io* io, const char* path, int32_t flags);
 int32_t gn_io_is_direct(gn_io* io, int32_t file); /* 1, 0 or -EBADF */
 int32_t gn_io_close(gn_io* io, int32_t file);     /* -EBUSY while requests are in flight */
 int32_t gn_io_sync(gn_io* io, int32_t file);      /* fdatasync; blocking */
+
+/* From now on keep a CRC-32C of each whole block of 4096 bytes that is written to the first `nbytes` bytes of
+ * the file through this number, and compare each whole block that is read with what was last written there: a
+ * read that differs fails with -EBADMSG, and `nbytes_done` counts the bytes before the first such block.
+ * Blocks never written, or last written in part, are not compared. Takes 4 bytes of memory for a block; the
+ * work is done by a thread of the engine, before a write is given to the kernel and after a read has come
+ * back. -EINVAL: nbytes is negative; -EBADF; -EBUSY: requests are in flight. */
+int32_t gn_io_verify(gn_io* io, int32_t file, int64_t nbytes);
 
 /* Queue `count` requests as one batch; writes one ticket (never 0) per request. Never waits for the device:
  * requests beyond the queue depth wait inside the engine. Requests longer than 1 GiB are split and short

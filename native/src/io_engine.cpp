@@ -10,6 +10,11 @@
 // A request lives in `requests_` until it has completed; one that succeeded is then erased, one that
 // failed stays until the engine is destroyed. An issued number that is absent therefore succeeded, and
 // completing a request never allocates.
+//
+// [Note: verified files]
+// The service thread alone uses a file's checksums, without the lock: one write is summed before it is
+// submitted, while others are in the kernel; a read is compared when its last byte is here. The sums of a
+// write that fails stay: what a torn write has left on the disk does not pass for either version.
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
@@ -35,6 +40,7 @@
 #include <vector>
 
 #include "../include/gemini_native.h"
+#include "crc32c.h"
 #include "io_backend.h"
 
 namespace gn::io {
@@ -87,10 +93,11 @@ class FileDescriptor {
 
 struct File {
     FileDescriptor buffered;
-    FileDescriptor direct;   // -1: the file system refuses O_DIRECT or nobody asked for it
-    int32_t flags = 0;       // gn_io_open_flag
-    bool is_direct = false;  // cleared when the first direct transfer is refused
-    int64_t num_users = 0;   // requests not yet completed, and calls that use a descriptor
+    FileDescriptor direct;                      // -1: the file system refuses O_DIRECT or nobody asked for it
+    int32_t flags = 0;                          // gn_io_open_flag
+    bool is_direct = false;                     // cleared when the first direct transfer is refused
+    int64_t num_users = 0;                      // requests not yet completed, and calls that use a descriptor
+    std::unique_ptr<BlockChecksums> checksums;  // null: not verified
 };
 
 struct Request : Transfer {
@@ -103,7 +110,14 @@ struct Request : Transfer {
     bool is_waited_for = false;
     bool is_via_direct = false;      // its present transfer
     bool is_direct_refused = false;  // a direct transfer of it came back with -EINVAL
+    bool is_summed = false;          // its checksums have been recorded
     bool is_complete = false;
+    int64_t mismatch = -1;  // bytes before the first block that was read and differs; -1: none does
+
+    bool must_be_summed() const { return is_write && !is_summed && file->checksums != nullptr; }
+    bool must_be_compared() const {
+        return !is_write && file->checksums != nullptr && result > 0 && nbytes_done + result == asked.nbytes;
+    }
 };
 
 // Requests waiting for a place in the kernel, linked through Transfer::next.
@@ -167,6 +181,7 @@ struct gn_io {
     int32_t is_direct(int32_t number);
     int32_t close_file(int32_t number);
     int32_t sync_file(int32_t number);
+    int32_t verify_file(int32_t number, int64_t nbytes);
     int32_t submit(const gn_io_request* requests, int64_t count, uint64_t* tickets);
     int32_t wait(uint64_t ticket, int64_t timeout_ns, gn_io_result* result);
     void stats(int64_t* nbytes_read, int64_t* nbytes_written);
@@ -181,6 +196,7 @@ struct gn_io {
     void serve();
     int32_t take_batch_locked();
     void aim_locked(Request* request);
+    void sum_last(int32_t count);
     bool submit_batch(int32_t count);
     int32_t collect();
     void settle_locked(Request* request);
@@ -353,6 +369,17 @@ int32_t gn_io::sync_file(int32_t number) {
     return status;
 }
 
+int32_t gn_io::verify_file(int32_t number, int64_t nbytes) {
+    using gn::BlockChecksums;
+    auto checksums = std::make_unique<BlockChecksums>(nbytes / BlockChecksums::kBlockNbytes);
+    std::lock_guard<std::mutex> lock(mutex_);
+    File* file = find_file_locked(number);
+    if (file == nullptr) return -EBADF;
+    if (file->num_users > 0) return -EBUSY;
+    std::swap(file->checksums, checksums);
+    return 0;
+}
+
 // ---------------------------------------------------------------------- callers' side
 
 int32_t gn_io::check_locked(const gn_io_request& request) {
@@ -464,13 +491,14 @@ void gn_io::serve() {
             }
             num_taken = take_batch_locked();
         }
+        sum_last(num_taken);
         const bool is_starved = submit_batch(num_taken);
         const int32_t num_finished = collect();
         if (is_starved || (num_taken == 0 && num_finished == 0) || must_back_off_) wait_for_event(is_starved);
     }
 }
 
-// Fill batch_ with as many queued requests as the queue depth allows.
+// Fill batch_ with as many queued requests as the queue depth allows, up to the first that must be summed.
 int32_t gn_io::take_batch_locked() {
     int32_t count = 0;
     while (!queue_.is_empty() && num_in_flight_ < queue_depth_) {
@@ -478,8 +506,19 @@ int32_t gn_io::take_batch_locked() {
         aim_locked(request);
         batch_[static_cast<size_t>(count++)] = request;
         ++num_in_flight_;
+        if (request->must_be_summed()) break;
     }
     return count;
+}
+
+// Record the checksums of the last of a batch, if it is a write that needs them; see [Note: verified files].
+void gn_io::sum_last(int32_t count) {
+    if (count == 0) return;
+    auto* request = static_cast<Request*>(batch_[static_cast<size_t>(count - 1)]);
+    if (!request->must_be_summed()) return;
+    const gn_io_request& asked = request->asked;
+    request->file->checksums->record(static_cast<const char*>(asked.buffer), asked.nbytes, asked.offset);
+    request->is_summed = true;
 }
 
 // Describe the next transfer of a request: what is left of it, through the descriptor that suits.
@@ -524,9 +563,15 @@ bool gn_io::submit_batch(int32_t count) {
 // Take what has finished from the backend; returns how many.
 int32_t gn_io::collect() {
     const int32_t count = backend_->reap(batch_.data(), queue_depth_);
-    if (count == 0) return 0;
-    std::lock_guard<std::mutex> lock(mutex_);
-    for (int32_t i = 0; i < count; ++i) settle_locked(static_cast<Request*>(batch_[static_cast<size_t>(i)]));
+    for (int32_t i = 0; i < count; ++i) {
+        auto* request = static_cast<Request*>(batch_[static_cast<size_t>(i)]);
+        const gn_io_request& asked = request->asked;
+        if (request->must_be_compared())
+            request->mismatch = request->file->checksums->find_mismatch(
+                static_cast<const char*>(asked.buffer), asked.nbytes, asked.offset);
+        std::lock_guard<std::mutex> lock(mutex_);
+        settle_locked(request);
+    }
     return count;
 }
 
@@ -549,10 +594,14 @@ void gn_io::settle_locked(Request* request) {
         request->num_retries = 0;
         request->nbytes_done += moved;
         (request->is_write ? nbytes_written_ : nbytes_read_) += moved;
-        if (request->nbytes_done < request->asked.nbytes)
+        if (request->nbytes_done < request->asked.nbytes) {
             queue_.push_front(request);
-        else
+        } else if (request->mismatch >= 0) {
+            request->nbytes_done = request->mismatch;
+            complete_locked(request, -EBADMSG);
+        } else {
             complete_locked(request, 0);
+        }
     }
 }
 
@@ -643,6 +692,11 @@ int32_t gn_io_close(gn_io* io, int32_t file) {
 
 int32_t gn_io_sync(gn_io* io, int32_t file) {
     return gn::io::guarded_on(io, [=] { return io->sync_file(file); });
+}
+
+int32_t gn_io_verify(gn_io* io, int32_t file, int64_t nbytes) {
+    if (nbytes < 0) return -EINVAL;
+    return gn::io::guarded_on(io, [=] { return io->verify_file(file, nbytes); });
 }
 
 int32_t gn_io_submit(gn_io* io, const gn_io_request* requests, int64_t count, uint64_t* tickets) {

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from faults import FAILING_DEVICE, redirected
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -286,7 +288,11 @@ def test_a_failed_read_can_be_tried_again(manager: ChunkManager, tmp_path: Path)
 
 
 class ManagerMachine(RuleBasedStateMachine):
-    """Random calls, compared with a plain dict of tensors."""
+    """Random calls, some while the disk fails, compared with a plain dict of tensors.
+
+    A value that could not be written home is in doubt: it may be in compute memory still, or be refused, until it is
+    written again; it is never another one.
+    """
 
     @initialize(device=st.sampled_from(["cpu", "simulated"]))
     def start(self, device: str) -> None:
@@ -296,6 +302,8 @@ class ManagerMachine(RuleBasedStateMachine):
         self.values: dict[int, torch.Tensor] = {}
         self.homes: dict[int, MemoryTier] = {}
         self.leases: dict[int, int] = {}
+        self.modified: set[int] = set()  # since they were last at home
+        self.doubtful: set[int] = set()
 
     def pick(self, data: st.DataObject, ids: Any) -> int:
         return data.draw(st.sampled_from(sorted(ids)))  # type: ignore[no-any-return]
@@ -320,6 +328,9 @@ class ManagerMachine(RuleBasedStateMachine):
         except OutOfTierMemoryError:
             assert any(self.leases.values()) or len(self.values) > 1
             return
+        except OffloadIOError:
+            assert chunk_id in self.doubtful
+            return
         assert torch.equal(tensor, self.values[chunk_id])
         self.leases[chunk_id] += 1
 
@@ -329,8 +340,17 @@ class ManagerMachine(RuleBasedStateMachine):
         chunk_id = self.pick(data, [i for i, count in self.leases.items() if count])
         self.manager._core.chunks[chunk_id].params[0].add_(added)
         self.values[chunk_id] = self.values[chunk_id] + added
-        self.manager.release(chunk_id, is_modified=added != 0)
         self.leases[chunk_id] -= 1
+        if added:
+            self.modified.add(chunk_id)
+        self.manager.release(chunk_id, is_modified=added != 0)
+        self.note_written(chunk_id)
+
+    def note_written(self, chunk_id: int) -> None:
+        """A chunk whose last lease was given back after it had been modified is at home."""
+        if not self.leases[chunk_id] and chunk_id in self.modified:
+            self.modified.remove(chunk_id)
+            self.doubtful.discard(chunk_id)
 
     @precondition(lambda self: self.values)
     @rule(data=st.data())
@@ -344,6 +364,59 @@ class ManagerMachine(RuleBasedStateMachine):
             assert self.leases[chunk_id]
         except OutOfTierMemoryError:
             assert tier is not self.homes[chunk_id]
+        except OffloadIOError:
+            assert chunk_id in self.doubtful
+
+    @contextmanager
+    def failing_disk(self) -> Iterator[None]:
+        store = self.manager._resources.store
+        assert store is not None
+        with redirected(store, FAILING_DEVICE):
+            yield
+
+    @precondition(lambda self: self.values)
+    @rule(data=st.data())
+    def access_while_the_disk_fails(self, data: st.DataObject) -> None:
+        chunk_id = self.pick(data, self.values)
+        try:
+            with self.failing_disk():
+                self.manager.access(chunk_id)
+        except OffloadIOError:
+            assert self.homes[chunk_id] is NVME
+            assert not self.leases[chunk_id]
+        except OutOfTierMemoryError:
+            pass
+        else:
+            self.leases[chunk_id] += 1  # it was in compute memory; the invariant looks at its value
+
+    @precondition(lambda self: any(self.leases[i] == 1 and self.homes[i] is NVME for i in self.values))
+    @rule(data=st.data())
+    def release_while_the_disk_fails(self, data: st.DataObject) -> None:
+        chunk_id = self.pick(data, [i for i, n in self.leases.items() if n == 1 and self.homes[i] is NVME])
+        self.manager._core.chunks[chunk_id].params[0].add_(1.0)
+        self.values[chunk_id] = self.values[chunk_id] + 1.0
+        with self.failing_disk(), pytest.raises(OffloadIOError, match="cannot write"):
+            self.manager.release(chunk_id)
+        self.leases[chunk_id] = 0
+        self.modified.add(chunk_id)
+        self.doubtful.add(chunk_id)
+
+    @precondition(lambda self: self.values)
+    @rule(data=st.data())
+    def move_while_the_disk_fails(self, data: st.DataObject) -> None:
+        chunk_id, tier = self.pick(data, self.values), data.draw(st.sampled_from(self.tiers))
+        is_touching_disk = NVME in (tier, self.homes[chunk_id]) and tier is not self.homes[chunk_id]
+        try:
+            with self.failing_disk():
+                self.manager.move(chunk_id, tier)
+            assert not is_touching_disk
+            self.homes[chunk_id] = tier
+        except IllegalTransitionError:
+            assert self.leases[chunk_id]
+        except OutOfTierMemoryError:
+            assert tier is not self.homes[chunk_id]
+        except OffloadIOError:
+            assert is_touching_disk
 
     @invariant()
     def homes_agree_and_budgets_hold(self) -> None:
@@ -362,5 +435,5 @@ class ManagerMachine(RuleBasedStateMachine):
 
 TestManagerAgainstADict = ManagerMachine.TestCase
 TestManagerAgainstADict.settings = settings(
-    max_examples=15, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=40, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
 )

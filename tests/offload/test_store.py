@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -16,9 +19,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from faults import FAILING_DEVICE, flip_bit, redirected
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gemini.config import NVMeConfig
-from gemini.errors import OffloadIOError, OutOfTierMemoryError
+from gemini.errors import CorruptRecordError, OffloadIOError, OutOfTierMemoryError
 from gemini.offload.extents import Extent
 from gemini.offload.io import available_backends, empty_aligned
 from gemini.offload.store import DiskStore, ExtentTransfer, SwapHeader
@@ -138,10 +144,11 @@ def test_one_bad_transfer_stops_its_whole_batch(store: DiskStore) -> None:
 
 def test_header_has_the_documented_layout(store: DiskStore) -> None:
     block = store.path.read_bytes()[:4096]
-    magic, version, pid, created_s, capacity = struct.unpack("<8sIIdQ", block[:32])
-    assert (magic, version, pid, capacity) == (b"GEMSWAP\0", 1, os.getpid(), 8 * MIB)
+    magic, version, pid, created_s, capacity, host = struct.unpack("<8sIIdQ64s", block[:96])
+    assert (magic, version, pid, capacity) == (b"GEMSWAP\0", 2, os.getpid(), 8 * MIB)
     assert 0 <= time.time() - created_s < 60
-    assert block[32:] == bytes(4064)
+    assert host.rstrip(b"\0").decode() == socket.gethostname()
+    assert block[96:] == bytes(4000)
 
 
 def test_space_is_reserved_at_construction(store: DiskStore) -> None:
@@ -200,7 +207,8 @@ def test_opening_and_closing_leaks_nothing(tmp_path: Path) -> None:
 
 
 def test_second_store_in_the_directory_is_refused(store: DiskStore) -> None:
-    expected = rf"process {os.getpid()} uses it now: give this run another directory or wait for that one"
+    owner = re.escape(f"process {os.getpid()} on {socket.gethostname()}")
+    expected = f"{owner} uses it now: give this run another directory or wait for that one"
     with pytest.raises(OffloadIOError, match=expected) as caught:
         DiskStore(config(store.path.parent), capacity_nbytes=MIB)
     assert caught.value.errno == errno.EBUSY
@@ -241,13 +249,13 @@ def test_store_of_another_process_is_respected_until_it_is_killed(
 ) -> None:
     pid, line = fork_child(open_and_stay(tmp_path))
     assert line == "ready\n"
-    with pytest.raises(OffloadIOError, match=f"process {pid} uses it now"):
+    with pytest.raises(OffloadIOError, match=f"process {pid} on .* uses it now"):
         DiskStore(config(tmp_path), capacity_nbytes=MIB)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     assert os.listdir(tmp_path) == ["gemini-rank0.swap"]
     with caplog.at_level(logging.INFO), DiskStore(config(tmp_path), capacity_nbytes=2 * MIB) as store:
-        assert f"its owner, process {pid}, is gone" in caplog.text
+        assert f"its owner, process {pid} on {socket.gethostname()}, is gone" in caplog.text
         assert store.path.stat().st_size == 2 * MIB + 4096
     assert os.listdir(tmp_path) == []
 
@@ -297,7 +305,7 @@ def test_empty_file_of_a_killed_owner_is_taken(tmp_path: Path) -> None:
 def test_foreign_file_is_not_overwritten(tmp_path: Path) -> None:
     precious = tmp_path / "gemini-rank0.swap"
     precious.write_bytes(b"thesis" * 1000)
-    with pytest.raises(OffloadIOError, match="not a swap file of this version: move it away"):
+    with pytest.raises(OffloadIOError, match="not a swap file: move it away"):
         DiskStore(config(tmp_path), capacity_nbytes=MIB)
     assert precious.read_bytes() == b"thesis" * 1000
 
@@ -309,14 +317,111 @@ def test_symbolic_link_is_not_followed(tmp_path: Path) -> None:
         DiskStore(config(tmp_path), capacity_nbytes=MIB)
 
 
-@pytest.mark.parametrize("block", [b"", b"GEMSWAP\0", b"GEMSWAP\0" + struct.pack("<IIdQ", 2, 1, 0.0, 0)])
+@pytest.mark.parametrize("version", [1, 3])
+def test_file_of_another_version_that_nobody_holds_is_taken(
+    tmp_path: Path, version: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    stale = tmp_path / "gemini-rank0.swap"
+    stale.write_bytes(struct.pack("<8sIIdQ", b"GEMSWAP\0", version, 1, 0.0, 0).ljust(8192, b"x"))
+    with caplog.at_level(logging.INFO), DiskStore(config(tmp_path), capacity_nbytes=MIB):
+        assert "its owner, a process of another version, is gone" in caplog.text
+    assert not stale.exists()
+
+
+@pytest.mark.parametrize("block", [b"", b"GEMSWAP\0", struct.pack("<8sIIdQ", b"GEMSWAP\0", 1, 1, 0.0, 0).ljust(4096)])
 def test_other_blocks_are_no_headers(block: bytes) -> None:
     assert SwapHeader.unpack(block) is None
 
 
 def test_header_survives_packing() -> None:
-    header = SwapHeader(pid=12, created_s=1.5, capacity_nbytes=1 << 40)
+    header = SwapHeader(pid=12, created_s=1.5, capacity_nbytes=1 << 40, host="node-7")
     assert SwapHeader.unpack(header.pack()) == header
+
+
+@pytest.mark.parametrize(("host", "kept"), [("", ""), ("n" * 100, "n" * 64), ("k\u00fc" * 40, "k\u00fc" * 21 + "k")])
+def test_a_host_name_is_cut_to_what_fits(host: str, kept: str) -> None:
+    found = SwapHeader.unpack(SwapHeader(pid=1, created_s=0, capacity_nbytes=0, host=host).pack())
+    assert found is not None
+    assert found.host == kept
+
+
+def headers_and_noise() -> st.SearchStrategy[bytes]:
+    """Blocks from plain noise to headers of which some bytes have changed."""
+    good = SwapHeader(pid=7, created_s=2.0, capacity_nbytes=4096, host="node").pack()
+    changes = st.lists(st.tuples(st.integers(0, 110), st.integers(0, 255)), max_size=8)
+
+    def change(made: list[tuple[int, int]]) -> bytes:
+        block = bytearray(good)
+        for position, byte in made:
+            block[position] = byte
+        return bytes(block)
+
+    cut = st.tuples(changes.map(change), st.integers(0, 4096)).map(lambda pair: pair[0][: pair[1]])
+    behind_magic = st.binary(max_size=200).map(lambda rest: b"GEMSWAP\0" + rest)
+    return st.one_of(st.binary(max_size=200), behind_magic, changes.map(change), cut)
+
+
+@settings(max_examples=500, deadline=None)
+@given(block=headers_and_noise())
+def test_no_block_breaks_the_reader_of_headers(block: bytes) -> None:
+    header = SwapHeader.unpack(block)
+    if header is None:
+        is_of_this_version = block.startswith(b"GEMSWAP\0\2\0\0\0") and len(block) >= 96
+        assert not is_of_this_version
+        return
+    assert header.owner.isprintable()
+    assert 0 <= header.pid < 1 << 32
+    assert 0 <= header.capacity_nbytes < 1 << 64
+    assert len(header.pack()) == 4096
+
+
+@settings(max_examples=100, deadline=None)
+@given(block=headers_and_noise())
+def test_a_found_file_is_taken_or_left_but_never_half_of_both(block: bytes) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        found = Path(directory) / "gemini-rank0.swap"
+        found.write_bytes(block)
+        if block and not block.startswith(b"GEMSWAP\0"):
+            with pytest.raises(OffloadIOError, match="not a swap file"):
+                DiskStore(config(Path(directory), engine="threads"), capacity_nbytes=4096)
+            assert found.read_bytes() == block
+        else:
+            DiskStore(config(Path(directory), engine="threads"), capacity_nbytes=4096).close()
+            assert not found.exists()
+
+
+# ---------------------------------------------------------------------- verified
+
+
+def test_a_changed_record_is_named_by_file_and_record(tmp_path: Path) -> None:
+    with DiskStore(config(tmp_path, verify=True), capacity_nbytes=MIB) as store:
+        extent = store.allocate(8192, record="state of chunk 3 (block.weight and 2 more)")
+        source = empty_aligned(8192, torch.uint8).fill_(7)
+        store.write(extent, source).wait()
+        flip_bit(store.path, 4096 + extent.offset + 5000)
+        record = r"gemini-rank0\.swap, state of chunk 3 \(block\.weight and 2 more\)"
+        message = f"{record}: the CRC-32C of the block of 4096 bytes at offset 8192 "
+        ticket = store.read(extent, source)
+        with pytest.raises(CorruptRecordError, match=message):
+            ticket.wait()
+
+
+def test_a_changed_record_is_taken_as_it_is_where_nobody_asked_to_verify(tmp_path: Path) -> None:
+    with DiskStore(config(tmp_path), capacity_nbytes=MIB) as store:
+        extent = store.allocate(4096)
+        source = empty_aligned(4096, torch.uint8).fill_(7)
+        store.write(extent, source).wait()
+        flip_bit(store.path, 4096 + extent.offset)
+        store.read(extent, source).wait()
+        assert source[0] != 7
+
+
+def test_a_failed_transfer_names_its_record(tmp_path: Path) -> None:
+    with DiskStore(config(tmp_path), capacity_nbytes=MIB) as store:
+        extent = store.allocate(4096, record="gradients of chunk 1 (a)")
+        with redirected(store, FAILING_DEVICE), pytest.raises(OffloadIOError, match="gradients of chunk 1") as caught:
+            store.read(extent, torch.zeros(4096, dtype=torch.uint8)).wait()
+        assert caught.value.errno in (errno.EIO, errno.EINVAL)
 
 
 # ---------------------------------------------------------------------- refusals
