@@ -399,9 +399,9 @@ class GradientStore:
             assert self.listener is not None
             self.listener.leave_gradient_slot(slot.reader)
             slot.reader = None
-        if slot.busy is not None:
-            slot.busy.wait()
-            slot.busy = None
+        busy, slot.busy = slot.busy, None
+        if busy is not None:
+            busy.wait()
         if chunk.has_left:
             (run,) = chunk.home.runs()
             chunk.home.read_run(run, slot.buffer[: run.nbytes]).wait()

@@ -180,10 +180,12 @@ void test_pool() {
     for (std::thread& user : users) user.join();
 
     // Shut down with work queued and a thread waiting for it.
-    Tensor<char> src(64 << 20, 'x'), dst(64 << 20);
+    constexpr int64_t kSmall = 4096, kNumSmall = 19, kLarge = 8 << 20;
+    Tensor<char> src(kNumSmall * kSmall + kLarge, 'x'), dst(src.numel);
     uint64_t ticket = 0;
-    for (int i = 0; i < 20; ++i)
-        CHECK(gn_pool_submit_copy(pool, dst.data(), src.data(), i < 19 ? 4096 : src.numel, 0, &ticket) == 0);
+    for (int64_t i = 0; i <= kNumSmall; ++i)
+        CHECK(gn_pool_submit_copy(pool, dst.data() + i * kSmall, src.data(), i < kNumSmall ? kSmall : kLarge,
+                                  0, &ticket) == 0);
     std::thread waiter([&] {
         const int32_t status = gn_pool_wait(pool, ticket, kForEver);
         CHECK(status == 0 || status == -ECANCELED);
