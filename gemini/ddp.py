@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from gemini.activations import ActivationCheckpoints
+from gemini.agreement import agree_on_loading
 from gemini.assembly import assemble
 from gemini.chunk.layout import ParamSlot
 from gemini.chunk.sharding import Sharding
@@ -278,12 +279,30 @@ class GeminiDDP(torch.nn.Module):
             Missing and unexpected names, as torch returns them.
 
         Raises:
-            CheckpointMismatchError: names or shapes do not match; nothing has been loaded.
+            CheckpointMismatchError: names or shapes do not match, here or on another rank; nothing has been loaded.
             ConfigError: `assign` was asked for.
         """
         if assign:
             raise ConfigError("GeminiDDP.load_state_dict: assign=True would take the parameters out of their chunks")
         self._runtime.check_usable()
+        missing, unexpected, mismatch = self._compare_names(state_dict, strict)
+        agree_on_loading(self._runtime.sharding, mismatch, state_dict)
+        first_name = {id(param): name for name, param in self.module.named_parameters()}
+        params = {name: first_name[id(p)] for name, p in self.module.named_parameters(remove_duplicate=False)}
+        buffers = dict(self.module.named_buffers(remove_duplicate=False))
+        slots = self._runtime.layout.slot_by_name
+        self._runtime.finish_updates()
+        weights = ((slots[params[name]], value) for name, value in state_dict.items() if name in params)
+        load_masters(self._runtime, weights)
+        for name, value in state_dict.items():
+            if name not in params and name in buffers:
+                local_part(buffers[name]).copy_(value)
+        return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
+
+    def _compare_names(
+        self, state_dict: Mapping[str, Any], strict: bool
+    ) -> tuple[list[str], list[str], CheckpointMismatchError | None]:
+        """Return the missing and unexpected names, and why the rest cannot be loaded, if it cannot."""
         first_name = {id(param): name for name, param in self.module.named_parameters()}
         params = {name: first_name[id(p)] for name, p in self.module.named_parameters(remove_duplicate=False)}
         buffers = dict(self.module.named_buffers(remove_duplicate=False))
@@ -291,7 +310,8 @@ class GeminiDDP(torch.nn.Module):
         missing = [name for name in (*first_name.values(), *self._persistent_buffers()) if name not in given]
         unexpected = [name for name in state_dict if name not in params and name not in buffers]
         if strict and (missing or unexpected):
-            raise CheckpointMismatchError(f"load_state_dict: missing {missing}, unexpected {unexpected}")
+            what = f"load_state_dict: missing {missing}, unexpected {unexpected}"
+            return missing, unexpected, CheckpointMismatchError(what)
         slots = self._runtime.layout.slot_by_name
         for name, value in state_dict.items():
             expected = (
@@ -300,16 +320,9 @@ class GeminiDDP(torch.nn.Module):
                 else tuple(getattr(buffers.get(name), "shape", ()))
             )
             if name not in unexpected and tuple(value.shape) != tuple(expected):
-                raise CheckpointMismatchError(
-                    f"load_state_dict: {name} has shape {tuple(value.shape)}, expected {tuple(expected)}"
-                )
-        self._runtime.finish_updates()
-        weights = ((slots[params[name]], value) for name, value in state_dict.items() if name in params)
-        load_masters(self._runtime, weights)
-        for name, value in state_dict.items():
-            if name not in params and name in buffers:
-                local_part(buffers[name]).copy_(value)
-        return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
+                what = f"load_state_dict: {name} has shape {tuple(value.shape)}, expected {tuple(expected)}"
+                return missing, unexpected, CheckpointMismatchError(what)
+        return missing, unexpected, None
 
     def _persistent_buffers(self) -> list[str]:
         return [

@@ -88,6 +88,8 @@ class GradientStore:
         """Backward passes since gradients were last cleared, the one under way included."""
         self.expected_backwards = 1
         """Backward passes of the last step that was taken; the coming one probably has as many."""
+        self.hyper_fingerprint = 0
+        """For ShardedGradients alone."""
         self.accumulators = GradientAccumulators(resources.transfers, device_kernels)
         self._pass = BackwardPass()
         self._jobs: list[GradTicket] = []
@@ -477,10 +479,8 @@ class GradientStore:
         self.finish()
         self.num_backwards = 0
         for chunk in self._chunks.values():
-            chunk.sumsq.clear()
-            chunk.num_expected.clear()
-            chunk.earlier.clear()
-            chunk.arrived.clear()
+            for found in (chunk.sumsq, chunk.num_expected, chunk.earlier, chunk.arrived):
+                found.clear()
             chunk.has_left = False
 
     def close(self) -> None:

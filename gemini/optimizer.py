@@ -9,6 +9,7 @@ from typing import Any, overload
 
 import torch
 
+from gemini.agreement import agree_on_loading, fingerprint_of
 from gemini.chunk.layout import ParamSlot
 from gemini.ddp import runtime_of
 from gemini.errors import CheckpointMismatchError, ConfigError
@@ -128,7 +129,8 @@ class HybridAdam(torch.optim.Optimizer):
         Raises:
             OffloadIOError: state could not be read or written.
             ModelError: the engine was closed.
-            ConfigError: a group's hyper-parameters are out of range, or a newer optimizer has taken the engine over.
+            ConfigError: a group's hyper-parameters are out of range, or another rank's differ, or a newer optimizer has
+                taken the engine over.
         """
         loss = None
         if closure is not None:
@@ -142,6 +144,8 @@ class HybridAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             _check_group(group)
         params = [(group, p) for group in self.param_groups for p in group["params"]]
+        if runtime.sharding is not None:
+            runtime.gradients.hyper_fingerprint = self._fingerprint()
         norm = runtime.gradient_norm([self._slots[id(p)] for _, p in params])
         self.last_grad_norm = norm
         if not math.isfinite(norm):
@@ -175,6 +179,12 @@ class HybridAdam(torch.optim.Optimizer):
                 )
                 segments.setdefault(slot.chunk_id, []).append(segment)
         return {chunk_id: tuple(sorted(parts, key=lambda part: part.begin)) for chunk_id, parts in segments.items()}
+
+    def _fingerprint(self) -> int:
+        """Return a number that differs, almost surely, where the next step's arithmetic does."""
+        hypers = (repr((_hyper_of(group), len(group["params"]))) for group in self.param_groups)
+        steps = (str(self._next_step_of(p)) for group in self.param_groups for p in group["params"])
+        return fingerprint_of((repr(self.max_grad_norm), *hypers, *steps))
 
     def _next_step_of(self, param: torch.Tensor) -> int:
         return int(self.state.get(param, {}).get("step", 0)) + 1
@@ -212,25 +222,14 @@ class HybridAdam(torch.optim.Optimizer):
             state_dict: groups and state; the parameters must come in the same order.
 
         Raises:
-            CheckpointMismatchError: groups or shapes do not match; nothing has been loaded.
+            CheckpointMismatchError: groups or shapes do not match, here or on another rank; nothing has been loaded.
         """
         self.runtime.check_usable()
         groups = state_dict["param_groups"]
-        expected, found = ([len(g["params"]) for g in gs] for gs in (self.param_groups, groups))
-        if expected != found:
-            raise CheckpointMismatchError(
-                f"HybridAdam: expected parameter groups of {expected} parameters, got {found}"
-            )
+        mismatch = self._mismatch_of(state_dict)
+        agree_on_loading(self.runtime.sharding, mismatch, map(str, sorted(state_dict["state"])))
         params = [param for group in self.param_groups for param in group["params"]]
         ids = [index for group in groups for index in group["params"]]
-        for index, param in zip(ids, params, strict=True):
-            entry = state_dict["state"].get(index)
-            slot = self._slots[id(param)]
-            if entry is not None and tuple(entry["exp_avg"].shape) != slot.spec.full_shape:
-                raise CheckpointMismatchError(
-                    f"HybridAdam: the state of {slot.spec.name} has shape {tuple(entry['exp_avg'].shape)}, expected "
-                    f"{slot.spec.full_shape}"
-                )
         self.runtime.finish_updates()
         for group, saved in zip(self.param_groups, groups, strict=True):
             group.update({key: value for key, value in saved.items() if key != "params"})  # a scheduler's too
@@ -244,6 +243,24 @@ class HybridAdam(torch.optim.Optimizer):
                 continue
             load_moments(self.runtime, slot, entry["exp_avg"], entry["exp_avg_sq"])
             self.state[param]["step"] = int(entry["step"])
+
+    def _mismatch_of(self, state_dict: dict[str, Any]) -> CheckpointMismatchError | None:
+        """Return why a state cannot be loaded, None if it can."""
+        groups = state_dict["param_groups"]
+        expected, found = ([len(g["params"]) for g in gs] for gs in (self.param_groups, groups))
+        if expected != found:
+            return CheckpointMismatchError(
+                f"HybridAdam: expected parameter groups of {expected} parameters, got {found}"
+            )
+        params = [param for group in self.param_groups for param in group["params"]]
+        for index, param in zip((index for group in groups for index in group["params"]), params, strict=True):
+            entry, spec = state_dict["state"].get(index), self._slots[id(param)].spec
+            if entry is not None and tuple(entry["exp_avg"].shape) != spec.full_shape:
+                return CheckpointMismatchError(
+                    f"HybridAdam: the state of {spec.name} has shape {tuple(entry['exp_avg'].shape)}, expected "
+                    f"{spec.full_shape}"
+                )
+        return None
 
     def _index_of_params(self) -> dict[int, int]:
         params = (param for group in self.param_groups for param in group["params"])

@@ -30,6 +30,7 @@ from gemini.accumulators import GradientAccumulators
 from gemini.backward_pass import BackwardPass
 from gemini.chunk.layout import ChunkSpec
 from gemini.chunk.sharding import ChunkShard, ShardGroup, cut_spec
+from gemini.errors import ConfigError
 from gemini.gradient_exchange import ExchangeSlot, GradientExchange
 from gemini.gradient_listener import GradientListener, second_gradient_error
 from gemini.gradient_sink import GradientPlace
@@ -89,6 +90,8 @@ class ShardedGradients:
         """Backward passes since gradients were last cleared, the one under way included."""
         self.expected_backwards = 1
         """Backward passes of the last step that was taken."""
+        self.hyper_fingerprint = 0
+        """Of what the optimizer will do; all ranks' must be equal."""
         self._shards = shards
         self._group = group
         self._transfers = transfers
@@ -302,9 +305,15 @@ class ShardedGradients:
         names = [param.name for param in params]
         is_here = [i in chunk.delivered for chunk in chunks for i in range(len(chunk.spec.slots))]
         is_late = [bool(chunk.late) for chunk in chunks]
-        values = torch.tensor([*(own.get(name, 0.0) for name in names), *is_here, *is_late], dtype=torch.float64)
-        table = self._group.gather_values(values, name="norms of gradients")
-        sums, is_anywhere, is_late_anywhere = torch.split(table, [len(names), len(names), len(chunks)], dim=1)
+        found = [*(own.get(name, 0.0) for name in names), *is_here, *is_late, self.hyper_fingerprint]
+        table = self._group.gather_values(torch.tensor(found, dtype=torch.float64), name="norms of gradients")
+        parts = torch.split(table, [len(names), len(names), len(chunks), 1], dim=1)
+        sums, is_anywhere, is_late_anywhere, fingerprints = parts
+        if not fingerprints.eq(fingerprints[0]).all():
+            raise ConfigError(
+                "HybridAdam: ranks have different hyper-parameters, max_grad_norm or step counts: give all the same, "
+                "and to a scheduler that follows a loss the mean of all ranks'"
+            )
         with_gradient = is_anywhere.any(dim=0).tolist()
         grid = self._group.grid  # replicas have the same sums, and so have tensor ranks where they hold copies
         sums = sums.view(grid.num_tensor_ranks, grid.num_replicas * grid.num_shards, -1)[:, : grid.num_shards]

@@ -192,6 +192,8 @@ def _make_whole(runtime: Runtime, slot: ParamSlot, flat: torch.Tensor) -> torch.
     shard = runtime.core.chunks[slot.chunk_id].shard
     if shard is None or runtime.sharding is None:
         return flat.view(slot.spec.shape)
+    if not slot.spec.numel:
+        return flat.view(slot.spec.full_shape)
     split = slot.spec.split
     pieces = [piece_of(slot, shard.of_rank(rank)) for rank in range(shard.num_ranks)]
     padded = flat.new_zeros(max(piece.stop - piece.start for piece in pieces))

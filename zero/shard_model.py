@@ -115,7 +115,7 @@ def _build(model: torch.nn.Module, config: GeminiConfig, init_fn: InitFn | None,
     engine, failure = None, None
     try:
         engine = GeminiDDP(model, config, init_fn=init_fn, sharding=sharding)
-    except GeminiError as error:
+    except Exception as error:  # the user's init_fn may raise anything; others must not wait for this rank
         failure = error
     try:
         check_all_built(failure, sharding.group)

@@ -86,6 +86,14 @@ def build_on_ranks(*, fault: str | None, directory: Path | None = None) -> Any:
         directory = directory / "missing"
     case = case_of("gpt2" if fault == "model" and is_last else "tower")
     model = case.model(seed=1 if fault == "seed" and is_last else 0)
-    with zero.shard(model, config_for(place, directory, **fields)) as engine:
+    init_fn = None
+    if fault == "init_fn":
+        model = model.to("meta")
+
+        def init_fn(module: torch.nn.Module) -> None:
+            for values in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                values.fill_(1 / (0 if is_last else 1))
+
+    with zero.shard(model, config_for(place, directory, **fields), init_fn=init_fn) as engine:
         config = engine.runtime.config
         return config.host_budget, config.num_threads

@@ -20,6 +20,7 @@ from training_harness import Case, config_for, hybrid_adam, same_bits
 
 import zero
 from gemini import GeminiDDP, HybridAdam, MemoryTier
+from gemini.errors import GeminiError
 from gemini.placement import plan
 from zero.torch_group import TorchGroup
 
@@ -294,6 +295,36 @@ def measure_memory(
             "numels": [(chunk.numel, chunk.unit_id == 0) for chunk in runtime.layout.chunks],
             "fetched_nbytes": runtime.core.stats.fetched_nbytes,
         }
+
+
+def differ_from_others(*, how: str) -> tuple[str, bool]:
+    """Do something that the last rank does otherwise; return the error's type and message, and whether weights stay."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    is_last = rank == world_size - 1
+    case = case_of("tower")
+    with sharded(case, stage=3, place="host", directory=None) as engine:
+        optimizer = hybrid_adam(engine.parameters())
+        batches = global_batches(case, 2, world_size)
+        fit(engine, optimizer, case, batches[:1], rank=rank, world_size=world_size)
+        weights, state = engine.master_state_dict(), optimizer.state_dict()
+        try:
+            if how == "lr":
+                optimizer.param_groups[0]["lr"] *= 2 if is_last else 1
+                fit(engine, optimizer, case, batches[1:], rank=rank, world_size=world_size)
+            elif how == "optimizer":
+                state["state"][0]["exp_avg"] = state["state"][0]["exp_avg"][: 1 if is_last else None]
+                optimizer.load_state_dict(state)
+            else:
+                zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
+                first = next(iter(zeros))
+                if is_last and how == "names":
+                    del zeros[first]
+                elif is_last:
+                    zeros[first] = zeros[first][:1]
+                engine.load_state_dict(zeros, strict=how != "names")
+        except GeminiError as error:
+            return f"{type(error).__name__}: {error}", same_bits(engine.master_state_dict(), weights)
+    return "no error", False
 
 
 def count_gathers_of_words(*, place: str) -> list[int]:

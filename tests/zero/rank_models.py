@@ -165,6 +165,18 @@ def token_batch(generator: torch.Generator) -> dict[str, torch.Tensor]:
     return {"x": torch.randint(0, 64, (4, 8), generator=generator)}
 
 
+class WithNothing(nn.Module):
+    """A block that has a parameter without elements besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.blocks[0].nothing = nn.Parameter(torch.empty(2, 0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks[1](self.blocks[0](x))
+
+
 def checkpointed(*, use_reentrant: bool) -> Case:
     """Return GPT-2 with activation checkpoints."""
 
@@ -186,5 +198,6 @@ RANK_CASES = {
     "lenders": Case(Lenders, vector_batch, square),
     "wide_head": Case(WideHead, vector_batch, square),
     "reader": Case(Reader, token_batch, square),
+    "with_nothing": Case(WithNothing, vector_batch, square),
     "tiny": Case(Tiny, vector_batch, square),
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from failing_ranks import build_on_ranks, train_until_fault
+from rank_cases import differ_from_others
 from rank_pool import Failure, RankGroup, RankPool
 
 TIMEOUT_S = 15.0
@@ -90,6 +91,32 @@ def test_ranks_that_differ_are_refused(fault, type_name, message, ranks: RankPoo
     for failure in failures_of(ranks.try_run(2, build_on_ranks, fault=fault), [0, 1]):
         assert failure.type_name == type_name
         assert message in failure.message
+
+
+@pytest.mark.parametrize(
+    ("how", "first", "last"),
+    [
+        ("lr", "ConfigError: HybridAdam: ranks have different hyper-parameters", "ConfigError: HybridAdam: ranks have"),
+        (
+            "optimizer",
+            "CheckpointMismatchError: rank 1 cannot load",
+            "CheckpointMismatchError: HybridAdam: the state of",
+        ),
+        ("shape", "CheckpointMismatchError: rank 1 cannot load", "CheckpointMismatchError: load_state_dict:"),
+        ("names", "CheckpointMismatchError: ranks were given", "CheckpointMismatchError: ranks were given"),
+    ],
+)
+def test_ranks_that_would_drift_apart_are_stopped_before_anything_changes(how, first, last, ranks: RankPool):
+    results = ranks.run(2, differ_from_others, how=how)
+    for (message, keeps_weights), expected in zip(results, (first, last), strict=True):
+        assert message.startswith(expected)
+        assert keeps_weights
+
+
+def test_a_rank_whose_init_fn_fails_does_not_keep_the_others_waiting(ranks: RankPool):
+    results = ranks.try_run(2, build_on_ranks, fault="init_fn")
+    assert results[1].type_name == "ZeroDivisionError"
+    assert "rank 1 could not build its engine" in results[0].message
 
 
 def test_a_rank_that_cannot_be_built_closes_the_others(ranks: RankPool, tmp_path):

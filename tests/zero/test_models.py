@@ -17,6 +17,7 @@ AWKWARD = [
     "routed",
     "lenders",
     "tiny",
+    "with_nothing",
     "checkpointed",
 ]
 
