@@ -5,6 +5,7 @@ from gemini.chunk.manager import ChunkManager
 from gemini.config import GeminiConfig, NVMeConfig
 from gemini.ddp import GeminiDDP
 from gemini.errors import (
+    CheckpointError,
     CheckpointMismatchError,
     CollectiveError,
     ConfigError,
@@ -25,6 +26,7 @@ from gemini.report import MemoryReport
 from gemini.tiers import MemoryTier
 
 __all__ = [
+    "CheckpointError",
     "CheckpointMismatchError",
     "ChunkManager",
     "CollectiveError",

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 __all__ = [
+    "CheckpointError",
     "CheckpointMismatchError",
     "CollectiveError",
     "ConfigError",
@@ -53,6 +54,10 @@ class CollectiveError(GeminiError, RuntimeError):
 
 class HeapUnavailableError(GeminiError, RuntimeError):
     """The CPU allocator of `gemini.heap` cannot be compiled, loaded or put in place here."""
+
+
+class CheckpointError(GeminiError, RuntimeError):
+    """A checkpoint is missing, incomplete, damaged or of a later version."""
 
 
 class CheckpointMismatchError(GeminiError, ValueError):

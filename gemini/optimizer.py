@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
 import torch
@@ -149,7 +149,7 @@ class HybridAdam(torch.optim.Optimizer):
             return loss
         if self.max_grad_norm is not None:
             runtime.clip(norm, self.max_grad_norm)
-        with_gradient = runtime.slots_with_gradient()
+        with_gradient = runtime.gradients.names()
         updated = [(group, p) for group, p in params if self._slots[id(p)].spec.name in with_gradient]
         runtime.update(self._segments(updated))
         for _, param in updated:
@@ -204,6 +204,36 @@ class HybridAdam(torch.optim.Optimizer):
                 "exp_avg_sq": variance,
             }
         return packed
+
+    def hyper_state_dict(self) -> dict[str, Any]:
+        """Return parameter groups and step counts, by parameter name; the moments are the engine's to save."""
+        groups = [
+            {**group, "params": [self._slots[id(param)].spec.name for param in group["params"]]}
+            for group in self.param_groups
+        ]
+        steps = {self._slots[id(param)].spec.name: int(state["step"]) for param, state in self.state.items()}
+        return {"param_groups": groups, "steps": steps}
+
+    def check_hyper_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise CheckpointMismatchError unless the groups have the same parameters, in the same order."""
+        own = [group["params"] for group in self.hyper_state_dict()["param_groups"]]
+        saved = [list(group["params"]) for group in state["param_groups"]]
+        if own != saved:
+            raise CheckpointMismatchError(
+                f"HybridAdam: the checkpoint's parameter groups have {[len(names) for names in saved]} parameters, this "
+                f"optimizer's {[len(names) for names in own]}, or others, or in another order; build the groups as before"
+            )
+
+    def load_hyper_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `hyper_state_dict` returned; see `check_hyper_state_dict`."""
+        for group, saved in zip(self.param_groups, state["param_groups"], strict=True):
+            group.update({key: value for key, value in saved.items() if key != "params"})  # a scheduler's too
+        self.state.clear()
+        for group in self.param_groups:
+            for param in group["params"]:
+                num_steps = state["steps"].get(self._slots[id(param)].spec.name)
+                if num_steps is not None:
+                    self.state[param]["step"] = num_steps
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict`, or torch.optim.AdamW's, returned.

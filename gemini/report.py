@@ -246,7 +246,7 @@ def make_report(
         nvme_written_nbytes_per_step=moved.nbytes_written / num_steps if num_steps else None,
         wear=wear,
         fetch_stall_s=stats.stall_s,
-        update_stall_s=runtime.update_stall_s,
+        update_stall_s=runtime.overlap.stall_s,
         updates=_update_report(runtime),
         non_model_peak_nbytes=runtime.probe.non_model_peak_nbytes,
         resident_set_nbytes=psutil.Process().memory_info().rss,

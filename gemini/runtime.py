@@ -38,6 +38,7 @@ from gemini.placement.cost_model import HardwareProfile, StepFlops, StepPredicti
 from gemini.placement.overlap import OverlapMode
 from gemini.placement.plan import ChunkDemand, MemoryDemand, PlacementPlan, RuntimeShape, memory_demand
 from gemini.placement.tracer import Phase
+from gemini.save_slot import SaveSlot
 from gemini.saved import SavedWeights
 from gemini.scaler import LossScaler, scale_gradients_of
 from gemini.sharded_gradients import ShardedGradients
@@ -125,6 +126,7 @@ class Runtime:
         self._has_pushed_for_model = False
         self._clip_factor = 1.0
         self._clock = StepClock()
+        self.saving = SaveSlot()
         self._is_closed = False
         self._pid = os.getpid()
         self._adaptation: Adaptation | None = None
@@ -360,10 +362,6 @@ class Runtime:
         """Scale the gradients at hand so that a norm becomes at most `max_norm`, as torch's clip_grad_norm_ does."""
         self._clip_factor *= min(1.0, max_norm / (norm + 1e-6))
 
-    def slots_with_gradient(self) -> set[str]:
-        """Return the names of the parameters that have a gradient."""
-        return self.gradients.names()
-
     def update(self, segments: Mapping[int, tuple[AdamSegment, ...]]) -> None:
         """Update parameters and consume all gradients; depending on the overlap, the work goes on after the return.
 
@@ -371,10 +369,12 @@ class Runtime:
             segments: by chunk id, what to do to its elements, sorted; all of them have a gradient.
 
         Raises:
-            OffloadIOError: state could not be read or written; the engine refuses to go on.
+            OffloadIOError: state could not be read or written; the engine refuses to go on. Or a checkpoint could not be
+                written; then nothing has happened.
             ModelError: the engine is closed or its state was lost, or someone looks at weights that will move.
         """
         self.check_usable()
+        self.saving.finish()
         scale = self._clip_factor / self._loss_scale
         wishes = {chunk_id: StepWish(parts, scale) for chunk_id, parts in segments.items()}
         self.overlap.commit(wishes, kept=self._lookahead.needed_soon(self.plan.num_slots))
@@ -421,6 +421,7 @@ class Runtime:
             ModelError: the engine is closed or its state was lost.
         """
         self.check_usable()
+        self.saving.finish()
         self.overlap.settle_all()
         self.overlap.discard()
         for chunk in self.core.chunks:
@@ -432,11 +433,6 @@ class Runtime:
     def num_trace_mismatches(self) -> int:
         """Accesses of training steps that came in another order than in the step before."""
         return self._lookahead.num_mismatches
-
-    @property
-    def update_stall_s(self) -> float:
-        """Seconds that training has waited for updates."""
-        return self.overlap.stall_s
 
     def _end_step(self, *, is_clipped: bool) -> None:
         self.overlap.end_step(is_clipped=is_clipped)
@@ -489,6 +485,7 @@ class Runtime:
         if self._is_closed:
             return
         self._is_closed = True
+        self.saving.close()
         self.overlap.close()
         self.gradients.close()
         for state in self.states.values():

@@ -7,7 +7,7 @@ the same parameters in the same order, and each gets everything. Of a value to b
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,7 +23,27 @@ from gemini.runtime import Runtime
 from gemini.tiers import MemoryTier
 from gemini.update import record_views
 
-__all__ = ["load_master", "load_moments", "read_master", "read_moments", "read_working", "reset_moments"]
+__all__ = [
+    "StatePart",
+    "load_master",
+    "load_moments",
+    "owned_run",
+    "read_master",
+    "read_moments",
+    "read_state",
+    "read_working",
+    "reset_moments",
+    "write_state",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class StatePart:
+    """Some consecutive elements of a trainable parameter: float32, 1D, on the CPU."""
+
+    master: torch.Tensor
+    momentum: torch.Tensor
+    variance: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +80,19 @@ def read_master(runtime: Runtime, slot: ParamSlot) -> torch.Tensor:
             _tile(runtime, state, part.tile, write=False) as record,
         ):
             working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
-            master = record_views(record, part.length, slot.spec.dtype)[0]
-            if master is None:
-                flat[part.in_param] = working
-            elif master.dtype is torch.int16:
-                join_master(flat[part.in_param], working, master[part.in_tile])
-            else:
-                flat[part.in_param] = master[part.in_tile]
+            _join(flat[part.in_param], working, record, part, slot.spec.dtype)
     return _make_whole(runtime, slot, flat)
+
+
+def _join(found: torch.Tensor, working: torch.Tensor, record: torch.Tensor, part: _Part, dtype: torch.dtype) -> None:
+    """Put a master together from its working weights and the rest in a tile's record."""
+    rest = record_views(record, part.length, dtype)[0]
+    if rest is None:
+        found.copy_(working)
+    elif rest.dtype is torch.int16:
+        join_master(found, working, rest[part.in_tile])
+    else:
+        found.copy_(rest[part.in_tile])
 
 
 def load_master(runtime: Runtime, slot: ParamSlot, value: torch.Tensor) -> None:
@@ -94,11 +119,16 @@ def load_master(runtime: Runtime, slot: ParamSlot, value: torch.Tensor) -> None:
                     source = flat[part.in_param].to(torch.float32).contiguous()
                     with _tile(runtime, state, part.tile, write=True) as record:
                         _store(record, part, slot.spec.dtype, working, source)
-        if chunk.slot is not None and chunk.shard is None:
-            copy = chunk.slot.buffer[: chunk.spec.working_nbytes].view(chunk.spec.dtype)
-            copy[slot.begin : slot.end].copy_(read_working(runtime, slot).reshape(-1))
+        _refresh(runtime, chunk, slot)
     finally:
         runtime.core.end_update(slot.chunk_id)
+
+
+def _refresh(runtime: Runtime, chunk: Chunk, slot: ParamSlot) -> None:
+    """Bring a parameter's copy in compute memory up to date, if there is one that is not gathered anew anyway."""
+    if chunk.slot is not None and chunk.shard is None:
+        copy = chunk.slot.buffer[: chunk.spec.working_nbytes].view(chunk.spec.dtype)
+        copy[slot.begin : slot.end].copy_(read_working(runtime, slot).reshape(-1))
 
 
 def _store(record: torch.Tensor, part: _Part, dtype: torch.dtype, working: torch.Tensor, source: torch.Tensor) -> None:
@@ -134,6 +164,56 @@ def load_moments(runtime: Runtime, slot: ParamSlot, momentum: torch.Tensor, vari
             _, first, second = record_views(record, part.length, slot.spec.dtype)
             first[part.in_tile] = flat_momentum[part.in_param]
             second[part.in_tile] = flat_variance[part.in_param]
+
+
+def owned_run(runtime: Runtime, slot: ParamSlot) -> slice:
+    """Return which of a parameter's elements, in row-major order, live here: all of them with one rank."""
+    shard = runtime.core.chunks[slot.chunk_id].shard
+    return slice(0, slot.spec.numel) if shard is None else piece_of(slot, shard)
+
+
+def read_state(runtime: Runtime, slot: ParamSlot) -> Iterator[StatePart]:
+    """Yield what lives here of a trainable parameter's master and moments, in order, a tile at a time."""
+    chunk, piece = _chunk_and_piece(runtime, slot)
+    for part in _parts(runtime, piece):
+        with (
+            _tile(runtime, chunk.home, part.tile, write=False) as tile,
+            _tile(runtime, runtime.states[slot.chunk_id], part.tile, write=False) as record,
+        ):
+            working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
+            _, momentum, variance = record_views(record, part.length, slot.spec.dtype)
+            master = torch.empty(working.numel(), dtype=torch.float32)
+            _join(master, working, record, part, slot.spec.dtype)
+            yield StatePart(master, momentum[part.in_tile].clone(), variance[part.in_tile].clone())
+
+
+def write_state(runtime: Runtime, slot: ParamSlot, read: Callable[[int, int], StatePart]) -> None:
+    """Set what lives here of a trainable parameter's master and moments, a tile at a time.
+
+    A copy in compute memory is brought up to date.
+
+    Args:
+        runtime: the engine's.
+        slot: the parameter.
+        read: returns elements [begin, end) of the whole parameter, counted in row-major order.
+    """
+    chunk, piece = runtime.core.begin_update(slot.chunk_id), _chunk_and_piece(runtime, slot)[1]
+    first = owned_run(runtime, slot).start
+    try:
+        for part in _parts(runtime, piece):
+            source = read(first + part.in_param.start, first + part.in_param.stop)
+            with (
+                _tile(runtime, chunk.home, part.tile, write=True) as tile,
+                _tile(runtime, runtime.states[slot.chunk_id], part.tile, write=True) as record,
+            ):
+                working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
+                _store(record, part, slot.spec.dtype, working, source.master)
+                _, momentum, variance = record_views(record, part.length, slot.spec.dtype)
+                momentum[part.in_tile] = source.momentum
+                variance[part.in_tile] = source.variance
+        _refresh(runtime, chunk, slot)
+    finally:
+        runtime.core.end_update(slot.chunk_id)
 
 
 def reset_moments(runtime: Runtime) -> None:

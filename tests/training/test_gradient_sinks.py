@@ -203,7 +203,7 @@ def test_gradients_asked_for_are_returned_and_not_kept(is_sliced: bool) -> None:
         (found,) = torch.autograd.grad(engine(**batch), engine.module.embedding.weight)
 
         assert torch.equal(found, expected)
-        assert engine.runtime.slots_with_gradient() == set()
+        assert engine.runtime.gradients.names() == set()
 
 
 def test_backward_into_other_parameters_leaves_the_tied_one_alone() -> None:
@@ -211,7 +211,7 @@ def test_backward_into_other_parameters_leaves_the_tied_one_alone() -> None:
     with GeminiDDP(case.model(), config_for("host")) as engine:
         engine(**case.batches(1)[0]).backward(inputs=[engine.module.body.weight])
 
-        assert engine.runtime.slots_with_gradient() == {"body.weight"}
+        assert engine.runtime.gradients.names() == {"body.weight"}
 
 
 @pytest.mark.parametrize("when", ["before forward", "before backward"])
@@ -270,7 +270,7 @@ def test_a_frozen_embedding_gets_nothing() -> None:
     with GeminiDDP(model, config_for("host")) as engine:
         engine(**CASES["sliced"].batches(1)[0]).backward()
 
-        assert engine.runtime.slots_with_gradient() == {"body.weight", "body.bias"}
+        assert engine.runtime.gradients.names() == {"body.weight", "body.bias"}
 
 
 # ---------------------------------------------------------------- several passes, and uses that nobody announces
@@ -434,7 +434,7 @@ def test_a_pass_that_fails_between_the_uses_leaves_what_it_leaves_in_torch(
     with GeminiDDP(case.model(), config_for(place, tmp_path)) as engine:
         optimizer = hybrid_adam(engine.parameters(), lr=0.0, betas=(0.0, 0.0), weight_decay=0.0)
         run(engine, engine.module.body)
-        assert engine.runtime.slots_with_gradient() == set(expected)
+        assert engine.runtime.gradients.names() == set(expected)
         optimizer.step()
         states = optimizer.state_dict()["state"]
         names = [name for name, _ in plain.named_parameters()]

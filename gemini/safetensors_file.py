@@ -1,0 +1,279 @@
+"""Safetensors files, written and read a run of elements at a time.
+
+The safetensors library writes a file from tensors that are all in memory, and reads through a mapping, where a failing
+drive or a file cut short kills the process. Here a file is announced first and filled piece by piece, and every read
+checks what it got. The library opens these files as its own.
+
+Source of the format: https://huggingface.co/docs/safetensors (8 bytes of header length, little-endian; a JSON header;
+the tensors' bytes, without gaps).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from gemini.errors import CheckpointError, OffloadIOError
+
+__all__ = ["SafetensorsReader", "SafetensorsWriter", "TensorEntry", "checksum_of"]
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MAX_HEADER_NBYTES = 100_000_000
+"""The library refuses longer ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """A tensor in a file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    """First byte in the file."""
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return self.numel * self.dtype.itemsize
+
+
+def checksum_of(values: torch.Tensor, before: int = 0) -> int:
+    """Return the CRC-32 (zlib's) of a tensor's bytes, going on from that of what came before."""
+    return zlib.crc32(_bytes_of(values), before)
+
+
+def _bytes_of(values: torch.Tensor) -> memoryview:
+    return values.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+class SafetensorsWriter:
+    """Writes one file, each tensor from its start to its end, the tensors in any order.
+
+    Args:
+        path: created; must not exist.
+        tensors: dtype and shape of every tensor, by name.
+        metadata: texts for the header.
+
+    Raises:
+        OffloadIOError: the file cannot be created or written.
+        CheckpointError: a dtype has no name in the format.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.path = path
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        offset = 0
+        for name, (dtype, shape) in tensors.items():
+            if dtype not in _NAMES:
+                raise CheckpointError(f"{name}: {dtype} cannot be written to a safetensors file")
+            nbytes = math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+            offset += nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        base = 8 + len(text)
+        self.nbytes = base + offset
+        """Bytes of the file."""
+        self.checksums = dict.fromkeys(tensors, 0)
+        """CRC-32 of what has been written of each tensor."""
+        self._entries = {
+            name: TensorEntry(dtype, shape, base + header[name]["data_offsets"][0])
+            for name, (dtype, shape) in tensors.items()
+        }
+        self._num_written = dict.fromkeys(tensors, 0)
+        with _failing("create", path):
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            with _failing("reserve space for", path):
+                os.posix_fallocate(self._file, 0, self.nbytes)
+            self._write(0, memoryview(len(text).to_bytes(8, "little") + text))
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def append(self, name: str, values: torch.Tensor) -> None:
+        """Write the next elements of a tensor.
+
+        Args:
+            name: of the tensor.
+            values: contiguous, on the CPU, of the tensor's dtype.
+        """
+        entry = self._entries[name]
+        done = self._num_written[name]
+        assert values.dtype is entry.dtype
+        assert done + values.numel() <= entry.numel
+        data = _bytes_of(values)
+        self._write(entry.begin + done * entry.dtype.itemsize, data)
+        self.checksums[name] = zlib.crc32(data, self.checksums[name])
+        self._num_written[name] = done + values.numel()
+
+    def _write(self, offset: int, data: memoryview) -> None:
+        with _failing("write", self.path):
+            while data:
+                num_written = os.pwrite(self._file, data, offset)
+                offset += num_written
+                data = data[num_written:]
+
+    def close(self) -> None:
+        """Wait until everything is on the drive."""
+        with _failing("write", self.path):
+            try:
+                os.fsync(self._file)
+            finally:
+                os.close(self._file)
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            os.close(self._file)
+            return
+        missing = [name for name, entry in self._entries.items() if self._num_written[name] < entry.numel]
+        assert not missing, missing
+        self.close()
+
+
+class SafetensorsReader:
+    """Reads one file, any part of any tensor.
+
+    Args:
+        path: the file.
+
+    Raises:
+        OffloadIOError: it cannot be opened or read.
+        CheckpointError: it is not a safetensors file, or is shorter or longer than its header says.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _failing("open", path):
+            self._file = os.open(path, os.O_RDONLY)
+        try:
+            nbytes = os.fstat(self._file).st_size
+            length = int.from_bytes(self._read_bytes(0, min(8, nbytes)), "little")
+            if nbytes < 8 or not 2 <= length <= min(_MAX_HEADER_NBYTES, nbytes - 8):
+                raise self._damaged("it is not a safetensors file, or was cut short")
+            self.entries, self.metadata = self._parse(self._read_bytes(8, length), 8 + length)
+            expected = 8 + length + sum(entry.nbytes for entry in self.entries.values())
+            if nbytes != expected:
+                raise self._damaged(f"its header promises {expected} bytes, it has {nbytes}")
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def _parse(self, text: bytes, base: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+        """Return the header's tensors and metadata; everything in it may be damaged."""
+        try:
+            header = json.loads(text)
+            metadata = header.pop("__metadata__", {})
+            entries = {}
+            for name, fields in header.items():
+                begin, end = fields["data_offsets"]
+                shape = tuple(fields["shape"])
+                entry = TensorEntry(_DTYPES[fields["dtype"]], shape, base + begin)
+                if not all(isinstance(size, int) and size >= 0 for size in (*shape, begin, end)):
+                    raise ValueError(name)
+                if entry.nbytes != end - begin:
+                    raise ValueError(name)
+                entries[name] = entry
+            end = base
+            for entry in sorted(entries.values(), key=lambda entry: (entry.begin, entry.nbytes)):
+                if entry.begin != end:
+                    raise ValueError("gap")
+                end += entry.nbytes
+            return entries, {str(key): str(value) for key, value in metadata.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise self._damaged(f"its header cannot be understood ({type(error).__name__}: {error})") from None
+
+    def _damaged(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path} is damaged: {what}; take another checkpoint")
+
+    def read(self, name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        """Return elements [begin, end) of a tensor, counted in row-major order: 1D, on the CPU; all of it by default.
+
+        Raises:
+            OffloadIOError: they cannot be read.
+        """
+        entry = self.entries[name]
+        end = entry.numel if end is None else end
+        assert 0 <= begin <= end <= entry.numel
+        values = torch.empty(end - begin, dtype=entry.dtype)
+        if begin < end:
+            self._read_into(entry.begin + begin * entry.dtype.itemsize, _bytes_of(values))
+        return values
+
+    def _read_bytes(self, offset: int, nbytes: int) -> bytes:
+        data = bytearray(nbytes)
+        self._read_into(offset, memoryview(data))
+        return bytes(data)
+
+    def _read_into(self, offset: int, data: memoryview) -> None:
+        with _failing("read", self.path):
+            while data:
+                num_read = os.preadv(self._file, [data], offset)
+                if not num_read:
+                    raise self._damaged("it was cut short while it was read")
+                offset += num_read
+                data = data[num_read:]
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+    def __enter__(self) -> SafetensorsReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _failing:
+    """Turns an OSError inside into an OffloadIOError that names the file."""
+
+    def __init__(self, operation: str, path: Path) -> None:
+        self._operation, self._path = operation, path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, OSError) and not isinstance(error, OffloadIOError):
+            raise OffloadIOError(self._operation, str(self._path), error.errno or 0) from error
