@@ -85,10 +85,13 @@ class GradientExchange:
         return shard.whole_numel * spec.dtype.itemsize <= self._slot_nbytes
 
     def claim(self, num_left: int = 0) -> ExchangeSlot | None:
-        """Take an empty slot, waiting for exchanges under way if need be; None if that does not help.
+        """Take an empty slot, waiting for exchanges under way if need be.
 
         Args:
             num_left: slots that must be left.
+
+        Returns:
+            The slot; None if waiting does not help.
         """
         while len(self._free) <= num_left and self._under_way:
             self._arrive()

@@ -220,8 +220,9 @@ class HybridAdam(torch.optim.Optimizer):
         saved = [list(group["params"]) for group in state["param_groups"]]
         if own != saved:
             raise CheckpointMismatchError(
-                f"HybridAdam: the checkpoint's parameter groups have {[len(names) for names in saved]} parameters, this "
-                f"optimizer's {[len(names) for names in own]}, or others, or in another order; build the groups as before"
+                f"HybridAdam: the checkpoint's parameter groups have {[len(names) for names in saved]} parameters, "
+                f"this optimizer's {[len(names) for names in own]}, or others, or in another order; build the groups "
+                "as before"
             )
 
     def load_hyper_state_dict(self, state: Mapping[str, Any]) -> None:

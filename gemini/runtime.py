@@ -369,8 +369,8 @@ class Runtime:
             segments: by chunk id, what to do to its elements, sorted; all of them have a gradient.
 
         Raises:
-            OffloadIOError: state could not be read or written; the engine refuses to go on. Or a checkpoint could not be
-                written; then nothing has happened.
+            OffloadIOError: state could not be read or written; the engine refuses to go on. Or a checkpoint could not
+                be written; then nothing has happened.
             ModelError: the engine is closed or its state was lost, or someone looks at weights that will move.
         """
         self.check_usable()

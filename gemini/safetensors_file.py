@@ -223,7 +223,15 @@ class SafetensorsReader:
         return CheckpointError(f"{self.path} is damaged: {what}; take another checkpoint")
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
-        """Return elements [begin, end) of a tensor, counted in row-major order: 1D, on the CPU; all of it by default.
+        """Read consecutive elements of a tensor.
+
+        Args:
+            name: of the tensor.
+            begin: first element, counted in row-major order.
+            end: one past the last; None: the tensor's last.
+
+        Returns:
+            1D, on the CPU.
 
         Raises:
             OffloadIOError: they cannot be read.

@@ -114,6 +114,10 @@ def _number_of(path: Path) -> int:
 def write_durably(path: Path, data: bytes) -> None:
     """Write a new file and wait until it is on the drive.
 
+    Args:
+        path: must not exist.
+        data: all of it.
+
     Raises:
         OffloadIOError: it cannot be written.
     """
@@ -133,7 +137,13 @@ def complete_checkpoints(path: Path) -> list[Path]:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return a checkpoint's own directory: `path` itself, or the one in it that was saved last.
+    """Find a checkpoint's own directory.
+
+    Args:
+        path: that, or a directory of checkpoints.
+
+    Returns:
+        `path` itself, or the complete checkpoint in it that was saved last.
 
     Raises:
         CheckpointError: there is none.
@@ -143,17 +153,20 @@ def find_checkpoint(path: Path) -> Path:
     found = complete_checkpoints(path) if path.is_dir() else []
     if not found:
         raise CheckpointError(
-            f"{path}: no complete checkpoint here; expected a directory that engine.save_checkpoint was given, or one of "
-            "the step-... directories in it"
+            f"{path}: no complete checkpoint here; expected a directory that engine.save_checkpoint was given, or one "
+            "of the step-... directories in it"
         )
     return found[-1]
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Return a checkpoint's manifest, once all its files are there in full length.
+    """Read a checkpoint's manifest, and make sure that all its files are there in full length.
 
     Args:
         path: from `find_checkpoint`.
+
+    Returns:
+        The manifest.
 
     Raises:
         CheckpointError: the manifest or a file is damaged or missing.

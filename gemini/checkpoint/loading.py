@@ -69,7 +69,7 @@ def load_checkpoint(
     state = _read_small_state(path, manifest, 0)
     if optimizer is None and state["optimizer"] is not None:
         raise ConfigError(
-            "load_checkpoint: the checkpoint has an optimizer's state: construct HybridAdam(engine.parameters(), ...) first"
+            "load_checkpoint: the checkpoint has an optimizer's state: construct HybridAdam(engine.parameters()) first"
         )
     if optimizer is not None and state["optimizer"] is not None:
         optimizer.check_hyper_state_dict(state["optimizer"])
@@ -163,13 +163,18 @@ def _check_entries(files: Mapping[str, SafetensorsReader], manifest: Manifest) -
                 entry = file.entries.get(entry_name(kind, param))
                 if entry is None or entry.numel != piece.end - piece.begin:
                     raise CheckpointError(
-                        f"{file.path} is damaged: expected {piece.end - piece.begin} elements of {kind} of {param}; take "
-                        "another checkpoint"
+                        f"{file.path} is damaged: expected {piece.end - piece.begin} elements of {kind} of {param}; "
+                        "take another checkpoint"
                     )
 
 
 def _verify(runtime: Runtime, files: Mapping[str, SafetensorsReader], manifest: Manifest) -> None:
     """Read every byte once, each rank a share of the files, before anything is changed.
+
+    Args:
+        runtime: the engine's.
+        files: open, by name.
+        manifest: the checkpoint's.
 
     Raises:
         CheckpointError: a checksum is wrong, here or on another rank.

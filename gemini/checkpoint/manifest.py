@@ -86,11 +86,14 @@ class Manifest:
 
     @staticmethod
     def from_json(text: str, *, source: str) -> Manifest:
-        """Return the manifest that a text holds.
+        """Parse a manifest.
 
         Args:
             text: what `to_json` returned, or anything at all.
             source: where it comes from, for messages.
+
+        Returns:
+            The manifest.
 
         Raises:
             CheckpointError: it is damaged, no manifest, or of a later version.
@@ -146,7 +149,16 @@ def _count(value: Any) -> int:
 
 
 def find_pieces(manifest: Manifest, param: str, begin: int, end: int) -> list[tuple[str, Piece]]:
-    """Return the files that hold elements [begin, end) of a parameter, in the order of the elements.
+    """Find the files that hold some elements of a parameter.
+
+    Args:
+        manifest: the checkpoint's.
+        param: name of the parameter.
+        begin: first element.
+        end: one past the last.
+
+    Returns:
+        Names of files and what they hold, in the order of the elements.
 
     Raises:
         ValueError: some are in no file, or in two.

@@ -17,7 +17,13 @@ __all__ = ["decode_run_state", "encode_run_state", "rng_state", "set_rng_state"]
 
 
 def encode_run_state(state: dict[str, Any]) -> bytes:
-    """Return a file's content for `decode_run_state`.
+    """Encode what is small.
+
+    Args:
+        state: by purpose.
+
+    Returns:
+        A file's content, for `decode_run_state`.
 
     Raises:
         ConfigError: something in it is not made of tensors, numbers, strings, None, lists, tuples and dictionaries.
@@ -29,8 +35,8 @@ def encode_run_state(state: dict[str, Any]) -> bytes:
             _load(buffer.getvalue())
         except (pickle.PickleError, TypeError, AttributeError, RuntimeError) as error:
             raise ConfigError(
-                f"save_checkpoint: {key}: expected tensors, numbers, strings, lists, tuples and dictionaries, which can "
-                f"be loaded again without running code; {_first_line(error)}"
+                f"save_checkpoint: {key}: expected tensors, numbers, strings, lists, tuples and dictionaries, which "
+                f"load without running code; {_first_line(error)}"
             ) from None
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -38,7 +44,14 @@ def encode_run_state(state: dict[str, Any]) -> bytes:
 
 
 def decode_run_state(data: bytes, *, source: Path) -> dict[str, Any]:
-    """Return what `encode_run_state` was given; runs no code that the data may name.
+    """Decode what `encode_run_state` has encoded; runs no code that the data may name.
+
+    Args:
+        data: a file's content.
+        source: the file.
+
+    Returns:
+        The state, by purpose.
 
     Raises:
         CheckpointError: it is damaged.

@@ -64,8 +64,8 @@ def save_checkpoint(
         raise ConfigError(f"save_checkpoint: keep_last: expected at least 1, or None for all, got {keep_last!r}")
     if runtime.gradients.num_backwards:
         raise ConfigError(
-            "save_checkpoint: gradients wait for a step and would be lost: call it after optimizer.step(), or drop them "
-            "with optimizer.zero_grad()"
+            "save_checkpoint: gradients wait for a step and would be lost: call it after optimizer.step(), or drop "
+            "them with optimizer.zero_grad()"
         )
     runtime.finish_updates()
     small: dict[str, Any] = {"rng": rng_state()}
