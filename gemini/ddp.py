@@ -14,8 +14,8 @@ import torch
 from gemini.activations import ActivationCheckpoints
 from gemini.assembly import assemble
 from gemini.checkpoint.loading import LoadedCheckpoint, load_checkpoint
+from gemini.checkpoint.participants import CheckpointedOptimizer, Participants, Stateful
 from gemini.checkpoint.saving import PendingSave, save_checkpoint
-from gemini.checkpoint.stateful import CheckpointedOptimizer, Stateful
 from gemini.chunk.layout import ParamSlot
 from gemini.chunk.sharding import Sharding
 from gemini.config import GeminiConfig
@@ -341,16 +341,16 @@ class GeminiDDP(torch.nn.Module):
 
         Raises:
             ConfigError: gradients are waiting for a step, or `extra` cannot be kept.
-            OffloadIOError: something could not be written; there is no new checkpoint and training may go on.
-            CheckpointError: another rank could not write its part.
+            OffloadIOError: something could not be written, or another process is saving into `path`; there is no new
+                checkpoint and training may go on. With `wait=False` the next optimizer step raises it, once, before
+                it does anything: call it again.
+            CheckpointError: another rank could not write its part; as OffloadIOError.
             ModelError: the engine is closed or its state was lost.
         """
         save = save_checkpoint(
             self._runtime,
             Path(path),
-            buffers=dict(self._own_buffers()),
-            optimizer=self._checkpointed(optimizer),
-            scheduler=scheduler,
+            self._participants(optimizer, scheduler),
             extra=extra,
             keep_last=keep_last,
             with_frozen=frozen,
@@ -384,14 +384,12 @@ class GeminiDDP(torch.nn.Module):
             OffloadIOError: something could not be read. If loading had begun the engine refuses to go on.
             ConfigError: there is optimizer state in it, and no optimizer.
         """
-        return load_checkpoint(
-            self._runtime,
-            Path(path),
-            buffers=dict(self._own_buffers()),
-            optimizer=self._checkpointed(optimizer),
-            scheduler=scheduler,
-            verify=verify,
-        )
+        return load_checkpoint(self._runtime, Path(path), self._participants(optimizer, scheduler), verify=verify)
+
+    def _participants(self, optimizer: CheckpointedOptimizer | None, scheduler: Stateful | None) -> Participants:
+        persistent = set(self._persistent_buffers())
+        buffers = {n: b for n, b in self.module.named_buffers(remove_duplicate=False) if n in persistent}
+        return Participants(buffers=buffers, optimizer=self._checkpointed(optimizer), scheduler=scheduler)
 
     def _checkpointed(self, optimizer: CheckpointedOptimizer | None) -> CheckpointedOptimizer | None:
         """Return the optimizer to save or load: the one given, or this engine's own."""
@@ -403,10 +401,6 @@ class GeminiDDP(torch.nn.Module):
             )
         found: CheckpointedOptimizer | None = own
         return found
-
-    def _own_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
-        persistent = set(self._persistent_buffers())
-        return ((name, b) for name, b in self.module.named_buffers(remove_duplicate=False) if name in persistent)
 
     # ---------------------------------------------------------------- life
 

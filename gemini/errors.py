@@ -5,8 +5,12 @@ Every message names the object, what was expected, what was found and what to do
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 __all__ = [
@@ -21,6 +25,7 @@ __all__ = [
     "OffloadIOError",
     "OutOfTierMemoryError",
     "WorkerError",
+    "naming_file",
 ]
 
 
@@ -109,3 +114,25 @@ class OffloadIOError(GeminiError, OSError):
 
     def __str__(self) -> str:
         return str(self.strerror)
+
+
+@contextmanager
+def naming_file(operation: str, path: Path) -> Iterator[None]:
+    """Let an OSError inside become an OffloadIOError that says what was being done, and to which file.
+
+    Args:
+        operation: a verb, as for OffloadIOError.
+        path: the file.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OffloadIOError: an OSError was raised.
+    """
+    try:
+        yield
+    except OffloadIOError:
+        raise
+    except OSError as error:
+        raise OffloadIOError(operation, str(path), error.errno or errno.EIO) from error

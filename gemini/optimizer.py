@@ -126,7 +126,9 @@ class HybridAdam(torch.optim.Optimizer):
             The closure's loss, None without one.
 
         Raises:
-            OffloadIOError: state could not be read or written.
+            OffloadIOError: state could not be read or written. Or a checkpoint, which was being saved since the last
+                step: then nothing has happened, and another call goes on.
+            CheckpointError: such a checkpoint was lost on another rank.
             ModelError: the engine was closed.
             ConfigError: a group's hyper-parameters are out of range, or a newer optimizer has taken the engine over.
         """
@@ -141,6 +143,8 @@ class HybridAdam(torch.optim.Optimizer):
             )
         for group in self.param_groups:
             _check_group(group)
+        runtime.check_usable()
+        runtime.saving.finish()  # before gradients are scaled, which happens once
         params = [(group, p) for group in self.param_groups for p in group["params"]]
         norm = runtime.gradient_norm([self._slots[id(p)] for _, p in params])
         self.last_grad_norm = norm

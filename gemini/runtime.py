@@ -369,12 +369,10 @@ class Runtime:
             segments: by chunk id, what to do to its elements, sorted; all of them have a gradient.
 
         Raises:
-            OffloadIOError: state could not be read or written; the engine refuses to go on. Or a checkpoint could not
-                be written; then nothing has happened.
+            OffloadIOError: state could not be read or written; the engine refuses to go on.
             ModelError: the engine is closed or its state was lost, or someone looks at weights that will move.
         """
         self.check_usable()
-        self.saving.finish()
         scale = self._clip_factor / self._loss_scale
         wishes = {chunk_id: StepWish(parts, scale) for chunk_id, parts in segments.items()}
         self.overlap.commit(wishes, kept=self._lookahead.needed_soon(self.plan.num_slots))
@@ -418,6 +416,7 @@ class Runtime:
 
         Raises:
             OffloadIOError: a read or write failed.
+            CheckpointError: a checkpoint that was being saved is lost, which is said once.
             ModelError: the engine is closed or its state was lost.
         """
         self.check_usable()

@@ -10,6 +10,7 @@ the tensors' bytes, without gaps).
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -22,11 +23,13 @@ from typing import Any
 
 import torch
 
-from gemini.errors import CheckpointError, OffloadIOError
+from gemini.errors import CheckpointError, naming_file
 
 __all__ = ["SafetensorsReader", "SafetensorsWriter", "TensorEntry", "checksum_of"]
 
 _DTYPES = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -41,6 +44,8 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_NBYTES = 100_000_000
 """The library refuses longer ones."""
+_MAX_NUM_DIMS = 64
+"""As in torch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,23 +83,18 @@ class SafetensorsWriter:
     Args:
         path: created; must not exist.
         tensors: dtype and shape of every tensor, by name.
-        metadata: texts for the header.
 
     Raises:
         OffloadIOError: the file cannot be created or written.
         CheckpointError: a dtype has no name in the format.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
         self.path = path
-        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        header: dict[str, Any] = {}
         offset = 0
-        for name, (dtype, shape) in tensors.items():
+        # Large elements first, so that all are aligned.
+        for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: -item[1][0].itemsize):
             if dtype not in _NAMES:
                 raise CheckpointError(f"{name}: {dtype} cannot be written to a safetensors file")
             nbytes = math.prod(shape) * dtype.itemsize
@@ -112,15 +112,23 @@ class SafetensorsWriter:
             for name, (dtype, shape) in tensors.items()
         }
         self._num_written = dict.fromkeys(tensors, 0)
-        with _failing("create", path):
+        with naming_file("create", path):
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            with _failing("reserve space for", path):
-                os.posix_fallocate(self._file, 0, self.nbytes)
+            with naming_file("reserve space for", path):
+                self._reserve()
             self._write(0, memoryview(len(text).to_bytes(8, "little") + text))
         except BaseException:
             os.close(self._file)
             raise
+
+    def _reserve(self) -> None:
+        """Let a full drive show now; where the file system cannot reserve, it shows while writing."""
+        try:
+            os.posix_fallocate(self._file, 0, self.nbytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV):
+                raise
 
     def append(self, name: str, values: torch.Tensor) -> None:
         """Write the next elements of a tensor.
@@ -139,7 +147,7 @@ class SafetensorsWriter:
         self._num_written[name] = done + values.numel()
 
     def _write(self, offset: int, data: memoryview) -> None:
-        with _failing("write", self.path):
+        with naming_file("write", self.path):
             while data:
                 num_written = os.pwrite(self._file, data, offset)
                 offset += num_written
@@ -147,24 +155,17 @@ class SafetensorsWriter:
 
     def close(self) -> None:
         """Wait until everything is on the drive."""
-        with _failing("write", self.path):
-            try:
-                os.fsync(self._file)
-            finally:
-                os.close(self._file)
-
-    def __enter__(self) -> SafetensorsWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            os.close(self._file)
-            return
         missing = [name for name, entry in self._entries.items() if self._num_written[name] < entry.numel]
         assert not missing, missing
-        self.close()
+        with naming_file("write", self.path):
+            os.fsync(self._file)
+        self.abort()
+
+    def abort(self) -> None:
+        """Close the file as it is; idempotent."""
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = -1
 
 
 class SafetensorsReader:
@@ -180,14 +181,14 @@ class SafetensorsReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with _failing("open", path):
+        with naming_file("open", path):
             self._file = os.open(path, os.O_RDONLY)
         try:
             nbytes = os.fstat(self._file).st_size
             length = int.from_bytes(self._read_bytes(0, min(8, nbytes)), "little")
             if nbytes < 8 or not 2 <= length <= min(_MAX_HEADER_NBYTES, nbytes - 8):
                 raise self._damaged("it is not a safetensors file, or was cut short")
-            self.entries, self.metadata = self._parse(self._read_bytes(8, length), 8 + length)
+            self.entries = self._parse(self._read_bytes(8, length), 8 + length)
             expected = 8 + length + sum(entry.nbytes for entry in self.entries.values())
             if nbytes != expected:
                 raise self._damaged(f"its header promises {expected} bytes, it has {nbytes}")
@@ -195,27 +196,26 @@ class SafetensorsReader:
             os.close(self._file)
             raise
 
-    def _parse(self, text: bytes, base: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-        """Return the header's tensors and metadata; everything in it may be damaged."""
+    def _parse(self, text: bytes, base: int) -> dict[str, TensorEntry]:
+        """Return the header's tensors; everything in it may be damaged."""
         try:
             header = json.loads(text)
-            metadata = header.pop("__metadata__", {})
+            header.pop("__metadata__", None)
             entries = {}
             for name, fields in header.items():
                 begin, end = fields["data_offsets"]
                 shape = tuple(fields["shape"])
-                entry = TensorEntry(_DTYPES[fields["dtype"]], shape, base + begin)
-                if not all(isinstance(size, int) and size >= 0 for size in (*shape, begin, end)):
+                if len(shape) > _MAX_NUM_DIMS or not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
                     raise ValueError(name)
-                if entry.nbytes != end - begin:
+                entries[name] = TensorEntry(_DTYPES[fields["dtype"]], shape, base + begin)
+                if entries[name].nbytes != end - begin:
                     raise ValueError(name)
-                entries[name] = entry
             end = base
             for entry in sorted(entries.values(), key=lambda entry: (entry.begin, entry.nbytes)):
                 if entry.begin != end:
                     raise ValueError("gap")
                 end += entry.nbytes
-            return entries, {str(key): str(value) for key, value in metadata.items()}
+            return entries
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._damaged(f"its header cannot be understood ({type(error).__name__}: {error})") from None
 
@@ -250,7 +250,7 @@ class SafetensorsReader:
         return bytes(data)
 
     def _read_into(self, offset: int, data: memoryview) -> None:
-        with _failing("read", self.path):
+        with naming_file("read", self.path):
             while data:
                 num_read = os.preadv(self._file, [data], offset)
                 if not num_read:
@@ -269,19 +269,3 @@ class SafetensorsReader:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-class _failing:
-    """Turns an OSError inside into an OffloadIOError that names the file."""
-
-    def __init__(self, operation: str, path: Path) -> None:
-        self._operation, self._path = operation, path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if isinstance(error, OSError) and not isinstance(error, OffloadIOError):
-            raise OffloadIOError(self._operation, str(self._path), error.errno or 0) from error

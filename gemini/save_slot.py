@@ -11,7 +11,7 @@ class UnfinishedSave(Protocol):
     """A checkpoint being written, as far as the runtime knows one."""
 
     def wait(self) -> Any:
-        """Block until it is complete; raises if it failed."""
+        """Block until it is complete, and release it; raises if it failed."""
 
     def close(self) -> None:
         """Block until nothing is read any more; raises nothing."""
@@ -30,12 +30,11 @@ class SaveSlot:
 
     def finish(self) -> None:
         """Wait for the save; one that failed raises, once."""
-        save, self._current = self._current, None
-        if save is not None:
-            save.wait()
+        if self._current is not None:
+            self._current.wait()
 
     def release(self, save: UnfinishedSave) -> None:
-        """Let go of a save that somebody else has waited for."""
+        """Let go of a save that reads nothing any more; its `wait` calls this."""
         if self._current is save:
             self._current = None
 

@@ -24,26 +24,24 @@ from gemini.tiers import MemoryTier
 from gemini.update import record_views
 
 __all__ = [
-    "StatePart",
+    "FROZEN_KINDS",
+    "STATE_KINDS",
+    "kinds_of",
     "load_master",
     "load_moments",
     "owned_run",
     "read_master",
     "read_moments",
-    "read_state",
+    "read_parts",
     "read_working",
     "reset_moments",
-    "write_state",
+    "write_parts",
 ]
 
-
-@dataclass(frozen=True, slots=True)
-class StatePart:
-    """Some consecutive elements of a trainable parameter: float32, 1D, on the CPU."""
-
-    master: torch.Tensor
-    momentum: torch.Tensor
-    variance: torch.Tensor
+STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
+"""What there is of a trainable parameter: its master, momentum and variance, under torch.optim.AdamW's names."""
+FROZEN_KINDS = ("weight",)
+"""What there is of a frozen one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,45 +170,57 @@ def owned_run(runtime: Runtime, slot: ParamSlot) -> slice:
     return slice(0, slot.spec.numel) if shard is None else piece_of(slot, shard)
 
 
-def read_state(runtime: Runtime, slot: ParamSlot) -> Iterator[StatePart]:
-    """Yield what lives here of a trainable parameter's master and moments, in order, a tile at a time."""
+def kinds_of(runtime: Runtime, slot: ParamSlot) -> tuple[str, ...]:
+    """Return what `read_parts` gives of a parameter: `STATE_KINDS` if it is trainable, else `FROZEN_KINDS`."""
+    return STATE_KINDS if slot.chunk_id in runtime.states else FROZEN_KINDS
+
+
+def read_parts(runtime: Runtime, slot: ParamSlot) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield what lives here of a parameter, in order, a tile at a time: 1D CPU copies, by kind.
+
+    Trainable parameters come as float32, frozen ones in their working dtype.
+    """
     chunk, piece = _chunk_and_piece(runtime, slot)
+    state = runtime.states.get(slot.chunk_id)
     for part in _parts(runtime, piece):
-        with (
-            _tile(runtime, chunk.home, part.tile, write=False) as tile,
-            _tile(runtime, runtime.states[slot.chunk_id], part.tile, write=False) as record,
-        ):
+        with _tile(runtime, chunk.home, part.tile, write=False) as tile:
             working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
-            _, momentum, variance = record_views(record, part.length, slot.spec.dtype)
-            master = torch.empty(working.numel(), dtype=torch.float32)
-            _join(master, working, record, part, slot.spec.dtype)
-            yield StatePart(master, momentum[part.in_tile].clone(), variance[part.in_tile].clone())
+            if state is None:
+                yield {"weight": working.clone()}
+                continue
+            with _tile(runtime, state, part.tile, write=False) as record:
+                _, momentum, variance = record_views(record, part.length, slot.spec.dtype)
+                master = torch.empty(working.numel(), dtype=torch.float32)
+                _join(master, working, record, part, slot.spec.dtype)
+                moments = (momentum[part.in_tile].clone(), variance[part.in_tile].clone())
+        yield dict(zip(STATE_KINDS, (master, *moments), strict=True))
 
 
-def write_state(runtime: Runtime, slot: ParamSlot, read: Callable[[int, int], StatePart]) -> None:
-    """Set what lives here of a trainable parameter's master and moments, a tile at a time.
-
-    A copy in compute memory is brought up to date.
+def write_parts(runtime: Runtime, slot: ParamSlot, read: Callable[[str, int, int], torch.Tensor]) -> None:
+    """Set what lives here of a parameter, a tile at a time. A copy in compute memory is brought up to date.
 
     Args:
         runtime: the engine's.
         slot: the parameter.
-        read: returns elements [begin, end) of the whole parameter, counted in row-major order.
+        read: returns elements [begin, end) of the whole parameter, in row-major order, of a kind from `kinds_of`.
     """
     chunk, piece = runtime.core.begin_update(slot.chunk_id), _chunk_and_piece(runtime, slot)[1]
+    state = runtime.states.get(slot.chunk_id)
     first = owned_run(runtime, slot).start
     try:
         for part in _parts(runtime, piece):
-            source = read(first + part.in_param.start, first + part.in_param.stop)
-            with (
-                _tile(runtime, chunk.home, part.tile, write=True) as tile,
-                _tile(runtime, runtime.states[slot.chunk_id], part.tile, write=True) as record,
-            ):
+            run = (first + part.in_param.start, first + part.in_param.stop)
+            values = [read(kind, *run) for kind in kinds_of(runtime, slot)]
+            with _tile(runtime, chunk.home, part.tile, write=True) as tile:
                 working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
-                _store(record, part, slot.spec.dtype, working, source.master)
-                _, momentum, variance = record_views(record, part.length, slot.spec.dtype)
-                momentum[part.in_tile] = source.momentum
-                variance[part.in_tile] = source.variance
+                if state is None:
+                    working.copy_(values[0])
+                    continue
+                with _tile(runtime, state, part.tile, write=True) as record:
+                    _store(record, part, slot.spec.dtype, working, values[0])
+                    _, momentum, variance = record_views(record, part.length, slot.spec.dtype)
+                    momentum[part.in_tile] = values[1]
+                    variance[part.in_tile] = values[2]
         _refresh(runtime, chunk, slot)
     finally:
         runtime.core.end_update(slot.chunk_id)

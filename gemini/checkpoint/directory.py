@@ -1,21 +1,25 @@
 """Where checkpoints are kept: each in a directory of its own, which appears under its name when it is complete.
 
-    DIR/step-00000300-save-00001/          complete
+    DIR/step-00000300-save-00001/     complete
     DIR/step-00000400-save-00002/
-    DIR/.saving-step-00000500-save-00003/  being written, or left behind by a process that was killed
+    DIR/.saving/                      being written, or left behind by a process that was killed
+    DIR/.removing-step-...            an old one that was being removed when the process was killed
 
 They are numbered as they were saved, so that a run that went back to an earlier step goes on from where it was last.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import logging
 import os
 import re
 import shutil
 from pathlib import Path
 
 from gemini.checkpoint.manifest import Manifest
-from gemini.errors import CheckpointError, OffloadIOError
+from gemini.errors import CheckpointError, OffloadIOError, naming_file
 
 __all__ = [
     "CheckpointDirectory",
@@ -26,89 +30,114 @@ __all__ = [
     "write_durably",
 ]
 
+logger = logging.getLogger(__name__)
+
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-\d+-save-(\d+)")
 
 
 class CheckpointDirectory:
-    """The checkpoints of one training run; used by one process at a time.
+    """The checkpoints of one training run.
+
+    While one is being saved the directory is locked with flock(2), which ends with the process however it ends.
 
     Args:
-        path: made if need be.
-
-    Raises:
-        OffloadIOError: it cannot be made.
+        path: made when the first checkpoint is.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OffloadIOError("create directory", str(path), error.errno or 0) from error
+        self.place = path / ".saving"
+        """Where a checkpoint is put together."""
+        self._lock: int | None = None
 
-    def next_number(self) -> int:
-        """Return the number of the next checkpoint."""
-        return max((_number_of(path) for path in complete_checkpoints(self.path)), default=0) + 1
-
-    def begin(self, name: str) -> None:
-        """Make an empty place for a checkpoint; what earlier attempts have left behind is removed.
-
-        Args:
-            name: from `name_of`.
+    def begin(self) -> None:
+        """Lock the directory and make an empty place; what earlier attempts have left behind is removed.
 
         Raises:
-            OffloadIOError: it cannot be made.
+            OffloadIOError: it cannot be made, or another process is saving into it.
         """
-        for left in self.path.glob(".saving-*"):
-            shutil.rmtree(left, ignore_errors=True)
+        with naming_file("create directory", self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.path)
         try:
-            self.place_of(name).mkdir()
-        except OSError as error:
-            raise OffloadIOError("create directory", str(self.place_of(name)), error.errno or 0) from error
+            with naming_file("create directory", self.place):
+                for left in (self.place, *self.path.glob(".removing-*")):
+                    shutil.rmtree(left, ignore_errors=True)
+                self.place.mkdir()
+        except OffloadIOError:
+            self._unlock()
+            raise
 
-    def place_of(self, name: str) -> Path:
-        """Return where a checkpoint is put together."""
-        return self.path / f".saving-{name}"
+    def abandon(self) -> None:
+        """Remove what has been put together since `begin`, if anything has."""
+        if self._lock is not None:
+            shutil.rmtree(self.place, ignore_errors=True)
+            self._unlock()
 
-    def abandon(self, name: str) -> None:
-        """Remove a checkpoint that will not be completed."""
-        shutil.rmtree(self.place_of(name), ignore_errors=True)
-
-    def commit(self, name: str, manifest: Manifest, *, keep_last: int | None) -> None:
+    def commit(self, manifest: Manifest, *, keep_last: int | None) -> int:
         """Let a checkpoint count, all of whose files are on the drive; then remove the oldest ones.
 
         Args:
-            name: its own.
             manifest: what it consists of.
             keep_last: complete checkpoints to keep; None: all.
+
+        Returns:
+            Its number.
 
         Raises:
             OffloadIOError: it cannot be completed.
         """
-        place = self.place_of(name)
-        try:
-            write_durably(place / MANIFEST, manifest.to_json().encode())
-            _sync(place)
-            place.rename(self.path / name)
+        with naming_file("complete checkpoint", self.place):
+            write_durably(self.place / MANIFEST, manifest.to_json().encode())
+            _sync(self.place)
+            number = max((_number_of(path) for path in complete_checkpoints(self.path)), default=0) + 1
+            self.place.rename(self.path / name_of(manifest.step, number))
             _sync(self.path)
-            for old in complete_checkpoints(self.path)[:-keep_last] if keep_last is not None else ():
-                # Under another name first: a checkpoint half removed must not look like one.
-                doomed = old.with_name(f".saving-old-{old.name}")
-                old.rename(doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
-        except OSError as error:
-            raise OffloadIOError("complete checkpoint", str(place), error.errno or 0) from error
+        if keep_last is not None:
+            self._remove(complete_checkpoints(self.path)[:-keep_last])
+        self._unlock()
+        return number
+
+    def _remove(self, checkpoints: list[Path]) -> None:
+        for path in checkpoints:
+            doomed = path.with_name(f".removing-{path.name}")  # one that is half removed must not look complete
+            try:
+                path.rename(doomed)
+                shutil.rmtree(doomed)
+            except OSError as error:
+                logger.warning("cannot remove the old checkpoint %s: %s", path, error)
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # the child of a fork keeps a descriptor of the same lock
+            os.close(self._lock)
+            self._lock = None
 
 
 def name_of(step: int, number: int) -> str:
-    """Return the name of a checkpoint's directory."""
+    """Return the name of a complete checkpoint's directory."""
     return f"step-{step:08d}-save-{number:05d}"
 
 
 def _number_of(path: Path) -> int:
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match is not None else 0
+
+
+def _lock(path: Path) -> int:
+    """Lock a directory; return the file descriptor that keeps the lock."""
+    with naming_file("open", path):
+        descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        hint = "another process is saving into it: give each run a directory of its own"
+        raise OffloadIOError("lock", str(path), errno.EBUSY, hint=hint) from error
+    except OSError as error:  # NFS locks no directories, some file systems nothing
+        logger.info("%s is not locked while a checkpoint is saved: %s", path, error)
+    return descriptor
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -121,18 +150,25 @@ def write_durably(path: Path, data: bytes) -> None:
     Raises:
         OffloadIOError: it cannot be written.
     """
+    with naming_file("write", path), open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(directory: Path) -> None:
+    """Wait until a directory's entries are on the drive."""
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        with open(path, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OffloadIOError("write", str(path), error.errno or 0) from error
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def complete_checkpoints(path: Path) -> list[Path]:
     """Return the complete checkpoints in a directory, in the order in which they were saved."""
-    found = [entry for entry in path.iterdir() if _number_of(entry) and (entry / MANIFEST).is_file()]
+    with naming_file("read", path):
+        found = [entry for entry in path.iterdir() if _number_of(entry) and (entry / MANIFEST).is_file()]
     return sorted(found, key=_number_of)
 
 
@@ -170,11 +206,10 @@ def read_manifest(path: Path) -> Manifest:
 
     Raises:
         CheckpointError: the manifest or a file is damaged or missing.
+        OffloadIOError: the manifest cannot be read.
     """
-    try:
+    with naming_file("read", path / MANIFEST):
         text = (path / MANIFEST).read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise OffloadIOError("read", str(path / MANIFEST), error.errno or 0) from error
     manifest = Manifest.from_json(text, source=str(path / MANIFEST))
     for name, record in manifest.files.items():
         try:
@@ -186,12 +221,3 @@ def read_manifest(path: Path) -> Manifest:
                 f"{path / name} is damaged: expected {record.nbytes} bytes, found {nbytes}; take another checkpoint"
             )
     return manifest
-
-
-def _sync(directory: Path) -> None:
-    """Wait until a directory's entries are on the drive."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

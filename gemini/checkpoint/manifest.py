@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,24 +14,22 @@ from typing import Any
 from gemini.errors import CheckpointError
 
 __all__ = [
-    "STATE_KINDS",
-    "WEIGHT_KIND",
     "FileRecord",
     "Manifest",
     "ParamRecord",
     "Piece",
     "entry_name",
     "find_pieces",
-    "state_name",
+    "run_state_name",
     "weights_name",
 ]
 
-STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
-"""What is kept of a trainable parameter, all float32."""
-WEIGHT_KIND = "weight"
-"""What is kept of a frozen one, in its working dtype."""
 FORMAT = "gemini-checkpoint"
 VERSION = 1
+_FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+MAX_COUNT = 2**63 - 1
+MAX_NUM_DIMS = 64
+"""As in torch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,7 @@ class Piece:
     begin: int
     end: int
     checksums: dict[str, int]
-    """CRC-32 of what is kept of these elements, by kind: "master", "exp_avg", "exp_avg_sq", or "weight"."""
+    """CRC-32 of what is kept of these elements, by kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,8 @@ class ParamRecord:
     """One parameter of the model."""
 
     shape: tuple[int, ...]
-    is_trainable: bool
+    kinds: tuple[str, ...]
+    """What is kept of it: "master", "exp_avg", "exp_avg_sq", all float32; or "weight" of a frozen one."""
 
     @property
     def numel(self) -> int:
@@ -102,8 +102,8 @@ class Manifest:
             document = json.loads(text)
             if document["format"] != FORMAT:
                 raise ValueError(f"format is {document['format']!r}")
-            version = document["version"]
-            if isinstance(version, int) and version > VERSION:
+            version = _count(document["version"])
+            if version > VERSION:
                 raise CheckpointError(
                     f"{source}: version {version} of the format; this version of gemini reads up to {VERSION}: upgrade"
                 )
@@ -118,33 +118,37 @@ class Manifest:
 
 
 def _manifest_of(body: Mapping[str, Any]) -> Manifest:
-    params = {
-        str(name): ParamRecord(tuple(map(_count, fields["shape"])), bool(fields["is_trainable"]))
-        for name, fields in body["params"].items()
-    }
-    files = {}
-    for name, fields in body["files"].items():
-        if not isinstance(name, str) or "/" in name or name.startswith("."):
-            raise ValueError(f"file name {name!r}")
-        pieces = {
-            str(param): Piece(
-                _count(piece["begin"]),
-                _count(piece["end"]),
-                {str(kind): _count(value) for kind, value in piece["checksums"].items()},
-            )
-            for param, piece in fields["pieces"].items()
-        }
-        checksum = fields["checksum"]
-        files[name] = FileRecord(_count(fields["nbytes"]), None if checksum is None else _count(checksum), pieces)
+    params = {name: _param_of(fields) for name, fields in body["params"].items()}
+    files = {name: _file_of(name, fields, params) for name, fields in body["files"].items()}
     manifest = Manifest(_count(body["step"]), _count(body["world_size"]), params, files)
     for name, param in params.items():
         find_pieces(manifest, name, 0, param.numel)
     return manifest
 
 
+def _param_of(fields: Mapping[str, Any]) -> ParamRecord:
+    if len(fields["shape"]) > MAX_NUM_DIMS:
+        raise ValueError(f"{len(fields['shape'])} dimensions")
+    return ParamRecord(tuple(map(_count, fields["shape"])), tuple(map(str, fields["kinds"])))
+
+
+def _file_of(name: str, fields: Mapping[str, Any], params: Mapping[str, ParamRecord]) -> FileRecord:
+    if _FILE_NAME.fullmatch(name) is None:
+        raise ValueError(f"file name {name!r}")
+    pieces = {}
+    for param, piece in fields["pieces"].items():
+        begin, end = _count(piece["begin"]), _count(piece["end"])
+        checksums = {kind: _count(value) for kind, value in piece["checksums"].items()}
+        if not begin <= end <= params[param].numel or set(checksums) != set(params[param].kinds):
+            raise ValueError(f"elements {begin} to {end} of {param}")
+        pieces[param] = Piece(begin, end, checksums)
+    checksum = fields["checksum"]
+    return FileRecord(_count(fields["nbytes"]), None if checksum is None else _count(checksum), pieces)
+
+
 def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"expected a number of at least 0, got {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_COUNT:
+        raise ValueError(f"expected a number from 0 to {MAX_COUNT}, got {str(value)[:40]!r}")
     return value
 
 
@@ -175,15 +179,12 @@ def find_pieces(manifest: Manifest, param: str, begin: int, end: int) -> list[tu
 
 
 def _covers(pieces: Iterable[Piece], begin: int, end: int) -> bool:
-    place: int | None = None
-    for piece in pieces:
-        if place is None:
-            if piece.begin > begin:
-                return False
-        elif piece.begin != place:
+    place = begin
+    for i, piece in enumerate(pieces):
+        if piece.begin > place or (i and piece.begin < place):
             return False
         place = piece.end
-    return place is not None and place >= end
+    return place >= end
 
 
 def weights_name(rank: int) -> str:
@@ -191,7 +192,7 @@ def weights_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def state_name(rank: int) -> str:
+def run_state_name(rank: int) -> str:
     """Return the name of a rank's file of everything else."""
     return f"rank-{rank:05d}.pt"
 

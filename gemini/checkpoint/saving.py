@@ -15,8 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +23,22 @@ import torch
 
 from gemini.checkpoint.directory import CheckpointDirectory, name_of, write_durably
 from gemini.checkpoint.manifest import (
-    STATE_KINDS,
-    WEIGHT_KIND,
     FileRecord,
     Manifest,
     ParamRecord,
     Piece,
     entry_name,
-    state_name,
+    run_state_name,
     weights_name,
 )
-from gemini.checkpoint.run_state import encode_run_state, rng_state
-from gemini.checkpoint.stateful import CheckpointedOptimizer, Stateful, rank_of
+from gemini.checkpoint.participants import Participants, agree, on_all_ranks, rank_of
+from gemini.checkpoint.run_state import collect_run_state, encode_run_state
 from gemini.chunk.layout import ParamSlot
-from gemini.errors import CheckpointError, ConfigError, GeminiError
+from gemini.errors import ConfigError, GeminiError
 from gemini.runtime import Runtime
 from gemini.safetensors_file import SafetensorsWriter
 from gemini.tiers import MemoryTier
-from gemini.weights import owned_run, read_state, read_working
+from gemini.weights import kinds_of, owned_run, read_parts
 
 __all__ = ["PendingSave", "save_checkpoint"]
 
@@ -51,10 +48,8 @@ logger = logging.getLogger(__name__)
 def save_checkpoint(
     runtime: Runtime,
     path: Path,
+    participants: Participants,
     *,
-    buffers: Mapping[str, torch.Tensor],
-    optimizer: CheckpointedOptimizer | None,
-    scheduler: Stateful | None,
     extra: Any,
     keep_last: int | None,
     with_frozen: bool,
@@ -68,20 +63,8 @@ def save_checkpoint(
             "them with optimizer.zero_grad()"
         )
     runtime.finish_updates()
-    small: dict[str, Any] = {"rng": rng_state()}
-    if rank_of(runtime) == 0:
-        small |= {
-            "extra": extra,
-            "buffers": {name: buffer.detach().cpu() for name, buffer in buffers.items()},
-            "optimizer": None if optimizer is None else optimizer.hyper_state_dict(),
-            "scheduler": None if scheduler is None else scheduler.state_dict(),
-            "scaler": None if runtime.scaler is None else runtime.scaler.state_dict(),
-            "num_skipped_steps": runtime.num_skipped_steps,
-            "expected_backwards": runtime.gradients.expected_backwards,
-        }
-    save = PendingSave(runtime, CheckpointDirectory(path), keep_last=keep_last)
-    save.begin(encode_run_state(small), with_frozen=with_frozen)
-    runtime.saving.hold(save)
+    save = PendingSave(runtime, CheckpointDirectory(path), keep_last=keep_last, with_frozen=with_frozen)
+    save.begin(participants, extra)
     return save
 
 
@@ -92,27 +75,30 @@ class PendingSave:
         runtime: the engine's.
         directory: where to.
         keep_last: complete checkpoints to keep.
+        with_frozen: whether frozen parameters are saved too.
     """
 
-    def __init__(self, runtime: Runtime, directory: CheckpointDirectory, *, keep_last: int | None) -> None:
+    def __init__(
+        self, runtime: Runtime, directory: CheckpointDirectory, *, keep_last: int | None, with_frozen: bool
+    ) -> None:
         self._runtime = runtime
         self._directory = directory
         self._keep_last = keep_last
         self._step = runtime.num_steps
-        self._name = ""
-        self._is_first = rank_of(runtime) == 0
-        slots = list(runtime.layout.slot_by_name.values())
-        self._trainable = [slot for slot in slots if slot.chunk_id in runtime.states]
-        self._frozen = [slot for slot in slots if slot.chunk_id not in runtime.states]
+        self._rank = rank_of(runtime)
+        slots = runtime.layout.slot_by_name.values()
+        self._slots = [slot for slot in slots if with_frozen or slot.chunk_id in runtime.states]
         self._writer: SafetensorsWriter | None = None
-        self._state_record = FileRecord(0, 0, {})
-        self._error: BaseException | None = None
-        self._thread: threading.Thread | None = None
+        self._run_state = b""
+        self._thread = threading.Thread(target=self._write, name="gemini-save", daemon=True)
+        self._is_over = False
+        self._error: Exception | None = None
+        self._path: Path | None = None
 
     @property
     def is_done(self) -> bool:
         """Whether this rank has written its part."""
-        return self._thread is None or not self._thread.is_alive()
+        return not self._thread.is_alive()
 
     def wait(self) -> Path:
         """Block until the checkpoint is complete. With several ranks all call it, or take their next step.
@@ -123,158 +109,137 @@ class PendingSave:
         Raises:
             OffloadIOError: it could not be written. There is no checkpoint; training may go on.
             CheckpointError: another rank could not write its part, likewise.
+            CollectiveError: a rank has died, stalled or gone another way.
         """
-        self._runtime.saving.release(self)
-        if self._thread is not None:
+        if not self._is_over:
             self._thread.join()
-            self._thread = None
+            self._is_over = True
+            self._runtime.saving.release(self)
             if self._runtime.sharding is not None:
-                self._try(self._complete)
+                self._complete()
         if self._error is not None:
             raise self._error
-        return self._directory.path / self._name
+        assert self._path is not None
+        return self._path
 
     def close(self) -> None:
         """Block until nothing of the engine is read any more, and say if the checkpoint is lost."""
-        if self._thread is None:
-            return
         self._thread.join()
-        if self._runtime.sharding is not None:
-            logger.error("the checkpoint %s was not completed: call wait() before the engine is closed", self._name)
-        elif self._error is not None:
-            logger.error("the checkpoint %s could not be written: %s", self._name, self._error)
+        self._is_over = True
+        if self._error is None and self._path is None:
+            self._error = GeminiError("wait() was not called before the engine was closed")
+            self._directory.abandon()
+        if self._error is not None:
+            logger.error("the checkpoint of step %d in %s is lost: %s", self._step, self._directory.path, self._error)
 
-    def begin(self, small_state: bytes, *, with_frozen: bool) -> None:
+    def begin(self, participants: Participants, extra: Any) -> None:
         """Write what must be written now, and start writing the rest.
 
         Args:
-            small_state: this rank's, encoded.
-            with_frozen: whether frozen parameters are saved too.
+            participants: whose state is saved.
+            extra: to be kept as well.
 
         Raises:
             OffloadIOError: the directory cannot be made.
-            CheckpointError: likewise, on another rank.
+            ConfigError: something cannot be kept.
+            CheckpointError: one of these on another rank.
         """
-        (number,), *_ = self._gather([self._directory.next_number()])  # the first rank's
-        self._name = name_of(self._step, number)
-        if self._is_first:
-            self._try(partial(self._directory.begin, self._name))
-        self._gather([])
-        if self._error is not None:
-            raise self._error
-        if not with_frozen:
-            self._frozen = []
-        self._try(lambda: self._open(small_state))
-        now = [slot for slot in self._trainable if self._is_on_device(slot)]
-        later = [slot for slot in self._trainable if not self._is_on_device(slot)]
-        self._append_states(now)
-        for slot in self._frozen:
-            values = read_working(self._runtime, slot)  # by all ranks together
-            if self._is_first:
-                self._try(partial(self._append, slot, {WEIGHT_KIND: values.reshape(-1)}))
-        self._thread = threading.Thread(target=self._write, args=(later,), name="gemini-save", daemon=True)
-        self._thread.start()
+        try:
+            with on_all_ranks(self._runtime):
+                self._run_state = encode_run_state(collect_run_state(self._runtime, participants, extra))
+                if self._rank == 0:
+                    self._directory.begin()
+            try:
+                self._open()
+                self._append(slot for slot in self._slots if self._is_on_device(slot))
+            except Exception as error:
+                self._error = error
+            self._runtime.saving.hold(self)
+            self._thread.start()
+        except BaseException:
+            self._abort()
+            raise
 
     def _is_on_device(self, slot: ParamSlot) -> bool:
-        homes = (self._runtime.states[slot.chunk_id], self._runtime.core.chunks[slot.chunk_id].home)
-        return any(MemoryTier.DEVICE in home.tiers for home in homes)
+        homes = (self._runtime.states.get(slot.chunk_id), self._runtime.core.chunks[slot.chunk_id].home)
+        return any(MemoryTier.DEVICE in home.tiers for home in homes if home is not None)
 
-    def _try(self, action: Callable[[], Any]) -> None:
-        """Do something unless something has failed; remember if it fails, so that other ranks hear of it."""
+    def _open(self) -> None:
+        place = self._directory.place
+        write_durably(place / run_state_name(self._rank), self._run_state)
+        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for slot in self._slots:
+            dtype = torch.float32 if slot.chunk_id in self._runtime.states else slot.spec.dtype
+            run = owned_run(self._runtime, slot)
+            for kind in kinds_of(self._runtime, slot):
+                tensors[entry_name(kind, slot.spec.name)] = (dtype, (run.stop - run.start,))
+        self._writer = SafetensorsWriter(place / weights_name(self._rank), tensors)
+
+    def _append(self, slots: Iterable[ParamSlot]) -> None:
+        assert self._writer is not None
+        for slot in slots:
+            for part in read_parts(self._runtime, slot):
+                for kind, values in part.items():
+                    self._writer.append(entry_name(kind, slot.spec.name), values)
+
+    def _abort(self) -> None:
+        if self._writer is not None:
+            self._writer.abort()
+        self._directory.abandon()
+
+    def _write(self) -> None:
+        """Write what is not on a device; in a thread of its own."""
         if self._error is None:
             try:
-                action()
-            except (GeminiError, OSError) as error:
+                assert self._writer is not None
+                self._append(slot for slot in self._slots if not self._is_on_device(slot))
+                self._writer.close()
+            except Exception as error:  # whatever it is, `wait` raises it
                 self._error = error
-
-    def _open(self, small_state: bytes) -> None:
-        place, rank = self._directory.place_of(self._name), rank_of(self._runtime)
-        write_durably(place / state_name(rank), small_state)
-        self._state_record = FileRecord(len(small_state), zlib.crc32(small_state), {})
-        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        for slot in self._trainable:
-            run = owned_run(self._runtime, slot)
-            for kind in STATE_KINDS:
-                tensors[entry_name(kind, slot.spec.name)] = (torch.float32, (run.stop - run.start,))
-        for slot in self._frozen if self._is_first else ():
-            tensors[entry_name(WEIGHT_KIND, slot.spec.name)] = (slot.spec.dtype, (slot.spec.numel,))
-        self._writer = SafetensorsWriter(place / weights_name(rank), tensors)
-
-    def _append(self, slot: ParamSlot, values: Mapping[str, torch.Tensor]) -> None:
-        assert self._writer is not None
-        for kind, part in values.items():
-            self._writer.append(entry_name(kind, slot.spec.name), part)
-
-    def _append_states(self, slots: Iterable[ParamSlot]) -> None:
-        for slot in slots:
-            for part in read_state(self._runtime, slot) if self._error is None else ():
-                values = {"master": part.master, "exp_avg": part.momentum, "exp_avg_sq": part.variance}
-                self._try(partial(self._append, slot, values))
-
-    def _write(self, slots: list[ParamSlot]) -> None:
-        self._try(partial(self._append_states, slots))
-        if self._writer is not None:
-            self._try(self._writer.close)
         if self._runtime.sharding is None:
-            self._try(self._complete)
-
-    # ---------------------------------------------------------------- together with other ranks
-
-    def _gather(self, values: list[int]) -> list[list[int]]:
-        """Return what all ranks give; if one has failed, fail as well."""
-        own = [int(self._error is None), *values]
-        table = [own]
-        if self._runtime.sharding is not None:
-            table = self._runtime.sharding.group.gather_values(torch.tensor(own), name="a checkpoint").tolist()
-        failed = [rank for rank, row in enumerate(table) if not row[0]]
-        if failed and self._error is None:
-            ranks = ", ".join(map(str, failed))
-            self._error = CheckpointError(
-                f"rank {ranks} could not write its part of the checkpoint in {self._directory.path}; see its own error"
-            )
-        return [row[1:] for row in table]
+            self._complete()
 
     def _complete(self) -> None:
-        """Let the checkpoint count once all ranks have written their parts."""
-        table = self._gather(self._summary())
-        if self._error is None and self._is_first:
-            files: dict[str, FileRecord] = {}
-            for rank, row in enumerate(table):
-                files |= self._records(rank, row)
-            manifest = Manifest(self._step, len(table), self._params(), files)
-            self._try(partial(self._directory.commit, self._name, manifest, keep_last=self._keep_last))
-        self._gather([])
-        if self._error is not None and self._is_first:
-            self._directory.abandon(self._name)
+        """Let the checkpoint count once all ranks have written their parts; all ranks call."""
+        try:
+            agree(self._runtime, self._error)
+            summaries = agree(self._runtime, None, self._summary())
+            number = 0
+            with on_all_ranks(self._runtime):
+                if self._rank == 0:
+                    number = self._directory.commit(self._manifest(summaries), keep_last=self._keep_last)
+            (number,) = agree(self._runtime, None, [number])[0]
+            self._path = self._directory.path / name_of(self._step, number)
+        except Exception as error:
+            self._error = error
+            self._abort()
 
     def _summary(self) -> list[int]:
-        """Return what the first rank must know of this one's files: as many numbers whatever has happened."""
-        summary = [0 if self._writer is None else self._writer.nbytes, self._state_record.nbytes]
-        summary.append(self._state_record.checksum or 0)
-        for slot in self._trainable:
+        """Return what the first rank must know of this one's files."""
+        assert self._writer is not None
+        summary = [self._writer.nbytes, len(self._run_state), zlib.crc32(self._run_state)]
+        for slot in self._slots:
             run = owned_run(self._runtime, slot)
-            checksums = {} if self._writer is None else self._writer.checksums
-            kinds = (entry_name(kind, slot.spec.name) for kind in STATE_KINDS)
-            summary += [run.start, run.stop, *(checksums.get(name, 0) for name in kinds)]
+            checksums = (
+                self._writer.checksums[entry_name(kind, slot.spec.name)] for kind in kinds_of(self._runtime, slot)
+            )
+            summary += [run.start, run.stop, *checksums]
         return summary
 
-    def _records(self, rank: int, summary: list[int]) -> dict[str, FileRecord]:
-        """Return a rank's files from its summary; on the first rank."""
-        weights_nbytes, state_nbytes, state_checksum, *rest = summary
-        pieces = {}
-        for i, slot in enumerate(self._trainable):
-            begin, end, *checksums = rest[5 * i : 5 * i + 5]
-            if begin < end or not slot.spec.numel:
-                pieces[slot.spec.name] = Piece(begin, end, dict(zip(STATE_KINDS, checksums, strict=True)))
-        for slot in self._frozen if rank == 0 else ():
-            assert self._writer is not None
-            checksum = self._writer.checksums[entry_name(WEIGHT_KIND, slot.spec.name)]
-            pieces[slot.spec.name] = Piece(0, slot.spec.numel, {WEIGHT_KIND: checksum})
-        return {
-            weights_name(rank): FileRecord(weights_nbytes, None, pieces),
-            state_name(rank): FileRecord(state_nbytes, state_checksum, {}),
-        }
-
-    def _params(self) -> dict[str, ParamRecord]:
-        trainable = {slot.spec.name: ParamRecord(tuple(slot.spec.shape), True) for slot in self._trainable}
-        return trainable | {slot.spec.name: ParamRecord(tuple(slot.spec.shape), False) for slot in self._frozen}
+    def _manifest(self, summaries: list[list[int]]) -> Manifest:
+        """Describe the checkpoint from all ranks' summaries."""
+        kinds = {slot.spec.name: kinds_of(self._runtime, slot) for slot in self._slots}
+        files: dict[str, FileRecord] = {}
+        for rank, summary in enumerate(summaries):
+            weights_nbytes, state_nbytes, state_checksum, *rest = summary
+            pieces = {}
+            for slot in self._slots:
+                name = slot.spec.name
+                begin, end, *rest = rest
+                checksums, rest = rest[: len(kinds[name])], rest[len(kinds[name]) :]
+                if begin < end or not slot.spec.numel:
+                    pieces[name] = Piece(begin, end, dict(zip(kinds[name], checksums, strict=True)))
+            files[weights_name(rank)] = FileRecord(weights_nbytes, None, pieces)
+            files[run_state_name(rank)] = FileRecord(state_nbytes, state_checksum, {})
+        params = {slot.spec.name: ParamRecord(tuple(slot.spec.shape), kinds[slot.spec.name]) for slot in self._slots}
+        return Manifest(self._step, len(summaries), params, files)
