@@ -103,6 +103,8 @@ class Manifest:
             if document["format"] != FORMAT:
                 raise ValueError(f"format is {document['format']!r}")
             version = _count(document["version"])
+            if version < 1:
+                raise ValueError(f"version is {version}")
             if version > VERSION:
                 raise CheckpointError(
                     f"{source}: version {version} of the format; this version of gemini reads up to {VERSION}: upgrade"
