@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from gemini.checkpoint.manifest import Manifest
@@ -110,7 +111,8 @@ class CheckpointDirectory:
 
     def _unlock(self) -> None:
         if self._lock is not None:
-            fcntl.flock(self._lock, fcntl.LOCK_UN)  # the child of a fork keeps a descriptor of the same lock
+            with suppress(OSError):  # of file systems without locks
+                fcntl.flock(self._lock, fcntl.LOCK_UN)  # the child of a fork keeps a descriptor of the same lock
             os.close(self._lock)
             self._lock = None
 
