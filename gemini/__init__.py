@@ -23,6 +23,7 @@ from gemini.placement.cost_model import StepFlops, transformer_flops
 from gemini.placement.plan import PlacementPlan
 from gemini.placement.policy import StaticPlacement
 from gemini.report import MemoryReport
+from gemini.signals import StopOnSignals
 from gemini.tiers import MemoryTier
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "PlacementPlan",
     "StaticPlacement",
     "StepFlops",
+    "StopOnSignals",
     "WorkerError",
     "measure_hardware",
     "transformer_flops",

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # importmode=importlib leaves sys.path alone
-for name in ("training", "zero"):
-    sys.path.insert(0, str(Path(__file__).parent.parent / name))
+sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "zero"))
 
 from rank_pool import RankPool
 

@@ -1,6 +1,6 @@
 """Runs that are saved half way and resumed. As a program: resume them all, in a process that knows nothing of them.
 
-    python tests/checkpoint/runs.py DIRECTORY
+python tests/checkpoint/runs.py DIRECTORY
 """
 
 from __future__ import annotations

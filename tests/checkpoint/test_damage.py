@@ -146,7 +146,10 @@ def test_another_model_is_refused(copy: Path, run: Training) -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: Tower(num_blocks=3), "is of another model: it lacks nothing and has blocks.3.down.bias, .* more besides"),
+        (
+            lambda: Tower(num_blocks=3),
+            "is of another model: it lacks nothing and has blocks.3.down.bias, .* more besides",
+        ),
         (lambda: Tower(num_blocks=5), "it lacks blocks.4.down.bias, .* 3 more and has nothing besides"),
         (lambda: Tower(width=2 * HIDDEN), r"blocks.0.norm.weight has shape \(32,\) in .*, the model's has \(64,\)"),
         (lambda: frozen(Tower()), "blocks.0.norm.weight was trainable when .* was saved and is frozen now"),
@@ -194,7 +197,9 @@ def test_a_missing_scheduler_is_said(run: Training, tmp_path: Path) -> None:
 
 def test_a_missing_optimizer_is_said(saved: Path, tmp_path: Path) -> None:
     with GeminiDDP(SCENARIO.case.model(), config_for("host")) as engine:
-        with pytest.raises(ConfigError, match=r"has an optimizer's state: construct HybridAdam\(engine\.parameters\(\)\)"):
+        with pytest.raises(
+            ConfigError, match=r"has an optimizer's state: construct HybridAdam\(engine\.parameters\(\)\)"
+        ):
             engine.load_checkpoint(saved)
         engine.save_checkpoint(tmp_path / "run")
         optimizer = hybrid_adam(engine.parameters())
@@ -257,5 +262,7 @@ def test_an_engine_that_was_loaded_half_way_refuses_to_go_on(copy: Path, tmp_pat
     with training(SCENARIO, "host", tmp_path) as run:
         with pytest.raises(OffloadIOError, match="cannot read somewhere"):
             run.engine.load_checkpoint(copy, scheduler=BadScheduler())
-        with pytest.raises(ModelError, match=r"loading .*/copy failed half way \(cannot read somewhere.*load a checkpoint"):
+        with pytest.raises(
+            ModelError, match=r"loading .*/copy failed half way \(cannot read somewhere.*load a checkpoint"
+        ):
             run.train(0, 1)

@@ -1,4 +1,4 @@
-"""What fails on one rank while a checkpoint is saved or loaded is raised on all of them, at once, and changes nothing."""
+"""What fails on one rank while a checkpoint is saved or loaded is raised on all of them, and changes nothing."""
 
 from __future__ import annotations
 
