@@ -10,7 +10,6 @@ the tensors' bytes, without gaps).
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 from gemini.errors import CheckpointError, naming_file
+from gemini.offload.block_writer import BlockWriter
 
 __all__ = ["SafetensorsReader", "SafetensorsWriter", "TensorEntry", "checksum_of"]
 
@@ -70,11 +70,11 @@ class TensorEntry:
 
 def checksum_of(values: torch.Tensor, before: int = 0) -> int:
     """Return the CRC-32 (zlib's) of a tensor's bytes, going on from that of what came before."""
-    return zlib.crc32(_bytes_of(values), before)
+    return zlib.crc32(_as_bytes(values).numpy().data, before)
 
 
-def _bytes_of(values: torch.Tensor) -> memoryview:
-    return values.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+def _as_bytes(values: torch.Tensor) -> torch.Tensor:
+    return values.detach().contiguous().view(-1).view(torch.uint8)
 
 
 class SafetensorsWriter:
@@ -112,23 +112,12 @@ class SafetensorsWriter:
             for name, (dtype, shape) in tensors.items()
         }
         self._num_written = dict.fromkeys(tensors, 0)
-        with naming_file("create", path):
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._file = BlockWriter(path, self.nbytes)
         try:
-            with naming_file("reserve space for", path):
-                self._reserve()
-            self._write(0, memoryview(len(text).to_bytes(8, "little") + text))
+            self._file.write(0, torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8))
         except BaseException:
-            os.close(self._file)
+            self._file.abort()
             raise
-
-    def _reserve(self) -> None:
-        """Let a full drive show now; where the file system cannot reserve, it shows while writing."""
-        try:
-            os.posix_fallocate(self._file, 0, self.nbytes)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV):
-                raise
 
     def append(self, name: str, values: torch.Tensor) -> None:
         """Write the next elements of a tensor.
@@ -141,31 +130,19 @@ class SafetensorsWriter:
         done = self._num_written[name]
         assert values.dtype is entry.dtype
         assert done + values.numel() <= entry.numel
-        data = _bytes_of(values)
-        self._write(entry.begin + done * entry.dtype.itemsize, data)
-        self.checksums[name] = zlib.crc32(data, self.checksums[name])
+        self.checksums[name] = checksum_of(values, self.checksums[name])
+        self._file.write(entry.begin + done * entry.dtype.itemsize, _as_bytes(values))
         self._num_written[name] = done + values.numel()
-
-    def _write(self, offset: int, data: memoryview) -> None:
-        with naming_file("write", self.path):
-            while data:
-                num_written = os.pwrite(self._file, data, offset)
-                offset += num_written
-                data = data[num_written:]
 
     def close(self) -> None:
         """Wait until everything is on the drive."""
         missing = [name for name, entry in self._entries.items() if self._num_written[name] < entry.numel]
         assert not missing, missing
-        with naming_file("write", self.path):
-            os.fsync(self._file)
-        self.abort()
+        self._file.finish()
 
     def abort(self) -> None:
         """Close the file as it is; idempotent."""
-        if self._file >= 0:
-            os.close(self._file)
-        self._file = -1
+        self._file.abort()
 
 
 class SafetensorsReader:
@@ -241,7 +218,7 @@ class SafetensorsReader:
         assert 0 <= begin <= end <= entry.numel
         values = torch.empty(end - begin, dtype=entry.dtype)
         if begin < end:
-            self._read_into(entry.begin + begin * entry.dtype.itemsize, _bytes_of(values))
+            self._read_into(entry.begin + begin * entry.dtype.itemsize, _as_bytes(values).numpy().data)
         return values
 
     def _read_bytes(self, offset: int, nbytes: int) -> bytes:

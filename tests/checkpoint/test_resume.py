@@ -15,6 +15,7 @@ import torch
 from runs import NUM_SAVED, NUM_STEPS, Scenario, scenarios, training
 from training_harness import Run, same_bits
 
+pytestmark = pytest.mark.timeout(300)  # for the fixture, on a busy machine
 REPOSITORY = Path(__file__).parents[2]
 RUNS = Path(__file__).with_name("runs.py")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,7 +129,7 @@ def test_a_quickstart_that_is_told_to_stop_saves_and_is_resumed_with_the_same_bi
     assert losses == losses_of(out / "summary.json")
 
 
-def test_train_hf_trains_a_shape_from_a_config_file(tmp_path: Path) -> None:
+def test_train_hf_trains_a_shape_from_a_config_file_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     config = {
         "model_type": "llama",
         "vocab_size": 512,
@@ -141,15 +142,20 @@ def test_train_hf_trains_a_shape_from_a_config_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "text").write_text("It was the best of times, it was the worst of times. " * 50)
 
-    run_example(
-        "train_hf.py", "--config", tmp_path / "config.json", "--text", tmp_path / "text", "--cache", tmp_path,
-        "--device", "cpu", "--dtype", "fp32", "--tokens", "32", "--seq", "16", "--accumulate", "2",
-        "--checkpoint-activations", "--json", tmp_path / "summary.json",
+    arguments = (
+        "--config", tmp_path / "config.json", "--text", tmp_path / "text", "--cache", tmp_path, "--device", "cpu",
+        "--dtype", "fp32", "--tokens", "32", "--seq", "16", "--accumulate", "2", "--checkpoint-activations",
+        "--json", tmp_path / "summary.json", "--checkpoint", tmp_path / "saved",
     )  # fmt: skip
+    run_example("train_hf.py", *arguments, "--save-every", "2")
 
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["steps"] == 3
     assert summary["memory_report"]["num_skipped_steps"] == 0
+
+    shutil.rmtree(tmp_path / "saved" / "step-00000003-save-00002")
+    run_example("train_hf.py", *arguments, "--resume")
+    assert losses_of(tmp_path / "summary.json") == summary["losses"][2:]
 
 
 def start_train_zero(*arguments: str | Path | int) -> subprocess.Popen[str]:
