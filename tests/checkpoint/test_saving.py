@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from training_harness import PLACEMENTS, config_for, hybrid_adam, same_bits
 
 from gemini import ConfigError, GeminiDDP, OffloadIOError
 from gemini.checkpoint.directory import CheckpointDirectory, complete_checkpoints, find_checkpoint, read_manifest
+from gemini.safetensors_file import SafetensorsWriter
 from gemini.weights import read_parts
 
 SCENARIO = Scenario(adam={"max_grad_norm": 0.1})
@@ -97,6 +99,29 @@ def test_a_full_drive_is_told_when_the_engine_closes(tmp_path: Path, caplog: pyt
     assert "the checkpoint of step 0 in" in caplog.text
     assert "is lost: cannot reserve space for" in caplog.text
     assert names(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("place", ["host", "nvme"])
+def test_the_next_step_waits_for_a_slow_save(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    append = SafetensorsWriter.append
+
+    def append_slowly(writer: SafetensorsWriter, name: str, values: torch.Tensor) -> None:
+        time.sleep(0.002)
+        append(writer, name, values)
+
+    with training(SCENARIO, place, tmp_path) as run:
+        run.train(0, 1)
+        expected = run.run.weights
+        monkeypatch.setattr(SafetensorsWriter, "append", append_slowly)
+        save = run.engine.save_checkpoint(tmp_path / "run", wait=False)
+        run.engine(**run.scenario.case.batches(2)[1]).loss.backward()
+        assert not save.is_done
+        run.optimizer.step()
+        assert save.is_done
+        run.optimizer.zero_grad()
+        assert not same_bits(run.run.weights, expected)
+        run.engine.load_checkpoint(save.wait())
+        assert same_bits(run.run.weights, expected)
 
 
 @pytest.mark.parametrize("place", PLACEMENTS)
