@@ -19,6 +19,7 @@ RUNS = {
     "step-gpt2-medium": ["step.py", "--model", "gpt2-medium", "--swap", "SWAP"],
     "step-gpt2-large": ["step.py", "--model", "gpt2-large", "--swap", "SWAP"],
     "capacity": ["capacity.py", "--ram", "4GiB", "--swap", "SWAP"],
+    "checkpoint": ["checkpoint.py", "--dir", "SWAP"],
     "loss": ["loss.py"],
     "slices": ["slices.py", "--swap", "SWAP"],
     "heap": ["heap.py", "--swap", "SWAP"],

@@ -1,7 +1,8 @@
-"""What the examples share: text every machine has, a display, a summary."""
+"""What the examples share: text every machine has, checkpoints, a display, a summary."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -24,12 +25,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from gemini import ConfigError, GeminiDDP, GeminiError, MemoryReport
+from gemini import ConfigError, GeminiDDP, GeminiError, MemoryReport, StopOnSignals
 from gemini.tiers import format_nbytes
 
 __all__ = [
+    "ResumableSteps",
     "TrainingDisplay",
     "TrainingLog",
+    "add_checkpoint_arguments",
     "check_disk_space",
     "choose_dtype",
     "enable_checkpointing",
@@ -158,6 +161,73 @@ def _matmul_gflops(dtype: torch.dtype) -> float:
     return 2 * 128 * 512 * 512 / min(seconds) / 1e9
 
 
+# ---------------------------------------------------------------- checkpoints
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `ResumableSteps` reads to a command line that has --steps."""
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="save here at the end, on SIGTERM and on Ctrl-C")
+    parser.add_argument("--save-every", type=int, metavar="N", help="save every N steps, too, while training goes on")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in DIR that was saved last")
+
+
+class ResumableSteps:
+    """The optimizer steps of a run that may be stopped and resumed; saves between them.
+
+    Args:
+        engine: loaded, if the run is resumed.
+        arguments: `steps`, counted from the run's very beginning, and those of `add_checkpoint_arguments`.
+        scheduler: the learning rate's, if there is one.
+        console: told when a signal ends the run.
+
+    Attributes:
+        first: steps that were taken before.
+
+    Raises:
+        ConfigError: a checkpoint is wanted, and no directory is named.
+    """
+
+    def __init__(
+        self, engine: GeminiDDP, arguments: argparse.Namespace, *, scheduler: Any = None, console: Console
+    ) -> None:
+        if arguments.checkpoint is None and (arguments.resume or arguments.save_every is not None):
+            raise ConfigError("--resume and --save-every: expected --checkpoint DIR with them")
+        self._engine, self._arguments, self._scheduler, self._console = engine, arguments, scheduler, console
+        self.first = 0
+        if arguments.resume:
+            found = engine.load_checkpoint(arguments.checkpoint, scheduler=scheduler)
+            self.first = found.extra["num_steps"]
+            console.print(f"Going on after step {self.first} from {found.path}")
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the number of each step to take, from `first` on."""
+        arguments = self._arguments
+        steps = range(self.first, arguments.steps)
+        if arguments.checkpoint is None:
+            yield from steps
+            return
+        with StopOnSignals(self._engine) as stop:
+            for step in steps:
+                yield step
+                is_last = stop.should_stop() or step == steps[-1]
+                if is_last or (arguments.save_every is not None and (step + 1) % arguments.save_every == 0):
+                    self._save(step + 1, wait=is_last)
+                if stop.received is not None:
+                    self._console.print(
+                        f"{stop.received.name}: saved after step {step + 1}; --resume goes on from here"
+                    )
+                    return
+
+    def _save(self, num_steps: int, *, wait: bool) -> None:
+        self._engine.save_checkpoint(
+            self._arguments.checkpoint,
+            scheduler=self._scheduler,
+            extra={"num_steps": num_steps},
+            keep_last=2,
+            wait=wait,
+        )
+
+
 # ---------------------------------------------------------------- memory
 
 
@@ -201,6 +271,7 @@ class TrainingDisplay:
 
     def __init__(self, engine: GeminiDDP, *, num_steps: int, num_tokens: int, console: Console) -> None:
         self.log = TrainingLog(num_tokens=num_tokens)
+        self.console = console
         self._engine = engine
         columns = (BarColumn(12), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         self._progress = Progress(*columns, console=console)
@@ -216,6 +287,10 @@ class TrainingDisplay:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._progress.stop()
+
+    def begin_at(self, step: int) -> None:
+        """Show steps that were taken before, by a run that is resumed."""
+        self._progress.update(self._task, completed=step)
 
     def step_done(self, loss: float) -> None:
         """Show a finished step."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from typing import Any
 import torch
 import transformers
 from lm_training import (
+    ResumableSteps,
     TrainingDisplay,
+    add_checkpoint_arguments,
     check_disk_space,
     choose_dtype,
     enable_checkpointing,
@@ -60,6 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--host-budget", help='memory for the engine, such as "640MiB"')
     parser.add_argument("--nvme", type=Path, help="directory for the swap file (OUT/swap)")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="where results go (%(default)s)")
+    add_checkpoint_arguments(parser)
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # a small model, for the tests
     return parser.parse_args()
 
@@ -76,11 +79,15 @@ def build_model(*, is_tiny: bool) -> Any:
     return model.train()
 
 
-def train(engine: GeminiDDP, batches: Iterable[torch.Tensor], display: TrainingDisplay, *, lr: float) -> None:
-    """Train on each batch."""
-    optimizer = HybridAdam(engine.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, max_grad_norm=1.0)
+def train(
+    engine: GeminiDDP, batches: Iterator[torch.Tensor], display: TrainingDisplay, *, arguments: argparse.Namespace
+) -> None:
+    """Train on one batch a step."""
+    optimizer = HybridAdam(engine.parameters(), lr=arguments.lr, betas=(0.9, 0.95), weight_decay=0.1, max_grad_norm=1.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / NUM_WARM_UP_STEPS))
-    for ids in batches:
+    steps = ResumableSteps(engine, arguments, scheduler=schedule, console=display.console)
+    display.begin_at(steps.first)
+    for _, ids in zip(steps, islice(batches, steps.first, None), strict=False):
         loss = engine(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
@@ -121,7 +128,7 @@ def run(console: Console, arguments: argparse.Namespace) -> None:
         )
         num_tokens = NUM_ROWS * NUM_TOKENS
         with TrainingDisplay(engine, num_steps=arguments.steps, num_tokens=num_tokens, console=console) as display:
-            train(engine, islice(batches, arguments.steps), display, lr=arguments.lr)
+            train(engine, batches, display, arguments=arguments)
         report = engine.memory_report()
     trained = time.perf_counter()
 

@@ -13,13 +13,16 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from lm_training import (
+    ResumableSteps,
     TrainingDisplay,
+    add_checkpoint_arguments,
     choose_dtype,
     enable_checkpointing,
     encode,
@@ -112,6 +115,7 @@ def parse_arguments() -> argparse.Namespace:
     training.add_argument("--text", default="stdlib", help='a text file, or "stdlib": Python\'s own sources')
     training.add_argument("--cache", type=Path, default=Path("runs/train_hf"), help="for the tokenizer (%(default)s)")
     training.add_argument("--json", type=Path, help="write a summary there")
+    add_checkpoint_arguments(parser)
     return parser.parse_args()
 
 
@@ -162,7 +166,10 @@ def train(
     """Train with gradient accumulation."""
     optimizer = HybridAdam(engine.parameters(), lr=arguments.lr, weight_decay=0.1, max_grad_norm=1.0)
     device = engine.runtime.resources.transfers.device
-    for _ in range(arguments.steps):
+    steps = ResumableSteps(engine, arguments, console=display.console)
+    display.begin_at(steps.first)
+    batches = islice(batches, steps.first * arguments.accumulate, None)
+    for _ in steps:
         total = 0.0
         for _ in range(arguments.accumulate):
             ids = next(batches).to(device)

@@ -19,7 +19,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from lm_training import check_disk_space, choose_dtype, encode, random_windows, read_stdlib, run_example
+from lm_training import (
+    ResumableSteps,
+    add_checkpoint_arguments,
+    check_disk_space,
+    choose_dtype,
+    encode,
+    random_windows,
+    read_stdlib,
+    run_example,
+)
 from quickstart import NUM_ROWS, NUM_TOKENS, TEXT_NBYTES, TINY_TEXT_NBYTES, TINY_TILE_NUMEL, VOCAB_SIZE, build_model
 from rich.console import Console
 from rich.table import Table
@@ -48,6 +57,7 @@ def add_options(parser: argparse.ArgumentParser, *, out: Path) -> None:
     parser.add_argument("--host-budget", help='memory for all processes together, such as "2400MiB"')
     parser.add_argument("--nvme", type=Path, help="directory for the swap files (OUT/swap)")
     parser.add_argument("--out", type=Path, default=out, help="where results go (%(default)s)")
+    add_checkpoint_arguments(parser)
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # a small model, for the tests
 
 
@@ -108,7 +118,8 @@ def train(console: Console, arguments: argparse.Namespace, on_step: Callable[[fl
     console.print(f"{world_size} processes, stage {arguments.stage}; working weights: {reason}")
     with zero.shard(build_model(is_tiny=arguments.tiny), config, stage=arguments.stage) as engine:
         optimizer = HybridAdam(engine.parameters(), lr=arguments.lr, weight_decay=0.1, max_grad_norm=1.0)
-        for step, batch in enumerate(islice(batches, arguments.steps), start=1):
+        steps = ResumableSteps(engine, arguments, console=console)
+        for step, batch in zip(steps, islice(batches, steps.first, None), strict=False):
             start = time.perf_counter()
             loss = engine(input_ids=batch, labels=batch).loss
             loss.backward()
@@ -116,7 +127,7 @@ def train(console: Console, arguments: argparse.Namespace, on_step: Callable[[fl
             optimizer.zero_grad()
             mean = loss.detach()
             dist.all_reduce(mean)
-            console.print(f"step {step}: loss {mean.item() / world_size:.3f}, {time.perf_counter() - start:.2f} s")
+            console.print(f"step {step + 1}: loss {mean.item() / world_size:.3f}, {time.perf_counter() - start:.2f} s")
             if on_step is not None:
                 on_step(mean.item() / world_size)
         print_ranks(engine.memory_report(), console)

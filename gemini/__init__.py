@@ -5,6 +5,7 @@ from gemini.chunk.manager import ChunkManager
 from gemini.config import GeminiConfig, NVMeConfig
 from gemini.ddp import GeminiDDP
 from gemini.errors import (
+    CheckpointError,
     CheckpointMismatchError,
     CollectiveError,
     ConfigError,
@@ -23,9 +24,11 @@ from gemini.placement.cost_model import StepFlops, transformer_flops
 from gemini.placement.plan import PlacementPlan
 from gemini.placement.policy import StaticPlacement
 from gemini.report import MemoryReport
+from gemini.signals import StopOnSignals
 from gemini.tiers import MemoryTier
 
 __all__ = [
+    "CheckpointError",
     "CheckpointMismatchError",
     "ChunkManager",
     "CollectiveError",
@@ -47,6 +50,7 @@ __all__ = [
     "PlacementPlan",
     "StaticPlacement",
     "StepFlops",
+    "StopOnSignals",
     "WorkerError",
     "measure_hardware",
     "transformer_flops",

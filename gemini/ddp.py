@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -12,6 +14,9 @@ import torch
 from gemini.activations import ActivationCheckpoints
 from gemini.agreement import agree_on_loading
 from gemini.assembly import assemble
+from gemini.checkpoint.loading import LoadedCheckpoint, load_checkpoint
+from gemini.checkpoint.participants import CheckpointedOptimizer, Participants, Stateful
+from gemini.checkpoint.saving import PendingSave, save_checkpoint
 from gemini.chunk.layout import ParamSlot
 from gemini.chunk.sharding import Sharding
 from gemini.chunk.tensor_parallel import local_part
@@ -331,6 +336,99 @@ class GeminiDDP(torch.nn.Module):
             for name, buffer in module._buffers.items()
             if buffer is not None and name not in module._non_persistent_buffers_set
         ]
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def save_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        optimizer: CheckpointedOptimizer | None = None,
+        scheduler: Stateful | None = None,
+        extra: Any = None,
+        keep_last: int | None = None,
+        frozen: bool = True,
+        wait: bool = True,
+    ) -> PendingSave:
+        """Save everything that training needs to go on with the same bits, in bounded memory; all ranks call.
+
+        The checkpoint is a directory in `path` that appears when it is complete, with everything on the drive. What was
+        saved with one placement, chunk layout, number of ranks or stage loads with any other.
+
+        Args:
+            path: directory of this run's checkpoints; made if need be. The ranks' common file system.
+            optimizer: the HybridAdam; None: the one that was built last on this engine.
+            scheduler: has `state_dict()`, as torch's learning-rate schedulers.
+            extra: to be kept as well: tensors, numbers, strings, lists, tuples, dictionaries. The first rank's counts.
+            keep_last: complete checkpoints to keep in `path`; None: all.
+            frozen: whether frozen parameters are saved too.
+            wait: whether to return only when the checkpoint is complete. Else the next optimizer step waits for it.
+
+        Returns:
+            The save: `wait()` returns its directory.
+
+        Raises:
+            ConfigError: gradients are waiting for a step, or `extra` cannot be kept.
+            OffloadIOError: something could not be written, or another process is saving into `path`; there is no new
+                checkpoint and training may go on. With `wait=False` the next optimizer step raises it, once, before
+                it does anything: call it again.
+            CheckpointError: another rank could not write its part; as OffloadIOError.
+            ModelError: the engine is closed or its state was lost.
+        """
+        save = save_checkpoint(
+            self._runtime,
+            Path(path),
+            self._participants(optimizer, scheduler),
+            extra=extra,
+            keep_last=keep_last,
+            with_frozen=frozen,
+        )
+        if wait:
+            save.wait()
+        return save
+
+    def load_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        optimizer: CheckpointedOptimizer | None = None,
+        scheduler: Stateful | None = None,
+        verify: bool = True,
+    ) -> LoadedCheckpoint:
+        """Load what `save_checkpoint` saved, in bounded memory, random number generators included; all ranks call.
+
+        Args:
+            path: what `save_checkpoint` was given, which means the checkpoint saved last; or a checkpoint's directory.
+            optimizer: the HybridAdam; None: the one that was built last on this engine.
+            scheduler: as given to `save_checkpoint`; None: its state, if there is any, is passed over.
+            verify: whether to read and check everything once before anything is changed.
+
+        Returns:
+            Where it was, the number of steps, and `extra`.
+
+        Raises:
+            CheckpointError: there is no complete checkpoint, or it is damaged; with `verify` nothing has changed.
+            CheckpointMismatchError: it is of another model or optimizer; nothing has changed.
+            OffloadIOError: something could not be read. If loading had begun the engine refuses to go on.
+            ConfigError: there is optimizer state in it, and no optimizer.
+        """
+        return load_checkpoint(self._runtime, Path(path), self._participants(optimizer, scheduler), verify=verify)
+
+    def _participants(self, optimizer: CheckpointedOptimizer | None, scheduler: Stateful | None) -> Participants:
+        persistent = set(self._persistent_buffers())
+        buffers = {n: b for n, b in self.module.named_buffers(remove_duplicate=False) if n in persistent}
+        return Participants(buffers=buffers, optimizer=self._checkpointed(optimizer), scheduler=scheduler)
+
+    def _checkpointed(self, optimizer: CheckpointedOptimizer | None) -> CheckpointedOptimizer | None:
+        """Return the optimizer to save or load: the one given, or this engine's own."""
+        own: Any = None if self._runtime.optimizer is None else self._runtime.optimizer()
+        if optimizer is not None and optimizer is not own:
+            raise ConfigError(
+                f"GeminiDDP: optimizer: expected the HybridAdam that was built last on this engine, got a "
+                f"{type(optimizer).__name__} that is not"
+            )
+        found: CheckpointedOptimizer | None = own
+        return found
 
     # ---------------------------------------------------------------- life
 

@@ -5,11 +5,16 @@ Every message names the object, what was expected, what was found and what to do
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "CheckpointError",
     "CheckpointMismatchError",
     "CollectiveError",
     "ConfigError",
@@ -21,6 +26,7 @@ __all__ = [
     "OffloadIOError",
     "OutOfTierMemoryError",
     "WorkerError",
+    "naming_file",
 ]
 
 
@@ -54,6 +60,10 @@ class CollectiveError(GeminiError, RuntimeError):
 
 class HeapUnavailableError(GeminiError, RuntimeError):
     """The CPU allocator of `gemini.heap` cannot be compiled, loaded or put in place here."""
+
+
+class CheckpointError(GeminiError, RuntimeError):
+    """A checkpoint is missing, incomplete, damaged or of a later version."""
 
 
 class CheckpointMismatchError(GeminiError, ValueError):
@@ -128,3 +138,25 @@ class CorruptRecordError(OffloadIOError):
             "there, which is lost: load a checkpoint into a new engine, and examine the drive (smartctl -x), the "
             "kernel log (dmesg) and main memory before that directory is used again"
         )
+
+
+@contextmanager
+def naming_file(operation: str, path: Path) -> Iterator[None]:
+    """Let an OSError inside become an OffloadIOError that says what was being done, and to which file.
+
+    Args:
+        operation: a verb, as for OffloadIOError.
+        path: the file.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OffloadIOError: an OSError was raised.
+    """
+    try:
+        yield
+    except OffloadIOError:
+        raise
+    except OSError as error:
+        raise OffloadIOError(operation, str(path), error.errno or errno.EIO) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
 import torch
@@ -127,7 +127,9 @@ class HybridAdam(torch.optim.Optimizer):
             The closure's loss, None without one.
 
         Raises:
-            OffloadIOError: state could not be read or written.
+            OffloadIOError: state could not be read or written. Or a checkpoint, which was being saved since the last
+                step: then nothing has happened, and another call goes on.
+            CheckpointError: such a checkpoint was lost on another rank.
             ModelError: the engine was closed.
             ConfigError: a group's hyper-parameters are out of range, or another rank's differ, or a newer optimizer has
                 taken the engine over.
@@ -143,6 +145,8 @@ class HybridAdam(torch.optim.Optimizer):
             )
         for group in self.param_groups:
             _check_group(group)
+        runtime.check_usable()
+        runtime.saving.finish()  # before gradients are scaled, which happens once
         params = [(group, p) for group in self.param_groups for p in group["params"]]
         if runtime.sharding is not None:
             runtime.gradients.hyper_fingerprint = self._fingerprint()
@@ -214,6 +218,37 @@ class HybridAdam(torch.optim.Optimizer):
                 "exp_avg_sq": variance,
             }
         return packed
+
+    def hyper_state_dict(self) -> dict[str, Any]:
+        """Return parameter groups and step counts, by parameter name; the moments are the engine's to save."""
+        groups = [
+            {**group, "params": [self._slots[id(param)].spec.name for param in group["params"]]}
+            for group in self.param_groups
+        ]
+        steps = {self._slots[id(param)].spec.name: int(state["step"]) for param, state in self.state.items()}
+        return {"param_groups": groups, "steps": steps}
+
+    def check_hyper_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise CheckpointMismatchError unless the groups have the same parameters, in the same order."""
+        own = [group["params"] for group in self.hyper_state_dict()["param_groups"]]
+        saved = [list(group["params"]) for group in state["param_groups"]]
+        if own != saved:
+            raise CheckpointMismatchError(
+                f"HybridAdam: the checkpoint's parameter groups have {[len(names) for names in saved]} parameters, "
+                f"this optimizer's {[len(names) for names in own]}, or others, or in another order; build the groups "
+                "as before"
+            )
+
+    def load_hyper_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `hyper_state_dict` returned; see `check_hyper_state_dict`."""
+        for group, saved in zip(self.param_groups, state["param_groups"], strict=True):
+            group.update({key: value for key, value in saved.items() if key != "params"})  # a scheduler's too
+        self.state.clear()
+        for group in self.param_groups:
+            for param in group["params"]:
+                num_steps = state["steps"].get(self._slots[id(param)].spec.name)
+                if num_steps is not None:
+                    self.state[param]["step"] = num_steps
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict`, or torch.optim.AdamW's, returned.

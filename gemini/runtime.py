@@ -39,6 +39,7 @@ from gemini.placement.cost_model import HardwareProfile, StepFlops, StepPredicti
 from gemini.placement.overlap import OverlapMode
 from gemini.placement.plan import ChunkDemand, MemoryDemand, PlacementPlan, RuntimeShape, memory_demand
 from gemini.placement.tracer import Phase
+from gemini.save_slot import SaveSlot
 from gemini.saved import SavedWeights
 from gemini.scaler import LossScaler, scale_gradients_of
 from gemini.sharded_gradients import ShardedGradients
@@ -126,6 +127,7 @@ class Runtime:
         self._has_pushed_for_model = False
         self._clip_factor = 1.0
         self._clock = StepClock()
+        self.saving = SaveSlot()
         self._is_closed = False
         self._pid = os.getpid()
         self._adaptation: Adaptation | None = None
@@ -416,9 +418,11 @@ class Runtime:
 
         Raises:
             OffloadIOError: a read or write failed.
+            CheckpointError: a checkpoint that was being saved is lost, which is said once.
             ModelError: the engine is closed or its state was lost.
         """
         self.check_usable()
+        self.saving.finish()
         self.overlap.settle_all()
         self.overlap.discard()
         for chunk in self.core.chunks:
@@ -482,6 +486,7 @@ class Runtime:
         if self._is_closed:
             return
         self._is_closed = True
+        self.saving.close()
         self.overlap.close()
         self.gradients.close()
         for state in self.states.values():

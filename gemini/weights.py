@@ -8,7 +8,7 @@ value to be written each rank writes its piece; what ranks share is written by o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,7 +24,25 @@ from gemini.runtime import Runtime
 from gemini.tiers import MemoryTier
 from gemini.update import record_views
 
-__all__ = ["load_masters", "load_moments", "read_master", "read_moments", "read_working", "reset_moments"]
+__all__ = [
+    "FROZEN_KINDS",
+    "STATE_KINDS",
+    "kinds_of",
+    "load_masters",
+    "load_moments",
+    "owned_run",
+    "read_master",
+    "read_moments",
+    "read_parts",
+    "read_working",
+    "reset_moments",
+    "write_parts",
+]
+
+STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
+"""What there is of a trainable parameter: its master, momentum and variance, under torch.optim.AdamW's names."""
+FROZEN_KINDS = ("weight",)
+"""What there is of a frozen one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +79,19 @@ def read_master(runtime: Runtime, slot: ParamSlot) -> torch.Tensor:
             _tile(runtime, state, part.tile, write=False) as record,
         ):
             working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
-            master = record_views(record, part.length, slot.spec.dtype)[0]
-            if master is None:
-                flat[part.in_param] = working
-            elif master.dtype is torch.int16:
-                join_master(flat[part.in_param], working, master[part.in_tile])
-            else:
-                flat[part.in_param] = master[part.in_tile]
+            _join(flat[part.in_param], working, record, part, slot.spec.dtype)
     return _make_whole(runtime, slot, flat)
+
+
+def _join(found: torch.Tensor, working: torch.Tensor, record: torch.Tensor, part: _Part, dtype: torch.dtype) -> None:
+    """Put a master together from its working weights and the rest in a tile's record."""
+    rest = record_views(record, part.length, dtype)[0]
+    if rest is None:
+        found.copy_(working)
+    elif rest.dtype is torch.int16:
+        join_master(found, working, rest[part.in_tile])
+    else:
+        found.copy_(rest[part.in_tile])
 
 
 def load_masters(runtime: Runtime, values: Iterable[tuple[ParamSlot, torch.Tensor]]) -> None:
@@ -116,11 +139,16 @@ def _load_master(runtime: Runtime, slot: ParamSlot, value: torch.Tensor) -> None
                     source = flat[part.in_param].to(torch.float32).contiguous()
                     with _tile(runtime, state, part.tile, write=True) as record:
                         _store(record, part, slot.spec.dtype, working, source)
-        if chunk.slot is not None and not chunk.is_common:
-            copy = chunk.slot.buffer[: chunk.spec.working_nbytes].view(chunk.spec.dtype)
-            copy[slot.begin : slot.end].copy_(read_working(runtime, slot).reshape(-1))
+        _refresh(runtime, chunk, slot)
     finally:
         runtime.core.end_update(slot.chunk_id)
+
+
+def _refresh(runtime: Runtime, chunk: Chunk, slot: ParamSlot) -> None:
+    """Bring a parameter's copy in compute memory up to date, if there is one that is not gathered anew anyway."""
+    if chunk.slot is not None and not chunk.is_common:
+        copy = chunk.slot.buffer[: chunk.spec.working_nbytes].view(chunk.spec.dtype)
+        copy[slot.begin : slot.end].copy_(read_working(runtime, slot).reshape(-1))
 
 
 def _store(record: torch.Tensor, part: _Part, dtype: torch.dtype, working: torch.Tensor, source: torch.Tensor) -> None:
@@ -156,6 +184,68 @@ def load_moments(runtime: Runtime, slot: ParamSlot, momentum: torch.Tensor, vari
             _, first, second = record_views(record, part.length, slot.spec.dtype)
             first[part.in_tile] = flat_momentum[part.in_param]
             second[part.in_tile] = flat_variance[part.in_param]
+
+
+def owned_run(runtime: Runtime, slot: ParamSlot) -> slice:
+    """Return which of a parameter's elements, in row-major order, live here: all of them with one rank."""
+    shard = runtime.core.chunks[slot.chunk_id].shard
+    return slice(0, slot.spec.numel) if shard is None else piece_of(slot, shard)
+
+
+def kinds_of(runtime: Runtime, slot: ParamSlot) -> tuple[str, ...]:
+    """Return what `read_parts` gives of a parameter: `STATE_KINDS` if it is trainable, else `FROZEN_KINDS`."""
+    return STATE_KINDS if slot.chunk_id in runtime.states else FROZEN_KINDS
+
+
+def read_parts(runtime: Runtime, slot: ParamSlot) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield what lives here of a parameter, in order, a tile at a time: 1D CPU copies, by kind.
+
+    Trainable parameters come as float32, frozen ones in their working dtype.
+    """
+    chunk, piece = _chunk_and_piece(runtime, slot)
+    state = runtime.states.get(slot.chunk_id)
+    for part in _parts(runtime, piece):
+        with _tile(runtime, chunk.home, part.tile, write=False) as tile:
+            working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
+            if state is None:
+                yield {"weight": working.clone()}
+                continue
+            with _tile(runtime, state, part.tile, write=False) as record:
+                _, momentum, variance = record_views(record, part.length, slot.spec.dtype)
+                master = torch.empty(working.numel(), dtype=torch.float32)
+                _join(master, working, record, part, slot.spec.dtype)
+                moments = (momentum[part.in_tile].clone(), variance[part.in_tile].clone())
+        yield dict(zip(STATE_KINDS, (master, *moments), strict=True))
+
+
+def write_parts(runtime: Runtime, slot: ParamSlot, read: Callable[[str, int, int], torch.Tensor]) -> None:
+    """Set what lives here of a parameter, a tile at a time. A copy in compute memory is brought up to date.
+
+    Args:
+        runtime: the engine's.
+        slot: the parameter.
+        read: returns elements [begin, end) of the whole parameter, in row-major order, of a kind from `kinds_of`.
+    """
+    chunk, piece = runtime.core.begin_update(slot.chunk_id), _chunk_and_piece(runtime, slot)[1]
+    state = runtime.states.get(slot.chunk_id)
+    first = owned_run(runtime, slot).start
+    try:
+        for part in _parts(runtime, piece):
+            run = (first + part.in_param.start, first + part.in_param.stop)
+            values = [read(kind, *run) for kind in kinds_of(runtime, slot)]
+            with _tile(runtime, chunk.home, part.tile, write=True) as tile:
+                working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
+                if state is None:
+                    working.copy_(values[0])
+                    continue
+                with _tile(runtime, state, part.tile, write=True) as record:
+                    _store(record, part, slot.spec.dtype, working, values[0])
+                    _, momentum, variance = record_views(record, part.length, slot.spec.dtype)
+                    momentum[part.in_tile] = values[1]
+                    variance[part.in_tile] = values[2]
+        _refresh(runtime, chunk, slot)
+    finally:
+        runtime.core.end_update(slot.chunk_id)
 
 
 def reset_moments(runtime: Runtime) -> None:

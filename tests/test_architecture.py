@@ -19,7 +19,7 @@ LAYERS = (
     ("examples", "benchmarks"),
     ("zero",),
     ("gemini.__init__",),
-    ("gemini.ddp", "gemini.optimizer", "gemini.checkpoint", "gemini.report"),
+    ("gemini.ddp", "gemini.optimizer", "gemini.checkpoint", "gemini.report", "gemini.signals"),
     ("gemini",),  # every other module directly in gemini: runtime, hooks, update, materialize ...
     ("gemini.chunk", "gemini.placement", "gemini.offload"),
     ("gemini.kernels",),

@@ -10,7 +10,7 @@ import os
 from gemini._native import lib
 from gemini.errors import ConfigError
 
-__all__ = ["IoBackend", "available_backends", "choose_backend", "explain_refusal", "native_number"]
+__all__ = ["IoBackend", "available_backends", "best_backend", "choose_backend", "explain_refusal", "native_number"]
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +37,16 @@ def native_number(backend: IoBackend) -> int:
 
 def available_backends() -> tuple[IoBackend, ...]:
     """Return the backends that work on this machine now, best first."""
-    return tuple(backend for backend in IoBackend if lib.gn_io_probe(native_number(backend)) == 0)
+    return tuple(backend for backend in IoBackend if _works(backend))
+
+
+def best_backend() -> IoBackend:
+    """Return the first of `available_backends`, without asking for the others: one of them takes a while to answer."""
+    return next(backend for backend in IoBackend if _works(backend))
+
+
+def _works(backend: IoBackend) -> bool:
+    return bool(lib.gn_io_probe(native_number(backend)) == 0)
 
 
 def choose_backend(name: str) -> IoBackend:
@@ -53,7 +62,7 @@ def choose_backend(name: str) -> IoBackend:
         ConfigError: the name is unknown, or that backend does not work on this machine.
     """
     if name == "auto":
-        chosen = available_backends()[0]
+        chosen = best_backend()
         if chosen is not IoBackend.URING:
             _log.warning(
                 "io_uring does not work here (%s); using %s instead", explain_refusal(IoBackend.URING), chosen.value

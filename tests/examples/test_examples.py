@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
 import pytest
 
 pytest.importorskip("transformers")
@@ -19,13 +22,15 @@ pytest.importorskip("tokenizers")
 REPOSITORY = Path(__file__).parents[2]
 
 
-def start_example(name: str, *arguments: str | Path, stdout: int | IO[Any] = subprocess.PIPE) -> subprocess.Popen[str]:
+def start_example(
+    name: str, *arguments: str | Path | int, stdout: int | IO[Any] = subprocess.PIPE
+) -> subprocess.Popen[str]:
     command = [sys.executable, str(REPOSITORY / "examples" / name), *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=stdout, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
-def run_example(name: str, *arguments: str | Path) -> str:
+def run_example(name: str, *arguments: str | Path | int) -> str:
     process = start_example(name, *arguments)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 0, output
@@ -96,7 +101,35 @@ def test_interrupted_quickstart_leaves_no_swap_file(tmp_path: Path, quickstart: 
     assert list(swap.iterdir()) == []
 
 
-def test_train_hf_trains_a_shape_from_a_config_file(tmp_path: Path) -> None:
+def losses_of(summary: Path) -> list[float]:
+    losses: list[float] = json.loads(summary.read_text())["losses"]
+    return losses
+
+
+def test_a_quickstart_that_is_told_to_stop_saves_and_is_resumed_with_the_same_bits(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("--tiny", "--dtype", "fp32", "--lr", "3e-3", "--out", out, "--checkpoint", tmp_path / "saved")
+    with (tmp_path / "output").open("w+") as output:
+        process = start_example("quickstart.py", *arguments, "--steps", "100000", "--save-every", "1", stdout=output)
+        while not list(tmp_path.glob("saved/step-*")):
+            assert process.poll() is None, (tmp_path / "output").read_text()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+    match = re.search(r"SIGTERM: saved after step (\d+);", (tmp_path / "output").read_text())
+    assert match is not None
+    num_steps = int(match[1])
+    losses = losses_of(out / "summary.json")
+    assert len(losses) == num_steps
+
+    run_example("quickstart.py", *arguments, "--steps", num_steps + 2, "--resume")
+    losses += losses_of(out / "summary.json")
+    run_example("quickstart.py", *arguments[:-2], "--steps", num_steps + 2)
+
+    assert losses == losses_of(out / "summary.json")
+
+
+def test_train_hf_trains_a_shape_from_a_config_file_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     config = {
         "model_type": "llama",
         "vocab_size": 512,
@@ -109,27 +142,64 @@ def test_train_hf_trains_a_shape_from_a_config_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "text").write_text("It was the best of times, it was the worst of times. " * 50)
 
-    run_example(
-        "train_hf.py", "--config", tmp_path / "config.json", "--text", tmp_path / "text", "--cache", tmp_path,
-        "--device", "cpu", "--dtype", "fp32", "--tokens", "32", "--seq", "16", "--accumulate", "2",
-        "--checkpoint-activations", "--json", tmp_path / "summary.json",
+    arguments = (
+        "--config", tmp_path / "config.json", "--text", tmp_path / "text", "--cache", tmp_path, "--device", "cpu",
+        "--dtype", "fp32", "--tokens", "32", "--seq", "16", "--accumulate", "2", "--checkpoint-activations",
+        "--json", tmp_path / "summary.json", "--checkpoint", tmp_path / "saved",
     )  # fmt: skip
+    run_example("train_hf.py", *arguments, "--save-every", "2")
 
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["steps"] == 3
     assert summary["memory_report"]["num_skipped_steps"] == 0
 
+    shutil.rmtree(tmp_path / "saved" / "step-00000003-save-00002")
+    run_example("train_hf.py", *arguments, "--resume")
+    assert losses_of(tmp_path / "summary.json") == summary["losses"][2:]
 
-def test_train_zero_shares_the_model_among_processes(tmp_path: Path) -> None:
+
+def start_train_zero(*arguments: str | Path | int) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = ["examples/train_zero.py", "--tiny", "--steps", "2", "--out", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, timeout=100)
+    return subprocess.Popen(
+        [*command, "examples/train_zero.py", "--tiny", *map(str, arguments)],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
-    assert done.returncode == 0, done.stdout + done.stderr
-    output = done.stdout.decode()
-    assert "2 processes, stage 3" in output
-    assert "step 2: loss" in output
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, output
+    return output
+
+
+def step_losses(output: str) -> list[str]:
+    return re.findall(r"step \d+: loss \S+", output)
+
+
+def test_train_zero_stops_when_one_process_is_told_to_and_is_resumed_with_the_same_bits(tmp_path: Path) -> None:
+    arguments = ("--out", tmp_path, "--checkpoint", tmp_path / "saved")
+    process = start_train_zero(*arguments, "--steps", 100000, "--save-every", 1)
+    while not list(tmp_path.glob("saved/step-*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    workers = [child for child in psutil.Process(process.pid).children() if "examples/train_zero.py" in child.cmdline()]
+    assert len(workers) == 2
+    workers[1].send_signal(signal.SIGTERM)
+
+    output = finish(process)
+
+    match = re.search(r"SIGTERM: saved after step (\d+);", output)
+    assert match is not None, output
+    num_steps = int(match[1])
+    resumed = finish(start_train_zero(*arguments, "--steps", num_steps + 1, "--resume"))
+    straight = finish(start_train_zero("--out", tmp_path, "--steps", num_steps + 1))
+    assert step_losses(output) + step_losses(resumed) == step_losses(straight)
+    assert "2 processes, stage 3" in straight
     assert list((tmp_path / "swap").iterdir()) == []
 
 

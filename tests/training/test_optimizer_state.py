@@ -76,3 +76,33 @@ def test_a_scheduler_resumes_from_loaded_groups():
         initial = optimizer.param_groups[0]["initial_lr"]
         assert resumed.param_groups[0]["initial_lr"] == initial
         assert resumed.param_groups[0]["lr"] == 0.5 * initial
+
+
+@pytest.mark.parametrize("place", ["host", "nvme", "mixed"])
+def test_a_run_goes_over_to_torch_and_back(place, tmp_path):
+    """Six steps of AdamW: torch's, engine's, torch's in turn, two each, beside torch's alone."""
+    batches = CASE.batches(6)
+    straight = CASE.model()
+    reference = plain_adamw(straight.parameters())
+    for batch in batches:
+        step(straight, reference, CASE, batch)
+
+    plain = CASE.model()
+    adamw = plain_adamw(plain.parameters())
+    for batch in batches[:2]:
+        step(plain, adamw, CASE, batch)
+    with GeminiDDP(copy.deepcopy(plain), config_for(place, tmp_path)) as engine:
+        optimizer = hybrid_adam(engine.parameters(), lr=0.5)
+        optimizer.load_state_dict(adamw.state_dict())
+        for batch in batches[2:4]:
+            step(engine, optimizer, CASE, batch)
+        plain.load_state_dict(engine.master_state_dict())
+        adamw.load_state_dict(optimizer.state_dict())
+    for batch in batches[4:]:
+        step(plain, adamw, CASE, batch)
+
+    assert distance(plain.state_dict(), straight.state_dict()) < 1e-6
+    found = moments(adamw)
+    for index, expected in moments(reference).items():
+        assert found[index]["step"] == 6
+        assert distance(found[index], expected) < 1e-5

@@ -255,6 +255,31 @@ def save_and_load(
     return {"saved": saved, "through": through.weights, "again": again.weights, "working": working}
 
 
+def save_checkpoint(*, stage: int, place: str, directory: Path, swap: Path | None, wait: bool) -> Fit:
+    """Train two steps, save a checkpoint, train one more; return what that gave."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    case = case_of("gpt2")
+    batches = global_batches(case, 3, 12)
+    with sharded(case, stage=stage, place=place, directory=swap) as engine:
+        optimizer = hybrid_adam(engine.parameters())
+        fit(engine, optimizer, case, batches[:2], rank=rank, world_size=world_size)
+        engine.save_checkpoint(directory, extra={"seen": 2}, wait=wait)
+        return fit(engine, optimizer, case, batches[2:], rank=rank, world_size=world_size)
+
+
+def resume_checkpoint(*, stage: int, place: str, directory: Path, swap: Path | None) -> dict[str, Any]:
+    """Return what a fresh engine holds after loading a checkpoint, and after one more step."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    case = case_of("gpt2")
+    with sharded(case, stage=stage, place=place, directory=swap) as engine:
+        optimizer = hybrid_adam(engine.parameters())
+        found = engine.load_checkpoint(directory)
+        loaded = {"model": engine.master_state_dict(), "optimizer": optimizer.state_dict()["state"]}
+        last = global_batches(case, 3, 12)[2:]
+        through = fit(engine, optimizer, case, last, rank=rank, world_size=world_size)
+    return {"step": found.step, "extra": found.extra, "loaded": loaded, "through": through}
+
+
 def evaluate_between_steps(*, stage: int, place: str) -> list[float]:
     """Return the losses of a training in which each step is followed by an evaluation, which count too."""
     rank, world_size = dist.get_rank(), dist.get_world_size()

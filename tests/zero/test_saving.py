@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rank_cases import case_of, evaluate_between_steps, save_and_load
+from rank_cases import case_of, evaluate_between_steps, resume_checkpoint, save_and_load, save_checkpoint
 from rank_pool import RankPool
 from training_harness import config_for, hybrid_adam, same_bits
 
@@ -36,3 +36,34 @@ def test_evaluation_sees_the_weights_of_the_last_step(stage, place, ranks: RankP
     other, _ = ranks.run(2, evaluate_between_steps, stage=3, place="resident")
     assert first == other
     assert len(second) == len(first)
+
+
+@pytest.mark.parametrize("wait", [True, False])
+@pytest.mark.parametrize(("world_size", "stage", "place"), [(2, 3, "mixed"), (3, 3, "host"), (2, 1, "nvme")])
+def test_ranks_resume_with_the_same_bits(world_size, stage, place, wait, ranks: RankPool, tmp_path):
+    swap = None if place == "host" else tmp_path
+    fields = {"stage": stage, "place": place, "directory": tmp_path / "run", "swap": swap}
+    saved = ranks.run(world_size, save_checkpoint, wait=wait, **fields)
+    for result, fit in zip(ranks.run(world_size, resume_checkpoint, **fields), saved, strict=True):
+        assert (result["step"], result["extra"]) == (2, {"seen": 2})
+        assert result["through"].losses == fit.losses
+        assert same_bits(result["through"].weights, fit.weights)
+
+
+def test_checkpoints_do_not_depend_on_the_number_of_ranks(ranks: RankPool, tmp_path):
+    """Saved by three ranks on disk, loaded by two in host memory in another stage, by one, and by four."""
+    fields = {"stage": 3, "directory": tmp_path / "run"}
+    ranks.run(3, save_checkpoint, place="nvme", swap=tmp_path, wait=True, **fields)
+    expected = ranks.run(3, resume_checkpoint, place="host", swap=None, **fields)[0]["loaded"]
+    others = [
+        ranks.run(2, resume_checkpoint, place="host", swap=None, **{**fields, "stage": 1})[0]["loaded"],
+        ranks.run(4, resume_checkpoint, place="device", swap=None, **{**fields, "stage": 2})[0]["loaded"],
+    ]
+    with GeminiDDP(case_of("gpt2").model(seed=7), config_for("host")) as engine:
+        optimizer = hybrid_adam(engine.parameters())
+        engine.load_checkpoint(tmp_path / "run")
+        others.append({"model": engine.master_state_dict(), "optimizer": optimizer.state_dict()["state"]})
+    for found in others:
+        assert same_bits(found["model"], expected["model"])
+        for index, state in expected["optimizer"].items():
+            assert same_bits(found["optimizer"][index], state)

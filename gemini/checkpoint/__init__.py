@@ -1,0 +1,6 @@
+"""Training checkpoints: saved from any tier, complete or not there, resumed with the same bits anywhere."""
+
+from gemini.checkpoint.loading import LoadedCheckpoint
+from gemini.checkpoint.saving import PendingSave
+
+__all__ = ["LoadedCheckpoint", "PendingSave"]

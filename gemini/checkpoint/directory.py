@@ -1,0 +1,225 @@
+"""Where checkpoints are kept: each in a directory of its own, which appears under its name when it is complete.
+
+    DIR/step-00000300-save-00001/     complete
+    DIR/step-00000400-save-00002/
+    DIR/.saving/                      being written, or left behind by a process that was killed
+    DIR/.removing-step-...            an old one that was being removed when the process was killed
+
+They are numbered as they were saved, so that a run that went back to an earlier step goes on from where it was last.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import re
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from gemini.checkpoint.manifest import Manifest
+from gemini.errors import CheckpointError, OffloadIOError, naming_file
+
+__all__ = [
+    "CheckpointDirectory",
+    "complete_checkpoints",
+    "find_checkpoint",
+    "name_of",
+    "read_manifest",
+    "write_durably",
+]
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-\d+-save-(\d+)")
+
+
+class CheckpointDirectory:
+    """The checkpoints of one training run.
+
+    While one is being saved the directory is locked with flock(2), which ends with the process however it ends.
+
+    Args:
+        path: made when the first checkpoint is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.place = path / ".saving"
+        """Where a checkpoint is put together."""
+        self._lock: int | None = None
+
+    def begin(self) -> None:
+        """Lock the directory and make an empty place; what earlier attempts have left behind is removed.
+
+        Raises:
+            OffloadIOError: it cannot be made, or another process is saving into it.
+        """
+        with naming_file("create directory", self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.path)
+        try:
+            with naming_file("create directory", self.place):
+                for left in (self.place, *self.path.glob(".removing-*")):
+                    shutil.rmtree(left, ignore_errors=True)
+                self.place.mkdir()
+        except OffloadIOError:
+            self._unlock()
+            raise
+
+    def abandon(self) -> None:
+        """Remove what has been put together since `begin`, if anything has."""
+        if self._lock is not None:
+            shutil.rmtree(self.place, ignore_errors=True)
+            self._unlock()
+
+    def commit(self, manifest: Manifest, *, keep_last: int | None) -> int:
+        """Let a checkpoint count, all of whose files are on the drive; then remove the oldest ones.
+
+        Args:
+            manifest: what it consists of.
+            keep_last: complete checkpoints to keep; None: all.
+
+        Returns:
+            Its number.
+
+        Raises:
+            OffloadIOError: it cannot be completed.
+        """
+        with naming_file("complete checkpoint", self.place):
+            write_durably(self.place / MANIFEST, manifest.to_json().encode())
+            _sync(self.place)
+            number = max((_number_of(path) for path in complete_checkpoints(self.path)), default=0) + 1
+            self.place.rename(self.path / name_of(manifest.step, number))
+            _sync(self.path)
+        if keep_last is not None:
+            self._remove(complete_checkpoints(self.path)[:-keep_last])
+        self._unlock()
+        return number
+
+    def _remove(self, checkpoints: list[Path]) -> None:
+        for path in checkpoints:
+            doomed = path.with_name(f".removing-{path.name}")  # one that is half removed must not look complete
+            try:
+                path.rename(doomed)
+                shutil.rmtree(doomed)
+            except OSError as error:
+                logger.warning("cannot remove the old checkpoint %s: %s", path, error)
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            with suppress(OSError):  # of file systems without locks
+                fcntl.flock(self._lock, fcntl.LOCK_UN)  # the child of a fork keeps a descriptor of the same lock
+            os.close(self._lock)
+            self._lock = None
+
+
+def name_of(step: int, number: int) -> str:
+    """Return the name of a complete checkpoint's directory."""
+    return f"step-{step:08d}-save-{number:05d}"
+
+
+def _number_of(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match is not None else 0
+
+
+def _lock(path: Path) -> int:
+    """Lock a directory; return the file descriptor that keeps the lock."""
+    with naming_file("open", path):
+        descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        hint = "another process is saving into it: give each run a directory of its own"
+        raise OffloadIOError("lock", str(path), errno.EBUSY, hint=hint) from error
+    except OSError as error:  # NFS locks no directories, some file systems nothing
+        logger.info("%s is not locked while a checkpoint is saved: %s", path, error)
+    return descriptor
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a new file and wait until it is on the drive.
+
+    Args:
+        path: must not exist.
+        data: all of it.
+
+    Raises:
+        OffloadIOError: it cannot be written.
+    """
+    with naming_file("write", path), open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(directory: Path) -> None:
+    """Wait until a directory's entries are on the drive."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def complete_checkpoints(path: Path) -> list[Path]:
+    """Return the complete checkpoints in a directory, in the order in which they were saved."""
+    with naming_file("read", path):
+        found = [entry for entry in path.iterdir() if _number_of(entry) and (entry / MANIFEST).is_file()]
+    return sorted(found, key=_number_of)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Find a checkpoint's own directory.
+
+    Args:
+        path: that, or a directory of checkpoints.
+
+    Returns:
+        `path` itself, or the complete checkpoint in it that was saved last.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / MANIFEST).is_file():
+        return path
+    found = complete_checkpoints(path) if path.is_dir() else []
+    if not found:
+        raise CheckpointError(
+            f"{path}: no complete checkpoint here; expected a directory that engine.save_checkpoint was given, or one "
+            "of the step-... directories in it"
+        )
+    return found[-1]
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a checkpoint's manifest, and make sure that all its files are there in full length.
+
+    Args:
+        path: from `find_checkpoint`.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        CheckpointError: the manifest or a file is damaged or missing.
+        OffloadIOError: the manifest cannot be read.
+    """
+    with naming_file("read", path / MANIFEST):
+        text = (path / MANIFEST).read_text(encoding="utf-8", errors="replace")
+    manifest = Manifest.from_json(text, source=str(path / MANIFEST))
+    for name, record in manifest.files.items():
+        try:
+            nbytes = (path / name).stat().st_size
+        except OSError:
+            raise CheckpointError(f"{path / name} is missing from the checkpoint; take another one") from None
+        if nbytes != record.nbytes:
+            raise CheckpointError(
+                f"{path / name} is damaged: expected {record.nbytes} bytes, found {nbytes}; take another checkpoint"
+            )
+    return manifest

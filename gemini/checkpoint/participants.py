@@ -1,0 +1,98 @@
+"""Who takes part in a checkpoint: the engine's ranks, and what the user trains with besides the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from gemini.errors import CheckpointError, CollectiveError
+from gemini.runtime import Runtime
+
+__all__ = ["CheckpointedOptimizer", "Participants", "Stateful", "agree", "on_all_ranks", "rank_of", "world_size_of"]
+
+
+class CheckpointedOptimizer(Protocol):
+    """An optimizer whose moments are the engine's, as far as checkpoints know one."""
+
+    def hyper_state_dict(self) -> dict[str, Any]:
+        """Return parameter groups and step counts, by parameter name."""
+
+    def check_hyper_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise CheckpointMismatchError unless `load_hyper_state_dict` would succeed."""
+
+    def load_hyper_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `hyper_state_dict` returned."""
+
+
+class Stateful(Protocol):
+    """A scheduler, or anything like it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Participants:
+    """What a checkpoint keeps the state of, besides the engine's parameters."""
+
+    buffers: Mapping[str, torch.Tensor]
+    """The model's persistent ones."""
+    optimizer: CheckpointedOptimizer | None
+    scheduler: Stateful | None
+
+
+def rank_of(runtime: Runtime) -> int:
+    """Return this process's number among the ranks that share the model."""
+    return 0 if runtime.sharding is None else runtime.sharding.group.rank
+
+
+def world_size_of(runtime: Runtime) -> int:
+    """Return the number of ranks that share the model."""
+    return 1 if runtime.sharding is None else runtime.sharding.group.world_size
+
+
+def agree(runtime: Runtime, error: Exception | None, values: Sequence[int] = ()) -> list[list[int]]:
+    """Exchange some numbers, unless a rank has failed; all ranks call.
+
+    Args:
+        runtime: the engine's.
+        error: why this rank has failed, None if it has not.
+        values: this rank's numbers, as many on all ranks.
+
+    Returns:
+        Each rank's numbers.
+
+    Raises:
+        Exception: `error`, if there is one.
+        CheckpointError: another rank has failed.
+        CollectiveError: a rank has died, stalled or gone another way.
+    """
+    if runtime.sharding is None or isinstance(error, CollectiveError):
+        table = [[int(error is None), *values]]
+    else:
+        own = torch.tensor([int(error is None), *values])
+        table = runtime.sharding.group.gather_values(own, name="what a checkpoint takes").tolist()
+    if error is not None:
+        raise error
+    failed = [str(rank) for rank, row in enumerate(table) if not row[0]]
+    if failed:
+        raise CheckpointError(f"the checkpoint has failed on rank {', '.join(failed)}; see the error there")
+    return [row[1:] for row in table]
+
+
+@contextmanager
+def on_all_ranks(runtime: Runtime) -> Iterator[None]:
+    """Raise, if what is inside has failed on some rank, on all of them; see `agree`."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as found:
+        error = found
+    agree(runtime, error)

@@ -1,0 +1,189 @@
+"""The small rest of a checkpoint: random number generators, hyper-parameters, buffers, what the user wants kept."""
+
+from __future__ import annotations
+
+import io
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemini.checkpoint.participants import Participants, rank_of
+from gemini.errors import CheckpointError, CheckpointMismatchError, ConfigError
+from gemini.runtime import Runtime
+
+__all__ = [
+    "check_run_state",
+    "collect_run_state",
+    "decode_run_state",
+    "encode_run_state",
+    "restore_rng",
+    "restore_run_state",
+]
+
+_KEYS = ("buffers", "extra", "num_skipped_steps", "optimizer", "rng", "scaler", "scheduler")
+
+
+def collect_run_state(runtime: Runtime, participants: Participants, extra: Any) -> dict[str, Any]:
+    """Return what this rank keeps: of all but random numbers the first rank's counts.
+
+    Args:
+        runtime: the engine's.
+        participants: whose state to keep.
+        extra: to be kept as well.
+
+    Returns:
+        By purpose, for `encode_run_state`.
+    """
+    if rank_of(runtime) != 0:
+        return dict.fromkeys(_KEYS) | {"rng": _rng_state()}
+    optimizer, scheduler = participants.optimizer, participants.scheduler
+    return {
+        "buffers": {name: buffer.detach().cpu() for name, buffer in participants.buffers.items()},
+        "extra": extra,
+        "num_skipped_steps": runtime.num_skipped_steps,
+        "optimizer": None if optimizer is None else optimizer.hyper_state_dict(),
+        "rng": _rng_state(),
+        "scaler": None if runtime.scaler is None else runtime.scaler.state_dict(),
+        "scheduler": None if scheduler is None else scheduler.state_dict(),
+    }
+
+
+def check_run_state(state: dict[str, Any], participants: Participants, *, path: Path) -> None:
+    """Raise an error unless the first rank's state fits what is to be restored.
+
+    Args:
+        state: from `decode_run_state`.
+        participants: whose state it will become.
+        path: the checkpoint, for messages.
+
+    Raises:
+        CheckpointMismatchError: it does not fit.
+        ConfigError: there is optimizer state, and no optimizer.
+    """
+    if state["optimizer"] is not None:
+        if participants.optimizer is None:
+            raise ConfigError(
+                f"load_checkpoint: {path} has an optimizer's state: construct HybridAdam(engine.parameters()) first"
+            )
+        participants.optimizer.check_hyper_state_dict(state["optimizer"])
+    elif participants.optimizer is not None:
+        raise CheckpointMismatchError(
+            f"load_checkpoint: {path} was saved without an optimizer, whose step counts are missing; load it before "
+            "HybridAdam is constructed"
+        )
+    if participants.scheduler is not None and state["scheduler"] is None:
+        raise CheckpointMismatchError(f"load_checkpoint: scheduler: {path} was saved without one; pass scheduler=None")
+    for name, buffer in participants.buffers.items():
+        saved = state["buffers"].get(name)
+        if saved is None or saved.shape != buffer.shape:
+            found = "none" if saved is None else f"shape {tuple(saved.shape)}"
+            raise CheckpointMismatchError(
+                f"load_checkpoint: buffer {name}: expected shape {tuple(buffer.shape)}, {path} has {found}"
+            )
+
+
+def restore_run_state(runtime: Runtime, participants: Participants, state: dict[str, Any]) -> None:
+    """Restore all but random numbers, after `check_run_state`."""
+    for name, buffer in participants.buffers.items():
+        buffer.copy_(state["buffers"][name])
+    if participants.optimizer is not None:
+        participants.optimizer.load_hyper_state_dict(state["optimizer"])
+    if participants.scheduler is not None:
+        participants.scheduler.load_state_dict(state["scheduler"])
+    if runtime.scaler is not None and state["scaler"] is not None:
+        runtime.scaler.load_state_dict(state["scaler"])
+    runtime.num_skipped_steps = state["num_skipped_steps"]
+
+
+def encode_run_state(state: dict[str, Any]) -> bytes:
+    """Encode what `collect_run_state` returned.
+
+    Args:
+        state: by purpose.
+
+    Returns:
+        A file's content, for `decode_run_state`.
+
+    Raises:
+        ConfigError: something in it is not made of tensors, numbers, strings, None, lists, tuples and dictionaries.
+    """
+    for key, value in state.items():
+        try:
+            _load(_dump(value))
+        except Exception as error:  # of many types, depending on what it is that cannot be kept
+            raise ConfigError(
+                f"save_checkpoint: {key}: expected tensors, numbers, strings, lists, tuples and dictionaries, which "
+                f"load without running code; {_first_line(error)}"
+            ) from error
+    return _dump(state)
+
+
+def decode_run_state(data: bytes, *, source: Path) -> dict[str, Any]:
+    """Decode what `encode_run_state` has encoded; runs no code that the data may name.
+
+    Args:
+        data: a file's content.
+        source: the file.
+
+    Returns:
+        The state, by purpose.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        state = _load(data)
+    except Exception as error:  # of many types: the data may be anything
+        raise CheckpointError(f"{source} is damaged ({_first_line(error)}); take another checkpoint") from error
+    if not isinstance(state, dict) or set(state) != set(_KEYS):
+        raise CheckpointError(f"{source} is damaged: expected {', '.join(_KEYS)} in it; take another checkpoint")
+    return state
+
+
+def _dump(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _load(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+
+
+def _rng_state() -> dict[str, Any]:
+    """Return the state of this process's random number generators: Python's, NumPy's, torch's on every device."""
+    state: dict[str, Any] = {"python": random.getstate(), "cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if "numpy" in sys.modules:
+        name, keys, *rest = sys.modules["numpy"].random.get_state()
+        state["numpy"] = (str(name), torch.tensor(keys.tolist()), *(_plain(value) for value in rest))
+    return state
+
+
+def _plain(value: Any) -> int | float:
+    return float(value) if isinstance(value, float) else int(value)
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Restore random number generators; of devices, as many as there are now.
+
+    Args:
+        state: this rank's, from `decode_run_state`.
+    """
+    rng = state["rng"]
+    random.setstate(rng["python"])
+    torch.set_rng_state(rng["cpu"])
+    for index, value in enumerate(rng.get("cuda", ())):
+        if torch.cuda.is_available() and index < torch.cuda.device_count():
+            torch.cuda.set_rng_state(value, index)
+    if "numpy" in rng and "numpy" in sys.modules:
+        name, keys, *rest = rng["numpy"]
+        sys.modules["numpy"].random.set_state((name, keys.numpy().astype("uint32"), *rest))

@@ -1,0 +1,245 @@
+"""Saving a training checkpoint: everything a run needs to go on with the same bits, whatever it runs on next.
+
+Of each trainable parameter the float32 master and the moments are kept, by name, as runs of its elements: neither the
+placement nor the chunks nor the number of ranks leaves a trace. Each rank writes what it owns, a tile at a time, from
+wherever it lives.
+
+[Note: Saving while training goes on]
+Between two optimizer steps nobody changes state: what is updated ahead of a step goes to spare places. So a save may go
+on in a thread of its own until the next step, which waits for it, and needs no second copy of anything. State on a
+device is saved first, in the caller's thread, which owns the device's streams.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemini.checkpoint.directory import CheckpointDirectory, name_of, write_durably
+from gemini.checkpoint.manifest import (
+    FileRecord,
+    Manifest,
+    ParamRecord,
+    Piece,
+    entry_name,
+    run_state_name,
+    weights_name,
+)
+from gemini.checkpoint.participants import Participants, agree, on_all_ranks, rank_of
+from gemini.checkpoint.run_state import collect_run_state, encode_run_state
+from gemini.chunk.layout import ParamSlot
+from gemini.errors import ConfigError, GeminiError
+from gemini.runtime import Runtime
+from gemini.safetensors_file import SafetensorsWriter
+from gemini.tiers import MemoryTier
+from gemini.weights import kinds_of, owned_run, read_parts
+
+__all__ = ["PendingSave", "save_checkpoint"]
+
+logger = logging.getLogger(__name__)
+
+
+def save_checkpoint(
+    runtime: Runtime,
+    path: Path,
+    participants: Participants,
+    *,
+    extra: Any,
+    keep_last: int | None,
+    with_frozen: bool,
+) -> PendingSave:
+    """Start saving; see GeminiDDP.save_checkpoint."""
+    if keep_last is not None and keep_last < 1:
+        raise ConfigError(f"save_checkpoint: keep_last: expected at least 1, or None for all, got {keep_last!r}")
+    if runtime.gradients.num_backwards:
+        raise ConfigError(
+            "save_checkpoint: gradients wait for a step and would be lost: call it after optimizer.step(), or drop "
+            "them with optimizer.zero_grad()"
+        )
+    runtime.finish_updates()
+    save = PendingSave(runtime, CheckpointDirectory(path), keep_last=keep_last, with_frozen=with_frozen)
+    save.begin(participants, extra)
+    return save
+
+
+class PendingSave:
+    """A checkpoint that is being written while training goes on. The next optimizer step waits for it.
+
+    Args:
+        runtime: the engine's.
+        directory: where to.
+        keep_last: complete checkpoints to keep.
+        with_frozen: whether frozen parameters are saved too.
+    """
+
+    def __init__(
+        self, runtime: Runtime, directory: CheckpointDirectory, *, keep_last: int | None, with_frozen: bool
+    ) -> None:
+        self._runtime = runtime
+        self._directory = directory
+        self._keep_last = keep_last
+        self._step = runtime.num_steps
+        self._rank = rank_of(runtime)
+        slots = runtime.layout.slot_by_name.values()
+        self._slots = [slot for slot in slots if with_frozen or slot.chunk_id in runtime.states]
+        self._writer: SafetensorsWriter | None = None
+        self._run_state = b""
+        self._thread = threading.Thread(target=self._write, name="gemini-save", daemon=True)
+        self._is_over = False
+        self._error: Exception | None = None
+        self._path: Path | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether this rank has written its part."""
+        return not self._thread.is_alive()
+
+    def wait(self) -> Path:
+        """Block until the checkpoint is complete. With several ranks all call it, or take their next step.
+
+        Returns:
+            Its directory.
+
+        Raises:
+            OffloadIOError: it could not be written. There is no checkpoint; training may go on.
+            CheckpointError: another rank could not write its part, likewise.
+            CollectiveError: a rank has died, stalled or gone another way.
+        """
+        if not self._is_over:
+            self._thread.join()
+            self._is_over = True
+            self._runtime.saving.release(self)
+            if self._runtime.sharding is not None:
+                self._complete()
+        if self._error is not None:
+            raise self._error
+        assert self._path is not None
+        return self._path
+
+    def close(self) -> None:
+        """Block until nothing of the engine is read any more, and say if the checkpoint is lost."""
+        self._thread.join()
+        self._is_over = True
+        if self._error is None and self._path is None:
+            self._error = GeminiError("wait() was not called before the engine was closed")
+            self._directory.abandon()
+        if self._error is not None:
+            logger.error("the checkpoint of step %d in %s is lost: %s", self._step, self._directory.path, self._error)
+
+    def begin(self, participants: Participants, extra: Any) -> None:
+        """Write what must be written now, and start writing the rest.
+
+        Args:
+            participants: whose state is saved.
+            extra: to be kept as well.
+
+        Raises:
+            OffloadIOError: the directory cannot be made.
+            ConfigError: something cannot be kept.
+            CheckpointError: one of these on another rank.
+        """
+        try:
+            with on_all_ranks(self._runtime):
+                self._run_state = encode_run_state(collect_run_state(self._runtime, participants, extra))
+                if self._rank == 0:
+                    self._directory.begin()
+            try:
+                self._open()
+                self._append(slot for slot in self._slots if self._is_on_device(slot))
+            except Exception as error:
+                self._error = error
+            self._runtime.saving.hold(self)
+            self._thread.start()
+        except BaseException:
+            self._abort()
+            raise
+
+    def _is_on_device(self, slot: ParamSlot) -> bool:
+        homes = (self._runtime.states.get(slot.chunk_id), self._runtime.core.chunks[slot.chunk_id].home)
+        return any(MemoryTier.DEVICE in home.tiers for home in homes if home is not None)
+
+    def _open(self) -> None:
+        place = self._directory.place
+        write_durably(place / run_state_name(self._rank), self._run_state)
+        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for slot in self._slots:
+            dtype = torch.float32 if slot.chunk_id in self._runtime.states else slot.spec.dtype
+            run = owned_run(self._runtime, slot)
+            for kind in kinds_of(self._runtime, slot):
+                tensors[entry_name(kind, slot.spec.name)] = (dtype, (run.stop - run.start,))
+        self._writer = SafetensorsWriter(place / weights_name(self._rank), tensors)
+
+    def _append(self, slots: Iterable[ParamSlot]) -> None:
+        assert self._writer is not None
+        for slot in slots:
+            for part in read_parts(self._runtime, slot):
+                for kind, values in part.items():
+                    self._writer.append(entry_name(kind, slot.spec.name), values)
+
+    def _abort(self) -> None:
+        if self._writer is not None:
+            self._writer.abort()
+        self._directory.abandon()
+
+    def _write(self) -> None:
+        """Write what is not on a device; in a thread of its own."""
+        if self._error is None:
+            try:
+                assert self._writer is not None
+                self._append(slot for slot in self._slots if not self._is_on_device(slot))
+                self._writer.close()
+            except Exception as error:  # whatever it is, `wait` raises it
+                self._error = error
+        if self._runtime.sharding is None:
+            self._complete()
+
+    def _complete(self) -> None:
+        """Let the checkpoint count once all ranks have written their parts; all ranks call."""
+        try:
+            agree(self._runtime, self._error)
+            summaries = agree(self._runtime, None, self._summary())
+            number = 0
+            with on_all_ranks(self._runtime):
+                if self._rank == 0:
+                    number = self._directory.commit(self._manifest(summaries), keep_last=self._keep_last)
+            (number,) = agree(self._runtime, None, [number])[0]
+            self._path = self._directory.path / name_of(self._step, number)
+        except Exception as error:
+            self._error = error
+            self._abort()
+
+    def _summary(self) -> list[int]:
+        """Return what the first rank must know of this one's files."""
+        assert self._writer is not None
+        summary = [self._writer.nbytes, len(self._run_state), zlib.crc32(self._run_state)]
+        for slot in self._slots:
+            run = owned_run(self._runtime, slot)
+            checksums = (
+                self._writer.checksums[entry_name(kind, slot.spec.name)] for kind in kinds_of(self._runtime, slot)
+            )
+            summary += [run.start, run.stop, *checksums]
+        return summary
+
+    def _manifest(self, summaries: list[list[int]]) -> Manifest:
+        """Describe the checkpoint from all ranks' summaries."""
+        kinds = {slot.spec.name: kinds_of(self._runtime, slot) for slot in self._slots}
+        files: dict[str, FileRecord] = {}
+        for rank, summary in enumerate(summaries):
+            weights_nbytes, state_nbytes, state_checksum, *rest = summary
+            pieces = {}
+            for slot in self._slots:
+                name = slot.spec.name
+                begin, end, *rest = rest
+                checksums, rest = rest[: len(kinds[name])], rest[len(kinds[name]) :]
+                if begin < end or not slot.spec.numel:
+                    pieces[name] = Piece(begin, end, dict(zip(kinds[name], checksums, strict=True)))
+            files[weights_name(rank)] = FileRecord(weights_nbytes, None, pieces)
+            files[run_state_name(rank)] = FileRecord(state_nbytes, state_checksum, {})
+        params = {slot.spec.name: ParamRecord(tuple(slot.spec.shape), kinds[slot.spec.name]) for slot in self._slots}
+        return Manifest(self._step, len(summaries), params, files)

@@ -1,0 +1,272 @@
+"""What a directory of checkpoints holds, whatever fails while one is saved; training goes on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import Scenario, training
+from torch.optim import lr_scheduler
+from training_harness import PLACEMENTS, config_for, hybrid_adam, same_bits
+
+from gemini import ConfigError, GeminiDDP, OffloadIOError
+from gemini.checkpoint.directory import CheckpointDirectory, complete_checkpoints, find_checkpoint, read_manifest
+from gemini.safetensors_file import SafetensorsWriter
+from gemini.weights import read_parts
+
+SCENARIO = Scenario(adam={"max_grad_norm": 0.1})
+KEPT = "step-00000001-save-00001"
+
+
+@contextmanager
+def files_of_at_most(nbytes: int) -> Iterator[None]:
+    """Let the system refuse to make larger files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture(params=["reserve", "write"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """When a full drive shows: where space can be reserved, and where it cannot."""
+    if request.param == "write":
+
+        def refuse(*_: Any) -> None:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
+    return str(request.param)
+
+
+def expected_after(num_steps: int, swap: Path) -> dict[str, torch.Tensor]:
+    with training(SCENARIO, "host", swap) as straight:
+        straight.train(0, num_steps)
+        return straight.run.weights
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.mark.parametrize("place", ["host", "resident"])
+def test_a_full_drive_leaves_the_older_checkpoint_and_the_run(place: str, way: str, tmp_path: Path) -> None:
+    with training(SCENARIO, place, tmp_path) as run:
+        run.train(0, 1)
+        run.save(tmp_path / "run")
+        run.train(1, 2)
+        with files_of_at_most(100_000), pytest.raises(OffloadIOError, match=f"{way}.*/rank-00000.safetensors"):
+            run.save(tmp_path / "run")
+        assert names(tmp_path / "run") == [KEPT]
+        run.train(2, 3)
+        assert same_bits(run.run.weights, expected_after(3, tmp_path))
+        run.save(tmp_path / "run")
+        assert names(tmp_path / "run") == [KEPT, "step-00000003-save-00002"]
+        assert run.engine.load_checkpoint(tmp_path / "run" / KEPT).step == 1
+
+
+def test_a_full_drive_behind_the_run_is_said_once_by_the_next_step(way: str, tmp_path: Path) -> None:
+    with training(SCENARIO, "host", tmp_path) as run:
+        run.train(0, 1)
+        run.save(tmp_path / "run")
+        with files_of_at_most(100_000):
+            save = run.engine.save_checkpoint(tmp_path / "run", wait=False)
+            run.engine(**run.scenario.case.batches(2)[1]).loss.backward()
+            with pytest.raises(OffloadIOError, match=f"{way}.*/rank-00000.safetensors"):
+                run.optimizer.step()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.scheduler.step()
+        with pytest.raises(OffloadIOError):
+            save.wait()
+        assert names(tmp_path / "run") == [KEPT]
+        assert same_bits(run.run.weights, expected_after(2, tmp_path))
+
+
+def test_a_full_drive_is_told_when_the_engine_closes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with files_of_at_most(100_000), training(SCENARIO, "host", tmp_path) as run:
+        run.engine.save_checkpoint(tmp_path / "run", wait=False)
+    assert "the checkpoint of step 0 in" in caplog.text
+    assert "is lost: cannot reserve space for" in caplog.text
+    assert names(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("place", ["host", "nvme"])
+def test_the_next_step_waits_for_a_slow_save(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    append = SafetensorsWriter.append
+
+    def append_slowly(writer: SafetensorsWriter, name: str, values: torch.Tensor) -> None:
+        time.sleep(0.002)
+        append(writer, name, values)
+
+    with training(SCENARIO, place, tmp_path) as run:
+        run.train(0, 1)
+        expected = run.run.weights
+        monkeypatch.setattr(SafetensorsWriter, "append", append_slowly)
+        save = run.engine.save_checkpoint(tmp_path / "run", wait=False)
+        run.engine(**run.scenario.case.batches(2)[1]).loss.backward()
+        assert not save.is_done
+        run.optimizer.step()
+        assert save.is_done
+        run.optimizer.zero_grad()
+        assert not same_bits(run.run.weights, expected)
+        run.engine.load_checkpoint(save.wait())
+        assert same_bits(run.run.weights, expected)
+
+
+@pytest.mark.parametrize("place", PLACEMENTS)
+def test_closing_the_engine_waits_for_a_save(place: str, tmp_path: Path) -> None:
+    with training(SCENARIO, place, tmp_path) as run:
+        run.train(0, 1)
+        run.engine.save_checkpoint(tmp_path / "run", wait=False)
+    read_manifest(find_checkpoint(tmp_path / "run"))
+    assert names(tmp_path / "run") == [KEPT]
+
+
+def test_saves_follow_one_another(tmp_path: Path) -> None:
+    with training(SCENARIO, "nvme", tmp_path) as run:
+        saves = [run.engine.save_checkpoint(tmp_path / "run", wait=False, keep_last=2) for _ in range(4)]
+        paths = [save.wait() for save in saves]
+        assert all(save.is_done for save in saves)
+    assert [path.name for path in paths] == [f"step-00000000-save-0000{i}" for i in (1, 2, 3, 4)]
+    assert complete_checkpoints(tmp_path / "run") == paths[2:]
+
+
+def test_a_run_that_went_back_goes_on_from_where_it_was_last(tmp_path: Path) -> None:
+    with training(SCENARIO, "host", tmp_path) as run:
+        run.train(0, 1)
+        first = run.engine.save_checkpoint(tmp_path / "run").wait()
+        run.train(1, 3)
+        run.engine.save_checkpoint(tmp_path / "run")
+        run.engine.load_checkpoint(first)
+        run.train(1, 2)
+        run.engine.save_checkpoint(tmp_path / "run")
+        assert run.engine.load_checkpoint(tmp_path / "run").step == 2
+
+
+def test_what_earlier_saves_have_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    for name in (".saving", ".removing-step-00000007-save-00003"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "rank-00000.safetensors").write_bytes(b"half")
+    with training(SCENARIO, "host", tmp_path) as run:
+        run.save(tmp_path / "run")
+    assert names(tmp_path / "run") == ["step-00000000-save-00001"]
+
+
+def test_other_files_in_the_directory_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "run" / "step-00000009-save-00009").mkdir(parents=True)  # no manifest: no checkpoint
+    (tmp_path / "run" / "notes").write_text("mine")
+    with training(SCENARIO, "host", tmp_path) as run:
+        for _ in range(3):
+            run.engine.save_checkpoint(tmp_path / "run", keep_last=1)
+    expected = ["notes", "step-00000000-save-00003", "step-00000009-save-00009"]
+    assert names(tmp_path / "run") == expected
+
+
+def test_one_process_at_a_time_saves_into_a_directory(tmp_path: Path) -> None:
+    other = CheckpointDirectory(tmp_path / "run")
+    other.begin()
+    with training(SCENARIO, "host", tmp_path) as run:
+        with pytest.raises(OffloadIOError, match="cannot lock .*/run: .*; another process is saving into it"):
+            run.save(tmp_path / "run")
+        assert names(tmp_path / "run") == [".saving"]  # the other's
+        other.abandon()
+        run.save(tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [errno.EBADF, errno.ENOLCK])
+def test_file_systems_without_locks_are_used_all_the_same(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with training(SCENARIO, "host", tmp_path) as run:
+        monkeypatch.setattr("fcntl.flock", refuse)
+        run.save(tmp_path / "run")
+    assert names(tmp_path / "run") == ["step-00000000-save-00001"]
+
+
+def test_a_place_that_is_no_directory_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with training(SCENARIO, "host", tmp_path) as run:
+        with pytest.raises(OffloadIOError, match="cannot create directory .*/file: File exists"):
+            run.save(tmp_path / "file")
+        run.train(0, 1)
+
+
+def test_gradients_that_wait_for_a_step_are_not_lost_silently(tmp_path: Path) -> None:
+    with training(SCENARIO, "host", tmp_path) as run:
+        run.engine(**run.scenario.case.batches(1)[0]).loss.backward()
+        with pytest.raises(ConfigError, match=r"gradients wait for a step .* after optimizer\.step\(\)"):
+            run.save(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"extra": {"model": object()}}, "save_checkpoint: extra: expected tensors, numbers"),
+        ({"extra": lambda: None}, "save_checkpoint: extra: expected tensors, numbers"),
+        ({"keep_last": 0}, "save_checkpoint: keep_last: expected at least 1, or None for all, got 0"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with training(SCENARIO, "host", tmp_path) as run:
+        with pytest.raises(ConfigError, match=message):
+            run.engine.save_checkpoint(tmp_path / "run", **fields)
+        run.save(tmp_path / "run")
+    assert names(tmp_path / "run") == ["step-00000000-save-00001"]
+
+
+def make_schedulers(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Return one of each kind; chained ones last."""
+    single = [
+        lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+        lr_scheduler.StepLR(optimizer, 2),
+        lr_scheduler.MultiStepLR(optimizer, [2, 3]),
+        lr_scheduler.CosineAnnealingLR(optimizer, 10),
+        lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 2),
+        lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10, cycle_momentum=False),
+        lr_scheduler.CyclicLR(optimizer, 0.01, 0.1, cycle_momentum=False),
+        lr_scheduler.ReduceLROnPlateau(optimizer),
+        lr_scheduler.PolynomialLR(optimizer),
+    ]
+    chained = lr_scheduler.SequentialLR(optimizer, single[1:4:2], [2])
+    return [*single, chained]
+
+
+def test_every_kind_of_scheduler_is_kept(tmp_path: Path) -> None:
+    with GeminiDDP(SCENARIO.case.model(), config_for("host")) as engine:
+        optimizer = hybrid_adam(engine.parameters())
+        schedulers = make_schedulers(optimizer)
+        for scheduler in schedulers:
+            expected = scheduler.state_dict()
+            engine.save_checkpoint(tmp_path / "run", scheduler=scheduler)
+            engine.load_checkpoint(tmp_path / "run", scheduler=scheduler)
+            assert scheduler.state_dict() == expected
+
+
+@pytest.mark.parametrize("place", PLACEMENTS)
+@pytest.mark.parametrize("trainable", ["", "blocks"])
+def test_parameters_are_read_a_tile_at_a_time(place: str, trainable: str, tmp_path: Path) -> None:
+    scenario = Scenario(place, trainable=trainable, model="tied_by_hand_large")
+    with training(scenario, place, tmp_path) as run:
+        runtime = run.engine.runtime
+        masters = run.engine.master_state_dict()
+        for name, slot in runtime.layout.slot_by_name.items():
+            parts = [dict(part) for part in read_parts(runtime, slot)]
+            assert max(values.numel() for part in parts for values in part.values()) <= runtime.config.tile_numel
+            kind = "master" if "master" in parts[0] else "weight"
+            whole = torch.cat([part[kind] for part in parts]).view(slot.spec.shape)
+            assert torch.equal(whole, masters[name])

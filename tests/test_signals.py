@@ -1,0 +1,72 @@
+"""A signal is remembered until it is asked for; the second one counts at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from gemini import ConfigError, GeminiConfig, GeminiDDP, StopOnSignals
+
+
+@pytest.fixture
+def engine() -> Iterator[GeminiDDP]:
+    with GeminiDDP(torch.nn.Linear(2, 2), GeminiConfig(device="cpu", host_budget="8MiB")) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_is_remembered(number: signal.Signals, engine: GeminiDDP) -> None:
+    with StopOnSignals(engine) as stop:
+        assert not stop.should_stop()
+        assert stop.received is None
+
+        os.kill(os.getpid(), number)
+
+        assert stop.should_stop()
+        assert stop.received is number
+
+
+def test_the_second_signal_counts_at_once(engine: GeminiDDP) -> None:
+    with StopOnSignals(engine) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert stop.should_stop()
+
+
+@pytest.mark.parametrize("is_signalled", [False, True])
+def test_handlers_come_back(is_signalled: bool, engine: GeminiDDP) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with StopOnSignals(engine) as stop:
+        if is_signalled:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.should_stop()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_other_signals_may_be_chosen(engine: GeminiDDP) -> None:
+    with StopOnSignals(engine, [signal.SIGUSR1]) as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.received is signal.SIGUSR1
+
+
+def test_another_thread_than_the_main_one_is_refused(engine: GeminiDDP) -> None:
+    found: list[BaseException] = []
+
+    def enter() -> None:
+        try:
+            with StopOnSignals(engine):
+                pass
+        except ConfigError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+
+    assert "expected the main thread" in str(found[0])
