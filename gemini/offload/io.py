@@ -21,14 +21,7 @@ import torch
 
 from gemini._native import ffi, lib
 from gemini.errors import CorruptRecordError, OffloadIOError
-from gemini.offload.io_backends import (
-    IoBackend,
-    available_backends,
-    best_backend,
-    choose_backend,
-    explain_refusal,
-    native_number,
-)
+from gemini.offload.io_backends import IoBackend, available_backends, choose_backend, explain_refusal, native_number
 from gemini.tiers import IO_ALIGNMENT_NBYTES
 
 __all__ = [
@@ -42,7 +35,6 @@ __all__ = [
     "IoStats",
     "IoTicket",
     "available_backends",
-    "best_backend",
     "choose_backend",
     "empty_aligned",
 ]
