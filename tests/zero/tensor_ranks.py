@@ -207,7 +207,7 @@ def resume_checkpoint_divided(*, sizes: tuple[int, ...], directory: Path) -> dic
     """Return what a fresh engine of other first values holds after loading a checkpoint, and after one more step."""
     case = case_of("llama")
     part, num_parts = batch_place(sizes)
-    with divided(case, "llama", sizes, tile_numel=1024) as engine:
+    with divided(case, "llama", sizes) as engine:
         optimizer = hybrid_adam(engine.parameters())
         engine.load_state_dict({name: value + 1 for name, value in engine.master_state_dict().items()})
         engine.load_checkpoint(directory)
