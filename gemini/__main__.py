@@ -18,7 +18,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "bench": ("gemini.cli.bench", "measure this machine"),
 }
-"""Module and summary of each command. A module has `add_arguments(parser)`, and `run(arguments) -> int`: an exit code."""
+"""Module and summary of each command. A module has `add_arguments(parser)`, and `run(arguments)`, an exit code."""
 
 EXIT_USAGE = 2
 """As argparse's own."""
