@@ -17,6 +17,7 @@ MAX_MODULE_LINES = 500
 
 LAYERS = (
     ("examples", "benchmarks"),
+    ("gemini.cli", "gemini.__main__"),
     ("zero",),
     ("gemini.__init__",),
     ("gemini.ddp", "gemini.optimizer", "gemini.checkpoint", "gemini.report", "gemini.signals"),
