@@ -16,6 +16,8 @@ from gemini.errors import GeminiError
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
+    "init": ("gemini.cli.init", "write a training file with every setting explained"),
+    "train": ("gemini.cli.train", "fine-tune a model as a training file says"),
     "bench": ("gemini.cli.bench", "measure this machine"),
 }
 """Module and summary of each command. A module has `add_arguments(parser)`, and `run(arguments)`, an exit code."""

@@ -1,0 +1,42 @@
+"""`python -m gemini train FILE`: fine-tune a model as a training file says."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from gemini.recipe.run import train
+from gemini.recipe.settings_file import read_settings
+
+__all__ = ["add_arguments", "run"]
+
+EPILOG = """\
+`python -m gemini init FILE` writes such a file, with every setting explained. Ctrl-C and SIGTERM end the run after its
+step, with a checkpoint; a second one ends it at once. Checkpoints, log.csv and the trained model are in output.path.
+
+exit code: 0 when trained; 2 when something is wrong with the file, the data or the machine; 130 after Ctrl-C and 143
+after SIGTERM, with a checkpoint to go on from by --resume
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.epilog = EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("file", type=Path, metavar="FILE", help="the training file, YAML")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output.path")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train; say where the result is."""
+    console = Console(highlight=False)
+    finished = train(read_settings(arguments.file), resume=arguments.resume, console=console)
+    console.print(str(finished.report), markup=False)
+    if finished.stopped_by is not None:
+        console.print(f"{finished.stopped_by.name}: saved {finished.path}; --resume goes on from there")
+        return 128 + finished.stopped_by
+    loss = "" if finished.loss is None else f", last loss {finished.loss:.4f}"
+    console.print(f"Trained{loss}. The model is in {finished.path}")
+    return 0

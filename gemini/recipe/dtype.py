@@ -1,0 +1,43 @@
+"""Which working dtype this machine computes in fastest."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+__all__ = ["choose_dtype"]
+
+
+def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """Return the working dtype and the reason.
+
+    Processors without bfloat16 instructions emulate them, up to a hundred times slower than float32, and others run
+    them several times faster: on the CPU "auto" measures a small matrix product in both, in well under a second.
+
+    Args:
+        name: "bf16", "fp16", "fp32" or "auto".
+        device: compute device.
+
+    Returns:
+        The dtype, and a phrase for people.
+    """
+    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if name in named:
+        return named[name], f"{name}, as asked for"
+    if device.type != "cpu":
+        return torch.bfloat16, "bf16"
+    rates = {key: _matmul_gflops(named[key]) for key in ("bf16", "fp32")}
+    fastest = "bf16" if rates["bf16"] >= rates["fp32"] else "fp32"
+    shown = ", ".join(f"{rate:.3g} in {key}" for key, rate in rates.items())
+    return named[fastest], f"{fastest} (GFLOP/s of a matrix product: {shown})"
+
+
+def _matmul_gflops(dtype: torch.dtype) -> float:
+    left, right = torch.ones(128, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+    seconds = []
+    for _ in range(8):  # the first one warms up
+        start = time.perf_counter()
+        left @ right
+        seconds.append(time.perf_counter() - start)
+    return 2 * 128 * 512 * 512 / min(seconds) / 1e9

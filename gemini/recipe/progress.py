@@ -1,0 +1,186 @@
+"""What is seen of a run while it goes on: a line on the terminal, rows of log.csv."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import rich.progress
+import transformers
+from rich.console import Console
+
+from gemini.ddp import GeminiDDP
+from gemini.recipe.data import Collator
+from gemini.report import MemoryReport
+from gemini.tiers import format_nbytes
+
+__all__ = ["Pace", "ProgressCallback", "Snapshot", "pace_between"]
+
+COLUMNS = (
+    "step",
+    "loss",
+    "eval_loss",
+    "learning_rate",
+    "grad_norm",
+    "seconds",
+    "tokens_per_s",
+    "padded_tokens_per_s",
+    "stall_share",
+    "fetched_gb_per_s",
+    "nvme_read_gb_per_s",
+    "nvme_written_gb_per_s",
+    "device_nbytes",
+    "host_nbytes",
+    "nvme_nbytes",
+)
+"""Of log.csv."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Counters of a run at one moment; all but `tiers` only grow."""
+
+    seconds: float
+    steps: int
+    tokens: int
+    """Real ones."""
+    padded_tokens: int
+    """Those and padding."""
+    stall_s: float
+    """Seconds that compute has waited for weights and updates."""
+    fetched_nbytes: int
+    nvme_read_nbytes: int
+    nvme_written_nbytes: int
+    tiers: dict[str, int]
+    """Bytes held now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast a run went between two moments."""
+
+    seconds: float
+    """Of a step."""
+    tokens_per_s: float
+    padded_tokens_per_s: float
+    stall_share: float
+    fetched_gb_per_s: float
+    nvme_read_gb_per_s: float
+    nvme_written_gb_per_s: float
+
+
+def pace_between(before: Snapshot, after: Snapshot) -> Pace:
+    """Return the pace between two snapshots, of which at least one step lies."""
+    seconds = max(after.seconds - before.seconds, 1e-9)
+    return Pace(
+        seconds=seconds / (after.steps - before.steps),
+        tokens_per_s=(after.tokens - before.tokens) / seconds,
+        padded_tokens_per_s=(after.padded_tokens - before.padded_tokens) / seconds,
+        stall_share=min((after.stall_s - before.stall_s) / seconds, 1.0),
+        fetched_gb_per_s=(after.fetched_nbytes - before.fetched_nbytes) / seconds / 1e9,
+        nvme_read_gb_per_s=(after.nvme_read_nbytes - before.nvme_read_nbytes) / seconds / 1e9,
+        nvme_written_gb_per_s=(after.nvme_written_nbytes - before.nvme_written_nbytes) / seconds / 1e9,
+    )
+
+
+class ProgressCallback(transformers.TrainerCallback):  # type: ignore[misc]
+    """Shows and keeps what a GeminiTrainer logs, and adds the pace to it; a context manager.
+
+    Args:
+        path: of log.csv, appended to.
+        collator: counts the tokens.
+        console: for the line.
+    """
+
+    def __init__(self, path: Path, collator: Collator, console: Console) -> None:
+        self._path = path
+        self._collator = collator
+        self._engine: GeminiDDP | None = None
+        self._before: Snapshot | None = None
+        columns = (rich.progress.BarColumn(12), rich.progress.MofNCompleteColumn(), "{task.description}")
+        self._bar = rich.progress.Progress(*columns, rich.progress.TimeRemainingColumn(), console=console)
+        self._task: rich.progress.TaskID | None = None
+
+    def __enter__(self) -> ProgressCallback:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def follow(self, engine: GeminiDDP) -> None:
+        """Take an engine's counters from here on."""
+        self._engine = engine
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the display and the clock."""
+        self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step)
+        self._bar.start()
+        self._before = self._snapshot(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        assert self._task is not None
+        self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Add the pace to what is logged; show and keep all of it."""
+        if not logs or self._before is None or "train_runtime" in logs:
+            return
+        values: dict[str, Any] = {"step": state.global_step, **logs}
+        now = self._snapshot(state.global_step)
+        if now.steps > self._before.steps and "loss" in logs:
+            pace = pace_between(self._before, now)
+            values |= {name: getattr(pace, name) for name in Pace.__slots__}
+            self._before = now
+            self._show(logs, pace, now)
+        values |= {f"{tier}_nbytes": nbytes for tier, nbytes in now.tiers.items()}
+        self._keep(values)
+
+    def _show(self, logs: Mapping[str, Any], pace: Pace, now: Snapshot) -> None:
+        assert self._task is not None
+        tokens = f"{pace.tokens_per_s:.3g} tokens/s"
+        if pace.padded_tokens_per_s > pace.tokens_per_s:
+            tokens += f" ({pace.padded_tokens_per_s:.3g} padded)"
+        rates = {
+            "fetched": pace.fetched_gb_per_s,
+            "read": pace.nvme_read_gb_per_s,
+            "written": pace.nvme_written_gb_per_s,
+        }
+        parts = [
+            f"loss {float(logs['loss']):.4f}",
+            tokens,
+            f"waiting {pace.stall_share:.0%}",
+            *(f"{name} {rate:.2g} GB/s" for name, rate in rates.items() if rate),
+            *(f"{tier} {format_nbytes(nbytes)}" for tier, nbytes in now.tiers.items() if nbytes),
+        ]
+        self._bar.update(self._task, description=", ".join(parts))
+
+    def _keep(self, values: Mapping[str, Any]) -> None:
+        is_new = not self._path.exists()
+        with open(self._path, "a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            if is_new:
+                writer.writeheader()
+            writer.writerow(values)
+
+    def _snapshot(self, steps: int) -> Snapshot:
+        assert self._engine is not None
+        report: MemoryReport = self._engine.memory_report()
+        return Snapshot(
+            seconds=time.perf_counter(),
+            steps=steps,
+            tokens=self._collator.num_tokens,
+            padded_tokens=self._collator.num_padded_tokens,
+            stall_s=report.fetch_stall_s + report.update_stall_s,
+            fetched_nbytes=report.fetched_nbytes,
+            nvme_read_nbytes=report.nvme_read_nbytes,
+            nvme_written_nbytes=report.nvme_written_nbytes,
+            tiers={tier.tier: sum(tier.held_nbytes.values()) for tier in report.tiers},
+        )

@@ -1,0 +1,167 @@
+"""Training files: YAML to settings and back, with errors that name the file, the line and the key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+from pydantic.fields import FieldInfo
+
+from gemini.errors import ConfigError, naming_file
+from gemini.recipe.settings import Settings, section_in
+
+__all__ = ["parse_settings", "read_settings", "write_template"]
+
+Place = tuple[str | int, ...]
+"""Keys and indices that lead to a value."""
+
+
+def read_settings(path: Path) -> Settings:
+    """Read a training file.
+
+    Args:
+        path: a YAML file.
+
+    Returns:
+        The settings; paths in them are as they were written.
+
+    Raises:
+        ConfigError: something in it is wrong; says where, what was expected and what it may have been meant to be.
+        OffloadIOError: it cannot be read.
+    """
+    with naming_file("read", path):
+        text = path.read_text(encoding="utf-8")
+    return parse_settings(text, source=str(path))
+
+
+def parse_settings(text: str, *, source: str) -> Settings:
+    """Parse a training file's text; see `read_settings`.
+
+    Args:
+        text: YAML.
+        source: what to call it in messages.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ConfigError: something in it is wrong.
+    """
+    try:
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        lines = dict(_lines_of(root, (), source)) if root is not None else {}
+        values = {} if root is None else loader.construct_document(root)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
+        raise ConfigError(f"{source}:{line}: this is not YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: this is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}:1: expected keys with values, such as model:, got {type(values).__name__}")
+    try:
+        return Settings.model_validate(values)
+    except pydantic.ValidationError as error:
+        first, *others = [_describe(each, lines, source) for each in error.errors()]
+        raise ConfigError("\n".join([first, *others])) from None
+
+
+def _lines_of(node: yaml.Node, place: Place, source: str) -> Iterator[tuple[Place, int]]:
+    """Yield where each value stands, counting from 1; refuse keys that are there twice, which YAML lets pass."""
+    yield place, node.start_mark.line + 1
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if key.value in seen:
+                raise ConfigError(f"{source}:{key.start_mark.line + 1}: {key.value} is there twice; remove one")
+            seen.add(key.value)
+            yield (*place, key.value), key.start_mark.line + 1
+            for inner, line in _lines_of(value, (*place, key.value), source):
+                if inner != (*place, key.value):
+                    yield inner, line
+    elif isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            yield from _lines_of(item, (*place, i), source)
+
+
+def _describe(error: Any, lines: dict[Place, int], source: str) -> str:
+    """Return one line about one error of pydantic's."""
+    place = tuple(error["loc"])
+    while place not in lines and place:  # pydantic adds the members of unions
+        place = place[:-1]
+    name = ".".join(str(part) for part in place)
+    kind, where = error["type"], f"{source}:{lines.get(place, 1)}"
+    if kind == "extra_forbidden":
+        section = _section_of(place[:-1])
+        meant = difflib.get_close_matches(str(place[-1]), section, n=1)
+        hint = f"did you mean {meant[0]}?" if meant else f"expected one of {', '.join(section)}"
+        return f"{where}: {name}: there is no such setting; {hint}"
+    if kind == "missing" and isinstance(error["input"], dict):
+        missing = tuple(error["loc"])
+        description = _section_of(missing[:-1])[missing[-1]].description
+        return f"{where}: {'.'.join(missing)} is missing: {description}"
+    got = "" if isinstance(error["input"], dict) else f", got {error['input']!r}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{where}: {name}: {message}{got}"
+
+
+def _section_of(place: Place) -> dict[str, FieldInfo]:
+    """Return the fields of the section at a place."""
+    section: type[pydantic.BaseModel] = Settings
+    for part in place:
+        found = section_in(section.model_fields[str(part)].annotation)
+        assert found is not None, place
+        section = found
+    return dict(section.model_fields)
+
+
+def write_template(known: dict[str, dict[str, Any]]) -> str:
+    """Return a training file with every setting, its default and what it is for.
+
+    Args:
+        known: values that are known already, by section and key; the other settings stand there as comments.
+
+    Returns:
+        YAML that `parse_settings` takes, if `known` has all that has no default.
+    """
+    lines = ["# A training file: python -m gemini train THIS", "# What is commented out has the value shown."]
+    for name, field in Settings.model_fields.items():
+        section = section_in(field.annotation)
+        assert section is not None
+        lines += ["", f"{name}:  # {field.description}", *_template_of(section, known.get(name, {}), indent=2)]
+    return "\n".join(lines) + "\n"
+
+
+def _template_of(section: type[pydantic.BaseModel], known: dict[str, Any], *, indent: int) -> Iterator[str]:
+    margin = " " * indent
+    for name, field in section.model_fields.items():
+        inner = section_in(field.annotation)
+        if inner is not None and name not in known:
+            yield f"{margin}# {name}:  # {field.description}"
+            yield from (
+                f"{margin}# {line[indent:]}" for line in _template_of(inner, _examples(inner), indent=indent + 2)
+            )
+        elif inner is not None:
+            yield f"{margin}{name}:  # {field.description}"
+            yield from _template_of(inner, known[name], indent=indent + 2)
+        else:
+            value = known.get(name, None if field.is_required() else field.default)
+            mark = "" if name in known else "# "
+            text = yaml.safe_dump(_plain(value), default_flow_style=True, width=10**6).splitlines()[0]
+            yield f"{margin}{mark}{name}: {text}  # {field.description}"
+
+
+def _examples(section: type[pydantic.BaseModel]) -> dict[str, Any]:
+    """Return values of an optional section's required settings, so that it can be uncommented as it stands."""
+    examples = {"path": "/nvme/swap", "budget": "100GiB"}
+    return {name: examples[name] for name, field in section.model_fields.items() if field.is_required()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,113 @@
+"""Training files: what is right is read, what is wrong is named with its line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gemini import ConfigError
+from gemini.recipe.settings import Settings
+from gemini.recipe.settings_file import parse_settings, read_settings, write_template
+
+KNOWN = {"model": {"path": "m"}, "data": {"files": ["a.jsonl", "b: c.jsonl"]}, "output": {"path": "runs/a"}}
+BASE = "model:\n  path: m\ndata: {files: [a]}\noutput: {path: r}\n"
+
+
+def test_the_template_has_the_defaults() -> None:
+    assert parse_settings(write_template(KNOWN), source="f") == Settings.model_validate(KNOWN)
+
+
+def test_the_template_says_what_each_default_is() -> None:
+    """With every comment taken away that has a value, the file means the same."""
+    lines = write_template(KNOWN).splitlines()
+    open_again = [re.sub(r"^( *)# (\w+: (?!null))", r"\1\2", line) for line in lines]
+    kept = [line for line in open_again if not re.match(r" *(#|lora:|nvme:|rank:|alpha:|dropout:|target)", line)]
+    assert parse_settings("\n".join(kept), source="f") == Settings.model_validate(KNOWN)
+    assert sum(": " in line.split("  #")[0] for line in kept) > 20
+
+
+def test_optional_sections_can_be_uncommented_as_they_stand() -> None:
+    text = write_template(KNOWN)
+    opened = re.sub(r"^  # (nvme:|  \w+:)", r"  \1", text, flags=re.MULTILINE)
+    settings = parse_settings(opened, source="f")
+    assert settings.memory.nvme is not None
+    assert settings.memory.nvme.budget == "100GiB"
+
+
+def test_numbers_as_people_write_them() -> None:
+    settings = parse_settings(BASE + "training: {learning_rate: 1e-4, betas: [0.9, 0.95]}", source="f")
+    assert settings.training.learning_rate == 1e-4
+    assert settings.training.betas == (0.9, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "f:1: model is missing: what is trained"),
+        ("3", "f:1: expected keys with values"),
+        ("a: [1", "f:1: this is not YAML"),
+        ("model:\n\tpath: 3", "f:2: this is not YAML: found character"),
+        ("a: 1\na: 2", "f:2: a is there twice"),
+        (BASE + "training:\n  seed: 1\n  seed: 2", "f:7: seed is there twice"),
+        (
+            BASE + "training:\n  seed: 1\n  lerning_rate: 2",
+            "f:7: training.lerning_rate: .* did you mean learning_rate?",
+        ),
+        (BASE + "trainig: {}", "f:5: trainig: there is no such setting; did you mean training?"),
+        (BASE + "training:\n  xyz: 2", "f:6: training.xyz: there is no such setting; expected one of steps, epochs"),
+        (BASE + "training:\n  learning_rate: fast", "f:6: training.learning_rate: .* valid number.* got 'fast'"),
+        (BASE + "training:\n  batch_size: 0", "f:6: training.batch_size: .* greater than or equal to 1, got 0"),
+        (BASE + "training: {betas: [0.9]}", "f:5: training.betas: "),
+        (BASE + "memory:\n  host_budget: 3 apples", 'f:6: memory.host_budget: .*write for example "6GiB"'),
+        (BASE + "memory:\n  nvme:\n    path: a", "f:7: memory.nvme.budget is missing: bytes the swap file may take"),
+        (BASE + "memory:\n  nvme:", "f:5: memory: nvme is empty"),
+        (BASE.replace("path: m", "lora: {}"), "f:2: model: expected either path or config"),
+        (BASE.replace("path: m", "path: m\n  config: c"), "f:2: model: expected either path or config"),
+        (BASE.replace("path: m", "config: c"), "f:2: model: tokenizer: expected a directory"),
+        (BASE.replace("path: m", "path: m\n  lora: {target_modules: 3}"), "f:3: model.lora.target_modules: "),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_line(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_settings(text, source="f")
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    text = BASE + "training:\n  steps: x\n  epochs: y\n"
+    with pytest.raises(ConfigError, match=r"(?s)f:6: training\.steps.*f:7: training\.epochs"):
+        parse_settings(text, source="f")
+
+
+def test_sections_of_which_all_is_commented_out_have_their_defaults() -> None:
+    settings = parse_settings(BASE + "training:\n  # steps: 3\nmemory:\n", source="f")
+    assert settings == parse_settings(BASE, source="f")
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(["model", "data", "path", "nvme", "lora", "training", "betas", "x"]), inner
+            )
+        ),
+        max_leaves=12,
+    )
+)
+def test_anything_is_read_or_refused(values: Any) -> None:
+    try:
+        parse_settings(yaml.safe_dump(values), source="f")
+    except ConfigError as error:
+        assert str(error).startswith("f:")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="none.yaml"):
+        read_settings(tmp_path / "none.yaml")
