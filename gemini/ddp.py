@@ -24,6 +24,7 @@ from gemini.config import GeminiConfig
 from gemini.errors import CheckpointMismatchError, ConfigError, ModelError
 from gemini.hooks import HookSet
 from gemini.initialise import InitFn
+from gemini.model_names import canonical_names, persistent_buffers
 from gemini.offload.io import IoStats
 from gemini.placement.cost_model import HardwareProfile, StepFlops
 from gemini.report import MemoryReport, make_report
@@ -257,20 +258,17 @@ class GeminiDDP(torch.nn.Module):
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield CPU copies of all parameters; tied names share one."""
         self._runtime.finish_updates()
-        by_id: dict[int, torch.Tensor] = {}
+        values: dict[str, torch.Tensor] = {}
         slots = self._runtime.layout.slot_by_name
-        first_name = {id(param): name for name, param in self.module.named_parameters()}
-        for name, param in self.module.named_parameters(remove_duplicate=False):
-            if id(param) not in by_id:
-                by_id[id(param)] = read(self._runtime, slots[first_name[id(param)]])
-            yield name, by_id[id(param)]
+        for name, canonical in canonical_names(self.module).items():
+            if canonical not in values:
+                values[canonical] = read(self._runtime, slots[canonical])
+            yield name, values[canonical]
 
     def _named_tensors(self, read: Callable[[Runtime, ParamSlot], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self._named_parameters(read)
-        for module_name, module in self.module.named_modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and name not in module._non_persistent_buffers_set:
-                    yield f"{module_name}.{name}".strip("."), local_part(buffer).detach().cpu().clone()
+        for name, buffer in persistent_buffers(self.module).items():
+            yield name, local_part(buffer).detach().cpu().clone()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights into their homes; their float32 values become the masters, the moments stay.
@@ -292,8 +290,7 @@ class GeminiDDP(torch.nn.Module):
         self._runtime.check_usable()
         missing, unexpected, mismatch = self._compare_names(state_dict, strict)
         agree_on_loading(self._runtime.sharding, mismatch, state_dict)
-        first_name = {id(param): name for name, param in self.module.named_parameters()}
-        params = {name: first_name[id(p)] for name, p in self.module.named_parameters(remove_duplicate=False)}
+        params = canonical_names(self.module)
         buffers = dict(self.module.named_buffers(remove_duplicate=False))
         slots = self._runtime.layout.slot_by_name
         self._runtime.finish_updates()
@@ -308,34 +305,22 @@ class GeminiDDP(torch.nn.Module):
         self, state_dict: Mapping[str, Any], strict: bool
     ) -> tuple[list[str], list[str], CheckpointMismatchError | None]:
         """Return the missing and unexpected names, and why the rest cannot be loaded, if it cannot."""
-        first_name = {id(param): name for name, param in self.module.named_parameters()}
-        params = {name: first_name[id(p)] for name, p in self.module.named_parameters(remove_duplicate=False)}
+        params = canonical_names(self.module)
         buffers = dict(self.module.named_buffers(remove_duplicate=False))
         given = {params.get(name, name) for name in state_dict}
-        missing = [name for name in (*first_name.values(), *self._persistent_buffers()) if name not in given]
+        expected = dict.fromkeys((*params.values(), *persistent_buffers(self.module)))
+        missing = [name for name in expected if name not in given]
         unexpected = [name for name in state_dict if name not in params and name not in buffers]
         if strict and (missing or unexpected):
             what = f"load_state_dict: missing {missing}, unexpected {unexpected}"
             return missing, unexpected, CheckpointMismatchError(what)
         slots = self._runtime.layout.slot_by_name
         for name, value in state_dict.items():
-            expected = (
-                slots[params[name]].spec.full_shape
-                if name in params
-                else tuple(getattr(buffers.get(name), "shape", ()))
-            )
-            if name not in unexpected and tuple(value.shape) != tuple(expected):
-                what = f"load_state_dict: {name} has shape {tuple(value.shape)}, expected {tuple(expected)}"
+            shape = slots[params[name]].spec.full_shape if name in params else getattr(buffers.get(name), "shape", ())
+            if name not in unexpected and tuple(value.shape) != tuple(shape):
+                what = f"load_state_dict: {name} has shape {tuple(value.shape)}, expected {tuple(shape)}"
                 return missing, unexpected, CheckpointMismatchError(what)
         return missing, unexpected, None
-
-    def _persistent_buffers(self) -> list[str]:
-        return [
-            f"{module_name}.{name}".strip(".")
-            for module_name, module in self.module.named_modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None and name not in module._non_persistent_buffers_set
-        ]
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -415,9 +400,9 @@ class GeminiDDP(torch.nn.Module):
         return load_checkpoint(self._runtime, Path(path), self._participants(optimizer, scheduler), verify=verify)
 
     def _participants(self, optimizer: CheckpointedOptimizer | None, scheduler: Stateful | None) -> Participants:
-        persistent = set(self._persistent_buffers())
-        buffers = {n: b for n, b in self.module.named_buffers(remove_duplicate=False) if n in persistent}
-        return Participants(buffers=buffers, optimizer=self._checkpointed(optimizer), scheduler=scheduler)
+        return Participants(
+            buffers=persistent_buffers(self.module), optimizer=self._checkpointed(optimizer), scheduler=scheduler
+        )
 
     def _checkpointed(self, optimizer: CheckpointedOptimizer | None) -> CheckpointedOptimizer | None:
         """Return the optimizer to save or load: the one given, or this engine's own."""
