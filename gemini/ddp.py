@@ -27,6 +27,7 @@ from gemini.initialise import InitFn
 from gemini.model_names import canonical_names, persistent_buffers
 from gemini.offload.io import IoStats
 from gemini.placement.cost_model import HardwareProfile, StepFlops
+from gemini.pretrained import open_pretrained, save_pretrained
 from gemini.report import MemoryReport, make_report
 from gemini.runtime import Runtime
 from gemini.slicing import BatchSlicer
@@ -59,12 +60,17 @@ class GeminiDDP(torch.nn.Module):
         config: budgets and choices; None: defaults.
         init_fn: for models on the meta device: gives one module's own parameters and buffers their first values.
             None: transformers' `_init_weights` or the module's `reset_parameters`.
+        weights: a checkpoint's directory in Hugging Face's layout, whose values take the place of the model's own, read
+            when their homes are written; see `gemini.load_pretrained`. None: the model keeps its own.
         sharding: the ranks that share the model; `zero.shard` gives it. None: there are no others.
 
     Attributes:
         module: the user's model.
+        loading_report: what of `weights` and the model did not belong together; None: there were no `weights`.
 
     Raises:
+        CheckpointError: `weights` is no checkpoint, or a damaged one.
+        CheckpointMismatchError: `weights` are of another model.
         ConfigError: the configuration contradicts itself or the machine.
         ModelError: the model is managed already, or has parameters that cannot be placed.
         OutOfTierMemoryError: the budgets cannot hold the model; says which tier is short by how much.
@@ -77,6 +83,7 @@ class GeminiDDP(torch.nn.Module):
         config: GeminiConfig | None = None,
         *,
         init_fn: InitFn | None = None,
+        weights: str | os.PathLike[str] | None = None,
         sharding: Sharding | None = None,
     ) -> None:
         super().__init__()
@@ -84,7 +91,11 @@ class GeminiDDP(torch.nn.Module):
             raise ConfigError(f"GeminiDDP: expected a torch.nn.Module, got {type(module).__name__}")
         _refuse_managed(module)
         self.module = module
-        self._runtime = assemble(module, config or GeminiConfig(), init_fn=init_fn, sharding=sharding)
+        with nullcontext() if weights is None else open_pretrained(module, Path(weights)) as source:
+            self._runtime = assemble(
+                module, config or GeminiConfig(), init_fn=init_fn, weights=source, sharding=sharding
+            )
+        self.loading_report = None if source is None else source.report
         store = self._runtime.resources.store
         self._disk_at_start = store.stats() if store is not None else IoStats(nbytes_read=0, nbytes_written=0)
         for param in module.parameters():
@@ -321,6 +332,32 @@ class GeminiDDP(torch.nn.Module):
                 what = f"load_state_dict: {name} has shape {tuple(value.shape)}, expected {tuple(shape)}"
                 return missing, unexpected, CheckpointMismatchError(what)
         return missing, unexpected, None
+
+    def save_pretrained(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | str | None = None,
+        max_shard_size: int | str = "5GB",
+    ) -> None:
+        """Save the model as its own `save_pretrained` would, in bounded memory; all ranks call, the first writes.
+
+        `from_pretrained` opens the directory: safetensors files with their index, configurations. Of a model with
+        peft's adapters these are saved, for `PeftModel.from_pretrained`. Files of an earlier save are replaced when
+        the new ones are on the drive; others stay.
+
+        Args:
+            path: the directory; made if need be.
+            dtype: "float32" saves the masters, "bfloat16" or "float16" these rounded; None: the working weights.
+            max_shard_size: bytes of a file, such as "5GB"; a larger tensor gets a file of its own.
+
+        Raises:
+            ConfigError: an argument cannot be honoured, or transformers is missing or too old.
+            OffloadIOError: something could not be read or written; the directory is as it was.
+            CheckpointError: as OffloadIOError, on another rank.
+            ModelError: the engine is closed or its state was lost.
+        """
+        save_pretrained(self._runtime, self.module, Path(path), dtype=dtype, max_shard_size=max_shard_size)
 
     # ---------------------------------------------------------------- checkpoints
 
