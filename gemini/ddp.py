@@ -52,7 +52,7 @@ class GeminiDDP(torch.nn.Module):
     becomes its master. From here on call the engine (or `engine.module`, or methods such as
     `engine.module.generate`), `loss.backward()` and a HybridAdam's `step()` as usual. Between uses a parameter may
     be away: its `.data` then shows NaN; read weights with `state_dict()` or `master_state_dict()`, or save the model
-    in its own way (`engine.module.save_pretrained(...)`), which sees them all.
+    with `save_pretrained`.
 
     Args:
         module: the model; on the CPU, or on the meta device, in which case it is initialised unit by unit straight

@@ -62,7 +62,9 @@ def load_pretrained(
         model = build(model_config, dtype=config.dtype)
     if model.can_generate() and (directory / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
-    return GeminiDDP(model.eval(), config, weights=directory)
+    engine = GeminiDDP(model, config, weights=directory)
+    engine.eval()
+    return engine
 
 
 def _class_of(transformers: Any, model_config: Any) -> Any:

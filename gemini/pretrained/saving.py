@@ -23,7 +23,7 @@ from gemini.chunk.tensor_parallel import local_part
 from gemini.errors import ConfigError, GeminiError, naming_file
 from gemini.model_names import canonical_names, persistent_buffers
 from gemini.pretrained.adapters import adapter_files, write_adapter_configs
-from gemini.pretrained.conversions import Conversion, ignored_names, is_transformers_model, save_conversions
+from gemini.pretrained.conversions import Conversion, is_transformers_model, save_conversions
 from gemini.pretrained.directory import NewFiles
 from gemini.pretrained.files import INDEX, SINGLE_FILE
 from gemini.pretrained.state_names import has_adapters
@@ -107,7 +107,7 @@ class _Weights:
 
     Attributes:
         state: dtype and shape of each by its name in the model, on the meta device; of tied ones the first name, or
-            that under which transformers expects it.
+            that under which transformers expects it, or if there are adapters all names, of which peft chooses.
     """
 
     def __init__(self, runtime: Runtime, model: torch.nn.Module, dtype: torch.dtype | None) -> None:
@@ -123,7 +123,7 @@ class _Weights:
             if canonical not in kept or (kept[canonical] in targets and name not in targets):
                 kept[canonical] = name
         for name in self._canonical:
-            if kept[self._canonical[name]] == name:
+            if kept[self._canonical[name]] == name or has_adapters(model):
                 spec = self._slots[self._canonical[name]].spec
                 saved = dtype if dtype is not None and spec.dtype.is_floating_point else spec.dtype
                 self.state[name] = torch.empty(spec.full_shape, dtype=saved, device="meta")
@@ -151,7 +151,13 @@ class _Weights:
 
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor, a copy on the CPU."""
-        return torch.cat([run.clone() for run in self.runs(name)] or [torch.empty(0)]).view(self.state[name].shape)
+        wanted = self.state[name]
+        flat = torch.empty(wanted.numel(), dtype=wanted.dtype)
+        done = 0
+        for run in self.runs(name):
+            flat[done : done + run.numel()] = run
+            done += run.numel()
+        return flat.view(wanted.shape)
 
     def shapes_of(self, file: _File) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Return dtype and shape of everything in a file, by its name there."""
@@ -183,7 +189,7 @@ def _plan_files(model: torch.nn.Module, weights: _Weights, shard_nbytes: int) ->
     if is_transformers_model(model):
         if getattr(model, "_hf_peft_config_loaded", False):
             raise ConfigError("save_pretrained: adapters are saved of models from peft.get_peft_model, not add_adapter")
-        ignored = ignored_names(model, state, attribute="_keys_to_ignore_on_save")
+        ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
         conversions = save_conversions(model, {name: each for name, each in state.items() if name not in ignored})
     else:
         conversions = [Conversion((name,), (name,)) for name in state]
