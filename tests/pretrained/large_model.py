@@ -1,4 +1,4 @@
-"""Load and save a model of GPT-2 large's shape, of which the embedding is trained, and say what that takes in memory."""
+"""Load and save a model of GPT-2 large's shape, the embedding of which is trained; say what that takes in memory."""
 
 from __future__ import annotations
 

@@ -15,11 +15,15 @@ import zero
 from gemini import GeminiError
 
 
-def load_and_save(*, name: str, stored: Path, saved: Path, stage: int, swap: Path | None) -> dict[str, Any]:
+def load_and_save(
+    *, name: str, stored: Path, saved: Path, stage: int, swap: Path | None, frozen: bool
+) -> dict[str, Any]:
     """Load a checkpoint on all ranks, compute, save it; return the first output, the masters and the report."""
     case = HF_CASES[name]
     with torch.device("meta"):
         model = case.build().eval()
+    model.requires_grad_(not frozen)
+    model.get_output_embeddings().requires_grad_(True)
     config = config_for("host" if swap is None else "nvme", swap)
     with zero.shard(model, config, stage=stage, weights=stored) as engine:
         with torch.no_grad():

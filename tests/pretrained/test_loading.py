@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def test_every_family_computes_what_transformers_does(name: str, tmp_path: Path)
 
     with gemini.load_pretrained(tmp_path, config_for("host")) as engine:
         assert type(engine.module) is type(model)
-        assert not engine.module.training
+        assert not any(module.training for module in engine.modules())
         assert same_bits(engine.master_state_dict(), model.state_dict())
         assert same_outputs(engine, model, HF_CASES[name])
         assert engine.loading_report.missing_keys == ()
@@ -172,6 +173,14 @@ def test_weights_that_are_tied_but_stored_twice_stay_tied_if_they_are_equal(is_e
         assert same_bits(engine.master_state_dict(), expected.state_dict())
         engine.save_pretrained(tmp_path / "again")
     assert ("lm_head.weight" in tensors_in(tmp_path / "again")) is not is_equal
+
+
+def test_without_transformers_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain_model("gpt2").save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+
+    with pytest.raises(gemini.ConfigError, match="gemini.load_pretrained needs transformers 5 .* pip install 'transf"):
+        gemini.load_pretrained(tmp_path, config_for("host"))
 
 
 def test_names_of_earlier_versions_are_understood(tmp_path: Path) -> None:

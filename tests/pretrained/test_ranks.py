@@ -15,9 +15,17 @@ from training_harness import same_bits
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 
-@pytest.mark.parametrize(("name", "stage", "on_disk"), [("gpt2", 3, False), ("gpt2", 1, True), ("mixtral", 3, True)])
+@pytest.mark.parametrize(
+    ("name", "stage", "on_disk", "frozen"),
+    [
+        ("gpt2", 3, False, False),
+        ("gpt2", 3, False, True),  # in memory that the ranks share
+        ("gpt2", 1, True, False),
+        ("mixtral", 3, True, False),
+    ],
+)
 def test_two_ranks_load_and_save_what_one_process_does(
-    name: str, stage: int, on_disk: bool, ranks: RankPool, tmp_path: Path
+    name: str, stage: int, on_disk: bool, frozen: bool, ranks: RankPool, tmp_path: Path
 ) -> None:
     model = plain_model(name)
     model.save_pretrained(tmp_path / "stored")
@@ -30,6 +38,7 @@ def test_two_ranks_load_and_save_what_one_process_does(
         saved=tmp_path / "saved",
         stage=stage,
         swap=tmp_path if on_disk else None,
+        frozen=frozen,
     )
 
     for result in results:

@@ -164,6 +164,18 @@ def test_adapters_are_saved_for_peft(place: str, fields: dict[str, Any], base: P
     assert {path.name for path in (tmp_path / "ours").iterdir()} == files
 
 
+def test_a_tied_embedding_with_an_adapter_is_saved_for_peft(tmp_path: Path) -> None:
+    def build() -> Any:
+        torch.manual_seed(1)
+        return with_adapters(plain_model("gpt2"), target_modules=["wte", "c_attn"], init_lora_weights=False)
+
+    build().save_pretrained(tmp_path / "plain")
+    with GeminiDDP(build(), config_for("host")) as engine:
+        engine.save_pretrained(tmp_path / "ours")
+
+    assert same_bits(tensors_in(tmp_path / "ours"), tensors_in(tmp_path / "plain"))
+
+
 def test_several_adapters_go_to_directories_of_their_own(base: Path, tmp_path: Path) -> None:
     model = with_adapters(base_in(base), target_modules=["q_proj"])
     model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
