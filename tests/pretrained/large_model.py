@@ -48,10 +48,19 @@ def main(stored: Path, saved: Path, swap: Path) -> dict[str, float]:
         planned = engine.runtime.resources.ledger.peak_nbytes(MemoryTier.HOST)
         before_saving = start_peak()
         engine.save_pretrained(saved, max_shard_size="1GB")
+        saving_peak = resident_nbytes("VmHWM:") - before_saving
+        saving_s = time.perf_counter() - loaded
+        before_checkpoint = start_peak()
+        path = engine.save_checkpoint(saved / "checkpoint").wait()
+        checkpoint_peak = resident_nbytes("VmHWM:") - before_checkpoint
+        before_resuming = start_peak()
+        engine.load_checkpoint(path)
         return {
             "planned": planned,
             "loading_peak": loading_peak,
-            "saving_peak": resident_nbytes("VmHWM:") - before_saving,
+            "saving_peak": saving_peak,
+            "checkpoint_peak": checkpoint_peak,
+            "resuming_peak": resident_nbytes("VmHWM:") - before_resuming,
             "loading_s": loaded - began,
-            "saving_s": time.perf_counter() - loaded,
+            "saving_s": saving_s,
         }
