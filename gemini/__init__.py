@@ -23,6 +23,8 @@ from gemini.optimizer import HybridAdam
 from gemini.placement.cost_model import StepFlops, transformer_flops
 from gemini.placement.plan import PlacementPlan
 from gemini.placement.policy import StaticPlacement
+from gemini.pretrained import LoadingReport
+from gemini.pretrained_model import load_pretrained
 from gemini.report import MemoryReport
 from gemini.signals import StopOnSignals
 from gemini.tiers import MemoryTier
@@ -41,6 +43,7 @@ __all__ = [
     "HeapUnavailableError",
     "HybridAdam",
     "IllegalTransitionError",
+    "LoadingReport",
     "MemoryReport",
     "MemoryTier",
     "ModelError",
@@ -52,6 +55,7 @@ __all__ = [
     "StepFlops",
     "StopOnSignals",
     "WorkerError",
+    "load_pretrained",
     "measure_hardware",
     "transformer_flops",
 ]

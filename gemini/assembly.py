@@ -21,7 +21,7 @@ from gemini.config import GeminiConfig
 from gemini.errors import ConfigError, ModelError, OutOfTierMemoryError
 from gemini.gradients import GradientStore
 from gemini.heap import serve_cpu_memory
-from gemini.initialise import InitFn, Initialiser, find_init_fn
+from gemini.initialise import InitFn, Initialiser, WeightSource, find_init_fn
 from gemini.kernels.adam_tile import state_format_of
 from gemini.kernels.device import DeviceKernels, select_device_kernels
 from gemini.materialize import write_home
@@ -212,7 +212,12 @@ def _demand_of(
 
 
 def assemble(
-    model: torch.nn.Module, config: GeminiConfig, *, init_fn: InitFn | None, sharding: Sharding | None = None
+    model: torch.nn.Module,
+    config: GeminiConfig,
+    *,
+    init_fn: InitFn | None,
+    weights: WeightSource | None = None,
+    sharding: Sharding | None = None,
 ) -> Runtime:
     """Build the runtime for a model and move its weights into it.
 
@@ -220,6 +225,7 @@ def assemble(
         model: changed in place: its parameters become views of chunks.
         config: what the user asked for.
         init_fn: gives modules on the meta device their first values; None: the model's own way.
+        weights: first values that take the place of those the model has or would be given; None: there are none.
         sharding: the ranks that share the model; None: there are no others.
 
     Returns:
@@ -229,7 +235,7 @@ def assemble(
         ConfigError: the configuration contradicts itself or the machine.
         ModelError: the model has parameters or buffers that cannot be placed.
         OutOfTierMemoryError: the budgets, or the machine, cannot hold the model.
-        OffloadIOError: the swap file cannot be made, claimed or filled.
+        OffloadIOError: the swap file cannot be made, claimed or filled, or `weights` cannot be read.
     """
     blueprint = draw_blueprint(model, config, sharding=sharding)
     logger.info("%s", layout_summary(blueprint.layout))
@@ -238,7 +244,7 @@ def assemble(
     rank = 0 if sharding is None else sharding.group.rank
     resources = open_resources(config, blueprint.budgets, disk_nbytes=disk_nbytes, rank=rank)
     try:
-        builder = _Builder(config, blueprint, resources, sharding)
+        builder = _Builder(config, blueprint, resources, sharding, weights)
         runtime = builder.build(model, init_fn or find_init_fn(model))
     except BaseException:
         resources.close()
@@ -254,6 +260,7 @@ class _Builder:
     blueprint: Blueprint
     resources: Resources
     sharding: Sharding | None
+    weights: WeightSource | None
 
     def build(self, model: torch.nn.Module, init_fn: InitFn) -> Runtime:
         """Claim memory and disk and bring the weights home."""
@@ -267,7 +274,10 @@ class _Builder:
             self.resources, tile_numel=shape.tile_numel, ring_depth=shape.ring_depth, ring_nbytes=buffers["update ring"]
         )
         states: dict[int, TiledHome] = {}
-        with Initialiser(model, init_fn, device=device, dtype=self.config.dtype, seed=self.config.seed) as initialiser:
+        first_values = Initialiser(
+            model, init_fn, weights=self.weights, device=device, dtype=self.config.dtype, seed=self.config.seed
+        )
+        with first_values as initialiser:
             initialiser.fill_buffers()
             self._lay_out_shared_weights()
             for homes in plan.chunks:
@@ -357,7 +367,7 @@ class _Builder:
         if home.is_writable:
             write_home(
                 dataclasses.replace(spec, numel=padded.numel),
-                (initialiser.value_of(slot.spec.name) for slot in spec.slots),
+                (initialiser.values_of(slot.spec.name) for slot in spec.slots),
                 home,
                 None,
                 tile_numel=tile_numel,
@@ -383,7 +393,7 @@ class _Builder:
             return
         working, state, grad = _open_homes(demand, homes, blueprint.shape, self.resources, name=spec.name)
         home_spec = spec if shard is None else cut_spec(spec, shard)
-        values = (initialiser.value_of(slot.spec.name) for slot in home_spec.slots)
+        values = (initialiser.values_of(slot.spec.name) for slot in home_spec.slots)
         write_home(
             home_spec,
             values if shard is None else cut_values(spec, shard, values),

@@ -24,8 +24,10 @@ from gemini.config import GeminiConfig
 from gemini.errors import CheckpointMismatchError, ConfigError, ModelError
 from gemini.hooks import HookSet
 from gemini.initialise import InitFn
+from gemini.model_names import canonical_names, persistent_buffers
 from gemini.offload.io import IoStats
 from gemini.placement.cost_model import HardwareProfile, StepFlops
+from gemini.pretrained import open_pretrained, save_pretrained
 from gemini.report import MemoryReport, make_report
 from gemini.runtime import Runtime
 from gemini.slicing import BatchSlicer
@@ -50,7 +52,7 @@ class GeminiDDP(torch.nn.Module):
     becomes its master. From here on call the engine (or `engine.module`, or methods such as
     `engine.module.generate`), `loss.backward()` and a HybridAdam's `step()` as usual. Between uses a parameter may
     be away: its `.data` then shows NaN; read weights with `state_dict()` or `master_state_dict()`, or save the model
-    in its own way (`engine.module.save_pretrained(...)`), which sees them all.
+    with `save_pretrained`.
 
     Args:
         module: the model; on the CPU, or on the meta device, in which case it is initialised unit by unit straight
@@ -58,12 +60,17 @@ class GeminiDDP(torch.nn.Module):
         config: budgets and choices; None: defaults.
         init_fn: for models on the meta device: gives one module's own parameters and buffers their first values.
             None: transformers' `_init_weights` or the module's `reset_parameters`.
+        weights: a checkpoint's directory in Hugging Face's layout, whose values take the place of the model's own, read
+            when their homes are written; see `gemini.load_pretrained`. None: the model keeps its own.
         sharding: the ranks that share the model; `zero.shard` gives it. None: there are no others.
 
     Attributes:
         module: the user's model.
+        loading_report: what of `weights` and the model did not belong together; None: there were no `weights`.
 
     Raises:
+        CheckpointError: `weights` is no checkpoint, or a damaged one.
+        CheckpointMismatchError: `weights` are of another model.
         ConfigError: the configuration contradicts itself or the machine.
         ModelError: the model is managed already, or has parameters that cannot be placed.
         OutOfTierMemoryError: the budgets cannot hold the model; says which tier is short by how much.
@@ -76,6 +83,7 @@ class GeminiDDP(torch.nn.Module):
         config: GeminiConfig | None = None,
         *,
         init_fn: InitFn | None = None,
+        weights: str | os.PathLike[str] | None = None,
         sharding: Sharding | None = None,
     ) -> None:
         super().__init__()
@@ -83,7 +91,11 @@ class GeminiDDP(torch.nn.Module):
             raise ConfigError(f"GeminiDDP: expected a torch.nn.Module, got {type(module).__name__}")
         _refuse_managed(module)
         self.module = module
-        self._runtime = assemble(module, config or GeminiConfig(), init_fn=init_fn, sharding=sharding)
+        with nullcontext() if weights is None else open_pretrained(module, Path(weights)) as source:
+            self._runtime = assemble(
+                module, config or GeminiConfig(), init_fn=init_fn, weights=source, sharding=sharding
+            )
+        self.loading_report = None if source is None else source.report
         store = self._runtime.resources.store
         self._disk_at_start = store.stats() if store is not None else IoStats(nbytes_read=0, nbytes_written=0)
         for param in module.parameters():
@@ -257,20 +269,17 @@ class GeminiDDP(torch.nn.Module):
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield CPU copies of all parameters; tied names share one."""
         self._runtime.finish_updates()
-        by_id: dict[int, torch.Tensor] = {}
+        values: dict[str, torch.Tensor] = {}
         slots = self._runtime.layout.slot_by_name
-        first_name = {id(param): name for name, param in self.module.named_parameters()}
-        for name, param in self.module.named_parameters(remove_duplicate=False):
-            if id(param) not in by_id:
-                by_id[id(param)] = read(self._runtime, slots[first_name[id(param)]])
-            yield name, by_id[id(param)]
+        for name, canonical in canonical_names(self.module).items():
+            if canonical not in values:
+                values[canonical] = read(self._runtime, slots[canonical])
+            yield name, values[canonical]
 
     def _named_tensors(self, read: Callable[[Runtime, ParamSlot], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self._named_parameters(read)
-        for module_name, module in self.module.named_modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and name not in module._non_persistent_buffers_set:
-                    yield f"{module_name}.{name}".strip("."), local_part(buffer).detach().cpu().clone()
+        for name, buffer in persistent_buffers(self.module).items():
+            yield name, local_part(buffer).detach().cpu().clone()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights into their homes; their float32 values become the masters, the moments stay.
@@ -292,8 +301,7 @@ class GeminiDDP(torch.nn.Module):
         self._runtime.check_usable()
         missing, unexpected, mismatch = self._compare_names(state_dict, strict)
         agree_on_loading(self._runtime.sharding, mismatch, state_dict)
-        first_name = {id(param): name for name, param in self.module.named_parameters()}
-        params = {name: first_name[id(p)] for name, p in self.module.named_parameters(remove_duplicate=False)}
+        params = canonical_names(self.module)
         buffers = dict(self.module.named_buffers(remove_duplicate=False))
         slots = self._runtime.layout.slot_by_name
         self._runtime.finish_updates()
@@ -308,34 +316,48 @@ class GeminiDDP(torch.nn.Module):
         self, state_dict: Mapping[str, Any], strict: bool
     ) -> tuple[list[str], list[str], CheckpointMismatchError | None]:
         """Return the missing and unexpected names, and why the rest cannot be loaded, if it cannot."""
-        first_name = {id(param): name for name, param in self.module.named_parameters()}
-        params = {name: first_name[id(p)] for name, p in self.module.named_parameters(remove_duplicate=False)}
+        params = canonical_names(self.module)
         buffers = dict(self.module.named_buffers(remove_duplicate=False))
         given = {params.get(name, name) for name in state_dict}
-        missing = [name for name in (*first_name.values(), *self._persistent_buffers()) if name not in given]
+        expected = dict.fromkeys((*params.values(), *persistent_buffers(self.module)))
+        missing = [name for name in expected if name not in given]
         unexpected = [name for name in state_dict if name not in params and name not in buffers]
         if strict and (missing or unexpected):
             what = f"load_state_dict: missing {missing}, unexpected {unexpected}"
             return missing, unexpected, CheckpointMismatchError(what)
         slots = self._runtime.layout.slot_by_name
         for name, value in state_dict.items():
-            expected = (
-                slots[params[name]].spec.full_shape
-                if name in params
-                else tuple(getattr(buffers.get(name), "shape", ()))
-            )
-            if name not in unexpected and tuple(value.shape) != tuple(expected):
-                what = f"load_state_dict: {name} has shape {tuple(value.shape)}, expected {tuple(expected)}"
+            shape = slots[params[name]].spec.full_shape if name in params else getattr(buffers.get(name), "shape", ())
+            if name not in unexpected and tuple(value.shape) != tuple(shape):
+                what = f"load_state_dict: {name} has shape {tuple(value.shape)}, expected {tuple(shape)}"
                 return missing, unexpected, CheckpointMismatchError(what)
         return missing, unexpected, None
 
-    def _persistent_buffers(self) -> list[str]:
-        return [
-            f"{module_name}.{name}".strip(".")
-            for module_name, module in self.module.named_modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None and name not in module._non_persistent_buffers_set
-        ]
+    def save_pretrained(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | str | None = None,
+        max_shard_size: int | str = "5GB",
+    ) -> None:
+        """Save the model as its own `save_pretrained` would, in bounded memory; all ranks call, the first writes.
+
+        `from_pretrained` opens the directory: safetensors files with their index, configurations. Of a model with
+        peft's adapters these are saved, for `PeftModel.from_pretrained`. Files of an earlier save are replaced when
+        the new ones are on the drive; others stay.
+
+        Args:
+            path: the directory; made if need be.
+            dtype: "float32" saves the masters, "bfloat16" or "float16" these rounded; None: the working weights.
+            max_shard_size: bytes of a file, such as "5GB"; a larger tensor gets a file of its own.
+
+        Raises:
+            ConfigError: an argument cannot be honoured, or transformers is missing or too old.
+            OffloadIOError: something could not be read or written; the directory is as it was.
+            CheckpointError: as OffloadIOError, on another rank.
+            ModelError: the engine is closed or its state was lost.
+        """
+        save_pretrained(self._runtime, self.module, Path(path), dtype=dtype, max_shard_size=max_shard_size)
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -415,9 +437,7 @@ class GeminiDDP(torch.nn.Module):
         return load_checkpoint(self._runtime, Path(path), self._participants(optimizer, scheduler), verify=verify)
 
     def _participants(self, optimizer: CheckpointedOptimizer | None, scheduler: Stateful | None) -> Participants:
-        persistent = set(self._persistent_buffers())
-        named = self.module.named_buffers(remove_duplicate=False)
-        buffers = {name: local_part(buffer) for name, buffer in named if name in persistent}
+        buffers = {name: local_part(buffer) for name, buffer in persistent_buffers(self.module).items()}
         return Participants(buffers=buffers, optimizer=self._checkpointed(optimizer), scheduler=scheduler)
 
     def _checkpointed(self, optimizer: CheckpointedOptimizer | None) -> CheckpointedOptimizer | None:

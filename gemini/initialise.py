@@ -10,18 +10,32 @@ numbers and takes no memory. The values depend on the seed and on names alone, n
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import TracebackType
+from typing import Any, Protocol
 
 import torch
 
+from gemini.chunk.flat_values import FlatValues
 from gemini.chunk.tensor_parallel import is_dtensor, local_part, split_of, stand_in_for
 from gemini.errors import ModelError
 
-__all__ = ["InitFn", "Initialiser", "find_init_fn"]
+__all__ = ["InitFn", "Initialiser", "WeightSource", "find_init_fn"]
 
 InitFn = Callable[[torch.nn.Module], None]
 """Gives a module's parameters and buffers their first values."""
+
+
+class WeightSource(Protocol):
+    """First values that come from elsewhere, such as from a checkpoint."""
+
+    def values_of(self, name: str) -> FlatValues | None:
+        """Return a parameter's values by its canonical name; of a DTensor the whole one's. None: it has none."""
+
+    def buffer_of(self, name: str) -> torch.Tensor | None:
+        """Return a buffer's value, in its shape, on the CPU; None: it has none."""
+
 
 REMEDY = (
     "was built on the meta device and the model's initialisation does not fill it: give it real values before "
@@ -36,14 +50,32 @@ def find_init_fn(model: torch.nn.Module) -> InitFn:
         model: may be on the meta device.
 
     Returns:
-        `_init_weights` of the nearest transformers model around the module, else its own `reset_parameters`.
+        `_init_weights` of the nearest transformers model around the module, else its own `reset_parameters`; of a layer
+        with LoRA adapters peft's way.
     """
     init_of: dict[int, InitFn] = {}
     for module in model.modules():
         init_weights = getattr(module, "_init_weights", None)
         if callable(init_weights):
             init_of.update((id(child), init_weights) for child in module.modules())
+    configs = getattr(model, "peft_config", {})
+    for module in model.modules():
+        if callable(getattr(module, "reset_lora_parameters", None)):  # knows better than `_init_weights` does
+            init_of[id(module)] = partial(_reset_adapters, configs=configs)
     return lambda module: init_of.get(id(module), _reset_parameters)(module)
+
+
+def _reset_adapters(module: torch.nn.Module, configs: Mapping[str, Any]) -> None:
+    """Initialise a layer's LoRA adapters in the way their configuration says."""
+    layer: Any = module
+    for adapter in {**layer.lora_A, **layer.lora_embedding_A}:
+        way = getattr(configs.get(adapter), "init_lora_weights", True)
+        if way not in (True, False, "gaussian"):
+            raise ModelError(
+                f"LoRA adapter {adapter}: init_lora_weights={way!r} needs the base model's weights, which are on the "
+                'meta device: choose True or "gaussian", or load the base model before adding adapters'
+            )
+        layer.reset_lora_parameters(adapter, way)
 
 
 def _reset_parameters(module: torch.nn.Module) -> None:
@@ -60,6 +92,7 @@ class Initialiser:
     Args:
         model: the user's model, some, all or none of it on the meta device.
         init_fn: how a module is initialised.
+        weights: values that go before the model's own and those of `init_fn`; None: there are none.
         device: where stand-ins for meta parameters are.
         dtype: dtype of floating-point stand-ins.
         seed: decides all random values.
@@ -71,11 +104,19 @@ class Initialiser:
     """
 
     def __init__(
-        self, model: torch.nn.Module, init_fn: InitFn, *, device: torch.device, dtype: torch.dtype, seed: int
+        self,
+        model: torch.nn.Module,
+        init_fn: InitFn,
+        *,
+        weights: WeightSource | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int,
     ) -> None:
         self.params: dict[str, torch.nn.Parameter] = {}
         self._model = model
         self._init_fn = init_fn
+        self._weights = weights
         self._device = device
         self._seed = seed
         self._modules = dict(model.named_modules())
@@ -102,8 +143,29 @@ class Initialiser:
         for module, key, param in self._places:
             module._parameters[key] = param if error is not None else self._final[id(param)]
 
+    def values_of(self, name: str) -> FlatValues:
+        """Return a parameter's first values.
+
+        Args:
+            name: its canonical name.
+
+        Returns:
+            Those from the source of weights if it has them, else as `value_of`. Of a DTensor this rank's part.
+
+        Raises:
+            ModelError: the model's initialisation leaves it, in part or in whole, without a value.
+        """
+        found = None if self._weights is None else self._weights.values_of(name)
+        if found is None:
+            return self.value_of(name).reshape(-1)
+        original = self._originals[name]
+        split = split_of(name, original)
+        if split is None:
+            return found
+        return split.cut(found[0 : original.numel()].view(original.shape)).reshape(-1)
+
     def value_of(self, name: str) -> torch.Tensor:
-        """Return a parameter's first value.
+        """Return the first value that a parameter has of its own.
 
         Args:
             name: its canonical name.
@@ -135,7 +197,7 @@ class Initialiser:
         return real.detach() if split is None else split.cut(real.detach())
 
     def fill_buffers(self) -> None:
-        """Make buffers on the meta device real and let their modules fill them.
+        """Make buffers on the meta device real and let their modules fill them; then fill those that have a source.
 
         Raises:
             ModelError: a buffer's module does not fill it, so its values are lost.
@@ -146,6 +208,10 @@ class Initialiser:
                 module._buffers[name] = torch.full_like(buffer, _unlikely_value(buffer.dtype), device=self._device)
             if blanks:
                 self._run(module_name, salt="")
+            for name, buffer in module._buffers.items():
+                source = None if self._weights is None else self._weights.buffer_of(f"{module_name}.{name}".strip("."))
+                if buffer is not None and source is not None:
+                    buffer.copy_(source)
             for name in blanks:
                 filled = module._buffers[name]
                 if filled is not None and filled.numel() and _holds_unlikely_value(filled):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from gemini.chunk.flat_values import FlatValues
 from gemini.chunk.layout import ChunkSpec, ParamSlot
 from gemini.kernels.cpu import Isa, cast, split_master
 from gemini.offload.home import TiledHome
@@ -23,7 +24,7 @@ MAX_WRITES_IN_FLIGHT = 2
 
 def write_home(
     spec: ChunkSpec,
-    sources: Iterable[torch.Tensor],
+    sources: Iterable[FlatValues],
     working: TiledHome,
     state: TiledHome | None,
     *,
@@ -35,8 +36,9 @@ def write_home(
 
     Args:
         spec: the chunk.
-        sources: the parameters' values on the CPU, in the order of the layout's slots; read only. Each is taken when
-            its first tile is put together and dropped after its last, so that a generator keeps few of them in memory.
+        sources: the parameters' values, in the order of the layout's slots. Each is taken when its first tile is put
+            together and dropped after its last, so that a generator keeps few of them in memory; of each a tile's worth
+            is asked for at a time.
         working: home of the working weights.
         state: home of the optimizer state; None for frozen chunks.
         tile_numel: elements in a tile.
@@ -80,10 +82,10 @@ class _Values:
         sources: the parameters' values, in the order of the layout's slots.
     """
 
-    def __init__(self, spec: ChunkSpec, sources: Iterable[torch.Tensor]) -> None:
+    def __init__(self, spec: ChunkSpec, sources: Iterable[FlatValues]) -> None:
         self._coming = deque(spec.slots)
         self._sources = iter(sources)
-        self._held: deque[tuple[ParamSlot, torch.Tensor]] = deque()
+        self._held: deque[tuple[ParamSlot, FlatValues]] = deque()
 
     def within(self, begin: int, end: int) -> Iterator[tuple[torch.Tensor, slice]]:
         """Yield the part of each parameter in a range, flat, and where in the range it goes.
@@ -98,7 +100,7 @@ class _Values:
         while self._held and self._held[0][0].end <= begin:
             self._held.popleft()
         while self._coming and self._coming[0].begin < end:
-            self._held.append((self._coming.popleft(), next(self._sources).detach().reshape(-1)))
+            self._held.append((self._coming.popleft(), next(self._sources)))
         for slot, flat in self._held:
             low, high = max(slot.begin, begin), min(slot.end, end)
             yield flat[low - slot.begin : high - slot.begin], slice(low - begin, high - begin)

@@ -83,15 +83,22 @@ class SafetensorsWriter:
     Args:
         path: created; must not exist.
         tensors: dtype and shape of every tensor, by name.
+        metadata: texts by name, for the header.
 
     Raises:
         OffloadIOError: the file cannot be created or written.
         CheckpointError: a dtype has no name in the format.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        *,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         self.path = path
-        header: dict[str, Any] = {}
+        header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
         offset = 0
         # Large elements first, so that all are aligned.
         for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: -item[1][0].itemsize):

@@ -30,12 +30,14 @@ __all__ = [
     "kinds_of",
     "load_masters",
     "load_moments",
+    "master_runs",
     "owned_run",
     "read_master",
     "read_moments",
     "read_parts",
     "read_working",
     "reset_moments",
+    "working_runs",
     "write_parts",
 ]
 
@@ -56,30 +58,58 @@ class _Part:
     in_param: slice
 
 
-def read_working(runtime: Runtime, slot: ParamSlot) -> torch.Tensor:
-    """Return a parameter's working weights, a CPU copy in its shape."""
+def working_runs(runtime: Runtime, slot: ParamSlot) -> Iterator[torch.Tensor]:
+    """Yield what lives here of a parameter's working weights, in order, a tile's worth at a time.
+
+    Args:
+        runtime: the engine's.
+        slot: the parameter.
+
+    Yields:
+        1D, on the CPU; to be read before the next one is asked for.
+    """
     chunk, piece = _chunk_and_piece(runtime, slot)
-    flat = torch.empty(piece.spec.numel, dtype=slot.spec.dtype)
     for part in _parts(runtime, piece):
         with _tile(runtime, chunk.home, part.tile, write=False) as tile:
-            flat[part.in_param] = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
-    return _make_whole(runtime, slot, flat)
+            yield _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
 
 
-def read_master(runtime: Runtime, slot: ParamSlot) -> torch.Tensor:
-    """Return a parameter's float32 master, a CPU copy in its shape; frozen parameters as they are."""
+def master_runs(runtime: Runtime, slot: ParamSlot) -> Iterator[torch.Tensor]:
+    """Yield what lives here of a parameter's float32 master as `working_runs` does; frozen parameters as they are."""
     state = runtime.states.get(slot.chunk_id)
     if state is None:
-        return read_working(runtime, slot)
+        yield from working_runs(runtime, slot)
+        return
     chunk, piece = _chunk_and_piece(runtime, slot)
-    flat = torch.empty(piece.spec.numel, dtype=torch.float32)
     for part in _parts(runtime, piece):
         with (
             _tile(runtime, chunk.home, part.tile, write=False) as tile,
             _tile(runtime, state, part.tile, write=False) as record,
         ):
             working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
-            _join(flat[part.in_param], working, record, part, slot.spec.dtype)
+            master = torch.empty(working.numel(), dtype=torch.float32)
+            _join(master, working, record, part, slot.spec.dtype)
+            yield master
+
+
+def read_working(runtime: Runtime, slot: ParamSlot) -> torch.Tensor:
+    """Return a parameter's working weights, a CPU copy in its shape."""
+    return _collect(runtime, slot, working_runs(runtime, slot), slot.spec.dtype)
+
+
+def read_master(runtime: Runtime, slot: ParamSlot) -> torch.Tensor:
+    """Return a parameter's float32 master, a CPU copy in its shape; frozen parameters as they are."""
+    dtype = torch.float32 if slot.chunk_id in runtime.states else slot.spec.dtype
+    return _collect(runtime, slot, master_runs(runtime, slot), dtype)
+
+
+def _collect(runtime: Runtime, slot: ParamSlot, runs: Iterable[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Return a parameter's values in its shape, given what lives here of them."""
+    flat = torch.empty(_chunk_and_piece(runtime, slot)[1].spec.numel, dtype=dtype)
+    done = 0
+    for run in runs:
+        flat[done : done + run.numel()] = run
+        done += run.numel()
     return _make_whole(runtime, slot, flat)
 
 

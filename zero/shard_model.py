@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from gemini.chunk.sharding import Sharding
+from gemini.chunk.sharding import ShardGroup, Sharding
 from gemini.config import GeminiConfig
 from gemini.ddp import GeminiDDP
 from gemini.errors import ConfigError, GeminiError
@@ -30,6 +33,7 @@ def shard(
     stage: Literal[1, 2, 3] = 3,
     mesh: DeviceMesh | None = None,
     init_fn: InitFn | None = None,
+    weights: str | os.PathLike[str] | None = None,
 ) -> GeminiDDP:
     """Wrap a model as GeminiDDP does, shared out among the ranks of a process group. Every rank calls it.
 
@@ -47,6 +51,7 @@ def shard(
             (replicate, shard): chunks are cut over the second, and the first has replicas of the shards. With
             tensor parallelism it has the other dimensions of the same mesh.
         init_fn: as GeminiDDP's.
+        weights: as GeminiDDP's; each rank reads what it keeps.
 
     Returns:
         The engine. With one rank, and no DTensors, it is a plain GeminiDDP.
@@ -57,7 +62,9 @@ def shard(
         ModelError: ranks have different models, DTensors are divided unevenly or over several meshes, or another rank
             could not build its engine.
         OutOfTierMemoryError: the budgets cannot hold the model.
-        OffloadIOError: a swap file cannot be made, claimed or filled.
+        OffloadIOError: a swap file cannot be made, claimed or filled, or `weights` cannot be read.
+        CheckpointError: `weights` is no checkpoint, or a damaged one.
+        CheckpointMismatchError: `weights` are of another model.
         CollectiveError: a rank did not take part.
     """
     config = config or GeminiConfig()
@@ -78,7 +85,7 @@ def shard(
     device = wanted if isinstance(wanted, torch.device) else torch.device("cpu")
     tensor_mesh = find_tensor_mesh(model, mesh, device)
     if num_ranks == 1 and tensor_mesh is None:
-        return GeminiDDP(model, config, init_fn=init_fn)
+        return GeminiDDP(model, config, init_fn=init_fn, weights=weights)
     if device.type == "cuda" and dist.get_backend(process_group) == "gloo":
         raise ConfigError(
             f'zero.shard: gloo cannot exchange what is on {device}: call init_process_group("nccl"), or train with '
@@ -101,7 +108,8 @@ def shard(
     if config.share_frozen and has_frozen and tensor_mesh is None:  # whose ranks hold different parts
         file = open_frozen_file(node_ranks, group)
     try:
-        engine = _build(model, config, init_fn, Sharding(group=group, stage=stage, frozen_file=file))
+        sharding = Sharding(group=group, stage=stage, frozen_file=file)
+        engine = _build(partial(GeminiDDP, model, config, init_fn=init_fn, weights=weights, sharding=sharding), group)
         if file is not None:
             file.seal()
     finally:
@@ -110,15 +118,15 @@ def shard(
     return engine
 
 
-def _build(model: torch.nn.Module, config: GeminiConfig, init_fn: InitFn | None, sharding: Sharding) -> GeminiDDP:
+def _build(build: Callable[[], GeminiDDP], group: ShardGroup) -> GeminiDDP:
     """Return the engine once all ranks have one, or raise on all."""
     engine, failure = None, None
     try:
-        engine = GeminiDDP(model, config, init_fn=init_fn, sharding=sharding)
+        engine = build()
     except Exception as error:  # the user's init_fn may raise anything; others must not wait for this rank
         failure = error
     try:
-        check_all_built(failure, sharding.group)
+        check_all_built(failure, group)
     except GeminiError:
         if engine is not None:
             engine.close()

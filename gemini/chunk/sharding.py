@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from gemini.chunk.flat_values import FlatPiece, FlatValues
 from gemini.chunk.layout import ChunkSpec, ParamSlot
 from gemini.offload.memory_file import MemoryFile
 from gemini.offload.transfer import Move
@@ -245,8 +246,8 @@ def cut_spec(spec: ChunkSpec, shard: ChunkShard) -> ChunkSpec:
     return dataclasses.replace(spec, slots=tuple(slots), numel=shard.numel)
 
 
-def cut_values(spec: ChunkSpec, shard: ChunkShard, values: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Yield the pieces of parameters' values that lie in a shard, each 1D, in the order of `cut_spec`.
+def cut_values(spec: ChunkSpec, shard: ChunkShard, values: Iterable[FlatValues]) -> Iterator[FlatValues]:
+    """Yield the pieces of parameters' values that lie in a shard, in the order of `cut_spec`.
 
     Args:
         spec: layout of the whole chunk.
@@ -254,8 +255,8 @@ def cut_values(spec: ChunkSpec, shard: ChunkShard, values: Iterable[torch.Tensor
         values: of those parameters, whole, in the layout's order, of which a piece lies in the shard.
 
     Yields:
-        Views of the values.
+        Pieces of the values; of tensors, views.
     """
     pieces = (piece_of(slot, shard) for slot in spec.slots)
     for piece, value in zip((p for p in pieces if p.start < p.stop), values, strict=True):
-        yield value.detach().reshape(-1)[piece]
+        yield value[piece] if isinstance(value, torch.Tensor) else FlatPiece(value, piece.start)

@@ -1,0 +1,153 @@
+"""The tensors of a checkpoint directory in Hugging Face's layout, whichever of its files they are in."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from gemini.errors import CheckpointError, naming_file
+from gemini.safetensors_file import SafetensorsReader, TensorEntry
+
+__all__ = ["CONFIG", "INDEX", "SINGLE_FILE", "CheckpointFiles", "check_directory"]
+
+SINGLE_FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def check_directory(path: Path) -> None:
+    """Make sure that a directory holds a checkpoint that can be loaded.
+
+    Args:
+        path: the directory.
+
+    Raises:
+        CheckpointError: it does not; says what to do.
+    """
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path} is not a directory; expected one with {SINGLE_FILE}, or {INDEX} and the files it names. "
+            "huggingface_hub.snapshot_download(NAME) returns that of a model of the hub"
+        )
+    if (path / SINGLE_FILE).is_file() or (path / INDEX).is_file():
+        _refuse_quantized(path)
+        return
+    remedy = f"expected {SINGLE_FILE}, or {INDEX} and the files it names"
+    if (path / ".saving").is_dir():
+        remedy = "a save was interrupted while it moved its files into place: move those in .saving there up by hand"
+    elif (path / ADAPTER_CONFIG).is_file():
+        remedy = "it is a PEFT adapter: load the base model, then peft.PeftModel.from_pretrained(model, DIRECTORY)"
+    elif any(path.glob("pytorch_model*.bin")):
+        remedy = (
+            "its weights are pickled (.bin): convert them with transformers, "
+            "AutoModel.from_pretrained(DIRECTORY).save_pretrained(NEW_DIRECTORY)"
+        )
+    raise CheckpointError(f"{path} is no checkpoint that can be loaded: {remedy}")
+
+
+def _refuse_quantized(path: Path) -> None:
+    if not (path / CONFIG).is_file():
+        return
+    if "quantization_config" in _read_json(path / CONFIG):
+        raise CheckpointError(
+            f"{path} is quantized, and its numbers alone are not the weights: dequantize it with transformers and "
+            "save it again"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    with naming_file("read", path):
+        text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: it is not JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path} is damaged: expected an object, found {type(fields).__name__}")
+    return fields
+
+
+class CheckpointFiles:
+    """The tensors of a checkpoint directory, one file or many; reads any run of any tensor.
+
+    Args:
+        path: the directory.
+
+    Raises:
+        CheckpointError: it is not a checkpoint, or a file is missing, damaged or cut short.
+        OffloadIOError: a file cannot be opened or read.
+
+    Attributes:
+        path: the directory.
+        entries: dtype and shape of every tensor, by name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        check_directory(path)
+        self.path = path
+        self.entries: dict[str, TensorEntry] = {}
+        self._readers: dict[str, SafetensorsReader] = {}
+        self._files = ExitStack()
+        try:
+            if (path / SINGLE_FILE).is_file():
+                self._open(SINGLE_FILE)
+            else:
+                self._open_all(path / INDEX)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_all(self, index: Path) -> None:
+        """Open the files that an index names, and make sure that they hold what it says."""
+        file_of = _read_json(index).get("weight_map")
+        if not isinstance(file_of, dict) or not all(isinstance(name, str) for name in file_of.values()):
+            raise CheckpointError(f"{index} is damaged: expected the file of each tensor under weight_map")
+        readers = {name: self._open(name) for name in dict.fromkeys(file_of.values())}
+        for tensor, name in file_of.items():
+            if tensor not in readers[name].entries:
+                raise CheckpointError(f"{self.path / name} has no tensor {tensor}, which {index.name} says is in it")
+            self._readers[tensor] = readers[name]
+
+    def _open(self, name: str) -> SafetensorsReader:
+        path = self.path / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing from the checkpoint, whose {INDEX} names it: fetch it again")
+        reader = self._files.enter_context(SafetensorsReader(path))
+        self.entries.update(reader.entries)
+        self._readers.update(dict.fromkeys(reader.entries, reader))
+        return reader
+
+    def read(self, name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        """Read elements [begin, end) of a tensor, in row-major order; None: to its end.
+
+        Args:
+            name: of the tensor.
+            begin: first element.
+            end: one past the last.
+
+        Returns:
+            1D, on the CPU, of the file's dtype.
+
+        Raises:
+            OffloadIOError: they cannot be read.
+            CheckpointError: the file was cut short meanwhile.
+        """
+        return self._readers[name].read(name, begin, end)
+
+    def close(self) -> None:
+        """Close the files; idempotent."""
+        self._files.close()
+
+    def __enter__(self) -> CheckpointFiles:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

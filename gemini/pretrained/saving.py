@@ -1,0 +1,301 @@
+"""Save weights as transformers, or peft, would: in files that are filled a tile at a time from wherever weights live.
+
+The safetensors library writes a file from tensors that are all in memory; SafetensorsWriter takes them piece by piece.
+Of a parameter that is stored as the model computes with it a tile is in memory at a time (with several ranks, which put
+it together, the parameter); of those that transformers converts, what the conversion takes and gives.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemini.checkpoint.participants import on_all_ranks, rank_of
+from gemini.chunk.tensor_parallel import local_part
+from gemini.errors import ConfigError, GeminiError, naming_file
+from gemini.model_names import canonical_names, persistent_buffers
+from gemini.pretrained.adapters import adapter_files, write_adapter_configs
+from gemini.pretrained.conversions import Conversion, is_transformers_model, save_conversions
+from gemini.pretrained.directory import NewFiles
+from gemini.pretrained.files import INDEX, SINGLE_FILE
+from gemini.pretrained.state_names import has_adapters
+from gemini.runtime import Runtime
+from gemini.safetensors_file import SafetensorsWriter
+from gemini.tiers import parse_nbytes
+from gemini.weights import master_runs, read_master, read_working, working_runs
+
+__all__ = ["save_pretrained"]
+
+SAVED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A file to be written, and what goes into it."""
+
+    path: Path
+    """In the directory."""
+    conversions: tuple[Conversion, ...]
+
+
+def save_pretrained(
+    runtime: Runtime,
+    model: torch.nn.Module,
+    path: Path,
+    *,
+    dtype: torch.dtype | str | None,
+    max_shard_size: int | str,
+) -> None:
+    """Save weights; see GeminiDDP.save_pretrained."""
+    wanted = _parse_dtype(dtype)
+    shard_nbytes = parse_nbytes(max_shard_size, name="save_pretrained: max_shard_size")
+    runtime.check_usable()
+    runtime.finish_updates()
+    weights = _Weights(runtime, model, wanted)
+    files = _plan_files(model, weights, shard_nbytes)
+    new = NewFiles(path) if rank_of(runtime) == 0 else None
+    output = _Output(None if new is None else new.place, is_alone=runtime.sharding is None)
+    try:
+        with on_all_ranks(runtime):
+            if new is not None:
+                new.begin()
+                _describe_model(model, new.place, weights)
+        for file in files:
+            output.open(file.path, weights.shapes_of(file))
+            for conversion in file.conversions:
+                for name, values in weights.convert(conversion):
+                    output.append(name, values)
+            output.close()
+        with on_all_ranks(runtime):
+            if output.failure is not None:
+                raise output.failure
+            if new is not None:
+                _write_index(files, weights, new.place)
+                new.commit()
+    except BaseException:
+        output.abort()
+        if new is not None:
+            new.abandon()
+        raise
+
+
+def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    named = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if named is None or named in SAVED_DTYPES:
+        return named
+    raise ConfigError(
+        'save_pretrained: dtype: expected None for the working dtype, or "float32" (the masters), "bfloat16" or '
+        f'"float16", got {dtype!r}'
+    )
+
+
+class _Weights:
+    """A model's weights and persistent buffers as they are to be saved; with several ranks all read the same.
+
+    Args:
+        runtime: the engine's.
+        model: the user's.
+        dtype: of what is floating-point and trained or frozen; None: the working dtype.
+
+    Attributes:
+        state: dtype and shape of each by its name in the model, on the meta device; of tied ones the first name, or
+            that under which transformers expects it, or if there are adapters all names, of which peft chooses.
+    """
+
+    def __init__(self, runtime: Runtime, model: torch.nn.Module, dtype: torch.dtype | None) -> None:
+        self._runtime = runtime
+        self._dtype = dtype
+        self._slots = runtime.layout.slot_by_name
+        self._canonical = canonical_names(model)
+        self._buffers = persistent_buffers(model)
+        self.state: dict[str, torch.Tensor] = {}
+        targets = getattr(model, "all_tied_weights_keys", {})
+        kept: dict[str, str] = {}
+        for name, canonical in self._canonical.items():
+            if canonical not in kept or (kept[canonical] in targets and name not in targets):
+                kept[canonical] = name
+        for name in self._canonical:
+            if kept[self._canonical[name]] == name or has_adapters(model):
+                spec = self._slots[self._canonical[name]].spec
+                saved = dtype if dtype is not None and spec.dtype.is_floating_point else spec.dtype
+                self.state[name] = torch.empty(spec.full_shape, dtype=saved, device="meta")
+        for name, buffer in self._buffers.items():
+            self.state[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
+
+    @property
+    def saved_dtype(self) -> torch.dtype:
+        """The dtype that a plain model has that is loaded from what is saved."""
+        return self._dtype or self._runtime.config.dtype
+
+    def runs(self, name: str) -> Iterator[torch.Tensor]:
+        """Yield a tensor's values, 1D on the CPU, in order; each is to be used before the next one is asked for."""
+        if name in self._buffers:
+            yield local_part(self._buffers[name]).detach().cpu().reshape(-1)
+            return
+        slot, dtype = self._slots[self._canonical[name]], self.state[name].dtype
+        is_working = dtype is slot.spec.dtype
+        if self._runtime.sharding is not None:
+            whole = read_working(self._runtime, slot) if is_working else read_master(self._runtime, slot)
+            yield whole.reshape(-1).to(dtype)
+            return
+        for run in working_runs(self._runtime, slot) if is_working else master_runs(self._runtime, slot):
+            yield run.to(dtype)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor, a copy on the CPU."""
+        wanted = self.state[name]
+        flat = torch.empty(wanted.numel(), dtype=wanted.dtype)
+        done = 0
+        for run in self.runs(name):
+            flat[done : done + run.numel()] = run
+            done += run.numel()
+        return flat.view(wanted.shape)
+
+    def shapes_of(self, file: _File) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Return dtype and shape of everything in a file, by its name there."""
+        found: dict[str, torch.Tensor] = {}
+        for conversion in file.conversions:
+            sources = {name: self.state[name] for name in conversion.sources}
+            if conversion.convert is None:
+                found[conversion.targets[0]] = sources[conversion.sources[0]]
+            else:
+                found |= conversion.convert(sources)
+        return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()}
+
+    def convert(self, conversion: Conversion) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield what a conversion gives, by name, each in runs as `runs` does."""
+        if conversion.convert is None:
+            for run in self.runs(conversion.sources[0]):
+                yield conversion.targets[0], run
+            return
+        converted = conversion.convert({name: self.read(name) for name in conversion.sources})
+        for name in list(converted):
+            yield name, converted.pop(name).contiguous().view(-1)
+
+
+def _plan_files(model: torch.nn.Module, weights: _Weights, shard_nbytes: int) -> list[_File]:
+    """Share the weights out among files."""
+    if has_adapters(model):
+        return [_File(Path(name), conversions) for name, conversions in adapter_files(model, weights.state)]
+    state = weights.state
+    if is_transformers_model(model):
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise ConfigError("save_pretrained: adapters are saved of models from peft.get_peft_model, not add_adapter")
+        ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+        conversions = save_conversions(model, {name: each for name, each in state.items() if name not in ignored})
+    else:
+        conversions = [Conversion((name,), (name,)) for name in state]
+    shards: list[list[Conversion]] = [[]]
+    filled = 0
+    for conversion in conversions:
+        nbytes = sum(state[name].nbytes for name in conversion.sources)
+        if shards[-1] and filled + nbytes > shard_nbytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(conversion)
+        filled += nbytes
+    if len(shards) == 1:
+        return [_File(Path(SINGLE_FILE), tuple(shards[0]))]
+    return [
+        _File(Path(f"model-{number:05d}-of-{len(shards):05d}.safetensors"), tuple(shard))
+        for number, shard in enumerate(shards, 1)
+    ]
+
+
+def _write_index(files: list[_File], weights: _Weights, place: Path) -> None:
+    """Say which file each tensor is in, if there are several of a model."""
+    if len(files) == 1 or files[0].path.parent != Path(".") or not files[0].path.name.startswith("model-"):
+        return
+    shapes = {file.path.name: weights.shapes_of(file) for file in files}
+    numel = sum(math.prod(shape) for tensors in shapes.values() for _, shape in tensors.values())
+    nbytes = sum(dtype.itemsize * math.prod(shape) for tensors in shapes.values() for dtype, shape in tensors.values())
+    index = {
+        "metadata": {"total_parameters": numel, "total_size": nbytes},
+        "weight_map": {tensor: name for name, tensors in shapes.items() for tensor in tensors},
+    }
+    with naming_file("write", place / INDEX):
+        (place / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _describe_model(model: Any, place: Path, weights: _Weights) -> None:
+    """Write what a model is built from: its configurations, and its code if that is not transformers' own."""
+    if has_adapters(model):
+        write_adapter_configs(model, weights.state, place)
+        return
+    if not is_transformers_model(model):
+        return
+    config = copy.deepcopy(model.config)
+    config.dtype = str(weights.saved_dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    with naming_file("write", place):
+        if getattr(model, "_auto_class", None) is not None:
+            from transformers.dynamic_module_utils import custom_object_save
+
+            custom_object_save(model, place, config=config)
+        config.save_pretrained(place)
+        if model.can_generate():
+            model.generation_config.save_pretrained(place)
+
+
+class _Output:
+    """The files on the first rank; elsewhere nothing. After an error it does nothing more if others read with us.
+
+    Args:
+        place: where the files are made; None: on another rank.
+        is_alone: whether there is one rank, so that errors can be raised at once.
+
+    Attributes:
+        failure: what went wrong, to be raised on all ranks at the end.
+    """
+
+    def __init__(self, place: Path | None, *, is_alone: bool) -> None:
+        self.failure: GeminiError | None = None
+        self._place = place
+        self._is_alone = is_alone
+        self._writer: SafetensorsWriter | None = None
+
+    @contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except GeminiError as error:
+            self.abort()
+            if self._is_alone:
+                raise
+            self.failure = error
+
+    def open(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        """Begin a file."""
+        if self._place is None or self.failure is not None:
+            return
+        with self._noting_failure():
+            with naming_file("create directory", self._place / path.parent):
+                (self._place / path.parent).mkdir(parents=True, exist_ok=True)
+            self._writer = SafetensorsWriter(self._place / path, tensors, metadata={"format": "pt"})
+
+    def append(self, name: str, values: torch.Tensor) -> None:
+        """Write the next values of a tensor."""
+        if self._writer is not None:
+            with self._noting_failure():
+                self._writer.append(name, values)
+
+    def close(self) -> None:
+        """End the file."""
+        if self._writer is not None:
+            with self._noting_failure():
+                self._writer.close()
+            self._writer = None
+
+    def abort(self) -> None:
+        """Close the file as it is; idempotent."""
+        if self._writer is not None:
+            self._writer.abort()
+            self._writer = None

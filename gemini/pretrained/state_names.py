@@ -1,0 +1,53 @@
+"""What a model's parameters and buffers are called in its checkpoints, before transformers renames anything.
+
+In a model with peft's adapters the base model's weights have other names than in the base model, some of them are
+there twice, and the adapters' own are not in its checkpoints at all.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from gemini.model_names import persistent_buffers
+
+__all__ = ["base_model_of", "has_adapters", "state_names"]
+
+_WRAPPED = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
+"""What peft puts into the names of modules that it wraps."""
+
+
+def has_adapters(model: torch.nn.Module) -> bool:
+    """Return whether a model is one that peft has put adapters into."""
+    return bool(getattr(model, "peft_config", None)) and callable(getattr(model, "get_base_model", None))
+
+
+def base_model_of(model: torch.nn.Module) -> Any:
+    """Return the model whose checkpoints these are: with adapters the one inside, else the model itself."""
+    model_with_adapters: Any = model
+    return model_with_adapters.get_base_model() if has_adapters(model) else model
+
+
+def state_names(model: torch.nn.Module) -> dict[str, list[str]]:
+    """Return by its name in the base model's state dict what each weight or persistent buffer is called in the model.
+
+    Args:
+        model: with or without adapters.
+
+    Returns:
+        Full names in the model, several where peft keeps a copy to be trained; adapters are left out.
+    """
+    names = [*dict(model.named_parameters(remove_duplicate=False)), *persistent_buffers(model)]
+    if not has_adapters(model):
+        return {name: [name] for name in names}
+    base = base_model_of(model)
+    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
+    adapter_prefix = getattr(getattr(model, "base_model", None), "prefix", "lora_")
+    found: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        if name.startswith(prefix) and not any(part.startswith(adapter_prefix) for part in parts):
+            found.setdefault(_WRAPPED.sub("", f".{name.removeprefix(prefix)}").removeprefix("."), []).append(name)
+    return found

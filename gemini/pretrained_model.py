@@ -1,0 +1,79 @@
+"""`load_pretrained`: an engine from a checkpoint directory in one call."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemini.config import GeminiConfig
+from gemini.ddp import GeminiDDP
+from gemini.errors import CheckpointError, ConfigError
+from gemini.pretrained.conversions import import_transformers
+from gemini.pretrained.files import CONFIG, check_directory
+
+__all__ = ["load_pretrained"]
+
+
+def load_pretrained(
+    path: str | os.PathLike[str],
+    config: GeminiConfig | None = None,
+    *,
+    model_class: type | None = None,
+    model_config: Any = None,
+) -> GeminiDDP:
+    """Build a transformers model and stream its checkpoint straight to where the plan wants its weights.
+
+    Never is more in memory than in training: of what is read a tile at a time, beside what lives there.
+
+    Args:
+        path: the checkpoint's directory: config.json and safetensors files, in one or sharded with their index.
+        config: budgets and choices; None: defaults.
+        model_class: a class of transformers, automatic (`AutoModelForCausalLM`) or not. None: the one that the
+            checkpoint was saved from.
+        model_config: configuration of the model, of transformers; None: that in `path`.
+
+    Returns:
+        The engine. The model is in evaluation mode, as from `from_pretrained`: call `train()` before training. What
+        was missing or not expected is in `loading_report`, and logged.
+
+    Raises:
+        CheckpointError: there is no checkpoint, it is damaged, or a file is missing.
+        CheckpointMismatchError: it is of another model.
+        ConfigError: the configuration contradicts itself or the machine; transformers is missing or too old; or the
+            class must be given.
+        OutOfTierMemoryError: the budgets cannot hold the model.
+        OffloadIOError: a file cannot be read, or the swap file not be made, claimed or filled.
+    """
+    directory = Path(path)
+    check_directory(directory)
+    transformers, _ = import_transformers("gemini.load_pretrained")
+    config = config or GeminiConfig()
+    if model_config is None:
+        if not (directory / CONFIG).is_file():
+            raise CheckpointError(f"{directory} has no {CONFIG} to build the model from: give model_config=")
+        config_class: Any = getattr(model_class, "config_class", None) or transformers.AutoConfig
+        model_config = config_class.from_pretrained(directory)
+    chosen: Any = model_class or _class_of(transformers, model_config)
+    build = chosen.from_config if hasattr(chosen, "from_config") else chosen._from_config
+    with torch.device("meta"):
+        model = build(model_config, dtype=config.dtype)
+    if model.can_generate() and (directory / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+    engine = GeminiDDP(model, config, weights=directory)
+    engine.eval()
+    return engine
+
+
+def _class_of(transformers: Any, model_config: Any) -> Any:
+    """Return the class that a configuration says it was saved from."""
+    names = getattr(model_config, "architectures", None) or []
+    found = getattr(transformers, names[0], None) if names else None
+    if found is None:
+        raise ConfigError(
+            f"gemini.load_pretrained: transformers has no class {names[0] if names else 'named in config.json'}: give "
+            "model_class="
+        )
+    return found

@@ -1,0 +1,226 @@
+"""What cannot be loaded or saved is refused by name, with what to do, and leaves things as they were."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from directories import plain_model, rewrite, same_outputs, tensors_in
+from model_zoo import HF_CASES
+from training_harness import config_for, same_bits
+
+import gemini
+from gemini import CheckpointError, CheckpointMismatchError, ConfigError, GeminiDDP, OffloadIOError
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("stored")
+    plain_model("llama").save_pretrained(path / "single")
+    plain_model("llama").save_pretrained(path / "sharded", max_shard_size="30KB")
+    return path
+
+
+@pytest.fixture
+def single(stored: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(stored / "single", tmp_path / "single"))
+
+
+@pytest.fixture
+def sharded(stored: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(stored / "sharded", tmp_path / "sharded"))
+
+
+def load(path: Path) -> None:
+    with gemini.load_pretrained(path, config_for("host")):
+        pass
+
+
+def cut_short(file: Path) -> None:
+    with open(file, "r+b") as opened:
+        opened.truncate(file.stat().st_size - 5)
+
+
+# ---------------------------------------------------------------- directories
+
+
+def test_a_name_of_the_hub_is_told_from_a_directory() -> None:
+    with pytest.raises(CheckpointError, match="org/model is not a directory; .* huggingface_hub.snapshot_download"):
+        load(Path("org/model"))
+
+
+def empty(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+
+
+def pickled(path: Path) -> None:
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+
+
+def adapter(path: Path) -> None:
+    (path / "model.safetensors").rename(path / "adapter_model.safetensors")
+    (path / "config.json").rename(path / "adapter_config.json")
+
+
+def interrupted(path: Path) -> None:
+    (path / ".saving").mkdir()
+    (path / "model.safetensors").rename(path / ".saving" / "model.safetensors")
+
+
+def quantized(path: Path) -> None:
+    fields = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**fields, "quantization_config": {"quant_method": "fp8"}}))
+
+
+def without_config(path: Path) -> None:
+    (path / "config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (empty, r"no checkpoint that can be loaded: expected model\.safetensors, or model\.safetensors\.index\.json"),
+        (pickled, r"pickled \(\.bin\): convert them"),
+        (adapter, "it is a PEFT adapter: load the base model"),
+        (interrupted, r"a save was interrupted .* move those in \.saving there up"),
+        (quantized, "is quantized, .* dequantize it"),
+        (without_config, r"has no config\.json to build the model from: give model_config="),
+        (lambda path: cut_short(path / "model.safetensors"), r"model\.safetensors is damaged: its header promises"),
+        (lambda path: (path / "model.safetensors").write_bytes(b"no"), "not a safetensors file, or was cut short"),
+    ],
+)
+def test_a_directory_that_cannot_be_loaded_says_why(change: Callable[[Path], object], message: str, single: Path):
+    change(single)
+
+    with pytest.raises(CheckpointError, match=message):
+        load(single)
+
+
+def rewrite_index(path: Path, text: str) -> None:
+    (path / "model.safetensors.index.json").write_text(text)
+
+
+def move_entry(path: Path) -> None:
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.norm.weight"] = index["weight_map"]["model.embed_tokens.weight"]
+    rewrite_index(path, json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: next(path.glob("model-00002*")).unlink(), "model-00002-of-.* is missing from the checkpoint"),
+        (lambda path: cut_short(next(path.glob("model-00003*"))), "model-00003-of-.* is damaged: its header promises"),
+        (lambda path: rewrite_index(path, "{"), "index.json is damaged: it is not JSON"),
+        (lambda path: rewrite_index(path, "[]"), "index.json is damaged: expected an object, found list"),
+        (lambda path: rewrite_index(path, '{"weight_map": {"a": 1}}'), "expected the file of each tensor"),
+        (move_entry, r"model-0000.* has no tensor model\.norm\.weight, which model\.safetensors\.index\.json says"),
+    ],
+)
+def test_a_directory_of_shards_that_is_damaged_says_where(
+    change: Callable[[Path], object], message: str, sharded: Path
+) -> None:
+    change(sharded)
+
+    with pytest.raises(CheckpointError, match=message):
+        load(sharded)
+
+
+# ---------------------------------------------------------------- models
+
+
+def test_a_tensor_of_another_shape_is_named_with_both(single: Path) -> None:
+    rewrite(single, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(31)}))
+
+    with pytest.raises(
+        CheckpointMismatchError, match=r"model\.norm\.weight has shape \(31,\), the model expects \(32,"
+    ):
+        load(single)
+
+
+def test_a_checkpoint_of_another_model_is_refused(single: Path) -> None:
+    with torch.device("meta"):
+        model = HF_CASES["convnext"].build()
+
+    with pytest.raises(CheckpointMismatchError, match="none of its 30 tensors, lm_head.weight, .* has a place"):
+        GeminiDDP(model, config_for("host"), weights=single)
+
+
+def test_an_expert_that_is_missing_names_what_cannot_be_made(tmp_path: Path) -> None:
+    plain_model("mixtral").save_pretrained(tmp_path)
+    lost = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+    rewrite(tmp_path, lambda tensors: tensors.pop(lost))
+
+    with pytest.raises(CheckpointMismatchError, match=r"model\.layers\.1\.mlp\.experts\.gate_up_proj"):
+        load(tmp_path)
+
+
+def test_a_class_that_is_not_named_must_be_given(single: Path) -> None:
+    model_config = hf.LlamaConfig()
+
+    with pytest.raises(ConfigError, match="no class named in config.json: give model_class="):
+        gemini.load_pretrained(single, config_for("host"), model_config=model_config)
+
+
+# ---------------------------------------------------------------- saving
+
+
+@contextmanager
+def file_size_limit(nbytes: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_drive_leaves_the_older_model_as_it_was(single: Path) -> None:
+    before, names = tensors_in(single), sorted(path.name for path in single.iterdir())
+
+    with GeminiDDP(plain_model("gpt2"), config_for("host")) as engine, file_size_limit(20_000):
+        with pytest.raises(OffloadIOError, match=r"model\.safetensors: File too large"):
+            engine.save_pretrained(single)
+        assert sorted(path.name for path in single.iterdir()) == names
+        assert same_bits(tensors_in(single), before)
+
+
+def test_shards_of_an_older_model_go_and_other_files_stay(sharded: Path) -> None:
+    (sharded / "tokenizer.json").write_text("{}")
+    model = plain_model("gpt2")
+
+    with GeminiDDP(plain_model("gpt2"), config_for("host")) as engine:
+        engine.save_pretrained(sharded)
+
+    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert {path.name for path in sharded.iterdir()} == names
+    assert same_outputs(hf.AutoModelForCausalLM.from_pretrained(sharded), model, HF_CASES["gpt2"])
+
+
+def test_a_save_that_fails_while_files_are_moved_is_refused_and_keeps_the_new_ones(sharded: Path) -> None:
+    with GeminiDDP(plain_model("gpt2"), config_for("host")) as engine:
+        (sharded / "model.safetensors").mkdir()  # cannot be replaced by a file
+        with pytest.raises(OffloadIOError, match=r"cannot complete .*\.saving"):
+            engine.save_pretrained(sharded)
+
+    assert tensors_in(sharded / ".saving").keys() or tensors_in(sharded).keys()
+
+
+def test_what_is_asked_for_must_make_sense(tmp_path: Path) -> None:
+    with GeminiDDP(plain_model("gpt2"), config_for("host")) as engine:
+        with pytest.raises(ConfigError, match="dtype: expected None .* got .int8."):
+            engine.save_pretrained(tmp_path, dtype="int8")
+        with pytest.raises(ConfigError, match="max_shard_size: cannot read 'many' as bytes"):
+            engine.save_pretrained(tmp_path, max_shard_size="many")
+        (tmp_path / "file").touch()
+        with pytest.raises(OffloadIOError, match="cannot create directory .*file/.saving: Not a directory"):
+            engine.save_pretrained(tmp_path / "file")
