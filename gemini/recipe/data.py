@@ -191,7 +191,8 @@ def _segments_of_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any, *, 
     before: list[int] = []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = _extend(segments, before, render(i, asks=True) if i else [], counts=False, name=name)
+            if i:
+                before = _extend(segments, before, render(i, asks=True), counts=False, name=name)
         elif i + 1 < len(messages):
             continue
         before = _extend(segments, before, render(i + 1, asks=False), counts=message["role"] == "assistant", name=name)

@@ -10,9 +10,9 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from conftest import FORGETFUL_TEMPLATE, tokenizer_of
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_model import FORGETFUL_TEMPLATE, tokenizer_of
 
 from gemini import ConfigError
 from gemini.recipe.data import IGNORED, Collator, find_files, form_of, load_rows, pack, segments_of
@@ -76,7 +76,7 @@ def test_messages_may_begin_or_end_with_anyone() -> None:
     ("template", "message"), [(None, "this one has none"), (FORGETFUL_TEMPLATE, "rewrites earlier messages")]
 )
 def test_templates_that_cannot_be_used_are_named(template: str | None, message: str) -> None:
-    turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
+    turns = [{"role": role, "content": f"{role}!"} for role in ("user", "assistant", "user", "assistant")]
     with pytest.raises(ConfigError, match=f"data.files: .*{message}"):
         segments_of({"messages": turns}, "messages", tokenizer_of(template), name="data.files")
 
