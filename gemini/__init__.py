@@ -1,6 +1,7 @@
 """Train models larger than memory: chunks of parameters that move among device, host and NVMe."""
 
 from gemini import nn as nn
+from gemini.checkpoint import has_checkpoint
 from gemini.chunk.manager import ChunkManager
 from gemini.config import GeminiConfig, NVMeConfig
 from gemini.ddp import GeminiDDP
@@ -54,6 +55,7 @@ __all__ = [
     "StaticPlacement",
     "StepFlops",
     "StopOnSignals",
+    "has_checkpoint",
     "WorkerError",
     "load_pretrained",
     "measure_hardware",
