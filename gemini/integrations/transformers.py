@@ -72,11 +72,6 @@ def config_for_arguments(config: GeminiConfig | None, arguments: Any) -> GeminiC
         raise ConfigError(
             "TrainingArguments.save_only_model: not with load_best_model_at_end, which reads the engine's checkpoint"
         )
-    if arguments.world_size > 1:
-        raise ConfigError(
-            f"GeminiTrainer: expected one process, got {arguments.world_size}: share a model among ranks with "
-            "zero.shard and a loop of your own, or gemini.integrations.accelerate"
-        )
     flag = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else None
     wanted = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}[flag]
     accumulates = arguments.gradient_accumulation_steps > 1
@@ -101,7 +96,8 @@ class GeminiTrainerMixin:
     """Lets a trainer train through a GeminiDDP: `class Trainer(GeminiTrainerMixin, transformers.Trainer)`.
 
     The rest of the script stays as it is. AdamW is HybridAdam, with the trainer's parameter groups, learning rates and
-    clipping; a checkpoint holds the engine's, streamed, in place of the optimizer's file.
+    clipping; a checkpoint holds the engine's, streamed, in place of the optimizer's file. With several processes,
+    override `build_engine` to return `zero.shard(model, config)`.
 
     Args:
         *args: the trainer's own.
@@ -147,13 +143,26 @@ class GeminiTrainerMixin:
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
         """Leave the model where it is; the engine moves it."""
 
+    def build_engine(self, model: Any, config: GeminiConfig) -> GeminiDDP:
+        """Wrap the model; to be overridden where a GeminiDDP is made in another way.
+
+        Args:
+            model: the trainer's, as it is when training or evaluation begins.
+            config: what `gemini` and the trainer's arguments say.
+
+        Returns:
+            The engine.
+        """
+        return GeminiDDP(model, config)
+
     def _built_engine(self) -> GeminiDDP:
         """Return the engine of the trainer's model, a new one if the model is new."""
         if self.engine is not None and self.engine.module is not self.model:  # model_init has made another
             self.engine.close()
             self.engine = None
         if self.engine is None:
-            self.engine = GeminiDDP(self.model, self._gemini)
+            assert self._gemini is not None
+            self.engine = self.build_engine(self.model, self._gemini)
         return self.engine
 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
@@ -206,7 +215,9 @@ class GeminiTrainerMixin:
             return
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        save_pretrained(self.engine, directory)
+        save_pretrained(self.engine, directory, is_main_process=self.args.should_save)
+        if not self.args.should_save:
+            return
         processor = getattr(self, "processing_class", None) or getattr(self.data_collator, "tokenizer", None)
         if processor is not None:
             processor.save_pretrained(directory)
@@ -253,22 +264,23 @@ class GeminiTrainer(GeminiTrainerMixin, transformers.Trainer):
     """transformers.Trainer over a GeminiDDP; see GeminiTrainerMixin."""
 
 
-def save_pretrained(engine: GeminiDDP, directory: Path) -> None:
+def save_pretrained(engine: GeminiDDP, directory: Path, *, is_main_process: bool) -> None:
     """Write the working weights as the model's own `save_pretrained` does; of adapters, only what is trained.
 
     Args:
-        engine: of a transformers or peft model.
+        engine: of a transformers or peft model; with several ranks all call.
         directory: where to.
+        is_main_process: whether this rank writes.
     """
     model: Any = engine.module
-    if not _has_adapters(model):
-        model.save_pretrained(directory)
-        return
-    runtime = engine.runtime
-    runtime.finish_updates()
-    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    slots = runtime.layout.slot_by_name
-    model.save_pretrained(directory, state_dict={name: read_working(runtime, slots[name]) for name in trained})
+    weights = None
+    if _has_adapters(model):
+        runtime = engine.runtime
+        runtime.finish_updates()
+        slots = runtime.layout.slot_by_name
+        trained = (name for name, param in model.named_parameters() if param.requires_grad)
+        weights = {name: read_working(runtime, slots[name]) for name in trained}
+    model.save_pretrained(directory, state_dict=weights, is_main_process=is_main_process)
 
 
 def _has_adapters(model: Any) -> bool:
