@@ -184,7 +184,7 @@ class GeminiTrainerMixin:
         """
         if self.optimizer is None and getattr(self, "optimizer_cls_and_kwargs", None) is None:
             self._built_engine()
-        elif not isinstance(getattr(self.optimizer, "optimizer", None), HybridAdam):  # from an earlier train()
+        elif not isinstance(getattr(self.optimizer, "optimizer", self.optimizer), HybridAdam):  # an earlier train()'s
             raise ConfigError(
                 "GeminiTrainer: optimizers: expected none: HybridAdam is built over the engine's parameters, from "
                 "TrainingArguments; a scheduler of your own is made by overriding create_scheduler"

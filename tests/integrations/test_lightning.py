@@ -17,6 +17,8 @@ from gemini import ConfigError
 pl = pytest.importorskip("lightning.pytorch")
 strategies = pytest.importorskip("gemini.integrations.lightning")
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's, about a call of Lightning's
+
 
 class Module(pl.LightningModule):
     def __init__(self, make_optimizer: Callable[..., torch.optim.Optimizer]) -> None:

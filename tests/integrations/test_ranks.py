@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from trainer_runs import is_close
 
+pytest.importorskip("transformers", minversion="5.23", reason="GeminiTrainer was made for transformers 5.23")
+
 HERE = Path(__file__).parent
 
 

@@ -16,6 +16,8 @@ from training_harness import config_for, distance, same_bits
 from gemini import CheckpointMismatchError, ConfigError, GeminiConfig
 from gemini.integrations.transformers import GeminiTrainer, GeminiTrainerMixin, config_for_arguments
 
+pytest.importorskip("transformers", minversion="5.23", reason="GeminiTrainer was made for transformers 5.23")
+
 
 @pytest.fixture
 def close_engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -59,7 +61,7 @@ def plain_trainer(directory: Path, model: Any = None, **fields: Any) -> Any:
     [
         ("nvme", {"eval_strategy": "steps", "eval_steps": 2}),
         ("mixed", {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}),
-        ("nvme", {"gradient_checkpointing": True, "max_grad_norm": 0.0}),
+        ("nvme", {"activation_checkpointing": True, "max_grad_norm": 0.0}),
     ],
     ids=["evaluation", "accumulation", "checkpointing, no clipping"],
 )
@@ -95,6 +97,13 @@ def test_a_second_training_goes_on_with_the_same_engine(tmp_path: Path) -> None:
     found.train()
     assert found.engine is engine
     assert is_close(logged(found, "loss"), logged(expected, "loss"))
+
+
+def test_an_optimizer_made_before_training_is_used(tmp_path: Path) -> None:
+    trainer = gemini_trainer(tmp_path, max_steps=1, warmup_steps=0)
+    optimizer = trainer.create_optimizer()
+    trainer.train()
+    assert optimizer.last_grad_norm is not None
 
 
 def test_model_init_gives_each_training_an_engine_of_its_own(tmp_path: Path) -> None:
@@ -182,7 +191,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_loss"] == min(losses)
 
 
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:FutureWarning")  # peft's calls
 def test_adapters_train_and_resume_and_are_saved_alone(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
 

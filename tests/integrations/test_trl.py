@@ -14,7 +14,11 @@ from training_harness import config_for
 from gemini.integrations.transformers import GeminiTrainerMixin
 
 datasets = pytest.importorskip("datasets")
-trl = pytest.importorskip("trl")
+trl = pytest.importorskip("trl", minversion="1.16")
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*is deprecated and will be removed:FutureWarning"
+)  # TRL's and peft's calls
 
 
 class GeminiSFTTrainer(GeminiTrainerMixin, trl.SFTTrainer):
