@@ -22,6 +22,7 @@ __all__ = [
     "GeminiError",
     "HeapUnavailableError",
     "IllegalTransitionError",
+    "MissingLibraryError",
     "ModelError",
     "OffloadIOError",
     "OutOfTierMemoryError",
@@ -60,6 +61,10 @@ class CollectiveError(GeminiError, RuntimeError):
 
 class HeapUnavailableError(GeminiError, RuntimeError):
     """The CPU allocator of `gemini.heap` cannot be compiled, loaded or put in place here."""
+
+
+class MissingLibraryError(GeminiError, ImportError):
+    """A library that `gemini.integrations` works with is not installed, or cannot be imported."""
 
 
 class CheckpointError(GeminiError, RuntimeError):
