@@ -20,6 +20,7 @@ import torch
 
 from gemini._native import ffi, lib
 from gemini.errors import CorruptRecordError, OffloadIOError
+from gemini.kernels.spans import MAX_SPANS, Span, SpanRecorder, read_spans
 from gemini.offload.io_backends import (
     IoBackend,
     available_backends,
@@ -269,6 +270,7 @@ class IoEngine:
         self._failures: dict[int, tuple[int, int]] = {}  # ticket -> (status, bytes done)
         self._unasked_failures: set[int] = set()
         self._stats = IoStats(nbytes_read=0, nbytes_written=0)
+        self._recorder: SpanRecorder | None = None
         self._finalizer = weakref.finalize(self, _destroy, self._native, self._in_flight)
 
     def open(self, path: str | os.PathLike[str], flags: IoOpenFlag = IoOpenFlag.READ) -> IoFile:
@@ -331,6 +333,10 @@ class IoEngine:
             for number, buffer in zip(numbers, buffers, strict=True):
                 self._in_flight[number] = buffer.owner
             self._drop_completed(2 * len(requests))
+        if self._recorder is not None:
+            for number, request, buffer in zip(numbers, requests, buffers, strict=True):
+                operation = request.operation.value
+                self._recorder.submitted(self, number, operation=operation, record=request.record, nbytes=buffer.nbytes)
         return [
             IoTicket(self, request, number, buffer.nbytes)
             for request, number, buffer in zip(requests, numbers, buffers, strict=True)
@@ -340,6 +346,17 @@ class IoEngine:
         """Return the bytes moved since creation; after close(), until then."""
         with self._condition:
             return self._stats if self._is_destroyed else self._read_stats()
+
+    def record_to(self, recorder: SpanRecorder | None) -> None:
+        """Tell a recorder of every transfer from now on, and keep when they run for `take_spans`; None: no longer."""
+        self._recorder = recorder
+        with self._borrow() as native:
+            lib.gn_io_keep_spans(native, 0 if recorder is None else MAX_SPANS)
+
+    def take_spans(self) -> list[Span]:
+        """Return when the transfers ran that have completed since the last call, in order of completion."""
+        with self._borrow() as native:
+            return read_spans(lambda spans, count: lib.gn_io_take_spans(native, spans, count))
 
     def close(self) -> None:
         """Complete what the kernel already has, cancel the rest, close the files. Closing again does nothing.
