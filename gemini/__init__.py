@@ -1,6 +1,7 @@
 """Train models larger than memory: chunks of parameters that move among device, host and NVMe."""
 
 from gemini import nn as nn
+from gemini.annotations import annotate
 from gemini.chunk.manager import ChunkManager
 from gemini.config import GeminiConfig, NVMeConfig
 from gemini.ddp import GeminiDDP
@@ -16,6 +17,7 @@ from gemini.errors import (
     ModelError,
     OffloadIOError,
     OutOfTierMemoryError,
+    RecordingError,
     WorkerError,
 )
 from gemini.hardware import HardwareProfile, measure_hardware
@@ -48,10 +50,12 @@ __all__ = [
     "OffloadIOError",
     "OutOfTierMemoryError",
     "PlacementPlan",
+    "RecordingError",
     "StaticPlacement",
     "StepFlops",
     "StopOnSignals",
     "WorkerError",
+    "annotate",
     "measure_hardware",
     "transformer_flops",
 ]

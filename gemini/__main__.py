@@ -17,6 +17,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "bench": ("gemini.cli.bench", "measure this machine"),
+    "report": ("gemini.cli.report", "show what was recorded of a run"),
 }
 """Module and summary of each command. A module has `add_arguments(parser)`, and `run(arguments)`, an exit code."""
 

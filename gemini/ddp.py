@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +27,7 @@ from gemini.initialise import InitFn
 from gemini.offload.io import IoStats
 from gemini.placement.cost_model import HardwareProfile, StepFlops
 from gemini.report import MemoryReport, make_report
+from gemini.run_recorder import RunRecorder, record_run
 from gemini.runtime import Runtime
 from gemini.slicing import BatchSlicer
 from gemini.tiers import MemoryTier
@@ -203,6 +204,31 @@ class GeminiDDP(torch.nn.Module):
                 f"{flops!r}"
             )
         return make_report(self._runtime, profile, flops, disk_at_start=self._disk_at_start)
+
+    def record(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        steps: Collection[int] | None = range(1, 4),
+        profile: HardwareProfile | None = None,
+        flops: StepFlops | None = None,
+    ) -> AbstractContextManager[RunRecorder]:
+        """Record what happens while the context is open, for `python -m gemini report`; see docs/profiling.md.
+
+        Args:
+            directory: for the recording; made if it is not there.
+            steps: whose every move is recorded, counted from here on, from 0; of others what they cost. None: all.
+            profile: for a prediction beside what is measured; with `flops`, as for `memory_report`.
+            flops: as `profile`.
+
+        Returns:
+            A context that yields the recorder, whose `log(loss=..., tokens=...)` takes what the engine does not know.
+
+        Raises:
+            ConfigError: as `memory_report`, or the engine is being recorded already.
+        """
+        predicted = self.memory_report(profile=profile, flops=flops).predicted
+        return record_run(self._runtime, self._hooks, Path(directory), steps=steps, predicted=predicted)
 
     def trace_memory(self) -> AbstractContextManager[None]:
         """Measure activations and temporaries of what runs inside the context; slow on the CPU, free on CUDA."""

@@ -25,6 +25,7 @@ __all__ = [
     "ModelError",
     "OffloadIOError",
     "OutOfTierMemoryError",
+    "RecordingError",
     "WorkerError",
     "naming_file",
 ]
@@ -68,6 +69,10 @@ class CheckpointError(GeminiError, RuntimeError):
 
 class CheckpointMismatchError(GeminiError, ValueError):
     """Saved state does not fit the model or optimizer it is loaded into."""
+
+
+class RecordingError(GeminiError, ValueError):
+    """A recording is missing, of a later version or no recording at all, or what would draw it is not installed."""
 
 
 class OffloadIOError(GeminiError, OSError):

@@ -20,9 +20,10 @@ LAYERS = (
     ("gemini.cli", "gemini.__main__"),
     ("zero",),
     ("gemini.__init__",),
-    ("gemini.ddp", "gemini.optimizer", "gemini.checkpoint", "gemini.report", "gemini.signals"),
+    ("gemini.ddp", "gemini.optimizer", "gemini.checkpoint", "gemini.report", "gemini.signals", "gemini.annotations"),
     ("gemini",),  # every other module directly in gemini: runtime, hooks, update, materialize ...
     ("gemini.chunk", "gemini.placement", "gemini.offload"),
+    ("gemini.profile",),
     ("gemini.kernels",),
     ("gemini._native",),
 )
