@@ -1,4 +1,4 @@
-"""Names for what profilers see, torch's and NVIDIA's: a range for each unit's forward, a mark where backward reaches it."""
+"""Names for what profilers of torch and NVIDIA see: a range for each forward of a unit, a mark for its backward."""
 
 from __future__ import annotations
 

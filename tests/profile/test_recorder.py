@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from recorded import NUM_LAYERS, NUM_STEPS, WIDTH, config_for, make_model, record, train_step
 
+import zero
 from gemini import ConfigError, GeminiDDP, HybridAdam
 from gemini.profile.events import Work
 from gemini.profile.lanes import LANES, bars_of_step
@@ -232,3 +234,16 @@ def test_a_run_is_described_with_its_homes(tmp_path: Path, caplog: pytest.LogCap
     assert set(run.chunks[0].homes) == {"weights", "state", "gradients"}
     assert set(run.chunks[0].homes["state"]) == {"nvme"}
     assert "recording to" in caplog.text
+
+
+def test_a_rank_of_a_group_is_recorded_like_an_engine_alone(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        with zero.shard(make_model(), config_for("three tiers", tmp_path)) as engine:
+            before, after = record(engine, tmp_path / "run", steps=None)
+    finally:
+        dist.destroy_process_group()
+    found = read_recording(tmp_path / "run")
+    assert len(found.steps) == NUM_STEPS
+    assert bytes_of(found, "read") == after.nvme_read_nbytes - before.nvme_read_nbytes > 0
+    assert {work.chunk_id for work in found.work} == set(range(NUM_LAYERS))
