@@ -108,7 +108,8 @@ class HookSet:
         self.slice_sums = GradientSums()
         """Takes the gradients that arrive while it is open."""
         self.moments: MomentListener | None = None
-        """Told of every moment, after the weights are there and before they may go; None: nobody is."""
+        """Told of every moment: of a unit's after its weights are there and before they may go, of the model's before
+        and after everything else; None: nobody is."""
         self._events = events
         self._handles: list[Any] = []
         self._owners: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
@@ -232,8 +233,8 @@ class HookSet:
             self._mode.pause()
             self._check_owners()
             self._mode.is_model_trained = torch.is_grad_enabled()
-            self._events.begin_forward()
             self._note_moment("enter", 0)
+            self._events.begin_forward()
         self._depth += 1
         self._watch()
 
@@ -247,8 +248,8 @@ class HookSet:
         self._mode.pause()
         self._mode.is_model_trained = False
         output = self._events.wrap_outputs(self._own_outputs(output))
-        self._note_moment("leave", 0)
         self._events.end_forward()
+        self._note_moment("leave", 0)
         return output
 
     def _unit_hooks(self, unit_id: int, *, reads_weights: bool) -> tuple[Callable[..., None], Callable[..., Any]]:

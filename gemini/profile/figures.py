@@ -43,28 +43,33 @@ LABEL_COLORS = {
 }
 CONTENT_COLORS = {"weights": "#54a24b", "state": "#9a78c2", "gradients": "#eeca3b", "activations": "#f58518"}
 """Of copies and transfers, by what they carry."""
+LONG_STEP_NS = 2_000_000_000
+"""From here on a step is drawn in seconds."""
+MAX_TICKS = 20
+"""Steps that are numbered one by one."""
 NUM_PIXELS = 1500
 """Of a step's length; things closer than one are drawn as one."""
 
 
 def memory_figure(series: TierSeries, step: Step) -> Figure:
     """Draw one tier's bytes over a step: model data stacked, then non-model data, budget and plan as lines."""
-    times_ms = _ms(series.times_ns, step)
+    budget_name = "budget of the engine's" if series.tier.tier == "host" else "budget"
+    times = _since(step, series.times_ns)
     traces = [
-        _area(purpose, times_ms, nbytes, PALETTE[index % len(PALETTE)])
+        _area(purpose, times, nbytes, PALETTE[index % len(PALETTE)])
         for index, (purpose, nbytes) in enumerate(series.model_nbytes.items())
         if any(nbytes)
     ]
     if any(nbytes is not None for nbytes in series.non_model_nbytes):
         values = [nbytes or 0 for nbytes in series.non_model_nbytes]
-        traces.append(_area("non-model: activations, temporaries", times_ms, values, NON_MODEL_COLOR))
-    lines = {"planned": sum(series.tier.planned_nbytes.values()), "budget": series.tier.budget_nbytes}
+        traces.append(_area("non-model: activations, temporaries", times, values, NON_MODEL_COLOR))
+    lines = {"planned": sum(series.tier.planned_nbytes.values()), budget_name: series.tier.budget_nbytes}
     top = max((sum(values) for values in zip(*(trace["y"] for trace in traces), strict=True)), default=0)
     for name, nbytes in lines.items():
         if nbytes and nbytes <= 4 * top:  # a budget far away would leave the rest flat
-            traces.append(_level(name, nbytes, _ms((step.begin_ns, step.end_ns), step)))
+            traces.append(_level(name, nbytes, _since(step, (step.begin_ns, step.end_ns))))
     layout = {
-        "xaxis": {"title": {"text": "ms since the step began"}},
+        "xaxis": _time_axis(step),
         "yaxis": {"title": {"text": "bytes held"}, "tickformat": ".3~s", "ticksuffix": "B", "rangemode": "tozero"},
         "hovermode": "x unified",
         "legend": {"traceorder": "reversed"},
@@ -95,7 +100,7 @@ def _level(name: str, nbytes: int, ends_ms: Sequence[float]) -> Figure:
         "name": f"{name}: {format_nbytes(nbytes)}",
         "x": list(ends_ms),
         "y": [nbytes, nbytes],
-        "line": {"dash": "dash" if name == "budget" else "dot", "width": 1.5, "color": LINE_COLOR},
+        "line": {"dash": "dot" if name == "planned" else "dash", "width": 1.5, "color": LINE_COLOR},
         "hoverinfo": "skip",
     }
 
@@ -137,7 +142,8 @@ def map_figure(found: ChunkMap, recording: Recording) -> Figure:
 def timeline_figure(bars: Sequence[Bar], stalls: Sequence[ExplainedStall], recording: Recording, step: Step) -> Figure:
     """Draw a step's lanes, with waits marked across all of them."""
     gap_ns = max(1, (step.end_ns - step.begin_ns) // NUM_PIXELS)
-    shown = merge_bars(bars, gap_ns=gap_ns)
+    apart = [bar for bar in bars if bar.lane == "compute"]  # one after the other, and few
+    shown = [*apart, *merge_bars([bar for bar in bars if bar.lane != "compute"], gap_ns=gap_ns)]
     rows = rows_of(shown)
     heights = Counter({bar.lane: 0 for bar in shown})
     for bar, row in zip(shown, rows, strict=True):
@@ -156,8 +162,8 @@ def timeline_figure(bars: Sequence[Bar], stalls: Sequence[ExplainedStall], recor
                 "type": "bar",
                 "orientation": "h",
                 "name": label,
-                "base": _ms([bar.begin_ns for bar, _ in placed], step),
-                "x": [(bar.end_ns - bar.begin_ns) / 1e6 for bar, _ in placed],
+                "base": _since(step, [bar.begin_ns for bar, _ in placed]),
+                "x": [(bar.end_ns - bar.begin_ns) / _unit_of(step)[0] for bar, _ in placed],
                 "y": [row for _, row in placed],
                 "width": 0.86,
                 "text": [_describe(bar, recording, why) for bar, _ in placed],
@@ -169,7 +175,7 @@ def timeline_figure(bars: Sequence[Bar], stalls: Sequence[ExplainedStall], recor
     marks = merge_bars([bar for bar in bars if bar.lane == "waits"], gap_ns=gap_ns)
     layout = {
         "barmode": "overlay",
-        "xaxis": {"title": {"text": "ms since the step began"}, "range": [0, (step.end_ns - step.begin_ns) / 1e6]},
+        "xaxis": {**_time_axis(step), "range": _since(step, (step.begin_ns, step.end_ns))},
         "yaxis": {
             "tickvals": [tops[lane] + (heights[lane] - 1) / 2 for lane in lanes],
             "ticktext": lanes,
@@ -184,8 +190,8 @@ def timeline_figure(bars: Sequence[Bar], stalls: Sequence[ExplainedStall], recor
                 "yref": "paper",
                 "y0": 0,
                 "y1": 1,
-                "x0": (bar.begin_ns - step.begin_ns) / 1e6,
-                "x1": (bar.end_ns - step.begin_ns) / 1e6,
+                "x0": _since(step, [bar.begin_ns])[0],
+                "x1": _since(step, [bar.end_ns])[0],
                 "fillcolor": STALL_COLOR,
                 "opacity": 0.13,
                 "line": {"width": 0},
@@ -195,7 +201,8 @@ def timeline_figure(bars: Sequence[Bar], stalls: Sequence[ExplainedStall], recor
             if bar.end_ns - bar.begin_ns > 2 * gap_ns
         ],
         "height": 180 + 22 * sum(heights.values()),
-        "legend": {"orientation": "h", "y": -0.16},
+        "margin": {"b": 130},
+        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"},
     }
     return {"data": traces, "layout": layout}
 
@@ -259,7 +266,7 @@ def run_figures(series: RunSeries) -> dict[str, Figure]:
                 "line": {"color": PALETTE[0]},
                 "hovertemplate": "step %{x}: %{y:.4g}<extra></extra>",
             }
-            figures[key] = {"data": [trace], "layout": _step_layout(title)}
+            figures[key] = {"data": [trace], "layout": _step_layout(title, len(series.steps))}
     others = [
         max(0.0, seconds - weights - update)
         for seconds, weights, update in zip(series.seconds, series.weights_stall_s, series.update_stall_s, strict=True)
@@ -280,13 +287,23 @@ def run_figures(series: RunSeries) -> dict[str, Figure]:
         }
         for name, values, color in parts
     ]
-    layout = {**_step_layout("seconds"), "barmode": "stack", "hovermode": "x unified"}
+    layout = {**_step_layout("seconds", len(series.steps)), "barmode": "stack", "hovermode": "x unified"}
     return {**figures, "seconds": {"data": bars, "layout": layout}}
 
 
-def _step_layout(title: str) -> Figure:
-    return {"xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": title}}, "height": 300}
+def _step_layout(title: str, num_steps: int) -> Figure:
+    axis = {"title": {"text": "step"}, **({"dtick": 1} if num_steps <= MAX_TICKS else {})}
+    return {"xaxis": axis, "yaxis": {"title": {"text": title}}, "height": 300}
 
 
-def _ms(times_ns: Sequence[int], step: Step) -> list[float]:
-    return [(at_ns - step.begin_ns) / 1e6 for at_ns in times_ns]
+def _unit_of(step: Step) -> tuple[float, str]:
+    """Return the unit that a step's times are drawn in, in nanoseconds, and its name."""
+    return (1e9, "s") if step.end_ns - step.begin_ns >= LONG_STEP_NS else (1e6, "ms")
+
+
+def _time_axis(step: Step) -> Figure:
+    return {"title": {"text": f"{_unit_of(step)[1]} since the step began"}}
+
+
+def _since(step: Step, times_ns: Sequence[int]) -> list[float]:
+    return [(at_ns - step.begin_ns) / _unit_of(step)[0] for at_ns in times_ns]

@@ -60,8 +60,8 @@ def stalls_of_step(recording: Recording, step: Step) -> list[ExplainedStall]:
 def explain_stall(stall: Stall, work: Sequence[Work], changes: Sequence[ChunkChange]) -> ExplainedStall:
     """Share a wait out among its causes.
 
-    At each time the cause is what was done to the chunk then, the earliest stage if it was several things; else that
-    others were being worked for; else nothing.
+    At each time the cause is what was done then to what is waited for, the earliest stage if it was several things;
+    else that others were being worked for; else nothing.
 
     Args:
         stall: the wait.
@@ -78,7 +78,7 @@ def explain_stall(stall: Stall, work: Sequence[Work], changes: Sequence[ChunkCha
     )
     spent: dict[str, int] = {}
     for begin_ns, end_ns in pairwise(cuts):
-        cause = _cause(stall.chunk_id, [w for w in meanwhile if w.begin_ns <= begin_ns and w.end_ns >= end_ns])
+        cause = _cause(stall, [w for w in meanwhile if w.begin_ns <= begin_ns and w.end_ns >= end_ns])
         spent[cause] = spent.get(cause, 0) + end_ns - begin_ns
     was_late = stall.reason == "weights" and any(
         change.chunk_id == stall.chunk_id
@@ -90,13 +90,16 @@ def explain_stall(stall: Stall, work: Sequence[Work], changes: Sequence[ChunkCha
     return ExplainedStall(stall=stall, was_late=was_late, spent_ns=dict(longest_first))
 
 
-def _cause(chunk_id: int, running: Iterable[Work]) -> str:
-    running = list(running)
-    own = sorted(
-        (work for work in running if work.chunk_id == chunk_id), key=lambda work: _PRIORITY.index(work.operation)
-    )
+def _cause(stall: Stall, running: Sequence[Work]) -> str:
+    """Say what a wait was for at a time when some work ran; a wait for weights is for none of the state's."""
+    own = [
+        work
+        for work in running
+        if work.chunk_id == stall.chunk_id and (stall.reason != "weights" or work.what == "weights")
+    ]
     if own:
-        return f"{own[0].operation} {own[0].what}".strip()
+        first = min(own, key=lambda work: _PRIORITY.index(work.operation))
+        return f"{first.operation} {first.what}".strip()
     return QUEUED if running else IDLE
 
 

@@ -93,6 +93,8 @@ def test_waits_and_moments_lie_in_their_steps(tmp_path: Path) -> None:
     found = read_recording(tmp_path / "run")
     step = found.step()
     assert step.number == 1
+    shown_s = sum(each.seconds for each in stalls_of_step(found, step))
+    assert shown_s == pytest.approx(step.weights_stall_s + step.update_stall_s, abs=1e-3)
     assert sum(each.seconds for each in stalls_of_step(found, step)) <= (step.end_ns - step.begin_ns) / 1e9
     kinds = Counter((moment.kind, moment.unit_id) for moment in found.moments)
     layers = range(1, NUM_LAYERS + 1)
