@@ -156,22 +156,8 @@ def timeline_figure(bars: Sequence[Bar], stalls: Sequence[ExplainedStall], recor
         by_label.setdefault(bar.label, []).append((bar, tops[bar.lane] + row))
     traces = []
     for label, placed in by_label.items():
-        color = STALL_COLOR if placed[0][0].lane == "waits" else _color_of(label)
-        traces.append(
-            {
-                "type": "bar",
-                "orientation": "h",
-                "name": label,
-                "base": _since(step, [bar.begin_ns for bar, _ in placed]),
-                "x": [(bar.end_ns - bar.begin_ns) / _unit_of(step)[0] for bar, _ in placed],
-                "y": [row for _, row in placed],
-                "width": 0.86,
-                "text": [_describe(bar, recording, why) for bar, _ in placed],
-                "textposition": "none",
-                "hovertemplate": "%{text}<extra></extra>",
-                "marker": {"color": color, "line": {"width": 0}},
-            }
-        )
+        texts = [_describe(bar, recording, why) for bar, _ in placed]
+        traces.append(_bars_trace(label, placed, texts, step))
     marks = merge_bars([bar for bar in bars if bar.lane == "waits"], gap_ns=gap_ns)
     layout = {
         "barmode": "overlay",
@@ -184,27 +170,46 @@ def timeline_figure(bars: Sequence[Bar], stalls: Sequence[ExplainedStall], recor
             "zeroline": False,
             "automargin": True,
         },
-        "shapes": [
-            {
-                "type": "rect",
-                "yref": "paper",
-                "y0": 0,
-                "y1": 1,
-                "x0": _since(step, [bar.begin_ns])[0],
-                "x1": _since(step, [bar.end_ns])[0],
-                "fillcolor": STALL_COLOR,
-                "opacity": 0.13,
-                "line": {"width": 0},
-                "layer": "below",
-            }
-            for bar in marks
-            if bar.end_ns - bar.begin_ns > 2 * gap_ns
-        ],
+        "shapes": [_wait_mark(bar, step) for bar in marks if bar.end_ns - bar.begin_ns > 2 * gap_ns],
         "height": 180 + 22 * sum(heights.values()),
         "margin": {"b": 130},
         "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"},
     }
     return {"data": traces, "layout": layout}
+
+
+def _bars_trace(label: str, placed: Sequence[tuple[Bar, int]], texts: Sequence[str], step: Step) -> Figure:
+    """Return the bars of one label, each in its row."""
+    color = STALL_COLOR if placed[0][0].lane == "waits" else _color_of(label)
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "name": label,
+        "base": _since(step, [bar.begin_ns for bar, _ in placed]),
+        "x": [(bar.end_ns - bar.begin_ns) / _unit_of(step)[0] for bar, _ in placed],
+        "y": [row for _, row in placed],
+        "width": 0.86,
+        "text": list(texts),
+        "textposition": "none",
+        "hovertemplate": "%{text}<extra></extra>",
+        "marker": {"color": color, "line": {"width": 0}},
+    }
+
+
+def _wait_mark(bar: Bar, step: Step) -> Figure:
+    """Return what shades all lanes while training waits."""
+    return {
+        "type": "rect",
+        "yref": "paper",
+        "y0": 0,
+        "y1": 1,
+        "x0": _since(step, [bar.begin_ns])[0],
+        "x1": _since(step, [bar.end_ns])[0],
+        "fillcolor": STALL_COLOR,
+        "opacity": 0.13,
+        "line": {"width": 0},
+        "layer": "below",
+    }
 
 
 def _color_of(label: str) -> str:

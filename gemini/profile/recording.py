@@ -7,7 +7,9 @@ that is torn is left out when the file is read.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +32,8 @@ from gemini.profile.events import (
 )
 
 __all__ = ["Recording", "RecordingWriter", "path_of", "read_recording"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +111,7 @@ class RecordingWriter:
     """
 
     def __init__(self, directory: Path, run: RunDescription) -> None:
+        self._has_failed = False
         path = path_of(directory, run.rank)
         with naming_file("write", path):
             directory.mkdir(parents=True, exist_ok=True)
@@ -116,13 +121,20 @@ class RecordingWriter:
             self._file.flush()
 
     def write(self, events: Iterable[Event]) -> None:
-        """Append events and hand them to the system."""
-        self._file.writelines(map(encode_line, events))
-        self._file.flush()
+        """Append events and hand them to the system; if it refuses, say so once and write no more: training goes on."""
+        if self._has_failed:
+            return
+        try:
+            self._file.writelines(map(encode_line, events))
+            self._file.flush()
+        except OSError as error:
+            self._has_failed = True
+            logger.warning("recording to %s has ended, and training goes on: %s", self._file.name, error)
 
     def close(self) -> None:
         """Close the file. Idempotent."""
-        self._file.close()
+        with suppress(OSError):  # which `write` has told of
+            self._file.close()
 
     def __enter__(self) -> RecordingWriter:
         return self

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from gemini.profile.events import MemorySample
-from gemini.profile.lanes import LANES, bars_of_step, rows_of
+from gemini.profile.lanes import LANES, Bar, bars_of_step, rows_of
 from gemini.profile.recording import Recording
-from gemini.profile.stalls import stalls_of_step
+from gemini.profile.stalls import ExplainedStall, stalls_of_step
 
 __all__ = ["chrome_trace"]
 
@@ -46,16 +46,7 @@ def chrome_trace(recording: Recording) -> dict[str, Any]:
         for bar, row in zip(bars, rows_of(bars), strict=True):
             thread = 1 + LANES.index(bar.lane) * MAX_ROWS_PER_LANE + row
             threads.setdefault(thread, bar.lane if row == 0 else f"{bar.lane} ({row + 1})")
-            arguments: dict[str, Any] = {}
-            if bar.chunk_id is not None:
-                arguments["chunk"] = recording.run.chunks[bar.chunk_id].name
-            if bar.unit_id is not None:
-                arguments["unit"] = recording.run.units[bar.unit_id]
-            if bar.nbytes:
-                arguments["nbytes"] = bar.nbytes
-            if bar.lane == "waits" and bar.chunk_id is not None and (bar.chunk_id, bar.begin_ns) in why:
-                explained = why[bar.chunk_id, bar.begin_ns]
-                arguments |= {"cause": explained.cause, "was_late": explained.was_late}
+            arguments = _arguments(bar, recording, why)
             events.append(
                 {
                     "ph": "X",
@@ -83,6 +74,21 @@ def chrome_trace(recording: Recording) -> dict[str, Any]:
         ),
     ]
     return {"traceEvents": [*names, *events], "displayTimeUnit": "ms"}
+
+
+def _arguments(bar: Bar, recording: Recording, why: dict[tuple[int, int], ExplainedStall]) -> dict[str, Any]:
+    """Return what a viewer shows of a bar beside its name."""
+    arguments: dict[str, Any] = {}
+    if bar.chunk_id is not None:
+        arguments["chunk"] = recording.run.chunks[bar.chunk_id].name
+        if bar.lane == "waits" and (bar.chunk_id, bar.begin_ns) in why:
+            explained = why[bar.chunk_id, bar.begin_ns]
+            arguments |= {"cause": explained.cause, "was_late": explained.was_late}
+    if bar.unit_id is not None:
+        arguments["unit"] = recording.run.units[bar.unit_id]
+    if bar.nbytes:
+        arguments["nbytes"] = bar.nbytes
+    return arguments
 
 
 def _counts(sample: MemorySample) -> dict[str, int]:

@@ -19,9 +19,10 @@ import zero
 from gemini import ConfigError, GeminiDDP, HybridAdam
 from gemini.profile.events import Work
 from gemini.profile.lanes import LANES, bars_of_step
-from gemini.profile.recording import Recording, read_recording
+from gemini.profile.recording import Recording, RecordingWriter, read_recording
 from gemini.profile.series import run_series
 from gemini.profile.stalls import stalls_of_step
+from gemini.run_recorder import RunRecorder, describe_run
 
 PLACES = ("disk", "three tiers")
 
@@ -190,6 +191,23 @@ def test_an_engine_is_recorded_once_at_a_time(tmp_path: Path) -> None:
         second = engine.record(tmp_path / "other")
         with pytest.raises(ConfigError, match="is being recorded already"):
             second.__enter__()
+
+
+def test_a_full_drive_ends_the_recording_and_not_the_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with GeminiDDP(make_model(), config_for("disk", tmp_path)) as engine:
+        optimizer = HybridAdam(engine.parameters())
+        with RecordingWriter(tmp_path / "run", describe_run(engine.runtime, None)) as writer:
+            full = os.open("/dev/full", os.O_WRONLY)
+            os.dup2(full, writer._file.fileno())
+            os.close(full)
+            recorder = RunRecorder(engine.runtime, engine._hooks, writer, steps=None)
+            for _ in range(2):
+                train_step(engine, optimizer)
+            recorder.close()
+        train_step(engine, optimizer)
+    assert engine.runtime.num_steps == 3
+    (told,) = [record.getMessage() for record in caplog.records if "has ended" in record.getMessage()]
+    assert "rank0.jsonl has ended, and training goes on: [Errno 28] No space left on device" in told
 
 
 KILLED = """
