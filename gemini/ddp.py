@@ -442,7 +442,8 @@ class GeminiDDP(torch.nn.Module):
 
     def _participants(self, optimizer: CheckpointedOptimizer | None, scheduler: Stateful | None) -> Participants:
         persistent = set(self._persistent_buffers())
-        buffers = {n: b for n, b in self.module.named_buffers(remove_duplicate=False) if n in persistent}
+        named = self.module.named_buffers(remove_duplicate=False)
+        buffers = {name: local_part(buffer) for name, buffer in named if name in persistent}
         return Participants(buffers=buffers, optimizer=self._checkpointed(optimizer), scheduler=scheduler)
 
     def _checkpointed(self, optimizer: CheckpointedOptimizer | None) -> CheckpointedOptimizer | None:

@@ -12,7 +12,7 @@ an update before a gather that comes next does so. Only reads go ahead of that, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from gemini.chunk.core import ChunkCore
 from gemini.placement.prefetch import choose_prefetch
@@ -78,9 +78,12 @@ class Lookahead:
         """Note a use; chunks that never move, nor change elsewhere, do not count."""
         if self._phase is Phase.TRAIN:
             self._forward_order.setdefault(chunk_id, len(self._forward_order))
-        chunk = self._core.chunks[chunk_id]
-        if chunk.shard is not None or not chunk.is_resident:
+        if self._moves(chunk_id):
             self._history.record(chunk_id)
+
+    def _moves(self, chunk_id: int) -> bool:
+        chunk = self._core.chunks[chunk_id]
+        return chunk.shard is not None or not chunk.is_resident
 
     def urgency(self, chunk_id: int) -> int:
         """Return how soon the next forward will need a chunk, lower is sooner; those it never notes come first."""
@@ -89,6 +92,22 @@ class Lookahead:
     def needed_soon(self, limit: int) -> tuple[int, ...]:
         """Return the next chunks to be used that take turns in the slots, nearest first."""
         return self._history.upcoming(limit)
+
+    def state_dict(self) -> dict[str, list[str]]:
+        """Return the order of uses in the last complete step of each phase, as names of chunks."""
+        orders = {phase: history.order_of(phase) for phase, history in self._histories.items()}
+        return {phase.value: [self._core.chunks[i].name for i in order] for phase, order in orders.items() if order}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[str]]) -> None:
+        """Follow the orders of another engine of the same model; one that names a chunk that is not here is dropped."""
+        ids = {chunk.name: chunk_id for chunk_id, chunk in enumerate(self._core.chunks)}
+        for phase, history in self._histories.items():
+            names = state.get(phase.value, ())
+            order = [ids[name] for name in names if name in ids and self._moves(ids[name])]
+            if order and all(name in ids for name in names):
+                history.restore(phase, order)
+                if phase is Phase.TRAIN:
+                    self._forward_order = {chunk_id: place for place, chunk_id in enumerate(dict.fromkeys(order))}
 
     def fetch_ahead(self) -> None:
         """Start the fetches that will be needed soon and cost nothing that is needed sooner."""

@@ -114,7 +114,7 @@ class Runtime:
         asked = None if config.overlap == "auto" else OverlapMode(config.overlap)
         self.overlap = Overlap(asked, core=core, states=states, gradients=gradients, worker=worker, kernels=kernels)
         num_slots, is_sharded = plan.num_slots, sharding is not None
-        self._lookahead = Lookahead(core, depth=config.prefetch_depth, num_slots=num_slots, is_sharded=is_sharded)
+        self.lookahead = Lookahead(core, depth=config.prefetch_depth, num_slots=num_slots, is_sharded=is_sharded)
         self._saved = SavedWeights(core.chunk_in, self._weights_in_backward)
         self._entered: list[_Entry] = []
         self._borrowed_by_model: list[int] = []
@@ -134,7 +134,7 @@ class Runtime:
         if shape.has_device and config.placement == "auto" and isinstance(gradients, GradientStore):
             self._adaptation = Adaptation(core, gradients, demands, shape, settle=self.overlap.settle_all)
         self.overlap.predict = self._predict
-        self.overlap.urgency = self._lookahead.urgency
+        self.overlap.urgency = self.lookahead.urgency
 
     @property
     def demand(self) -> MemoryDemand:
@@ -165,15 +165,15 @@ class Runtime:
             ModelError: the engine is closed, its state was lost, or a parameter was moved or re-flagged.
         """
         self.check_usable()
-        if torch.is_grad_enabled() and not self._lookahead.is_in_step:
+        if torch.is_grad_enabled() and not self.lookahead.is_in_step:
             self._clock.begin_step()
         for chunk in self.core.chunks:
             chunk.check_params()
         self._drop_leftovers()
-        self._lookahead.gather_now(self.layout.root.own_chunk_ids)  # used anywhere, without notice
-        if torch.is_grad_enabled() and not self._lookahead.is_in_step:
+        self.lookahead.gather_now(self.layout.root.own_chunk_ids)  # used anywhere, without notice
+        if torch.is_grad_enabled() and not self.lookahead.is_in_step:
             self.probe.begin_step()
-        self._lookahead.begin_forward(Phase.TRAIN if torch.is_grad_enabled() else Phase.INFERENCE)
+        self.lookahead.begin_forward(Phase.TRAIN if torch.is_grad_enabled() else Phase.INFERENCE)
         self._has_pushed_for_model = torch.is_grad_enabled()
         if self._has_pushed_for_model:
             self._saved.push()
@@ -186,7 +186,7 @@ class Runtime:
         for chunk_id in self._borrowed_by_model:
             self.core.release(chunk_id)
         self._borrowed_by_model.clear()
-        self._lookahead.end_forward()
+        self.lookahead.end_forward()
 
     def abort_forward(self) -> None:
         """Undo what a forward has begun that was interrupted, and so has neither left its units nor ended."""
@@ -214,8 +214,8 @@ class Runtime:
                 self.core.access(chunk_id)
                 leased.append(chunk_id)
             for chunk_id in unit.chunk_ids:
-                self._lookahead.record(chunk_id)
-            self._lookahead.fetch_ahead()
+                self.lookahead.record(chunk_id)
+            self.lookahead.fetch_ahead()
         except GeminiError:
             for chunk_id in leased:
                 self.core.release(chunk_id)
@@ -251,7 +251,7 @@ class Runtime:
             self.core.ensure(chunk_id)  # it may be being updated
             return
         self.core.access(chunk_id)
-        self._lookahead.record(chunk_id)
+        self.lookahead.record(chunk_id)
         (self._entered[-1].borrowed if self._entered else self._borrowed_by_model).append(chunk_id)
 
     def wrap_outputs(self, output: Any) -> Any:
@@ -274,12 +274,12 @@ class Runtime:
         anything that came before it in forward.
         """
         self.check_usable()
-        self.gradients.reach_unit(self.layout.units[unit_id].own_chunk_ids, self._lookahead.urgency)
+        self.gradients.reach_unit(self.layout.units[unit_id].own_chunk_ids, self.lookahead.urgency)
         own = self.layout.units[unit_id].chunk_ids if reads_weights else ()
         for chunk_id in (*self._borrowed_by_unit.get(unit_id, ()), *own):
             self.core.ensure(chunk_id)
-            self._lookahead.record(chunk_id)
-        self._lookahead.fetch_ahead()
+            self.lookahead.record(chunk_id)
+        self.lookahead.fetch_ahead()
 
     def take_gradient(self, param: torch.nn.Parameter) -> None:
         """Take a gradient from autograd."""
@@ -330,8 +330,8 @@ class Runtime:
             self.core.protect(chunk.spec.chunk_id)  # and no more: ranks may use more of a unit, or less, than others
         elif not chunk.is_resident:
             self.core.ensure(chunk.spec.chunk_id)
-            self._lookahead.record(chunk.spec.chunk_id)
-            self._lookahead.fetch_ahead()
+            self.lookahead.record(chunk.spec.chunk_id)
+            self.lookahead.fetch_ahead()
         assert chunk.compute is not None
         return chunk.compute
 
@@ -377,13 +377,13 @@ class Runtime:
         self.check_usable()
         scale = self._clip_factor / self._loss_scale
         wishes = {chunk_id: StepWish(parts, scale) for chunk_id, parts in segments.items()}
-        self.overlap.commit(wishes, kept=self._lookahead.needed_soon(self.plan.num_slots))
+        self.overlap.commit(wishes, kept=self.lookahead.needed_soon(self.plan.num_slots))
         if self.scaler is not None:
             self.scaler.update(found_overflow=False)
         self.num_steps += 1
         self._end_step(is_clipped=self._clip_factor != 1.0)
         if self.sharding is None:  # else it would wait for updates
-            self._lookahead.fetch_ahead()
+            self.lookahead.fetch_ahead()
 
     def _predict(self, chunk_id: int) -> StepWish | None:
         optimizer = None if self.optimizer is None else self.optimizer()
@@ -433,19 +433,19 @@ class Runtime:
     @property
     def num_trace_mismatches(self) -> int:
         """Accesses of training steps that came in another order than in the step before."""
-        return self._lookahead.num_mismatches
+        return self.lookahead.num_mismatches
 
     def _end_step(self, *, is_clipped: bool) -> None:
         self.overlap.end_step(is_clipped=is_clipped)
         self.gradients.expected_backwards = self.gradients.num_backwards
         self.clear_gradients()
-        if self._lookahead.is_in_step:
+        if self.lookahead.is_in_step:
             self._clock.end_step()
             self.probe.end_step()
             peak = self.probe.non_model_peak_nbytes
             if self._adaptation is not None and peak is not None:
                 self.plan = self._adaptation.after_step(self.plan, peak_nbytes=peak)
-        self._lookahead.end_step()
+        self.lookahead.end_step()
 
     @property
     def _loss_scale(self) -> float:

@@ -97,12 +97,31 @@ def _join(found: torch.Tensor, working: torch.Tensor, record: torch.Tensor, part
 def load_masters(runtime: Runtime, values: Iterable[tuple[ParamSlot, torch.Tensor]]) -> None:
     """Make values of any float dtype the masters and working weights of parameters.
 
-    Copies in compute memory are brought up to date. Of weights that ranks share, one rank's value counts, and all ranks
-    must call: they meet before, so that none still uses what changes, and after.
+    Copies in compute memory are brought up to date. Of weights that ranks share, one rank's value counts.
 
     Args:
         runtime: the engine's.
         values: parameters and their values, of the same shape, on any device.
+
+    Raises:
+        CollectiveError: see `loading`.
+    """
+    with loading(runtime):
+        for slot, value in values:
+            _load_master(runtime, slot, value)
+
+
+@contextmanager
+def loading(runtime: Runtime) -> Iterator[None]:
+    """Let homes be written inside, those that ranks share among them.
+
+    With shared homes all ranks must come here: they meet before, so that none still uses what changes, and after.
+
+    Args:
+        runtime: the engine's.
+
+    Yields:
+        Nothing.
 
     Raises:
         CollectiveError: a rank did not come; from then on weights are in part the old ones.
@@ -111,8 +130,7 @@ def load_masters(runtime: Runtime, values: Iterable[tuple[ParamSlot, torch.Tenso
     if shared:
         runtime.resources.transfers.synchronize()
         _await_ranks(runtime, name="readiness to load shared weights")
-    for slot, value in values:
-        _load_master(runtime, slot, value)
+    yield
     if shared:
         _await_ranks(runtime, name="end of loading shared weights")
         for home in shared:
@@ -187,7 +205,7 @@ def load_moments(runtime: Runtime, slot: ParamSlot, momentum: torch.Tensor, vari
 
 
 def owned_run(runtime: Runtime, slot: ParamSlot) -> slice:
-    """Return which of a parameter's elements, in row-major order, live here: all of them with one rank."""
+    """Return which elements of this rank's part of a parameter live here, in row-major order: all, unless sharded."""
     shard = runtime.core.chunks[slot.chunk_id].shard
     return slice(0, slot.spec.numel) if shard is None else piece_of(slot, shard)
 
@@ -219,18 +237,19 @@ def read_parts(runtime: Runtime, slot: ParamSlot) -> Iterator[dict[str, torch.Te
 
 
 def write_parts(runtime: Runtime, slot: ParamSlot, read: Callable[[str, int, int], torch.Tensor]) -> None:
-    """Set what lives here of a parameter, a tile at a time. A copy in compute memory is brought up to date.
+    """Set what lives here of a parameter, a tile at a time, inside `loading`. Copies in compute memory follow.
 
     Args:
         runtime: the engine's.
         slot: the parameter.
-        read: returns elements [begin, end) of the whole parameter, in row-major order, of a kind from `kinds_of`.
+        read: returns elements [begin, end) of this rank's part of the parameter, in row-major order, of a kind from
+            `kinds_of`.
     """
     chunk, piece = runtime.core.begin_update(slot.chunk_id), _chunk_and_piece(runtime, slot)[1]
     state = runtime.states.get(slot.chunk_id)
     first = owned_run(runtime, slot).start
     try:
-        for part in _parts(runtime, piece):
+        for part in _parts(runtime, piece) if chunk.home.is_writable else ():
             run = (first + part.in_param.start, first + part.in_param.stop)
             values = [read(kind, *run) for kind in kinds_of(runtime, slot)]
             with _tile(runtime, chunk.home, part.tile, write=True) as tile:

@@ -17,8 +17,9 @@ import ctypes
 import logging
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -36,6 +37,9 @@ from zero.sharding import shard_of
 __all__ = ["TorchGroup"]
 
 logger = logging.getLogger(__name__)
+
+_num_groups: Counter[tuple[int, ...]] = Counter()
+"""Groups that this process has made of the same ranks: each has a board of its own."""
 
 REPORT_S = 2.0
 """Seconds in which other ranks may report the same failure before they are called silent."""
@@ -97,8 +101,11 @@ class TorchGroup:
         self._trail = 0  # checksum of all collectives so far
         self._num_collectives = 0
         self._failure: str | None = None
+        self._board = f"zero-new-{self._rank}"  # where ranks tell one another of failures
         own = torch.tensor([self._rank])
         self._ranks = tuple(self._collect(self._lines, own, "numbers of ranks")[:, 0].tolist())
+        self._board = f"zero-{self._ranks}-{_num_groups[self._ranks]}"
+        _num_groups[self._ranks] += 1
 
     @property
     def rank(self) -> int:
@@ -279,25 +286,34 @@ class TorchGroup:
         """Tell the others of a failure through the store, and return who of a line does not tell of one."""
         peers = [rank for rank in line.ranks if rank != self._rank]
         try:
-            store = PrefixStore("zero-failure", dist.distributed_c10d._get_default_store())
-            store.set_timeout(timedelta(seconds=REPORT_S))
+            store = self._open_store()
             store.set(f"{self._rank}", what)
             silent = _missing(store, [f"{rank}" for rank in peers])
-            if silent:
+            closed = [rank for rank in silent if store.check([f"closed {rank}"])]
+            if closed:
+                cause = f"rank {', '.join(closed)} has closed its engine"
+            elif silent:
                 cause = f"no word from rank {', '.join(silent)}, which has died or stalled"
             elif peers and not _missing(store, [f"cause {peers[0]}"]):
                 cause = store.get(f"cause {peers[0]}").decode()
             else:
-                cause = "a connection was lost, but all ranks are there"
+                cause = _compare(what, {rank: store.get(f"{rank}").decode() for rank in peers})
             store.set(f"cause {self._rank}", f"rank {self._rank} has failed before, in the {what}: {cause}")
         except RuntimeError:
             return "the process that holds the group's store is gone"
         return cause
 
+    def _open_store(self) -> PrefixStore:
+        store = PrefixStore(self._board, dist.distributed_c10d._get_default_store())
+        store.set_timeout(timedelta(seconds=REPORT_S))
+        return store
+
     def close(self) -> None:
         """Let go of the process group, which its owner destroys, and clear up after ranks that have died."""
         if self._failure is None:
             self._failure = "it is closed"
+            with suppress(RuntimeError, ValueError):  # the process that holds the store, or the group, is gone
+                self._open_store().set(f"closed {self._rank}", "")
         elif self._swap_directory is not None:
             for path in remove_abandoned(self._swap_directory):
                 logger.info("removed %s, whose rank has died", path)
@@ -353,6 +369,14 @@ def alias_of(buffer: torch.Tensor) -> torch.Tensor:
         return torch.as_tensor(_CudaMemory(buffer), device=buffer.device)
     memory = (ctypes.c_uint8 * buffer.numel()).from_address(buffer.data_ptr())
     return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _compare(what: str, others: Mapping[int, str]) -> str:
+    """Return why a collective may have failed although all ranks are there, given what each was in."""
+    for rank, other in others.items():
+        if other != what:
+            return f"rank {rank} was in the {other}: all ranks must run the same units in the same order"
+    return "a connection was lost, but all ranks are there"
 
 
 def _missing(store: PrefixStore, keys: list[str]) -> list[str]:

@@ -7,7 +7,7 @@ anything is changed.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from gemini.checkpoint.directory import find_checkpoint, read_manifest
-from gemini.checkpoint.manifest import FileRecord, Manifest, entry_name, find_pieces, run_state_name
-from gemini.checkpoint.participants import Participants, agree, on_all_ranks, rank_of, world_size_of
+from gemini.checkpoint.manifest import Division, FileRecord, Manifest, entry_name, find_pieces, run_state_name
+from gemini.checkpoint.participants import Participants, agree, division_of, on_all_ranks, rank_of, world_size_of
 from gemini.checkpoint.run_state import check_run_state, decode_run_state, restore_rng, restore_run_state
+from gemini.chunk.layout import ParamSlot
 from gemini.errors import CheckpointError, CheckpointMismatchError, naming_file
 from gemini.runtime import Runtime
 from gemini.safetensors_file import SafetensorsReader, checksum_of
-from gemini.weights import FROZEN_KINDS, kinds_of, write_parts
+from gemini.weights import FROZEN_KINDS, kinds_of, loading, write_parts
 
 __all__ = ["LoadedCheckpoint", "load_checkpoint"]
 
@@ -63,7 +64,7 @@ def load_checkpoint(runtime: Runtime, path: Path, participants: Participants, *,
         _check_same(runtime, manifest, path)
         runtime.clear_gradients()
         try:
-            with on_all_ranks(runtime):
+            with loading(runtime), on_all_ranks(runtime):
                 _load_params(runtime, files, manifest)
                 restore_run_state(runtime, participants, state)
         except BaseException as error:
@@ -98,10 +99,10 @@ def _check_params(runtime: Runtime, manifest: Manifest, path: Path) -> None:
             "besides"
         )
     for name, param in manifest.params.items():
-        if param.shape != tuple(slots[name].spec.shape):
+        if param.shape != slots[name].spec.full_shape:
             raise CheckpointMismatchError(
                 f"load_checkpoint: {name} has shape {param.shape} in {path}, the model's has "
-                f"{tuple(slots[name].spec.shape)}"
+                f"{slots[name].spec.full_shape}"
             )
         if param.kinds != kinds_of(runtime, slots[name]):
             was, now = ("trainable", "frozen") if name not in trainable else ("frozen", "trainable")
@@ -165,12 +166,28 @@ def _verify_file(file: SafetensorsReader, record: FileRecord) -> None:
 
 
 def _load_params(runtime: Runtime, files: Mapping[str, SafetensorsReader], manifest: Manifest) -> None:
-    def read(param: str, kind: str, begin: int, end: int) -> torch.Tensor:
-        parts = []
-        for name, piece in find_pieces(manifest, param, begin, end):
-            low, high = max(begin, piece.begin), min(end, piece.end)
-            parts.append(files[name].read(entry_name(kind, param), low - piece.begin, high - piece.begin))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
     for name in manifest.params:
-        write_parts(runtime, runtime.layout.slot_by_name[name], partial(read, name))
+        slot = runtime.layout.slot_by_name[name]
+        write_parts(runtime, slot, partial(_read_run, files, manifest, slot))
+
+
+def _read_run(
+    files: Mapping[str, SafetensorsReader], manifest: Manifest, slot: ParamSlot, kind: str, begin: int, end: int
+) -> torch.Tensor:
+    """Return elements [begin, end) of this rank's part of a parameter, from wherever they are."""
+    param = slot.spec.name
+    runs = []
+    for run in _saved_runs(manifest.params[param].division, slot, begin, end):
+        for name, piece in find_pieces(manifest, param, *run):
+            low, high = max(run[1], piece.begin), min(run[2], piece.end)
+            runs.append(files[name].read(entry_name(kind, param), low - piece.begin, high - piece.begin))
+    return runs[0] if len(runs) == 1 else torch.cat(runs)
+
+
+def _saved_runs(saved: Division, slot: ParamSlot, begin: int, end: int) -> Iterable[tuple[int, int, int]]:
+    """Return where elements [begin, end) of this rank's part of a parameter are: saved parts, and runs in them."""
+    part = 0 if slot.spec.split is None else slot.spec.split.rank
+    wanted = division_of(slot)
+    if wanted == saved:
+        return [(part, begin, end)]
+    return (run for whole in wanted.to_whole(part, begin, end) for run in saved.to_parts(*whole))

@@ -7,13 +7,15 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gemini.errors import CheckpointError
 
 __all__ = [
+    "WHOLE",
+    "Division",
     "FileRecord",
     "Manifest",
     "ParamRecord",
@@ -30,12 +32,47 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 MAX_COUNT = 2**63 - 1
 MAX_NUM_DIMS = 64
 """As in torch."""
+MAX_NUM_PARTS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """How a parameter was divided into equal parts before these were cut into runs: as tensor parallelism does.
+
+    Blocks of its elements, in row-major order, were dealt to the parts in turn.
+    """
+
+    num_parts: int
+    block_numel: int
+    """Elements of a block: the part's extent in the dimension that was divided, times all later extents."""
+
+    def to_parts(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Yield where elements [begin, end) of the parameter are: a part, and the run in it."""
+        for block, low, high in self._blocks(begin, end):
+            first = (block // self.num_parts - block) * self.block_numel
+            yield block % self.num_parts, low + first, high + first
+
+    def to_whole(self, part: int, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield which elements of the parameter a part's elements [begin, end) are."""
+        for block, low, high in self._blocks(begin, end):
+            first = (block * self.num_parts + part - block) * self.block_numel
+            yield low + first, high + first
+
+    def _blocks(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Cut a run at the ends of blocks; yield each block's number and what lies in it."""
+        for block in range(begin // self.block_numel, -(-end // self.block_numel)):
+            yield block, max(begin, block * self.block_numel), min(end, (block + 1) * self.block_numel)
+
+
+WHOLE = Division(num_parts=1, block_numel=MAX_COUNT)
+"""That of a parameter that was not divided."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A run of a parameter's elements, in row-major order, in one file."""
+    """A run of elements, in row-major order, of one part of a parameter, in one file."""
 
+    part: int
     begin: int
     end: int
     checksums: dict[str, int]
@@ -60,11 +97,17 @@ class ParamRecord:
     shape: tuple[int, ...]
     kinds: tuple[str, ...]
     """What is kept of it: "master", "exp_avg", "exp_avg_sq", all float32; or "weight" of a frozen one."""
+    division: Division
 
     @property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def part_numel(self) -> int:
+        """Number of elements of each part."""
+        return self.numel // self.division.num_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +167,21 @@ def _manifest_of(body: Mapping[str, Any]) -> Manifest:
     files = {name: _file_of(name, fields, params) for name, fields in body["files"].items()}
     manifest = Manifest(_count(body["step"]), _count(body["world_size"]), params, files)
     for name, param in params.items():
-        find_pieces(manifest, name, 0, param.numel)
+        for part in range(param.division.num_parts):
+            find_pieces(manifest, name, part, 0, param.part_numel)
     return manifest
 
 
 def _param_of(fields: Mapping[str, Any]) -> ParamRecord:
     if len(fields["shape"]) > MAX_NUM_DIMS:
         raise ValueError(f"{len(fields['shape'])} dimensions")
-    return ParamRecord(tuple(map(_count, fields["shape"])), tuple(map(str, fields["kinds"])))
+    shape = tuple(map(_count, fields["shape"]))
+    division = Division(_count(fields["division"]["num_parts"]), _count(fields["division"]["block_numel"]))
+    if division.block_numel < 1 or not 1 <= division.num_parts <= MAX_NUM_PARTS:
+        raise ValueError(str(division))
+    if division.num_parts > 1 and math.prod(shape) % (division.num_parts * division.block_numel):
+        raise ValueError(f"{division} of shape {shape}")
+    return ParamRecord(shape, tuple(map(str, fields["kinds"])), division)
 
 
 def _file_of(name: str, fields: Mapping[str, Any], params: Mapping[str, ParamRecord]) -> FileRecord:
@@ -139,11 +189,14 @@ def _file_of(name: str, fields: Mapping[str, Any], params: Mapping[str, ParamRec
         raise ValueError(f"file name {name!r}")
     pieces = {}
     for param, piece in fields["pieces"].items():
-        begin, end = _count(piece["begin"]), _count(piece["end"])
+        part, begin, end = _count(piece["part"]), _count(piece["begin"]), _count(piece["end"])
         checksums = {kind: _count(value) for kind, value in piece["checksums"].items()}
-        if not begin <= end <= params[param].numel or set(checksums) != set(params[param].kinds):
-            raise ValueError(f"elements {begin} to {end} of {param}")
-        pieces[param] = Piece(begin, end, checksums)
+        record = params[param]
+        if part >= record.division.num_parts or not begin <= end <= record.part_numel:
+            raise ValueError(f"elements {begin} to {end} of part {part} of {param}")
+        if set(checksums) != set(record.kinds):
+            raise ValueError(f"checksums of {param}")
+        pieces[param] = Piece(part, begin, end, checksums)
     checksum = fields["checksum"]
     return FileRecord(_count(fields["nbytes"]), None if checksum is None else _count(checksum), pieces)
 
@@ -154,13 +207,14 @@ def _count(value: Any) -> int:
     return value
 
 
-def find_pieces(manifest: Manifest, param: str, begin: int, end: int) -> list[tuple[str, Piece]]:
-    """Find the files that hold some elements of a parameter.
+def find_pieces(manifest: Manifest, param: str, part: int, begin: int, end: int) -> list[tuple[str, Piece]]:
+    """Find the files that hold some elements of a part of a parameter.
 
     Args:
         manifest: the checkpoint's.
         param: name of the parameter.
-        begin: first element.
+        part: which part.
+        begin: first element of it.
         end: one past the last.
 
     Returns:
@@ -169,11 +223,8 @@ def find_pieces(manifest: Manifest, param: str, begin: int, end: int) -> list[tu
     Raises:
         ValueError: some are in no file, or in two.
     """
-    found = [
-        (name, record.pieces[param])
-        for name, record in manifest.files.items()
-        if param in record.pieces and record.pieces[param].begin < end and record.pieces[param].end > begin
-    ]
+    pieces = ((name, record.pieces[param]) for name, record in manifest.files.items() if param in record.pieces)
+    found = [(name, p) for name, p in pieces if p.part == part and p.begin < end and p.end > begin]
     found.sort(key=lambda pair: pair[1].begin)
     if begin < end and not _covers([piece for _, piece in found], begin, end):
         raise ValueError(f"elements of {param} are missing, or there twice")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,10 +10,22 @@ from typing import Any, Protocol
 
 import torch
 
+from gemini.checkpoint.manifest import WHOLE, Division
+from gemini.chunk.layout import ParamSlot
 from gemini.errors import CheckpointError, CollectiveError
 from gemini.runtime import Runtime
 
-__all__ = ["CheckpointedOptimizer", "Participants", "Stateful", "agree", "on_all_ranks", "rank_of", "world_size_of"]
+__all__ = [
+    "CheckpointedOptimizer",
+    "Participants",
+    "Stateful",
+    "agree",
+    "division_of",
+    "has_copy_elsewhere",
+    "on_all_ranks",
+    "rank_of",
+    "world_size_of",
+]
 
 
 class CheckpointedOptimizer(Protocol):
@@ -49,13 +62,35 @@ class Participants:
 
 
 def rank_of(runtime: Runtime) -> int:
-    """Return this process's number among the ranks that share the model."""
-    return 0 if runtime.sharding is None else runtime.sharding.group.rank
+    """Return this process's place among the ranks that share the model, from 0."""
+    group = None if runtime.sharding is None else runtime.sharding.group
+    return 0 if group is None else list(group.ranks).index(group.rank)
 
 
 def world_size_of(runtime: Runtime) -> int:
     """Return the number of ranks that share the model."""
-    return 1 if runtime.sharding is None else runtime.sharding.group.world_size
+    return 1 if runtime.sharding is None else len(runtime.sharding.group.ranks)
+
+
+def division_of(slot: ParamSlot) -> Division:
+    """Return how a parameter is divided among this engine's ranks before it is cut into runs."""
+    split = slot.spec.split
+    if split is None or not slot.spec.numel:
+        return WHOLE
+    return Division(num_parts=split.num_ranks, block_numel=math.prod(slot.spec.shape[split.dim :]))
+
+
+def has_copy_elsewhere(runtime: Runtime, slot: ParamSlot) -> bool:
+    """Return whether an earlier rank holds the same elements of a parameter as this one, and saves them."""
+    if runtime.sharding is None:
+        return False
+    grid = runtime.sharding.group.grid
+    is_whole = runtime.core.chunks[slot.chunk_id].shard is None
+    return (
+        grid.replica > 0
+        or (grid.tensor_rank > 0 and slot.spec.split is None)
+        or (is_whole and rank_of(runtime) % grid.num_shards > 0)
+    )
 
 
 def agree(runtime: Runtime, error: Exception | None, values: Sequence[int] = ()) -> list[list[int]]:
@@ -81,8 +116,8 @@ def agree(runtime: Runtime, error: Exception | None, values: Sequence[int] = ())
         table = runtime.sharding.group.gather_values(own, name="what a checkpoint takes").tolist()
     if error is not None:
         raise error
-    failed = [str(rank) for rank, row in enumerate(table) if not row[0]]
-    if failed:
+    if runtime.sharding is not None and not all(row[0] for row in table):
+        failed = [str(rank) for rank, row in zip(runtime.sharding.group.ranks, table, strict=True) if not row[0]]
         raise CheckpointError(f"the checkpoint has failed on rank {', '.join(failed)}; see the error there")
     return [row[1:] for row in table]
 

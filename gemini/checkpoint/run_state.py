@@ -23,7 +23,7 @@ __all__ = [
     "restore_run_state",
 ]
 
-_KEYS = ("buffers", "extra", "num_skipped_steps", "optimizer", "rng", "scaler", "scheduler")
+_KEYS = ("buffers", "extra", "num_skipped_steps", "optimizer", "rng", "scaler", "scheduler", "trace")
 
 
 def collect_run_state(runtime: Runtime, participants: Participants, extra: Any) -> dict[str, Any]:
@@ -48,6 +48,7 @@ def collect_run_state(runtime: Runtime, participants: Participants, extra: Any) 
         "rng": _rng_state(),
         "scaler": None if runtime.scaler is None else runtime.scaler.state_dict(),
         "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "trace": runtime.lookahead.state_dict(),
     }
 
 
@@ -95,6 +96,7 @@ def restore_run_state(runtime: Runtime, participants: Participants, state: dict[
         participants.scheduler.load_state_dict(state["scheduler"])
     if runtime.scaler is not None and state["scaler"] is not None:
         runtime.scaler.load_state_dict(state["scaler"])
+    runtime.lookahead.load_state_dict(state["trace"])
     runtime.num_skipped_steps = state["num_skipped_steps"]
 
 

@@ -16,6 +16,7 @@ import logging
 import threading
 import zlib
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from gemini.checkpoint.manifest import (
     run_state_name,
     weights_name,
 )
-from gemini.checkpoint.participants import Participants, agree, on_all_ranks, rank_of
+from gemini.checkpoint.participants import Participants, agree, division_of, has_copy_elsewhere, on_all_ranks, rank_of
 from gemini.checkpoint.run_state import collect_run_state, encode_run_state
 from gemini.chunk.layout import ParamSlot
 from gemini.errors import ConfigError, GeminiError
@@ -160,6 +161,10 @@ class PendingSave:
             self._abort()
             raise
 
+    def _run_of(self, slot: ParamSlot) -> slice:
+        """Return which elements of its part of a parameter this rank saves."""
+        return slice(0, 0) if has_copy_elsewhere(self._runtime, slot) else owned_run(self._runtime, slot)
+
     def _is_on_device(self, slot: ParamSlot) -> bool:
         homes = (self._runtime.states.get(slot.chunk_id), self._runtime.core.chunks[slot.chunk_id].home)
         return any(MemoryTier.DEVICE in home.tiers for home in homes if home is not None)
@@ -170,7 +175,7 @@ class PendingSave:
         tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for slot in self._slots:
             dtype = torch.float32 if slot.chunk_id in self._runtime.states else slot.spec.dtype
-            run = owned_run(self._runtime, slot)
+            run = self._run_of(slot)
             for kind in kinds_of(self._runtime, slot):
                 tensors[entry_name(kind, slot.spec.name)] = (dtype, (run.stop - run.start,))
         self._writer = SafetensorsWriter(place / weights_name(self._rank), tensors)
@@ -178,6 +183,8 @@ class PendingSave:
     def _append(self, slots: Iterable[ParamSlot]) -> None:
         assert self._writer is not None
         for slot in slots:
+            if has_copy_elsewhere(self._runtime, slot):
+                continue
             for part in read_parts(self._runtime, slot):
                 for kind, values in part.items():
                     self._writer.append(entry_name(kind, slot.spec.name), values)
@@ -219,11 +226,12 @@ class PendingSave:
         assert self._writer is not None
         summary = [self._writer.nbytes, len(self._run_state), zlib.crc32(self._run_state)]
         for slot in self._slots:
-            run = owned_run(self._runtime, slot)
+            run = self._run_of(slot)
             checksums = (
                 self._writer.checksums[entry_name(kind, slot.spec.name)] for kind in kinds_of(self._runtime, slot)
             )
-            summary += [run.start, run.stop, *checksums]
+            part = 0 if slot.spec.split is None else slot.spec.split.rank
+            summary += [part, run.start, run.stop, *checksums]
         return summary
 
     def _manifest(self, summaries: list[list[int]]) -> Manifest:
@@ -231,15 +239,19 @@ class PendingSave:
         kinds = {slot.spec.name: kinds_of(self._runtime, slot) for slot in self._slots}
         files: dict[str, FileRecord] = {}
         for rank, summary in enumerate(summaries):
-            weights_nbytes, state_nbytes, state_checksum, *rest = summary
+            numbers = iter(summary)
+            weights_nbytes, state_nbytes, state_checksum = islice(numbers, 3)
             pieces = {}
             for slot in self._slots:
                 name = slot.spec.name
-                begin, end, *rest = rest
-                checksums, rest = rest[: len(kinds[name])], rest[len(kinds[name]) :]
+                part, begin, end = islice(numbers, 3)
+                checksums = dict(zip(kinds[name], islice(numbers, len(kinds[name])), strict=True))
                 if begin < end or not slot.spec.numel:
-                    pieces[name] = Piece(begin, end, dict(zip(kinds[name], checksums, strict=True)))
+                    pieces[name] = Piece(part, begin, end, checksums)
             files[weights_name(rank)] = FileRecord(weights_nbytes, None, pieces)
             files[run_state_name(rank)] = FileRecord(state_nbytes, state_checksum, {})
-        params = {slot.spec.name: ParamRecord(tuple(slot.spec.shape), kinds[slot.spec.name]) for slot in self._slots}
+        params = {
+            slot.spec.name: ParamRecord(slot.spec.full_shape, kinds[slot.spec.name], division_of(slot))
+            for slot in self._slots
+        }
         return Manifest(self._step, len(summaries), params, files)

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from gemini.errors import naming_file
-from gemini.offload.io import IoEngine, IoOpenFlag, IoTicket, best_backend, empty_aligned
+from gemini.offload.io import IoEngine, IoOpenFlag, IoTicket, empty_aligned
+from gemini.offload.io_backends import best_backend
 from gemini.tiers import IO_ALIGNMENT_NBYTES, round_up
 
 __all__ = ["BLOCK_NBYTES", "BlockWriter", "cut_at_blocks"]

@@ -21,14 +21,7 @@ import torch
 from gemini._native import ffi, lib
 from gemini.errors import CorruptRecordError, OffloadIOError
 from gemini.kernels.spans import MAX_SPANS, Span, SpanRecorder, read_spans
-from gemini.offload.io_backends import (
-    IoBackend,
-    available_backends,
-    best_backend,
-    choose_backend,
-    explain_refusal,
-    native_number,
-)
+from gemini.offload.io_backends import IoBackend, available_backends, choose_backend, explain_refusal, native_number
 from gemini.offload.io_buffers import (
     IoBuffer,
     IoOpenFlag,
@@ -49,7 +42,6 @@ __all__ = [
     "IoStats",
     "IoTicket",
     "available_backends",
-    "best_backend",
     "choose_backend",
     "empty_aligned",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import sys
 from bisect import bisect_right
+from collections.abc import Sequence
 
 __all__ = ["NEVER", "AccessHistory", "Phase"]
 
@@ -77,6 +78,15 @@ class AccessHistory:
             self._traces[self._phase].non_model_nbytes = tuple(self._non_model_nbytes)
         self._is_in_step = False
         self._cursor = -1
+
+    def order_of(self, phase: Phase) -> tuple[int, ...]:
+        """Return the accesses of the last complete step of a phase; empty if there was none."""
+        trace = self._traces.get(phase)
+        return () if trace is None else tuple(trace.units)
+
+    def restore(self, phase: Phase, units: Sequence[int]) -> None:
+        """Take accesses, at least one, for the last complete step of a phase; between steps."""
+        self._traces[phase] = _Trace(list(units))
 
     def record(self, unit_id: int, non_model_nbytes: int | None = None) -> None:
         """Note that a unit is entered.

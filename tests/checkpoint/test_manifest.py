@@ -7,10 +7,11 @@ import zlib
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemini.checkpoint.manifest import FileRecord, Manifest, ParamRecord, Piece, find_pieces
+from gemini.checkpoint.manifest import WHOLE, Division, FileRecord, Manifest, ParamRecord, Piece, find_pieces
 from gemini.errors import CheckpointError
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -19,16 +20,29 @@ MANIFEST = Manifest(
     step=7,
     world_size=2,
     params={
-        "body.weight": ParamRecord((4, 6), KINDS),
-        "none": ParamRecord((0,), KINDS),
-        "table": ParamRecord((5,), ("weight",)),
+        "body.weight": ParamRecord((4, 6), KINDS, WHOLE),
+        "divided": ParamRecord((2, 6), ("weight",), Division(num_parts=2, block_numel=3)),
+        "none": ParamRecord((0,), KINDS, WHOLE),
+        "table": ParamRecord((5,), ("weight",), WHOLE),
     },
     files={
         "rank-00000.safetensors": FileRecord(
-            1000, None, {"body.weight": Piece(0, 10, CHECKSUMS), "table": Piece(0, 5, {"weight": 14})}
+            1000,
+            None,
+            {
+                "body.weight": Piece(0, 0, 10, CHECKSUMS),
+                "divided": Piece(0, 0, 6, {"weight": 13}),
+                "table": Piece(0, 0, 5, {"weight": 14}),
+            },
         ),
         "rank-00001.safetensors": FileRecord(
-            900, None, {"body.weight": Piece(10, 24, CHECKSUMS), "none": Piece(0, 0, CHECKSUMS)}
+            900,
+            None,
+            {
+                "body.weight": Piece(0, 10, 24, CHECKSUMS),
+                "divided": Piece(1, 0, 6, {"weight": 15}),
+                "none": Piece(0, 0, 0, CHECKSUMS),
+            },
         ),
         "rank-00000.pt": FileRecord(100, 15, {}),
     },
@@ -47,7 +61,8 @@ def parse(text: str) -> Manifest | None:
     except CheckpointError:
         return None
     for name, param in manifest.params.items():
-        find_pieces(manifest, name, 0, param.numel)
+        for part in range(param.division.num_parts):
+            find_pieces(manifest, name, part, 0, param.part_numel)
     return manifest
 
 
@@ -126,7 +141,7 @@ def test_files_are_looked_for_in_the_checkpoint_alone(name: str) -> None:
     ],
 )
 def test_pieces_are_found_in_order(begin: int, end: int, expected: list[str]) -> None:
-    assert [name for name, _ in find_pieces(MANIFEST, "body.weight", begin, end)] == expected
+    assert [name for name, _ in find_pieces(MANIFEST, "body.weight", 0, begin, end)] == expected
 
 
 @pytest.mark.parametrize("second", [(0, 11, 24), (0, 9, 24), (1, 10, 24), (0, 10, 23)])
@@ -136,4 +151,47 @@ def test_missing_and_repeated_elements_are_found(second: tuple[int, int, int]) -
     body["files"]["rank-00000.safetensors"]["pieces"]["body.weight"]["begin"] = begin
     body["files"]["rank-00001.safetensors"]["pieces"]["body.weight"] |= {"begin": middle, "end": end}
     with pytest.raises(CheckpointError, match=r"elements of body\.weight are missing, or there twice"):
+        Manifest.from_json(sealed(body), source="here")
+
+
+@given(st.data())
+def test_divisions_know_where_elements_are(data: st.DataObject) -> None:
+    num_parts = data.draw(st.integers(1, 4))
+    shape = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    dim = data.draw(st.integers(0, len(shape) - 1))
+    block_numel = torch.Size(shape[dim:]).numel()
+    shape[dim] *= num_parts
+    whole = torch.arange(torch.Size(shape).numel()).view(shape)
+    parts = [part.reshape(-1) for part in whole.chunk(num_parts, dim)]
+    division = Division(num_parts=num_parts, block_numel=block_numel)
+
+    def run_in(values: torch.Tensor) -> tuple[int, int]:
+        begin = data.draw(st.integers(0, values.numel()))
+        return begin, data.draw(st.integers(begin, values.numel()))
+
+    begin, end = run_in(whole)
+    found = [parts[part][low:high] for part, low, high in division.to_parts(begin, end)]
+    assert torch.equal(torch.cat([*found, whole.new_empty(0)]), whole.view(-1)[begin:end])
+    part = data.draw(st.integers(0, num_parts - 1))
+    begin, end = run_in(parts[part])
+    found = [whole.view(-1)[low:high] for low, high in division.to_whole(part, begin, end)]
+    assert torch.equal(torch.cat([*found, whole.new_empty(0)]), parts[part][begin:end])
+
+
+@pytest.mark.parametrize(
+    "division",
+    [(0, 3), (2, 0), (4, 2), (1 << 20, 1), (2, 2**63)],
+    ids=["no parts", "no block", "uneven", "many", "large"],
+)
+def test_impossible_divisions_are_refused(division: tuple[int, int]) -> None:
+    body = json.loads(MANIFEST.to_json())["body"]
+    body["params"]["divided"]["division"] = dict(zip(("num_parts", "block_numel"), division, strict=True))
+    with pytest.raises(CheckpointError, match="here is damaged"):
+        Manifest.from_json(sealed(body), source="here")
+
+
+def test_a_missing_part_is_found() -> None:
+    body = json.loads(MANIFEST.to_json())["body"]
+    body["files"]["rank-00001.safetensors"]["pieces"]["divided"]["part"] = 0
+    with pytest.raises(CheckpointError, match="elements of divided are missing, or there twice"):
         Manifest.from_json(sealed(body), source="here")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import NUM_SAVED, NUM_STEPS, Scenario, scenarios, training
+from runs import NUM_SAVED, NUM_STEPS, Scenario, Training, scenarios, training
 from training_harness import Run, same_bits
 
 pytestmark = pytest.mark.timeout(300)  # for the fixture, on a busy machine
@@ -108,6 +108,38 @@ def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
         expected = [draw() for _ in range(3)]
         run.engine.load_checkpoint(tmp_path / "saved")
         assert [draw() for _ in range(3)] == expected
+
+
+@pytest.mark.parametrize("place", ["device", "nvme"])
+def test_the_first_step_of_a_resumed_run_fetches_ahead(place: str, tmp_path: Path) -> None:
+    def num_misses_of_step(run: Training, step: int) -> int:
+        before = run.engine.memory_report().num_misses
+        run.train(step, step + 1)
+        return run.engine.memory_report().num_misses - before
+
+    scenario = Scenario(config={"prefetch_depth": 2})
+    with training(scenario, place, tmp_path) as run:
+        num_cold = num_misses_of_step(run, 0)
+        run.train(1, 2)
+        run.save(tmp_path / "saved")
+        num_warm = num_misses_of_step(run, 2)
+    with training(scenario, place, tmp_path) as resumed:
+        resumed.engine.load_checkpoint(tmp_path / "saved", scheduler=resumed.scheduler)
+        found = num_misses_of_step(resumed, 2)
+        assert resumed.engine.memory_report().num_trace_mismatches == 0
+    assert num_warm <= found < num_cold
+
+
+def test_a_trace_of_other_chunks_is_dropped(tmp_path: Path) -> None:
+    with training(Scenario(), "device", tmp_path) as run:
+        run.train(0, 1)
+        (names,) = run.engine.runtime.lookahead.state_dict().values()
+    with training(Scenario(), "device", tmp_path) as other:
+        lookahead = other.engine.runtime.lookahead
+        lookahead.load_state_dict({"train": [*names, "chunk 0 (another and 3 more)"]})
+        assert lookahead.state_dict() == {}
+        lookahead.load_state_dict({"train": names})
+        assert lookahead.state_dict() == {"train": names}
 
 
 def test_a_loaded_engine_counts_on_from_the_step(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def train_until_fault(
     """Train four steps; in the second something happens to the last rank.
 
     Args:
-        fault: "kill", "stall", or "stray": run blocks in another order.
+        fault: "kill"; "stall"; "stray": run blocks in another order; "leave": close the engine; "skip": drop the step.
         when: "forward" or "backward", in the middle of it, or "step", just before it.
         directory: for the swap file.
         again: whether to train on after an error.
@@ -52,12 +52,17 @@ def train_until_fault(
         before = None
         for i, batch in enumerate(global_batches(case, 4, world_size)):
             is_armed = i == 1
+            if is_armed and fault == "leave" and rank == world_size - 1:
+                return
             if is_armed and fault == "stray" and rank == world_size - 1:
                 model.blocks = torch.nn.ModuleList([model.blocks[j] for j in (1, 0, 2, 3)])
             if is_armed and fault == "stray":
                 before = engine.runtime.core.chunks[0].num_updates
             try:
-                case.loss(engine(**cut_batch(batch, rank, world_size))).backward()
+                loss = case.loss(engine(**cut_batch(batch, rank, world_size)))
+                if is_armed and fault == "skip" and rank == world_size - 1:
+                    continue
+                loss.backward()
                 if when == "step":
                     strike()
                 optimizer.step()

@@ -255,24 +255,42 @@ def save_and_load(
     return {"saved": saved, "through": through.weights, "again": again.weights, "working": working}
 
 
-def save_checkpoint(*, stage: int, place: str, directory: Path, swap: Path | None, wait: bool) -> Fit:
+def save_checkpoint(
+    *,
+    stage: int,
+    place: str,
+    directory: Path,
+    swap: Path | None = None,
+    wait: bool = True,
+    frozen: str | None = None,
+    **fields: Any,
+) -> Fit:
     """Train two steps, save a checkpoint, train one more; return what that gave."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    case = case_of("gpt2")
+    case = case_of("gpt2", frozen=frozen)
     batches = global_batches(case, 3, 12)
-    with sharded(case, stage=stage, place=place, directory=swap) as engine:
+    with sharded(case, stage=stage, place=place, directory=swap, **fields) as engine:
         optimizer = hybrid_adam(engine.parameters())
         fit(engine, optimizer, case, batches[:2], rank=rank, world_size=world_size)
         engine.save_checkpoint(directory, extra={"seen": 2}, wait=wait)
         return fit(engine, optimizer, case, batches[2:], rank=rank, world_size=world_size)
 
 
-def resume_checkpoint(*, stage: int, place: str, directory: Path, swap: Path | None) -> dict[str, Any]:
-    """Return what a fresh engine holds after loading a checkpoint, and after one more step."""
+def resume_checkpoint(
+    *,
+    stage: int,
+    place: str,
+    directory: Path,
+    swap: Path | None = None,
+    frozen: str | None = None,
+    **fields: Any,
+) -> dict[str, Any]:
+    """Return what a fresh engine of other first values holds after loading a checkpoint, and after one more step."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    case = case_of("gpt2")
-    with sharded(case, stage=stage, place=place, directory=swap) as engine:
+    case = case_of("gpt2", frozen=frozen)
+    with sharded(case, stage=stage, place=place, directory=swap, **fields) as engine:
         optimizer = hybrid_adam(engine.parameters())
+        engine.load_state_dict({name: value + 1 for name, value in engine.master_state_dict().items()})
         found = engine.load_checkpoint(directory)
         loaded = {"model": engine.master_state_dict(), "optimizer": optimizer.state_dict()["state"]}
         last = global_batches(case, 3, 12)[2:]

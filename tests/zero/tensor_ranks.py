@@ -191,6 +191,32 @@ def save_and_load_divided(*, sizes: tuple[int, ...], directory: Path | None = No
     return {"saved": saved, "shown": shown, "through": through.weights, "again": again.weights}
 
 
+def save_checkpoint_divided(*, sizes: tuple[int, ...], directory: Path) -> Fit:
+    """Train two steps, save a checkpoint, train one more; return what that gave."""
+    case = case_of("llama")
+    part, num_parts = batch_place(sizes)
+    batches = global_batches(case, 3, num_parts)
+    with divided(case, "llama", sizes) as engine:
+        optimizer = hybrid_adam(engine.parameters())
+        fit(engine, optimizer, case, batches[:2], rank=part, world_size=num_parts)
+        engine.save_checkpoint(directory)
+        return fit(engine, optimizer, case, batches[2:], rank=part, world_size=num_parts)
+
+
+def resume_checkpoint_divided(*, sizes: tuple[int, ...], directory: Path) -> dict[str, Any]:
+    """Return what a fresh engine of other first values holds after loading a checkpoint, and after one more step."""
+    case = case_of("llama")
+    part, num_parts = batch_place(sizes)
+    with divided(case, "llama", sizes) as engine:
+        optimizer = hybrid_adam(engine.parameters())
+        engine.load_state_dict({name: value + 1 for name, value in engine.master_state_dict().items()})
+        engine.load_checkpoint(directory)
+        loaded = {"model": engine.master_state_dict(), "optimizer": optimizer.state_dict()["state"]}
+        last = global_batches(case, 3, num_parts)[2:]
+        through = fit(engine, optimizer, case, last, rank=part, world_size=num_parts)
+    return {"loaded": loaded, "through": through}
+
+
 def refusal_of(*, fault: str) -> None:
     """Build an engine of a model in which something is wrong."""
     along_tp, along_dp = grid_of(1, 2), grid_of(2, 1)

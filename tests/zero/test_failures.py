@@ -70,6 +70,23 @@ def test_an_engine_that_lost_a_rank_refuses_to_go_on(tmp_path):
     assert "this group has failed before: " in failure.message
 
 
+def test_a_rank_that_closes_its_engine_early_is_named(tmp_path):
+    with group_of(3) as group:
+        results = group.call(train_until_fault, {"fault": "leave", "when": "", "directory": tmp_path})
+    for failure in failures_of(results, [0, 1]):
+        assert failure.type_name == "CollectiveError"
+        assert "rank 2 has closed its engine" in failure.message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ranks_that_go_different_ways_are_told_where_the_others_were(tmp_path):
+    with group_of(2, STALL_TIMEOUT_S) as group:
+        results = group.call(train_until_fault, {"fault": "skip", "when": "", "directory": tmp_path})
+    messages = [failure.message for failure in failures_of(results, [0, 1])]
+    assert any("must run the same units in the same order" in message for message in messages)
+    assert not any("all ranks are there" in message or "no word" in message for message in messages)
+
+
 def test_ranks_that_run_other_units_are_found_out_before_weights_change(ranks: RankPool, tmp_path):
     results = ranks.try_run(2, train_until_fault, fault="stray", when="forward", directory=tmp_path)
     for failure in failures_of(results, [0, 1]):

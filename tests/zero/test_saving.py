@@ -6,9 +6,11 @@ import pytest
 import torch
 from rank_cases import case_of, evaluate_between_steps, resume_checkpoint, save_and_load, save_checkpoint
 from rank_pool import RankPool
+from safetensors.torch import load_file
 from training_harness import config_for, hybrid_adam, same_bits
 
 from gemini import GeminiDDP
+from gemini.checkpoint.directory import complete_checkpoints
 
 
 @pytest.mark.parametrize(("world_size", "stage", "place"), [(2, 3, "mixed"), (3, 3, "host"), (2, 1, "nvme")])
@@ -48,6 +50,23 @@ def test_ranks_resume_with_the_same_bits(world_size, stage, place, wait, ranks: 
         assert (result["step"], result["extra"]) == (2, {"seen": 2})
         assert result["through"].losses == fit.losses
         assert same_bits(result["through"].weights, fit.weights)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "fields"),
+    [(2, {"frozen": "h."}), (2, {"frozen": "blocks", "share_frozen": False}), (4, {"mesh": (2, 2)})],
+    ids=["shared frozen", "sharded frozen", "replicas"],
+)
+def test_what_several_ranks_hold_is_saved_once_and_loaded_by_all(world_size, fields, ranks: RankPool, tmp_path):
+    fields = {"stage": 3, "place": "host", "directory": tmp_path / "run", **fields}
+    saved = ranks.run(world_size, save_checkpoint, **fields)
+    for result, fit in zip(ranks.run(world_size, resume_checkpoint, **fields), saved, strict=True):
+        assert result["through"].losses == fit.losses
+        assert same_bits(result["through"].weights, fit.weights)
+    (path,) = complete_checkpoints(tmp_path / "run")
+    numel = sum(parameter.numel() for parameter in case_of("gpt2").model().parameters())
+    entries = [entry for file in path.glob("*.safetensors") for entry in load_file(file).items()]
+    assert sum(values.numel() for name, values in entries if name.startswith(("master.", "weight."))) == numel
 
 
 def test_checkpoints_do_not_depend_on_the_number_of_ranks(ranks: RankPool, tmp_path):

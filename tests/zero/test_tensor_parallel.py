@@ -8,7 +8,14 @@ import transformers
 from comparison import FLOAT32_TOLERANCE, agreed, alone
 from rank_cases import Fit, case_of, train_alone
 from rank_pool import RankPool
-from tensor_ranks import overflow_on_last_tensor_rank, refusal_of, save_and_load_divided, train_divided
+from tensor_ranks import (
+    overflow_on_last_tensor_rank,
+    refusal_of,
+    resume_checkpoint_divided,
+    save_and_load_divided,
+    save_checkpoint_divided,
+    train_divided,
+)
 from training_harness import config_for, distance, hybrid_adam, same_bits
 
 from gemini import GeminiDDP
@@ -76,6 +83,28 @@ def test_checkpoints_are_whole_and_go_on_with_the_same_bits(ranks: RankPool, tmp
         engine.load_state_dict(results[0]["saved"]["model"])
         optimizer.load_state_dict(results[0]["saved"]["optimizer"])
         assert same_bits(engine.master_state_dict(), results[0]["saved"]["model"])
+
+
+def test_checkpoints_do_not_depend_on_how_parameters_are_divided(ranks: RankPool, tmp_path):
+    saved = ranks.run(4, save_checkpoint_divided, sizes=(2, 2), directory=tmp_path)
+    resumed = ranks.run(4, resume_checkpoint_divided, sizes=(2, 2), directory=tmp_path)
+    for result, through in zip(resumed, saved, strict=True):
+        assert result["through"].losses == through.losses
+        assert same_bits(result["through"].weights, through.weights)
+    loaded = [
+        ranks.run(2, resume_checkpoint_divided, sizes=sizes, directory=tmp_path)[0]["loaded"]
+        for sizes in ((1, 2), (2, 1))
+    ]
+    with GeminiDDP(case_of("llama").model(seed=7), config_for("host")) as engine:
+        optimizer = hybrid_adam(engine.parameters())
+        engine.load_checkpoint(tmp_path)
+        loaded.append({"model": engine.master_state_dict(), "optimizer": optimizer.state_dict()["state"]})
+        engine.save_checkpoint(tmp_path / "whole")
+    loaded.append(ranks.run(2, resume_checkpoint_divided, sizes=(1, 2), directory=tmp_path / "whole")[0]["loaded"])
+    expected = resumed[0]["loaded"]
+    for found in loaded:
+        assert same_bits(found["model"], expected["model"])
+        assert all(same_bits(found["optimizer"][i], state) for i, state in expected["optimizer"].items())
 
 
 def test_a_model_on_the_meta_device_gets_the_values_of_one_process(ranks: RankPool):
