@@ -25,7 +25,7 @@ from gemini.errors import CheckpointMismatchError, ConfigError, ModelError
 from gemini.hooks import HookSet
 from gemini.initialise import InitFn
 from gemini.offload.io import IoStats
-from gemini.placement.cost_model import HardwareProfile, StepFlops
+from gemini.placement.cost_model import HardwareProfile, StepFlops, StepPrediction
 from gemini.report import MemoryReport, make_report
 from gemini.run_recorder import RunRecorder, record_run
 from gemini.runtime import Runtime
@@ -210,24 +210,21 @@ class GeminiDDP(torch.nn.Module):
         directory: str | os.PathLike[str],
         *,
         steps: Collection[int] | None = range(1, 4),
-        profile: HardwareProfile | None = None,
-        flops: StepFlops | None = None,
+        predicted: StepPrediction | None = None,
     ) -> AbstractContextManager[RunRecorder]:
         """Record what happens while the context is open, for `python -m gemini report`; see docs/profiling.md.
 
         Args:
             directory: for the recording; made if it is not there.
             steps: whose every move is recorded, counted from here on, from 0; of others what they cost. None: all.
-            profile: for a prediction beside what is measured; with `flops`, as for `memory_report`.
-            flops: as `profile`.
+            predicted: shown beside what is measured; such as `memory_report(profile=..., flops=...).predicted`.
 
         Returns:
-            A context that yields the recorder, whose `log(loss=..., tokens=...)` takes what the engine does not know.
+            A context that yields the recorder; tell its `log(loss=..., tokens=...)` what the engine does not know.
 
         Raises:
-            ConfigError: as `memory_report`, or the engine is being recorded already.
+            ConfigError: the engine is being recorded already.
         """
-        predicted = self.memory_report(profile=profile, flops=flops).predicted
         return record_run(self._runtime, self._hooks, Path(directory), steps=steps, predicted=predicted)
 
     def trace_memory(self) -> AbstractContextManager[None]:

@@ -35,8 +35,8 @@ PROFILE = HardwareProfile(
 def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("page")
     with GeminiDDP(make_model(), config_for("disk", directory)) as engine:
-        flops = StepFlops(forward=1e6, backward=2e6)
-        record(engine, directory / "run", steps=[1, 2], profile=PROFILE, flops=flops)
+        report = engine.memory_report(profile=PROFILE, flops=StepFlops(forward=1e6, backward=2e6))
+        record(engine, directory / "run", steps=[1, 2], predicted=report.predicted)
     path = directory / "report.html"
     path.write_text(html_page(read_recording(directory / "run")), encoding="utf-8")
     return path
