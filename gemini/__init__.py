@@ -1,6 +1,7 @@
 """Train models larger than memory: chunks of parameters that move among device, host and NVMe."""
 
 from gemini import nn as nn
+from gemini.annotations import annotate
 from gemini.checkpoint import has_checkpoint
 from gemini.chunk.manager import ChunkManager
 from gemini.config import GeminiConfig, NVMeConfig
@@ -18,6 +19,7 @@ from gemini.errors import (
     ModelError,
     OffloadIOError,
     OutOfTierMemoryError,
+    RecordingError,
     WorkerError,
 )
 from gemini.hardware import HardwareProfile, measure_hardware
@@ -54,12 +56,14 @@ __all__ = [
     "OffloadIOError",
     "OutOfTierMemoryError",
     "PlacementPlan",
+    "RecordingError",
     "StaticPlacement",
     "StepFlops",
     "StopOnSignals",
     "has_checkpoint",
     "WorkerError",
     "load_pretrained",
+    "annotate",
     "measure_hardware",
     "transformer_flops",
 ]

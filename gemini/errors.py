@@ -26,6 +26,7 @@ __all__ = [
     "ModelError",
     "OffloadIOError",
     "OutOfTierMemoryError",
+    "RecordingError",
     "WorkerError",
     "naming_file",
 ]
@@ -73,6 +74,10 @@ class CheckpointError(GeminiError, RuntimeError):
 
 class CheckpointMismatchError(GeminiError, ValueError):
     """Saved state does not fit the model or optimizer it is loaded into."""
+
+
+class RecordingError(GeminiError, ValueError):
+    """A recording is missing, of a later version or no recording at all, or what would draw it is not installed."""
 
 
 class OffloadIOError(GeminiError, OSError):

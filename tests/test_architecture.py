@@ -17,9 +17,11 @@ MAX_MODULE_LINES = 500
 
 LAYERS = (
     ("examples", "benchmarks"),
+    ("gemini.cli", "gemini.__main__"),
     ("zero",),
     ("gemini.__init__", "gemini.integrations"),
     (
+        "gemini.annotations",
         "gemini.ddp",
         "gemini.optimizer",
         "gemini.checkpoint",
@@ -30,6 +32,7 @@ LAYERS = (
     ),
     ("gemini",),  # every other module directly in gemini: runtime, hooks, update, materialize ...
     ("gemini.chunk", "gemini.placement", "gemini.offload"),
+    ("gemini.profile",),
     ("gemini.kernels",),
     ("gemini._native",),
 )

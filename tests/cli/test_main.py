@@ -1,0 +1,85 @@
+"""The dispatcher: finds a command, imports no other, and says in one line what went wrong."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import types
+
+import pytest
+
+from gemini.__main__ import COMMANDS, main
+from gemini.errors import ConfigError
+
+
+def a_command(run):
+    module = types.ModuleType("a_command")
+    module.add_arguments = lambda parser: parser.add_argument("--times", type=int, default=1)
+    module.run = run
+    return module
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Let "play" be the only command, and do what the test says."""
+
+    def install(run):
+        monkeypatch.setitem(sys.modules, "a_command", a_command(run))
+        monkeypatch.setitem(COMMANDS, "play", ("a_command", "play a game"))
+
+    return install
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_the_form_that_the_dispatcher_expects(name):
+    module = importlib.import_module(COMMANDS[name][0])
+    module.add_arguments(argparse.ArgumentParser())
+    assert callable(module.run)
+
+
+def test_the_commands_own_exit_code_is_the_programs(command):
+    command(lambda arguments: arguments.times)
+    assert main(["play", "--times", "7"]) == 7
+
+
+def test_modules_of_other_commands_are_not_imported(monkeypatch, command):
+    command(lambda arguments: 0)
+    monkeypatch.setitem(COMMANDS, "other", ("a_module_that_does_not_exist", "fail"))
+    assert main(["play"]) == 0
+
+
+@pytest.mark.parametrize("argv", [[], ["fly"], ["play", "--times", "often"], ["play", "--tim", "2"]])
+def test_wrong_arguments_end_with_two(command, argv, capsys):
+    command(lambda arguments: 0)
+    with pytest.raises(SystemExit, match="2"):
+        main(argv)
+    assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ConfigError("dtype: expected one of\n these"), "gemini: error: dtype: expected one of these\n"),
+        (FileNotFoundError(2, "No such file", "x"), "gemini: error: [Errno 2] No such file: 'x'\n"),
+        (ModuleNotFoundError("No module named 'rich'", name="rich.table"), "needs the package rich, which is not"),
+    ],
+)
+def test_an_error_is_one_line(command, error, line, capsys):
+    def fail(arguments):
+        raise error
+
+    command(fail)
+    assert main(["play"]) == 2
+    written = capsys.readouterr().err
+    assert line in written
+    assert written.count("\n") == 1
+
+
+def test_a_missing_module_of_our_own_is_not_blamed_on_the_user(command):
+    def fail(arguments):
+        raise ModuleNotFoundError("No module named 'gemini.lost'", name="gemini.lost")
+
+    command(fail)
+    with pytest.raises(ModuleNotFoundError):
+        main(["play"])
