@@ -1,6 +1,8 @@
 """Train models larger than memory: chunks of parameters that move among device, host and NVMe."""
 
 from gemini import nn as nn
+from gemini.annotations import annotate
+from gemini.checkpoint import has_checkpoint
 from gemini.chunk.manager import ChunkManager
 from gemini.config import GeminiConfig, NVMeConfig
 from gemini.ddp import GeminiDDP
@@ -13,9 +15,11 @@ from gemini.errors import (
     GeminiError,
     HeapUnavailableError,
     IllegalTransitionError,
+    MissingLibraryError,
     ModelError,
     OffloadIOError,
     OutOfTierMemoryError,
+    RecordingError,
     WorkerError,
 )
 from gemini.hardware import HardwareProfile, measure_hardware
@@ -46,16 +50,20 @@ __all__ = [
     "LoadingReport",
     "MemoryReport",
     "MemoryTier",
+    "MissingLibraryError",
     "ModelError",
     "NVMeConfig",
     "OffloadIOError",
     "OutOfTierMemoryError",
     "PlacementPlan",
+    "RecordingError",
     "StaticPlacement",
     "StepFlops",
     "StopOnSignals",
+    "has_checkpoint",
     "WorkerError",
     "load_pretrained",
+    "annotate",
     "measure_hardware",
     "transformer_flops",
 ]

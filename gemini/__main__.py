@@ -19,6 +19,7 @@ COMMANDS = {
     "init": ("gemini.cli.init", "write a training file with every setting explained"),
     "train": ("gemini.cli.train", "fine-tune a model as a training file says"),
     "bench": ("gemini.cli.bench", "measure this machine"),
+    "report": ("gemini.cli.report", "show what was recorded of a run"),
 }
 """Module and summary of each command. A module has `add_arguments(parser)`, and `run(arguments)`, an exit code."""
 

@@ -113,7 +113,9 @@ class GradientAccumulators:
         accumulator = self._by_chunk[chunk_id]
         places = [accumulator.spec.slots[position] for position in accumulator.positions]
         part = slice(4 * min(place.begin for place in places), 4 * max(place.end for place in places))
-        accumulator.move = self._transfers.download(host_buffer[part], accumulator.buffer[part])
+        accumulator.move = self._transfers.download(
+            host_buffer[part], accumulator.buffer[part], record=accumulator.spec.name
+        )
         accumulator.is_home = True
 
     def wait(self, chunk_id: int) -> None:

@@ -103,7 +103,7 @@ class ActivationCheckpoints:
         source = _spanned_memory(tensor.detach())
         nbytes = source.numel()
         buffer = self._claim(nbytes)
-        move = self._resources.transfers.download(buffer[:nbytes], source)
+        move = self._resources.transfers.download(buffer[:nbytes], source, record="activations")
         copy = _HostCopy(
             buffer=buffer,
             nbytes=nbytes,
@@ -140,7 +140,7 @@ class ActivationCheckpoints:
         copy.move.wait_on_compute()
         device = self._resources.transfers.device
         copy.target = torch.empty(copy.lead_nbytes + copy.nbytes, dtype=torch.uint8, device=device)[copy.lead_nbytes :]
-        copy.move = self._resources.transfers.upload(copy.target, copy.buffer[: copy.nbytes])
+        copy.move = self._resources.transfers.upload(copy.target, copy.buffer[: copy.nbytes], record="activations")
 
     def _drop_sources(self, most: int) -> None:
         """Give up device tensors that have reached host memory, waiting until no more than `most` have not."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -190,6 +191,36 @@ class GeminiConfig:
             raise ConfigError(
                 f"GeminiConfig.initial_loss_scale: expected a power of two, got {self.initial_loss_scale!r}"
             )
+
+    @classmethod
+    def from_deepspeed(
+        cls,
+        deepspeed: Mapping[str, Any],
+        *,
+        device_budget: str | int | None = None,
+        host_budget: str | int | None = None,
+        nvme_budget: str | int | None = None,
+    ) -> GeminiConfig:
+        """Return what a DeepSpeed configuration of ZeRO-Offload or ZeRO-Infinity means here.
+
+        `HybridAdam.from_deepspeed` reads the optimizer and the clipping.
+
+        Args:
+            deepspeed: the content of its JSON file.
+            device_budget: as the field; DeepSpeed has no budgets.
+            host_budget: as the field.
+            nvme_budget: NVMeConfig's budget; None: nine tenths of what is free on the disk. Without meaning where
+                nothing is offloaded to "nvme".
+
+        Returns:
+            The configuration. What DeepSpeed is told about buffers is passed over, with a warning that names it.
+
+        Raises:
+            ConfigError: a key has no counterpart or is not known; says what to do about it.
+        """
+        from gemini.config_deepspeed import engine_config
+
+        return engine_config(deepspeed, device_budget=device_budget, host_budget=host_budget, nvme_budget=nvme_budget)
 
 
 def _parse_endurance(endurance: str | int) -> int:

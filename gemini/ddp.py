@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
@@ -21,14 +21,15 @@ from gemini.chunk.layout import ParamSlot
 from gemini.chunk.sharding import Sharding
 from gemini.chunk.tensor_parallel import local_part
 from gemini.config import GeminiConfig
-from gemini.errors import CheckpointMismatchError, ConfigError, ModelError
+from gemini.errors import ConfigError, ModelError
 from gemini.hooks import HookSet
 from gemini.initialise import InitFn
-from gemini.model_names import canonical_names, persistent_buffers
+from gemini.model_names import canonical_names, compare_names, persistent_buffers
 from gemini.offload.io import IoStats
-from gemini.placement.cost_model import HardwareProfile, StepFlops
+from gemini.placement.cost_model import HardwareProfile, StepFlops, StepPrediction
 from gemini.pretrained import open_pretrained, save_pretrained
 from gemini.report import MemoryReport, make_report
+from gemini.run_recorder import RunRecorder, record_run
 from gemini.runtime import Runtime
 from gemini.slicing import BatchSlicer
 from gemini.tiers import MemoryTier
@@ -216,6 +217,28 @@ class GeminiDDP(torch.nn.Module):
             )
         return make_report(self._runtime, profile, flops, disk_at_start=self._disk_at_start)
 
+    def record(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        steps: Collection[int] | None = range(1, 4),
+        predicted: StepPrediction | None = None,
+    ) -> AbstractContextManager[RunRecorder]:
+        """Record what happens while the context is open, for `python -m gemini report`; see docs/profiling.md.
+
+        Args:
+            directory: for the recording; made if it is not there.
+            steps: whose every move is recorded, counted from here on, from 0; of others what they cost. None: all.
+            predicted: shown beside what is measured; such as `memory_report(profile=..., flops=...).predicted`.
+
+        Returns:
+            A context that yields the recorder; tell its `log(loss=..., tokens=...)` what the engine does not know.
+
+        Raises:
+            ConfigError: the engine is being recorded already.
+        """
+        return record_run(self._runtime, self._hooks, Path(directory), steps=steps, predicted=predicted)
+
     def trace_memory(self) -> AbstractContextManager[None]:
         """Measure activations and temporaries of what runs inside the context; slow on the CPU, free on CUDA."""
         return self._runtime.probe.trace()
@@ -299,11 +322,11 @@ class GeminiDDP(torch.nn.Module):
         if assign:
             raise ConfigError("GeminiDDP.load_state_dict: assign=True would take the parameters out of their chunks")
         self._runtime.check_usable()
-        missing, unexpected, mismatch = self._compare_names(state_dict, strict)
+        slots = self._runtime.layout.slot_by_name
+        missing, unexpected, mismatch = compare_names(self.module, slots, state_dict, strict=strict)
         agree_on_loading(self._runtime.sharding, mismatch, state_dict)
         params = canonical_names(self.module)
         buffers = dict(self.module.named_buffers(remove_duplicate=False))
-        slots = self._runtime.layout.slot_by_name
         self._runtime.finish_updates()
         weights = ((slots[params[name]], value) for name, value in state_dict.items() if name in params)
         load_masters(self._runtime, weights)
@@ -311,27 +334,6 @@ class GeminiDDP(torch.nn.Module):
             if name not in params and name in buffers:
                 local_part(buffers[name]).copy_(value)
         return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
-
-    def _compare_names(
-        self, state_dict: Mapping[str, Any], strict: bool
-    ) -> tuple[list[str], list[str], CheckpointMismatchError | None]:
-        """Return the missing and unexpected names, and why the rest cannot be loaded, if it cannot."""
-        params = canonical_names(self.module)
-        buffers = dict(self.module.named_buffers(remove_duplicate=False))
-        given = {params.get(name, name) for name in state_dict}
-        expected = dict.fromkeys((*params.values(), *persistent_buffers(self.module)))
-        missing = [name for name in expected if name not in given]
-        unexpected = [name for name in state_dict if name not in params and name not in buffers]
-        if strict and (missing or unexpected):
-            what = f"load_state_dict: missing {missing}, unexpected {unexpected}"
-            return missing, unexpected, CheckpointMismatchError(what)
-        slots = self._runtime.layout.slot_by_name
-        for name, value in state_dict.items():
-            shape = slots[params[name]].spec.full_shape if name in params else getattr(buffers.get(name), "shape", ())
-            if name not in unexpected and tuple(value.shape) != tuple(shape):
-                what = f"load_state_dict: {name} has shape {tuple(value.shape)}, expected {tuple(shape)}"
-                return missing, unexpected, CheckpointMismatchError(what)
-        return missing, unexpected, None
 
     def save_pretrained(
         self,

@@ -22,9 +22,11 @@ __all__ = [
     "GeminiError",
     "HeapUnavailableError",
     "IllegalTransitionError",
+    "MissingLibraryError",
     "ModelError",
     "OffloadIOError",
     "OutOfTierMemoryError",
+    "RecordingError",
     "WorkerError",
     "naming_file",
 ]
@@ -62,12 +64,20 @@ class HeapUnavailableError(GeminiError, RuntimeError):
     """The CPU allocator of `gemini.heap` cannot be compiled, loaded or put in place here."""
 
 
+class MissingLibraryError(GeminiError, ImportError):
+    """A library that `gemini.integrations` works with is not installed, or cannot be imported."""
+
+
 class CheckpointError(GeminiError, RuntimeError):
     """A checkpoint is missing, incomplete, damaged or of a later version."""
 
 
 class CheckpointMismatchError(GeminiError, ValueError):
     """Saved state does not fit the model or optimizer it is loaded into."""
+
+
+class RecordingError(GeminiError, ValueError):
+    """A recording is missing, of a later version or no recording at all, or what would draw it is not installed."""
 
 
 class OffloadIOError(GeminiError, OSError):

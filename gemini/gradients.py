@@ -127,9 +127,7 @@ class GradientStore:
             ModelError: a second backward pass before the update, and gradients are not kept as float32.
         """
         chunk = self._begin_delivery(chunk_id, position)
-        if grad.is_sparse:
-            grad = grad.to_dense()
-        grad = grad.detach()
+        grad = (grad.to_dense() if grad.is_sparse else grad).detach()
         if chunk.tier is MemoryTier.DEVICE:
             mode = GradMode.ADD if position in chunk.sumsq else GradMode.STORE
             view = self._view(chunk, position)
@@ -209,7 +207,7 @@ class GradientStore:
         previous = self._claim_on_host(chunk, position)
         view = self._view(chunk, position)
         yield GradientPlace(view.view(chunk.spec.slots[position].spec.shape), is_empty=previous is None)
-        self._note_arrival(chunk, position, self._resources.pool.submit_gradient(None, view))
+        self._note_arrival(chunk, position, self._resources.pool.submit_gradient(None, view, record=chunk.spec.name))
 
     def _begin_delivery(self, chunk_id: int, position: int) -> GradChunk:
         self._end_failed_pass()
@@ -316,7 +314,7 @@ class GradientStore:
         places = [chunk.spec.slots[position] for position in positions]
         part = slice(min(place.begin for place in places), max(place.end for place in places))
         staged, waiting = (each.buffer.view(chunk.spec.dtype)[part] for each in (host_slot, slot))
-        move = self._resources.transfers.download(staged, waiting)
+        move = self._resources.transfers.download(staged, waiting, record=chunk.spec.name)
         self._departures.append(_Departure(chunk, positions, slot, host_slot, move))
 
     def _arrive(self, departure: _Departure) -> None:
@@ -332,7 +330,9 @@ class GradientStore:
 
     def _put_on_host(self, chunk: GradChunk, position: int, flat: torch.Tensor) -> GradTicket:
         mode = GradMode.STORE if self._claim_on_host(chunk, position) is None else GradMode.ADD
-        ticket = self._resources.pool.submit_gradient(self._view(chunk, position), flat, mode=mode)
+        ticket = self._resources.pool.submit_gradient(
+            self._view(chunk, position), flat, mode=mode, record=chunk.spec.name
+        )
         self._note_arrival(chunk, position, ticket)
         return ticket
 

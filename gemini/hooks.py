@@ -90,6 +90,13 @@ class RuntimeEvents(Protocol):
         """Prepare what the model returns for backward (loss scaling)."""
 
 
+class MomentListener(Protocol):
+    """Who follows the moments of a step."""
+
+    def moment(self, kind: str, unit_id: int) -> None:
+        """Note that a unit, or with number 0 the model, is entered ("enter"), left ("leave") or reached by backward."""
+
+
 class HookSet:
     """All hooks of one engine; `remove` takes them off.
 
@@ -100,6 +107,9 @@ class HookSet:
     def __init__(self, events: RuntimeEvents) -> None:
         self.slice_sums = GradientSums()
         """Takes the gradients that arrive while it is open."""
+        self.moments: MomentListener | None = None
+        """Told of every moment: of a unit's after its weights are there and before they may go, of the model's before
+        and after everything else; None: nobody is."""
         self._events = events
         self._handles: list[Any] = []
         self._owners: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
@@ -184,6 +194,7 @@ class HookSet:
     def recomputing(self, unit_id: int) -> Iterator[None]:
         """Keep a unit's weights usable in backward while the context is open, and fetch what comes next."""
         self._events.enter_unit(unit_id)
+        self._note_moment("enter", unit_id)
         self._entered.append(unit_id)
         self._watch()
         try:
@@ -191,6 +202,7 @@ class HookSet:
         finally:
             self._mode.pause()
             self._entered.pop()
+            self._note_moment("leave", unit_id)
             self._events.exit_unit(unit_id)
 
     def num_updates_of(self, unit_id: int) -> int:
@@ -221,6 +233,7 @@ class HookSet:
             self._mode.pause()
             self._check_owners()
             self._mode.is_model_trained = torch.is_grad_enabled()
+            self._note_moment("enter", 0)
             self._events.begin_forward()
         self._depth += 1
         self._watch()
@@ -236,6 +249,7 @@ class HookSet:
         self._mode.is_model_trained = False
         output = self._events.wrap_outputs(self._own_outputs(output))
         self._events.end_forward()
+        self._note_moment("leave", 0)
         return output
 
     def _unit_hooks(self, unit_id: int, *, reads_weights: bool) -> tuple[Callable[..., None], Callable[..., Any]]:
@@ -243,6 +257,7 @@ class HookSet:
         def before(module: torch.nn.Module, args: Any) -> None:
             self._mode.pause()  # first, or it would see the engine itself handle parameters
             self._events.enter_unit(unit_id)
+            self._note_moment("enter", unit_id)
             self._entered.append(unit_id)
             self._watch()
 
@@ -253,12 +268,17 @@ class HookSet:
             self._mode.pause()
             output = self._own_outputs(output)
             self._entered.pop()
+            self._note_moment("leave", unit_id)
             self._events.exit_unit(unit_id)
             self._watch_backward(unit_id, output, reads_weights=reads_weights)
             self._watch()
             return output
 
         return before, after
+
+    def _note_moment(self, kind: str, unit_id: int) -> None:
+        if self.moments is not None:
+            self.moments.moment(kind, unit_id)
 
     def _check_owners(self) -> None:
         """Refuse parameters that were replaced by others, which nobody would fetch or train."""
@@ -286,6 +306,7 @@ class HookSet:
 
         def reached(gradient: torch.Tensor) -> None:
             self._events.enter_backward(unit_id, reads_weights=reads_weights)
+            self._note_moment("backward", unit_id)
 
         def watch(tensor: torch.Tensor) -> torch.Tensor:
             if tensor.requires_grad:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
-__all__ = ["canonical_names", "persistent_buffers"]
+from gemini.chunk.layout import ParamSlot
+from gemini.errors import CheckpointMismatchError
+
+__all__ = ["canonical_names", "compare_names", "persistent_buffers"]
 
 
 def canonical_names(model: torch.nn.Module) -> dict[str, str]:
@@ -21,3 +26,34 @@ def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     }
+
+
+def compare_names(
+    model: torch.nn.Module, slots: Mapping[str, ParamSlot], state_dict: Mapping[str, torch.Tensor], *, strict: bool
+) -> tuple[list[str], list[str], CheckpointMismatchError | None]:
+    """Compare a state dict with what a model's engine holds.
+
+    Args:
+        model: the wrapped one.
+        slots: where its parameters are, by name.
+        state_dict: to be loaded.
+        strict: whether names must match exactly.
+
+    Returns:
+        Missing names, unexpected names, and why the rest cannot be loaded, if it cannot.
+    """
+    params = canonical_names(model)
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    given = {params.get(name, name) for name in state_dict}
+    expected = dict.fromkeys((*params.values(), *persistent_buffers(model)))
+    missing = [name for name in expected if name not in given]
+    unexpected = [name for name in state_dict if name not in params and name not in buffers]
+    if strict and (missing or unexpected):
+        what = f"load_state_dict: missing {missing}, unexpected {unexpected}"
+        return missing, unexpected, CheckpointMismatchError(what)
+    for name, value in state_dict.items():
+        shape = slots[params[name]].spec.full_shape if name in params else getattr(buffers.get(name), "shape", ())
+        if name not in unexpected and tuple(value.shape) != tuple(shape):
+            what = f"load_state_dict: {name} has shape {tuple(value.shape)}, expected {tuple(shape)}"
+            return missing, unexpected, CheckpointMismatchError(what)
+    return missing, unexpected, None

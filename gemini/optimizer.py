@@ -11,6 +11,7 @@ import torch
 
 from gemini.agreement import agree_on_loading, fingerprint_of
 from gemini.chunk.layout import ParamSlot
+from gemini.config_deepspeed import adam_arguments
 from gemini.ddp import runtime_of
 from gemini.errors import CheckpointMismatchError, ConfigError
 from gemini.kernels.adam_tile import AdamHyper, AdamSegment
@@ -63,6 +64,22 @@ class HybridAdam(torch.optim.Optimizer):
         self._members: dict[int, list[tuple[dict[str, Any], Any]]] = {}  # of each chunk; empty: not yet known
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "adamw_mode": adamw_mode}
         super().__init__(params, defaults)
+
+    @classmethod
+    def from_deepspeed(cls, params: Iterable[Any], deepspeed: Mapping[str, Any]) -> HybridAdam:
+        """Return an optimizer as a DeepSpeed configuration's keys `optimizer` and `gradient_clipping` ask for it.
+
+        Args:
+            params: `engine.parameters()` or parameter groups made of them.
+            deepspeed: the content of its JSON file; GeminiConfig.from_deepspeed reads the rest.
+
+        Returns:
+            The optimizer; hyper-parameters that are not given are DeepSpeed's defaults.
+
+        Raises:
+            ConfigError: it is not Adam, or has arguments without a counterpart.
+        """
+        return cls(params, **adam_arguments(deepspeed))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of the engine's parameters; frozen ones are passed over.

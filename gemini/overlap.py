@@ -28,6 +28,7 @@ from gemini.kernels.pool import Ticket
 from gemini.offload.home import TiledHome
 from gemini.offload.transfer import Mark
 from gemini.placement.overlap import OverlapMode, choose_overlap, smoothed_rate, why_not_ahead
+from gemini.profile.recorder import Recorder
 from gemini.sharded_gradients import ShardedGradients
 from gemini.tiers import MemoryTier
 from gemini.update import UpdateJob, clip_segments, tiles_of, update_on_device
@@ -115,6 +116,8 @@ class Overlap:
         """Why weights and state are no longer those of any one step; None while they are."""
         self.last_step: UpdateTimes | None = None
         """The last step's, from the end of the one before it to its own; None before the second."""
+        self.step_ended: Callable[[], None] | None = None
+        """Called at the end of each step."""
         self._asked = asked
         self._core = core
         self._states = states
@@ -198,6 +201,8 @@ class Overlap:
             ModelError: someone looks at a slot that will show other weights; nothing has happened.
             WorkerError: the thread for updates cannot be started; nothing has happened.
         """
+        if self._worker.recorder is not None:
+            self._worker.recorder.moment("update", None)
         wishes = {chunk_id: self._at_home(chunk_id, wish) for chunk_id, wish in wishes.items()}
         for chunk_id, job in list(self._ahead.items()):
             wish = wishes.get(chunk_id)
@@ -289,6 +294,8 @@ class Overlap:
             self.last_step = now - self._times_before
         self._times_before = now
         self._choose_mode()
+        if self.step_ended is not None:
+            self.step_ended()
 
     @property
     def why_not_ahead(self) -> str | None:
@@ -351,6 +358,10 @@ class Overlap:
     def stall_s(self) -> float:
         """Seconds that training has waited for updates."""
         return self._worker.stall_s
+
+    def record_to(self, recorder: Recorder | None) -> None:
+        """Tell a recorder when updates begin and who waits for them; None: nobody any more."""
+        self._worker.recorder = recorder
 
     def close(self) -> None:
         """Drop what has not begun, wait for the rest, end the thread."""

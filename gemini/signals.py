@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any
@@ -15,12 +16,16 @@ from gemini.errors import ConfigError
 
 __all__ = ["StopOnSignals"]
 
+REPEATED_S = 1.0
+"""Seconds in which a second signal is taken for the first."""
+
 
 class StopOnSignals:
     """Remembers a signal until training asks for it between two steps; a context manager.
 
-    Inside the context the first SIGTERM or SIGINT (Ctrl-C) is remembered, and what these signals did before comes back:
-    a second one ends the process, or interrupts it, at once.
+    Inside the context the first SIGTERM or SIGINT (Ctrl-C) is remembered. One that comes a second later does what it
+    did before: it ends the process, or interrupts it, at once; one that comes sooner is the same, told twice, as by a
+    terminal and by torchrun. A signal that `should_stop` never told of is raised when the context ends.
 
     Args:
         engine: whose training is to be stopped, on all its ranks.
@@ -35,14 +40,17 @@ class StopOnSignals:
         self._signals = tuple(signals)
         self._before: dict[int, Any] = {}
         self._received = 0
+        self._received_s = 0.0
+        self._is_told = False
 
     def should_stop(self) -> bool:
         """Return whether a signal has come; with several ranks all call, and agree: on some rank."""
         sharding = self._engine.runtime.sharding
         if sharding is not None:
             received = sharding.group.gather_values(torch.tensor([self._received]), name="signals")
-            self._received = int(received.max())
-        return self._received != 0
+            self._remember_once(int(received.max()))
+        self._is_told = self._received != 0
+        return self._is_told
 
     @property
     def received(self) -> signal.Signals | None:
@@ -50,8 +58,14 @@ class StopOnSignals:
         return signal.Signals(self._received) if self._received else None
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self._received = number
-        self._restore()
+        if self._received and time.monotonic() - self._received_s > REPEATED_S:
+            self._restore()
+            signal.raise_signal(number)
+        self._remember_once(number)
+
+    def _remember_once(self, number: int) -> None:
+        if number and not self._received:
+            self._received, self._received_s = number, time.monotonic()
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
@@ -61,12 +75,20 @@ class StopOnSignals:
     def __enter__(self) -> StopOnSignals:
         if threading.current_thread() is not threading.main_thread():
             raise ConfigError("StopOnSignals: expected the main thread: Python handles signals in no other")
-        self._received = 0
-        for number in self._signals:
-            self._before[number] = signal.signal(number, self._remember)
+        if self._before:
+            raise ConfigError("StopOnSignals: this one has been entered already")
+        self._received, self._is_told = 0, False
+        try:
+            for number in self._signals:
+                self._before[number] = signal.signal(number, self._remember)
+        except (OSError, ValueError) as error:
+            self._restore()
+            raise ConfigError(f"StopOnSignals: signals: {number!r} cannot be handled: {error}") from error
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._restore()
+        if error is None and self._received and not self._is_told:
+            signal.raise_signal(self._received)

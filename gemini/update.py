@@ -286,7 +286,7 @@ class TilePipeline:
         tile = self._reading[0]
         for ticket in tile.needs:
             ticket.wait()
-        tile.adam = self._resources.pool.submit_adam(AdamTile(**_tile_fields(tile)))
+        tile.adam = self._resources.pool.submit_adam(AdamTile(**_tile_fields(tile)), record=tile.job.spec.name)
         self._computing.append(self._reading.popleft())
 
     def _send_off(self) -> None:
@@ -309,9 +309,10 @@ class TilePipeline:
     def _refresh(self, weights: torch.Tensor, tile: _Tile) -> Ticket | Move:
         begin = tile.index * self.tile_numel
         copy = weights[begin : begin + tile.length]
+        record = f"weights of {tile.job.spec.name}"
         if self._resources.transfers.compute_tier is MemoryTier.DEVICE:
-            return self._resources.transfers.upload(copy, tile.working, after=tile.job.readers)
-        return self._resources.pool.submit_copy(copy, tile.working)
+            return self._resources.transfers.upload(copy, tile.working, after=tile.job.readers, record=record)
+        return self._resources.pool.submit_copy(copy, tile.working, record=record)
 
     def _retire(self) -> None:
         tile = self._leaving[0]

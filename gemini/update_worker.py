@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from gemini.errors import GeminiError, ModelError, WorkerError
+from gemini.profile.recorder import Recorder
 from gemini.update import TilePipeline, UpdateJob
 
 __all__ = ["UpdateWorker"]
@@ -67,6 +68,8 @@ class UpdateWorker:
     def __init__(self, pipeline: TilePipeline) -> None:
         self.stall_s = 0.0
         """Seconds that callers have waited for updates."""
+        self.recorder: Recorder | None = None
+        """Told of every such wait; None: nobody is."""
         self._shared = _Shared(pipeline)
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
@@ -147,7 +150,10 @@ class UpdateWorker:
             self._wait_for(lambda: self._is_updated(job) or shared.failure is not None)
             self._check_failure()
             shared.progress.pop(id(job), None)
-        self.stall_s += time.perf_counter() - start
+        end = time.perf_counter()
+        self.stall_s += end - start
+        if self.recorder is not None:
+            self.recorder.stalled("update", job.spec.chunk_id, start, end)
 
     def adjust(self, job: UpdateJob, *, urgency: int, refreshes: torch.Tensor | None) -> bool:
         """Give a job another urgency and, if that is not too late, a copy to refresh.

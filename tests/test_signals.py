@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import gemini.signals
 from gemini import ConfigError, GeminiConfig, GeminiDDP, StopOnSignals
 
 
@@ -31,12 +32,54 @@ def test_the_first_signal_is_remembered(number: signal.Signals, engine: GeminiDD
         assert stop.received is number
 
 
-def test_the_second_signal_counts_at_once(engine: GeminiDDP) -> None:
+def test_a_second_signal_counts_at_once(engine: GeminiDDP, monkeypatch: pytest.MonkeyPatch) -> None:
     with StopOnSignals(engine) as stop:
         os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.setattr(gemini.signals, "REPEATED_S", 0.0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         assert stop.should_stop()
+
+
+def test_a_signal_that_is_told_twice_is_one(engine: GeminiDDP) -> None:
+    with StopOnSignals(engine) as stop:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.should_stop()
+
+
+def test_a_signal_that_nobody_was_told_of_is_raised_in_the_end(engine: GeminiDDP) -> None:
+    def run() -> None:
+        with StopOnSignals(engine) as stop:
+            assert not stop.should_stop()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+
+
+def test_errors_go_before_signals_that_nobody_was_told_of(engine: GeminiDDP) -> None:
+    def run() -> None:
+        with StopOnSignals(engine):
+            os.kill(os.getpid(), signal.SIGINT)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run()
+
+
+def test_signals_that_cannot_be_handled_leave_no_handler(engine: GeminiDDP) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ConfigError, match="SIGKILL"):
+        StopOnSignals(engine, [signal.SIGTERM, signal.SIGKILL]).__enter__()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_entering_twice_is_refused(engine: GeminiDDP) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopOnSignals(engine) as stop, pytest.raises(ConfigError, match="entered already"):
+        stop.__enter__()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize("is_signalled", [False, True])

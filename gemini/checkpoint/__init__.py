@@ -1,6 +1,7 @@
 """Training checkpoints: saved from any tier, complete or not there, resumed with the same bits anywhere."""
 
+from gemini.checkpoint.directory import has_checkpoint
 from gemini.checkpoint.loading import LoadedCheckpoint
 from gemini.checkpoint.saving import PendingSave
 
-__all__ = ["LoadedCheckpoint", "PendingSave"]
+__all__ = ["LoadedCheckpoint", "PendingSave", "has_checkpoint"]

@@ -20,12 +20,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from gemini.checkpoint.manifest import Manifest
-from gemini.errors import CheckpointError, OffloadIOError, naming_file
+from gemini.errors import CheckpointError, ConfigError, OffloadIOError, naming_file
 
 __all__ = [
     "CheckpointDirectory",
     "complete_checkpoints",
     "find_checkpoint",
+    "has_checkpoint",
     "name_of",
     "read_manifest",
     "write_durably",
@@ -47,7 +48,7 @@ class CheckpointDirectory:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path = path.absolute()  # whatever the working directory is when the checkpoint is complete
         self.place = path / ".saving"
         """Where a checkpoint is put together."""
         self._lock: int | None = None
@@ -57,7 +58,10 @@ class CheckpointDirectory:
 
         Raises:
             OffloadIOError: it cannot be made, or another process is saving into it.
+            ConfigError: it is a checkpoint itself.
         """
+        if (self.path / MANIFEST).exists():
+            raise ConfigError(f"save_checkpoint: {self.path} is a checkpoint: expected a directory of checkpoints")
         with naming_file("create directory", self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.path)
@@ -92,7 +96,7 @@ class CheckpointDirectory:
         with naming_file("complete checkpoint", self.place):
             write_durably(self.place / MANIFEST, manifest.to_json().encode())
             _sync(self.place)
-            number = max((_number_of(path) for path in complete_checkpoints(self.path)), default=0) + 1
+            number = max(map(_number_of, self.path.iterdir()), default=0) + 1  # incomplete ones stand in the way, too
             self.place.rename(self.path / name_of(manifest.step, number))
             _sync(self.path)
         if keep_last is not None:
@@ -185,16 +189,37 @@ def find_checkpoint(path: Path) -> Path:
 
     Raises:
         CheckpointError: there is none.
+        OffloadIOError: the directory cannot be read.
     """
-    if (path / MANIFEST).is_file():
-        return path
-    found = complete_checkpoints(path) if path.is_dir() else []
+    with naming_file("read", path):
+        found = complete_checkpoints(path) if path.is_dir() else []
+        if not found and (path / MANIFEST).is_file():
+            return path
     if not found:
         raise CheckpointError(
             f"{path}: no complete checkpoint here; expected a directory that engine.save_checkpoint was given, or one "
             "of the step-... directories in it"
         )
     return found[-1]
+
+
+def has_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Return whether `GeminiDDP.load_checkpoint(path)` would find a complete checkpoint.
+
+    Args:
+        path: as for that.
+
+    Returns:
+        False if there is no such directory, or nothing complete in it.
+
+    Raises:
+        OffloadIOError: the directory cannot be read.
+    """
+    try:
+        find_checkpoint(Path(path))
+    except CheckpointError:
+        return False
+    return True
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -19,7 +19,7 @@ import torch
 from gemini.checkpoint.directory import find_checkpoint, read_manifest
 from gemini.checkpoint.manifest import Division, FileRecord, Manifest, entry_name, find_pieces, run_state_name
 from gemini.checkpoint.participants import Participants, agree, division_of, on_all_ranks, rank_of, world_size_of
-from gemini.checkpoint.run_state import check_run_state, decode_run_state, restore_rng, restore_run_state
+from gemini.checkpoint.run_state import check_buffers, check_run_state, decode_run_state, restore_rng, restore_run_state
 from gemini.chunk.layout import ParamSlot
 from gemini.errors import CheckpointError, CheckpointMismatchError, naming_file
 from gemini.runtime import Runtime
@@ -56,6 +56,8 @@ def load_checkpoint(runtime: Runtime, path: Path, participants: Participants, *,
             check_run_state(state, participants, path=path)
             rank = rank_of(runtime)
             own = _read_run_state(path, manifest, rank) if rank < manifest.world_size else None
+            of_rank = own if own is not None and manifest.world_size == world_size_of(runtime) else state
+            check_buffers(of_rank, participants, path=path)
             files = _open_files(path, manifest, stack)
             if verify:
                 names = list(files)[rank :: world_size_of(runtime)]
@@ -66,9 +68,9 @@ def load_checkpoint(runtime: Runtime, path: Path, participants: Participants, *,
         try:
             with loading(runtime), on_all_ranks(runtime):
                 _load_params(runtime, files, manifest)
-                restore_run_state(runtime, participants, state)
+                restore_run_state(runtime, participants, state, of_rank["buffers"])
         except BaseException as error:
-            runtime.overlap.failure = f"loading {path} failed half way ({error})"
+            runtime.overlap.failure = f"loading {path} failed half way ({error or type(error).__name__})"
             raise
     runtime.num_steps = manifest.step
     if own is not None:

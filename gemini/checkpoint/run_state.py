@@ -15,6 +15,7 @@ from gemini.errors import CheckpointError, CheckpointMismatchError, ConfigError
 from gemini.runtime import Runtime
 
 __all__ = [
+    "check_buffers",
     "check_run_state",
     "collect_run_state",
     "decode_run_state",
@@ -27,7 +28,7 @@ _KEYS = ("buffers", "extra", "num_skipped_steps", "optimizer", "rng", "scaler", 
 
 
 def collect_run_state(runtime: Runtime, participants: Participants, extra: Any) -> dict[str, Any]:
-    """Return what this rank keeps: of all but random numbers the first rank's counts.
+    """Return what this rank keeps: its buffers and random numbers; of everything else the first rank's counts.
 
     Args:
         runtime: the engine's.
@@ -37,15 +38,16 @@ def collect_run_state(runtime: Runtime, participants: Participants, extra: Any) 
     Returns:
         By purpose, for `encode_run_state`.
     """
+    buffers = {name: buffer.detach().cpu() for name, buffer in participants.buffers.items()}
+    own = {"buffers": buffers, "rng": _rng_state()}
     if rank_of(runtime) != 0:
-        return dict.fromkeys(_KEYS) | {"rng": _rng_state()}
+        return dict.fromkeys(_KEYS) | own
     optimizer, scheduler = participants.optimizer, participants.scheduler
     return {
-        "buffers": {name: buffer.detach().cpu() for name, buffer in participants.buffers.items()},
+        **own,
         "extra": extra,
         "num_skipped_steps": runtime.num_skipped_steps,
         "optimizer": None if optimizer is None else optimizer.hyper_state_dict(),
-        "rng": _rng_state(),
         "scaler": None if runtime.scaler is None else runtime.scaler.state_dict(),
         "scheduler": None if scheduler is None else scheduler.state_dict(),
         "trace": runtime.lookahead.state_dict(),
@@ -77,6 +79,11 @@ def check_run_state(state: dict[str, Any], participants: Participants, *, path: 
         )
     if participants.scheduler is not None and state["scheduler"] is None:
         raise CheckpointMismatchError(f"load_checkpoint: scheduler: {path} was saved without one; pass scheduler=None")
+    check_buffers(state, participants, path=path)
+
+
+def check_buffers(state: dict[str, Any], participants: Participants, *, path: Path) -> None:
+    """Raise CheckpointMismatchError unless a rank's buffers fit; arguments as for `check_run_state`."""
     for name, buffer in participants.buffers.items():
         saved = state["buffers"].get(name)
         if saved is None or saved.shape != buffer.shape:
@@ -86,10 +93,19 @@ def check_run_state(state: dict[str, Any], participants: Participants, *, path: 
             )
 
 
-def restore_run_state(runtime: Runtime, participants: Participants, state: dict[str, Any]) -> None:
-    """Restore all but random numbers, after `check_run_state`."""
+def restore_run_state(
+    runtime: Runtime, participants: Participants, state: dict[str, Any], buffers: dict[str, torch.Tensor]
+) -> None:
+    """Restore all but random numbers, after `check_run_state`.
+
+    Args:
+        runtime: the engine's.
+        participants: whose state it becomes.
+        state: the first rank's.
+        buffers: this rank's own, or the first rank's.
+    """
     for name, buffer in participants.buffers.items():
-        buffer.copy_(state["buffers"][name])
+        buffer.copy_(buffers[name])
     if participants.optimizer is not None:
         participants.optimizer.load_hyper_state_dict(state["optimizer"])
     if participants.scheduler is not None:
@@ -112,15 +128,47 @@ def encode_run_state(state: dict[str, Any]) -> bytes:
     Raises:
         ConfigError: something in it is not made of tensors, numbers, strings, None, lists, tuples and dictionaries.
     """
+    state = {key: _simplify(value) for key, value in state.items()}
     for key, value in state.items():
-        try:
-            _load(_dump(value))
-        except Exception as error:  # of many types, depending on what it is that cannot be kept
+        error = _loading_error(value)
+        if error is not None:
+            place, culprit = _find_culprit(value, key)
             raise ConfigError(
-                f"save_checkpoint: {key}: expected tensors, numbers, strings, lists, tuples and dictionaries, which "
-                f"load without running code; {_first_line(error)}"
+                f"save_checkpoint: {place}: expected tensors, numbers, strings, lists, tuples and dictionaries, which "
+                f"load without running code; got {type(culprit).__module__}.{type(culprit).__qualname__}"
             ) from error
     return _dump(state)
+
+
+def _simplify(value: Any) -> Any:
+    """Return a value with NumPy's numbers as Python's, and views of larger tensors as tensors of their own."""
+    if isinstance(value, torch.Tensor):
+        is_view = value.layout is torch.strided and value.untyped_storage().nbytes() > value.nbytes
+        return value.detach().clone() if is_view else value
+    if type(value) is dict:
+        return {_simplify(key): _simplify(inner) for key, inner in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_simplify, value))
+    is_numpy = type(value).__module__ == "numpy"
+    return value.item() if is_numpy and getattr(value, "shape", None) == () else value
+
+
+def _loading_error(value: Any) -> Exception | None:
+    """Return why a value cannot be kept; None if it can."""
+    try:
+        _load(_dump(value))
+    except Exception as error:  # of many types, depending on what it is
+        return error
+    return None
+
+
+def _find_culprit(value: Any, place: str) -> tuple[str, Any]:
+    """Return the innermost part of a value that cannot be kept, and where it is."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    for key, inner in items:
+        if _loading_error(inner) is not None:
+            return _find_culprit(inner, f"{place}[{key!r}]")
+    return place, value
 
 
 def decode_run_state(data: bytes, *, source: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ device is saved first, in the caller's thread, which owns the device's streams.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import zlib
 from collections.abc import Iterable
@@ -56,7 +57,7 @@ def save_checkpoint(
     with_frozen: bool,
 ) -> PendingSave:
     """Start saving; see GeminiDDP.save_checkpoint."""
-    if keep_last is not None and keep_last < 1:
+    if keep_last is not None and (type(keep_last) is not int or keep_last < 1):
         raise ConfigError(f"save_checkpoint: keep_last: expected at least 1, or None for all, got {keep_last!r}")
     if runtime.gradients.num_backwards:
         raise ConfigError(
@@ -91,7 +92,10 @@ class PendingSave:
         self._slots = [slot for slot in slots if with_frozen or slot.chunk_id in runtime.states]
         self._writer: SafetensorsWriter | None = None
         self._run_state = b""
-        self._thread = threading.Thread(target=self._write, name="gemini-save", daemon=True)
+        self._thread = threading.Thread(
+            target=self._write, name="gemini-save", daemon=False
+        )  # the process waits for it
+        self._pid = os.getpid()
         self._is_over = False
         self._error: Exception | None = None
         self._path: Path | None = None
@@ -125,6 +129,8 @@ class PendingSave:
 
     def close(self) -> None:
         """Block until nothing of the engine is read any more, and say if the checkpoint is lost."""
+        if os.getpid() != self._pid:
+            return  # the child of a fork, in which nobody writes
         self._thread.join()
         self._is_over = True
         if self._error is None and self._path is None:
@@ -158,6 +164,10 @@ class PendingSave:
             self._runtime.saving.hold(self)
             self._thread.start()
         except BaseException:
+            if self._thread.ident is not None:
+                self._thread.join()
+            self._is_over = True
+            self._runtime.saving.release(self)
             self._abort()
             raise
 

@@ -14,6 +14,7 @@ from gemini.chunk.state import ChunkState, check_transition
 from gemini.chunk.tensor_parallel import local_part, show_values
 from gemini.errors import ModelError
 from gemini.offload.home import TiledHome
+from gemini.profile.recorder import Recorder
 
 __all__ = ["Chunk", "Slot", "count_holders", "placeholder", "viewed_error"]
 
@@ -69,6 +70,8 @@ class Chunk:
         """The weights in compute memory, [spec.numel] of spec.dtype; None while they are away."""
         self.num_updates = 0
         """How often the weights have been written; tells a graph that saved them whether they are still the same."""
+        self.recorder: Recorder | None = None
+        """Told of every change of state; None: nobody is."""
         self._state = ChunkState.AT_HOME
         self._num_leases = 0
         self._addresses: list[int] = []
@@ -125,6 +128,8 @@ class Chunk:
         """
         check_transition(self.name, self._state, to)
         self._state = to
+        if self.recorder is not None:
+            self.recorder.chunk_became(self.spec.chunk_id, to.value)
 
     def lease(self) -> None:
         """Keep the chunk where it is until the lease is given back; leases nest."""

@@ -208,7 +208,7 @@ class ChunkCore:
                 self._start_fetch(chunk)
                 self.stats.num_misses += 1
             self._finish_fetch(chunk)
-            self.stats.stall_s += time.perf_counter() - start
+            self.stats.end_stall(chunk_id, start)
         if chunk.is_resident:
             return chunk
         if chunk_id in self._recent:
@@ -453,6 +453,7 @@ class ChunkCore:
                 pool=self.resources.pool,
                 staging=staging,
                 gather=self._gather_of(chunk, chunk.slot),
+                record=f"weights of {chunk.name}",
             )
         except GeminiError:
             self._fail_fetch(chunk)

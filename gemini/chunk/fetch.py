@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from gemini.kernels.pool import Ticket, WorkerPool
 from gemini.offload.home import TiledHome, TileRun
 from gemini.offload.io import IoTicket
 from gemini.offload.transfer import Move, Transfers
+from gemini.profile.recorder import Recorder
 from gemini.tiers import MemoryTier
 
 __all__ = ["Fetch", "Gather", "MoveStats"]
@@ -36,6 +38,15 @@ class MoveStats:
     """Part of `fetched_nbytes` that came from disk."""
     stall_s: float = 0.0
     """Seconds that compute waited for fetches, as seen by the launching thread."""
+    recorder: Recorder | None = None
+    """Told of every such wait; None: nobody is."""
+
+    def end_stall(self, chunk_id: int, begin_s: float) -> None:
+        """Count the time since `begin_s` of time.perf_counter, during which compute has waited for a chunk."""
+        end_s = time.perf_counter()
+        self.stall_s += end_s - begin_s
+        if self.recorder is not None:
+            self.recorder.stalled("weights", chunk_id, begin_s, end_s)
 
 
 class Fetch:
@@ -52,6 +63,7 @@ class Fetch:
         pool: copies between two places of host memory.
         staging: uint8 host memory of the same length as `dst`; needed for a device when tiles live on disk.
         gather: adds the other ranks' shards; None: the home holds everything.
+        record: what is fetched, for recordings.
     """
 
     def __init__(
@@ -63,8 +75,10 @@ class Fetch:
         pool: WorkerPool,
         staging: torch.Tensor | None = None,
         gather: Gather | None = None,
+        record: str = "",
     ) -> None:
         self.staging = staging
+        self._record = record
         self.nbytes_from = dict.fromkeys(MemoryTier, 0)
         self._dst: torch.Tensor | None = dst
         self._transfers = transfers
@@ -97,9 +111,9 @@ class Fetch:
             assert buffer is not None
             source = buffer[run.home_offset : run.home_offset + run.nbytes]
             if has_device:
-                self._uploads.append(transfers.upload(dst[part], source))
+                self._uploads.append(transfers.upload(dst[part], source, record=self._record))
             else:
-                self._copies.append(pool.submit_copy(dst[part], source))
+                self._copies.append(pool.submit_copy(dst[part], source, record=self._record))
 
     def poll(self) -> bool:
         """Move on without waiting: upload what the disk has delivered. A read that failed is reported by `finish`.
@@ -179,5 +193,5 @@ class Fetch:
             if self.staging is not None:
                 assert self._dst is not None
                 part = slice(run.begin, run.begin + run.nbytes)
-                self._uploads.append(self._transfers.upload(self._dst[part], self.staging[part]))
+                self._uploads.append(self._transfers.upload(self._dst[part], self.staging[part], record=self._record))
         self._reads.clear()

@@ -21,6 +21,7 @@ from gemini._native import ffi, lib
 from gemini.errors import WorkerError
 from gemini.kernels.adam_tile import AdamTile
 from gemini.kernels.cpu import GradMode, Isa, address_of, check_status, make_adam_args, make_grad_args
+from gemini.kernels.spans import MAX_SPANS, Span, SpanRecorder, read_spans
 from gemini.kernels.topology import choose_worker_cpus, read_launching_core, read_topology
 
 __all__ = ["BACKGROUND_PRIORITY", "GradTicket", "SweepTicket", "Ticket", "WorkerPool"]
@@ -152,6 +153,7 @@ class WorkerPool:
         self._lock = threading.Lock()
         self._close_lock = threading.Lock()
         self._retained: dict[int, tuple[object, ...]] = {}
+        self._recorder: SpanRecorder | None = None
         self._sweep_at = MIN_RETAINED_JOBS
         self._place_threads(cpus)
 
@@ -160,12 +162,13 @@ class WorkerPool:
         """Number of threads."""
         return self._num_threads
 
-    def submit_adam(self, tile: AdamTile, *, priority: int = 0) -> Ticket:
+    def submit_adam(self, tile: AdamTile, *, priority: int = 0, record: str = "") -> Ticket:
         """Queue one Adam update; see adam_update.
 
         Args:
             tile: tensors and hyper-parameters; the segments are copied.
             priority: lower starts first.
+            record: what is updated, for recordings.
 
         Returns:
             The job's ticket.
@@ -175,10 +178,11 @@ class WorkerPool:
         """
         args, _segments = make_adam_args(tile, self._isa)
         number = self._submit("adam update", lib.gn_pool_submit_adam, (args, priority), (tile,))
+        self._note(number, "adam update", record, tile.working.nbytes)
         return Ticket(self, number, "adam update")
 
     def submit_gradient(
-        self, dst: Tensor | None, src: Tensor, *, mode: GradMode = GradMode.STORE, priority: int = 0
+        self, dst: Tensor | None, src: Tensor, *, mode: GradMode = GradMode.STORE, priority: int = 0, record: str = ""
     ) -> GradTicket:
         """Queue one gradient; see store_gradient.
 
@@ -187,6 +191,7 @@ class WorkerPool:
             src: the gradient; read only.
             mode: store or add.
             priority: lower starts first.
+            record: whose gradient it is, for recordings.
 
         Returns:
             The job's ticket, which gives the sum of squares.
@@ -198,15 +203,20 @@ class WorkerPool:
         sumsq = ffi.new("double *")
         args = make_grad_args(dst, src, mode, self._isa, sumsq)
         number = self._submit("gradient", lib.gn_pool_submit_grad, (args, priority), (dst, src, sumsq))
+        self._note(number, "gradient", record, src.nbytes)
         return GradTicket(self, number, "gradient", sumsq)
 
-    def submit_copy(self, dst: Tensor, src: Tensor, *, priority: int = 0) -> Ticket:
+    def submit_copy(
+        self, dst: Tensor, src: Tensor, *, priority: int = 0, operation: str = "copy", record: str = ""
+    ) -> Ticket:
         """Queue a copy of bytes between contiguous CPU tensors of any dtype and shape.
 
         Args:
             dst: as many bytes as src; overwritten; must not overlap src.
             src: read only.
             priority: lower starts first.
+            operation: what the copy stands for, for recordings.
+            record: what is copied, for recordings.
 
         Returns:
             The job's ticket.
@@ -221,6 +231,7 @@ class WorkerPool:
             raise ValueError(f"submit_copy: dst has {dst.nbytes} bytes, src has {src.nbytes}; expected as many")
         args = (address_of(dst), address_of(src), src.nbytes, priority)
         number = self._submit("copy", lib.gn_pool_submit_copy, args, (dst, src))
+        self._note(number, operation, record, src.nbytes)
         return Ticket(self, number, "copy")
 
     def submit_sweep(self, read: Sequence[Tensor], inverted: Sequence[Tensor], *, priority: int = 0) -> SweepTicket:
@@ -251,6 +262,15 @@ class WorkerPool:
         args = (buffers, len(tensors), checksum, priority)
         number = self._submit("sweep", lib.gn_pool_submit_sweep, args, (tensors, checksum))
         return SweepTicket(self, number, "sweep", checksum)
+
+    def record_to(self, recorder: SpanRecorder | None) -> None:
+        """Tell a recorder of every job from now on, and keep when they run for `take_spans`; None: no longer."""
+        self._recorder = recorder
+        lib.gn_pool_keep_spans(self._handle, 0 if recorder is None else MAX_SPANS)
+
+    def take_spans(self) -> list[Span]:
+        """Return when the jobs ran that have completed since the last call, in order of completion."""
+        return read_spans(lambda spans, count: lib.gn_pool_take_spans(self._handle, spans, count))
 
     def limit_background(self, max_threads: int) -> None:
         """Let at most some of the threads run jobs of BACKGROUND_PRIORITY and above at the same time.
@@ -317,6 +337,10 @@ class WorkerPool:
         if len(self._retained) >= self._sweep_at:
             self._sweep()
         return int(number[0])
+
+    def _note(self, number: int, operation: str, record: str, nbytes: int) -> None:
+        if self._recorder is not None:
+            self._recorder.submitted(self, number, operation=operation, record=record, nbytes=nbytes)
 
     def _place_threads(self, cpus: Sequence[int]) -> None:
         """Restrict each thread to its processors."""

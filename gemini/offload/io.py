@@ -6,7 +6,6 @@ Knows files, buffers and tickets. Must not know chunks, extents or who wants the
 from __future__ import annotations
 
 import contextlib
-import enum
 import errno
 import logging
 import os
@@ -21,8 +20,16 @@ import torch
 
 from gemini._native import ffi, lib
 from gemini.errors import CorruptRecordError, OffloadIOError
+from gemini.kernels.spans import MAX_SPANS, Span, SpanRecorder, read_spans
 from gemini.offload.io_backends import IoBackend, available_backends, choose_backend, explain_refusal, native_number
-from gemini.tiers import IO_ALIGNMENT_NBYTES
+from gemini.offload.io_buffers import (
+    IoBuffer,
+    IoOpenFlag,
+    IoOperation,
+    IoStats,
+    describe_buffer,
+    empty_aligned,
+)
 
 __all__ = [
     "IoBackend",
@@ -45,24 +52,6 @@ _log = logging.getLogger(__name__)
 _WAIT_SLICE_NS = 50_000_000
 
 
-class IoOperation(enum.Enum):
-    """Direction of a transfer, seen from memory."""
-
-    READ = "read"
-    WRITE = "write"
-
-
-class IoOpenFlag(enum.IntFlag):
-    """How a file is opened; the values are those of gn_io_open_flag."""
-
-    READ = lib.GN_IO_OPEN_READ
-    WRITE = lib.GN_IO_OPEN_WRITE
-    CREATE = lib.GN_IO_OPEN_CREATE
-    TRUNCATE = lib.GN_IO_OPEN_TRUNCATE
-    DIRECT = lib.GN_IO_OPEN_DIRECT
-    """Bypass the page cache for requests whose offset, length and address are multiples of 4096."""
-
-
 _NATIVE_OPERATIONS = {IoOperation.READ: lib.GN_IO_READ, IoOperation.WRITE: lib.GN_IO_WRITE}
 
 _HINTS = {
@@ -77,34 +66,6 @@ _HINTS = {
 }
 
 
-def empty_aligned(numel: int, dtype: torch.dtype) -> torch.Tensor:
-    """Make a host tensor that direct I/O accepts.
-
-    Args:
-        numel: elements; choose their bytes a multiple of 4096 if the whole tensor is to travel directly.
-        dtype: any.
-
-    Returns:
-        Uninitialised CPU tensor [numel] whose address is a multiple of 4096.
-    """
-    nbytes = numel * dtype.itemsize
-    raw = torch.empty(nbytes + IO_ALIGNMENT_NBYTES, dtype=torch.uint8)
-    skip = -raw.data_ptr() % IO_ALIGNMENT_NBYTES
-    return raw[skip : skip + nbytes].view(dtype)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IoBuffer:
-    """Memory that is not a tensor."""
-
-    address: int
-    """First byte."""
-    nbytes: int
-    """Length."""
-    owner: object
-    """Whatever keeps the memory valid; referenced until the transfer is complete."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IoRequest:
     """One transfer between memory and a file."""
@@ -117,36 +78,6 @@ class IoRequest:
     """First byte in the file."""
     record: str = ""
     """What the bytes are, for messages."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IoStats:
-    """Bytes an engine has moved since its creation."""
-
-    nbytes_read: int
-    nbytes_written: int
-
-    def __sub__(self, earlier: IoStats) -> IoStats:
-        """Return what was moved since an earlier look."""
-        return IoStats(
-            nbytes_read=self.nbytes_read - earlier.nbytes_read,
-            nbytes_written=self.nbytes_written - earlier.nbytes_written,
-        )
-
-
-def _describe(buffer: torch.Tensor | IoBuffer) -> IoBuffer:
-    if isinstance(buffer, IoBuffer):
-        return buffer
-    if buffer.device.type != "cpu" or buffer.layout is not torch.strided or not buffer.is_contiguous():
-        raise ValueError(
-            f"I/O needs a contiguous CPU tensor, got shape {tuple(buffer.shape)}, stride "
-            f"{buffer.stride() if buffer.layout is torch.strided else buffer.layout} on {buffer.device}; "
-            "copy it with .cpu().contiguous() first"
-        )
-    nbytes = buffer.numel() * buffer.element_size()
-    if nbytes > 0 and buffer.data_ptr() == 0:
-        raise ValueError(f"I/O needs a tensor with memory, got shape {tuple(buffer.shape)} with an empty storage")
-    return IoBuffer(address=buffer.data_ptr(), nbytes=nbytes, owner=buffer)
 
 
 class IoTicket:
@@ -331,6 +262,7 @@ class IoEngine:
         self._failures: dict[int, tuple[int, int]] = {}  # ticket -> (status, bytes done)
         self._unasked_failures: set[int] = set()
         self._stats = IoStats(nbytes_read=0, nbytes_written=0)
+        self._recorder: SpanRecorder | None = None
         self._finalizer = weakref.finalize(self, _destroy, self._native, self._in_flight)
 
     def open(self, path: str | os.PathLike[str], flags: IoOpenFlag = IoOpenFlag.READ) -> IoFile:
@@ -371,7 +303,7 @@ class IoEngine:
         """
         if not requests:
             return []
-        buffers = [_describe(request.buffer) for request in requests]
+        buffers = [describe_buffer(request.buffer) for request in requests]
         native_requests = ffi.new("gn_io_request[]", len(requests))
         for native_request, request, buffer in zip(native_requests, requests, buffers, strict=True):
             if request.offset < 0 or buffer.nbytes < 0:
@@ -393,6 +325,10 @@ class IoEngine:
             for number, buffer in zip(numbers, buffers, strict=True):
                 self._in_flight[number] = buffer.owner
             self._drop_completed(2 * len(requests))
+        if self._recorder is not None:
+            for number, request, buffer in zip(numbers, requests, buffers, strict=True):
+                operation = request.operation.value
+                self._recorder.submitted(self, number, operation=operation, record=request.record, nbytes=buffer.nbytes)
         return [
             IoTicket(self, request, number, buffer.nbytes)
             for request, number, buffer in zip(requests, numbers, buffers, strict=True)
@@ -402,6 +338,17 @@ class IoEngine:
         """Return the bytes moved since creation; after close(), until then."""
         with self._condition:
             return self._stats if self._is_destroyed else self._read_stats()
+
+    def record_to(self, recorder: SpanRecorder | None) -> None:
+        """Tell a recorder of every transfer from now on, and keep when they run for `take_spans`; None: no longer."""
+        self._recorder = recorder
+        with self._borrow() as native:
+            lib.gn_io_keep_spans(native, 0 if recorder is None else MAX_SPANS)
+
+    def take_spans(self) -> list[Span]:
+        """Return when the transfers ran that have completed since the last call, in order of completion."""
+        with self._borrow() as native:
+            return read_spans(lambda spans, count: lib.gn_io_take_spans(native, spans, count))
 
     def close(self) -> None:
         """Complete what the kernel already has, cancel the rest, close the files. Closing again does nothing.

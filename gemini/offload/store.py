@@ -41,6 +41,7 @@ import torch
 
 from gemini.config import NVMeConfig
 from gemini.errors import OffloadIOError, OutOfTierMemoryError
+from gemini.kernels.spans import SpanSource
 from gemini.offload.extents import Extent, ExtentAllocator
 from gemini.offload.io import (
     IoBackend,
@@ -268,6 +269,11 @@ class DiskStore:
             OffloadIOError: the store is closed.
         """
         return self._submit(IoOperation.WRITE, transfers)
+
+    @property
+    def span_source(self) -> SpanSource:
+        """Who knows when the transfers ran."""
+        return self._engine
 
     def stats(self) -> IoStats:
         """Return the bytes moved since construction, the header included."""

@@ -22,7 +22,9 @@ import torch
 
 from gemini.errors import OutOfTierMemoryError
 from gemini.kernels.pool import Ticket, WorkerPool
+from gemini.kernels.spans import Span, SpanRecorder
 from gemini.offload.arena import HostArena
+from gemini.offload.cuda_spans import CudaSpans
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, TierLedger, format_nbytes, round_up
 
 __all__ = ["CpuTransfers", "CudaTransfers", "Mark", "Move", "SimulatedTransfers", "Traffic", "Transfers"]
@@ -86,7 +88,7 @@ class Transfers(Protocol):
     def mark(self) -> Mark:
         """Mark what the calling thread has given compute so far."""
 
-    def upload(self, dst: torch.Tensor, src: torch.Tensor, *, after: Mark | None = None) -> Move:
+    def upload(self, dst: torch.Tensor, src: torch.Tensor, *, after: Mark | None = None, record: str = "") -> Move:
         """Start a copy from host to compute memory.
 
         Args:
@@ -94,12 +96,13 @@ class Transfers(Protocol):
             src: host memory, as many bytes; untouched until the host has seen the copy end.
             after: the compute that comes first; None: all that the calling thread has submitted so far. Needed in a
                 thread that does not compute; see [Note: Which compute a copy follows].
+            record: what is copied, for recordings.
 
         Returns:
             The copy.
         """
 
-    def download(self, dst: torch.Tensor, src: torch.Tensor) -> Move:
+    def download(self, dst: torch.Tensor, src: torch.Tensor, *, record: str = "") -> Move:
         """Start a copy from compute to host memory, after all compute that the calling thread has submitted so far."""
 
     def synchronize(self) -> None:
@@ -132,11 +135,11 @@ class CpuTransfers:
         """Return nothing in particular: compute on the CPU is synchronous."""
         return None
 
-    def upload(self, dst: torch.Tensor, src: torch.Tensor, *, after: Mark | None = None) -> Move:
+    def upload(self, dst: torch.Tensor, src: torch.Tensor, *, after: Mark | None = None, record: str = "") -> Move:
         """Never called: host memory is compute memory."""
         raise AssertionError("the CPU has no device memory to copy to")
 
-    def download(self, dst: torch.Tensor, src: torch.Tensor) -> Move:
+    def download(self, dst: torch.Tensor, src: torch.Tensor, *, record: str = "") -> Move:
         """Never called: host memory is compute memory."""
         raise AssertionError("the CPU has no device memory to copy from")
 
@@ -174,15 +177,15 @@ class SimulatedTransfers:
         """Return nothing in particular: compute on the CPU is synchronous."""
         return None
 
-    def upload(self, dst: torch.Tensor, src: torch.Tensor, *, after: Mark | None = None) -> Move:
+    def upload(self, dst: torch.Tensor, src: torch.Tensor, *, after: Mark | None = None, record: str = "") -> Move:
         """Start a copy in the worker pool."""
         self.traffic.count_upload(src.nbytes)
-        return _PoolMove(self._pool.submit_copy(dst, src))
+        return _PoolMove(self._pool.submit_copy(dst, src, operation="upload", record=record))
 
-    def download(self, dst: torch.Tensor, src: torch.Tensor) -> Move:
+    def download(self, dst: torch.Tensor, src: torch.Tensor, *, record: str = "") -> Move:
         """Start a copy in the worker pool."""
         self.traffic.count_download(src.nbytes)
-        return _PoolMove(self._pool.submit_copy(dst, src))
+        return _PoolMove(self._pool.submit_copy(dst, src, operation="download", record=record))
 
     def synchronize(self) -> None:
         """Return at once: compute on the CPU is synchronous."""
@@ -220,6 +223,8 @@ class CudaTransfers:
         self._ledger = ledger
         self._upload_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._download_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._recorder: SpanRecorder | None = None
+        self._spans: CudaSpans | None = None
 
     def allocate(self, nbytes: int, purpose: str) -> torch.Tensor:
         """Return uint8 [nbytes rounded up to a page] from torch's caching allocator.
@@ -255,23 +260,51 @@ class CudaTransfers:
         """Record an event on the current stream."""
         return torch.cuda.current_stream(self.device).record_event()
 
-    def upload(self, dst: torch.Tensor, src: torch.Tensor, *, after: Mark | None = None) -> Move:
+    def upload(self, dst: torch.Tensor, src: torch.Tensor, *, after: Mark | None = None, record: str = "") -> Move:
         """Start a copy on the upload stream, behind `after` or else the calling thread's current stream."""
         self.traffic.count_upload(src.nbytes)
-        return self._copy(self._upload_stream, dst, src, self.mark() if after is None else after)
+        after = self.mark() if after is None else after
+        return self._copy(self._upload_stream, dst, src, after=after, operation="upload", record=record)
 
-    def download(self, dst: torch.Tensor, src: torch.Tensor) -> Move:
+    def download(self, dst: torch.Tensor, src: torch.Tensor, *, record: str = "") -> Move:
         """Start a copy on the download stream."""
         self.traffic.count_download(src.nbytes)
-        return self._copy(self._download_stream, dst, src, self.mark())
+        return self._copy(self._download_stream, dst, src, after=self.mark(), operation="download", record=record)
 
-    def _copy(self, stream: torch.cuda.Stream, dst: torch.Tensor, src: torch.Tensor, after: Mark) -> Move:
+    def record_to(self, recorder: SpanRecorder | None) -> None:
+        """Tell a recorder of every copy from now on, and keep when they run for `take_spans`; None: no longer."""
+        self._spans = None if recorder is None else CudaSpans(self._timed_event)
+        self._recorder = recorder
+
+    def take_spans(self) -> list[Span]:
+        """Return when the copies ran that have ended since the last call."""
+        return [] if self._spans is None else self._spans.take()
+
+    def _timed_event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def _copy(
+        self,
+        stream: torch.cuda.Stream,
+        dst: torch.Tensor,
+        src: torch.Tensor,
+        *,
+        after: Mark,
+        operation: str,
+        record: str,
+    ) -> Move:
         assert isinstance(after, torch.cuda.Event)
         stream.wait_event(after)
         # The outer context is for threads and programs whose current device is another one: leaving the inner one
         # alone would select that device, and so make a context, and take memory, on a device that is not ours.
         with torch.cuda.device(self.device), torch.cuda.stream(stream), torch.no_grad():
+            recorder, spans = self._recorder, self._spans
+            begin = None if spans is None else spans.begin()
             dst.copy_(src, non_blocking=True)
+            if recorder is not None and spans is not None and begin is not None:
+                recorder.submitted(self, spans.end(begin), operation=operation, record=record, nbytes=src.nbytes)
             # The host sleeps while it waits: the worker pool has better uses for a processor than spinning.
             event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             event.record(stream)

@@ -162,6 +162,18 @@ typedef struct gn_sweep_buffer {
     int32_t mode; /* gn_sweep_mode */
 } gn_sweep_buffer;
 
+/* ------------------------------------------------------------------ spans */
+
+/* When a job or request ran: from the moment a thread, or the kernel, was given its first part to its
+ * completion. CLOCK_MONOTONIC. */
+typedef struct gn_span {
+    uint64_t ticket;
+    int64_t begin_ns;
+    int64_t end_ns;
+} gn_span;
+
+enum { GN_MAX_SPANS = 1048576 };
+
 /* ------------------------------------------------------------------ worker pool */
 
 /* A fixed set of threads that run the kernels above, most urgent job first. */
@@ -214,6 +226,14 @@ int32_t gn_pool_submit_sweep(gn_pool* pool, const gn_sweep_buffer* buffers, int6
  * ever; 0: only look) or -EINVAL for a ticket that was never issued. May be asked
  * repeatedly and from several threads; results of completed tickets cost no memory when they are 0. */
 int32_t gn_pool_wait(gn_pool* pool, uint64_t ticket, int64_t timeout_ns);
+
+/* Keep the spans of jobs that begin from now on; once `capacity` of them, at most GN_MAX_SPANS, wait to be
+ * taken, further ones are lost. Those kept so far are dropped. 0, as in the beginning: keep none, at no cost.
+ */
+int32_t gn_pool_keep_spans(gn_pool* pool, int64_t capacity);
+
+/* Move the oldest spans to spans[max_count], in order of completion; returns how many, or -errno. */
+int64_t gn_pool_take_spans(gn_pool* pool, gn_span* spans, int64_t max_count);
 
 /* ------------------------------------------------------------------ memory nodes */
 
@@ -312,6 +332,10 @@ int32_t gn_io_submit(gn_io* io, const gn_io_request* requests, int64_t count, ui
 /* Wait for a ticket as gn_pool_wait does. Returns the request's status; `result`, if not NULL, is
  * filled once the request has completed. A ticket that completed without error may be asked again. */
 int32_t gn_io_wait(gn_io* io, uint64_t ticket, int64_t timeout_ns, gn_io_result* result);
+
+/* As gn_pool_keep_spans and gn_pool_take_spans, for requests. */
+int32_t gn_io_keep_spans(gn_io* io, int64_t capacity);
+int64_t gn_io_take_spans(gn_io* io, gn_span* spans, int64_t max_count);
 
 /* Bytes moved since creation. */
 int32_t gn_io_stats(gn_io* io, int64_t* nbytes_read, int64_t* nbytes_written);

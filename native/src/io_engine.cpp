@@ -9,7 +9,7 @@
 // [Note: what a ticket costs]
 // A request lives in `requests_` until it has completed; one that succeeded is then erased, one that
 // failed stays until the engine is destroyed. An issued number that is absent therefore succeeded, and
-// completing a request never allocates.
+// completing a request never allocates; room for spans is taken when somebody asks for them.
 //
 // [Note: verified files]
 // The service thread alone uses a file's checksums, without the lock: one write is summed before it is
@@ -42,6 +42,7 @@
 #include "../include/gemini_native.h"
 #include "crc32c.h"
 #include "io_backend.h"
+#include "spans.h"
 
 namespace gn::io {
 
@@ -107,6 +108,7 @@ struct Request : Transfer {
     int64_t nbytes_done = 0;
     int32_t status = 0;
     int32_t num_retries = 0;
+    int64_t begin_ns = 0;  // when it was first given to the kernel; 0: nobody asked
     bool is_waited_for = false;
     bool is_via_direct = false;      // its present transfer
     bool is_direct_refused = false;  // a direct transfer of it came back with -EINVAL
@@ -185,6 +187,8 @@ struct gn_io {
     int32_t submit(const gn_io_request* requests, int64_t count, uint64_t* tickets);
     int32_t wait(uint64_t ticket, int64_t timeout_ns, gn_io_result* result);
     void stats(int64_t* nbytes_read, int64_t* nbytes_written);
+    int32_t keep_spans(int64_t capacity);
+    int64_t take_spans(gn_span* spans, int64_t max_count);
     bool is_in_creating_process() const { return pid_ == getpid(); }
 
   private:
@@ -230,6 +234,7 @@ struct gn_io {
     bool is_stopping_ = false;
     int64_t nbytes_read_ = 0;
     int64_t nbytes_written_ = 0;
+    gn::SpanLog spans_;
 };
 
 namespace gn::io {
@@ -477,6 +482,17 @@ void gn_io::stats(int64_t* nbytes_read, int64_t* nbytes_written) {
     if (nbytes_written != nullptr) *nbytes_written = nbytes_written_;
 }
 
+int32_t gn_io::keep_spans(int64_t capacity) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    spans_.keep(capacity);
+    return 0;
+}
+
+int64_t gn_io::take_spans(gn_span* spans, int64_t max_count) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return spans_.take(spans, max_count);
+}
+
 // ---------------------------------------------------------------------- service thread
 
 void gn_io::serve() {
@@ -504,6 +520,7 @@ int32_t gn_io::take_batch_locked() {
     while (!queue_.is_empty() && num_in_flight_ < queue_depth_) {
         Request* request = queue_.pop();
         aim_locked(request);
+        if (request->begin_ns == 0 && spans_.is_on()) request->begin_ns = gn::now_ns();
         batch_[static_cast<size_t>(count++)] = request;
         ++num_in_flight_;
         if (request->must_be_summed()) break;
@@ -617,6 +634,7 @@ void gn_io::retry_locked(Request* request, int32_t status) {
 // Wakes only who waits for this request: a caller with many in flight would otherwise wake at each.
 void gn_io::complete_locked(Request* request, int32_t status) {
     --request->file->num_users;
+    spans_.add(request->ticket, request->begin_ns);
     if (request->is_waited_for) request_completed_.notify_all();
     if (status == 0) {
         requests_.erase(request->ticket);
@@ -706,6 +724,18 @@ int32_t gn_io_submit(gn_io* io, const gn_io_request* requests, int64_t count, ui
 
 int32_t gn_io_wait(gn_io* io, uint64_t ticket, int64_t timeout_ns, gn_io_result* result) {
     return gn::io::guarded_on(io, [=] { return io->wait(ticket, timeout_ns, result); });
+}
+
+int32_t gn_io_keep_spans(gn_io* io, int64_t capacity) {
+    if (capacity < 0 || capacity > GN_MAX_SPANS) return -EINVAL;
+    return gn::io::guarded_on(io, [=] { return io->keep_spans(capacity); });
+}
+
+int64_t gn_io_take_spans(gn_io* io, gn_span* spans, int64_t max_count) {
+    if (max_count < 0 || (max_count > 0 && spans == nullptr)) return -EINVAL;
+    if (io == nullptr) return -EINVAL;
+    if (!io->is_in_creating_process()) return -ESRCH;
+    return io->take_spans(spans, max_count);
 }
 
 int32_t gn_io_stats(gn_io* io, int64_t* nbytes_read, int64_t* nbytes_written) {

@@ -22,6 +22,7 @@
 
 #include "float_mode.h"
 #include "jobs.h"
+#include "spans.h"
 
 namespace {
 
@@ -38,6 +39,7 @@ struct Job {
     int64_t num_blocks = 0;
     int64_t num_taken = 0;     // blocks some thread has taken
     int64_t num_finished = 0;  // blocks that are done
+    int64_t begin_ns = 0;      // when the first block was taken; 0: nobody asked
     bool is_cancelled = false;
 
     virtual ~Job() = default;
@@ -144,6 +146,7 @@ struct gn_pool {
     bool is_shut_down = false;
     int32_t max_background = kMaxThreads;  // threads that may run background jobs at the same time
     int32_t num_background = 0;            // threads that do
+    gn::SpanLog spans;
     std::vector<std::thread> threads;
     std::vector<int32_t> thread_ids;  // of the threads that have started, in the order they did
     const pid_t process = getpid();
@@ -173,6 +176,7 @@ void gn_pool::work() {
         Job* job = first->second;
         const uint64_t ticket = first->first.second;
         const int64_t block = job->num_taken++;
+        if (block == 0 && spans.is_on()) job->begin_ns = gn::now_ns();
         if (job->num_taken == job->num_blocks) queue.erase(first);
         const int32_t background = is_background(*job) ? 1 : 0;
         num_background += background;
@@ -189,6 +193,7 @@ void gn_pool::work() {
         lock.lock();
         // The job's memory is freed outside the lock, after nobody can find it any more.
         auto node = pending.extract(ticket);
+        spans.add(ticket, job->begin_ns);
         progress.notify_all();
         lock.unlock();
         node = {};
@@ -339,6 +344,23 @@ int32_t gn_pool_destroy(gn_pool* pool) {
         delete pool;
         return 0;
     });
+}
+
+int32_t gn_pool_keep_spans(gn_pool* pool, int64_t capacity) {
+    if (!pool || capacity < 0 || capacity > GN_MAX_SPANS) return -EINVAL;
+    if (is_foreign(pool)) return -ECHILD;
+    return guarded([=]() -> int32_t {
+        const std::lock_guard<std::mutex> guard(pool->mutex);
+        pool->spans.keep(capacity);
+        return 0;
+    });
+}
+
+int64_t gn_pool_take_spans(gn_pool* pool, gn_span* spans, int64_t max_count) {
+    if (!pool || max_count < 0 || (max_count > 0 && !spans)) return -EINVAL;
+    if (is_foreign(pool)) return -ECHILD;
+    const std::lock_guard<std::mutex> guard(pool->mutex);
+    return pool->spans.take(spans, max_count);
 }
 
 int32_t gn_pool_submit_adam(gn_pool* pool, const gn_adam_args* args, int32_t priority, uint64_t* ticket) {

@@ -151,6 +151,15 @@ void test_checksums() {
 
 // ---------------------------------------------------------------------- worker pool
 
+// Take spans beside those who make them; each has a length.
+template <class Take>
+void check_spans(Take take) {
+    gn_span spans[4];
+    for (int round = 0; round < 20; ++round)
+        for (int64_t i = take(spans, 4); i-- > 0;)
+            CHECK(spans[i].ticket > 0 && spans[i].begin_ns <= spans[i].end_ns);
+}
+
 // One of several threads that share a pool; every job has tensors of its own.
 void use_pool(gn_pool* pool, int32_t isa) {
     for (int64_t numel : {0, 1, 70000, 200000}) {
@@ -175,9 +184,12 @@ void test_pool() {
     const int32_t isa = gn_isa_best();
     gn_pool* pool = nullptr;
     CHECK(gn_pool_create(&pool, 3) == 0);
+    CHECK(gn_pool_keep_spans(pool, 30) == 0);
     std::vector<std::thread> users;
     for (int i = 0; i < 4; ++i) users.emplace_back(use_pool, pool, isa);
+    check_spans([=](gn_span* spans, int64_t count) { return gn_pool_take_spans(pool, spans, count); });
     for (std::thread& user : users) user.join();
+    CHECK(gn_pool_keep_spans(pool, 0) == 0);
 
     // Shut down with work queued and a thread waiting for it.
     constexpr int64_t kSmall = 4096, kNumSmall = 19, kLarge = 8 << 20;
@@ -263,7 +275,9 @@ void test_engine(int32_t backend, const std::string& path) {
     CHECK(file >= 0);
     CHECK(gn_io_verify(io, file, 300 * kBlockNbytes) == 0);
     std::vector<std::thread> users;
+    CHECK(gn_io_keep_spans(io, 30) == 0);
     for (int32_t number = 0; number < 4; ++number) users.emplace_back(use_file, io, file, number);
+    check_spans([=](gn_span* spans, int64_t count) { return gn_io_take_spans(io, spans, count); });
     for (std::thread& user : users) user.join();
     test_mismatch(io, file, path);
 

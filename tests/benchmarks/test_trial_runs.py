@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("transformers")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TRIALS = {
+    "recording.py": ["--layers", "1", "--width", "64", "--rounds", "1"],
     "heap.py": ["--model", "tiny", "--tokens", "32", "--steps", "1", "--rounds", "1", "--systems", "torch", "gemini"],
 }
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import resource
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from runs import Scenario, training
 from torch.optim import lr_scheduler
 from training_harness import PLACEMENTS, config_for, hybrid_adam, same_bits
 
-from gemini import ConfigError, GeminiDDP, OffloadIOError
+from gemini import ConfigError, GeminiDDP, OffloadIOError, has_checkpoint
 from gemini.checkpoint.directory import CheckpointDirectory, complete_checkpoints, find_checkpoint, read_manifest
 from gemini.safetensors_file import SafetensorsWriter
 from gemini.weights import read_parts
@@ -169,7 +174,7 @@ def test_other_files_in_the_directory_are_left_alone(tmp_path: Path) -> None:
     with training(SCENARIO, "host", tmp_path) as run:
         for _ in range(3):
             run.engine.save_checkpoint(tmp_path / "run", keep_last=1)
-    expected = ["notes", "step-00000000-save-00003", "step-00000009-save-00009"]
+    expected = ["notes", "step-00000000-save-00012", "step-00000009-save-00009"]
     assert names(tmp_path / "run") == expected
 
 
@@ -218,7 +223,10 @@ def test_gradients_that_wait_for_a_step_are_not_lost_silently(tmp_path: Path) ->
     [
         ({"extra": {"model": object()}}, "save_checkpoint: extra: expected tensors, numbers"),
         ({"extra": lambda: None}, "save_checkpoint: extra: expected tensors, numbers"),
+        ({"extra": {"seen": [1, {"file": io.BytesIO()}]}}, r"extra\['seen'\]\[1\]\['file'\]: .* got _io.BytesIO"),
         ({"keep_last": 0}, "save_checkpoint: keep_last: expected at least 1, or None for all, got 0"),
+        ({"keep_last": 1.5}, "save_checkpoint: keep_last: expected at least 1, or None for all, got 1.5"),
+        ({"keep_last": "2"}, "save_checkpoint: keep_last: expected at least 1, or None for all, got '2'"),
     ],
 )
 def test_what_cannot_be_kept_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -227,6 +235,117 @@ def test_what_cannot_be_kept_is_refused(fields: dict[str, Any], message: str, tm
             run.engine.save_checkpoint(tmp_path / "run", **fields)
         run.save(tmp_path / "run")
     assert names(tmp_path / "run") == ["step-00000000-save-00001"]
+
+
+def test_numbers_of_numpy_are_kept(tmp_path: Path) -> None:
+    with training(SCENARIO, "host", tmp_path) as run:
+        run.scheduler = lr_scheduler.LambdaLR(run.optimizer, lambda step: np.float64(0.5) * (1 + np.cos(step)))
+        run.train(0, 1)
+        extra = {"mean": np.float32(0.5), np.int64(3): (np.bool_(True), [np.int8(1)])}
+        run.engine.save_checkpoint(tmp_path / "run", scheduler=run.scheduler, extra=extra)
+        found = run.engine.load_checkpoint(tmp_path / "run", scheduler=run.scheduler)
+    assert found.extra == {"mean": 0.5, 3: (True, [1])}
+
+
+def test_a_view_is_kept_without_what_it_is_a_view_of(tmp_path: Path) -> None:
+    with training(SCENARIO, "host", tmp_path) as run:
+        path = run.engine.save_checkpoint(tmp_path / "run", extra=torch.arange(1_000_000.0)[3:6]).wait()
+        assert run.engine.load_checkpoint(path).extra.tolist() == [3, 4, 5]
+    assert (path / "rank-00000.pt").stat().st_size < 100_000
+
+
+def test_a_checkpoint_is_no_directory_for_checkpoints(tmp_path: Path) -> None:
+    with training(SCENARIO, "host", tmp_path) as run:
+        path = run.engine.save_checkpoint(tmp_path / "run").wait()
+        with pytest.raises(ConfigError, match="is a checkpoint: expected a directory of checkpoints"):
+            run.engine.save_checkpoint(path)
+        run.engine.save_checkpoint(tmp_path / "run")
+
+
+def test_the_working_directory_may_change_while_one_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with training(SCENARIO, "host", tmp_path) as run:
+        save = run.engine.save_checkpoint("run", wait=False)
+        (tmp_path / "elsewhere" / "run" / ".saving").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert save.wait() == tmp_path / "run" / "step-00000000-save-00001"
+    assert names(tmp_path / "elsewhere" / "run") == [".saving"]
+
+
+def test_a_thread_that_cannot_start_costs_the_checkpoint_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with training(SCENARIO, "nvme", tmp_path) as run:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                run.save(tmp_path / "run")
+        run.train(0, 1)
+        run.save(tmp_path / "run")
+    assert names(tmp_path / "run") == [KEPT]
+
+
+def test_the_process_ends_when_the_checkpoint_is_complete(tmp_path: Path) -> None:
+    """A program that neither waits nor closes the engine loses nothing."""
+    program = f"""
+import sys
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent / "training")]!r}
+from pathlib import Path
+import time
+from gemini import GeminiDDP
+from gemini.safetensors_file import SafetensorsWriter
+from runs import Scenario
+from training_harness import config_for
+append = SafetensorsWriter.append
+def append_slowly(*arguments):
+    time.sleep(0.01)
+    append(*arguments)
+SafetensorsWriter.append = append_slowly
+engine = GeminiDDP(Scenario().case.model(), config_for("nvme", Path(sys.argv[1])))
+assert not engine.save_checkpoint(Path(sys.argv[1]) / "run", wait=False).is_done
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert names(tmp_path / "run") == ["step-00000000-save-00001"]
+
+
+def test_the_child_of_a_fork_leaves_the_save_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    append = SafetensorsWriter.append
+
+    def append_slowly(writer: SafetensorsWriter, name: str, values: torch.Tensor) -> None:
+        time.sleep(0.002)
+        append(writer, name, values)
+
+    monkeypatch.setattr(SafetensorsWriter, "append", append_slowly)
+    with training(SCENARIO, "host", tmp_path) as run:
+        save = run.engine.save_checkpoint(tmp_path / "run", wait=False)
+        child = os.fork()
+        if not child:
+            save.close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert save.wait().name == "step-00000000-save-00001"
+
+
+def test_whether_there_is_a_checkpoint(tmp_path: Path) -> None:
+    assert not has_checkpoint(tmp_path / "run")
+    (tmp_path / "run" / "step-00000009-save-00009").mkdir(parents=True)
+    assert not has_checkpoint(tmp_path / "run")
+    with training(SCENARIO, "host", tmp_path) as run:
+        path = run.engine.save_checkpoint(tmp_path / "run").wait()
+    assert has_checkpoint(tmp_path / "run")
+    assert has_checkpoint(str(path))
+    with pytest.raises(OffloadIOError, match="File name too long"):
+        has_checkpoint(tmp_path / ("long" * 100))
+
+
+def test_a_manifest_that_lies_beside_checkpoints_hides_none(tmp_path: Path) -> None:
+    with training(SCENARIO, "host", tmp_path) as run:
+        path = run.engine.save_checkpoint(tmp_path / "run").wait()
+        (tmp_path / "run" / "manifest.json").write_text("{}")
+        assert run.engine.load_checkpoint(tmp_path / "run").path == path
 
 
 def make_schedulers(optimizer: torch.optim.Optimizer) -> list[Any]:

@@ -262,9 +262,9 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
         WorkerPool,
         "submit_adam",
         "the native update",
-        lambda tile: ([tile.grad], [tile.working, tile.master, tile.momentum, tile.variance]),
+        lambda tile, record="": ([tile.grad], [tile.working, tile.master, tile.momentum, tile.variance]),
     )
-    reported(WorkerPool, "submit_gradient", "the gradient store", lambda dst, src, mode: ([src], [dst]))
+    reported(WorkerPool, "submit_gradient", "the gradient store", lambda dst, src, mode, record="": ([src], [dst]))
     reported(DiskStore, "read", "a read from disk", lambda extent, into, offset=0: ([], [into]))
     reported(DiskStore, "write", "a write to disk", lambda extent, source, offset=0: ([source], []))
     copy = torch.Tensor.copy_

@@ -298,6 +298,24 @@ def resume_checkpoint(
     return {"step": found.step, "extra": found.extra, "loaded": loaded, "through": through}
 
 
+def keep_buffers(*, directory: Path) -> tuple[bool, bool]:
+    """Save and load buffers that differ among ranks; return whether this rank's came back, in a new engine."""
+    case = case_of("conv_net")
+    with sharded(case, stage=3, place="host", directory=None) as engine:
+        batches = global_batches(case, 1, dist.get_world_size())
+        fit(engine, hybrid_adam(engine.parameters()), case, batches, rank=dist.get_rank(), world_size=2)
+        expected = {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
+        engine.save_checkpoint(directory)
+    with sharded(case, stage=3, place="host", directory=None) as engine:
+        hybrid_adam(engine.parameters())
+        engine.load_checkpoint(directory)
+        is_same = same_bits(dict(engine.module.named_buffers()), expected)
+    mean = next(value for name, value in expected.items() if name.endswith("running_mean"))
+    means = [torch.empty_like(mean) for _ in range(2)]
+    dist.all_gather(means, mean)
+    return is_same, torch.equal(*means)
+
+
 def evaluate_between_steps(*, stage: int, place: str) -> list[float]:
     """Return the losses of a training in which each step is followed by an evaluation, which count too."""
     rank, world_size = dist.get_rank(), dist.get_world_size()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rank_cases import case_of, evaluate_between_steps, resume_checkpoint, save_and_load, save_checkpoint
+from rank_cases import case_of, evaluate_between_steps, keep_buffers, resume_checkpoint, save_and_load, save_checkpoint
 from rank_pool import RankPool
 from safetensors.torch import load_file
 from training_harness import config_for, hybrid_adam, same_bits
@@ -67,6 +67,10 @@ def test_what_several_ranks_hold_is_saved_once_and_loaded_by_all(world_size, fie
     numel = sum(parameter.numel() for parameter in case_of("gpt2").model().parameters())
     entries = [entry for file in path.glob("*.safetensors") for entry in load_file(file).items()]
     assert sum(values.numel() for name, values in entries if name.startswith(("master.", "weight."))) == numel
+
+
+def test_each_rank_gets_its_own_buffers_back(ranks: RankPool, tmp_path):
+    assert ranks.run(2, keep_buffers, directory=tmp_path) == [(True, False)] * 2
 
 
 def test_checkpoints_do_not_depend_on_the_number_of_ranks(ranks: RankPool, tmp_path):

@@ -1,0 +1,256 @@
+"""Hugging Face accelerate: an Accelerator that leaves to the engine what the engine does itself."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemini.ddp import GeminiDDP, runtime_of
+from gemini.errors import ConfigError, MissingLibraryError
+from gemini.optimizer import HybridAdam
+
+try:
+    import accelerate
+    from accelerate.optimizer import AcceleratedOptimizer
+except ImportError as error:
+    raise MissingLibraryError(f"{__name__} needs accelerate (pip install accelerate): {error}") from error
+
+__all__ = ["GeminiAccelerator"]
+
+
+class GeminiAccelerator(accelerate.Accelerator):
+    """An Accelerator for models wrapped in GeminiDDP and trained with HybridAdam; others it treats as ever.
+
+    `prepare` takes the engine and its optimizer as they are: nothing is moved, cast or wrapped again.
+    `clip_grad_norm_` clips the gradients where they wait, and `save_state` streams weights and optimizer state into a
+    checkpoint of the engine beside accelerate's own small files. Everything else is accelerate's.
+    """
+
+    _models: list[Any]
+    _optimizers: list[Any]
+
+    def prepare_model(
+        self, model: torch.nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+    ) -> torch.nn.Module:
+        """Return an engine, or the model inside of one, as it is; prepare any other model.
+
+        Args:
+            model: what is to be prepared.
+            device_placement: as accelerate's; an engine is never moved.
+            evaluation_mode: as accelerate's.
+
+        Returns:
+            The model.
+
+        Raises:
+            ConfigError: the accelerator is to do what the engine does itself.
+        """
+        if not any(runtime_of(param) is not None for param in model.parameters()):
+            prepared: torch.nn.Module = super().prepare_model(model, device_placement, evaluation_mode)
+            return prepared
+        self._refuse_double_work()
+        if isinstance(model, GeminiDDP):
+            self._check_engine(model)
+            if model not in self._models:
+                self._models.append(model)
+        return model
+
+    def _refuse_double_work(self) -> None:
+        if self.mixed_precision != "no":
+            raise ConfigError(
+                f'Accelerator.mixed_precision: expected "no", got {self.mixed_precision!r}: the engine has working '
+                "weights of its own dtype and float32 masters; choose it with GeminiConfig(dtype=...)"
+            )
+        if self.state.dynamo_plugin.backend != accelerate.utils.DynamoBackend.NO:
+            raise ConfigError(
+                "Accelerator.dynamo_plugin: a whole model that is compiled hides which weights it needs when; compile "
+                "its blocks before it is wrapped: for block in model.model.layers: block.compile()"
+            )
+
+    def _check_engine(self, engine: GeminiDDP) -> None:
+        if self.num_processes > 1 and engine.runtime.sharding is None:
+            raise ConfigError(
+                f"Accelerator.prepare: {self.num_processes} processes, and the engine shares its model with none: "
+                "wrap it with zero.shard(model, config) in place of GeminiDDP"
+            )
+        device = engine.runtime.resources.transfers.device
+        if device.type != self.device.type:
+            raise ConfigError(
+                f"Accelerator.device: {self.device}, where batches go, and the engine computes on {device}: give "
+                "Accelerator(cpu=...) and GeminiConfig(device=...) the same"
+            )
+
+    def prepare_optimizer(
+        self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None
+    ) -> AcceleratedOptimizer:
+        """Wrap an optimizer; the state of a HybridAdam stays where it is.
+
+        Args:
+            optimizer: what is to be prepared.
+            device_placement: as accelerate's; without meaning for a HybridAdam.
+
+        Returns:
+            The wrapper.
+
+        Raises:
+            ConfigError: it is another optimizer over an engine's parameters, which would train nothing.
+        """
+        if isinstance(optimizer, HybridAdam):
+            prepared = _PreparedHybridAdam(optimizer, device_placement=False)
+            self._optimizers.append(prepared)
+            return prepared
+        if not isinstance(optimizer, AcceleratedOptimizer):
+            params = (param for group in optimizer.param_groups for param in group["params"])
+            if any(runtime_of(param) is not None for param in params):
+                raise ConfigError(
+                    f"Accelerator.prepare: expected a HybridAdam for the parameters of a GeminiDDP, got a "
+                    f"{type(optimizer).__name__}, which would find no gradients and train nothing"
+                )
+        return super().prepare_optimizer(optimizer, device_placement)
+
+    def unwrap_model(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        """Return the user's model: of an engine, what it wraps.
+
+        Args:
+            model: wrapped or not.
+            *args: as accelerate's.
+            **kwargs: as accelerate's.
+
+        Returns:
+            The model, as accelerate's.
+        """
+        plain = model.module if isinstance(model, GeminiDDP) else model
+        unwrapped: torch.nn.Module = super().unwrap_model(plain, *args, **kwargs)
+        return unwrapped
+
+    def clip_grad_norm_(
+        self, parameters: Iterable[torch.Tensor] | torch.Tensor, max_norm: float, norm_type: float = 2
+    ) -> torch.Tensor | None:
+        """Clip gradients by their global norm.
+
+        Args:
+            parameters: all that an engine trains, or none that one does.
+            max_norm: largest norm allowed; infinity measures only.
+            norm_type: 2 for an engine's.
+
+        Returns:
+            The norm before clipping, float32 []; NaN if a gradient of an engine is not finite: its next step is
+            skipped.
+
+        Raises:
+            ConfigError: another norm was asked for, some of an engine's parameters are missing, or the engine was
+                never prepared.
+        """
+        params = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        engine = self._engine_of(params)
+        if engine is None:
+            norm: torch.Tensor | None = super().clip_grad_norm_(params, max_norm, norm_type)
+            return norm
+        if norm_type != 2:
+            raise ConfigError(f"Accelerator.clip_grad_norm_: norm_type: expected 2, got {norm_type!r}")
+        given = {id(param) for param in params}
+        if any(id(param) not in given for param in engine.parameters() if param.requires_grad):
+            raise ConfigError(
+                "Accelerator.clip_grad_norm_: parameters: expected all that the engine trains, whose gradients are "
+                "clipped together; pass model.parameters()"
+            )
+        return engine.clip_grad_norm_(max_norm)
+
+    def clip_grad_value_(self, parameters: Iterable[torch.Tensor] | torch.Tensor, clip_value: float) -> None:
+        """Clip each gradient's elements; not for an engine's.
+
+        Args:
+            parameters: none that an engine manages.
+            clip_value: largest magnitude allowed.
+
+        Raises:
+            ConfigError: an engine manages one.
+        """
+        params = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        if self._engine_of(params) is not None:
+            raise ConfigError("Accelerator.clip_grad_value_: gradients of a GeminiDDP are clipped by their norm alone")
+        super().clip_grad_value_(params, clip_value)
+
+    def _engine_of(self, params: list[torch.Tensor]) -> GeminiDDP | None:
+        runtime = next((found for found in map(runtime_of, params) if found is not None), None)
+        if runtime is None:
+            return None
+        for model in self._models:
+            if isinstance(model, GeminiDDP) and model.runtime is runtime:
+                return model
+        raise ConfigError("Accelerator: these are parameters of a GeminiDDP that has not been given to prepare()")
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def save_state(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Save as accelerate does; of each engine and its optimizer, a checkpoint into `gemini_N`.
+
+        Args:
+            output_dir: as accelerate's.
+            *args: as accelerate's.
+            **kwargs: as accelerate's.
+
+        Returns:
+            As accelerate's.
+        """
+
+        def save(models: Any, weights: Any, directory: str) -> None:
+            for place, engine in _places(engines, directory):
+                engine.save_checkpoint(place, keep_last=1)
+
+        with self._without_engines() as engines:
+            hook = self.register_save_state_pre_hook(save)
+            try:
+                return super().save_state(output_dir, *args, **kwargs)
+            finally:
+                hook.remove()
+
+    def load_state(self, input_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Load what `save_state` has saved, into engines prepared in the same order.
+
+        Args:
+            input_dir: as accelerate's.
+            *args: as accelerate's.
+            **kwargs: as accelerate's.
+        """
+
+        def load(models: Any, directory: str) -> None:
+            for place, engine in _places(engines, directory):
+                engine.load_checkpoint(place)
+
+        with self._without_engines() as engines:
+            hook = self.register_load_state_pre_hook(load)
+            try:
+                super().load_state(input_dir, *args, **kwargs)
+            finally:
+                hook.remove()
+
+    @contextmanager
+    def _without_engines(self) -> Iterator[list[GeminiDDP]]:
+        """Hide engines and their optimizers from accelerate, which would gather them whole in memory."""
+        models, optimizers = self._models, self._optimizers
+        self._models = [model for model in models if not isinstance(model, GeminiDDP)]
+        self._optimizers = [each for each in optimizers if not isinstance(each, _PreparedHybridAdam)]
+        try:
+            yield [model for model in models if isinstance(model, GeminiDDP)]
+        finally:
+            self._models, self._optimizers = models, optimizers
+
+
+def _places(engines: list[GeminiDDP], directory: str | os.PathLike[str]) -> Iterator[tuple[Path, GeminiDDP]]:
+    return ((Path(directory) / f"gemini_{number}", engine) for number, engine in enumerate(engines))
+
+
+class _PreparedHybridAdam(AcceleratedOptimizer):
+    """accelerate's wrapper; tells schedulers of steps that HybridAdam has skipped."""
+
+    @property
+    def step_was_skipped(self) -> bool:
+        norm = self.optimizer.last_grad_norm
+        return norm is not None and not math.isfinite(norm)

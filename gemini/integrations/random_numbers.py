@@ -1,0 +1,24 @@
+"""Loading a checkpoint in the middle of somebody else's loop, which restores random numbers when it sees fit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+__all__ = ["unchanged_random_numbers"]
+
+
+@contextmanager
+def unchanged_random_numbers() -> Iterator[None]:
+    """Put the generators of Python, NumPy and torch back, at the end, to where they were."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

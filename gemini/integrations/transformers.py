@@ -1,0 +1,268 @@
+"""Hugging Face's Trainer, and every trainer built on it, over a GeminiDDP.
+
+[Note: Where the engine stands]
+The trainer's `model` stays the user's model, which callbacks, saving and evaluation look at; the engine is what a
+trainer calls `model_wrapped`, as torch's DistributedDataParallel would be. It is built when training or evaluation
+begins: whatever a trainer does to its model before (adapters, special tokens, activation checkpointing, a patched
+output layer) is done to a plain model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemini.config import GeminiConfig
+from gemini.ddp import GeminiDDP
+from gemini.errors import CheckpointMismatchError, ConfigError, MissingLibraryError
+from gemini.integrations.accelerate import GeminiAccelerator
+from gemini.integrations.random_numbers import unchanged_random_numbers
+from gemini.optimizer import HybridAdam
+
+try:
+    import transformers
+except ImportError as error:
+    raise MissingLibraryError(f"{__name__} needs transformers (pip install transformers): {error}") from error
+
+__all__ = ["GeminiTrainer", "GeminiTrainerMixin", "config_for_arguments"]
+
+_CHECKPOINT_NAME = "gemini"
+_TRAINING_ARGUMENTS_NAME = "training_args.bin"
+
+_ADAMW_NAMES = ("adamw_torch", "adamw_torch_fused")
+
+_REFUSED_ARGUMENTS = {
+    "deepspeed": "GeminiConfig says where memory comes from; GeminiConfig.from_deepspeed reads such a file",
+    "fsdp": "the engine places and moves the weights itself",
+    "torch_compile": "compile the blocks of the model instead: for block in model.model.layers: block.compile()",
+    "fp16_full_eval": "evaluation uses the engine's working weights: choose GeminiConfig(dtype=...)",
+    "bf16_full_eval": "evaluation uses the engine's working weights: choose GeminiConfig(dtype=...)",
+    "auto_find_batch_size": "budgets keep weights and state from running out of memory; choose a batch size",
+    "optim_args": "HybridAdam takes learning_rate, adam_beta1, adam_beta2, adam_epsilon and weight_decay",
+}
+"""What a TrainingArguments may not ask for, and what to do instead."""
+
+
+def config_for_arguments(config: GeminiConfig | None, arguments: Any) -> GeminiConfig:
+    """Return the engine's configuration for a trainer's arguments.
+
+    Args:
+        config: the user's; None: the dtype that `bf16` or `fp16` name, else float32.
+        arguments: transformers.TrainingArguments.
+
+    Returns:
+        The user's configuration, on the trainer's device if it names none.
+
+    Raises:
+        ConfigError: the two contradict each other, or the arguments ask for what an engine cannot do.
+    """
+    for name, remedy in _REFUSED_ARGUMENTS.items():
+        if getattr(arguments, name, None):
+            raise ConfigError(f"TrainingArguments.{name}: not with a GeminiDDP: {remedy}")
+    if arguments.optim not in _ADAMW_NAMES:
+        raise ConfigError(
+            f"TrainingArguments.optim: expected one of {', '.join(_ADAMW_NAMES)}, which HybridAdam stands for, got "
+            f"{str(arguments.optim)!r}"
+        )
+    if arguments.load_best_model_at_end and arguments.save_only_model:
+        raise ConfigError(
+            "TrainingArguments.save_only_model: not with load_best_model_at_end, which reads the engine's checkpoint"
+        )
+    flag = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else None
+    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16, None: None}[flag]
+    accumulates = arguments.gradient_accumulation_steps > 1
+    if config is None:
+        return GeminiConfig(dtype=wanted or torch.float32, gradient_accumulation=accumulates, device=arguments.device)
+    if wanted not in (None, config.dtype):
+        raise ConfigError(
+            f"TrainingArguments.{flag}: expected what GeminiConfig.dtype says, which is {config.dtype}: pass "
+            f"{flag}=False, or GeminiConfig(dtype={wanted})"
+        )
+    if accumulates and not config.gradient_accumulation:
+        raise ConfigError(
+            "GeminiConfig.gradient_accumulation: expected True, because TrainingArguments.gradient_accumulation_steps "
+            f"is {arguments.gradient_accumulation_steps}"
+        )
+    if config.device is None:
+        return replace(config, device=arguments.device)
+    return config
+
+
+class GeminiTrainerMixin:
+    """Lets a trainer train through a GeminiDDP: `class Trainer(GeminiTrainerMixin, transformers.Trainer)`.
+
+    The rest of the script stays as it is. AdamW is HybridAdam, with the trainer's parameter groups, learning rates and
+    clipping; a checkpoint holds the engine's, streamed, in place of the optimizer's file. With several processes,
+    override `build_engine` to return `zero.shard(model, config)`.
+
+    Args:
+        *args: the trainer's own.
+        gemini: budgets and choices; None: chosen from the trainer's arguments.
+        **kwargs: the trainer's own.
+
+    Attributes:
+        engine: built when training or evaluation begins; None before. Its `close()` gives memory and disk back.
+
+    Raises:
+        ConfigError: the trainer's arguments ask for what an engine cannot do, or contradict `gemini`.
+    """
+
+    engine: GeminiDDP | None = None
+    accelerator: Any
+    args: Any
+    data_collator: Any
+    lr_scheduler: Any
+    model: Any
+    optimizer: Any
+    state: Any
+
+    def __init__(self, *args: Any, gemini: GeminiConfig | None = None, **kwargs: Any) -> None:
+        if gemini is not None and not isinstance(gemini, GeminiConfig):
+            raise ConfigError(f"GeminiTrainer: gemini: expected a GeminiConfig or None, got {gemini!r}")
+        self._gemini = gemini
+        super().__init__(*args, **kwargs)
+
+    # ---------------------------------------------------------------- preparing
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Build the accelerator, after looking whether the arguments allow an engine."""
+        self._gemini = config_for_arguments(self._gemini, self.args)
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        self.accelerator.__class__ = GeminiAccelerator  # the trainer names the class itself; ours adds no state
+        self.args._n_gpu = 1  # more would mean torch.nn.DataParallel
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Let accelerate cast nothing: the engine's dtype is what `bf16` and `fp16` were turned into."""
+        arguments: dict[str, Any] = super()._build_accelerator_args(**kwargs)  # type: ignore[misc]
+        return arguments | {"mixed_precision": "no"}
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        """Leave the model where it is; the engine moves it."""
+
+    def build_engine(self, model: Any, config: GeminiConfig) -> GeminiDDP:
+        """Wrap the model; to be overridden where a GeminiDDP is made in another way.
+
+        Args:
+            model: the trainer's, as it is when training or evaluation begins.
+            config: what `gemini` and the trainer's arguments say.
+
+        Returns:
+            The engine.
+        """
+        return GeminiDDP(model, config)
+
+    def _built_engine(self) -> GeminiDDP:
+        """Return the engine of the trainer's model, a new one if the model is new."""
+        if self.engine is not None and self.engine.module is not self.model:  # model_init has made another
+            self.engine.close()
+            self.engine = None
+        if self.engine is None:
+            assert self._gemini is not None
+            self.engine = self.build_engine(self.model, self._gemini)
+        return self.engine
+
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        """Return the engine for training, and the model in it for evaluation."""
+        engine = self._built_engine()
+        return self.accelerator.prepare_model(engine) if training else self.model
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Build a HybridAdam over the trainer's parameter groups.
+
+        Args:
+            model: as the trainer's; without meaning.
+
+        Returns:
+            The optimizer.
+
+        Raises:
+            ConfigError: the trainer was given another one.
+        """
+        if self.optimizer is None and getattr(self, "optimizer_cls_and_kwargs", None) is None:
+            self._built_engine()
+        elif not isinstance(getattr(self.optimizer, "optimizer", self.optimizer), HybridAdam):  # an earlier train()'s
+            raise ConfigError(
+                "GeminiTrainer: optimizers: expected none: HybridAdam is built over the engine's parameters, from "
+                "TrainingArguments; a scheduler of your own is made by overriding create_scheduler"
+            )
+        optimizer: torch.optim.Optimizer = super().create_optimizer()  # type: ignore[misc]
+        return optimizer
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[type, dict[str, Any]]:
+        """Return HybridAdam and its arguments.
+
+        Args:
+            args: transformers.TrainingArguments.
+            model: without meaning.
+
+        Returns:
+            As the trainer's.
+        """
+        betas = (args.adam_beta1, args.adam_beta2)
+        return HybridAdam, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
+
+    # ---------------------------------------------------------------- saving and loading
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write a directory that `from_pretrained` opens."""
+        if self.engine is None or state_dict is not None or not hasattr(self.model, "save_pretrained"):
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
+            return
+        directory = Path(output_dir or self.args.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.engine.save_pretrained(directory)
+        if not self.args.should_save:
+            return
+        processor = getattr(self, "processing_class", None) or getattr(self.data_collator, "tokenizer", None)
+        if processor is not None:
+            processor.save_pretrained(directory)
+        torch.save(self.args, directory / _TRAINING_ARGUMENTS_NAME)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save the engine's checkpoint, the scheduler's state in it."""
+        assert self.engine is not None
+        self.engine.save_checkpoint(
+            Path(output_dir) / _CHECKPOINT_NAME,
+            scheduler=self.lr_scheduler,
+            keep_last=1,
+            frozen=not _has_adapters(self.model),
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Leave the engine's checkpoint for later, when there is an engine; load a plain trainer's weights."""
+        if (Path(resume_from_checkpoint) / _CHECKPOINT_NAME).is_dir():
+            return
+        if self.engine is not None:
+            raise CheckpointMismatchError(
+                f"GeminiTrainer: {resume_from_checkpoint} has no {_CHECKPOINT_NAME} directory: it was saved by another "
+                "trainer, and is loaded before anything is trained or evaluated, or not at all"
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the engine's checkpoint, or what a plain trainer saved of AdamW."""
+        if checkpoint is not None and (place := Path(checkpoint) / _CHECKPOINT_NAME).is_dir():
+            assert self.engine is not None
+            with unchanged_random_numbers():  # the trainer restores its own when it has drawn the order of the data
+                self.engine.load_checkpoint(place, scheduler=self.lr_scheduler)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        """Load weights and moments of the best checkpoint."""
+        assert self.engine is not None
+        with unchanged_random_numbers():
+            self.engine.load_checkpoint(Path(self.state.best_model_checkpoint) / _CHECKPOINT_NAME)
+
+
+class GeminiTrainer(GeminiTrainerMixin, transformers.Trainer):
+    """transformers.Trainer over a GeminiDDP; see GeminiTrainerMixin."""
+
+
+def _has_adapters(model: Any) -> bool:
+    """Return whether a model is one of peft's, whose frozen weights are kept elsewhere."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")

@@ -1,0 +1,98 @@
+"""What a recording says of the run before its first event: the plan, in numbers and in words."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from gemini.errors import RecordingError
+
+__all__ = ["ChunkDescription", "Prediction", "RunDescription", "TierDescription"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkDescription:
+    """One chunk and its homes."""
+
+    chunk_id: int
+    name: str
+    unit_id: int
+    nbytes: int
+    """Of the working weights in compute memory."""
+    is_trainable: bool
+    is_resident: bool
+    homes: dict[str, dict[str, int]]
+    """Bytes by tier, of its "weights", "state" and "gradients"."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierDescription:
+    """One tier and what is planned for it."""
+
+    tier: str
+    budget_nbytes: int | None
+    """None: no such tier, or no limit."""
+    planned_nbytes: dict[str, int]
+    """By purpose."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What the cost model expects of a step."""
+
+    step_s: float
+    seconds: dict[str, float]
+    """How long each channel is busy."""
+    bottleneck: str
+    overlap: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunDescription:
+    """The run, as it was when the recording began."""
+
+    rank: int
+    began_ns: int
+    """Of the events' clock."""
+    began_unix_s: float
+    compute_tier: str
+    dtype: str
+    overlap: str
+    num_params: int
+    num_slots: int
+    slot_nbytes: int
+    units: tuple[str, ...]
+    """Module names by unit id; the first is the model itself, ""."""
+    chunks: tuple[ChunkDescription, ...]
+    """By id."""
+    tiers: tuple[TierDescription, ...]
+    predicted: Prediction | None
+    """None without a hardware profile."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON can write them."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> RunDescription:
+        """Read what `to_json` returned.
+
+        Args:
+            fields: from JSON; unknown ones are ignored.
+
+        Returns:
+            The description.
+
+        Raises:
+            RecordingError: a field is missing or of another form.
+        """
+        try:
+            known = {field.name: fields[field.name] for field in dataclasses.fields(RunDescription)}
+            known["units"] = tuple(known["units"])
+            known["chunks"] = tuple(ChunkDescription(**chunk) for chunk in known["chunks"])
+            known["tiers"] = tuple(TierDescription(**tier) for tier in known["tiers"])
+            known["predicted"] = None if known["predicted"] is None else Prediction(**known["predicted"])
+            return RunDescription(**known)
+        except (KeyError, TypeError) as error:
+            raise RecordingError(f"the recording's description is damaged: {error!r}") from error

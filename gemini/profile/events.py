@@ -1,0 +1,152 @@
+"""What a recording is made of: events, and the lines of text that they are written as.
+
+All times are nanoseconds of one clock, time.perf_counter_ns of the process that was recorded.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+from gemini.errors import RecordingError
+
+__all__ = [
+    "FORMAT_NAME",
+    "FORMAT_VERSION",
+    "ChunkChange",
+    "Event",
+    "Logged",
+    "MemorySample",
+    "Moment",
+    "Stall",
+    "Step",
+    "Work",
+    "decode_line",
+    "encode_line",
+]
+
+FORMAT_NAME = "gemini-recording"
+FORMAT_VERSION = 1
+
+
+class Step(NamedTuple):
+    """One optimizer step that has ended, and what it has cost; every step has one."""
+
+    number: int
+    """Steps since the recording began, from 0 on."""
+    begin_ns: int
+    """The start of forward."""
+    end_ns: int
+    """The end of the optimizer's step."""
+    is_detailed: bool
+    """Whether its moves were recorded."""
+    weights_stall_s: float
+    """Seconds that forward and backward waited for weights since the step before."""
+    update_stall_s: float
+    """Seconds that training waited for updates since then."""
+    num_fetches: int
+    num_misses: int
+    """Fetches that started only when the weights were needed."""
+    fetched_nbytes: int
+    nvme_read_nbytes: int
+    nvme_written_nbytes: int
+
+
+class Moment(NamedTuple):
+    """A unit is entered or left, backward reaches it, or the step's updates begin."""
+
+    at_ns: int
+    kind: str
+    """"enter", "leave", "backward" or "update"."""
+    unit_id: int | None
+    """0: the model; None: no unit's."""
+
+
+class ChunkChange(NamedTuple):
+    """A chunk enters a state."""
+
+    at_ns: int
+    chunk_id: int
+    state: str
+    """Value of a ChunkState."""
+
+
+class Work(NamedTuple):
+    """A native job or a transfer that has completed."""
+
+    operation: str
+    """"read", "write", "upload", "download", "copy", "gradient" or "adam update"."""
+    what: str
+    """"weights", "state", "gradients", "activations" or ""."""
+    chunk_id: int | None
+    begin_ns: int
+    end_ns: int
+    nbytes: int
+
+
+class Stall(NamedTuple):
+    """The thread that trains waits."""
+
+    reason: str
+    """"weights" or "update"."""
+    chunk_id: int
+    begin_ns: int
+    end_ns: int
+
+
+class MemorySample(NamedTuple):
+    """Bytes that a tier holds from a time on."""
+
+    at_ns: int
+    tier: str
+    held_nbytes: dict[str, int]
+    """Of the engine's, by purpose."""
+    other_nbytes: int | None
+    """Of everybody else's that can be seen: torch's tensors in compute memory; None: nobody knows."""
+
+
+class Logged(NamedTuple):
+    """Numbers that the training loop reports about a step."""
+
+    step: int
+    values: dict[str, float]
+
+
+Event = Step | Moment | ChunkChange | Work | Stall | MemorySample | Logged
+
+_KINDS: dict[str, type[Any]] = {
+    "step": Step,
+    "moment": Moment,
+    "chunk": ChunkChange,
+    "work": Work,
+    "stall": Stall,
+    "memory": MemorySample,
+    "log": Logged,
+}
+_NAMES = {kind: name for name, kind in _KINDS.items()}
+
+
+def encode_line(event: Event) -> str:
+    """Return an event as one line of JSON: a list of its kind's name and its fields."""
+    return json.dumps([_NAMES[type(event)], *event], separators=(",", ":")) + "\n"
+
+
+def decode_line(line: str) -> Event | None:
+    """Read what `encode_line` wrote.
+
+    Args:
+        line: one line.
+
+    Returns:
+        The event; None if it is of a kind that this version does not know.
+
+    Raises:
+        RecordingError: the line is not an event.
+    """
+    try:
+        name, *fields = json.loads(line)
+        kind = _KINDS.get(name)
+        event: Event | None = None if kind is None else kind(*fields)
+    except (ValueError, TypeError) as error:
+        raise RecordingError(f"expected an event as a list of its kind and fields, got {line[:80]!r}") from error
+    return event

@@ -1,0 +1,48 @@
+"""A plan in words."""
+
+from __future__ import annotations
+
+from gemini.profile.description import RunDescription
+from gemini.tiers import format_nbytes
+
+__all__ = ["plan_in_words"]
+
+
+def plan_in_words(run: RunDescription) -> str:
+    """Say where everything lives and what that means for a step.
+
+    Args:
+        run: what was recorded of it.
+
+    Returns:
+        Sentences.
+    """
+    sentences = []
+    num_resident = sum(chunk.is_resident for chunk in run.chunks)
+    turns = f"the other {len(run.chunks) - num_resident} take turns in {run.num_slots} slots of "
+    sentences.append(
+        f"{run.num_params:,} parameters in {run.dtype} lie in {len(run.chunks)} chunks. {num_resident} of them stay in "
+        f"{run.compute_tier} memory, where forward and backward run"
+        + ("." if num_resident == len(run.chunks) else f"; {turns}{format_nbytes(run.slot_nbytes)}.")
+    )
+    for what in ("weights", "state", "gradients"):
+        total: dict[str, int] = {}
+        for chunk in run.chunks:
+            for tier, nbytes in chunk.homes.get(what, {}).items():
+                total[tier] = total.get(tier, 0) + nbytes
+        if total:
+            places = " and ".join(f"{format_nbytes(nbytes)} in {tier} memory" for tier, nbytes in total.items())
+            subject = {"weights": "Between uses, weights", "state": "Optimizer state", "gradients": "Gradients"}[what]
+            verb = {"weights": "live with", "state": "lives with", "gradients": "wait for the update with"}[what]
+            sentences.append(f"{subject} {verb} {places}.".replace("nvme memory", "the swap file on NVMe"))
+    when = {
+        "off": "inside the optimizer's step",
+        "next-forward": "behind the next forward, which waits for each unit's own",
+        "speculative": "during backward already, ahead of the step, which counts or drops them",
+    }[run.overlap]
+    sentences.append(f"When the recording began, updates ran {when}.")
+    if run.predicted is not None:
+        sentences.append(
+            f"The cost model expects {run.predicted.step_s:.3f} s a step, held up by {run.predicted.bottleneck}."
+        )
+    return " ".join(sentences)
