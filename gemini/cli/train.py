@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Train; say where the result is."""
     console = Console(highlight=False)
     finished = train(read_settings(arguments.file), resume=arguments.resume, console=console)
-    console.print(str(finished.report), markup=False)
+    console.print(str(finished.report), markup=False, soft_wrap=True)
     if finished.stopped_by is not None:
         console.print(f"{finished.stopped_by.name}: saved {finished.path}; --resume goes on from there")
         return 128 + finished.stopped_by

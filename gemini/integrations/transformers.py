@@ -154,7 +154,7 @@ class GeminiTrainerMixin:
         """
         return GeminiDDP(model, config)
 
-    def _built_engine(self) -> GeminiDDP:
+    def built_engine(self) -> GeminiDDP:
         """Return the engine of the trainer's model, a new one if the model is new."""
         if self.engine is not None and self.engine.module is not self.model:  # model_init has made another
             self.engine.close()
@@ -166,7 +166,7 @@ class GeminiTrainerMixin:
 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
         """Return the engine for training, and the model in it for evaluation."""
-        engine = self._built_engine()
+        engine = self.built_engine()
         return self.accelerator.prepare_model(engine) if training else self.model
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -182,7 +182,7 @@ class GeminiTrainerMixin:
             ConfigError: the trainer was given another one.
         """
         if self.optimizer is None and getattr(self, "optimizer_cls_and_kwargs", None) is None:
-            self._built_engine()
+            self.built_engine()
         elif not isinstance(getattr(self.optimizer, "optimizer", self.optimizer), HybridAdam):  # an earlier train()'s
             raise ConfigError(
                 "GeminiTrainer: optimizers: expected none: HybridAdam is built over the engine's parameters, from "

@@ -232,15 +232,11 @@ def pack(sequences: Iterable[Sequence[int]], length: int) -> list[list[int]]:
     return [joined[begin : begin + length] for begin in range(0, len(joined) - length + 1, length)]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Collator:
-    """Makes a batch of rows, padded to the longest, and counts."""
+    """Makes a batch of rows, padded to the longest."""
 
     pad_id: int
-    num_tokens: int = 0
-    """Of all batches so far."""
-    num_padded_tokens: int = 0
-    """Padding included."""
 
     def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
         """Return `input_ids`, `labels` and, if anything was padded, `attention_mask`, each int64 [rows, tokens]."""
@@ -251,8 +247,6 @@ class Collator:
 
         batch = {"input_ids": stack("input_ids", self.pad_id), "labels": stack("labels", IGNORED)}
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        self.num_tokens += int(lengths.sum())
-        self.num_padded_tokens += longest * len(rows)
         if int(lengths.min()) < longest:
             batch["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
         return batch

@@ -11,11 +11,11 @@ from types import TracebackType
 from typing import Any
 
 import rich.progress
+import torch
 import transformers
 from rich.console import Console
 
 from gemini.ddp import GeminiDDP
-from gemini.recipe.data import Collator
 from gemini.report import MemoryReport
 from gemini.tiers import format_nbytes
 
@@ -88,18 +88,17 @@ def pace_between(before: Snapshot, after: Snapshot) -> Pace:
     )
 
 
-class ProgressCallback(transformers.TrainerCallback):  # type: ignore[misc]
+class ProgressCallback(transformers.TrainerCallback):
     """Shows and keeps what a GeminiTrainer logs, and adds the pace to it; a context manager.
 
     Args:
         path: of log.csv, appended to.
-        collator: counts the tokens.
         console: for the line.
     """
 
-    def __init__(self, path: Path, collator: Collator, console: Console) -> None:
+    def __init__(self, path: Path, console: Console) -> None:
         self._path = path
-        self._collator = collator
+        self._num_tokens = self._num_padded_tokens = 0
         self._engine: GeminiDDP | None = None
         self._before: Snapshot | None = None
         columns = (rich.progress.BarColumn(12), rich.progress.MofNCompleteColumn(), "{task.description}")
@@ -117,6 +116,12 @@ class ProgressCallback(transformers.TrainerCallback):  # type: ignore[misc]
     def follow(self, engine: GeminiDDP) -> None:
         """Take an engine's counters from here on."""
         self._engine = engine
+
+    def count(self, batch: Mapping[str, torch.Tensor]) -> None:
+        """Count the tokens of a batch that is trained on: `input_ids`, and `attention_mask` if it is padded."""
+        numel = batch["input_ids"].numel()
+        self._num_padded_tokens += numel
+        self._num_tokens += int(batch["attention_mask"].sum()) if "attention_mask" in batch else numel
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the display and the clock."""
@@ -176,8 +181,8 @@ class ProgressCallback(transformers.TrainerCallback):  # type: ignore[misc]
         return Snapshot(
             seconds=time.perf_counter(),
             steps=steps,
-            tokens=self._collator.num_tokens,
-            padded_tokens=self._collator.num_padded_tokens,
+            tokens=self._num_tokens,
+            padded_tokens=self._num_padded_tokens,
             stall_s=report.fetch_stall_s + report.update_stall_s,
             fetched_nbytes=report.fetched_nbytes,
             nvme_read_nbytes=report.nvme_read_nbytes,

@@ -14,6 +14,7 @@ from rich.console import Console
 from transformers.trainer_utils import get_last_checkpoint
 
 from gemini.config import GeminiConfig, NVMeConfig
+from gemini.ddp import GeminiDDP
 from gemini.errors import ConfigError, ModelError
 from gemini.integrations.transformers import GeminiTrainer
 from gemini.nn import use_sliced_loss
@@ -70,16 +71,20 @@ def train(settings: Settings, *, resume: bool, console: Console) -> FinishedRun:
     console.print(f"{len(rows):,} rows of up to {settings.data.sequence_length:,} tokens")
     model = _build_model(settings.model, source, num_tokens=len(tokenizer))
     if settings.memory.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # The second name is the one before transformers 5.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     transformers.set_seed(settings.training.seed)
     collator = Collator(pad_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
     with ExitStack() as stack:
-        progress = stack.enter_context(ProgressCallback(settings.output.path / "log.csv", collator, console))
-        trainer = GeminiTrainer(
+        progress = stack.enter_context(ProgressCallback(settings.output.path / "log.csv", console))
+        trainer = _Trainer(
+            stack,
+            source if settings.model.path is not None else None,
+            progress,
             model=model,
             args=_training_arguments(settings, has_eval=eval_rows is not None, on_cpu=device.type == "cpu"),
             gemini=_engine_config(settings, device, dtype),
-            weights=source if settings.model.path is not None else None,
             train_dataset=rows,
             eval_dataset=eval_rows,
             data_collator=collator,
@@ -87,7 +92,7 @@ def train(settings: Settings, *, resume: bool, console: Console) -> FinishedRun:
             callbacks=[progress],
         )
         trainer.remove_callback(transformers.PrinterCallback)
-        engine = stack.enter_context(trainer.build_engine())
+        engine = trainer.built_engine()
         progress.follow(engine)
         stop = stack.enter_context(StopOnSignals(engine))
         trainer.add_callback(_StopCallback(stop))
@@ -96,14 +101,34 @@ def train(settings: Settings, *, resume: bool, console: Console) -> FinishedRun:
         if stop.received is None:
             trainer.save_model(str(path))
         else:
-            path = Path(str(get_last_checkpoint(str(settings.output.path))))
+            path = Path(str(_last_checkpoint(settings.output.path)))
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         return FinishedRun(
             path=path, stopped_by=stop.received, loss=losses[-1] if losses else None, report=engine.memory_report()
         )
 
 
-class _StopCallback(transformers.TrainerCallback):  # type: ignore[misc]
+class _Trainer(GeminiTrainer):
+    """Builds its engine from a directory's weights, and leaves the end of it to a stack."""
+
+    def __init__(self, stack: ExitStack, weights: Path | None, progress: ProgressCallback, **kwargs: Any) -> None:
+        self._stack = stack
+        self._weights = weights
+        self._progress = progress
+        super().__init__(**kwargs)
+
+    def build_engine(self, model: Any, config: GeminiConfig) -> GeminiDDP:
+        """Build the engine."""
+        return self._stack.enter_context(GeminiDDP(model, config, weights=self._weights))
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Count a batch, and train on it."""
+        self._progress.count(inputs)
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+        return loss
+
+
+class _StopCallback(transformers.TrainerCallback):
     """Saves and ends after the step in which a signal came."""
 
     def __init__(self, stop: StopOnSignals) -> None:
@@ -117,7 +142,7 @@ class _StopCallback(transformers.TrainerCallback):  # type: ignore[misc]
 
 def _find_checkpoint(path: Path, *, resume: bool) -> str | None:
     """Return the checkpoint to go on from, None for a new run."""
-    found: str | None = get_last_checkpoint(str(path)) if path.is_dir() else None
+    found = _last_checkpoint(path) if path.is_dir() else None
     if resume and found is None:
         raise ConfigError(f"--resume: there is no checkpoint in {path}; start without it")
     if found is not None and not resume:
@@ -125,6 +150,12 @@ def _find_checkpoint(path: Path, *, resume: bool) -> str | None:
             f"output.path: {path} has the checkpoints of a run: go on with it by --resume, or name another directory"
         )
     path.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def _last_checkpoint(path: Path) -> str | None:
+    """Return the checkpoint of the highest step in a directory."""
+    found: str | None = get_last_checkpoint(str(path))  # type: ignore[no-untyped-call]
     return found
 
 
@@ -164,7 +195,7 @@ def _build_model(settings: ModelSettings, source: Path, *, num_tokens: int) -> A
     try:
         config = transformers.AutoConfig.from_pretrained(source)
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config)
+            model = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise ConfigError(f"model: {source}: expected a causal language model's configuration: {first}") from error

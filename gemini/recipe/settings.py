@@ -65,7 +65,7 @@ class LoraSettings(_Section):
     """Adapters of peft: the model's own weights stay frozen."""
 
     rank: Count = Field(16, description="rank of each adapter")
-    alpha: float = Field(32.0, gt=0, description="adapters are scaled by alpha / rank")
+    alpha: Count = Field(32, description="adapters are scaled by alpha / rank")
     dropout: Share = Field(0.0, description="share of the adapters' inputs that is dropped")
     target_modules: str | list[str] = Field(
         "all-linear", description='names of modules, or "all-linear": all but the output layer'
@@ -160,7 +160,7 @@ class OutputSettings(_Section):
 
     path: Path = Field(description="directory: checkpoints, the log and the trained model")
     save_steps: Count | None = Field(
-        None, description="save a checkpoint every so many steps; one is saved at the end anyway"
+        None, description="save a checkpoint every so many steps; without: only when a signal ends the run"
     )
     keep_last: Count = Field(2, description="checkpoints to keep")
     log_steps: Count = Field(1, description="log every so many steps")

@@ -173,13 +173,12 @@ def test_columns_of_no_form_are_refused(asked: str, message: str) -> None:
         form_of(["body"], asked, name="data.files")
 
 
-def test_batches_are_padded_and_counted() -> None:
+def test_batches_are_padded() -> None:
     collator = Collator(pad_id=9)
     batch = collator([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [4], "labels": [4]}])
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
     assert batch["labels"].tolist() == [[1, 2, 3], [4, IGNORED, IGNORED]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert (collator.num_tokens, collator.num_padded_tokens) == (4, 6)
     full = collator([{"input_ids": [1, 2], "labels": [1, 2]}])
     assert "attention_mask" not in full
     assert full["input_ids"].dtype is torch.int64

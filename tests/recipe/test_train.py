@@ -1,0 +1,199 @@
+"""`python -m gemini init` and `train`, from the file to a model that transformers opens."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+import yaml
+from rich.console import Console
+from tiny_model import write_model
+
+from gemini import ConfigError
+from gemini.__main__ import main
+from gemini.recipe.run import train
+from gemini.recipe.settings import Settings
+
+pytestmark = pytest.mark.timeout(240)  # for the processes, on a busy machine
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    write_model(directory)
+    return directory
+
+
+@pytest.fixture
+def write_file(tmp_path: Path, model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Write data and a training file with some settings, by section; return the file."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    examples = [{"prompt": f"{i}+{i}=", "completion": str(2 * i)} for i in range(40)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
+
+    def write(**sections: dict[str, Any]) -> Path:
+        settings: dict[str, Any] = {
+            "model": {"path": str(model_directory), "dtype": "fp32"},
+            "data": {"files": [str(tmp_path / "data.jsonl")], "sequence_length": 16},
+            "memory": {"device": "cpu", "host_budget": "64MiB"},
+            "training": {"steps": 4, "learning_rate": 1e-2},
+            "output": {"path": str(tmp_path / "run")},
+        }
+        for name, section in sections.items():
+            settings[name] = {**settings[name], **section}
+        path = tmp_path / "train.yaml"
+        path.write_text(yaml.safe_dump(settings))
+        return path
+
+    return write
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path / "run" / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def start(file: Path, *options: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "gemini", "train", str(file), *options]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_new_file_trains_as_it_stands(tmp_path: Path, model_directory: Path, write_file: Callable[..., Path]) -> None:
+    write_file()
+    file = tmp_path / "new.yaml"
+    options = [
+        "--model",
+        str(model_directory),
+        "--data",
+        str(tmp_path / "data.jsonl"),
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    assert main(["init", str(file), *options]) == 0
+    file.write_text(file.read_text().replace("# sequence_length: 1024", "sequence_length: 16"))
+    assert main(["train", str(file)]) == 0
+    assert float(rows_of(tmp_path)[-1]["loss"]) > 0
+
+
+def test_init_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.yaml").write_text("mine")
+    assert main(["init", str(tmp_path / "a.yaml")]) == 2
+    assert "exists; name another file" in capsys.readouterr().err
+    assert (tmp_path / "a.yaml").read_text() == "mine"
+
+
+def test_weights_on_disk_train_as_in_plain_torch(
+    tmp_path: Path, model_directory: Path, write_file: Callable[..., Path]
+) -> None:
+    """The same steps by hand: the first rows, a constant learning rate, no clipping."""
+    training = {"steps": 3, "schedule": "constant", "max_grad_norm": 0, "batch_size": 40, "epochs": 3}
+    nvme = {"path": str(tmp_path / "swap"), "budget": "64MiB"}
+    file = write_file(training=training, memory={"nvme": nvme, "host_budget": "12MiB"}, data={"packing": False})
+    assert main(["train", str(file)]) == 0
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_directory)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    ids = [tokenizer(f"{i}+{i}={2 * i}")["input_ids"] + [tokenizer.eos_token_id] for i in range(40)]
+    longest = max(map(len, ids))
+    batch = torch.tensor([row + [tokenizer.eos_token_id] * (longest - len(row)) for row in ids])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
+    labels = batch.masked_fill(mask == 0, -100)
+    for i in range(40):
+        labels[i, : len(tokenizer(f"{i}+{i}=")["input_ids"])] = -100
+    expected = []
+    for _ in range(3):
+        loss = model(input_ids=batch, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    rows = [row for row in rows_of(tmp_path) if row["loss"]]
+    assert [float(row["loss"]) for row in rows] == pytest.approx(expected, rel=1e-5)
+    assert float(rows[-1]["nvme_read_gb_per_s"]) > 0
+    assert float(rows[-1]["padded_tokens_per_s"]) > float(rows[-1]["tokens_per_s"]) > 0
+    found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    for name, weight in model.state_dict().items():
+        assert torch.allclose(found.state_dict()[name], weight, atol=1e-4), name
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "model")("a") == tokenizer("a")
+
+
+def test_adapters_are_saved_as_peft_does(
+    tmp_path: Path, model_directory: Path, write_file: Callable[..., Path]
+) -> None:
+    file = write_file(model={"lora": {"rank": 2, "alpha": 4}}, data={"eval_files": [str(tmp_path / "data.jsonl")]})
+    assert main(["train", str(file)]) == 0
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_directory)
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "model")
+    adapters = [value for name, value in adapted.named_parameters() if "lora_B" in name]
+    assert adapters
+    assert all(value.abs().sum() > 0 for value in adapters)
+
+
+def test_a_signal_ends_the_run_and_resume_goes_on_with_the_same_numbers(
+    tmp_path: Path, write_file: Callable[..., Path]
+) -> None:
+    file = write_file(training={"steps": 60, "learning_rate": 1e-3}, data={"sequence_length": 8})
+    run = start(file)
+    while not (tmp_path / "run" / "log.csv").exists() and run.poll() is None:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    output, errors = run.communicate()
+    assert run.returncode == 128 + signal.SIGTERM, output + errors
+    assert "SIGTERM: saved" in output
+    stopped = len(rows_of(tmp_path))
+    assert 0 < stopped < 60
+
+    again = start(file)
+    assert again.communicate()[1].endswith("go on with it by --resume, or name another directory\n")
+    assert again.returncode == 2
+    resumed = start(file, "--resume")
+    output, errors = resumed.communicate()
+    assert resumed.returncode == 0, output + errors
+    found = [row["loss"] for row in rows_of(tmp_path) if row["loss"]]
+    assert len(found) == 60
+
+    straight = yaml.safe_load(file.read_text())
+    straight["output"]["path"] = str(tmp_path / "straight" / "run")
+    train(Settings.model_validate(straight), resume=False, console=Console(quiet=True))
+    assert [row["loss"] for row in rows_of(tmp_path / "straight") if row["loss"]] == found
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"model": {"path": "none/such"}}, "model.path: there is no directory none/such"),
+        ({"model": {"lora": {"target_modules": "nothing"}}}, "model.lora.target_modules: "),
+        ({"data": {"files": ["none.jsonl"]}}, "data.files: there is no file none.jsonl"),
+        ({"data": {"form": "messages"}}, "data.files: form messages needs the columns messages"),
+        ({"memory": {"host_budget": "100KiB"}}, "host memory"),
+    ],
+)
+def test_what_does_not_fit_is_said_in_a_line(
+    sections: dict[str, Any], message: str, write_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    assert main(["train", str(write_file(**sections))]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("gemini: error: ")
+    assert message in last
+
+
+def test_a_run_is_not_resumed_from_nothing(write_file: Callable[..., Path], tmp_path: Path) -> None:
+    settings = Settings.model_validate(yaml.safe_load(write_file().read_text()))
+    with pytest.raises(ConfigError, match="--resume: there is no checkpoint in"):
+        train(settings, resume=True, console=Console(quiet=True))
