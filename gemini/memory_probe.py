@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from gemini.tiers import MemoryTier, TierLedger
 
-__all__ = ["MemoryProbe"]
+__all__ = ["MemoryProbe", "StorageCounter"]
 
 
 class MemoryProbe:
@@ -51,7 +51,7 @@ class MemoryProbe:
         if self._device.type == "cuda":
             yield
             return
-        counter = _StorageCounter()
+        counter = StorageCounter()
         with counter:
             yield
         self._note(counter.peak_nbytes)
@@ -60,12 +60,13 @@ class MemoryProbe:
         self.non_model_peak_nbytes = max(self.non_model_peak_nbytes or 0, peak_nbytes)
 
 
-class _StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the storages that operations create, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak_nbytes = 0
+        """The most that was alive at once."""
         self._live_nbytes = 0
         self._known: set[int] = set()
 

@@ -70,6 +70,9 @@ class StepFlops:
     forward: float
     backward: float
     """With what activation checkpointing computes again."""
+    forward_nbytes: int = 0
+    """Bytes that all other operations read and write in compute memory; 0 leaves them out."""
+    backward_nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +108,8 @@ class HardwareProfile:
     device_memory_rate: float | None = None
     h2d_rate: float | None = None
     d2h_rate: float | None = None
+    both_ways_rate: float | None = None
+    """Bytes to and from the device at once, both together. For people: the model takes the two not to share a link."""
     nvme_read_rate: float | None = None
     nvme_write_rate: float | None = None
     nvme_mixed_rate: float | None = None
@@ -290,11 +295,18 @@ def count_step(chunks: Sequence[ChunkDemand], plan: PlacementPlan, shape: Runtim
             else:
                 rest += update
     return StepWork(
-        forward=fetched + Work(flops=flops.forward),
-        backward=fetched + stored + Work(flops=flops.backward),
+        forward=fetched + _compute(flops.forward, flops.forward_nbytes, shape),
+        backward=fetched + stored + _compute(flops.backward, flops.backward_nbytes, shape),
         ahead=ahead,
         rest=rest,
     )
+
+
+def _compute(flops: float, nbytes: int, shape: RuntimeShape) -> Work:
+    """Count the model's own operations, on the device or without one on the processor."""
+    if shape.has_device:
+        return Work(flops=flops, device_memory_nbytes=nbytes)
+    return Work(flops=flops, host_memory_nbytes=nbytes)
 
 
 def _fetch(demand: ChunkDemand, homes: ChunkPlacement, shape: RuntimeShape) -> Work:
