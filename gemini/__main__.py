@@ -17,6 +17,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "bench": ("gemini.cli.bench", "measure this machine"),
+    "plan": ("gemini.cli.plan", "say what training a model would take, without allocating it"),
 }
 """Module and summary of each command. A module has `add_arguments(parser)`, and `run(arguments)`, an exit code."""
 
