@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from gemini.chunk.layout import ChunkLayout
@@ -21,7 +20,7 @@ from gemini.config import GeminiConfig
 from gemini.errors import ModelError
 from gemini.gradient_sink import GradientPlace
 from gemini.hooks import HookSet
-from gemini.memory_probe import StorageCounter
+from gemini.memory_probe import StorageCounter, tensors_in
 from gemini.placement.cost_model import StepFlops
 from gemini.slicing import BatchSlicer
 
@@ -278,8 +277,7 @@ class _OperationCounter(StorageCounter):  # type: ignore[no-untyped-call]
 
 def _traffic_nbytes(args: Any, kwargs: Any, output: Any) -> int:
     """Return the bytes of an operation's tensors; what it changes in place is read and written."""
-    tensors = (value for value in tree_leaves((args, kwargs, output)) if isinstance(value, torch.Tensor))
-    return sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in tensors)
+    return sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in tensors_in((args, kwargs, output)))
 
 
 def _flash_forward(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:

@@ -20,7 +20,7 @@ LAYERS = (
     ("gemini.cli", "gemini.__main__"),
     ("zero",),
     ("gemini.__init__",),
-    ("gemini.ddp", "gemini.optimizer", "gemini.checkpoint", "gemini.report", "gemini.signals"),
+    ("gemini.ddp", "gemini.optimizer", "gemini.checkpoint", "gemini.report", "gemini.planner", "gemini.signals"),
     ("gemini",),  # every other module directly in gemini: runtime, hooks, update, materialize ...
     ("gemini.chunk", "gemini.placement", "gemini.offload"),
     ("gemini.kernels",),
