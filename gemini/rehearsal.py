@@ -23,6 +23,7 @@ from gemini.hooks import HookSet
 from gemini.memory_probe import StorageCounter, tensors_in
 from gemini.placement.cost_model import StepFlops
 from gemini.slicing import BatchSlicer
+from gemini.tiers import IO_ALIGNMENT_NBYTES, round_up
 
 __all__ = ["LossFn", "Rehearsal", "rehearse"]
 
@@ -41,15 +42,6 @@ class Rehearsal:
     checkpoint_nbytes: int
     """What waits in host memory beside a device for sliced blocks' backward; 0 without a device or slices."""
     work: StepFlops
-
-    def scaled(self, factor: float) -> StepFlops:
-        """Return the work of so many times the rows of the batch."""
-        return StepFlops(
-            forward=self.work.forward * factor,
-            backward=self.work.backward * factor,
-            forward_nbytes=int(self.work.forward_nbytes * factor),
-            backward_nbytes=int(self.work.backward_nbytes * factor),
-        )
 
 
 def rehearse(
@@ -110,7 +102,7 @@ def _count(model: torch.nn.Module, loss_fn: LossFn, fakes: FakeTensorMode, check
         ) from error
     return Rehearsal(
         peak_nbytes=counter.peak_nbytes,
-        checkpoint_nbytes=checkpoints.peak_nbytes,
+        checkpoint_nbytes=checkpoints.nbytes,
         work=StepFlops(
             forward=forward_flops,
             backward=counter.flops - forward_flops,
@@ -228,7 +220,8 @@ class _Checkpoints:
     """Sliced blocks' batches, which wait in host memory and come back for backward."""
 
     def __init__(self) -> None:
-        self.peak_nbytes = 0
+        self.nbytes = 0
+        """Of all blocks, which wait at the same time at the end of forward."""
 
     @contextmanager
     def keeping(self, batch: torch.Tensor) -> Iterator[None]:
@@ -238,7 +231,7 @@ class _Checkpoints:
         def pack(tensor: torch.Tensor) -> object:
             if tensor.untyped_storage()._cdata != key:
                 return tensor
-            self.peak_nbytes += tensor.nbytes
+            self.nbytes += round_up(tensor.nbytes, IO_ALIGNMENT_NBYTES)
             return tensor.shape, tensor.dtype, tensor.device
 
         def unpack(packed: Any) -> torch.Tensor:
