@@ -25,6 +25,7 @@ RUNS = {
     "heap": ["heap.py", "--swap", "SWAP"],
     "zero": ["zero_step.py"],
     "prediction": ["prediction.py", "--swap", "SWAP"],
+    "plan": ["plan.py", "--swap", "SWAP"],
 }
 """Script and options of each result file; SWAP stands for a directory on the drive to be measured."""
 
