@@ -190,7 +190,9 @@ class _Events:
         pass
 
     def take_gradient(self, param: torch.nn.Parameter) -> None:
-        param.grad = None
+        gradient, param.grad = param.grad, None
+        assert gradient is not None
+        self.put_gradient(param, gradient)
 
     def finish_gradient(self, param: torch.nn.Parameter) -> None:
         pass
@@ -202,7 +204,8 @@ class _Events:
         return num_uses <= 1 or self._waits_in_float32
 
     def put_gradient(self, param: torch.nn.Parameter, gradient: torch.Tensor) -> None:
-        pass
+        if not self._waiting:
+            gradient.reshape(-1)  # on its way into a slot; a copy if it is transposed
 
     def write_gradient(self, param: torch.nn.Parameter) -> AbstractContextManager[GradientPlace] | None:
         if id(param) not in self._waiting:

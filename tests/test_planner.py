@@ -65,13 +65,18 @@ def with_sliced_loss(model):
     use_sliced_loss(model)
 
 
+def with_both(model):
+    with_checkpoints(model)
+    with_sliced_loss(model)
+
+
 def loss_of(model):
     token_ids = torch.arange(ROWS * SEQ).reshape(ROWS, SEQ)
     return model(input_ids=token_ids, labels=token_ids).loss
 
 
 def measure(model, config):
-    """Return the peaks of three steps, activations included, and the plan in force."""
+    """Return the peaks of three steps, activations included; those of activations alone; and the plan in force."""
     with GeminiDDP(model, config) as engine:
         optimizer = HybridAdam(engine.parameters(), lr=1e-3)
         for _ in range(3):
@@ -82,7 +87,7 @@ def measure(model, config):
         peaks = {tier: entry.peak_nbytes for tier, entry in zip(MemoryTier, report.tiers, strict=True)}
         compute = HOST if config.device == "cpu" else DEVICE
         peaks[compute] += report.non_model_peak_nbytes
-        return peaks, engine.runtime.plan
+        return peaks, report.non_model_peak_nbytes, engine.runtime.plan
 
 
 def config_for(device, dtype=torch.float32, **fields):
@@ -96,7 +101,12 @@ MACHINES = {
         MachineMemory(device=None, host=2 * GIB, nvme=GIB),
         {"placement": StaticPlacement(param_nvme=1, state_nvme=1, grad_nvme=1)},
     ),
-    "device": ("simulated", MachineMemory(device=120 * MIB, host=2 * GIB, nvme=None), {}),
+    # Its kernels are plain torch's, whose temporaries would count as activations where it keeps gradients.
+    "device": (
+        "simulated",
+        MachineMemory(device=160 * MIB, host=2 * GIB, nvme=None),
+        {"placement": StaticPlacement(param_device=1)},
+    ),
     "all three": (
         "simulated",
         MachineMemory(device=120 * MIB, host=2 * GIB, nvme=GIB),
@@ -113,9 +123,10 @@ MACHINES = {
         (gpt2, with_checkpoints, {}),
         (gpt2, with_sliced_loss, {"gradient_accumulation": False}),
         (llama, with_sliced_loss, {}),
+        (llama, with_both, {"gradient_accumulation": False}),
         (llama, plain, {"num_batch_slices": 2}),
     ],
-    ids=["gpt2", "gpt2 checkpointed", "gpt2 sliced loss", "llama sliced loss", "llama in slices"],
+    ids=["gpt2", "gpt2 checkpointed", "gpt2 sliced loss", "llama sliced loss", "llama with both", "llama in slices"],
 )
 def test_peaks_are_within_five_per_cent_of_the_engines(make, prepare, fields, machine, tmp_path):
     device, memory, placement = MACHINES[machine]
@@ -127,10 +138,20 @@ def test_peaks_are_within_five_per_cent_of_the_engines(make, prepare, fields, ma
     plan = plan_step(model, loss_of, config, num_tokens=ROWS * SEQ, memory=memory)
     trained = make("cpu")
     prepare(trained)
-    peaks, in_force = measure(trained, plan.config)
+    peaks, activations_nbytes, in_force = measure(trained, plan.config)
     planned = {tier: plan.peak_nbytes(tier) for tier in MemoryTier}
     assert planned == pytest.approx(peaks, rel=0.05)
+    assert plan.rehearsal.peak_nbytes == pytest.approx(activations_nbytes, rel=0.05)
     assert in_force.chunks == plan.blueprint.plan.chunks
+
+
+def test_automatic_placement_on_a_device_is_the_engines():
+    memory = MachineMemory(device=120 * MIB, host=2 * GIB, nvme=None)
+    plan = plan_step(gpt2(), loss_of, config_for("simulated"), num_tokens=ROWS * SEQ, memory=memory)
+    peaks, _, in_force = measure(gpt2("cpu"), plan.config)
+    assert in_force.chunks == plan.blueprint.plan.chunks
+    assert plan.peak_nbytes(DEVICE) == pytest.approx(peaks[DEVICE], rel=0.05)
+    assert plan.peak_nbytes(HOST) == peaks[HOST]
 
 
 def test_rehearsal_leaves_the_model_as_it_was():
