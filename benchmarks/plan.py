@@ -5,7 +5,7 @@ machine is measured first, as `python -m gemini bench` does, and every run is pl
 planned / measured - 1; `matrix_error` is that of the same prediction with matrix products alone. Peaks are the bytes
 that the engine holds and, in host memory, activations, which are counted in a step that is not timed.
 
-    python benchmarks/plan.py [--models gpt2 gpt2-medium] [--swap DIR] [--json PATH]
+    python benchmarks/plan.py [--models gpt2 gpt2-medium ...] [--swap DIR] [--json PATH]
 """
 
 from __future__ import annotations
@@ -111,10 +111,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--models", choices=SHAPES, nargs="+", default=["gpt2", "gpt2-medium"])
-    parser.add_argument("--batch", type=int, default=1, help="sequences in a step")
+    parser.add_argument("--models", choices=SHAPES, nargs="+", default=["gpt2"])
+    parser.add_argument("--batch", type=int, default=4, help="sequences in a step")
     parser.add_argument("--seq", type=int, default=256, help="tokens in a sequence")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps")
     parser.add_argument("--swap", type=Path, help="directory on the drive to use (a temporary one here)")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()
