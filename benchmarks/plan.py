@@ -112,7 +112,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--models", choices=SHAPES, nargs="+", default=["gpt2"])
-    parser.add_argument("--batch", type=int, default=4, help="sequences in a step")
+    parser.add_argument("--batch", type=int, default=2, help="sequences in a step")
     parser.add_argument("--seq", type=int, default=256, help="tokens in a sequence")
     parser.add_argument("--steps", type=int, default=2, help="timed steps")
     parser.add_argument("--swap", type=Path, help="directory on the drive to use (a temporary one here)")
