@@ -26,6 +26,7 @@ RUNS = {
     "zero": ["zero_step.py"],
     "prediction": ["prediction.py", "--swap", "SWAP"],
     "recording": ["recording.py", "--swap", "SWAP"],
+    "plan": ["plan.py", "--swap", "SWAP"],
 }
 """Script and options of each result file; SWAP stands for a directory on the drive to be measured."""
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "train": ("gemini.cli.train", "fine-tune a model as a training file says"),
     "bench": ("gemini.cli.bench", "measure this machine"),
     "report": ("gemini.cli.report", "show what was recorded of a run"),
+    "plan": ("gemini.cli.plan", "say what training a model would take, without allocating it"),
 }
 """Module and summary of each command. A module has `add_arguments(parser)`, and `run(arguments)`, an exit code."""
 

@@ -26,7 +26,7 @@ from gemini.kernels.adam_tile import state_format_of
 from gemini.kernels.device import DeviceKernels, select_device_kernels
 from gemini.materialize import write_home
 from gemini.offload.home import TiledHome
-from gemini.offload.resources import Resources, budgets_of, has_device_tier, open_resources
+from gemini.offload.resources import Resources, budgets_of, open_resources
 from gemini.offload.slots import FixedSlots
 from gemini.offload.transfer import CpuTransfers
 from gemini.placement.plan import (
@@ -46,7 +46,7 @@ from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, parse_nbytes, round_up
 from gemini.update import TilePipeline
 from gemini.update_worker import UpdateWorker
 
-__all__ = ["Blueprint", "assemble", "draw_blueprint"]
+__all__ = ["Blueprint", "assemble", "draw_blueprint", "draw_layout"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,13 +71,21 @@ class Blueprint:
     chunks_at_once: int
 
 
-def draw_blueprint(model: torch.nn.Module, config: GeminiConfig, *, sharding: Sharding | None = None) -> Blueprint:
+def draw_blueprint(
+    model: torch.nn.Module,
+    config: GeminiConfig,
+    *,
+    sharding: Sharding | None = None,
+    budgets: dict[MemoryTier, int | None] | None = None,
+) -> Blueprint:
     """Lay a model out and place its chunks. Neither allocates nor changes anything; the model may be on "meta".
 
     Args:
         model: the user's model.
         config: what the user asked for.
         sharding: the ranks that share the model; None: there are no others.
+        budgets: bytes per tier of the machine to plan for, as `budgets_of` gives them for this one; the configuration's
+            device and budgets then do not count. None: this machine's.
 
     Returns:
         Layout, plan and the bytes they take.
@@ -94,25 +102,25 @@ def draw_blueprint(model: torch.nn.Module, config: GeminiConfig, *, sharding: Sh
         raise ConfigError(
             'GeminiConfig.overlap: "speculative" is for one rank; choose "auto", "next-forward" or "off" when sharding'
         )
-    layout = build_layout(describe_model(model, working_dtype=config.dtype), max_small_nbytes=config.min_unit_nbytes)
+    layout = draw_layout(model, config)
     shards = tuple(_shard_of(chunk, sharding) for chunk in layout.chunks)
     pairs = zip(layout.chunks, shards, strict=True)
     demands = tuple(_demand_of(chunk, shard, layout, sharding) for chunk, shard in pairs)
+    budgets = budgets_of(config) if budgets is None else budgets
+    device_nbytes = budgets[MemoryTier.DEVICE]
     shape = RuntimeShape(
-        has_device=has_device_tier(config),
+        has_device=device_nbytes is not None,
         tile_numel=config.tile_numel,
         ring_depth=config.ring_depth,
         grad_itemsize=4 if config.gradient_accumulation else config.dtype.itemsize,
         has_checksums=config.nvme is not None and config.nvme.verify,
     )
-    budgets = budgets_of(config)
-    device_nbytes = budgets[MemoryTier.DEVICE]
     host_nbytes = budgets[MemoryTier.HOST]
     assert host_nbytes is not None
     chunks_at_once = max(len(unit.chunk_ids) for unit in layout.units)
     plan_budgets = Budgets(
         device=None if device_nbytes is None else device_nbytes - _reserve_of(config, device_nbytes),
-        host=host_nbytes - (_checkpoint_reserve_of(config, host_nbytes) if has_device_tier(config) else 0),
+        host=host_nbytes - (_checkpoint_reserve_of(config, host_nbytes) if shape.has_device else 0),
         nvme=budgets[MemoryTier.NVME],
     )
 
@@ -145,6 +153,22 @@ def draw_blueprint(model: torch.nn.Module, config: GeminiConfig, *, sharding: Sh
         budgets=budgets,
         chunks_at_once=chunks_at_once,
     )
+
+
+def draw_layout(model: torch.nn.Module, config: GeminiConfig) -> ChunkLayout:
+    """Lay a model out.
+
+    Args:
+        model: the user's model; may be on "meta".
+        config: gives the working dtype and the smallest unit.
+
+    Returns:
+        Which parameter lies in which chunk.
+
+    Raises:
+        ModelError: the model has parameters that cannot be placed.
+    """
+    return build_layout(describe_model(model, working_dtype=config.dtype), max_small_nbytes=config.min_unit_nbytes)
 
 
 def _refuse_overlaps(model: torch.nn.Module) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from gemini.config import GeminiConfig
 from gemini.errors import ConfigError
+from gemini.machine import MachineDescription
 from gemini.offload.bandwidth import measure_disk
 from gemini.offload.resources import Resources, budgets_of, open_resources
 from gemini.placement.cost_model import HardwareProfile
@@ -84,14 +85,20 @@ def measure_hardware(
     return profile
 
 
-def save_profile(profile: HardwareProfile, path: str | os.PathLike[str]) -> None:
+def save_profile(
+    profile: HardwareProfile, path: str | os.PathLike[str], machine: MachineDescription | None = None
+) -> None:
     """Write a profile as JSON; rates that are not known are null.
 
     Args:
         profile: what was measured.
         path: file to make or overwrite.
+        machine: where; gemini.machine.load_machine reads it.
     """
-    Path(path).write_text(json.dumps(dataclasses.asdict(profile), indent=2) + "\n", encoding="ascii")
+    document = dataclasses.asdict(profile)
+    if machine is not None:
+        document["machine"] = dataclasses.asdict(machine)
+    Path(path).write_text(json.dumps(document, indent=2) + "\n", encoding="ascii")
 
 
 def load_profile(path: str | os.PathLike[str]) -> HardwareProfile:
@@ -109,6 +116,7 @@ def load_profile(path: str | os.PathLike[str]) -> HardwareProfile:
     """
     try:
         fields = json.loads(Path(path).read_text(encoding="ascii"))
+        fields.pop("machine", None)
         profile = HardwareProfile(**fields)
         rates = [rate for rate in (*profile.matrix_rates.values(), *list(fields.values())[1:]) if rate is not None]
         if not all(rate > 0 for rate in rates):
@@ -162,16 +170,25 @@ def _measure_device(resources: Resources, seconds: float) -> dict[str, float]:
     if transfers.compute_tier is not MemoryTier.DEVICE:
         return {}
     host = resources.arena.allocate(BUFFER_NBYTES, PURPOSE).fill_(1)
+    back = resources.arena.allocate(BUFFER_NBYTES, PURPOSE).fill_(1)
     here, there = (transfers.allocate(4 * BUFFER_NBYTES, PURPOSE).fill_(1) for _ in range(2))
-    part = here[:BUFFER_NBYTES]
+    part, other_part = here[:BUFFER_NBYTES], there[:BUFFER_NBYTES]
+
+    def copy_both_ways() -> None:
+        moves = transfers.upload(part, host), transfers.download(back, other_part)
+        for move in moves:
+            move.wait_on_host()
+
     rates = {
         "device_memory_rate": 2 * here.nbytes / _time(resources, lambda: there.copy_(here), seconds),
         "h2d_rate": BUFFER_NBYTES / _time(resources, lambda: transfers.upload(part, host).wait_on_host(), seconds),
         "d2h_rate": BUFFER_NBYTES / _time(resources, lambda: transfers.download(host, part).wait_on_host(), seconds),
+        "both_ways_rate": 2 * BUFFER_NBYTES / _time(resources, copy_both_ways, seconds),
     }
     for buffer in (here, there):
         transfers.free(buffer, PURPOSE)
-    resources.arena.free(host)
+    for buffer in (host, back):
+        resources.arena.free(buffer)
     return rates
 
 

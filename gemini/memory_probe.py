@@ -13,11 +13,24 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from gemini.tiers import MemoryTier, TierLedger
 
-__all__ = ["MemoryProbe"]
+__all__ = ["MemoryProbe", "StorageCounter", "tensors_in"]
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors among an operation's arguments or outputs, in sequences and dicts too.
+
+    Several times as fast as torch's own walk, which knows more kinds of containers than operations have.
+    """
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from tensors_in(each)
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
 
 
 class MemoryProbe:
@@ -51,7 +64,7 @@ class MemoryProbe:
         if self._device.type == "cuda":
             yield
             return
-        counter = _StorageCounter()
+        counter = StorageCounter()
         with counter:
             yield
         self._note(counter.peak_nbytes)
@@ -60,23 +73,22 @@ class MemoryProbe:
         self.non_model_peak_nbytes = max(self.non_model_peak_nbytes or 0, peak_nbytes)
 
 
-class _StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the storages that operations create, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak_nbytes = 0
+        """The most that was alive at once."""
         self._live_nbytes = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = {
-            value.untyped_storage()._cdata for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)
-        }
-        output = func(*args, **(kwargs or {}))
-        for value in tree_leaves(output):
-            if isinstance(value, torch.Tensor):
-                self._count(value.untyped_storage(), inputs)
+        kwargs = kwargs or {}
+        inputs = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs))}
+        output = func(*args, **kwargs)
+        for tensor in tensors_in(output):
+            self._count(tensor.untyped_storage(), inputs)
         return output
 
     def _count(self, storage: torch.UntypedStorage, inputs: set[int]) -> None:

@@ -25,7 +25,7 @@ class StopOnSignals:
 
     Inside the context the first SIGTERM or SIGINT (Ctrl-C) is remembered. One that comes a second later does what it
     did before: it ends the process, or interrupts it, at once; one that comes sooner is the same, told twice, as by a
-    terminal and by torchrun. A signal that `should_stop` never told of is raised when the context ends.
+    terminal and by torchrun. A signal that nobody was told of is raised when the context ends.
 
     Args:
         engine: whose training is to be stopped, on all its ranks.
@@ -55,6 +55,7 @@ class StopOnSignals:
     @property
     def received(self) -> signal.Signals | None:
         """The signal that has come; of another rank's, after `should_stop` has said so."""
+        self._is_told |= self._received != 0
         return signal.Signals(self._received) if self._received else None
 
     def _remember(self, number: int, frame: FrameType | None) -> None:

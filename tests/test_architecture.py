@@ -25,6 +25,7 @@ LAYERS = (
         "gemini.ddp",
         "gemini.optimizer",
         "gemini.checkpoint",
+        "gemini.planner",
         "gemini.pretrained",
         "gemini.pretrained_model",
         "gemini.report",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from gemini.errors import ConfigError
 from gemini.placement.overlap import OverlapMode
@@ -59,8 +59,10 @@ class Work:
     nvme_written_nbytes: int = 0
 
     def __add__(self, other: Work) -> Work:
-        names = self.__dataclass_fields__
-        return Work(**{n: a + b for n, a, b in zip(names, astuple(self), astuple(other), strict=True)})
+        return Work(**{name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__})
+
+    def __mul__(self, count: int) -> Work:
+        return Work(**{name: getattr(self, name) * count for name in self.__dataclass_fields__})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +72,9 @@ class StepFlops:
     forward: float
     backward: float
     """With what activation checkpointing computes again."""
+    forward_nbytes: int = 0
+    """Bytes that all other operations read and write in compute memory; 0 leaves them out."""
+    backward_nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +110,8 @@ class HardwareProfile:
     device_memory_rate: float | None = None
     h2d_rate: float | None = None
     d2h_rate: float | None = None
+    both_ways_rate: float | None = None
+    """Bytes to and from the device at once, both together. For people: the model takes the two not to share a link."""
     nvme_read_rate: float | None = None
     nvme_write_rate: float | None = None
     nvme_mixed_rate: float | None = None
@@ -283,18 +290,35 @@ def count_step(chunks: Sequence[ChunkDemand], plan: PlacementPlan, shape: Runtim
         if homes.grad is not None:
             stored += _store_gradient(demand, homes.grad, shape)
         goes_ahead = set(homes.spare_tiles()) if shape.has_spares and not homes.is_resident else set()
-        for tile in range(len(homes.state)):
-            update = _update_tile(demand, homes, tile, shape)
+        for tile, num_alike in _distinct_tiles(demand, homes, shape).items():
+            update = _update_tile(demand, homes, tile, shape) * num_alike
             if tile in goes_ahead:
                 ahead += update
             else:
                 rest += update
     return StepWork(
-        forward=fetched + Work(flops=flops.forward),
-        backward=fetched + stored + Work(flops=flops.backward),
+        forward=fetched + _compute(flops.forward, flops.forward_nbytes, shape),
+        backward=fetched + stored + _compute(flops.backward, flops.backward_nbytes, shape),
         ahead=ahead,
         rest=rest,
     )
+
+
+def _distinct_tiles(demand: ChunkDemand, homes: ChunkPlacement, shape: RuntimeShape) -> dict[int, int]:
+    """Return one trained tile for each length and pair of homes that tiles have, and how many are like it."""
+    last = len(homes.state) - 1
+    is_shorter = demand.numel % shape.tile_numel > 0
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for tile, pair in enumerate(zip(homes.state, homes.working, strict=False)):
+        alike.setdefault((is_shorter and tile == last, *pair), []).append(tile)
+    return {tiles[0]: len(tiles) for tiles in alike.values()}
+
+
+def _compute(flops: float, nbytes: int, shape: RuntimeShape) -> Work:
+    """Count the model's own operations, on the device or without one on the processor."""
+    if shape.has_device:
+        return Work(flops=flops, device_memory_nbytes=nbytes)
+    return Work(flops=flops, host_memory_nbytes=nbytes)
 
 
 def _fetch(demand: ChunkDemand, homes: ChunkPlacement, shape: RuntimeShape) -> Work:

@@ -197,6 +197,16 @@ def test_a_rate_that_is_not_needed_may_be_unknown():
     assert predict(work, OverlapMode.OFF, profile).step_s == pytest.approx(3.0)
 
 
+@pytest.mark.parametrize(("has_device", "channel"), [(True, "device_memory_nbytes"), (False, "host_memory_nbytes")])
+def test_other_operations_of_the_model_are_passes_over_compute_memory(has_device, channel):
+    shape = dataclasses.replace(SHAPE, has_device=has_device)
+    bare = count_step(CHUNKS, PLAN, shape, FLOPS)
+    work = count_step(CHUNKS, PLAN, shape, dataclasses.replace(FLOPS, forward_nbytes=300, backward_nbytes=700))
+    assert work.forward == bare.forward + Work(**{channel: 300})
+    assert work.backward == bare.backward + Work(**{channel: 700})
+    assert work.update == bare.update
+
+
 def test_transformer_flops_are_those_of_two_layers_computed_by_hand():
     # Width 8: 12 x 64 parameters a layer, an output layer of 8 x 100; 2 sequences of 16 tokens.
     shape = {"num_tokens": 32, "num_layers": 2, "hidden_size": 8, "sequence_length": 16}

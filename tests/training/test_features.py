@@ -414,7 +414,19 @@ class DropsLayers(Tower):
         return self.head(x)
 
 
-@pytest.mark.parametrize("build", [Uneven, InPlaceTower, Prompted, DropsLayers])
+class PartlyEmpty(Tower):
+    """Has parameters without elements, in units of their own and beside others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.none = nn.Parameter(torch.zeros(0, 3))
+        self.head.none = nn.Parameter(torch.zeros(3, 0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.none.sum() + self.head.none.sum()
+
+
+@pytest.mark.parametrize("build", [Uneven, InPlaceTower, Prompted, DropsLayers, PartlyEmpty])
 def test_awkward_models_train_as_in_plain_torch(config, build):
     case = Case(build, vector_batch, square)
     found, expected = train_gemini(case, config, 5), train_plain(case, 5)

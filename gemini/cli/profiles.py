@@ -1,0 +1,45 @@
+"""Where the profiles of this user's machines are kept between runs: one file for each machine."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from pathlib import Path
+
+from gemini.errors import ConfigError
+from gemini.hardware import HardwareProfile, load_profile
+from gemini.machine import MachineDescription, describe_machine
+
+__all__ = ["cache_path", "cached_profile"]
+
+
+def cache_path(machine: MachineDescription, directory: Path | None = None) -> Path:
+    """Return the file of a machine's profile.
+
+    Args:
+        machine: whose; its disk does not count, so that the newest measurement is found whatever disk it was of.
+        directory: of all profiles; None: the user's own.
+
+    Returns:
+        The path; there need not be such a file.
+    """
+    parts = (platform.node(), machine.processor, machine.num_cpus, machine.memory_nbytes, machine.device)
+    digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    directory = Path.home() / ".cache" / "gemini-memory" if directory is None else directory
+    return directory / f"profile-{digest}.json"
+
+
+def cached_profile(directory: Path | None = None) -> HardwareProfile | None:
+    """Return what was last measured on this machine.
+
+    Args:
+        directory: as for `cache_path`.
+
+    Returns:
+        The profile; None if there is none, or it is of another version.
+    """
+    path = cache_path(describe_machine(), directory)
+    try:
+        return load_profile(path) if path.exists() else None
+    except ConfigError:
+        return None

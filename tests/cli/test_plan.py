@@ -1,0 +1,195 @@
+"""`python -m gemini plan`: what it prints, its exit codes, and what planning a large model itself takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from gemini.__main__ import main
+from gemini.cli.models import SHAPES
+from gemini.hardware import HardwareProfile, save_profile
+from gemini.machine import MachineDescription
+
+GIB = 1 << 30
+ROOT = Path(__file__).parents[2]
+MACHINE = MachineDescription(
+    processor="x",
+    num_cpus=8,
+    instruction_sets=("scalar",),
+    num_memory_nodes=1,
+    memory_nbytes=64 * GIB,
+    device="y",
+    device_memory_nbytes=24 * GIB,
+    disk_nbytes=None,
+    disk_free_nbytes=None,
+)
+RATES = HardwareProfile(
+    matrix_rates={"float32": 1e13, "bfloat16": 1e14},
+    host_memory_rate=1e11,
+    device_memory_rate=1e12,
+    h2d_rate=2e10,
+    d2h_rate=2e10,
+    nvme_read_rate=6e9,
+    nvme_write_rate=4e9,
+    nvme_mixed_rate=6e9,
+)
+SHORT = ["--tokens", "128", "--seq", "64"]
+
+
+@pytest.fixture
+def profile(tmp_path):
+    path = tmp_path / "profile.json"
+    save_profile(RATES, path, MACHINE)
+    return str(path)
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """A function of the user's that returns a small model."""
+    (tmp_path / "users_models.py").write_text(
+        textwrap.dedent("""
+        import transformers
+
+        def small():
+            config = transformers.LlamaConfig(
+                num_hidden_layers=8, hidden_size=512, intermediate_size=1024, num_attention_heads=4, vocab_size=4096
+            )
+            return transformers.LlamaForCausalLM(config)
+
+        def no_model():
+            return 3
+        """)
+    )
+    monkeypatch.chdir(tmp_path)
+    yield "users_models:small"
+    sys.modules.pop("users_models", None)
+
+
+def run(capsys, *argv):
+    code = main(["plan", *argv])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_a_plan_for_another_machine_takes_its_memory_and_rates_from_the_profile(capsys, profile, model):
+    code, out, _ = run(capsys, model, *SHORT, "--profile", profile, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["fits"] is True
+    assert found["memory_nbytes"] == {"device": 24 * GIB, "host": 64 * GIB, "nvme": None}
+    assert found["num_params"] == 8 * (4 * 512 * 512 + 3 * 512 * 1024 + 2 * 512) + 2 * 4096 * 512 + 512
+    assert found["peak_nbytes"]["device"] == sum(found["peak_nbytes_by_purpose"]["device"].values())
+    assert found["tokens_per_s"] == pytest.approx(128 / found["step_s"])
+
+
+def test_what_does_not_fit_ends_with_one_and_says_what_would_help(capsys, profile, model):
+    code, out, err = run(
+        capsys, model, *SHORT, "--profile", profile, "--device-memory", "none", "--host-memory", "720MiB"
+    )
+    assert code == 1
+    assert err.startswith("gemini: does not fit: host tier is short by")
+    assert err.count("\n") == 1
+    assert "It would, if you give it" in out
+
+
+def test_the_remedy_of_disk_is_enough(capsys, profile, model):
+    machine = ["--profile", profile, "--device-memory", "none", "--host-memory", "720MiB"]
+    _, out, _ = run(capsys, model, *SHORT, *machine, "--json")
+    (disk,) = (text for text in json.loads(out)["remedies"] if "--disk" in text)
+    amount = f"{float(disk.split()[2]) + 0.01}{disk.split()[3]}"
+    assert run(capsys, model, *SHORT, *machine, "--disk", amount)[0] == 0
+
+
+def test_tables_name_peak_time_bottleneck_wear_and_configuration(capsys, profile, model):
+    options = ["--device-memory", "none", "--host-memory", "720MiB", "--disk", "4GiB", "--endurance", "600TBW"]
+    code, out, _ = run(capsys, model, *SHORT, "--profile", profile, *options)
+    assert code == 0
+    for text in ("activations", "Predicted step", "bottleneck", "compute-bound from", "rated life", "host_budget="):
+        assert text in out
+
+
+def test_what_if_has_a_row_for_every_combination(capsys, profile, model):
+    varied = ["--what-if", "host-memory=720MiB,32GiB", "--what-if", "disk=none,4GiB"]
+    code, out, _ = run(capsys, model, *SHORT, "--profile", profile, "--device-memory", "none", *varied, "--json")
+    found = [
+        (row["memory_nbytes"]["host"] // GIB, row["memory_nbytes"]["nvme"], row["fits"]) for row in json.loads(out)
+    ]
+    assert found == [(0, None, False), (0, 4 * GIB, True), (32, None, True), (32, 4 * GIB, True)]
+    assert code == 1
+
+
+def test_what_if_prints_a_table(capsys, profile, model):
+    code, out, _ = run(capsys, model, *SHORT, "--profile", profile, "--what-if", "device-memory=1GiB,none")
+    assert code == 0
+    assert out.count("yes") == 2
+
+
+def test_without_a_profile_there_is_no_time(capsys, monkeypatch, tmp_path, model):
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    code, out, _ = run(capsys, model, *SHORT, "--device-memory", "none", "--host-memory", "8GiB")
+    assert code == 0
+    assert "no profile of this machine" in out
+
+
+def test_a_directory_with_a_configuration_is_a_model(capsys, tmp_path, profile):
+    import transformers
+
+    transformers.GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=512).save_pretrained(tmp_path / "saved")
+    code, out, _ = run(capsys, str(tmp_path / "saved"), *SHORT, "--profile", profile, "--json")
+    assert code == 0
+    assert json.loads(out)["num_params"] == 2 * 12 * 64 * 64 + 2 * 13 * 64 + 512 * 64 + 1024 * 64 + 2 * 64
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nothing-of-that-name"], "expected one of gpt2"),
+        (["users_models:large"], "has no attribute 'large'"),
+        (["no_such_module:small"], "No module named 'no_such_module'"),
+        (["users_models:no_model"], "expected a torch.nn.Module, got int"),
+        (["users_models:small", "--tokens", "100", "--seq", "64"], "--tokens: expected a multiple of --seq"),
+        (["users_models:small", "--host-memory", "much"], "--host-memory: cannot read 'much' as bytes"),
+        (["users_models:small", "--what-if", "weather=1"], "--what-if: expected one of model"),
+        (["users_models:small", "--profile", "missing.json"], "No such file"),
+    ],
+)
+def test_mistakes_end_with_two_and_one_line(capsys, model, argv, message):
+    code, out, err = run(capsys, *argv)
+    assert code == 2
+    assert message in err
+    assert (out, err.count("\n")) == ("", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama-7b", "llama-13b", "llama-70b"])
+def test_large_models_are_planned_in_half_a_minute_and_two_gigabytes(name, profile):
+    program = textwrap.dedent(f"""
+        import resource, sys, time
+        start = time.process_time()
+        from gemini.__main__ import main
+        code = main(["plan", "{name}", "--profile", {profile!r}, "--disk", "2TB", "--checkpoint-activations",
+                     "--sliced-loss", "--json"])
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        sys.stderr.write(f"RESULT {{code}} {{time.process_time() - start}} {{peak}}")
+    """)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    code, seconds, peak = done.stderr.partition("RESULT ")[2].split()
+    assert code == "0"
+    assert float(seconds) < 30
+    assert int(peak) < 2e9
+    assert json.loads(done.stdout)["fits"]
+
+
+@pytest.mark.parametrize(
+    ("name", "num_params"), [("gpt2", 124_439_808), ("gpt2-large", 774_030_080), ("llama-7b", 6_738_415_616)]
+)
+def test_known_shapes_have_their_known_size(name, num_params):
+    from gemini.cli.models import load_model
+
+    assert name in SHAPES
+    assert sum(param.numel() for param in load_model(name).parameters()) == num_params
