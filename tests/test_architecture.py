@@ -18,6 +18,7 @@ MAX_MODULE_LINES = 500
 LAYERS = (
     ("examples", "benchmarks"),
     ("gemini.cli", "gemini.__main__"),
+    ("gemini.recipe",),
     ("zero",),
     ("gemini.__init__", "gemini.integrations"),
     (

@@ -34,9 +34,11 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False)
     finished = train(read_settings(arguments.file), resume=arguments.resume, console=console)
     console.print(str(finished.report), markup=False, soft_wrap=True)
+    if finished.recording is not None:
+        console.print(f"What happened in it: python -m gemini report {finished.recording}", soft_wrap=True)
     if finished.stopped_by is not None:
-        console.print(f"{finished.stopped_by.name}: saved {finished.path}; --resume goes on from there")
+        console.print(f"{finished.stopped_by.name}: saved {finished.path}; --resume goes on from there", soft_wrap=True)
         return 128 + finished.stopped_by
     loss = "" if finished.loss is None else f", last loss {finished.loss:.4f}"
-    console.print(f"Trained{loss}. The model is in {finished.path}")
+    console.print(f"Trained{loss}. The model is in {finished.path}", soft_wrap=True)
     return 0

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from gemini.ddp import GeminiDDP
 from gemini.report import MemoryReport
+from gemini.run_recorder import RunRecorder
 from gemini.tiers import format_nbytes
 
 __all__ = ["Pace", "ProgressCallback", "Snapshot", "pace_between"]
@@ -100,6 +101,7 @@ class ProgressCallback(transformers.TrainerCallback):
         self._path = path
         self._num_tokens = self._num_padded_tokens = 0
         self._engine: GeminiDDP | None = None
+        self._recorder: RunRecorder | None = None
         self._before: Snapshot | None = None
         columns = (rich.progress.BarColumn(12), rich.progress.MofNCompleteColumn(), "{task.description}")
         self._bar = rich.progress.Progress(*columns, rich.progress.TimeRemainingColumn(), console=console)
@@ -113,9 +115,9 @@ class ProgressCallback(transformers.TrainerCallback):
     ) -> None:
         self._bar.stop()
 
-    def follow(self, engine: GeminiDDP) -> None:
-        """Take an engine's counters from here on."""
-        self._engine = engine
+    def follow(self, engine: GeminiDDP, recorder: RunRecorder | None) -> None:
+        """Take an engine's counters from here on, and let a recording know losses and tokens."""
+        self._engine, self._recorder = engine, recorder
 
     def count(self, batch: Mapping[str, torch.Tensor]) -> None:
         """Count the tokens of a batch that is trained on: `input_ids`, and `attention_mask` if it is padded."""
@@ -145,6 +147,8 @@ class ProgressCallback(transformers.TrainerCallback):
             values |= {name: getattr(pace, name) for name in Pace.__slots__}
             self._before = now
             self._show(logs, pace, now)
+            if self._recorder is not None:
+                self._recorder.log(loss=float(logs["loss"]), tokens=pace.tokens_per_s * pace.seconds)
         values |= {f"{tier}_nbytes": nbytes for tier, nbytes in now.tiers.items()}
         self._keep(values)
 

@@ -29,6 +29,8 @@ __all__ = ["FinishedRun", "train"]
 
 MODEL_NAME = "model"
 """Directory of the trained model, in the output directory."""
+RECORDING_NAME = "recording"
+"""Directory of what `python -m gemini report` shows, in the output directory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +39,7 @@ class FinishedRun:
 
     path: Path
     """What was saved last: the trained model, or a checkpoint if a signal has ended the run."""
+    recording: Path | None
     stopped_by: signal.Signals | None
     loss: float | None
     """The last that was logged."""
@@ -93,7 +96,9 @@ def train(settings: Settings, *, resume: bool, console: Console) -> FinishedRun:
         )
         trainer.remove_callback(transformers.PrinterCallback)
         engine = trainer.built_engine()
-        progress.follow(engine)
+        recording = settings.output.path / RECORDING_NAME
+        recorder = stack.enter_context(engine.record(recording)) if settings.output.record else None
+        progress.follow(engine, recorder)
         stop = stack.enter_context(StopOnSignals(engine))
         trainer.add_callback(_StopCallback(stop))
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -104,7 +109,11 @@ def train(settings: Settings, *, resume: bool, console: Console) -> FinishedRun:
             path = Path(str(_last_checkpoint(settings.output.path)))
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         return FinishedRun(
-            path=path, stopped_by=stop.received, loss=losses[-1] if losses else None, report=engine.memory_report()
+            path=path,
+            recording=recording if recorder is not None else None,
+            stopped_by=stop.received,
+            loss=losses[-1] if losses else None,
+            report=engine.memory_report(),
         )
 
 

@@ -165,6 +165,7 @@ class OutputSettings(_Section):
     keep_last: Count = Field(2, description="checkpoints to keep")
     log_steps: Count = Field(1, description="log every so many steps")
     eval_steps: Count | None = Field(None, description="evaluate every so many steps; without: at the end")
+    record: bool = Field(True, description="keep what `python -m gemini report` shows: every move of three steps")
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
         [], description="loggers besides log.csv: tensorboard, wandb, trackio, mlflow, if they are installed"
     )

@@ -87,6 +87,8 @@ def test_a_new_file_trains_as_it_stands(tmp_path: Path, model_directory: Path, w
     file.write_text(file.read_text().replace("# sequence_length: 1024", "sequence_length: 16"))
     assert main(["train", str(file)]) == 0
     assert float(rows_of(tmp_path)[-1]["loss"]) > 0
+    assert main(["report", str(tmp_path / "run" / "recording"), "--json", str(tmp_path / "report.json")]) == 0
+    assert json.loads((tmp_path / "report.json").read_text())
 
 
 def test_init_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +98,7 @@ def test_init_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (tmp_path / "a.yaml").read_text() == "mine"
 
 
-def test_weights_on_disk_train_as_in_plain_torch(
+def test_a_run_has_the_losses_of_plain_torch(
     tmp_path: Path, model_directory: Path, write_file: Callable[..., Path]
 ) -> None:
     """The same steps by hand: the first rows, a constant learning rate, no clipping."""
@@ -124,7 +126,6 @@ def test_weights_on_disk_train_as_in_plain_torch(
         expected.append(loss.item())
     rows = [row for row in rows_of(tmp_path) if row["loss"]]
     assert [float(row["loss"]) for row in rows] == pytest.approx(expected, rel=1e-5)
-    assert float(rows[-1]["nvme_read_gb_per_s"]) > 0
     assert float(rows[-1]["padded_tokens_per_s"]) > float(rows[-1]["tokens_per_s"]) > 0
     found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     for name, weight in model.state_dict().items():
@@ -132,6 +133,7 @@ def test_weights_on_disk_train_as_in_plain_torch(
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "model")("a") == tokenizer("a")
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks under the old name
 def test_adapters_are_saved_as_peft_does(
     tmp_path: Path, model_directory: Path, write_file: Callable[..., Path]
 ) -> None:
@@ -180,7 +182,7 @@ def test_a_signal_ends_the_run_and_resume_goes_on_with_the_same_numbers(
         ({"model": {"lora": {"target_modules": "nothing"}}}, "model.lora.target_modules: "),
         ({"data": {"files": ["none.jsonl"]}}, "data.files: there is no file none.jsonl"),
         ({"data": {"form": "messages"}}, "data.files: form messages needs the columns messages"),
-        ({"memory": {"host_budget": "100KiB"}}, "host memory"),
+        ({"memory": {"host_budget": "100KiB"}}, "host tier is short by 684032 bytes"),
     ],
 )
 def test_what_does_not_fit_is_said_in_a_line(
