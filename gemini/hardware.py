@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,6 +36,8 @@ PRODUCT_S = 0.01
 """A product that takes this long is large enough; half precision on a processor without it gets there at once."""
 BUFFER_NBYTES = 64 << 20
 """Of each buffer that is swept or copied; several together are beyond any cache."""
+MIN_SHARE = 0.01
+"""Of what runs beside something else; noise must not make it nothing, or more than all."""
 PURPOSE = "hardware profile"
 
 
@@ -51,8 +55,8 @@ def measure_hardware(
         directory: on the disk of the swap file. None: leave disks alone.
         device: as GeminiConfig.device.
         seconds: how long each rate but the disk's is measured, at least.
-        disk_seconds: how long the disk reads, writes and does both, each. Drives burst: the longer, the nearer to what
-            they sustain.
+        disk_seconds: how long the disk reads, writes, does both, and does both beside matrix products, each. Drives
+            burst: the longer, the nearer to what they sustain.
         disk_nbytes: length of the file that is written there for a while.
 
     Returns:
@@ -71,16 +75,11 @@ def measure_hardware(
             host_memory_rate=_measure_sweep(resources, seconds),
             **_measure_device(resources, seconds),
         )
+        if directory is not None:
+            disk_rates = _measure_disk(resources, profile, Path(directory), disk_nbytes, disk_seconds)
+            profile = dataclasses.replace(profile, **disk_rates)
     finally:
         resources.close()
-    if directory is not None:
-        disk = measure_disk(directory, disk_nbytes, disk_seconds)
-        profile = dataclasses.replace(
-            profile,
-            nvme_read_rate=disk.read_bytes_per_s,
-            nvme_write_rate=disk.write_bytes_per_s,
-            nvme_mixed_rate=disk.mixed_bytes_per_s,
-        )
     _log.info("hardware profile: %s", profile)
     return profile
 
@@ -190,6 +189,35 @@ def _measure_device(resources: Resources, seconds: float) -> dict[str, float]:
     for buffer in (host, back):
         resources.arena.free(buffer)
     return rates
+
+
+def _measure_disk(
+    resources: Resources, profile: HardwareProfile, directory: Path, nbytes: int, seconds: float
+) -> dict[str, Any]:
+    """Return the rates of a disk, and what it and matrix products of the fastest dtype leave each other."""
+    dtype, rate = max(profile.matrix_rates.items(), key=lambda item: item[1])
+    size = min(MAX_MATRIX_SIZE, 1 << math.ceil(math.log2((rate * PRODUCT_S / 2) ** (1 / 3))))
+    a = torch.ones(size, size, dtype=getattr(torch, dtype), device=resources.transfers.device)
+    result = torch.empty_like(a)
+
+    def multiply() -> None:
+        torch.mm(a, a, out=result)
+        resources.transfers.synchronize()
+
+    disk = measure_disk(directory, nbytes, seconds, load=multiply)
+    assert disk.loaded_mixed_bytes_per_s is not None
+    assert disk.load_calls_per_s is not None
+    return {
+        "nvme_read_rate": disk.read_bytes_per_s,
+        "nvme_write_rate": disk.write_bytes_per_s,
+        "nvme_mixed_rate": disk.mixed_bytes_per_s,
+        "compute_share_beside_nvme": _share(disk.load_calls_per_s * 2 * size**3, rate),
+        "nvme_share_beside_compute": _share(disk.loaded_mixed_bytes_per_s, disk.mixed_bytes_per_s),
+    }
+
+
+def _share(rate: float, rate_alone: float) -> float:
+    return min(1.0, max(MIN_SHARE, rate / rate_alone))
 
 
 def _time(resources: Resources, call: Callable[[], object], seconds: float) -> float:

@@ -29,6 +29,8 @@ def test_processor_and_disk_are_measured_in_a_moment(tmp_path):
     fields = dataclasses.asdict(profile)
     disk = [fields[f"nvme_{kind}_rate"] for kind in ("read", "write", "mixed")]
     assert all(rate > 1e6 for rate in (profile.host_memory_rate, *profile.matrix_rates.values(), *disk))
+    assert 0 < fields["compute_share_beside_nvme"] <= 1
+    assert 0 < fields["nvme_share_beside_compute"] <= 1
     assert list(tmp_path.iterdir()) == []
 
 

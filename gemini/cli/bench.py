@@ -78,4 +78,10 @@ def rates_table(profile: HardwareProfile) -> Table:
     }
     for name, rate in names.items():
         table.add_row(name, "not measured" if rate is None else f"{rate / 1e9:.3g} GB/s")
+    shares = {
+        "matrix products, while the disk is busy": profile.compute_share_beside_nvme,
+        "disk, while matrix products run": profile.nvme_share_beside_compute,
+    }
+    for name, share in shares.items():
+        table.add_row(name, "not measured" if share is None else f"{share:.0%}")
     return table

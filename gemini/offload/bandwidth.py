@@ -5,15 +5,17 @@ Knows files and patterns of transfers. Must not know what the figures are used f
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import errno
 import itertools
 import logging
 import os
 import tempfile
+import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,10 +63,19 @@ class DiskBandwidth:
     """Bytes read and bytes written together."""
     is_direct: bool
     """Whether the page cache was bypassed; if not, these are not the disk's figures."""
+    loaded_mixed_bytes_per_s: float | None = None
+    """As `mixed_bytes_per_s`, while something else ran beside it; None: nothing did."""
+    load_calls_per_s: float | None = None
+    """How often that ran."""
 
 
 def measure_disk(
-    path: str | os.PathLike[str], nbytes: int = 1 << 30, seconds: float = 2.0, *, engine: str = "auto"
+    path: str | os.PathLike[str],
+    nbytes: int = 1 << 30,
+    seconds: float = 2.0,
+    *,
+    engine: str = "auto",
+    load: Callable[[], object] | None = None,
 ) -> DiskBandwidth:
     """Measure the disk under a directory with a temporary file, of which nothing remains; blocks until done.
 
@@ -75,6 +86,8 @@ def measure_disk(
         nbytes: length of the file, at least 8 MiB; rounded down to whole blocks of 4 MiB.
         seconds: how long each of the three patterns runs, at least.
         engine: as NVMeConfig.engine.
+        load: called over and over in a thread beside a fourth run, of both directions, to see what the two cost each
+            other; None: there is no such run.
 
     Returns:
         The bandwidths.
@@ -88,7 +101,7 @@ def measure_disk(
         raise ValueError(f"expected at least {2 * BLOCK_NBYTES} bytes and more than 0 s, got {nbytes} and {seconds}")
     try:
         with tempfile.TemporaryDirectory(prefix="gemini-bandwidth-", dir=path) as directory:
-            found = _measure(Path(directory) / "file", nbytes // BLOCK_NBYTES, seconds, choose_backend(engine))
+            found = _measure(Path(directory) / "file", nbytes // BLOCK_NBYTES, seconds, choose_backend(engine), load)
     except OffloadIOError:
         raise
     except OSError as error:  # the directory's
@@ -98,7 +111,9 @@ def measure_disk(
     return found
 
 
-def _measure(path: Path, num_blocks: int, seconds: float, backend: IoBackend) -> DiskBandwidth:
+def _measure(
+    path: Path, num_blocks: int, seconds: float, backend: IoBackend, load: Callable[[], object] | None
+) -> DiskBandwidth:
     arena = HostArena(TierLedger({}))
     buffers = [arena.allocate(BLOCK_NBYTES, "bandwidth").random_(0, 256) for _ in range(NUM_BUFFERS)]
     flags = IoOpenFlag.READ | IoOpenFlag.WRITE | IoOpenFlag.CREATE | IoOpenFlag.DIRECT
@@ -106,8 +121,50 @@ def _measure(path: Path, num_blocks: int, seconds: float, backend: IoBackend) ->
         file = engine.open(path, flags)
         fill_file(file, buffers, num_blocks)
         read, write, mixed = (run_pattern(file, pattern, buffers, num_blocks, seconds=seconds) for pattern in IoPattern)
-        is_direct = file.is_direct
-    return DiskBandwidth(read_bytes_per_s=read, write_bytes_per_s=write, mixed_bytes_per_s=mixed, is_direct=is_direct)
+        found = DiskBandwidth(
+            read_bytes_per_s=read, write_bytes_per_s=write, mixed_bytes_per_s=mixed, is_direct=file.is_direct
+        )
+        if load is None:
+            return found
+        with _CallingInThread(load) as caller:
+            loaded = run_pattern(file, IoPattern.MIXED, buffers, num_blocks, seconds=seconds)
+        return dataclasses.replace(found, loaded_mixed_bytes_per_s=loaded, load_calls_per_s=caller.calls_per_s)
+
+
+class _CallingInThread:
+    """Call something over and over in a thread, from entering to leaving.
+
+    Args:
+        call: what is called.
+    """
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self.calls_per_s = 0.0
+        """Known after leaving."""
+        self._call = call
+        self._is_over = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="gemini-load")
+
+    def _run(self) -> None:
+        num_calls, begin = 0, time.perf_counter()
+        try:
+            while not self._is_over.is_set():
+                self._call()
+                num_calls += 1
+        except BaseException as error:
+            self._error = error
+        self.calls_per_s = num_calls / (time.perf_counter() - begin)
+
+    def __enter__(self) -> _CallingInThread:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+        if self._error is not None and kind is None:
+            raise self._error
 
 
 def fill_file(file: IoFile, buffers: Sequence[torch.Tensor], num_blocks: int) -> None:

@@ -1,7 +1,7 @@
 """How long a step takes under a plan: its work, the rates of the machine, and what runs at the same time.
 
 A formula for finding the bottleneck, not a simulation; docs/cost_model.md explains it. Channels work side by side, each
-at its full rate; latencies, and what an operation costs beside its matrix products, do not count.
+at its full rate, but for compute and disk, which may slow each other down; latencies do not count.
 """
 
 from __future__ import annotations
@@ -116,6 +116,11 @@ class HardwareProfile:
     nvme_write_rate: float | None = None
     nvme_mixed_rate: float | None = None
     """As many bytes read as written at once, both together."""
+    compute_share_beside_nvme: float | None = None
+    """Rate of matrix products while the disk is busy, over their rate alone: where host memory and processors do both,
+    they share. None: not known, and taken to be 1, as for the other one."""
+    nvme_share_beside_compute: float | None = None
+    """Rate of the disk while matrix products run, over its rate alone."""
 
     def seconds(self, work: Work, dtype: str) -> dict[Channel, float]:
         """Return the time that each channel needs for its part of some work.
@@ -139,6 +144,21 @@ class HardwareProfile:
             Channel.HOST_MEMORY: _seconds(work.host_memory_nbytes, self.host_memory_rate, "host memory"),
             Channel.NVME: self._nvme_seconds(work.nvme_read_nbytes, work.nvme_written_nbytes),
         }
+
+    def span(self, compute_s: float, nvme_s: float) -> float:
+        """Return how long compute and disk take side by side: each at its share while both have work, then one alone.
+
+        Args:
+            compute_s: what compute takes alone.
+            nvme_s: what the disk takes alone.
+
+        Returns:
+            Seconds; at least the longer of the two.
+        """
+        compute_share = self.compute_share_beside_nvme or 1.0
+        nvme_share = self.nvme_share_beside_compute or 1.0
+        both_s = min(compute_s / compute_share, nvme_s / nvme_share)
+        return both_s + max(compute_s - compute_share * both_s, nvme_s - nvme_share * both_s)
 
     def _nvme_seconds(self, read_nbytes: int, written_nbytes: int) -> float:
         """Return the time a disk takes: both directions at once for as long as both have work, then one alone."""
@@ -208,7 +228,7 @@ def predict_step(
         """Return the time of work done at once: what computes also makes the passes over its own memory."""
         seconds = profile.seconds(sum(parts, Work()), dtype)
         seconds[Channel.COMPUTE] += seconds.pop(compute_memory)
-        return max(seconds.values())
+        return max(profile.span(seconds[Channel.COMPUTE], seconds[Channel.NVME]), *seconds.values())
 
     if mode is OverlapMode.OFF:
         step_s = span(work.forward) + span(work.backward) + span(work.update)

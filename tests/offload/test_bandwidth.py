@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -57,6 +58,29 @@ def test_every_block_of_the_file_is_written(tmp_path: Path) -> None:
 def test_measuring_gives_three_figures_and_leaves_nothing(tmp_path: Path) -> None:
     found = measure_disk(tmp_path, nbytes=17 << 20, seconds=0.05)
     assert min(found.read_bytes_per_s, found.write_bytes_per_s, found.mixed_bytes_per_s) > 1e6
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_load_runs_beside_the_disk_and_is_counted(tmp_path: Path) -> None:
+    begins: list[float] = []
+
+    def load() -> None:
+        begins.append(time.perf_counter())
+        time.sleep(0.002)
+
+    found = measure_disk(tmp_path, nbytes=17 << 20, seconds=0.05, load=load)
+    assert found.loaded_mixed_bytes_per_s is not None
+    assert found.load_calls_per_s is not None
+    assert found.loaded_mixed_bytes_per_s > 1e6
+    assert len(begins) / (begins[-1] - begins[0] + 1) < found.load_calls_per_s < 500
+
+
+def test_what_fails_in_the_load_is_raised(tmp_path: Path) -> None:
+    def load() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        measure_disk(tmp_path, nbytes=17 << 20, seconds=0.05, load=load)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -191,6 +191,33 @@ def test_a_rate_that_is_needed_and_not_known_is_named(missing, what):
         predict(WORK, OverlapMode.OFF, dataclasses.replace(PROFILE, **missing))
 
 
+@pytest.mark.parametrize(
+    ("compute_s", "nvme_s", "shares", "seconds"),
+    [
+        (3.0, 5.0, (None, None), 5.0),
+        (4.0, 6.0, (0.5, 0.75), 8.0),  # compute ends at 8 s, when the disk has done 6 s of its work too
+        (2.0, 6.0, (0.5, 0.75), 7.0),  # compute at 4 s, with 3 s of the disk's work left
+        (6.0, 3.0, (0.5, 0.75), 8.0),  # the disk at 4 s, with 4 s of compute left
+        (0.0, 6.0, (0.5, 0.75), 6.0),
+    ],
+)
+def test_compute_and_disk_share_until_one_is_done(compute_s, nvme_s, shares, seconds):
+    compute_share, nvme_share = shares
+    profile = dataclasses.replace(
+        PROFILE, compute_share_beside_nvme=compute_share, nvme_share_beside_compute=nvme_share
+    )
+    assert profile.span(compute_s, nvme_s) == pytest.approx(seconds)
+
+
+def test_a_step_takes_longer_where_the_disk_slows_compute_down():
+    work = StepWork(
+        forward=Work(flops=4e7, nvme_read_nbytes=1_200_000), backward=Work(flops=8e7), ahead=Work(), rest=Work()
+    )
+    profile = dataclasses.replace(PROFILE, compute_share_beside_nvme=0.5, nvme_share_beside_compute=0.75)
+    assert predict(work, OverlapMode.OFF, PROFILE).step_s == pytest.approx(6 + 8)
+    assert predict(work, OverlapMode.OFF, profile).step_s == pytest.approx(8 + 8)
+
+
 def test_a_rate_that_is_not_needed_may_be_unknown():
     profile = HardwareProfile(matrix_rates={"bfloat16": 1e7}, host_memory_rate=1e6)
     work = StepWork(forward=Work(flops=1e7), backward=Work(flops=2e7), ahead=Work(), rest=Work())
@@ -231,13 +258,15 @@ rates = st.floats(1e3, 1e6)
 works = st.builds(Work, flops=amounts, **dict.fromkeys(list(Work.__dataclass_fields__)[1:], amounts))
 steps = st.builds(StepWork, forward=works, backward=works, ahead=works, rest=works)
 modes = st.sampled_from(OverlapMode)
-RATES = [field.name for field in dataclasses.fields(HardwareProfile) if field.name != "matrix_rates"]
+RATES = [field.name for field in dataclasses.fields(HardwareProfile) if field.name.endswith("_rate")]
+shares = st.floats(0.5, 1)
 
 
 @st.composite
 def profiles(draw: st.DrawFn) -> HardwareProfile:
-    """Draw rates; reading and writing at once is no slower than in turn."""
+    """Draw rates; two things at once are no slower than in turn."""
     fields = {name: draw(rates) for name in RATES}
+    fields |= {name: draw(shares) for name in ("compute_share_beside_nvme", "nvme_share_beside_compute")}
     read, write = fields["nvme_read_rate"], fields["nvme_write_rate"]
     fields["nvme_mixed_rate"] = 2 * read * write / (read + write) * draw(st.floats(1, 3))
     return HardwareProfile(matrix_rates={"bfloat16": draw(rates)}, **fields)
