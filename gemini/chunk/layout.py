@@ -93,7 +93,7 @@ class ChunkSpec:
     is_trainable: bool
     slots: tuple[ParamSlot, ...]
     numel: int
-    """Elements including padding; a multiple of SLOT_ALIGNMENT_NUMEL."""
+    """Elements including padding; a multiple of SLOT_ALIGNMENT_NUMEL, not 0 even if no parameter has elements."""
 
     @property
     def working_nbytes(self) -> int:
@@ -201,7 +201,7 @@ def _pack_unit(specs: Sequence[ParamSpec], *, unit_id: int, first_chunk_id: int)
                 dtype=dtype,
                 is_trainable=is_trainable,
                 slots=tuple(slots),
-                numel=numel,
+                numel=max(numel, SLOT_ALIGNMENT_NUMEL),  # a home has a tile
             )
         )
     return chunks

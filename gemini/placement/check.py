@@ -199,7 +199,7 @@ def _find_contradiction(demand: ChunkDemand, homes: ChunkPlacement, shape: Runti
     for name, tiers in (("working", homes.working), ("state", homes.state)):
         if device in tiers and set(tiers) != {device}:
             return f"the {name} tiles must all live on the device or none of them"
-    if demand.is_trainable and homes.state:  # else it has no elements
+    if demand.is_trainable:
         if (device in homes.working) != (device in homes.state):
             return (
                 "working weights live on the device exactly when the state does; for weights that are always there "

@@ -164,13 +164,13 @@ class LateTransfers(CpuTransfers):
     def allocate(self, nbytes: int, purpose: str) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
 
-    def download(self, dst: torch.Tensor, src: torch.Tensor) -> LateMove:
+    def download(self, dst: torch.Tensor, src: torch.Tensor, *, record: str = "") -> LateMove:
         return LateMove(dst, src)
 
 
 @pytest.mark.parametrize("host_kib", [None, 380])
 def test_nobody_reads_sums_or_adds_to_them_before_they_have_left(host_kib, tmp_path, monkeypatch):
-    monkeypatch.setattr(SimulatedTransfers, "download", lambda self, dst, src: LateMove(dst, src))
+    monkeypatch.setattr(SimulatedTransfers, "download", lambda self, dst, src, record: LateMove(dst, src))
     sizes = {"host_budget": host_kib * KIB, "ring_depth": 2} if host_kib else {}
     assert_same_bits(LLAMA, auto_config(tmp_path if host_kib else None, **sizes))
 
