@@ -13,7 +13,7 @@ CPP_SOURCES = $(filter %.cpp %.h,$(NATIVE_SOURCES)) $(wildcard gemini/heap/*.cpp
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test check check-format lint typecheck docstrings check-native sanitize format gpu bench clean
+.PHONY: help setup quickstart test check check-format lint typecheck docstrings docs check-native sanitize format gpu bench clean
 
 help:  ## say what can be made (this text)
 	@echo "Gemini: train models far larger than the device's memory. Start with: make quickstart"
@@ -30,7 +30,7 @@ quickstart: $(BUILT)  ## train a model larger than its memory budget, in a few m
 test: $(BUILT)  ## run the tests; those that need a GPU say so and are skipped without one
 	$(PY) -m pytest -q
 
-check: check-format lint typecheck docstrings check-native  ## everything that must hold before a commit, tests last
+check: check-format lint typecheck docstrings docs check-native  ## everything that must hold before a commit, tests last
 	@$(MAKE) --no-print-directory test
 
 check-format: $(TOOLS)
@@ -44,6 +44,10 @@ typecheck: $(TOOLS)
 
 docstrings: $(TOOLS)
 	.venv/bin/pydoclint --quiet gemini zero
+
+docs: $(BUILT) $(TOOLS)  ## write the documentation as a site to build/docs, and stop at any warning
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+	@echo "Open build/docs/index.html"
 
 check-native: $(TOOLS)
 	.venv/bin/clang-format --dry-run -Werror $(CPP_SOURCES)
