@@ -36,7 +36,7 @@ LAYERS = (
     ("gemini.chunk", "gemini.placement", "gemini.offload"),
     ("gemini.profile",),
     ("gemini.kernels",),
-    ("gemini._native",),
+    ("gemini._native", "gemini.service"),
 )
 """Top to bottom: a module may import from its own layer and those below. The longest matching prefix counts."""
 
