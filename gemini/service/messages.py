@@ -1,8 +1,8 @@
 """The protocol: what clients and the service say to each other, one message a packet, in MessagePack.
 
-A connection begins with `Hello` (a rank of a job) or `Visit` (somebody who looks or administers), answered by `Welcome`. Every
-later message of the client carries an `id` of its choosing; the answer repeats it, and `Waiting` may come before
-it. Descriptors travel beside the packet (SCM_RIGHTS). docs/service.md has the table. Knows no sockets.
+A connection begins with `Hello` (a rank of a job) or `Visit` (somebody who looks or administers), answered by
+`Welcome`. Every later message of the client carries an `id` of its choosing; the answer repeats it, and `Waiting` may
+come before it. Descriptors travel beside the packet (SCM_RIGHTS). docs/service.md has the table. Knows no sockets.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ __all__ = [
     "MAX_PACKET_NBYTES",
     "MAX_RANKS",
     "PROTOCOL_VERSION",
+    "AdoptEnd",
     "AdoptLease",
     "AdoptShared",
     "AskBudget",
@@ -200,6 +201,10 @@ class AdoptShared(Request, frozen=True, tag="adopt-shared"):
     """Empty: I am still filling it."""
 
 
+class AdoptEnd(Request, frozen=True, tag="adopt-end"):
+    """That was all I have of your predecessor. Answer: `Done`."""
+
+
 class Bye(Request, frozen=True, tag="bye"):
     """I end. Answer: `Done`."""
 
@@ -208,7 +213,10 @@ class Bye(Request, frozen=True, tag="bye"):
 
 
 class AskState(Request, frozen=True, tag="ask-state"):
-    """Who holds what? Answer: `NodeState`, in as many parts as it takes."""
+    """Who holds what? Answer: `NodeState`, a part of it."""
+
+    part: Number
+    """0, and on until a part is the last; what changes meanwhile may be in none of them, or two."""
 
 
 class Evict(Request, frozen=True, tag="evict"):
@@ -264,7 +272,7 @@ class Waiting(msgspec.Struct, frozen=True, tag="waiting"):
 
 
 class LeaseGranted(msgspec.Struct, frozen=True, tag="lease-granted"):
-    """Answer to `AskLease`, `TakeKept` and `AdoptLease`; the disk file's descriptor, then the keep file's, beside it."""
+    """Answer to `AskLease`, `TakeKept` and `AdoptLease`; descriptors of disk file and keep file beside it."""
 
     id: int
     lease: int
@@ -383,6 +391,7 @@ ClientMessage: TypeAlias = (
     | ReleaseShared
     | AdoptLease
     | AdoptShared
+    | AdoptEnd
     | Bye
     | AskState
     | Evict

@@ -1,15 +1,16 @@
 """Who holds how much of a node's memory, who waits, and who is next: pure decisions, no clock and no I/O.
 
 [Note: Nobody holds while waiting]
-A rank that holds something, a lease or a shared chunk, never waits for more: it is granted what is free, or refused. And a
-job of several ranks is granted what all of them ask for at once, or none of it (a *gang*). So jobs cannot each hold a part
-and wait for the other's.
+A rank that holds something, a lease or a shared chunk, never waits for more: it is granted what is free, or refused.
+And a job of several ranks is granted what all of them ask for at once, or none of it (a *gang*). So jobs cannot each
+hold a part and wait for the other's.
 
 [Note: Nobody is overtaken for ever]
-Gangs are looked at by priority, then by the dominant share that their user holds, then their job, then by arrival. One that
-does not fit is passed over, so that no memory lies idle behind it, but only `MAX_OVERTAKEN` times by gangs of its own or a
-lower priority that came later; then it is *due*: nobody of its priority or a lower one is granted anything until it has been.
-A stream of small requests can so delay a big one, by a bounded number of them, and not starve it.
+Gangs are looked at by priority, then by the dominant share that their user holds, then their job, then by arrival.
+One that does not fit is passed over, so that no memory lies idle behind it, but only `MAX_OVERTAKEN` times by gangs
+of its own or a lower priority that came later; then it is *due*: nobody of its priority or a lower one is granted
+anything until it has been. A stream of small requests can so delay a big one, by a bounded number of them, and not
+starve it.
 """
 
 from __future__ import annotations
@@ -44,9 +45,11 @@ class Member:
 
 @dataclass(slots=True)
 class SharedHold:
-    """The bytes of a shared chunk, counted once."""
+    """A shared chunk, whose bytes are counted once, whoever uses it."""
 
     nbytes: int
+    content: str
+    """What is in it; a user's chunks with the same content are one, and counted once."""
     holders: set[Member] = field(default_factory=set)
     is_filled: bool = False
     idle_since_s: float = 0.0
@@ -237,9 +240,14 @@ class NodeLedger:
 
     def adopt_shared(self, member: Member, key: str, nbytes: int, *, is_filled: bool) -> None:
         """Count a chunk that a rank uses already, whether or not it fits."""
-        hold = self.shared.setdefault((member.job.user, key), SharedHold(nbytes))
+        hold = self.shared.setdefault((member.job.user, key), SharedHold(nbytes, f"key {key}"))
         hold.holders.add(member)
         hold.is_filled |= is_filled
+
+    def fill_shared(self, user: int, key: str, digest: str) -> None:
+        """Note that a chunk is filled, with a content that another key may have too."""
+        hold = self.shared[user, key]
+        hold.is_filled, hold.content = True, f"digest {digest} {hold.nbytes}"
 
     def release_shared(self, member: Member, key: str, *, now_s: float) -> None:
         """Count a rank no longer as a user; a filled chunk without users stays, warm, until `drop_shared` or need."""
@@ -273,11 +281,12 @@ class NodeLedger:
 
     def shared_nbytes(self) -> int:
         """Return the bytes of shared chunks, warm ones included."""
-        return sum(hold.nbytes for hold in self.shared.values())
+        return _content_nbytes(self.shared)
 
     def warm_nbytes(self) -> int:
         """Return the bytes of shared chunks without users."""
-        return sum(hold.nbytes for hold in self.shared.values() if not hold.holders)
+        used = {where: hold for where, hold in self.shared.items() if hold.holders}
+        return self.shared_nbytes() - _content_nbytes(used)
 
     def free(self) -> Amount:
         """Return what could be granted, warm chunks counted as free; negative if more is adopted than there is."""
@@ -368,17 +377,16 @@ class NodeLedger:
 
     def _take(self, requests: list[_Request], result: Settlement) -> None:
         wanted = _keys_of(requests)
-        free = self.budget - self.held() - Amount(host=self.shared_nbytes())
         needed = self._missing(requests)
         for where in self.unused():
-            if needed.fits_in(free):
+            if needed.fits_in(self.budget - self.held() - Amount(host=self.shared_nbytes())):
                 break
             if where not in wanted:
-                free += Amount(host=self.shared.pop(where).nbytes)
+                del self.shared[where]
                 result.dropped.append(where)
         for each in requests:
             for key, nbytes in each.shared.items():
-                self.shared.setdefault((each.member.job.user, key), SharedHold(nbytes)).holders.add(each.member)
+                self.adopt_shared(each.member, key, nbytes, is_filled=False)
             if each.number:
                 self._leases[each.number] = (each.member, each.amount)
                 result.granted.append(each.number)
@@ -398,8 +406,12 @@ class NodeLedger:
     def _available_beside(self, requests: Iterable[_Request]) -> Amount:
         """Return what is free if warm chunks make room, but for those that the requests are for."""
         wanted = _keys_of(requests)
-        staying = sum(hold.nbytes for where, hold in self.shared.items() if not hold.holders and where in wanted)
-        return self.free() - Amount(host=staying)
+        used = {where: hold for where, hold in self.shared.items() if hold.holders or where in wanted}
+        return self.budget - self.held() - Amount(host=_content_nbytes(used))
+
+
+def _content_nbytes(holds: Mapping[tuple[int, str], SharedHold]) -> int:
+    return sum({(user, hold.content): hold.nbytes for (user, _), hold in holds.items()}.values())
 
 
 def _keys_of(requests: Iterable[_Request]) -> dict[tuple[int, str], int]:
@@ -426,6 +438,6 @@ def _text_of(amount: Amount) -> str:
 def _never_fits_text(asked: Amount, budget: Amount, num_ranks: int) -> str:
     of_ranks = f" for {num_ranks} ranks" if num_ranks > 1 else ""
     return (
-        f"{_text_of(asked)}{of_ranks} can never be granted: the whole node has {_text_of(budget)}; ask for less, or start "
-        "the service with more (--host-budget, --nvme DIR:BYTES)"
+        f"{_text_of(asked)}{of_ranks} can never be granted: the whole node has {_text_of(budget)}; ask for less, "
+        "or start the service with more (--host-budget, --nvme DIR:BYTES)"
     )

@@ -170,13 +170,12 @@ class LedgerMachine(RuleBasedStateMachine):
     """Jobs of one to three ranks come, wait, hold, share and go in any order."""
 
     BUDGET = Amount(100, 40)
-    num_ranks = {"a": 1, "b": 2, "c": 3, "d": 1, "e": 1}
 
     def __init__(self) -> None:
         super().__init__()
+        self.num_ranks = {"a": 1, "b": 2, "c": 3, "d": 1, "e": 1}
         self.ledger = NodeLedger(self.BUDGET)
         self.now_s = 0.0
-        self.asked_after: dict[int, int] = {}
 
     names = st.sampled_from("abcde")
 
