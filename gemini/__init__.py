@@ -1,37 +1,48 @@
-"""Train models larger than memory: chunks of parameters that move among device, host and NVMe."""
+"""Train models larger than memory: chunks of parameters that move among device, host and NVMe.
 
-from gemini import nn as nn
-from gemini.annotations import annotate
-from gemini.checkpoint import has_checkpoint
-from gemini.chunk.manager import ChunkManager
-from gemini.config import GeminiConfig, NVMeConfig
-from gemini.ddp import GeminiDDP
-from gemini.errors import (
-    CheckpointError,
-    CheckpointMismatchError,
-    CollectiveError,
-    ConfigError,
-    CorruptRecordError,
-    GeminiError,
-    HeapUnavailableError,
-    IllegalTransitionError,
-    MissingLibraryError,
-    ModelError,
-    OffloadIOError,
-    OutOfTierMemoryError,
-    RecordingError,
-    WorkerError,
-)
-from gemini.hardware import HardwareProfile, measure_hardware
-from gemini.optimizer import HybridAdam
-from gemini.placement.cost_model import StepFlops, transformer_flops
-from gemini.placement.plan import PlacementPlan
-from gemini.placement.policy import StaticPlacement
-from gemini.pretrained import LoadingReport
-from gemini.pretrained_model import load_pretrained
-from gemini.report import MemoryReport
-from gemini.signals import StopOnSignals
-from gemini.tiers import MemoryTier
+Names are loaded from their modules when they are first asked for: what needs no torch, such as the memory service and
+its command line, then starts in a blink and stays small.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gemini import nn as nn
+    from gemini.annotations import annotate
+    from gemini.checkpoint import has_checkpoint
+    from gemini.chunk.manager import ChunkManager
+    from gemini.config import GeminiConfig, NVMeConfig
+    from gemini.ddp import GeminiDDP
+    from gemini.errors import (
+        CheckpointError,
+        CheckpointMismatchError,
+        CollectiveError,
+        ConfigError,
+        CorruptRecordError,
+        GeminiError,
+        HeapUnavailableError,
+        IllegalTransitionError,
+        MissingLibraryError,
+        ModelError,
+        OffloadIOError,
+        OutOfTierMemoryError,
+        RecordingError,
+        ServiceError,
+        WorkerError,
+    )
+    from gemini.hardware import HardwareProfile, measure_hardware
+    from gemini.optimizer import HybridAdam
+    from gemini.placement.cost_model import StepFlops, transformer_flops
+    from gemini.placement.plan import PlacementPlan
+    from gemini.placement.policy import StaticPlacement
+    from gemini.pretrained import LoadingReport
+    from gemini.pretrained_model import load_pretrained
+    from gemini.report import MemoryReport
+    from gemini.signals import StopOnSignals
+    from gemini.tiers import MemoryTier
 
 __all__ = [
     "CheckpointError",
@@ -57,6 +68,7 @@ __all__ = [
     "OutOfTierMemoryError",
     "PlacementPlan",
     "RecordingError",
+    "ServiceError",
     "StaticPlacement",
     "StepFlops",
     "StopOnSignals",
@@ -67,3 +79,53 @@ __all__ = [
     "measure_hardware",
     "transformer_flops",
 ]
+
+_NAMES_OF_MODULE = {
+    "gemini.annotations": ("annotate",),
+    "gemini.checkpoint": ("has_checkpoint",),
+    "gemini.chunk.manager": ("ChunkManager",),
+    "gemini.config": ("GeminiConfig", "NVMeConfig"),
+    "gemini.ddp": ("GeminiDDP",),
+    "gemini.errors": (
+        "CheckpointError",
+        "CheckpointMismatchError",
+        "CollectiveError",
+        "ConfigError",
+        "CorruptRecordError",
+        "GeminiError",
+        "HeapUnavailableError",
+        "IllegalTransitionError",
+        "MissingLibraryError",
+        "ModelError",
+        "OffloadIOError",
+        "OutOfTierMemoryError",
+        "RecordingError",
+        "ServiceError",
+        "WorkerError",
+    ),
+    "gemini.hardware": ("HardwareProfile", "measure_hardware"),
+    "gemini.optimizer": ("HybridAdam",),
+    "gemini.placement.cost_model": ("StepFlops", "transformer_flops"),
+    "gemini.placement.plan": ("PlacementPlan",),
+    "gemini.placement.policy": ("StaticPlacement",),
+    "gemini.pretrained": ("LoadingReport",),
+    "gemini.pretrained_model": ("load_pretrained",),
+    "gemini.report": ("MemoryReport",),
+    "gemini.signals": ("StopOnSignals",),
+    "gemini.tiers": ("MemoryTier",),
+}
+_MODULE_OF_NAME = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name == "nn":
+        return importlib.import_module("gemini.nn")
+    if name not in _MODULE_OF_NAME:
+        raise AttributeError(f"module 'gemini' has no attribute {name!r}")
+    found: object = getattr(importlib.import_module(_MODULE_OF_NAME[name]), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

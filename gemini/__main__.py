@@ -21,6 +21,10 @@ COMMANDS = {
     "bench": ("gemini.cli.bench", "measure this machine"),
     "report": ("gemini.cli.report", "show what was recorded of a run"),
     "plan": ("gemini.cli.plan", "say what training a model would take, without allocating it"),
+    "serve": ("gemini.cli.serve", "let the jobs of this machine share its memory"),
+    "ps": ("gemini.cli.ps", "show which jobs hold what of a service's memory"),
+    "evict": ("gemini.cli.evict", "end a job of a service"),
+    "drain": ("gemini.cli.drain", "end a service when its jobs have ended"),
 }
 """Module and summary of each command. A module has `add_arguments(parser)`, and `run(arguments)`, an exit code."""
 

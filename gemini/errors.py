@@ -27,6 +27,7 @@ __all__ = [
     "OffloadIOError",
     "OutOfTierMemoryError",
     "RecordingError",
+    "ServiceError",
     "WorkerError",
     "naming_file",
 ]
@@ -78,6 +79,10 @@ class CheckpointMismatchError(GeminiError, ValueError):
 
 class RecordingError(GeminiError, ValueError):
     """A recording is missing, of a later version or no recording at all, or what would draw it is not installed."""
+
+
+class ServiceError(GeminiError, RuntimeError):
+    """The node's memory service is not there, or does not do what it was asked."""
 
 
 class OffloadIOError(GeminiError, OSError):

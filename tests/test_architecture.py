@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import gemini
+
 ROOT = Path(__file__).parent.parent
 LIBRARY = ("gemini", "zero")
 PROGRAMS = ("examples", "benchmarks")
@@ -36,7 +38,7 @@ LAYERS = (
     ("gemini.chunk", "gemini.placement", "gemini.offload"),
     ("gemini.profile",),
     ("gemini.kernels",),
-    ("gemini._native",),
+    ("gemini._native", "gemini.service"),
 )
 """Top to bottom: a module may import from its own layer and those below. The longest matching prefix counts."""
 
@@ -194,8 +196,26 @@ def test_no_module_imports_itself_in_a_circle() -> None:
     assert circles == []
 
 
-def test_importing_gemini_imports_no_integration() -> None:
-    assert not [module for module in reachable("gemini.__init__") if is_within(module, "gemini.integrations")]
+def test_importing_gemini_loads_nothing_but_itself() -> None:
+    assert [module for module in reachable("gemini.__init__") if is_ours(module)] == ["gemini.__init__"]
+
+
+def test_what_gemini_offers_needs_no_integration() -> None:
+    offered = {f"gemini.{name}" for name in ("nn.__init__", "chunk.manager")} | set(gemini._NAMES_OF_MODULE)
+    found = {target for module in offered for target in reachable(resolve(module))}
+    assert "gemini.ddp" in found
+    assert not [module for module in found if is_within(module, "gemini.integrations")]
+
+
+def test_every_name_that_gemini_offers_is_there() -> None:
+    assert set(gemini._MODULE_OF_NAME) == set(gemini.__all__)
+    assert [name for name in [*gemini.__all__, "nn"] if not hasattr(gemini, name)] == []
+
+
+def test_the_memory_service_needs_no_torch() -> None:
+    service = [module for module in modules() if is_within(module, "gemini.service")]
+    assert service
+    assert not [module for module in service for target in reachable(module) if target.split(".")[0] == "torch"]
 
 
 def test_deciding_placement_needs_no_torch() -> None:

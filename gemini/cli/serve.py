@@ -1,0 +1,121 @@
+"""`python -m gemini serve`: let the jobs of this machine share its memory."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import grp
+import logging
+import resource
+import sys
+from pathlib import Path
+
+from gemini.errors import ConfigError
+from gemini.service.address import default_socket_path
+from gemini.service.fairness import Amount
+from gemini.service.node_service import NodeService, ServiceOptions
+from gemini.tiers import parse_nbytes
+
+__all__ = ["add_arguments", "run"]
+
+EPILOG = """\
+Jobs use it with GeminiConfig(service="unix:PATH"). SIGTERM lets no new job in, waits for --drain-timeout and leaves
+jobs that still run to themselves; they find the next service. docs/service.md says what is promised to whom.
+
+exit code: 0 when ended as it was told to; 2 when it could not begin
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("--host-budget", required=True, metavar="BYTES", help='host memory to grant, such as "96GiB"')
+    parser.add_argument("--nvme", metavar="DIR:BYTES", help="disk to grant, and the directory for its files (none)")
+    parser.add_argument(
+        "--socket", type=Path, default=default_socket_path(), metavar="PATH", help="where to listen (%(default)s)"
+    )
+    parser.add_argument(
+        "--mode", type=lambda text: int(text, 8), default=0o600, metavar="OCTAL", help="of the socket (600)"
+    )
+    parser.add_argument("--group", metavar="NAME", help="of the socket, with --mode 660 for all in it")
+    for name, default, text in (
+        ("--grace", 600.0, "that a dead job's state is kept (%(default)s)"),
+        ("--warm", 600.0, "that shared chunks stay without use (%(default)s)"),
+        ("--drain-timeout", 10.0, "that SIGTERM waits for jobs (%(default)s)"),
+    ):
+        parser.add_argument(name, type=float, default=default, metavar="SECONDS", help=text)
+    parser.add_argument("--http", metavar="HOST:PORT", help="serve metrics and a page there, to whoever can reach it")
+    parser.add_argument("--endurance", metavar="BYTES", help='that the drive is rated for, such as "600TB"')
+    parser.epilog = EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until told to end."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    service_logger = logging.getLogger("gemini")
+    service_logger.addHandler(handler)
+    service_logger.setLevel(logging.INFO)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # three descriptors a client, one a chunk
+    asyncio.run(_serve(arguments))
+    return 0
+
+
+async def _serve(arguments: argparse.Namespace) -> None:
+    service = NodeService(options_of(arguments))
+    if arguments.http is None:
+        return await service.run()
+    from gemini.service.http import HttpServer  # aiohttp takes memory that nobody else needs to spend
+
+    endurance = parse_nbytes(arguments.endurance, name="--endurance") if arguments.endurance is not None else None
+    async with HttpServer(service, arguments.http, endurance_nbytes=endurance):
+        await service.run()
+
+
+def options_of(arguments: argparse.Namespace) -> ServiceOptions:
+    """Return what the command line says.
+
+    Args:
+        arguments: of `add_arguments`.
+
+    Returns:
+        The options.
+
+    Raises:
+        ConfigError: an argument is malformed.
+    """
+    directory, disk_nbytes = None, 0
+    if arguments.nvme is not None:
+        name, _, amount = arguments.nvme.rpartition(":")
+        if not name:
+            raise ConfigError(f'--nvme: expected a directory and bytes such as "/nvme:500GiB", got {arguments.nvme!r}')
+        directory, disk_nbytes = Path(name), parse_nbytes(amount, name="--nvme")
+    return ServiceOptions(
+        socket_path=arguments.socket,
+        budget=Amount(parse_nbytes(arguments.host_budget, name="--host-budget"), disk_nbytes),
+        disk_directory=directory,
+        socket_mode=arguments.mode,
+        socket_group=None if arguments.group is None else group_id(arguments.group),
+        grace_s=arguments.grace,
+        warm_s=arguments.warm,
+        drain_timeout_s=arguments.drain_timeout,
+    )
+
+
+def group_id(name: str) -> int:
+    """Return a group's number.
+
+    Args:
+        name: of the group.
+
+    Returns:
+        Its id.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError as error:
+        raise ConfigError(f"--group: this machine has no group {name!r}") from error

@@ -1,0 +1,35 @@
+"""What the commands that speak to a running service have in common."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from gemini.service.address import default_socket_path
+from gemini.service.channel import NoServiceError
+from gemini.service.visitor import Visitor
+
+__all__ = ["EXIT_NO_SERVICE", "add_socket_argument", "visit"]
+
+EXIT_NO_SERVICE = 3
+
+
+def add_socket_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare where the service is."""
+    parser.add_argument(
+        "--socket", type=Path, default=default_socket_path(), metavar="PATH", help="the service's (%(default)s)"
+    )
+    parser.epilog = "exit code: 0 when done; 2 when it could not be; 3 when no service is there"
+
+
+def visit(socket_path: Path, act: Callable[[Visitor], None]) -> int:
+    """Do something with a service; return the exit code."""
+    try:
+        with Visitor(socket_path) as visitor:
+            act(visitor)
+    except NoServiceError as error:
+        sys.stderr.write(f"gemini: error: {error}\n")
+        return EXIT_NO_SERVICE
+    return 0

@@ -1,0 +1,416 @@
+"""A client's end of the connection: one background thread receives, any thread asks. Knows messages, not leases.
+
+When the service dies the thread says so once and tries to find it again, every second; who waits for an answer is told.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import msgspec
+
+from gemini.errors import ServiceError
+from gemini.service.messages import (
+    ClientMessage,
+    Refused,
+    ServiceMessage,
+    Waiting,
+    Welcome,
+    decode_service_message,
+    encode_message,
+)
+from gemini.service.packets import BadPacketError, close_all, receive_packet, send_packet
+
+__all__ = ["Answer", "Channel", "ConnectionLostError", "Descriptors", "Exchange", "NoServiceError"]
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 1.0
+ANSWER_TIMEOUT_S = 30.0
+"""For what the service answers at once."""
+
+Descriptors: TypeAlias = tuple[int, ...]
+Answer: TypeAlias = tuple[ServiceMessage, Descriptors]
+Exchange: TypeAlias = Callable[[ClientMessage, Sequence[int]], Answer]
+"""Sends a message with descriptors and returns its answer, in the channel's thread, while a connection begins."""
+
+
+class NoServiceError(ServiceError):
+    """Nobody answers at an address."""
+
+
+class ConnectionLostError(ServiceError):
+    """The service is gone, and has not come back yet."""
+
+
+class Pending:
+    """An answer that is waited for.
+
+    Args:
+        changed: shared by all answers of a channel.
+    """
+
+    def __init__(self, changed: threading.Condition) -> None:
+        self.reason = ""
+        """Why there is none yet, in the service's words."""
+        self._changed = changed
+        self._answer: Answer | None = None
+        self._is_lost = self._is_abandoned = False
+
+    def resolve(self, answer: Answer) -> None:
+        """Give the answer to who waits; called by the channel's thread, with the condition held."""
+        if self._is_abandoned:
+            close_all(answer[1])
+        elif isinstance(answer[0], Waiting):
+            self.reason = answer[0].reason
+        else:
+            self._answer = answer
+
+    def lose(self) -> None:
+        """Say that there will be no answer; as `resolve`."""
+        self._is_lost = True
+
+    def abandon(self) -> None:
+        """Take the answer, if it ever comes, for nothing."""
+        with self._changed:
+            self._is_abandoned = True
+            if self._answer is not None:
+                close_all(self._answer[1])
+                self._answer = None
+
+    def wait(self, timeout_s: float | None, on_wait: Callable[[str], None] | None = None) -> Answer:
+        """Return the answer when it is there; Ctrl-C interrupts this in the main thread.
+
+        Args:
+            timeout_s: seconds to wait at most; None: for ever.
+            on_wait: is told why there is no answer yet, each time that changes, in this thread.
+
+        Returns:
+            The message, and descriptors that are the caller's now.
+
+        Raises:
+            ConnectionLostError: the service has died meanwhile.
+            TimeoutError: so much time has passed.
+        """
+        until_s = None if timeout_s is None else time.monotonic() + timeout_s
+        told = ""
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda told=told: self._answer is not None or self._is_lost or self.reason != told,  # type: ignore[misc]
+                    None if until_s is None else max(0.0, until_s - time.monotonic()),
+                )
+                if self._answer is not None:
+                    answer, self._answer = self._answer, None
+                    return answer
+                if self._is_lost:
+                    raise ConnectionLostError("the memory service is gone")
+                reason = self.reason
+            if until_s is not None and time.monotonic() >= until_s:
+                raise TimeoutError(reason)
+            told = reason
+            if on_wait is not None:
+                on_wait(reason)
+
+
+class Channel:
+    """A connection to the service that comes back when the service does.
+
+    Args:
+        path: the service's socket.
+        hello: the first message.
+        resume: called in the channel's thread on every connection after the first, before anybody else may ask.
+        resumed: called there as soon as others may.
+
+    Raises:
+        NoServiceError: no service is there; the message says how to start one.
+        ServiceError: it refuses.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        hello: ClientMessage,
+        *,
+        resume: Callable[[Exchange], None] | None = None,
+        resumed: Callable[[], None] | None = None,
+    ) -> None:
+        self.num_messages = 0
+        """Sent and received since the first connection began."""
+        self.is_ending = False
+        """Whether the service is about to end the connection, which is then no news."""
+        self._path, self._hello = path, hello
+        self._resume, self._resumed = resume, resumed
+        self._changed = threading.Condition()
+        self._pending: dict[int, Pending] = {}
+        self._last_id = 0
+        self._is_closed = False
+        self._process = os.getpid()
+        self._socket: socket.socket | None = None
+        self._wake_receiver, self._wake_sender = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            connected, self.welcome = self._connect()
+        except OSError as error:
+            self._close_wake()
+            raise NoServiceError(
+                f"no memory service answers at unix:{path} ({error.strerror or error}); start one with: "
+                f"python -m gemini serve --host-budget BYTES --socket {path}"
+            ) from error
+        except ServiceError:
+            self._close_wake()
+            raise
+        connected.setblocking(False)
+        self._socket = connected
+        # The thread ends with the channel, not the other way round; after a fork the child's copy is only descriptors.
+        reference = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: _forget_in_child(reference()))
+        self._thread = threading.Thread(target=self._run, name="gemini-service", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the service is there, as far as is known."""
+        return self._socket is not None and not self.is_foreign
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether this is a forked child's copy, which does nothing."""
+        return self._process != os.getpid()
+
+    def new_id(self) -> int:
+        """Return the number of the next message."""
+        with self._changed:
+            self._last_id += 1
+            return self._last_id
+
+    def begin(self, request: int, message: ClientMessage, descriptors: Sequence[int] = ()) -> Pending:
+        """Send a message.
+
+        Args:
+            request: its `id`.
+            message: of this connection.
+            descriptors: to give beside it.
+
+        Returns:
+            Its answer, to be waited for.
+
+        Raises:
+            ConnectionLostError: the service is not there.
+        """
+        pending = Pending(self._changed)
+        with self._changed:
+            if self._socket is None or self._is_closed:
+                raise ConnectionLostError(
+                    f"the memory service at unix:{self._path} is gone; it is looked for every second"
+                )
+            self._pending[request] = pending
+            try:
+                self._send(self._socket, message, descriptors)
+            except OSError as error:  # its end is about to be noticed
+                del self._pending[request]
+                raise ConnectionLostError(f"the memory service at unix:{self._path} is gone ({error})") from error
+        return pending
+
+    def ask(self, request: int, message: ClientMessage, descriptors: Sequence[int] = ()) -> Answer:
+        """Send a message and return its answer, which the service gives at once.
+
+        Args:
+            request: its `id`.
+            message: of this connection.
+            descriptors: to give beside it.
+
+        Returns:
+            The message, and descriptors that are the caller's now.
+
+        Raises:
+            ServiceError: the service is gone, or does not answer.
+        """
+        pending = self.begin(request, message, descriptors)
+        try:
+            return pending.wait(ANSWER_TIMEOUT_S)
+        except TimeoutError as error:
+            pending.abandon()
+            raise ServiceError(
+                f"the memory service at unix:{self._path} has not answered for {ANSWER_TIMEOUT_S:.0f} s; "
+                "see what its process does"
+            ) from error
+        except BaseException:
+            pending.abandon()
+            raise
+
+    def post(self, message: ClientMessage) -> None:
+        """Send a message whose answer does not matter; to a service that is gone, nothing."""
+        with self._changed:
+            if self._socket is not None:
+                try:
+                    self._send(self._socket, message, ())
+                except OSError as error:
+                    logger.debug("a message to the memory service is lost: %s", error)
+
+    def wait_connected(self, timeout_s: float | None) -> bool:
+        """Wait until the service is there; return whether it is. Ctrl-C interrupts this in the main thread."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._socket is not None or self._is_closed, timeout_s)
+
+    def wait_lost(self) -> None:
+        """Wait until the service is gone. Ctrl-C interrupts this in the main thread."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._socket is None)
+
+    def close(self) -> None:
+        """End the connection and the thread. Idempotent; nothing in a forked child."""
+        if self._is_closed or self.is_foreign:
+            return
+        self._is_closed = True
+        os.write(self._wake_sender, b"x")
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    # In the channel's thread
+
+    def _run(self) -> None:
+        poll = select.poll()
+        poll.register(self._wake_receiver, select.POLLIN)
+        while not self._is_closed:
+            if self._socket is None:
+                if not poll.poll(RETRY_S * 1000) and not self.is_ending:
+                    self._reconnect()
+                continue
+            poll.register(self._socket, select.POLLIN)
+            poll.poll()
+            poll.unregister(self._socket)
+            if not self._is_closed and not self._receive(self._socket):
+                self._lose()
+        self.is_ending = True
+        self._lose()
+        self._close_wake()
+
+    def _receive(self, connected: socket.socket) -> bool:
+        """Take a packet, if there is one; return whether the service is still there."""
+        try:
+            packet = receive_packet(connected)
+            if not packet.payload:
+                return False
+            message = decode_service_message(packet.payload)
+        except BlockingIOError:
+            return True
+        except (OSError, BadPacketError, msgspec.MsgspecError) as error:
+            logger.debug("the connection to the memory service broke: %s", error)
+            return False
+        with self._changed:
+            self.num_messages += 1
+            request = getattr(message, "id", 0)
+            keep = isinstance(message, Waiting)
+            pending = self._pending.get(request) if keep else self._pending.pop(request, None)
+            if pending is None:
+                close_all(packet.descriptors)
+            else:
+                pending.resolve((message, packet.descriptors))
+                self._changed.notify_all()
+        return True
+
+    def _lose(self) -> None:
+        with self._changed:
+            if self._socket is not None:
+                self._socket.close()
+                self._socket = None
+            for pending in self._pending.values():
+                pending.lose()
+            self._pending.clear()
+            self._changed.notify_all()
+        if not self.is_ending:
+            logger.warning(
+                "the memory service at unix:%s is gone; this process works on with what it has, and looks for it",
+                self._path,
+            )
+
+    def _reconnect(self) -> None:
+        try:
+            connected, self.welcome = self._connect()
+        except (OSError, ServiceError) as error:
+            logger.debug("no memory service at unix:%s yet: %s", self._path, error)
+            return
+        try:
+            if self._resume is not None:
+                self._resume(lambda message, descriptors: self._exchange(connected, message, descriptors))
+        except (OSError, ServiceError) as error:
+            logger.debug("the memory service at unix:%s was gone again: %s", self._path, error)
+            connected.close()
+            return
+        logger.warning("the memory service at unix:%s is back", self._path)
+        with self._changed:
+            connected.setblocking(False)
+            self._socket = connected
+            self._changed.notify_all()
+        if self._resumed is not None:
+            self._resumed()
+
+    # Sending and receiving in turn, while a connection begins
+
+    def _connect(self) -> tuple[socket.socket, Welcome]:
+        connected = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            connected.settimeout(ANSWER_TIMEOUT_S)
+            connected.connect(str(self._path))
+            answer, _ = self._exchange(connected, self._hello, ())
+            if isinstance(answer, Refused):
+                raise ServiceError(f"the memory service at unix:{self._path} refuses: {answer.text}")
+            if not isinstance(answer, Welcome):
+                raise ServiceError(f"what answers at unix:{self._path} is no memory service of this version")
+        except BaseException:
+            connected.close()
+            raise
+        return connected, answer
+
+    def _exchange(self, connected: socket.socket, message: ClientMessage, descriptors: Sequence[int]) -> Answer:
+        connected.settimeout(ANSWER_TIMEOUT_S)
+        self._send(connected, message, descriptors)
+        try:
+            while True:
+                packet = receive_packet(connected)
+                if not packet.payload:
+                    raise ConnectionLostError(f"the memory service at unix:{self._path} has ended the connection")
+                answer = decode_service_message(packet.payload)
+                self.num_messages += 1
+                if not isinstance(answer, Waiting):
+                    return answer, packet.descriptors
+        except (BadPacketError, msgspec.MsgspecError) as error:
+            raise ServiceError(f"what answers at unix:{self._path} is no memory service of this version") from error
+
+    def _send(self, connected: socket.socket, message: ClientMessage, descriptors: Sequence[int]) -> None:
+        payload = encode_message(message)
+        try:
+            send_packet(connected, payload, descriptors)
+        except BlockingIOError:  # the service is slow
+            poll = select.poll()
+            poll.register(connected, select.POLLOUT)
+            poll.poll(ANSWER_TIMEOUT_S * 1000)
+            send_packet(connected, payload, descriptors)
+        self.num_messages += 1
+
+    def _close_wake(self) -> None:
+        os.close(self._wake_receiver)
+        os.close(self._wake_sender)
+
+    def forget(self) -> None:
+        """Close a forked child's copies of the descriptors; no lock is taken, as its owner may not exist here."""
+        if not self._is_closed:
+            if self._socket is not None:
+                os.close(self._socket.detach())
+                self._socket = None
+            self._close_wake()
+            self._is_closed = True
+
+
+def _forget_in_child(channel: Channel | None) -> None:
+    if channel is not None:
+        channel.forget()

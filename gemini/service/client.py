@@ -1,0 +1,583 @@
+"""A job's side of the node's memory service: leases, kept state and shared chunks.
+
+[Note: What the service's death changes]
+Nothing that a client holds: memory is its own, or mapped; files are open. A thread of the client's notices, warns once
+and tells a new service, as soon as there is one, what the client holds. Until then `lease` and `shared` wait, what has
+been freed is simply not told, and all else raises ServiceError.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from gemini.errors import OutOfTierMemoryError, ServiceError
+from gemini.service.address import parse_address
+from gemini.service.channel import Answer, Channel, ConnectionLostError, Exchange
+from gemini.service.memory_files import open_read_only, seal_whole
+from gemini.service.messages import (
+    MAX_META_NBYTES,
+    PROTOCOL_VERSION,
+    AdoptEnd,
+    AdoptLease,
+    AdoptShared,
+    AskBudget,
+    AskLease,
+    Budget,
+    Bye,
+    ClientMessage,
+    DropKept,
+    EndLease,
+    FileGiven,
+    FillDone,
+    FindShared,
+    GiveUpFill,
+    Hello,
+    KeepFile,
+    Kept,
+    LeaseGranted,
+    Refused,
+    ReleaseShared,
+    SetMeta,
+    SharedGiven,
+    TakeKept,
+    Withdraw,
+)
+from gemini.service.packets import close_all
+
+__all__ = ["DiskLease", "KeptState", "Lease", "NodeBudget", "ServiceClient", "SharedChunk"]
+
+logger = logging.getLogger(__name__)
+
+BYE_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeBudget:
+    """What the service has to grant, bytes."""
+
+    host_total: int
+    host_free: int
+    """Shared chunks that nobody uses counted as free."""
+    host_share: int
+    """What max-min fairness gives this rank if its job wants all it can get; it may have to wait for it."""
+    disk_total: int
+    disk_free: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskLease:
+    """A file on the node's disk: its bytes from 0 to `nbytes` are the lease's, reserved, of any content."""
+
+    path: Path
+    """For messages: only the service's user can open it."""
+    fd: int
+    """For reading and writing, through the page cache until F_SETFL sets O_DIRECT. Closed with the lease."""
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptState:
+    """What a rank's predecessor left when it was killed."""
+
+    lease: Lease
+    """Now this client's, with its disk file."""
+    fd: int
+    """The kept memory file's, for reading and writing; closed with the lease."""
+    nbytes: int
+    meta: bytes
+    """What the predecessor last gave `Lease.set_meta`."""
+
+
+class Lease:
+    """Host memory and disk that this client may take, until `end`. Made by `ServiceClient.lease`.
+
+    Args:
+        client: whose.
+        granted: the service's words.
+        descriptors: of the disk file, if there is one, and of the kept file, if there is one; closed with this.
+    """
+
+    def __init__(self, client: ServiceClient, granted: LeaseGranted, descriptors: tuple[int, ...]) -> None:
+        self.host_nbytes = granted.host_nbytes
+        self.disk: DiskLease | None = None
+        self.keep_fd: int | None = None
+        """Of the kept memory file; None: there is none."""
+        self.meta = b""
+        self.number = granted.lease
+        """The service's; a new service gives another one."""
+        self.is_ended = False
+        self._client = client
+        rest = list(descriptors)
+        if granted.disk_path:
+            self.disk = DiskLease(path=Path(granted.disk_path), fd=rest.pop(0), nbytes=granted.disk_nbytes)
+        if rest:
+            self.keep_fd = rest.pop(0)
+
+    def keep_file(self, nbytes: int) -> int:
+        """Make a memory file that the service keeps for a successor when this process is killed, with the lease.
+
+        Args:
+            nbytes: its length, counted in the lease's host bytes; fixed.
+
+        Returns:
+            A descriptor for reading and writing, closed with the lease. Memory is taken as it is written.
+
+        Raises:
+            ServiceError: the rank has such a file, the lease is smaller, or the service is gone.
+        """
+        answer, descriptors = self._client.ask(lambda id: KeepFile(id=id, lease=self.number, nbytes=nbytes))
+        assert isinstance(answer, FileGiven)
+        (self.keep_fd,) = descriptors
+        return self.keep_fd
+
+    def set_meta(self, meta: bytes) -> None:
+        """Keep a description beside the kept file; while no service is there, for the next one.
+
+        Args:
+            meta: at most 16 KiB.
+
+        Raises:
+            ServiceError: it is longer.
+        """
+        if len(meta) > MAX_META_NBYTES:
+            raise ServiceError(f"meta: expected at most {MAX_META_NBYTES} bytes, got {len(meta)}; use the kept file")
+        self.meta = meta
+        try:
+            self._client.ask(lambda id: SetMeta(id=id, lease=self.number, meta=meta))
+        except ConnectionLostError as error:
+            logger.debug("the next service will be told: %s", error)
+
+    def end(self) -> None:
+        """Give everything back, and close the descriptors. Idempotent; nothing in a forked child."""
+        if self._client.take_back(self):
+            close_all(self.descriptors)
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """Of the disk file and the kept file, as far as there are any."""
+        disk = () if self.disk is None else (self.disk.fd,)
+        return disk if self.keep_fd is None else (*disk, self.keep_fd)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+
+class SharedChunk:
+    """Read-only bytes that all processes of a user map once, or the task of filling them; a context manager.
+
+    Leaving the context gives up a chunk that is not filled, so that somebody else fills it; a filled one stays until
+    `ServiceClient.release_shared`. Made by `ServiceClient.shared`.
+
+    Args:
+        client: whose.
+        key: of the chunk.
+        given: the service's words.
+        fd: closed with this.
+    """
+
+    def __init__(self, client: ServiceClient, key: str, given: SharedGiven, fd: int) -> None:
+        self.key = key
+        self.nbytes = given.nbytes
+        self.digest = given.digest
+        """Empty: not filled."""
+        self.fd = fd
+        """Read-only if the chunk is filled, else for the filler to map and write."""
+        self.is_released = False
+        self._client = client
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether the bytes are there, for good."""
+        return bool(self.digest)
+
+    def fill_done(self, digest: str) -> None:
+        """Seal what has been written, and give it to all who wait; `fd` is then another one, read-only.
+
+        Args:
+            digest: of the content, at most 128 printable characters. If the user has a chunk of it already, under
+                another key, that one is used and this one dropped.
+
+        Raises:
+            ServiceError: it is mapped for writing still; unmap it first.
+        """
+        self._client.finish_filling(self, digest)
+
+    def __enter__(self) -> SharedChunk:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not self.is_filled:
+            self._client.release_shared(self)
+
+
+class ServiceClient:
+    """One rank's connection to the node's memory service. Threads may use it; a forked child's copy does nothing.
+
+    See [Note: What the service's death changes].
+
+    Args:
+        path: the service's socket.
+        hello: who this is.
+
+    Raises:
+        ServiceError: no service is there, or it refuses.
+    """
+
+    def __init__(self, path: Path, hello: Hello) -> None:
+        self._hello = hello
+        self._lock = threading.Lock()
+        self._leases: list[Lease] = []
+        self._chunks: dict[str, SharedChunk] = {}
+        self._adopted: list[Lease | SharedChunk] = []
+        self._channel = Channel(path, hello, resume=self._resume, resumed=self._end_meanwhile)
+        self.kept: Kept | None = self._channel.welcome.kept
+        """What was kept of this rank's predecessor, until it is taken or dropped; None: nothing."""
+
+    @staticmethod
+    def connect(address: str, *, job: str, rank: int = 0, num_ranks: int = 1, priority: int = 0) -> ServiceClient:
+        """Connect to a service.
+
+        Args:
+            address: such as "unix:/run/gemini/service.sock".
+            job: a name of the user's choosing, printable ASCII without spaces, the same for all ranks and after a
+                restart, and for one job at a time.
+            rank: of this process.
+            num_ranks: of the job.
+            priority: -100 to 100; above 0 is for root and the service's own user.
+
+        Returns:
+            The client; `close` it.
+
+        Raises:
+            ConfigError: the address has another form.
+            ServiceError: no service is there, or it refuses.
+        """
+        path = parse_address(address)
+        hello = Hello(version=PROTOCOL_VERSION, job=job, rank=rank, num_ranks=num_ranks, priority=priority)
+        return ServiceClient(path, hello)
+
+    @property
+    def num_messages(self) -> int:
+        """Messages sent and received so far; training adds none."""
+        return self._channel.num_messages
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the service is there."""
+        return self._channel.is_connected
+
+    def budget(self) -> NodeBudget:
+        """Ask what there is.
+
+        Returns:
+            Totals, what is free, and a fair share, bytes.
+
+        Raises:
+            ServiceError: the service is gone.
+        """
+        answer, _ = self.ask(lambda id: AskBudget(id=id))
+        assert isinstance(answer, Budget)
+        return NodeBudget(
+            host_total=answer.host_total,
+            host_free=answer.host_free,
+            host_share=answer.host_share,
+            disk_total=answer.disk_total,
+            disk_free=answer.disk_free,
+        )
+
+    # Leases
+
+    def lease(
+        self,
+        host_nbytes: int,
+        disk_nbytes: int,
+        *,
+        shared: dict[str, int] | None = None,
+        timeout_s: float | None = None,
+        on_wait: Callable[[str], None] | None = None,
+    ) -> Lease:
+        """Ask for memory and wait until it is granted; with several ranks, until all have asked and all can be granted.
+
+        A rank that holds a lease or a shared chunk already does not wait: so nobody holds a part and waits for
+        another's.
+
+        Args:
+            host_nbytes: of host memory, which the client then allocates itself.
+            disk_nbytes: of disk; 0: none.
+            shared: keys and lengths of the shared chunks that this rank will ask for (`shared`), counted once for all
+                who use them, and not at all if they are there.
+            timeout_s: seconds to wait; None: for ever.
+            on_wait: is told what is waited for, each time that changes, in this thread.
+
+        Returns:
+            The lease.
+
+        Raises:
+            OutOfTierMemoryError: it can never be granted, or not now to a rank that holds something.
+            ServiceError: it was not granted in time, or the service refuses.
+        """
+        wanted = dict(shared or {})
+        answer, descriptors = self._ask_patiently(
+            lambda id: AskLease(id=id, host_nbytes=host_nbytes, disk_nbytes=disk_nbytes, shared=wanted),
+            timeout_s,
+            on_wait,
+        )
+        assert isinstance(answer, LeaseGranted)
+        return self._add_lease(answer, descriptors)
+
+    def take_kept(self) -> KeptState:
+        """Take over what was kept of this rank's predecessor.
+
+        Returns:
+            It, with the lease it is part of.
+
+        Raises:
+            ServiceError: nothing is kept, or the service is gone.
+        """
+        kept = self.kept
+        answer, descriptors = self.ask(lambda id: TakeKept(id=id))
+        assert isinstance(answer, LeaseGranted)
+        assert kept is not None
+        lease = self._add_lease(answer, descriptors)
+        lease.meta, self.kept = kept.meta, None
+        assert lease.keep_fd is not None
+        return KeptState(lease=lease, fd=lease.keep_fd, nbytes=answer.file_nbytes, meta=kept.meta)
+
+    def drop_kept(self) -> None:
+        """Free what was kept of this rank's predecessor.
+
+        Raises:
+            ServiceError: the service is gone.
+        """
+        self.ask(lambda id: DropKept(id=id))
+        self.kept = None
+
+    def take_back(self, lease: Lease) -> bool:
+        """End a lease, as `Lease.end` does; return whether it is for the caller to close its descriptors."""
+        with self._lock:
+            if lease.is_ended or self._channel.is_foreign:
+                return False
+            lease.is_ended = True
+            self._leases.remove(lease)
+        self._tell(lambda id: EndLease(id=id, lease=lease.number))
+        return True
+
+    def _add_lease(self, granted: LeaseGranted, descriptors: tuple[int, ...]) -> Lease:
+        lease = Lease(self, granted, descriptors)
+        with self._lock:
+            self._leases.append(lease)
+        return lease
+
+    # Shared chunks
+
+    def shared(
+        self,
+        key: str,
+        nbytes: int,
+        *,
+        timeout_s: float | None = None,
+        on_wait: Callable[[str], None] | None = None,
+    ) -> SharedChunk:
+        """Find a shared chunk, wait for whoever fills it, or get the task.
+
+        Args:
+            key: names the content, as a fingerprint of its source; each user's own; at most 128 printable characters.
+            nbytes: its length.
+            timeout_s: seconds to wait for another process that fills it; None: for ever.
+            on_wait: is told what is waited for, each time that changes, in this thread.
+
+        Returns:
+            The chunk, filled or to be filled.
+
+        Raises:
+            OutOfTierMemoryError: there is no room for a new one now; declare it when asking for a lease.
+            ServiceError: the key stands for another length, the time is over, or the service refuses.
+        """
+        answer, descriptors = self._ask_patiently(
+            lambda id: FindShared(id=id, key=key, nbytes=nbytes), timeout_s, on_wait
+        )
+        assert isinstance(answer, SharedGiven)
+        chunk = SharedChunk(self, key, answer, descriptors[0])
+        with self._lock:
+            self._chunks[key] = chunk
+        return chunk
+
+    def release_shared(self, chunk: SharedChunk) -> None:
+        """Say that a shared chunk is no longer used here, and close its descriptor; mappings stay valid. Idempotent.
+
+        Args:
+            chunk: of this client.
+        """
+        with self._lock:
+            if chunk.is_released or self._channel.is_foreign:
+                return
+            chunk.is_released = True
+            if self._chunks.get(chunk.key) is chunk:
+                del self._chunks[chunk.key]
+        key = chunk.key
+        self._tell(lambda id: ReleaseShared(id=id, key=key) if chunk.is_filled else GiveUpFill(id=id, key=key))
+        os.close(chunk.fd)
+
+    def finish_filling(self, chunk: SharedChunk, digest: str) -> None:
+        """Seal a chunk, as `SharedChunk.fill_done` does."""
+        try:
+            seal_whole(chunk.fd)
+        except OSError as error:
+            raise ServiceError(
+                f"shared chunk {chunk.key} cannot be sealed ({error.strerror}): unmap what it was written through first"
+            ) from error
+        try:
+            answer, (filled,) = self.ask(lambda id: FillDone(id=id, key=chunk.key, digest=digest))
+            assert isinstance(answer, SharedGiven)
+        except ConnectionLostError:  # the next service is told that it is filled
+            filled = open_read_only(chunk.fd)
+        with self._lock:
+            before, chunk.fd, chunk.digest = chunk.fd, filled, digest
+        os.close(before)
+
+    # The end
+
+    def close(self, *, keep: bool = False) -> None:
+        """End the connection and all leases, and close their descriptors. Idempotent; nothing in a forked child.
+
+        Args:
+            keep: whether a kept file stays for a successor, with its lease, as if this process had been killed.
+        """
+        if self._channel.is_foreign:
+            return
+        with self._lock:
+            leases, self._leases = self._leases, []
+            chunks, self._chunks = list(self._chunks.values()), {}
+        request = self._channel.new_id()
+        self._channel.is_ending = True
+        try:
+            self._channel.begin(request, Bye(id=request, keep=keep)).wait(BYE_TIMEOUT_S)
+        except (ServiceError, TimeoutError) as error:
+            logger.debug("the memory service was not told that this is the end: %s", error)
+        self._channel.close()
+        for lease in leases:
+            lease.is_ended = True
+            close_all(lease.descriptors)
+        for chunk in chunks:
+            chunk.is_released = True
+            os.close(chunk.fd)
+
+    def __enter__(self) -> ServiceClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Asking
+
+    def ask(self, message_of: Callable[[int], ClientMessage]) -> Answer:
+        """Ask what the service answers at once.
+
+        Args:
+            message_of: returns the message, given its number.
+
+        Returns:
+            The answer, and descriptors that are the caller's.
+
+        Raises:
+            ServiceError: the service refuses, or is gone.
+        """
+        request = self._channel.new_id()
+        return _accepted(self._channel.ask(request, message_of(request)))
+
+    def _tell(self, message_of: Callable[[int], ClientMessage]) -> None:
+        self._channel.post(message_of(self._channel.new_id()))
+
+    def _ask_patiently(
+        self, message_of: Callable[[int], ClientMessage], timeout_s: float | None, on_wait: Callable[[str], None] | None
+    ) -> Answer:
+        """Ask what may take its time, and ask again if the service dies meanwhile."""
+        until_s = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            left_s = None if until_s is None else max(0.0, until_s - time.monotonic())
+            if not self._channel.wait_connected(left_s) or self._channel.is_foreign:
+                raise ServiceError("the memory service is gone, and has not come back in time")
+            request = self._channel.new_id()
+            try:
+                pending = self._channel.begin(request, message_of(request))
+            except ConnectionLostError:
+                continue
+            try:
+                return _accepted(pending.wait(left_s, on_wait))
+            except ConnectionLostError:
+                continue
+            except TimeoutError as error:
+                self._withdraw(request)
+                pending.abandon()
+                raise ServiceError(f"not granted within {timeout_s} s; it waits for {error}") from error
+            except BaseException:
+                self._withdraw(request)
+                pending.abandon()
+                raise
+
+    def _withdraw(self, request: int) -> None:
+        self._tell(lambda id: Withdraw(id=id, request=request))
+
+    # In the channel's thread, when a service is back
+
+    def _resume(self, exchange: Exchange) -> None:
+        """Tell a new service what this client holds."""
+        with self._lock:
+            leases, chunks = list(self._leases), list(self._chunks.values())
+        self._adopted = [*leases, *chunks]
+        for lease in leases:
+            self._resume_lease(lease, exchange)
+        for chunk in chunks:
+            message = AdoptShared(id=0, key=chunk.key, digest=chunk.digest)
+            answer, _ = exchange(message, (chunk.fd,))
+            if isinstance(answer, Refused):
+                logger.warning("the new memory service does not count shared chunk %s: %s", chunk.key, answer.text)
+        exchange(AdoptEnd(id=0), ())
+        self.kept = None
+
+    def _resume_lease(self, lease: Lease, exchange: Exchange) -> None:
+        disk = lease.disk
+        message = AdoptLease(
+            id=0,
+            lease=lease.number,
+            host_nbytes=lease.host_nbytes,
+            disk_nbytes=0 if disk is None else disk.nbytes,
+            disk_name="" if disk is None else disk.path.name,
+            meta=lease.meta,
+        )
+        answer, _ = exchange(message, () if lease.keep_fd is None else (lease.keep_fd,))
+        if isinstance(answer, LeaseGranted):
+            lease.number = answer.lease
+        elif isinstance(answer, Refused):
+            logger.warning("the new memory service does not count this process's lease: %s", answer.text)
+
+    def _end_meanwhile(self) -> None:
+        """Tell the new service what has been given back while it was told what there is."""
+        for each in self._adopted:
+            if isinstance(each, Lease) and each.is_ended:
+                self._tell(lambda id, number=each.number: EndLease(id=id, lease=number))  # type: ignore[misc]
+            elif isinstance(each, SharedChunk) and each.is_released:
+                self._tell(lambda id, key=each.key: ReleaseShared(id=id, key=key))  # type: ignore[misc]
+        self._adopted = []
+
+
+def _accepted(answer: Answer) -> Answer:
+    """Return an answer that is no refusal."""
+    message, _ = answer
+    if isinstance(message, Refused):
+        if message.kind in ("never-fits", "full"):
+            raise OutOfTierMemoryError(f"memory service: {message.text}")
+        raise ServiceError(f"memory service: {message.text}")
+    return answer

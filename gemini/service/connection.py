@@ -1,0 +1,156 @@
+"""One client's connection in the service's event loop. Knows packets and messages, not what they mean."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections import deque
+from collections.abc import Callable
+from typing import TypeAlias
+
+import msgspec
+
+from gemini.service.messages import ClientMessage, ServiceMessage, decode_client_message, encode_message
+from gemini.service.packets import (
+    BadPacketError,
+    close_all,
+    peer_credentials,
+    receive_packet,
+    send_packet,
+)
+
+__all__ = ["Connection", "MessageHandler", "ProtocolError"]
+
+logger = logging.getLogger(__name__)
+
+MAX_UNSENT_PACKETS = 256
+"""A client that reads none of so many answers is cut off."""
+MAX_PACKETS_PER_TURN = 16
+"""Then other clients have theirs."""
+MAX_LAST_PACKETS = 1024
+"""Of a process that has died; Linux keeps no more for a socket unless told to."""
+
+MessageHandler: TypeAlias = Callable[[ClientMessage, tuple[int, ...]], None]
+"""Is given a message and its descriptors, which it closes; raises ProtocolError to end the connection."""
+
+
+class ProtocolError(Exception):
+    """A client does what the protocol does not allow."""
+
+
+class Connection:
+    """Receives a client's messages and sends it others, until either side ends it.
+
+    Ends are noticed by the socket, and by the process: a child that it forked may hold the socket open for longer.
+
+    Args:
+        connected: SOCK_SEQPACKET; closed with this.
+        on_message: called for each message.
+        on_end: called once, when the connection has ended for whatever reason.
+    """
+
+    def __init__(self, connected: socket.socket, on_message: MessageHandler, on_end: Callable[[], None]) -> None:
+        connected.setblocking(False)
+        self.peer = peer_credentials(connected)
+        self.process: int | None = None
+        """A descriptor of the peer's process (pidfd); None: it cannot be seen from here."""
+        self.num_received = 0
+        self.is_closed = False
+        self._socket = connected
+        self._on_message, self._on_end = on_message, on_end
+        self._unsent: deque[tuple[bytes, tuple[int, ...]]] = deque()
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(connected, self._receive)
+        try:
+            self.process = os.pidfd_open(self.peer.pid)
+            self._loop.add_reader(self.process, self._receive_last)
+        except OSError as error:
+            logger.debug("process %d of a client cannot be watched: %s", self.peer.pid, error)
+
+    def send(self, message: ServiceMessage, descriptors: tuple[int, ...] = ()) -> None:
+        """Send a message, now or when the client has read others; to an ended connection, nothing.
+
+        Args:
+            message: what to say.
+            descriptors: to give beside it; the caller keeps its own.
+        """
+        if self.is_closed:
+            return
+        self._unsent.append((encode_message(message), tuple(os.dup(each) for each in descriptors)))
+        if len(self._unsent) > MAX_UNSENT_PACKETS:
+            logger.warning("a client (process %d) reads no answers; its connection is ended", self.peer.pid)
+            self.close()
+        elif len(self._unsent) == 1:
+            self._send_unsent()
+
+    def close(self) -> None:
+        """End the connection. Idempotent."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        self._loop.remove_reader(self._socket)
+        self._loop.remove_writer(self._socket)
+        self._socket.close()
+        for _, descriptors in self._unsent:
+            close_all(descriptors)
+        self._unsent.clear()
+        self._on_end()
+        if self.process is not None:
+            self._loop.remove_reader(self.process)
+            os.close(self.process)
+            self.process = None
+
+    def receive_now(self) -> None:
+        """Handle what has come but was not yet read; bounded, as a child of a dead client may go on sending."""
+        for _ in range(MAX_LAST_PACKETS):
+            if self.is_closed or not self._receive_one():
+                return
+
+    def _receive(self) -> None:
+        for _ in range(MAX_PACKETS_PER_TURN):
+            if self.is_closed or not self._receive_one():
+                return
+
+    def _receive_last(self) -> None:
+        """The process has died: take what it said before, and end."""
+        self.receive_now()
+        self.close()
+
+    def _receive_one(self) -> bool:
+        try:
+            packet = receive_packet(self._socket)
+            if not packet.payload:
+                close_all(packet.descriptors)
+                self.close()
+                return False
+            self.num_received += 1
+            self._handle(packet.payload, packet.descriptors)
+        except BlockingIOError:
+            return False
+        except (BadPacketError, ProtocolError, msgspec.MsgspecError, RecursionError, OSError) as error:
+            logger.info("the connection of process %d (user %d) is ended: %s", self.peer.pid, self.peer.user, error)
+            self.close()
+        return True
+
+    def _handle(self, payload: bytes, descriptors: tuple[int, ...]) -> None:
+        try:
+            message = decode_client_message(payload)
+        except (msgspec.MsgspecError, RecursionError):
+            close_all(descriptors)
+            raise
+        self._on_message(message, descriptors)
+
+    def _send_unsent(self) -> None:
+        try:
+            while self._unsent:
+                payload, descriptors = self._unsent[0]
+                send_packet(self._socket, payload, descriptors)
+                close_all(descriptors)
+                self._unsent.popleft()
+            self._loop.remove_writer(self._socket)
+        except BlockingIOError:
+            self._loop.add_writer(self._socket, self._send_unsent)
+        except OSError:  # gone; what it said before has still to be read
+            self._loop.remove_writer(self._socket)

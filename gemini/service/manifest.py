@@ -1,0 +1,170 @@
+"""What the service writes down so that a successor knows of the leases that living clients still hold."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import aiofiles
+import msgspec
+
+from gemini.errors import OffloadIOError
+
+__all__ = ["LeaseEntry", "Manifest", "ManifestWriter", "process_start", "read_manifest", "unknown_lease"]
+
+logger = logging.getLogger(__name__)
+
+MANIFEST_VERSION = 1
+
+
+class LeaseEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A lease of a connected client."""
+
+    number: int
+    user: int
+    job: str
+    rank: int
+    pid: int
+    """0: could not be seen."""
+    process_start: int
+    """Clock ticks from the machine's start to the process's; tells it from a later one of its number."""
+    host_nbytes: int
+    disk_nbytes: int
+    disk_name: str
+
+
+def unknown_lease(user: int, disk_name: str, disk_nbytes: int) -> LeaseEntry:
+    """Return the entry of a file that no manifest knows."""
+    return LeaseEntry(
+        number=0,
+        user=user,
+        job="",
+        rank=0,
+        pid=0,
+        process_start=0,
+        host_nbytes=0,
+        disk_nbytes=disk_nbytes,
+        disk_name=disk_name,
+    )
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """The file's content."""
+
+    version: int
+    leases: list[LeaseEntry]
+
+
+def process_start(pid: int) -> int:
+    """Return when a process started, in clock ticks since the machine did; 0: there is none.
+
+    Source: proc_pid_stat(5), field 22; the second field, in parentheses, may contain anything.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return 0
+    fields = stat.rpartition(")")[2].split()
+    return 0 if fields[0] in ("Z", "X") else int(fields[19])
+
+
+def read_manifest(path: Path) -> Manifest | None:
+    """Return what a predecessor wrote.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        None: there is none, or none that this version can read, which a warning then says.
+    """
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.MsgspecError) as error:
+        logger.warning("%s is no manifest of this version (%s); leases of a service before are not known", path, error)
+        return None
+    return manifest if manifest.version == MANIFEST_VERSION else None
+
+
+class ManifestWriter:
+    """Writes the manifest whole, aside, and then in place of the last one; a write serves all who asked before it.
+
+    Args:
+        path: of the file.
+        describe: returns the leases at the time.
+    """
+
+    def __init__(self, path: Path, describe: Callable[[], list[LeaseEntry]]) -> None:
+        self._path = path
+        self._describe = describe
+        self._is_dirty = asyncio.Event()
+        self._waiting: list[asyncio.Future[None]] = []
+        self._task: asyncio.Task[None] | None = None
+        self._has_warned = False
+
+    def changed(self) -> asyncio.Future[None]:
+        """Return a future that is done when what holds now is written, or cannot be."""
+        done = asyncio.get_running_loop().create_future()
+        self._waiting.append(done)
+        self._is_dirty.set()
+        if self._task is None:
+            self._task = asyncio.create_task(self._write_on())
+        return done
+
+    async def close(self) -> None:
+        """Write what is left to write, and stop."""
+        if self._task is not None:
+            if self._is_dirty.is_set():
+                await self.changed()
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+
+    async def _write_on(self) -> None:
+        while True:
+            await self._is_dirty.wait()
+            self._is_dirty.clear()
+            waiting, self._waiting = self._waiting, []
+            try:
+                await write_whole(self._path, msgspec.json.encode(self._content()))
+            except OSError as error:
+                if not self._has_warned:
+                    logger.warning("%s: a service after this one will not know of leases", error)
+                self._has_warned = True
+            for each in waiting:
+                if not each.done():
+                    each.set_result(None)
+
+    def _content(self) -> Manifest:
+        return Manifest(version=MANIFEST_VERSION, leases=self._describe())
+
+
+async def write_whole(path: Path, content: bytes) -> None:
+    """Replace a file by another one, so that a reader finds the one or the other, whole.
+
+    Args:
+        path: of the file; for a moment there is another one beside it.
+        content: of the new one.
+
+    Raises:
+        OffloadIOError: it cannot be written.
+    """
+    aside = path.with_name(path.name + ".new")
+    try:
+        async with aiofiles.open(aside, "wb", opener=_open_private) as file:
+            await file.write(content)
+            await file.flush()
+            await asyncio.to_thread(os.fsync, file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        raise OffloadIOError("write", str(aside), error.errno or 0) from error
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

@@ -1,0 +1,450 @@
+"""The protocol: what clients and the service say to each other, one message a packet, in MessagePack.
+
+A connection begins with `Hello` (a rank of a job) or `Visit` (somebody who looks or administers), answered by
+`Welcome`. Every later message of the client carries an `id` of its choosing; the answer repeats it, and `Waiting` may
+come before it. Descriptors travel beside the packet (SCM_RIGHTS). docs/service.md has the table. Knows no sockets.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias, get_args
+
+import msgspec
+
+__all__ = [
+    "MAX_KEYS",
+    "MAX_META_NBYTES",
+    "MAX_NAME_LENGTH",
+    "MAX_PACKET_NBYTES",
+    "MAX_RANKS",
+    "PROTOCOL_VERSION",
+    "AdoptEnd",
+    "AdoptLease",
+    "AdoptShared",
+    "AskBudget",
+    "AskLease",
+    "AskState",
+    "Budget",
+    "Bye",
+    "ClientMessage",
+    "Done",
+    "Drain",
+    "DropKept",
+    "EndLease",
+    "Evict",
+    "FileGiven",
+    "FillDone",
+    "FindShared",
+    "GiveUpFill",
+    "Hello",
+    "KeepFile",
+    "Kept",
+    "LeaseGranted",
+    "MemberRow",
+    "NodeState",
+    "Refused",
+    "RefusedKind",
+    "ReleaseShared",
+    "ServiceMessage",
+    "SetMeta",
+    "SharedGiven",
+    "SharedRow",
+    "TakeKept",
+    "TierState",
+    "Visit",
+    "Waiting",
+    "Welcome",
+    "Withdraw",
+    "decode_client_message",
+    "decode_service_message",
+    "encode_message",
+]
+
+PROTOCOL_VERSION = 1
+"""Of both sides; a service answers another one with `Refused(kind="version")`."""
+MAX_PACKET_NBYTES = 64 << 10
+MAX_NAME_LENGTH = 128
+"""Characters of a job's name or a shared chunk's key."""
+MAX_META_NBYTES = 16 << 10
+MAX_RANKS = 4096
+MAX_KEYS = 64
+"""Shared chunks that one lease may ask for."""
+
+Nbytes: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 56)]
+Number: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+"""Of a request or a lease."""
+Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_LENGTH, pattern=r"^[!-~]+$")]
+"""Printable ASCII without spaces, so that it can be shown anywhere."""
+Meta: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=MAX_META_NBYTES)]
+Rank: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=MAX_RANKS)]
+Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1e7)]
+
+
+class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="hello"):
+    """I am this rank of this job; whose, the kernel says."""
+
+    version: int
+    job: Name
+    rank: Rank
+    num_ranks: Annotated[int, msgspec.Meta(ge=1, le=MAX_RANKS)]
+    priority: Annotated[int, msgspec.Meta(ge=-100, le=100)]
+
+
+class Visit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="visit"):
+    """I only look, or administer."""
+
+    version: int
+
+
+class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What every message after the first carries."""
+
+    id: Number
+    """Chosen by the client; the answer repeats it."""
+
+
+class AskBudget(Request, frozen=True, tag="ask-budget"):
+    """How much is there? Answer: `Budget`."""
+
+
+class AskLease(Request, frozen=True, tag="ask-lease"):
+    """Grant this, now or when it can be. Answer: `Waiting` any number of times, then `LeaseGranted`."""
+
+    host_nbytes: Nbytes
+    disk_nbytes: Nbytes
+    shared: Annotated[dict[Name, Nbytes], msgspec.Meta(max_length=MAX_KEYS)]
+    """Keys and lengths of the shared chunks that this rank will find; what exists already costs nothing."""
+
+
+class Withdraw(Request, frozen=True, tag="withdraw"):
+    """I no longer want what I asked for, granted meanwhile or not. Answer: `Done`."""
+
+    request: Number
+    """The `AskLease` or `FindShared`."""
+
+
+class EndLease(Request, frozen=True, tag="end-lease"):
+    """I have given this back. Answer: `Done`."""
+
+    lease: Number
+
+
+class KeepFile(Request, frozen=True, tag="keep-file"):
+    """Make a memory file that outlives me. Answer: `FileGiven` with its descriptor."""
+
+    lease: Number
+    """Whose host bytes it is part of."""
+    nbytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 56)]
+
+
+class SetMeta(Request, frozen=True, tag="set-meta"):
+    """Keep this beside the file. Answer: `Done`."""
+
+    lease: Number
+    meta: Meta
+
+
+class TakeKept(Request, frozen=True, tag="take-kept"):
+    """Give me what was kept of my predecessor. Answer: `LeaseGranted` with its files' descriptors."""
+
+
+class DropKept(Request, frozen=True, tag="drop-kept"):
+    """Free what was kept of my predecessor. Answer: `Done`."""
+
+
+class FindShared(Request, frozen=True, tag="find-shared"):
+    """Give me a shared chunk, or the task of filling it. Answer: `SharedGiven` with a descriptor."""
+
+    key: Name
+    nbytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 56)]
+
+
+class FillDone(Request, frozen=True, tag="fill-done"):
+    """I have filled it, unmapped it and sealed it. Answer: `SharedGiven`, to be read."""
+
+    key: Name
+    digest: Name
+    """Of the content: two keys with one digest become one chunk."""
+
+
+class GiveUpFill(Request, frozen=True, tag="give-up-fill"):
+    """Somebody else may fill it. Answer: `Done`."""
+
+    key: Name
+
+
+class ReleaseShared(Request, frozen=True, tag="release-shared"):
+    """I no longer use it. Answer: `Done`."""
+
+    key: Name
+
+
+class AdoptLease(Request, frozen=True, tag="adopt-lease"):
+    """Your predecessor granted me this. Answer: `LeaseGranted` with another number, or `Refused`.
+
+    With the keep file's descriptor, if there is one.
+    """
+
+    lease: Number
+    """Its number there."""
+    host_nbytes: Nbytes
+    disk_nbytes: Nbytes
+    disk_name: Annotated[str, msgspec.Meta(max_length=MAX_NAME_LENGTH)]
+    meta: Meta
+
+
+class AdoptShared(Request, frozen=True, tag="adopt-shared"):
+    """I use this shared chunk, or am filling it: here is its descriptor. Answer: `Done`."""
+
+    key: Name
+    digest: Annotated[str, msgspec.Meta(max_length=MAX_NAME_LENGTH)]
+    """Empty: I am still filling it."""
+
+
+class AdoptEnd(Request, frozen=True, tag="adopt-end"):
+    """That was all I have of your predecessor. Answer: `Done`."""
+
+
+class Bye(Request, frozen=True, tag="bye"):
+    """I end. Answer: `Done`."""
+
+    keep: bool
+    """Whether what would be kept if I were killed is kept now too."""
+
+
+class AskState(Request, frozen=True, tag="ask-state"):
+    """Who holds what? Answer: `NodeState`, a part of it."""
+
+    part: Number
+    """0, and on until a part is the last; what changes meanwhile may be in none of them, or two."""
+
+
+class Evict(Request, frozen=True, tag="evict"):
+    """End this job: ask its processes, and after a while kill them. Answer: `Done` at once."""
+
+    job: Name
+    user: Annotated[int, msgspec.Meta(ge=-1, le=1 << 32)]
+    """-1: mine."""
+    timeout_s: Seconds
+
+
+class Drain(Request, frozen=True, tag="drain"):
+    """Grant no more, wait for the jobs that run, then end. Answer: `Done` at once."""
+
+    timeout_s: Seconds | None
+    """After which jobs are evicted; None: never."""
+
+
+class Kept(msgspec.Struct, frozen=True):
+    """What was kept of a rank that died."""
+
+    lease: int
+    host_nbytes: int
+    disk_nbytes: int
+    file_nbytes: int
+    meta: bytes
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
+    """The first message's answer."""
+
+    version: int
+    kept: Kept | None
+    """Of the same rank of the same job of the same user."""
+
+
+class Budget(msgspec.Struct, frozen=True, tag="budget"):
+    """Answer to `AskBudget`, bytes."""
+
+    id: int
+    host_total: int
+    host_free: int
+    host_share: int
+    disk_total: int
+    disk_free: int
+
+
+class Waiting(msgspec.Struct, frozen=True, tag="waiting"):
+    """Not yet, and why."""
+
+    id: int
+    reason: str
+
+
+class LeaseGranted(msgspec.Struct, frozen=True, tag="lease-granted"):
+    """Answer to `AskLease`, `TakeKept` and `AdoptLease`; descriptors of disk file and keep file beside it."""
+
+    id: int
+    lease: int
+    host_nbytes: int
+    disk_nbytes: int
+    disk_path: str
+    """Empty: no disk."""
+    file_nbytes: int
+    """Of the keep file; 0: none."""
+
+
+class FileGiven(msgspec.Struct, frozen=True, tag="file-given"):
+    """Answer to `KeepFile`; a descriptor for reading and writing beside it."""
+
+    id: int
+
+
+class SharedGiven(msgspec.Struct, frozen=True, tag="shared-given"):
+    """Answer to `FindShared` and `FillDone`; a descriptor beside it, read-only if it is filled."""
+
+    id: int
+    is_filled: bool
+    nbytes: int
+    digest: str
+    """Empty: not filled."""
+
+
+class Done(msgspec.Struct, frozen=True, tag="done"):
+    """It is so."""
+
+    id: int
+
+
+RefusedKind: TypeAlias = Literal[
+    "never-fits", "full", "conflict", "forbidden", "unknown", "draining", "too-many", "disk", "version"
+]
+REFUSED_KINDS: tuple[str, ...] = get_args(RefusedKind)
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """No."""
+
+    id: int
+    kind: RefusedKind
+    text: str
+
+
+class TierState(msgspec.Struct, frozen=True):
+    """Bytes of one tier."""
+
+    total: int
+    leased: int
+    kept: int
+    """Of dead ranks."""
+    shared: int
+    warm: int
+    """Shared chunks that nobody uses."""
+
+
+class MemberRow(msgspec.Struct, frozen=True):
+    """One rank of a job, as `ps` shows it."""
+
+    job: str
+    user: int
+    rank: int
+    num_ranks: int
+    pid: int
+    """0: none."""
+    state: str
+    """"idle", "waiting", "running", "kept" or "lost" (leased before the service began again, not seen since)."""
+    host_nbytes: int
+    disk_nbytes: int
+    shared_nbytes: int
+    priority: int
+    age_s: float
+    waits_for: str
+
+
+class SharedRow(msgspec.Struct, frozen=True):
+    """One shared chunk, as `ps` shows it."""
+
+    key: str
+    user: int
+    nbytes: int
+    is_filled: bool
+    num_users: int
+    idle_s: float
+
+
+class NodeState(msgspec.Struct, frozen=True, tag="node-state"):
+    """A part of the answer to `AskState`."""
+
+    id: int
+    is_last: bool
+    is_draining: bool
+    host: TierState
+    disk: TierState
+    members: list[MemberRow]
+    shared: list[SharedRow]
+
+
+ClientMessage: TypeAlias = (
+    Hello
+    | Visit
+    | AskBudget
+    | AskLease
+    | Withdraw
+    | EndLease
+    | KeepFile
+    | SetMeta
+    | TakeKept
+    | DropKept
+    | FindShared
+    | FillDone
+    | GiveUpFill
+    | ReleaseShared
+    | AdoptLease
+    | AdoptShared
+    | AdoptEnd
+    | Bye
+    | AskState
+    | Evict
+    | Drain
+)
+ServiceMessage: TypeAlias = (
+    Welcome | Budget | Waiting | LeaseGranted | FileGiven | SharedGiven | Done | Refused | NodeState
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_client_decoder: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage)
+_service_decoder: msgspec.msgpack.Decoder[ServiceMessage] = msgspec.msgpack.Decoder(ServiceMessage)
+
+
+def encode_message(message: ClientMessage | ServiceMessage) -> bytes:
+    """Return a message's packet.
+
+    Args:
+        message: of either side.
+
+    Returns:
+        At most `MAX_PACKET_NBYTES`, which the messages' own bounds see to.
+    """
+    packet = _encoder.encode(message)
+    assert len(packet) <= MAX_PACKET_NBYTES, f"{type(message).__name__} of {len(packet)} bytes"
+    return packet
+
+
+def decode_client_message(packet: bytes) -> ClientMessage:
+    """Return the client's message in a packet.
+
+    Args:
+        packet: as received.
+
+    Returns:
+        The message, of the declared types, lengths and ranges.
+
+    Raises:
+        msgspec.MsgspecError: it is anything else.
+    """
+    return _client_decoder.decode(packet)
+
+
+def decode_service_message(packet: bytes) -> ServiceMessage:
+    """Return the service's message in a packet.
+
+    Args:
+        packet: as received.
+
+    Returns:
+        The message.
+
+    Raises:
+        msgspec.MsgspecError: it is none, as from a service of another version.
+    """
+    return _service_decoder.decode(packet)

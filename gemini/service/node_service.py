@@ -1,0 +1,431 @@
+"""The service: takes connections, and lets leases, shared chunks and administration answer them.
+
+One event loop, one thread; what may block (files on disk, the manifest) is done in others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import stat
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+from gemini.errors import ServiceError
+from gemini.service.administration import Administration
+from gemini.service.connection import Connection, ProtocolError
+from gemini.service.disk_files import DiskFiles, lock_file
+from gemini.service.fairness import Amount
+from gemini.service.lease_desk import LeaseDesk
+from gemini.service.manifest import LeaseEntry, ManifestWriter, process_start, read_manifest, unknown_lease
+from gemini.service.messages import (
+    PROTOCOL_VERSION,
+    AdoptEnd,
+    AdoptLease,
+    AdoptShared,
+    AskBudget,
+    AskLease,
+    AskState,
+    Budget,
+    Bye,
+    ClientMessage,
+    Drain,
+    DropKept,
+    EndLease,
+    Evict,
+    FillDone,
+    FindShared,
+    GiveUpFill,
+    Hello,
+    KeepFile,
+    Refused,
+    ReleaseShared,
+    SetMeta,
+    TakeKept,
+    Visit,
+    Welcome,
+    Withdraw,
+)
+from gemini.service.node_ledger import JobKey, Member, NodeLedger
+from gemini.service.packets import close_all
+from gemini.service.session import Session
+from gemini.service.shared_shelf import SharedShelf
+
+__all__ = ["NodeService", "ServiceOptions"]
+
+logger = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 4096
+MAX_CONNECTIONS_PER_USER = 1024
+BACKLOG = 512
+TICK_S = 1.0
+
+_MemberMessage: TypeAlias = (
+    AskBudget
+    | AskLease
+    | Withdraw
+    | EndLease
+    | KeepFile
+    | SetMeta
+    | TakeKept
+    | DropKept
+    | FindShared
+    | FillDone
+    | GiveUpFill
+    | ReleaseShared
+    | AdoptEnd
+    | Bye
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceOptions:
+    """What the service is started with."""
+
+    socket_path: Path
+    """Where it listens; the manifest and a lock lie beside it."""
+    budget: Amount
+    """Bytes to grant of host memory and of disk."""
+    disk_directory: Path | None = None
+    """For the files of disk leases; None: there is no disk."""
+    socket_mode: int = 0o600
+    """Who may connect, as of a file."""
+    socket_group: int | None = None
+    """Group id of the socket; None: the service's own."""
+    grace_s: float = 600.0
+    """Seconds that a dead rank's kept state waits for a successor."""
+    warm_s: float = 600.0
+    """Seconds that a shared chunk stays when nobody uses it, if nobody needs its room."""
+    drain_timeout_s: float = 10.0
+    """Seconds that SIGTERM waits for jobs to end before the service leaves them to themselves."""
+
+
+@dataclass(slots=True)
+class NodeService:
+    """The node's service, from `run` to the end of its process's use for it.
+
+    Args:
+        options: as they are documented there.
+    """
+
+    options: ServiceOptions
+    ledger: NodeLedger = field(init=False)
+    desk: LeaseDesk = field(init=False)
+    shelf: SharedShelf = field(init=False)
+    sessions: set[Session] = field(init=False, default_factory=set)
+    administration: Administration = field(init=False)
+    num_messages: int = field(init=False, default=0)
+    started_s: float = field(init=False, default_factory=time.monotonic)
+    _connections: set[Connection] = field(init=False, default_factory=set)
+    _disk: DiskFiles | None = field(init=False, default=None)
+    _manifest: ManifestWriter = field(init=False)
+    _listener: socket.socket = field(init=False)
+    _stopped: asyncio.Event = field(init=False, default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.ledger = NodeLedger(self.options.budget)
+        self.shelf = SharedShelf(self.ledger)
+        self._manifest = ManifestWriter(self._manifest_path, self._leases_to_write)
+        self.desk = LeaseDesk(self.ledger, self.shelf.forget, self._manifest.changed)
+        self.administration = Administration(self, self._stopped.set)
+
+    @property
+    def _manifest_path(self) -> Path:
+        return self.options.socket_path.with_name(self.options.socket_path.name + ".manifest")
+
+    async def run(self, started: asyncio.Event | None = None) -> None:
+        """Serve until drained, or told to stop by SIGTERM or SIGINT.
+
+        Args:
+            started: set when clients can connect.
+
+        Raises:
+            ServiceError: another service has the socket or the directory.
+            OffloadIOError: one of them cannot be used.
+        """
+        loop = asyncio.get_running_loop()
+        path = self.options.socket_path
+        lock = lock_file(path.with_name(path.name + ".lock"))
+        try:
+            if self.options.disk_directory is not None:
+                self._disk = self.desk.disk = DiskFiles(self.options.disk_directory)
+            self._expect_leases()
+            self._listener = listen(self.options)
+            loop.add_reader(self._listener, self._accept)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self._stop_soon)
+            ticking = asyncio.create_task(self._tick())
+            if started is not None:
+                started.set()
+            logger.info("serving at %s", path)
+            await self._stopped.wait()
+            ticking.cancel()
+            await self._close(loop)
+        finally:
+            if self._disk is not None:
+                self._disk.close()
+            os.close(lock)
+
+    async def _close(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Leave clients with what they have; what no living client holds goes."""
+        loop.remove_reader(self._listener)
+        self._listener.close()
+        with suppress(FileNotFoundError):
+            self.options.socket_path.unlink()
+        for member in list(self.desk.kept):
+            self.desk.drop_kept(member)
+        self._manifest.changed()
+        await self._manifest.close()
+        self.administration.is_ending = True
+        for connection in list(self._connections):
+            connection.close()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+    def _stop_soon(self) -> None:
+        if self.administration.is_draining:
+            self._stopped.set()
+        else:
+            self.administration.begin_drain(None)
+            asyncio.get_running_loop().call_later(self.options.drain_timeout_s, self._stopped.set)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            now_s = time.monotonic()
+            self.desk.expire_kept(now_s - self.options.grace_s)
+            self.desk.expire_lost(is_grace_over=now_s - self.started_s > self.options.grace_s)
+            if self.shelf.expire(now_s - self.options.warm_s):
+                self.desk.settle()
+            self.desk.tell_reasons()
+            self.administration.check_drained()
+
+    # What a service before left
+
+    def _expect_leases(self) -> None:
+        manifest = read_manifest(self._manifest_path)
+        files = self._disk.existing() if self._disk is not None else {}
+        for entry in manifest.leases if manifest is not None else ():
+            if not entry.disk_name or files.pop(entry.disk_name, None) is not None:
+                self.desk.expect(entry)
+        for name, nbytes in files.items():
+            assert self._disk is not None
+            user = self._disk.user_of(name)
+            assert user is not None
+            self.desk.expect(unknown_lease(user, name, nbytes))
+        self.desk.expire_lost(is_grace_over=False)
+
+    def _leases_to_write(self) -> list[LeaseEntry]:
+        held = [(session, record) for session in self.sessions for record in session.leases.values()]
+        entries = [
+            LeaseEntry(
+                number=record.number,
+                user=session.user,
+                job=record.member.job.name,
+                rank=record.member.rank,
+                pid=session.pid,
+                process_start=process_start(session.pid),
+                host_nbytes=record.amount.host,
+                disk_nbytes=record.amount.disk,
+                disk_name=record.disk_name,
+            )
+            for session, record in held
+        ]
+        return entries + [lost.entry for lost in self.desk.lost]
+
+    # Connections
+
+    def _accept(self) -> None:
+        try:
+            connected, _ = self._listener.accept()
+        except OSError as error:  # out of descriptors, or the client has gone again
+            logger.warning("a client could not be accepted: %s", error)
+            return
+        session: Session | None = None
+
+        def on_message(message: ClientMessage, descriptors: tuple[int, ...]) -> None:
+            nonlocal session
+            self.num_messages += 1
+            if session is None:
+                close_all(descriptors)
+                session = self._begin(connection, message)
+            else:
+                self._handle(session, message, descriptors)
+
+        def on_end() -> None:
+            self._connections.discard(connection)
+            if session is not None:
+                self._end(session)
+
+        connection = Connection(connected, on_message, on_end)
+        self._connections.add(connection)
+        num_of_user = sum(each.peer.user == connection.peer.user for each in self._connections)
+        if len(self._connections) > MAX_CONNECTIONS or num_of_user > MAX_CONNECTIONS_PER_USER:
+            logger.warning("user %d has too many connections; one more is ended", connection.peer.user)
+            connection.close()
+
+    def _begin(self, connection: Connection, message: ClientMessage) -> Session | None:
+        if not isinstance(message, (Hello, Visit)):
+            raise ProtocolError(f"expected hello or visit first, got {type(message).__name__}")
+        if message.version != PROTOCOL_VERSION:
+            text = f"this service speaks version {PROTOCOL_VERSION} of the protocol, not {message.version}"
+            connection.send(Refused(0, "version", text))
+            return None
+        session = Session(connection)
+        if isinstance(message, Hello):
+            refusal = self._welcome_refusal(session, message)
+            if refusal is not None:
+                connection.send(refusal)
+                return None
+            session.member = Member(JobKey(session.user, message.job), message.rank)
+            session.num_ranks, session.priority = message.num_ranks, message.priority
+        kept = self.desk.kept.get(session.member) if session.member is not None else None
+        self.sessions.add(session)
+        connection.send(Welcome(PROTOCOL_VERSION, kept.record.describe_kept() if kept is not None else None))
+        return session
+
+    def _welcome_refusal(self, session: Session, hello: Hello) -> Refused | None:
+        job = JobKey(session.user, hello.job)
+        if hello.rank >= hello.num_ranks:
+            raise ProtocolError(f"rank {hello.rank} of {hello.num_ranks}")
+        if hello.priority > 0 and not self.administration.may_administer(session.user):
+            return Refused(0, "forbidden", "a priority above 0 is for root and the user whose service this is")
+        if self.administration.is_draining:
+            return Refused(0, "draining", "the service is draining: it takes no new jobs")
+        for other in [each for each in self.sessions if each.member == Member(job, hello.rank)]:
+            other.connection.receive_now()  # it may have ended already
+            if other in self.sessions:
+                text = f"rank {hello.rank} of job {hello.job} is process {other.pid} already; name the job otherwise"
+                return Refused(0, "conflict", text)
+        others = {each.num_ranks for each in self.sessions if each.member is not None and each.member.job == job}
+        others |= {kept.num_ranks for member, kept in self.desk.kept.items() if member.job == job}
+        if others - {hello.num_ranks}:
+            text = (
+                f"job {hello.job} has {others.pop()} ranks here, not {hello.num_ranks}; evict it, or use another name"
+            )
+            return Refused(0, "conflict", text)
+        return None
+
+    def _end(self, session: Session) -> None:
+        self.sessions.discard(session)
+        if session.member is None or self.administration.is_ending:
+            return
+        now_s = time.monotonic()
+        self.shelf.release_all(session, now_s=now_s)
+        self.desk.end_session(session, keep=not session.is_evicted, now_s=now_s)
+        self.desk.settle()
+        self.administration.check_drained()
+
+    # Messages
+
+    def _handle(self, session: Session, message: ClientMessage, descriptors: tuple[int, ...]) -> None:
+        if isinstance(message, (AdoptLease, AdoptShared)) and session.member is not None:
+            adopt = self.desk.adopt if isinstance(message, AdoptLease) else self.shelf.adopt
+            return adopt(session, message, descriptors)  # type: ignore[arg-type]
+        if descriptors:
+            close_all(descriptors)
+            raise ProtocolError(f"{type(message).__name__} comes with descriptors")
+        if isinstance(message, (AskState, Evict, Drain)):
+            return self.administration.handle(session, message)
+        if session.member is None or isinstance(message, (Hello, Visit, AdoptLease, AdoptShared)):
+            raise ProtocolError(f"{type(message).__name__} at this place")
+        self._handle_member(session, session.member, message)
+
+    def _handle_member(self, session: Session, member: Member, message: _MemberMessage) -> None:
+        now_s = time.monotonic()
+        match message:
+            case AskBudget():
+                session.connection.send(self._budget(message.id, member.job, session.num_ranks))
+            case AskLease() if self.administration.is_draining:
+                session.refuse(message.id, "draining", "the service is draining: it grants nothing more")
+            case AskLease():
+                self.desk.ask(session, message)
+            case Withdraw():
+                self.shelf.withdraw(session, message.request, now_s=now_s)
+                self.desk.withdraw(session, message.request)
+                session.done(message.id)
+            case EndLease():
+                self._end_lease(session, message, now_s)
+            case KeepFile():
+                self.desk.make_keep_file(session, message)
+            case SetMeta():
+                self.desk.set_meta(session, message)
+            case TakeKept():
+                self.desk.take_kept(session, message.id)
+            case DropKept():
+                self.desk.drop_kept(member)
+                session.done(message.id)
+            case FindShared():
+                self.shelf.find(session, message)
+            case FillDone():
+                self.shelf.finish(session, message)
+            case GiveUpFill() | ReleaseShared():
+                self.shelf.release(session, message.key, now_s=now_s)
+                self.desk.settle()
+                session.done(message.id)
+            case AdoptEnd():
+                self.desk.forget_lost_of(member)
+                session.done(message.id)
+            case Bye():
+                session.is_evicted = not message.keep
+                session.done(message.id)
+                session.connection.close()
+
+    def _end_lease(self, session: Session, message: EndLease, now_s: float) -> None:
+        if message.lease not in session.leases:
+            return session.refuse(message.id, "unknown", f"this rank has no lease {message.lease}")
+        self.desk.end(session, message.lease)
+        if not session.leases:
+            self.shelf.release_unfound(session, now_s=now_s)
+        session.done(message.id)
+        self.desk.settle()
+
+    def _budget(self, request: int, job: JobKey, num_ranks: int) -> Budget:
+        total, free = self.options.budget, self.ledger.free()
+        return Budget(
+            id=request,
+            host_total=total.host,
+            host_free=max(free.host, 0),
+            host_share=self.ledger.fair_host_nbytes(job) // num_ranks,
+            disk_total=total.disk,
+            disk_free=max(free.disk, 0),
+        )
+
+
+def listen(options: ServiceOptions) -> socket.socket:
+    """Return the socket that clients connect to; one that a dead service left is replaced.
+
+    Args:
+        options: path, mode and group.
+
+    Returns:
+        A listening, non-blocking SOCK_SEQPACKET.
+
+    Raises:
+        ServiceError: the path is taken by something else, or cannot be used.
+    """
+    path = options.socket_path
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
+            path.unlink()  # ours is the lock beside it, so nobody answers there
+        before = os.umask(0o177)  # until the mode is set, nobody else may connect
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(before)
+        if options.socket_group is not None:
+            os.chown(path, -1, options.socket_group)
+        path.chmod(options.socket_mode)
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise ServiceError(f"cannot listen at {path}: {error.strerror or error}; name another with --socket") from error
+    return listener

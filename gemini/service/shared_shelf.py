@@ -1,0 +1,212 @@
+"""Shared chunks: memory files that one client fills and all clients of its user read. Knows sessions and the ledger.
+
+A chunk is *claimed* while a client fills it: others wait, and if the filler ends or gives up, the first of them gets
+the claim, with a new file, as the old filler may still write to its own. Filled and sealed, it is read-only for all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from gemini.service.memory_files import (
+    create_memory_file,
+    is_sealed_length,
+    is_sealed_whole,
+    nbytes_of,
+    open_read_only,
+    seal_whole,
+)
+from gemini.service.messages import AdoptShared, FillDone, FindShared, SharedGiven, Waiting
+from gemini.service.node_ledger import JobKey, Member, NodeLedger
+from gemini.service.packets import close_all
+from gemini.service.session import Session
+
+__all__ = ["SharedShelf"]
+
+MAX_CHUNKS = 4096
+"""Of one user."""
+
+
+@dataclass(slots=True, eq=False)
+class _Chunk:
+    """What the service knows of a chunk beside its bytes, which the ledger counts."""
+
+    file: int
+    """Descriptor: of the filler's file, for writing, until it is filled; then read-only."""
+    nbytes: int
+    filler: Session | None
+    digest: str = ""
+    """Empty: not filled."""
+    waiting: list[tuple[Session, int]] = field(default_factory=list)
+    """Sessions and their requests."""
+    jobs: set[JobKey] = field(default_factory=set)
+    """That have used it."""
+
+
+class SharedShelf:
+    """The node's shared chunks, each user's own.
+
+    Args:
+        ledger: counts their bytes, and who uses them.
+    """
+
+    def __init__(self, ledger: NodeLedger) -> None:
+        self.ledger = ledger
+        self._chunks: dict[tuple[int, str], _Chunk] = {}
+
+    def find(self, session: Session, message: FindShared) -> None:
+        """Give a chunk, or the claim to fill it, or let the client wait for whoever fills it."""
+        member = _member_of(session)
+        where = (session.user, message.key)
+        hold = self.ledger.shared.get(where)
+        if hold is not None and hold.nbytes != message.nbytes:
+            text = f"shared chunk {message.key} has {hold.nbytes} bytes, not {message.nbytes}; a key names one content"
+            return session.refuse(message.id, "conflict", text)
+        if hold is None and sum(user == session.user for user, _ in self.ledger.shared) >= MAX_CHUNKS:
+            return session.refuse(message.id, "too-many", f"a user may have {MAX_CHUNKS} shared chunks")
+        dropped = self.ledger.hold_shared(member, message.key, message.nbytes, priority=session.priority)
+        if dropped is None:
+            text = f"no room for the {message.nbytes} bytes of shared chunk {message.key} now; declare it in the lease"
+            return session.refuse(message.id, "full", text)
+        self.forget(dropped)
+        chunk = self._chunks.get(where)
+        if chunk is None:
+            chunk = self._chunks[where] = _Chunk(create_memory_file(message.nbytes), message.nbytes, session)
+        chunk.jobs.add(member.job)
+        if chunk.filler not in (None, session):
+            chunk.waiting.append((session, message.id))
+            session.connection.send(Waiting(message.id, f"another process, which fills shared chunk {message.key}"))
+        else:
+            self._give(session, message.id, chunk)
+
+    def finish(self, session: Session, message: FillDone) -> None:
+        """Take a filled chunk, and give it to all who wait for it."""
+        where = (session.user, message.key)
+        chunk = self._chunks.get(where)
+        if chunk is None or chunk.filler is not session:
+            return session.refuse(message.id, "unknown", f"this client fills no shared chunk {message.key}")
+        try:
+            seal_whole(chunk.file)
+        except OSError as error:
+            text = f"shared chunk {message.key} cannot be sealed ({error.strerror}): unmap it first"
+            return session.refuse(message.id, "conflict", text)
+        same = self._of_digest(session.user, message.digest, chunk.nbytes)
+        filled = open_read_only(chunk.file if same is None else same.file)
+        os.close(chunk.file)
+        chunk.file, chunk.digest, chunk.filler = filled, message.digest, None
+        self.ledger.fill_shared(*where, message.digest)
+        self._give(session, message.id, chunk)
+        for waiter, request in chunk.waiting:
+            self._give(waiter, request, chunk)
+        chunk.waiting.clear()
+
+    def release(self, session: Session, key: str, *, now_s: float) -> None:
+        """Count a client no longer as a user; if it was filling the chunk, somebody else does."""
+        member = _member_of(session)
+        where = (session.user, key)
+        chunk = self._chunks.get(where)
+        if chunk is not None:
+            chunk.waiting = [(waiter, request) for waiter, request in chunk.waiting if waiter is not session]
+        self.ledger.release_shared(member, key, now_s=now_s)
+        if chunk is not None and chunk.filler is session:
+            self._pass_claim_on(where, chunk)
+        hold = self.ledger.shared.get(where)
+        if hold is not None and not hold.is_filled and not hold.holders:
+            self.drop([where])
+
+    def release_all(self, session: Session, *, now_s: float) -> None:
+        """Count a client no longer as a user of anything."""
+        for user, key in list(self.ledger.shared):
+            if user == session.user:
+                self.release(session, key, now_s=now_s)
+
+    def release_unfound(self, session: Session, *, now_s: float) -> None:
+        """Count a client no longer as a user of what its lease was for and it never asked for."""
+        member = _member_of(session)
+        for where, hold in list(self.ledger.shared.items()):
+            if member in hold.holders and where not in self._chunks:
+                self.release(session, where[1], now_s=now_s)
+
+    def withdraw(self, session: Session, request: int, *, now_s: float) -> None:
+        """Forget that a client waits for a chunk."""
+        for (_, key), chunk in list(self._chunks.items()):
+            if (session, request) in chunk.waiting:
+                self.release(session, key, now_s=now_s)
+
+    def adopt(self, session: Session, message: AdoptShared, descriptors: tuple[int, ...]) -> None:
+        """Take a chunk that a client has of a service before; takes over the descriptor."""
+        member = _member_of(session)
+        where = (session.user, message.key)
+        is_filled = bool(message.digest)
+        if len(descriptors) != 1 or not (is_sealed_whole if is_filled else is_sealed_length)(descriptors[0]):
+            close_all(descriptors)
+            text = f"shared chunk {message.key}: expected the descriptor of a sealed memory file"
+            return session.refuse(message.id, "conflict", text)
+        nbytes = nbytes_of(descriptors[0])
+        chunk, hold = self._chunks.get(where), self.ledger.shared.get(where)
+        if hold is not None and (hold.nbytes != nbytes or (chunk is not None and not (is_filled and chunk.digest))):
+            close_all(descriptors)
+            return session.refuse(message.id, "conflict", f"there is another shared chunk {message.key} already")
+        if chunk is None:
+            file = open_read_only(descriptors[0]) if is_filled else os.dup(descriptors[0])
+            chunk = self._chunks[where] = _Chunk(file, nbytes, None if is_filled else session, message.digest)
+        close_all(descriptors)
+        chunk.jobs.add(member.job)
+        self.ledger.adopt_shared(member, message.key, nbytes, is_filled=is_filled)
+        if is_filled:
+            self.ledger.fill_shared(*where, message.digest)
+        session.done(message.id)
+
+    def expire(self, before_s: float) -> bool:
+        """Drop what nobody has used since before then; return whether that made room."""
+        old = [where for where in self.ledger.unused() if self.ledger.shared[where].idle_since_s < before_s]
+        self.drop(old)
+        return bool(old)
+
+    def drop_warm_of(self, job: JobKey) -> None:
+        """Drop what nobody uses and no other job has used."""
+        self.drop(
+            [where for where in self.ledger.unused() if where in self._chunks and self._chunks[where].jobs == {job}]
+        )
+
+    def drop(self, chunks: Iterable[tuple[int, str]]) -> None:
+        """Drop chunks, whose bytes go with their last mapping."""
+        for where in chunks:
+            self.ledger.drop_shared(*where)
+            self.forget([where])
+
+    def forget(self, chunks: Iterable[tuple[int, str]]) -> None:
+        """Close the files of chunks that the ledger has dropped."""
+        for where in chunks:
+            chunk = self._chunks.pop(where, None)
+            if chunk is not None:
+                os.close(chunk.file)
+
+    def waits_for(self, session: Session) -> str:
+        """Return the key of a chunk that a client waits for; empty: none."""
+        found = (key for (_, key), chunk in self._chunks.items() if any(who is session for who, _ in chunk.waiting))
+        return next(found, "")
+
+    def _pass_claim_on(self, where: tuple[int, str], chunk: _Chunk) -> None:
+        os.close(chunk.file)
+        if chunk.waiting:
+            chunk.file = create_memory_file(chunk.nbytes)
+            chunk.filler, request = chunk.waiting.pop(0)
+            self._give(chunk.filler, request, chunk)
+        else:
+            del self._chunks[where]
+
+    def _of_digest(self, user: int, digest: str, nbytes: int) -> _Chunk | None:
+        found = (each for (whose, _), each in self._chunks.items() if whose == user and each.digest == digest)
+        return next((each for each in found if each.nbytes == nbytes), None)
+
+    def _give(self, session: Session, request: int, chunk: _Chunk) -> None:
+        message = SharedGiven(request, bool(chunk.digest), chunk.nbytes, chunk.digest)
+        session.connection.send(message, (chunk.file,))
+
+
+def _member_of(session: Session) -> Member:
+    assert session.member is not None
+    return session.member

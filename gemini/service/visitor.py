@@ -1,0 +1,106 @@
+"""Looking at a service, and administering it, from a program that holds nothing there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from gemini.errors import ServiceError
+from gemini.service.channel import Channel
+from gemini.service.messages import (
+    PROTOCOL_VERSION,
+    AskState,
+    ClientMessage,
+    Drain,
+    Evict,
+    NodeState,
+    Refused,
+    ServiceMessage,
+    Visit,
+)
+
+__all__ = ["Visitor"]
+
+
+class Visitor:
+    """A connection of somebody who holds nothing; a context manager.
+
+    Args:
+        path: the service's socket.
+
+    Raises:
+        NoServiceError: no service is there.
+        ServiceError: it refuses.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._channel = Channel(path, Visit(PROTOCOL_VERSION))
+
+    def state(self) -> NodeState:
+        """Return who holds what: all of it to root and the service's own user, to others their own.
+
+        Returns:
+            The state, whole.
+
+        Raises:
+            ServiceError: the service is gone.
+        """
+        parts: list[NodeState] = []
+        while not parts or not parts[-1].is_last:
+            first = len(parts)
+            part = self._order(lambda request: AskState(id=request, part=first))  # noqa: B023
+            assert isinstance(part, NodeState)
+            parts.append(part)
+        return msgspec.structs.replace(
+            parts[-1],
+            members=[row for part in parts for row in part.members],
+            shared=[row for part in parts for row in part.shared],
+        )
+
+    def evict(self, job: str, *, user: int = -1, timeout_s: float) -> None:
+        """End a job: free what is kept of it, ask its processes to end, and kill them after a while.
+
+        Args:
+            job: its name.
+            user: whose; -1: one's own.
+            timeout_s: seconds from SIGTERM to SIGKILL.
+
+        Raises:
+            ServiceError: there is no such job, or it is another user's.
+        """
+        self._order(lambda request: Evict(id=request, job=job, user=user, timeout_s=timeout_s))
+
+    def drain(self, *, timeout_s: float | None) -> None:
+        """Let the service grant nothing more and end when no job is left; returns at once.
+
+        Args:
+            timeout_s: seconds after which jobs are evicted; None: never.
+
+        Raises:
+            ServiceError: this user may not.
+        """
+        self._order(lambda request: Drain(id=request, timeout_s=timeout_s))
+
+    def wait_until_gone(self) -> None:
+        """Wait for the service's end."""
+        self._channel.is_ending = True
+        self._channel.wait_lost()
+
+    def _order(self, message_of: Callable[[int], ClientMessage]) -> ServiceMessage:
+        request = self._channel.new_id()
+        answer, _ = self._channel.ask(request, message_of(request))
+        if isinstance(answer, Refused):
+            raise ServiceError(answer.text)
+        return answer
+
+    def close(self) -> None:
+        """End the connection."""
+        self._channel.close()
+
+    def __enter__(self) -> Visitor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
