@@ -30,7 +30,7 @@ from torch._C._distributed_c10d import PrefixStore
 
 from gemini.chunk.sharding import ChunkShard, RankAxis, RankGrid
 from gemini.errors import CollectiveError
-from gemini.offload.store import remove_abandoned
+from gemini.offload.swap_file import remove_abandoned
 from gemini.offload.transfer import Move
 from zero.sharding import shard_of
 

@@ -20,6 +20,7 @@ from gemini.kernels.cpu import (
     store_gradient,
     supported_isas,
 )
+from gemini.kernels.journal import TileJournal
 from gemini.kernels.pool import BACKGROUND_PRIORITY, GradTicket, SweepTicket, Ticket, WorkerPool
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "StateFormat",
     "SweepTicket",
     "Ticket",
+    "TileJournal",
     "WorkerPool",
     "adam_update",
     "cast",

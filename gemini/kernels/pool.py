@@ -21,6 +21,7 @@ from gemini._native import ffi, lib
 from gemini.errors import WorkerError
 from gemini.kernels.adam_tile import AdamTile
 from gemini.kernels.cpu import GradMode, Isa, address_of, check_status, make_adam_args, make_grad_args
+from gemini.kernels.journal import TileJournal, make_journal_args
 from gemini.kernels.spans import MAX_SPANS, Span, SpanRecorder, read_spans
 from gemini.kernels.topology import choose_worker_cpus, read_launching_core, read_topology
 
@@ -162,11 +163,14 @@ class WorkerPool:
         """Number of threads."""
         return self._num_threads
 
-    def submit_adam(self, tile: AdamTile, *, priority: int = 0, record: str = "") -> Ticket:
+    def submit_adam(
+        self, tile: AdamTile, *, journal: TileJournal | None = None, priority: int = 0, record: str = ""
+    ) -> Ticket:
         """Queue one Adam update; see adam_update.
 
         Args:
             tile: tensors and hyper-parameters; the segments are copied.
+            journal: where progress is noted, so that the process may end meanwhile; None: it is not.
             priority: lower starts first.
             record: what is updated, for recordings.
 
@@ -174,10 +178,16 @@ class WorkerPool:
             The job's ticket.
 
         Raises:
+            ValueError: the journal has fewer scratches than the pool has threads.
             WorkerError: the pool is closed.
         """
         args, _segments = make_adam_args(tile, self._isa)
-        number = self._submit("adam update", lib.gn_pool_submit_adam, (args, priority), (tile,))
+        if journal is None:
+            number = self._submit("adam update", lib.gn_pool_submit_adam, (args, priority), (tile,))
+        else:
+            journalled = (args, make_journal_args(journal), priority)
+            submit_fn = lib.gn_pool_submit_adam_journalled
+            number = self._submit("adam update", submit_fn, journalled, (tile, journal))
         self._note(number, "adam update", record, tile.working.nbytes)
         return Ticket(self, number, "adam update")
 

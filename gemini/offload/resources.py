@@ -16,7 +16,8 @@ from gemini.kernels.cpu import Isa, resolve_isa
 from gemini.kernels.pool import WorkerPool
 from gemini.kernels.topology import read_topology
 from gemini.offload.arena import HostArena
-from gemini.offload.store import DiskStore, check_directory
+from gemini.offload.store import DiskStore
+from gemini.offload.swap_file import KeptSwap, check_directory
 from gemini.offload.transfer import CpuTransfers, CudaTransfers, SimulatedTransfers, Transfers
 from gemini.tiers import MemoryTier, TierLedger, checksum_nbytes, parse_nbytes
 
@@ -138,7 +139,12 @@ def budgets_of(config: GeminiConfig) -> dict[MemoryTier, int | None]:
 
 
 def open_resources(
-    config: GeminiConfig, budgets: dict[MemoryTier, int | None], *, disk_nbytes: int, rank: int = 0
+    config: GeminiConfig,
+    budgets: dict[MemoryTier, int | None],
+    *,
+    disk_nbytes: int,
+    rank: int = 0,
+    kept: KeptSwap | None = None,
 ) -> Resources:
     """Start threads, claim the swap file and prepare memory.
 
@@ -147,6 +153,7 @@ def open_resources(
         budgets: from `budgets_of`.
         disk_nbytes: bytes the swap file must hold; 0 leaves the disk alone.
         rank: whose swap file it is.
+        kept: makes the swap file one that outlives the process; None: it is scratch space.
 
     Returns:
         The resources; the caller closes them.
@@ -161,7 +168,7 @@ def open_resources(
     num_threads = config.num_threads or min(len(os.sched_getaffinity(0)), MAX_DEFAULT_THREADS)
     pool = WorkerPool(num_threads, isa=isa)
     try:
-        store = _open_store(config, ledger, disk_nbytes=disk_nbytes, rank=rank)
+        store = _open_store(config, ledger, disk_nbytes=disk_nbytes, rank=rank, kept=kept)
     except BaseException:
         pool.close()
         raise
@@ -177,7 +184,9 @@ def open_resources(
     return Resources(ledger=ledger, arena=arena, pool=pool, transfers=transfers, store=store, isa=isa)
 
 
-def _open_store(config: GeminiConfig, ledger: TierLedger, *, disk_nbytes: int, rank: int) -> DiskStore | None:
+def _open_store(
+    config: GeminiConfig, ledger: TierLedger, *, disk_nbytes: int, rank: int, kept: KeptSwap | None
+) -> DiskStore | None:
     """Claim the swap file, if one is needed."""
     nvme = config.nvme
     if nvme is None:
@@ -189,4 +198,4 @@ def _open_store(config: GeminiConfig, ledger: TierLedger, *, disk_nbytes: int, r
         return None
     if nvme.verify:
         ledger.charge(MemoryTier.HOST, "checksums", checksum_nbytes(disk_nbytes))
-    return DiskStore(nvme, capacity_nbytes=disk_nbytes, rank=rank)
+    return DiskStore(nvme, capacity_nbytes=disk_nbytes, rank=rank, kept=kept)

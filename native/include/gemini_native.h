@@ -149,6 +149,45 @@ typedef struct gn_adam_args {
  * out of [0, numel]. */
 int32_t gn_adam_update(const gn_adam_args* args);
 
+/* ------------------------------------------------------------------ journals */
+
+enum {
+    GN_JOURNAL_BLOCK_NUMEL = 1024,     /* elements that become new together */
+    GN_JOURNAL_SCRATCH_NBYTES = 16384, /* of one thread's scratch; a power of two */
+    GN_JOURNAL_IMAGE_OFFSET = 64       /* where in a scratch the image begins */
+};
+
+/* Lets an update be interrupted by the end of the process at any instruction. Everything it points to lies in
+ * memory that outlives the process, as what is updated does.
+ *
+ * A block of GN_JOURNAL_BLOCK_NUMEL elements is updated so: its working weights, master (but in
+ * GN_FORMAT_F32), momentum and variance are copied to the thread's scratch, one after the other without
+ * gaps, from GN_JOURNAL_IMAGE_OFFSET on; sequence << 32 | number of the block is stored at the scratch's
+ * beginning; the block is updated in place; its entry in `done` becomes `sequence`. Whoever finds the memory
+ * later copies the image of each scratch back whose block has another entry than the scratch's sequence; then
+ * each block is old or new. A block whose entry is `sequence` already is left alone, so the same call
+ * finishes the update. */
+typedef struct gn_adam_journal {
+    uint32_t sequence;     /* more than 0; differs from update to update */
+    uint32_t first_block;  /* number of the first block of the call */
+    uint32_t* done;        /* one entry for each block of the call */
+    void* scratches;       /* [num_scratches * GN_JOURNAL_SCRATCH_NBYTES], aligned to 64 bytes */
+    int32_t num_scratches; /* at least as many as threads */
+} gn_adam_journal;
+
+enum gn_journal_stop {
+    GN_STOP_COPIED = 1,  /* the image is there, the scratch does not say so yet */
+    GN_STOP_NOTED = 2,   /* the scratch says whose image it holds */
+    GN_STOP_UPDATED = 3, /* the first half of the block is new */
+    GN_STOP_WHOLE = 4    /* all of it is, and the entry does not say so yet */
+};
+
+/* For tests: run gn_adam_update with a journal up to block number `block` of the call, of that one the part
+ * that `stop` names, and no further: what a process leaves that ends there. Uses the first scratch.
+ * Blocking, single thread. -EINVAL as gn_adam_update, or the journal is malformed. */
+int32_t gn_adam_update_partly(const gn_adam_args* args, const gn_adam_journal* journal, int64_t block,
+                              int32_t stop);
+
 /* ------------------------------------------------------------------ memory sweep */
 
 enum gn_sweep_mode {
@@ -215,6 +254,11 @@ int32_t gn_pool_submit_grad(gn_pool* pool, const gn_grad_args* args, int32_t pri
 int32_t gn_pool_submit_copy(gn_pool* pool, void* dst, const void* src, int64_t nbytes, int32_t priority,
                             uint64_t* ticket);
 
+/* gn_pool_submit_adam with a journal, which is copied. -EINVAL if it has fewer scratches than the pool has
+ * threads. */
+int32_t gn_pool_submit_adam_journalled(gn_pool* pool, const gn_adam_args* args,
+                                       const gn_adam_journal* journal, int32_t priority, uint64_t* ticket);
+
 /* Submit a pass over several buffers at once, each advancing in proportion to its length, as a kernel with
  * these operands would: the rate at which memory can deliver them to these threads. The buffer array is
  * copied. *checksum must stay valid until the ticket has completed and is written then: the XOR of all 64-bit
@@ -241,6 +285,21 @@ int64_t gn_pool_take_spans(gn_pool* pool, gn_span* spans, int64_t max_count);
  * MPOL_INTERLEAVE). `address` is page aligned. Pages that exist stay where they are. Node numbers are below
  * 1024. -ENOSYS: no such system call here; -EPERM, -EINVAL: as mbind(2). */
 int32_t gn_memory_interleave(void* address, int64_t nbytes, const int32_t* nodes, int32_t num_nodes);
+
+/* Map the first `nbytes` bytes of a file for reading and writing, shared with all who map it, from a multiple
+ * of 2 MiB on. A memory file's pages become huge ones where the kernel can do that (MADV_COLLAPSE, Linux 6.1,
+ * which asks nobody; else where the administrator allows it), and else stay small: no error. Blocking; takes
+ * as long as the kernel takes to copy what the file holds. -EINVAL: nbytes is no multiple of 4096; else as
+ * mmap(2). */
+int32_t gn_memory_map(int32_t descriptor, int64_t nbytes, void** address);
+
+/* Undo gn_memory_map. */
+int32_t gn_memory_unmap(void* address, int64_t nbytes);
+
+/* Store a word that says that something has been stored before: whoever finds the memory after this process
+ * has ended, at whichever instruction, finds what it stored before this call if it finds `value`, and nothing
+ * of what it stored after this call if it does not. `place` is aligned to 8 bytes. */
+void gn_memory_publish(uint64_t* place, uint64_t value);
 
 /* ------------------------------------------------------------------ checksums */
 

@@ -23,10 +23,6 @@ bool are_segments_valid(const gn_adam_args& args) {
 
 void* advance(void* base, int64_t nbytes) { return base ? static_cast<char*>(base) + nbytes : nullptr; }
 
-// Bytes per element of working and master, by gn_state_format.
-constexpr int64_t kWorkingNbytes[3] = {2, 2, 4};
-constexpr int64_t kMasterNbytes[3] = {2, 4, 0};
-
 }  // namespace
 
 int32_t check_adam(const gn_adam_args* args, const Kernels** kernels) {
@@ -47,8 +43,8 @@ void run_adam(const Kernels& kernels, const gn_adam_args& args, int64_t begin, i
     for (; segment != last && segment->begin < end; ++segment) {
         const int64_t first = std::max(begin, segment->begin);
         AdamRun run;
-        run.working = advance(args.working, first * kWorkingNbytes[args.format]);
-        run.master = advance(args.master, first * kMasterNbytes[args.format]);
+        run.working = advance(args.working, first * working_nbytes(args.format));
+        run.master = advance(args.master, first * master_nbytes(args.format));
         run.momentum = args.momentum + first;
         run.variance = args.variance + first;
         run.grad = static_cast<const char*>(args.grad) + first * dtype_nbytes(args.grad_dtype);

@@ -15,6 +15,19 @@ int32_t check_grad(const gn_grad_args* args, const Kernels** kernels);
 // Update the elements [begin, end) of a checked job.
 void run_adam(const Kernels& kernels, const gn_adam_args& args, int64_t begin, int64_t end);
 
+// Bytes per element of working and master, by gn_state_format.
+inline int64_t working_nbytes(int32_t format) { return format == GN_FORMAT_F32 ? 4 : 2; }
+inline int64_t master_nbytes(int32_t format) {
+    return format == GN_FORMAT_SPLIT_BF16 ? 2 : format == GN_FORMAT_F16_MASTER ? 4 : 0;
+}
+
+int32_t check_journal(const gn_adam_journal* journal, int64_t numel, int32_t num_threads);
+
+// As run_adam, block by block with a journal; begin is a multiple of GN_JOURNAL_BLOCK_NUMEL, end is too or is
+// args.numel. `worker` is the number of the calling thread, whose scratch is used.
+void run_adam_journalled(const Kernels& kernels, const gn_adam_args& args, const gn_adam_journal& journal,
+                         int32_t worker, int64_t begin, int64_t end);
+
 // Number of leaves of the sum-of-squares tree.
 inline int64_t num_sumsq_blocks(int64_t numel) { return (numel + kSumsqBlockNumel - 1) / kSumsqBlockNumel; }
 

@@ -29,6 +29,7 @@ namespace {
 // One unit of work of a thread: long against the cost of taking it, short enough to spread a small job.
 constexpr int64_t kBlockNumel = 16 * gn::kSumsqBlockNumel;
 constexpr int64_t kBlockNbytes = 256 * 1024;
+static_assert(kBlockNumel % GN_JOURNAL_BLOCK_NUMEL == 0, "threads share no block of a journal");
 
 constexpr int32_t kMaxThreads = 4096;
 // Longer waits than this (some thirty years) are waits for ever; the clock cannot overflow.
@@ -43,11 +44,11 @@ struct Job {
     bool is_cancelled = false;
 
     virtual ~Job() = default;
-    virtual void run_block(int64_t block) = 0;
+    virtual void run_block(int64_t block, int32_t worker) = 0;
     virtual void finish() {}  // called once, after the last block, by the thread that ran it
 };
 
-struct AdamJob final : Job {
+struct AdamJob : Job {
     gn_adam_args args;
     std::vector<gn_adam_segment> segments;
     const gn::Kernels* kernels;
@@ -57,9 +58,21 @@ struct AdamJob final : Job {
         args.segments = segments.data();
         num_blocks = (args.numel + kBlockNumel - 1) / kBlockNumel;
     }
-    void run_block(int64_t block) override {
+    void run_block(int64_t block, int32_t) override {
         const int64_t begin = block * kBlockNumel;
         gn::run_adam(*kernels, args, begin, std::min(args.numel, begin + kBlockNumel));
+    }
+};
+
+struct JournalledAdamJob final : AdamJob {
+    gn_adam_journal journal;
+
+    JournalledAdamJob(const gn_adam_args& source, const gn_adam_journal& journal, const gn::Kernels* kernels)
+        : AdamJob(source, kernels), journal(journal) {}
+    void run_block(int64_t block, int32_t worker) override {
+        const int64_t begin = block * kBlockNumel;
+        gn::run_adam_journalled(*kernels, args, journal, worker, begin,
+                                std::min(args.numel, begin + kBlockNumel));
     }
 };
 
@@ -73,7 +86,7 @@ struct GradJob final : Job {
         if (args.sumsq) block_sums.resize(static_cast<size_t>(gn::padded_count(num_leaves())));
     }
     int64_t num_leaves() const { return gn::num_sumsq_blocks(args.numel); }
-    void run_block(int64_t block) override {
+    void run_block(int64_t block, int32_t) override {
         const int64_t begin = block * kBlockNumel;
         gn::run_grad(*kernels, args, begin, std::min(args.numel, begin + kBlockNumel),
                      args.sumsq ? block_sums.data() : nullptr);
@@ -92,7 +105,7 @@ struct CopyJob final : Job {
         : dst(static_cast<char*>(to)), src(static_cast<const char*>(from)), nbytes(count) {
         num_blocks = (nbytes + kBlockNbytes - 1) / kBlockNbytes;
     }
-    void run_block(int64_t block) override {
+    void run_block(int64_t block, int32_t) override {
         const int64_t begin = block * kBlockNbytes;
         memcpy(dst + begin, src + begin, static_cast<size_t>(std::min(kBlockNbytes, nbytes - begin)));
     }
@@ -112,7 +125,7 @@ struct SweepJob final : Job {
           num_pieces(gn::num_sweep_pieces(source, num_buffers)) {
         num_blocks = (num_pieces + kPiecesPerBlock - 1) / kPiecesPerBlock;
     }
-    void run_block(int64_t block) override {
+    void run_block(int64_t block, int32_t) override {
         const int64_t begin = block * kPiecesPerBlock;
         const int64_t end = std::min(num_pieces, begin + kPiecesPerBlock);
         sum ^= gn::run_sweep(buffers.data(), static_cast<int64_t>(buffers.size()), begin, end);
@@ -167,6 +180,7 @@ bool gn_pool::can_start() const {
 void gn_pool::work() {
     const gn::ScopedFloatMode float_mode;
     std::unique_lock<std::mutex> lock(mutex);
+    const auto worker = static_cast<int32_t>(thread_ids.size());
     thread_ids.push_back(current_thread_id());
     progress.notify_all();
     for (;;) {
@@ -181,7 +195,7 @@ void gn_pool::work() {
         const int32_t background = is_background(*job) ? 1 : 0;
         num_background += background;
         lock.unlock();
-        job->run_block(block);
+        job->run_block(block, worker);
         lock.lock();
         num_background -= background;
         // This thread turns to something urgent, so another one may go on in the background.
@@ -370,6 +384,21 @@ int32_t gn_pool_submit_adam(gn_pool* pool, const gn_adam_args* args, int32_t pri
     if (const int32_t status = gn::check_adam(args, &kernels)) return status;
     return guarded([=]() -> int32_t {
         return pool->submit(std::make_unique<AdamJob>(*args, kernels), priority, ticket);
+    });
+}
+
+int32_t gn_pool_submit_adam_journalled(gn_pool* pool, const gn_adam_args* args,
+                                       const gn_adam_journal* journal, int32_t priority, uint64_t* ticket) {
+    const gn::Kernels* kernels = nullptr;
+    if (!pool || !ticket) return -EINVAL;
+    if (is_foreign(pool)) return -ECHILD;
+    if (const int32_t status = gn::check_adam(args, &kernels)) return status;
+    // Not written to after the pool was created.
+    const auto num_threads = static_cast<int32_t>(pool->thread_ids.size());
+    if (const int32_t status = gn::check_journal(journal, args->numel, num_threads)) return status;
+    return guarded([=]() -> int32_t {
+        auto job = std::make_unique<JournalledAdamJob>(*args, *journal, kernels);
+        return pool->submit(std::move(job), priority, ticket);
     });
 }
 

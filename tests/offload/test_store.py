@@ -27,7 +27,8 @@ from gemini.config import NVMeConfig
 from gemini.errors import CorruptRecordError, OffloadIOError, OutOfTierMemoryError
 from gemini.offload.extents import Extent
 from gemini.offload.io import available_backends, empty_aligned
-from gemini.offload.store import DiskStore, ExtentTransfer, SwapHeader
+from gemini.offload.store import DiskStore, ExtentTransfer
+from gemini.offload.swap_file import SwapHeader
 
 MIB = 1 << 20
 forks = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
