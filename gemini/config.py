@@ -21,6 +21,7 @@ __all__ = ["GeminiConfig", "NVMeConfig"]
 
 OVERLAPS = ("auto", "off", "next-forward", "speculative")
 _BYTES_WRITTEN_PATTERN = re.compile(r"([TP]B)W\s*$", re.IGNORECASE)
+_WORD_PATTERN = re.compile(r"[!-~]{1,128}")
 WORKING_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -29,7 +30,8 @@ class NVMeConfig:
     """The disk tier: one preallocated swap file in a directory."""
 
     path: str | Path
-    """Directory for the swap file; it must exist and be writable. One run at a time may use it."""
+    """Directory for the swap file; it must exist and be writable. One run at a time may use it. A memory service uses
+    its own."""
     budget: str | int
     """Most bytes the swap file may take; what the plan needs is reserved at construction."""
     engine: Literal["auto", "io_uring", "aio", "threads"] = "auto"
@@ -141,6 +143,14 @@ class GeminiConfig:
     forward and backward run on the CPU and it can be had."""
     initial_loss_scale: float = 2.0**16
     """First loss scale for float16; a power of two."""
+    service: str | None = None
+    """Address of the node's memory service, such as "unix:/run/user/1000/gemini.sock", which then grants host memory
+    and disk and shares frozen weights among jobs (docs/service.md). None: the engine is alone."""
+    job: str | None = None
+    """What the service calls this job: the same for all its ranks, another for each job, printable ASCII without
+    spaces. None: the program's name and the process's number. Without meaning without a service."""
+    priority: int = 0
+    """Among jobs that wait for the service, from -100 to 100; more goes first."""
     seed: int = 0
     """Seed for parameters that the engine itself initialises (models built on the meta device)."""
 
@@ -163,6 +173,9 @@ class GeminiConfig:
         _check_bool("GeminiConfig.gradient_accumulation", self.gradient_accumulation)
         _check_bool("GeminiConfig.share_frozen", self.share_frozen)
         _check_int("GeminiConfig.seed", self.seed, 0, 2**32 - 1)
+        _check_int("GeminiConfig.priority", self.priority, -100, 100)
+        for name in ("service", "job"):
+            _check_word(f"GeminiConfig.{name}", getattr(self, name))
         _check_int("GeminiConfig.num_batch_slices", self.num_batch_slices, 1, 1 << 16)
         _check_names("GeminiConfig.batch_arguments", self.batch_arguments)
         _check_names("GeminiConfig.shared_arguments", self.shared_arguments)
@@ -243,6 +256,12 @@ def _check_bool(name: str, value: object) -> None:
 def _check_names(name: str, value: object) -> None:
     if not isinstance(value, tuple) or not all(isinstance(each, str) for each in value):
         raise ConfigError(f"{name}: expected a tuple of names, got {value!r}")
+
+
+def _check_word(name: str, value: object) -> None:
+    if value is None or (isinstance(value, str) and _WORD_PATTERN.fullmatch(value)):
+        return
+    raise ConfigError(f"{name}: expected up to 128 printable ASCII characters without spaces, or None, got {value!r}")
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

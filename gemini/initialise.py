@@ -36,6 +36,9 @@ class WeightSource(Protocol):
     def buffer_of(self, name: str) -> torch.Tensor | None:
         """Return a buffer's value, in its shape, on the CPU; None: it has none."""
 
+    def identity_of(self, name: str) -> str | None:
+        """Return words that stand for a parameter's values, wherever they are read; None: it has none."""
+
 
 REMEDY = (
     "was built on the meta device and the model's initialisation does not fill it: give it real values before "

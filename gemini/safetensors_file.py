@@ -180,6 +180,12 @@ class SafetensorsReader:
             os.close(self._file)
             raise
 
+    @property
+    def identity(self) -> tuple[int, int, int, int]:
+        """Which file this is: device, inode, length and time of the last change, in nanoseconds."""
+        found = os.fstat(self._file)
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
     def _parse(self, text: bytes, base: int) -> dict[str, TensorEntry]:
         """Return the header's tensors; everything in it may be damaged."""
         try:

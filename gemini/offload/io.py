@@ -265,12 +265,15 @@ class IoEngine:
         self._recorder: SpanRecorder | None = None
         self._finalizer = weakref.finalize(self, _destroy, self._native, self._in_flight)
 
-    def open(self, path: str | os.PathLike[str], flags: IoOpenFlag = IoOpenFlag.READ) -> IoFile:
+    def open(
+        self, path: str | os.PathLike[str], flags: IoOpenFlag = IoOpenFlag.READ, *, descriptor: int | None = None
+    ) -> IoFile:
         """Open a file.
 
         Args:
             path: where it is; files are created with mode 0600.
             flags: READ, WRITE or both, with CREATE, TRUNCATE and DIRECT as wanted.
+            descriptor: of the file to open anew, wherever it is now; `path` is then for messages alone.
 
         Returns:
             The file; the engine closes it with itself.
@@ -279,8 +282,9 @@ class IoEngine:
             OffloadIOError: the file cannot be opened that way.
         """
         name = os.fsdecode(path)
+        opened = name if descriptor is None else f"/proc/self/fd/{descriptor}"
         with self._borrow() as native:
-            number = lib.gn_io_open(native, os.fsencode(name), int(flags))
+            number = lib.gn_io_open(native, os.fsencode(opened), int(flags))
         if number < 0:
             raise OffloadIOError("open", name, -number, hint=_HINTS.get(-number, ""))
         return IoFile(self, name, number)

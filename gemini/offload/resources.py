@@ -17,7 +17,7 @@ from gemini.kernels.pool import WorkerPool
 from gemini.kernels.topology import read_topology
 from gemini.offload.arena import HostArena
 from gemini.offload.store import DiskStore
-from gemini.offload.swap_file import KeptSwap, check_directory
+from gemini.offload.swap_file import GivenFile, KeptSwap, check_directory
 from gemini.offload.transfer import CpuTransfers, CudaTransfers, SimulatedTransfers, Transfers
 from gemini.tiers import MemoryTier, TierLedger, checksum_nbytes, parse_nbytes
 
@@ -145,6 +145,7 @@ def open_resources(
     disk_nbytes: int,
     rank: int = 0,
     kept: KeptSwap | None = None,
+    given: GivenFile | None = None,
 ) -> Resources:
     """Start threads, claim the swap file and prepare memory.
 
@@ -154,6 +155,7 @@ def open_resources(
         disk_nbytes: bytes the swap file must hold; 0 leaves the disk alone.
         rank: whose swap file it is.
         kept: makes the swap file one that outlives the process; None: it is scratch space.
+        given: the swap file, if the memory service gives it; None: the engine makes its own.
 
     Returns:
         The resources; the caller closes them.
@@ -168,7 +170,7 @@ def open_resources(
     num_threads = config.num_threads or min(len(os.sched_getaffinity(0)), MAX_DEFAULT_THREADS)
     pool = WorkerPool(num_threads, isa=isa)
     try:
-        store = _open_store(config, ledger, disk_nbytes=disk_nbytes, rank=rank, kept=kept)
+        store = _open_store(config, ledger, disk_nbytes=disk_nbytes, rank=rank, kept=kept, given=given)
     except BaseException:
         pool.close()
         raise
@@ -185,7 +187,13 @@ def open_resources(
 
 
 def _open_store(
-    config: GeminiConfig, ledger: TierLedger, *, disk_nbytes: int, rank: int, kept: KeptSwap | None
+    config: GeminiConfig,
+    ledger: TierLedger,
+    *,
+    disk_nbytes: int,
+    rank: int,
+    kept: KeptSwap | None,
+    given: GivenFile | None,
 ) -> DiskStore | None:
     """Claim the swap file, if one is needed."""
     nvme = config.nvme
@@ -193,9 +201,10 @@ def _open_store(
         if disk_nbytes:
             raise ConfigError("this plan puts bytes on disk: give GeminiConfig(nvme=NVMeConfig(path=..., budget=...))")
         return None
-    if not disk_nbytes:
+    if not disk_nbytes and config.service is None:
         check_directory(Path(nvme.path))  # a mistake would show only when a larger model needs the disk
+    if not disk_nbytes:
         return None
     if nvme.verify:
         ledger.charge(MemoryTier.HOST, "checksums", checksum_nbytes(disk_nbytes))
-    return DiskStore(nvme, capacity_nbytes=disk_nbytes, rank=rank, kept=kept)
+    return DiskStore(nvme, capacity_nbytes=disk_nbytes, rank=rank, kept=kept, given=given)

@@ -35,6 +35,7 @@ from gemini.offload.io import (
 )
 from gemini.offload.swap_file import (
     HEADER_NBYTES,
+    GivenFile,
     KeptSwap,
     SwapHeader,
     leave_file,
@@ -72,6 +73,7 @@ class DiskStore:
         capacity_nbytes: bytes to reserve for extents, rounded up to a multiple of 4096; the file is one block longer.
         rank: whose file it is; part of its name.
         kept: outlives the process, with what is in it; None: the file is scratch space, removed by `close`.
+        given: the file, of one block more than the capacity; None: one is made in the configured directory.
 
     Raises:
         CheckpointMismatchError: the file to be kept holds something else than it should.
@@ -81,7 +83,13 @@ class DiskStore:
     """
 
     def __init__(
-        self, config: NVMeConfig, *, capacity_nbytes: int, rank: int = 0, kept: KeptSwap | None = None
+        self,
+        config: NVMeConfig,
+        *,
+        capacity_nbytes: int,
+        rank: int = 0,
+        kept: KeptSwap | None = None,
+        given: GivenFile | None = None,
     ) -> None:
         if capacity_nbytes < 0:
             raise ValueError(f"expected a capacity >= 0 bytes, got {capacity_nbytes}")
@@ -92,28 +100,32 @@ class DiskStore:
                 "it or keep more in a faster tier"
             )
         backend = choose_backend(config.engine)
-        self._path = Path(config.path).absolute() / f"gemini-rank{rank}.{'swap' if kept is None else 'kept'}"
+        own_path = Path(config.path).absolute() / f"gemini-rank{rank}.{'swap' if kept is None else 'kept'}"
+        self._path = own_path if given is None else given.path
         self._lock = threading.Lock()  # guards the allocator
         self._allocator = ExtentAllocator(round_up(capacity_nbytes, IO_ALIGNMENT_NBYTES))
         self._records: dict[Extent, str] = {}  # what the extents handed out hold, for messages
         self._wants_direct = config.direct
         self._verifies = config.verify
-        self._lock_fd = take_file(self._path) if kept is None else take_kept_file(self._path)
-        self._remover = weakref.finalize(
-            self, remove_file if kept is None else leave_file, self._path, self._lock_fd, os.getpid()
-        )
+        if given is not None:
+            self._fd = os.dup(given.fd)
+        else:
+            self._fd = take_file(self._path) if kept is None else take_kept_file(self._path)
+        leave = remove_file if kept is None and given is None else leave_file
+        self._remover = weakref.finalize(self, leave, self._path, self._fd, os.getpid())
         os.register_at_fork(after_in_child=self._remover)  # the lock would last as long as a child that inherits it
         try:
-            if kept is None:
+            if kept is not None:
+                header = kept.claim(self._path, self._fd, self.capacity_nbytes)
+            else:
                 header = SwapHeader(
                     pid=os.getpid(),
                     created_s=time.time(),
                     capacity_nbytes=self.capacity_nbytes,
                     host=socket.gethostname(),
                 ).pack()
-                reserve(self._path, self._lock_fd, header, HEADER_NBYTES + self.capacity_nbytes)
-            else:
-                header = kept.claim(self._path, self._lock_fd, self.capacity_nbytes)
+                if given is None:
+                    reserve(self._path, self._fd, header, HEADER_NBYTES + self.capacity_nbytes)
             self._engine = IoEngine(backend, queue_depth=config.queue_depth)
             self._open(header)
         except BaseException:
@@ -249,7 +261,7 @@ class DiskStore:
         flags = IoOpenFlag.READ | IoOpenFlag.WRITE
         if self._wants_direct:
             flags |= IoOpenFlag.DIRECT
-        self._file = self._engine.open(self._path, flags)
+        self._file = self._engine.open(self._path, flags, descriptor=self._fd)
         if self._verifies:
             self._file.verify(HEADER_NBYTES + self.capacity_nbytes)
         # The first direct transfer shows whether the file system means what it said at open.

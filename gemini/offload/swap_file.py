@@ -47,6 +47,7 @@ from gemini.tiers import IO_ALIGNMENT_NBYTES, format_nbytes
 
 __all__ = [
     "HEADER_NBYTES",
+    "GivenFile",
     "KeptSwap",
     "SwapHeader",
     "check_directory",
@@ -70,6 +71,16 @@ HEADER_NBYTES = IO_ALIGNMENT_NBYTES
 
 _KEPT_HEADER = struct.Struct("<8sQQ")
 _KEPT_MAGIC = b"GEMKEPT\0"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenFile:
+    """A swap file that somebody else has made, who has reserved its space and removes it."""
+
+    path: Path
+    """For messages."""
+    fd: int
+    """For reading and writing; stays its owner's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

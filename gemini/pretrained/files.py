@@ -123,6 +123,10 @@ class CheckpointFiles:
         self._readers.update(dict.fromkeys(reader.entries, reader))
         return reader
 
+    def identity_of(self, name: str) -> tuple[int, ...]:
+        """Return which file a tensor is in: device, inode, length and time of the last change."""
+        return self._readers[name].identity
+
     def read(self, name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
         """Read elements [begin, end) of a tensor, in row-major order; None: to its end.
 

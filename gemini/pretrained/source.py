@@ -19,7 +19,13 @@ import torch
 from gemini.chunk.flat_values import FlatValues
 from gemini.errors import CheckpointMismatchError
 from gemini.model_names import canonical_names
-from gemini.pretrained.conversions import Conversion, ignored_names, is_transformers_model, match_names
+from gemini.pretrained.conversions import (
+    Conversion,
+    ignored_names,
+    import_transformers,
+    is_transformers_model,
+    match_names,
+)
 from gemini.pretrained.files import CheckpointFiles
 from gemini.pretrained.state_names import base_model_of, state_names
 
@@ -184,6 +190,18 @@ class PretrainedWeights:
         if found is None:
             return None
         return self._values_in_state(found)[:].view(self._shape_of(found))
+
+    def identity_of(self, name: str) -> str | None:
+        """Return words that stand for a parameter's values: what of which files, of when; None: it has none."""
+        found = self._name_in_state.get(name)
+        if found is None:
+            return None
+        conversion = self._conversion_of[found]
+        stored = [(source, *self._files.identity_of(source)) for source in conversion.sources]
+        if conversion.convert is None:
+            return repr(stored)
+        transformers, _ = import_transformers("loading a transformers model's checkpoint")
+        return repr((stored, found, transformers.__version__))
 
     def _values_in_state(self, name: str) -> FlatValues:
         conversion = self._conversion_of[name]
