@@ -121,6 +121,8 @@ class NodeService:
     sessions: set[Session] = field(init=False, default_factory=set)
     administration: Administration = field(init=False)
     num_messages: int = field(init=False, default=0)
+    num_malformed: int = field(init=False, default=0)
+    """Connections that were ended because of what came over them."""
     started_s: float = field(init=False, default_factory=time.monotonic)
     _connections: set[Connection] = field(init=False, default_factory=set)
     _disk: DiskFiles | None = field(init=False, default=None)
@@ -260,6 +262,7 @@ class NodeService:
 
         def on_end() -> None:
             self._connections.discard(connection)
+            self.num_malformed += connection.is_malformed
             if session is not None:
                 self._end(session)
 
