@@ -18,6 +18,10 @@ from gemini.tiers import format_nbytes
 __all__ = ["add_arguments", "run"]
 
 
+PIPE_COLUMNS = 160
+"""Of what no terminal shows."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--json", action="store_true", help="write it as JSON")
@@ -32,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json:
             sys.stdout.write(msgspec.json.format(msgspec.json.encode(state)).decode() + "\n")
             return
-        console = Console(highlight=False)
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS)
         console.print(tier_table(state))
         if state.members:
             console.print(job_table(state.members))
@@ -66,7 +70,7 @@ def job_table(members: list[MemberRow]) -> Table:
     """Return who holds what."""
     table = Table(title="Jobs")
     for name in ("job", "user", "rank", "process", "state", "host", "disk", "shared", "priority", "for", "waits for"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", no_wrap=name not in ("job", "waits for"))
     for row in members:
         table.add_row(
             row.job,

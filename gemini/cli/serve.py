@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import grp
 import logging
+import logging.handlers
+import queue
 import resource
 import sys
 from pathlib import Path
@@ -17,6 +20,9 @@ from gemini.service.node_service import NodeService, ServiceOptions
 from gemini.tiers import parse_nbytes
 
 __all__ = ["add_arguments", "run"]
+
+MAX_LOG_RECORDS = 1000
+"""That wait to be written."""
 
 EPILOG = """\
 Jobs use it with GeminiConfig(service="unix:PATH"). SIGTERM lets no new job in, waits for --drain-timeout and leaves
@@ -51,15 +57,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until told to end."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    written = logging.StreamHandler(sys.stderr)
+    written.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    records: queue.Queue[logging.LogRecord] = queue.Queue(MAX_LOG_RECORDS)
+    listener = logging.handlers.QueueListener(records, written)
     service_logger = logging.getLogger("gemini")
-    service_logger.addHandler(handler)
+    service_logger.addHandler(_DroppingHandler(records))
     service_logger.setLevel(logging.INFO)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # three descriptors a client, one a chunk
-    asyncio.run(_serve(arguments))
+    listener.start()
+    try:
+        asyncio.run(_serve(arguments))
+    finally:
+        listener.stop()
     return 0
+
+
+class _DroppingHandler(logging.handlers.QueueHandler):
+    """Hands records to the thread that writes them; if nobody reads what it writes, the service still does not wait."""
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(queue.Full):
+            self.queue.put_nowait(record)
 
 
 async def _serve(arguments: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@
 `service`.
 """
 
-from gemini.service.client import DiskLease, KeptState, Lease, NodeBudget, ServiceClient, SharedChunk
+from gemini.service.client import ServiceClient
+from gemini.service.holdings import DiskLease, KeptState, Lease, NodeBudget, SharedChunk
 
 __all__ = ["DiskLease", "KeptState", "Lease", "NodeBudget", "ServiceClient", "SharedChunk"]

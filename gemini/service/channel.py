@@ -16,11 +16,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-import msgspec
-
 from gemini.errors import ServiceError
 from gemini.service.messages import (
     ClientMessage,
+    MalformedMessageError,
     Refused,
     ServiceMessage,
     Waiting,
@@ -303,7 +302,7 @@ class Channel:
             message = decode_service_message(packet.payload)
         except BlockingIOError:
             return True
-        except (OSError, BadPacketError, msgspec.MsgspecError) as error:
+        except (OSError, BadPacketError, MalformedMessageError) as error:
             logger.debug("the connection to the memory service broke: %s", error)
             return False
         with self._changed:
@@ -383,7 +382,7 @@ class Channel:
                 self.num_messages += 1
                 if not isinstance(answer, Waiting):
                     return answer, packet.descriptors
-        except (BadPacketError, msgspec.MsgspecError) as error:
+        except (BadPacketError, MalformedMessageError) as error:
             raise ServiceError(f"what answers at unix:{self._path} is no memory service of this version") from error
 
     def _send(self, connected: socket.socket, message: ClientMessage, descriptors: Sequence[int]) -> None:

@@ -10,9 +10,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import TypeAlias
 
-import msgspec
-
-from gemini.service.messages import ClientMessage, ServiceMessage, decode_client_message, encode_message
+from gemini.service.messages import (
+    ClientMessage,
+    MalformedMessageError,
+    ServiceMessage,
+    decode_client_message,
+    encode_message,
+)
 from gemini.service.packets import (
     BadPacketError,
     close_all,
@@ -58,6 +62,8 @@ class Connection:
         """A descriptor of the peer's process (pidfd); None: it cannot be seen from here."""
         self.num_received = 0
         self.is_closed = False
+        self.is_malformed = False
+        """Whether it was ended because of what came."""
         self._socket = connected
         self._on_message, self._on_end = on_message, on_end
         self._unsent: deque[tuple[bytes, tuple[int, ...]]] = deque()
@@ -126,18 +132,30 @@ class Connection:
                 self.close()
                 return False
             self.num_received += 1
-            self._handle(packet.payload, packet.descriptors)
         except BlockingIOError:
             return False
-        except (BadPacketError, ProtocolError, msgspec.MsgspecError, RecursionError, OSError) as error:
-            logger.info("the connection of process %d (user %d) is ended: %s", self.peer.pid, self.peer.user, error)
+        except (BadPacketError, OSError) as error:
+            self._refuse(error)
+            return False
+        try:
+            self._handle(packet.payload, packet.descriptors)
+        except (ProtocolError, MalformedMessageError, OSError) as error:
+            self._refuse(error)
+        except Exception:
+            logger.exception("a message of process %d (user %d) met a defect", self.peer.pid, self.peer.user)
             self.close()
         return True
+
+    def _refuse(self, error: Exception) -> None:
+        # Not louder: whoever may connect could fill the log.
+        logger.debug("the connection of process %d (user %d) is ended: %s", self.peer.pid, self.peer.user, error)
+        self.is_malformed = True
+        self.close()
 
     def _handle(self, payload: bytes, descriptors: tuple[int, ...]) -> None:
         try:
             message = decode_client_message(payload)
-        except (msgspec.MsgspecError, RecursionError):
+        except MalformedMessageError:
             close_all(descriptors)
             raise
         self._on_message(message, descriptors)

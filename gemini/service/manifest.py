@@ -14,7 +14,16 @@ import msgspec
 
 from gemini.errors import OffloadIOError
 
-__all__ = ["LeaseEntry", "Manifest", "ManifestWriter", "process_start", "read_manifest", "unknown_lease"]
+__all__ = [
+    "MANIFEST_VERSION",
+    "LeaseEntry",
+    "Manifest",
+    "ManifestWriter",
+    "SharedEntry",
+    "process_start",
+    "read_manifest",
+    "unknown_lease",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +61,26 @@ def unknown_lease(user: int, disk_name: str, disk_nbytes: int) -> LeaseEntry:
     )
 
 
+class SharedEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A shared chunk that clients use."""
+
+    user: int
+    key: str
+    nbytes: int
+    processes: list[tuple[int, int]]
+    """Number and start of each client's."""
+
+    def is_over(self) -> bool:
+        """Return whether all its processes are known to have died."""
+        return all(pid > 0 and process_start(pid) != start for pid, start in self.processes)
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """The file's content."""
 
     version: int
     leases: list[LeaseEntry]
+    shared: list[SharedEntry]
 
 
 def process_start(pid: int) -> int:
@@ -96,10 +120,10 @@ class ManifestWriter:
 
     Args:
         path: of the file.
-        describe: returns the leases at the time.
+        describe: returns what is to be written at the time.
     """
 
-    def __init__(self, path: Path, describe: Callable[[], list[LeaseEntry]]) -> None:
+    def __init__(self, path: Path, describe: Callable[[], Manifest]) -> None:
         self._path = path
         self._describe = describe
         self._is_dirty = asyncio.Event()
@@ -132,7 +156,7 @@ class ManifestWriter:
             self._is_dirty.clear()
             waiting, self._waiting = self._waiting, []
             try:
-                await write_whole(self._path, msgspec.json.encode(self._content()))
+                await write_whole(self._path, msgspec.json.encode(self._describe()))
             except OSError as error:
                 if not self._has_warned:
                     logger.warning("%s: a service after this one will not know of leases", error)
@@ -140,9 +164,6 @@ class ManifestWriter:
             for each in waiting:
                 if not each.done():
                     each.set_result(None)
-
-    def _content(self) -> Manifest:
-        return Manifest(version=MANIFEST_VERSION, leases=self._describe())
 
 
 async def write_whole(path: Path, content: bytes) -> None:

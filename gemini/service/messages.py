@@ -7,7 +7,7 @@ come before it. Descriptors travel beside the packet (SCM_RIGHTS). docs/service.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias, get_args
+from typing import Annotated, Literal, TypeAlias, TypeVar, get_args
 
 import msgspec
 
@@ -40,6 +40,7 @@ __all__ = [
     "KeepFile",
     "Kept",
     "LeaseGranted",
+    "MalformedMessageError",
     "MemberRow",
     "NodeState",
     "Refused",
@@ -78,6 +79,10 @@ Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_
 Meta: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=MAX_META_NBYTES)]
 Rank: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=MAX_RANKS)]
 Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1e7)]
+
+
+class MalformedMessageError(Exception):
+    """A packet is no message of the protocol."""
 
 
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="hello"):
@@ -401,6 +406,7 @@ ServiceMessage: TypeAlias = (
     Welcome | Budget | Waiting | LeaseGranted | FileGiven | SharedGiven | Done | Refused | NodeState
 )
 
+_Message = TypeVar("_Message", ClientMessage, ServiceMessage)
 _encoder = msgspec.msgpack.Encoder()
 _client_decoder: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage)
 _service_decoder: msgspec.msgpack.Decoder[ServiceMessage] = msgspec.msgpack.Decoder(ServiceMessage)
@@ -430,9 +436,9 @@ def decode_client_message(packet: bytes) -> ClientMessage:
         The message, of the declared types, lengths and ranges.
 
     Raises:
-        msgspec.MsgspecError: it is anything else.
+        MalformedMessageError: it is anything else.
     """
-    return _client_decoder.decode(packet)
+    return _decode(_client_decoder, packet)
 
 
 def decode_service_message(packet: bytes) -> ServiceMessage:
@@ -445,6 +451,13 @@ def decode_service_message(packet: bytes) -> ServiceMessage:
         The message.
 
     Raises:
-        msgspec.MsgspecError: it is none, as from a service of another version.
+        MalformedMessageError: it is none, as from a service of another version.
     """
-    return _service_decoder.decode(packet)
+    return _decode(_service_decoder, packet)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[_Message], packet: bytes) -> _Message:
+    try:
+        return decoder.decode(packet)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedMessageError(str(error)) from error

@@ -36,6 +36,9 @@ class ServiceCollector(Collector):
         desk = self._service.desk
         yield CounterMetricFamily("gemini_leases_granted", "Leases granted.", value=desk.num_granted)
         yield CounterMetricFamily("gemini_messages_received", "Messages of clients.", value=self._service.num_messages)
+        yield CounterMetricFamily(
+            "gemini_connections_refused", "Connections ended because of a message.", value=self._service.num_malformed
+        )
         moved = self._history.drive_nbytes()
         if moved is not None:
             drive = CounterMetricFamily(

@@ -23,7 +23,15 @@ from gemini.service.connection import Connection, ProtocolError
 from gemini.service.disk_files import DiskFiles, lock_file
 from gemini.service.fairness import Amount
 from gemini.service.lease_desk import LeaseDesk
-from gemini.service.manifest import LeaseEntry, ManifestWriter, process_start, read_manifest, unknown_lease
+from gemini.service.manifest import (
+    MANIFEST_VERSION,
+    LeaseEntry,
+    Manifest,
+    ManifestWriter,
+    process_start,
+    read_manifest,
+    unknown_lease,
+)
 from gemini.service.messages import (
     PROTOCOL_VERSION,
     AdoptEnd,
@@ -65,6 +73,8 @@ MAX_CONNECTIONS = 4096
 MAX_CONNECTIONS_PER_USER = 1024
 BACKLOG = 512
 TICK_S = 1.0
+RETURN_S = 10.0
+"""In which clients that have shared chunks are expected back, after the service began."""
 
 _MemberMessage: TypeAlias = (
     AskBudget
@@ -121,6 +131,8 @@ class NodeService:
     sessions: set[Session] = field(init=False, default_factory=set)
     administration: Administration = field(init=False)
     num_messages: int = field(init=False, default=0)
+    num_malformed: int = field(init=False, default=0)
+    """Connections that were ended because of what came over them."""
     started_s: float = field(init=False, default_factory=time.monotonic)
     _connections: set[Connection] = field(init=False, default_factory=set)
     _disk: DiskFiles | None = field(init=False, default=None)
@@ -130,8 +142,8 @@ class NodeService:
 
     def __post_init__(self) -> None:
         self.ledger = NodeLedger(self.options.budget)
-        self.shelf = SharedShelf(self.ledger)
-        self._manifest = ManifestWriter(self._manifest_path, self._leases_to_write)
+        self._manifest = ManifestWriter(self._manifest_path, self._manifest_now)
+        self.shelf = SharedShelf(self.ledger, self._manifest.changed)
         self.desk = LeaseDesk(self.ledger, self.shelf.forget, self._manifest.changed)
         self.administration = Administration(self, self._stopped.set)
 
@@ -201,7 +213,8 @@ class NodeService:
             now_s = time.monotonic()
             self.desk.expire_kept(now_s - self.options.grace_s)
             self.desk.expire_lost(is_grace_over=now_s - self.started_s > self.options.grace_s)
-            if self.shelf.expire(now_s - self.options.warm_s):
+            expired = self.shelf.expire_lost(is_over=now_s - self.started_s > RETURN_S)
+            if self.shelf.expire(now_s - self.options.warm_s) or expired:
                 self.desk.settle()
             self.desk.tell_reasons()
             self.administration.check_drained()
@@ -211,6 +224,8 @@ class NodeService:
     def _expect_leases(self) -> None:
         manifest = read_manifest(self._manifest_path)
         files = self._disk.existing() if self._disk is not None else {}
+        for chunk in manifest.shared if manifest is not None else ():
+            self.shelf.expect(chunk)
         for entry in manifest.leases if manifest is not None else ():
             if not entry.disk_name or files.pop(entry.disk_name, None) is not None:
                 self.desk.expect(entry)
@@ -220,6 +235,11 @@ class NodeService:
             assert user is not None
             self.desk.expect(unknown_lease(user, name, nbytes))
         self.desk.expire_lost(is_grace_over=False)
+        self.shelf.expire_lost(is_over=False)
+
+    def _manifest_now(self) -> Manifest:
+        leases = self._leases_to_write()
+        return Manifest(version=MANIFEST_VERSION, leases=leases, shared=self.shelf.entries(self.sessions))
 
     def _leases_to_write(self) -> list[LeaseEntry]:
         held = [(session, record) for session in self.sessions for record in session.leases.values()]
@@ -260,6 +280,7 @@ class NodeService:
 
         def on_end() -> None:
             self._connections.discard(connection)
+            self.num_malformed += connection.is_malformed
             if session is not None:
                 self._end(session)
 

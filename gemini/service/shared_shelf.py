@@ -6,10 +6,13 @@ the claim, with a new file, as the old filler may still write to its own. Filled
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from gemini.service.fairness import Amount
+from gemini.service.manifest import SharedEntry, process_start
 from gemini.service.memory_files import (
     create_memory_file,
     is_sealed_length,
@@ -45,21 +48,39 @@ class _Chunk:
     """That have used it."""
 
 
+@dataclass(slots=True, eq=False)
+class _LostChunk:
+    """A chunk that clients of a service before have, none of whom has come back yet."""
+
+    lease: int
+    """Under which the ledger counts its bytes."""
+    entry: SharedEntry
+    finds: list[tuple[Session, FindShared]] = field(default_factory=list)
+    """Who waits to see whether somebody has it."""
+
+
 class SharedShelf:
     """The node's shared chunks, each user's own.
 
     Args:
         ledger: counts their bytes, and who uses them.
+        record_change: returns what resolves when the chunks as they are now are written down.
     """
 
-    def __init__(self, ledger: NodeLedger) -> None:
+    def __init__(self, ledger: NodeLedger, record_change: Callable[[], asyncio.Future[None]]) -> None:
         self.ledger = ledger
+        self._record_change = record_change
+        self._claiming: set[asyncio.Task[None]] = set()
         self._chunks: dict[tuple[int, str], _Chunk] = {}
+        self._lost: dict[tuple[int, str], _LostChunk] = {}
 
     def find(self, session: Session, message: FindShared) -> None:
         """Give a chunk, or the claim to fill it, or let the client wait for whoever fills it."""
         member = _member_of(session)
         where = (session.user, message.key)
+        if where in self._lost:
+            self._lost[where].finds.append((session, message))
+            return session.connection.send(Waiting(message.id, f"processes that have shared chunk {message.key}"))
         hold = self.ledger.shared.get(where)
         if hold is not None and hold.nbytes != message.nbytes:
             text = f"shared chunk {message.key} has {hold.nbytes} bytes, not {message.nbytes}; a key names one content"
@@ -74,7 +95,12 @@ class SharedShelf:
         chunk = self._chunks.get(where)
         if chunk is None:
             chunk = self._chunks[where] = _Chunk(create_memory_file(message.nbytes), message.nbytes, session)
+            claiming = asyncio.create_task(self._give_claim(session, message.id, chunk))
+            self._claiming.add(claiming)
+            claiming.add_done_callback(self._claiming.discard)
+            return
         chunk.jobs.add(member.job)
+        self._record_change()
         if chunk.filler not in (None, session):
             chunk.waiting.append((session, message.id))
             session.connection.send(Waiting(message.id, f"another process, which fills shared chunk {message.key}"))
@@ -118,6 +144,8 @@ class SharedShelf:
 
     def release_all(self, session: Session, *, now_s: float) -> None:
         """Count a client no longer as a user of anything."""
+        for lost in self._lost.values():
+            lost.finds = [find for find in lost.finds if find[0] is not session]
         for user, key in list(self.ledger.shared):
             if user == session.user:
                 self.release(session, key, now_s=now_s)
@@ -131,6 +159,8 @@ class SharedShelf:
 
     def withdraw(self, session: Session, request: int, *, now_s: float) -> None:
         """Forget that a client waits for a chunk."""
+        for lost in self._lost.values():
+            lost.finds = [find for find in lost.finds if find[0] is not session or find[1].id != request]
         for (_, key), chunk in list(self._chunks.items()):
             if (session, request) in chunk.waiting:
                 self.release(session, key, now_s=now_s)
@@ -154,10 +184,50 @@ class SharedShelf:
             chunk = self._chunks[where] = _Chunk(file, nbytes, None if is_filled else session, message.digest)
         close_all(descriptors)
         chunk.jobs.add(member.job)
+        waiting = self._forget_lost(where)
         self.ledger.adopt_shared(member, message.key, nbytes, is_filled=is_filled)
         if is_filled:
             self.ledger.fill_shared(*where, message.digest)
+        self._record_change()
         session.done(message.id)
+        for other, find in waiting:
+            self.find(other, find)
+
+    def expect(self, entry: SharedEntry) -> None:
+        """Count a chunk that clients of a service before have."""
+        number = self.ledger.adopt(Member(JobKey(entry.user, ""), 0), Amount(host=entry.nbytes))
+        self._lost[entry.user, entry.key] = _LostChunk(number, entry)
+
+    def expire_lost(self, *, is_over: bool) -> bool:
+        """Expect chunks no longer whose clients have died, or, if it is over, any; return whether that made room."""
+        gone = [where for where, lost in self._lost.items() if is_over or lost.entry.is_over()]
+        for where in gone:
+            self._find_again(where)
+        return bool(gone)
+
+    def _find_again(self, where: tuple[int, str]) -> None:
+        for session, message in self._forget_lost(where):
+            self.find(session, message)
+
+    def _forget_lost(self, where: tuple[int, str]) -> list[tuple[Session, FindShared]]:
+        lost = self._lost.pop(where, None)
+        if lost is None:
+            return []
+        self.ledger.end(lost.lease)
+        return lost.finds
+
+    def entries(self, sessions: Iterable[Session]) -> list[SharedEntry]:
+        """Return what a service after this one has to know: the chunks that clients have."""
+        processes: dict[tuple[int, str], list[tuple[int, int]]] = {}
+        for session in sessions:
+            for where, hold in self.ledger.shared.items():
+                if session.member in hold.holders and where in self._chunks:
+                    processes.setdefault(where, []).append((session.pid, process_start(session.pid)))
+        found = [
+            SharedEntry(user=user, key=key, nbytes=self._chunks[user, key].nbytes, processes=each)
+            for (user, key), each in processes.items()
+        ]
+        return found + [lost.entry for lost in self._lost.values()]
 
     def expire(self, before_s: float) -> bool:
         """Drop what nobody has used since before then; return whether that made room."""
@@ -188,6 +258,13 @@ class SharedShelf:
         """Return the key of a chunk that a client waits for; empty: none."""
         found = (key for (_, key), chunk in self._chunks.items() if any(who is session for who, _ in chunk.waiting))
         return next(found, "")
+
+    async def _give_claim(self, session: Session, request: int, chunk: _Chunk) -> None:
+        """Give a new chunk to its filler once it is written down: no service after this one may grant its bytes."""
+        chunk.jobs.add(_member_of(session).job)
+        await self._record_change()
+        if chunk.filler is session and chunk in self._chunks.values():
+            self._give(session, request, chunk)
 
     def _pass_claim_on(self, where: tuple[int, str], chunk: _Chunk) -> None:
         os.close(chunk.file)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from service_process import MIB, ROOT, ServiceProcess, client_process, wait_until
@@ -55,16 +57,54 @@ def test_nobody_gets_what_a_client_holds_that_has_not_come_back_yet(service):
     code = 'lease = connect("stopped").lease(40 << 20, 0); say("held"); sys.stdin.read()'
     with client_process(service, code) as process:
         assert process.stdout.readline() == "held\n"
-        os.kill(process.pid, 19)  # SIGSTOP: it cannot come back
+        os.kill(process.pid, signal.SIGSTOP)  # it cannot come back
         kill_and_start(service)
         assert [(row.state, row.host_nbytes) for row in service.rows("stopped")] == [("lost", 40 * MIB)]
         with service.client("new") as client:
             with pytest.raises(ServiceError, match="of which 24.00 MiB are free"):
                 client.lease(30 * MIB, 0, timeout_s=0.3)
-            os.kill(process.pid, 18)
+            os.kill(process.pid, signal.SIGCONT)
             wait_until(lambda: [row.state for row in service.rows("stopped")] == ["running"])
             process.kill()
             client.lease(64 * MIB, 0, timeout_s=10)
+
+
+def test_shared_chunks_of_clients_that_have_not_come_back_are_counted_and_not_filled_twice(service):
+    code = """
+client = connect("stopped")
+chunk = client.shared("weights", 40 << 20)
+chunk.fill_done("digest")
+say("filled")
+sys.stdin.read()
+"""
+    found = []
+    with client_process(service, code) as process, service.client("new") as client:
+        assert process.stdout.readline() == "filled\n"
+        os.kill(process.pid, signal.SIGSTOP)
+        kill_and_start(service)
+        wait_until(lambda: client.is_connected)
+        with pytest.raises(ServiceError, match="of which 24.00 MiB are free"):
+            client.lease(30 * MIB, 0, timeout_s=0.2)
+        finding = threading.Thread(target=lambda: found.append(client.shared("weights", 40 * MIB)))
+        finding.start()
+        time.sleep(0.2)
+        os.kill(process.pid, signal.SIGCONT)
+        finding.join(10)
+        assert found[0].is_filled
+        assert service.state().host.shared == 40 * MIB
+        assert service.state().host.leased == 0
+
+
+def test_shared_chunks_of_clients_that_died_meanwhile_are_free(service):
+    with service.client("new") as client:
+        code = 'connect("dies").shared("weights", 40 << 20).fill_done("digest"); say("filled"); sys.stdin.read()'
+        with client_process(service, code) as process:
+            assert process.stdout.readline() == "filled\n"
+            service.kill()
+            process.kill()
+            process.wait()
+        service.start()
+        client.lease(64 * MIB, 0, timeout_s=10)
 
 
 def test_what_clients_held_that_died_meanwhile_is_freed_with_its_files(service):

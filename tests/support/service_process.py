@@ -38,6 +38,7 @@ class ServiceProcess:
         self.socket = self.directory / "socket"
         self.disk = self.directory / "disk"
         self.disk.mkdir()
+        self.log = self.directory / "log"
         self.options = ("--host-budget", host, "--nvme", f"{self.disk}:{disk}", "--drain-timeout", "0.2", *options)
         self.process = self.start()
 
@@ -47,11 +48,12 @@ class ServiceProcess:
 
     def start(self, *options: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "gemini", "serve", "--socket", str(self.socket), *self.options, *options]
-        self.process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, stderr=log)
 
         def answers() -> bool:
             if self.process.poll() is not None:
-                raise AssertionError(self.process.stderr.read().decode())
+                raise AssertionError(self.log.read_text())
             try:
                 self.state()
             except Exception:
@@ -64,13 +66,12 @@ class ServiceProcess:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
-        self.process.stderr.close()
 
-    def terminate(self) -> bytes:
+    def terminate(self) -> str:
         """Tell it to end; return what it has logged."""
         self.process.terminate()
-        _, logged = self.process.communicate(timeout=20)
-        return logged
+        self.process.wait(20)
+        return self.log.read_text()
 
     def client(self, job: str, **options: int) -> ServiceClient:
         return ServiceClient.connect(self.address, job=job, **options)
