@@ -10,7 +10,7 @@ import logging
 import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -19,7 +19,7 @@ from gemini.kernels.topology import interleave_memory
 from gemini.offload.memory_file import MemoryFile, SharedBuffer
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, TierLedger, format_nbytes, round_up
 
-__all__ = ["HostArena"]
+__all__ = ["HostArena", "MemorySource"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,13 @@ MADV_WIPEONFORK = 18
 NEVER_COPIED = frozenset({"state", "gradients"})
 """Purposes of buffers that no device copies from or to; page-locking them, most of all memory, would buy nothing."""
 PORTABLE = 1  # cudaHostRegisterPortable: locked for every device of the process
+
+
+class MemorySource(Protocol):
+    """Where a buffer's memory comes from, if not from the system for this process alone."""
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """Return uint8 [nbytes] on the CPU, page aligned, with a storage of its own."""
 
 
 class _Grant(NamedTuple):
@@ -56,23 +63,28 @@ class HostArena:
         self._buffers: dict[int, _Grant] = {}
         self._has_warned = False
 
-    def allocate(self, nbytes: int, purpose: str) -> torch.Tensor:
+    def allocate(self, nbytes: int, purpose: str, *, source: MemorySource | None = None) -> torch.Tensor:
         """Map a buffer.
 
         Args:
             nbytes: bytes wanted; rounded up to a page.
             purpose: the ledger's word for what the bytes are for.
+            source: gives the memory; None: it is this process's alone.
 
         Returns:
-            uint8 tensor [rounded up bytes] on the CPU, zero, page aligned, with a storage of its own.
+            uint8 tensor [rounded up bytes] on the CPU, zero unless a source holds something there, page aligned, with a
+            storage of its own.
 
         Raises:
             OutOfTierMemoryError: the host budget or the machine cannot give the bytes.
         """
         nbytes = round_up(max(nbytes, 1), IO_ALIGNMENT_NBYTES)
         with self._charging(nbytes, purpose):
-            buffer = _map_memory(nbytes)
-            self._interleave(buffer)
+            if source is None:
+                buffer = _map_memory(nbytes)
+                self._interleave(buffer)
+            else:
+                buffer = source.take(nbytes)
         self._grant(buffer, nbytes, purpose)
         return buffer
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from gemini.errors import OffloadIOError, OutOfTierMemoryError
-from gemini.offload.arena import HostArena
+from gemini.offload.arena import HostArena, MemorySource
 from gemini.offload.extents import Extent
 from gemini.offload.io import IoTicket
 from gemini.offload.memory_file import SharedBuffer
@@ -56,6 +56,7 @@ class TiledHome:
         store: the disk tier; may be None if no tile lives there.
         device_buffer: uint8 [sum of tile_nbytes] in device memory, if the tiles live there.
         shared: the memory file's part, from the arena, that all tiles live in; None: the home has memory of its own.
+        source: gives the host memory; None: it is this process's alone.
         spare_tiles: tiles on disk that get a spare place.
         purpose: the ledger's word for these bytes.
         record: what they are, for messages about the disk.
@@ -70,6 +71,7 @@ class TiledHome:
         store: DiskStore | None,
         device_buffer: torch.Tensor | None = None,
         shared: SharedBuffer | None = None,
+        source: MemorySource | None = None,
         spare_tiles: Iterable[int] = (),
         purpose: str,
         record: str = "",
@@ -103,7 +105,7 @@ class TiledHome:
                 assert shared.view.numel() == host_nbytes == sum(self.tile_nbytes)
                 self.host_buffer = shared.view
             elif host_nbytes:
-                self.host_buffer = arena.allocate(host_nbytes, purpose)
+                self.host_buffer = arena.allocate(host_nbytes, purpose, source=source)
         except OutOfTierMemoryError:
             self.close()
             raise
