@@ -33,7 +33,7 @@ from capacity_run import NUM_STEPS, SYSTEMS, Attempt, gemini_config, meta_model,
 from results_file import missing_row, write_results
 from step import faster_dtype
 
-from gemini.assembly import Blueprint, draw_blueprint
+from gemini.blueprint import Blueprint, draw_blueprint
 from gemini.errors import OutOfTierMemoryError
 from gemini.tiers import format_nbytes, parse_nbytes
 

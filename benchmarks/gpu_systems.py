@@ -177,7 +177,7 @@ def gemini_config(options: argparse.Namespace) -> Any:
 def keep_state_on_host(model: torch.nn.Module, config: Any) -> Any:
     """Return a configuration that keeps all state in host memory, and all the weights on the GPU that fit there."""
     from gemini import StaticPlacement
-    from gemini.assembly import draw_blueprint
+    from gemini.blueprint import draw_blueprint
     from gemini.errors import OutOfTierMemoryError
 
     for percent in range(100, -1, -5):

@@ -14,8 +14,9 @@ import torch
 from gemini.activations import ActivationCheckpoints
 from gemini.agreement import agree_on_loading
 from gemini.assembly import assemble
+from gemini.checkpoint.commits import Recovered, commit_step, recover_step
 from gemini.checkpoint.loading import LoadedCheckpoint, load_checkpoint
-from gemini.checkpoint.participants import CheckpointedOptimizer, Participants, Stateful
+from gemini.checkpoint.participants import CheckpointedOptimizer, Stateful, participants_of
 from gemini.checkpoint.saving import PendingSave, save_checkpoint
 from gemini.chunk.layout import ParamSlot
 from gemini.chunk.sharding import Sharding
@@ -25,13 +26,15 @@ from gemini.errors import ConfigError, ModelError
 from gemini.hooks import HookSet
 from gemini.initialise import InitFn
 from gemini.model_names import canonical_names, compare_names, persistent_buffers
+from gemini.offload.commit_file import CommitFile
 from gemini.offload.io import IoStats
 from gemini.placement.cost_model import HardwareProfile, StepFlops, StepPrediction
 from gemini.pretrained import open_pretrained, save_pretrained
-from gemini.report import MemoryReport, make_report
+from gemini.report import MemoryReport, check_prediction, make_report
 from gemini.run_recorder import RunRecorder, record_run
 from gemini.runtime import Runtime
 from gemini.slicing import BatchSlicer
+from gemini.state_hooks import install_state_hooks
 from gemini.tiers import MemoryTier
 from gemini.weights import load_masters, read_master, read_working
 
@@ -64,14 +67,16 @@ class GeminiDDP(torch.nn.Module):
         weights: a checkpoint's directory in Hugging Face's layout, whose values take the place of the model's own, read
             when their homes are written; see `gemini.load_pretrained`. None: the model keeps its own.
         sharding: the ranks that share the model; `zero.shard` gives it. None: there are no others.
+        commits: keeps committed steps beyond the end of the process, and may hold one already; see `commit`. Closed
+            with the engine. None: there are no commits.
 
     Attributes:
         module: the user's model.
         loading_report: what of `weights` and the model did not belong together; None: there were no `weights`.
 
     Raises:
-        CheckpointError: `weights` is no checkpoint, or a damaged one.
-        CheckpointMismatchError: `weights` are of another model.
+        CheckpointError: `weights` is no checkpoint, or a damaged one; or `commits` is damaged.
+        CheckpointMismatchError: `weights` or `commits` are of another model or engine.
         ConfigError: the configuration contradicts itself or the machine.
         ModelError: the model is managed already, or has parameters that cannot be placed.
         OutOfTierMemoryError: the budgets cannot hold the model; says which tier is short by how much.
@@ -86,6 +91,7 @@ class GeminiDDP(torch.nn.Module):
         init_fn: InitFn | None = None,
         weights: str | os.PathLike[str] | None = None,
         sharding: Sharding | None = None,
+        commits: CommitFile | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(module, torch.nn.Module):
@@ -93,8 +99,9 @@ class GeminiDDP(torch.nn.Module):
         _refuse_managed(module)
         self.module = module
         with nullcontext() if weights is None else open_pretrained(module, Path(weights)) as source:
+            config = config or GeminiConfig()
             self._runtime = assemble(
-                module, config or GeminiConfig(), init_fn=init_fn, weights=source, sharding=sharding
+                module, config, init_fn=init_fn, weights=source, sharding=sharding, commits=commits
             )
         self.loading_report = None if source is None else source.report
         store = self._runtime.resources.store
@@ -109,16 +116,14 @@ class GeminiDDP(torch.nn.Module):
             [param for param in module.parameters() if param.requires_grad],
         )
         self._slicer = self._slice_blocks(unit_names)
-        self._state_hooks = self._install_state_hooks(module)
+        self._state_hooks = install_state_hooks(module, lambda: self._named_parameters(read_working))
         module.zero_grad = self.zero_grad  # type: ignore[method-assign]
 
     def _slice_blocks(self, unit_names: dict[int, str]) -> BatchSlicer | None:
-        config = self._runtime.config
+        config, resources = self._runtime.config, self._runtime.resources
         if config.num_batch_slices == 1:
             return None
-        resources = self._runtime.resources
         has_device = resources.transfers.compute_tier is MemoryTier.DEVICE
-        keep = ActivationCheckpoints(resources).keeping if has_device else None
         return BatchSlicer(
             self.module,
             unit_names,
@@ -126,7 +131,7 @@ class GeminiDDP(torch.nn.Module):
             scope=self._hooks,
             batch_arguments=config.batch_arguments,
             shared_arguments=config.shared_arguments,
-            keep=keep,
+            keep=ActivationCheckpoints(resources).keeping if has_device else None,
         )
 
     @property
@@ -203,18 +208,7 @@ class GeminiDDP(torch.nn.Module):
             ModelError: the engine is closed or its state was lost.
         """
         self._runtime.check_usable()
-        if profile is not None and self._runtime.sharding is not None:
-            raise ConfigError("GeminiDDP.memory_report: no prediction with several ranks: the network is not modelled")
-        if (profile is None) is not (flops is None):
-            raise ConfigError(
-                "GeminiDDP.memory_report: a prediction needs both profile= (from gemini.measure_hardware) and flops= "
-                "(from gemini.transformer_flops, or counted); give both or neither"
-            )
-        if flops is not None and not isinstance(flops, StepFlops):
-            raise ConfigError(
-                "GeminiDDP.memory_report: flops: expected StepFlops, such as gemini.transformer_flops returns, got "
-                f"{flops!r}"
-            )
+        check_prediction(self._runtime, profile, flops)
         return make_report(self._runtime, profile, flops, disk_at_start=self._disk_at_start)
 
     def record(
@@ -268,24 +262,6 @@ class GeminiDDP(torch.nn.Module):
     def master_state_dict(self) -> dict[str, torch.Tensor]:
         """Return as `state_dict`, with trainable parameters as their float32 masters."""
         return dict(self._named_tensors(read_master))
-
-    def _install_state_hooks(self, module: torch.nn.Module) -> tuple[Any, Any]:
-        """Let the wrapped model's own `state_dict` show weights in place of placeholders; refuse its loading."""
-
-        def fill(_: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-            for name, tensor in self._named_parameters(read_working):
-                if prefix + name in state:
-                    state[prefix + name] = tensor
-
-        def refuse(*_: Any) -> None:
-            raise ModelError(
-                "load_state_dict on a wrapped model would miss the weights that are away and the masters of all "
-                "others; call engine.load_state_dict"
-            )
-
-        on_saving = module.register_state_dict_post_hook(fill)  # type: ignore[no-untyped-call]
-        on_loading = module.register_load_state_dict_pre_hook(refuse)  # type: ignore[no-untyped-call]
-        return on_saving, on_loading
 
     def _named_parameters(
         self, read: Callable[[Runtime, ParamSlot], torch.Tensor]
@@ -402,7 +378,7 @@ class GeminiDDP(torch.nn.Module):
         save = save_checkpoint(
             self._runtime,
             Path(path),
-            self._participants(optimizer, scheduler),
+            participants_of(self._runtime, self.module, optimizer, scheduler),
             extra=extra,
             keep_last=keep_last,
             with_frozen=frozen,
@@ -436,22 +412,50 @@ class GeminiDDP(torch.nn.Module):
             OffloadIOError: something could not be read. If loading had begun the engine refuses to go on.
             ConfigError: there is optimizer state in it, and no optimizer.
         """
-        return load_checkpoint(self._runtime, Path(path), self._participants(optimizer, scheduler), verify=verify)
+        participants = participants_of(self._runtime, self.module, optimizer, scheduler)
+        return load_checkpoint(self._runtime, Path(path), participants, verify=verify)
 
-    def _participants(self, optimizer: CheckpointedOptimizer | None, scheduler: Stateful | None) -> Participants:
-        buffers = {name: local_part(buffer) for name, buffer in persistent_buffers(self.module).items()}
-        return Participants(buffers=buffers, optimizer=self._checkpointed(optimizer), scheduler=scheduler)
+    # ---------------------------------------------------------------- commits
 
-    def _checkpointed(self, optimizer: CheckpointedOptimizer | None) -> CheckpointedOptimizer | None:
-        """Return the optimizer to save or load: the one given, or this engine's own."""
-        own: Any = None if self._runtime.optimizer is None else self._runtime.optimizer()
-        if optimizer is not None and optimizer is not own:
-            raise ConfigError(
-                f"GeminiDDP: optimizer: expected the HybridAdam that was built last on this engine, got a "
-                f"{type(optimizer).__name__} that is not"
-            )
-        found: CheckpointedOptimizer | None = own
-        return found
+    def commit(self, *, scheduler: Stateful | None = None, extra: Any = None) -> None:
+        """Commit the step that `optimizer.step()` has decided about, and let its updates go; see docs/commits.md.
+
+        From here on the end of this process loses nothing of it. With a commit file it follows every
+        `optimizer.step()`, a skipped one too, and `scheduler.step()`; without a step it commits the rest alone.
+
+        Args:
+            scheduler: has `state_dict()`, as torch's learning-rate schedulers.
+            extra: to be kept as well: tensors, numbers, strings, lists, tuples, dictionaries.
+
+        Raises:
+            ConfigError: there is no commit file, gradients wait for a step, or `extra` cannot be kept.
+            OffloadIOError: state or gradients could not be written.
+            ModelError: the engine is closed or its state was lost, or someone looks at weights that will move.
+        """
+        commit_step(self._runtime, participants_of(self._runtime, self.module, None, scheduler), extra=extra)
+
+    @property
+    def recovered(self) -> int | None:
+        """Optimizer steps of the commit whose weights and state the engine began with; None: there was no commit."""
+        return None if self._runtime.recovered is None else self._runtime.recovered.num_steps
+
+    def recover(
+        self, *, optimizer: CheckpointedOptimizer | None = None, scheduler: Stateful | None = None
+    ) -> Recovered:
+        """Restore what else was committed, random number generators last.
+
+        Args:
+            optimizer: the HybridAdam; None: the one that was built last on this engine.
+            scheduler: as given to `commit`; None: its state, if there is any, is passed over.
+
+        Returns:
+            The number of steps, and `extra`.
+
+        Raises:
+            CheckpointMismatchError: optimizer or scheduler are others; nothing has changed.
+            ConfigError: nothing was committed, or there is no optimizer.
+        """
+        return recover_step(self._runtime, participants_of(self._runtime, self.module, optimizer, scheduler))
 
     # ---------------------------------------------------------------- life
 

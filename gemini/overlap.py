@@ -1,11 +1,14 @@
 """Which update runs when: in the step, behind the next forward, or ahead of the step while backward goes on.
 
 An update ahead of the step assumes that nothing will be clipped or skipped and that hyper-parameters stay. It reads
-what everybody reads and writes to spare places nobody reads. `commit` compares what it assumed with what the step
+what everybody reads and writes to spare places nobody reads. `take_step` compares what it assumed with what the step
 wants: equal, and the places are exchanged; else it is dropped and done again, from the same weights and gradients. So
-no mode changes a bit, and until `commit` nothing has happened.
+no mode changes a bit, and until `take_step` nothing has happened.
 
-After `commit` a chunk is UPDATING until `settle`, which whoever needs it calls first.
+After `take_step` a chunk is UPDATING until `settle`, which whoever needs it calls first.
+
+Where steps are committed nothing runs ahead: `hold` decides about a step, and `release` lets its updates go once the
+decision is where it outlives the process.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import Protocol
 import torch
 
 from gemini.chunk.core import ChunkCore
-from gemini.errors import GeminiError
+from gemini.errors import GeminiError, ModelError
 from gemini.gradient_listener import ArrivedGradients
 from gemini.gradients import GradientStore
 from gemini.kernels.adam_tile import AdamSegment
@@ -34,7 +37,7 @@ from gemini.tiers import MemoryTier
 from gemini.update import UpdateJob, clip_segments, tiles_of, update_on_device
 from gemini.update_worker import UpdateWorker
 
-__all__ = ["Overlap", "OverlapStats", "StepPlanner", "StepWish", "UpdateTimes"]
+__all__ = ["HeldStep", "Overlap", "OverlapStats", "StepPlanner", "StepWish", "UpdateTimes"]
 
 
 class StepPlanner(Protocol):
@@ -52,6 +55,16 @@ class StepWish:
     """Runs of elements to update, in chunk coordinates, sorted."""
     grad_scale: float
     """Gradients are multiplied by this: clipping and loss scale."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldStep:
+    """A step whose updates wait for its commit."""
+
+    wishes: Mapping[int, StepWish]
+    """What to do to the home of each chunk, in the home's coordinates."""
+    kept: frozenset[int]
+    """Chunks that may keep their slot."""
 
 
 @dataclass(slots=True)
@@ -116,6 +129,8 @@ class Overlap:
         """Why weights and state are no longer those of any one step; None while they are."""
         self.last_step: UpdateTimes | None = None
         """The last step's, from the end of the one before it to its own; None before the second."""
+        self.held: HeldStep | None = None
+        """The step whose updates wait for `release`; None: no step does."""
         self.step_ended: Callable[[], None] | None = None
         """Called at the end of each step."""
         self._asked = asked
@@ -165,6 +180,7 @@ class Overlap:
 
     def gradients_change(self, chunk_id: int) -> None:
         """Drop what was made of a chunk's gradients ahead of the step; see GradientListener."""
+        self.check_released()
         self.settle(chunk_id)
         self._drop(chunk_id)
         self.leave_gradient_slot(chunk_id)
@@ -188,7 +204,7 @@ class Overlap:
 
     # ---------------------------------------------------------------- the step
 
-    def commit(self, wishes: Mapping[int, StepWish], *, kept: Collection[int]) -> None:
+    def take_step(self, wishes: Mapping[int, StepWish], *, kept: Collection[int]) -> None:
         """Make a step's updates happen: those made ahead count now, the others run now or behind the next forward.
 
         Args:
@@ -201,28 +217,79 @@ class Overlap:
             ModelError: someone looks at a slot that will show other weights; nothing has happened.
             WorkerError: the thread for updates cannot be started; nothing has happened.
         """
-        if self._worker.recorder is not None:
-            self._worker.recorder.moment("update", None)
         wishes = {chunk_id: self._at_home(chunk_id, wish) for chunk_id, wish in wishes.items()}
         for chunk_id, job in list(self._ahead.items()):
             wish = wishes.get(chunk_id)
             if wish is None or (job.segments, job.grad_scale) != (wish.segments, wish.grad_scale):
                 self._drop(chunk_id)
+        self._check_updatable(wishes)
+        self._start_updates(wishes, kept=kept)
+
+    def hold(self, wishes: Mapping[int, StepWish], *, kept: Collection[int]) -> None:
+        """Decide about a step whose updates must not begin yet; arguments and errors as for `take_step`."""
+        self.check_released()
+        at_home = {chunk_id: self._at_home(chunk_id, wish) for chunk_id, wish in wishes.items()}
+        self._check_updatable(at_home)
+        self.held = HeldStep(at_home, frozenset(kept))
+
+    def check_released(self) -> None:
+        """Raise ModelError if a step's updates are held."""
+        if self.held is not None:
+            raise ModelError(
+                "the last step's updates wait to be committed: call engine.commit(...) after every optimizer.step(), "
+                "and after scheduler.step() if there is one"
+            )
+
+    def prepare_release(self) -> HeldStep:
+        """Make sure that `release` will succeed, and that everything before the held step is where it belongs.
+
+        Returns:
+            The held step, or one that does nothing.
+
+        Raises:
+            OffloadIOError: an earlier update, or a gradient, could not be written.
+            IllegalTransitionError: a chunk is leased.
+            ModelError: someone looks at a slot that will show other weights.
+            WorkerError: the thread for updates cannot be started.
+        """
+        self.settle_all()
+        for chunk_id, state in self._states.items():
+            for home in (state, self._core.chunks[chunk_id].home, self._gradients.home_of(chunk_id)):
+                home.finish_writes()
+        held = self.held or HeldStep({}, frozenset())
+        self._check_updatable(held.wishes)
+        return held
+
+    def release(self, sequence: int) -> None:
+        """Let the held updates go, as `take_step`, once they are published under a sequence."""
+        held, self.held = self.held, None
+        if held is not None:
+            self._start_updates(held.wishes, kept=held.kept, sequence=sequence)
+
+    def _check_updatable(self, wishes: Mapping[int, StepWish]) -> None:
+        """Make sure that updates can start, while nothing has happened yet."""
         for chunk_id in wishes:
-            self._core.check_updatable(chunk_id)  # while nothing has happened yet
+            self._core.check_updatable(chunk_id)
         if any(MemoryTier.DEVICE not in self._states[chunk_id].tiers for chunk_id in wishes):
             self._worker.start()
+
+    def _start_updates(self, wishes: Mapping[int, StepWish], *, kept: Collection[int], sequence: int = 0) -> None:
+        if self._worker.recorder is not None:
+            self._worker.recorder.moment("update", None)
         try:
             readers = self._core.resources.transfers.mark()
             for chunk_id in sorted(wishes, key=self.urgency):
-                self._commit_chunk(chunk_id, wishes[chunk_id], keeps_slot=chunk_id in kept, readers=readers)
+                keeps_slot = chunk_id in kept
+                self._update_chunk(
+                    chunk_id, wishes[chunk_id], keeps_slot=keeps_slot, readers=readers, sequence=sequence
+                )
             if self.mode is OverlapMode.OFF:
                 self.settle_all()
         except BaseException as error:
             self.failure = f"an optimizer step failed half way ({error})"
             raise
 
-    def _commit_chunk(self, chunk_id: int, wish: StepWish, *, keeps_slot: bool, readers: Mark) -> None:
+    def _update_chunk(self, chunk_id: int, wish: StepWish, *, keeps_slot: bool, readers: Mark, sequence: int) -> None:
         state, chunk = self._states[chunk_id], self._core.chunks[chunk_id]
         tiles = tiles_of(wish.segments, self._worker.tile_numel)
         urgency = self.urgency(chunk_id)
@@ -245,7 +312,7 @@ class Overlap:
         self._ahead.pop(chunk_id, None)
         rest = tuple(tile for tile in tiles if job is None or tile not in job.tiles)
         if rest:
-            jobs.append(self._job(chunk_id, wish, rest, refreshes=refreshes, readers=readers))
+            jobs.append(self._job(chunk_id, wish, rest, refreshes=refreshes, readers=readers, sequence=sequence))
             self._worker.submit(jobs[-1], urgency=urgency)
 
     def _job(
@@ -256,6 +323,7 @@ class Overlap:
         arrivals: tuple[Ticket, ...] = (),
         refreshes: torch.Tensor | None = None,
         readers: Mark | None = None,
+        sequence: int = 0,
     ) -> UpdateJob:
         return UpdateJob(
             spec=self._core.chunks[chunk_id].home_spec,
@@ -266,6 +334,7 @@ class Overlap:
             segments=wish.segments,
             grad_scale=wish.grad_scale,
             tiles=tiles,
+            sequence=sequence,
             arrivals=arrivals,
             grad_slot=self._grad_slots.get(chunk_id),
             refreshes=refreshes,

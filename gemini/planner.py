@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from gemini.adaptation import NON_MODEL_MARGIN
-from gemini.assembly import Blueprint, draw_blueprint, draw_layout
+from gemini.blueprint import Blueprint, draw_blueprint, draw_layout
 from gemini.config import GeminiConfig, NVMeConfig
 from gemini.errors import ConfigError, OutOfTierMemoryError
 from gemini.placement.cost_model import (

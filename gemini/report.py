@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 import psutil
 
+from gemini.errors import ConfigError
 from gemini.heap import HeapStatistics, statistics
 from gemini.offload.io import IoStats
-from gemini.placement.cost_model import HardwareProfile, StepFlops, StepPrediction
+from gemini.placement.cost_model import HardwareProfile, StepFlops, StepPrediction, count_step, predict_step
 from gemini.placement.plan import MemoryDemand
 from gemini.runtime import Runtime
 from gemini.tiers import MemoryTier, format_nbytes
 
-__all__ = ["DiskWear", "MemoryReport", "TierReport", "UpdateReport", "make_report", "wear_of"]
+__all__ = ["DiskWear", "MemoryReport", "TierReport", "UpdateReport", "check_prediction", "make_report", "wear_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +204,22 @@ def wear_of(endurance_nbytes: int, *, written_nbytes_per_step: float) -> DiskWea
     )
 
 
+def check_prediction(runtime: Runtime, profile: HardwareProfile | None, flops: StepFlops | None) -> None:
+    """Raise ConfigError unless `make_report` can use both of them, or is given neither."""
+    if profile is not None and runtime.sharding is not None:
+        raise ConfigError("GeminiDDP.memory_report: no prediction with several ranks: the network is not modelled")
+    if (profile is None) is not (flops is None):
+        raise ConfigError(
+            "GeminiDDP.memory_report: a prediction needs both profile= (from gemini.measure_hardware) and flops= "
+            "(from gemini.transformer_flops, or counted); give both or neither"
+        )
+    if flops is not None and not isinstance(flops, StepFlops):
+        raise ConfigError(
+            "GeminiDDP.memory_report: flops: expected StepFlops, such as gemini.transformer_flops returns, got "
+            f"{flops!r}"
+        )
+
+
 def make_report(
     runtime: Runtime, profile: HardwareProfile | None, flops: StepFlops | None, *, disk_at_start: IoStats
 ) -> MemoryReport:
@@ -238,7 +255,7 @@ def make_report(
         accumulator_nbytes=runtime.gradients.accumulators.nbytes,
         num_fetches=stats.num_fetches,
         num_misses=stats.num_misses,
-        num_trace_mismatches=runtime.num_trace_mismatches,
+        num_trace_mismatches=runtime.lookahead.num_mismatches,
         fetched_nbytes=stats.fetched_nbytes,
         nvme_read_nbytes=disk.nbytes_read,
         nvme_written_nbytes=disk.nbytes_written,
@@ -255,7 +272,7 @@ def make_report(
         is_direct_io=store.is_direct if store is not None else None,
         instruction_set=resources.isa.name.lower(),
         step_s=runtime.step_s,
-        predicted=runtime.predict_step(profile, flops) if profile is not None and flops is not None else None,
+        predicted=_predict(runtime, profile, flops) if profile is not None and flops is not None else None,
     )
 
 
@@ -270,6 +287,17 @@ def _update_report(runtime: Runtime) -> UpdateReport:
         num_redone=overlap.stats.num_redone,
         busy_s=overlap.last_step.busy_s if overlap.last_step is not None else None,
         step_s=overlap.last_step.elapsed_s if overlap.last_step is not None else None,
+    )
+
+
+def _predict(runtime: Runtime, profile: HardwareProfile, flops: StepFlops) -> StepPrediction:
+    """Predict how long the next step takes under the plan in force; see gemini.placement.cost_model."""
+    return predict_step(
+        count_step(runtime.demands, runtime.plan, runtime.shape, flops),
+        profile,
+        dtype=str(runtime.config.dtype).removeprefix("torch."),
+        mode=runtime.overlap.mode,
+        has_device=runtime.shape.has_device,
     )
 
 

@@ -24,6 +24,7 @@ from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import ChunkLayout, ParamSlot
 from gemini.chunk.sharding import Sharding
 from gemini.chunk.tensor_parallel import local_part, take_local_gradient
+from gemini.commit_record import CommittedStep
 from gemini.config import GeminiConfig
 from gemini.errors import GeminiError, ModelError
 from gemini.gradient_sink import GradientPlace
@@ -35,7 +36,6 @@ from gemini.memory_probe import MemoryProbe
 from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources
 from gemini.overlap import Overlap, StepPlanner, StepWish
-from gemini.placement.cost_model import HardwareProfile, StepFlops, StepPrediction, count_step, predict_step
 from gemini.placement.overlap import OverlapMode
 from gemini.placement.plan import ChunkDemand, MemoryDemand, PlacementPlan, RuntimeShape, memory_demand
 from gemini.placement.tracer import Phase
@@ -44,6 +44,7 @@ from gemini.saved import SavedWeights
 from gemini.scaler import LossScaler, scale_gradients_of
 from gemini.sharded_gradients import ShardedGradients
 from gemini.step_clock import StepClock
+from gemini.update_journal import UpdateJournal
 from gemini.update_worker import UpdateWorker
 
 __all__ = ["Runtime"]
@@ -77,6 +78,8 @@ class Runtime:
         worker: runs updates; closed by `close`.
         kernels: the device's.
         sharding: the ranks that share the model; None: there are no others. Closed by `close`.
+        journal: makes updates outlive the process; None: nothing does. Its file is closed by `close`.
+        recovered: the step that the journal's file held; None: it held none.
     """
 
     def __init__(
@@ -94,17 +97,21 @@ class Runtime:
         worker: UpdateWorker,
         kernels: DeviceKernels,
         sharding: Sharding | None = None,
+        journal: UpdateJournal | None = None,
+        recovered: CommittedStep | None = None,
     ) -> None:
         self.config = config
         self.layout = layout
         self.plan = plan
-        self._demands = demands
-        self._shape = shape
+        self.demands = demands
+        self.shape = shape
         self.resources = resources
         self.core = core
         self.states = states
         self.gradients = gradients
         self.sharding = sharding
+        self.journal = journal
+        self.recovered = recovered
         self.probe = MemoryProbe(resources.transfers.device, resources.ledger)
         self.scaler = LossScaler(config.initial_loss_scale) if config.dtype is torch.float16 else None
         self.optimizer: weakref.ref[StepPlanner] | None = None
@@ -139,22 +146,12 @@ class Runtime:
     @property
     def demand(self) -> MemoryDemand:
         """Bytes by tier and purpose that the plan in force takes."""
-        return memory_demand(self._demands, self.plan, self._shape)
+        return memory_demand(self.demands, self.plan, self.shape)
 
     @property
     def step_s(self) -> float | None:
         """Median seconds of the newest steps, from the start of forward to the end of the update; None before two."""
         return self._clock.step_s
-
-    def predict_step(self, profile: HardwareProfile, flops: StepFlops) -> StepPrediction:
-        """Predict how long the next step takes under the plan in force; see gemini.placement.cost_model."""
-        return predict_step(
-            count_step(self._demands, self.plan, self._shape, flops),
-            profile,
-            dtype=str(self.config.dtype).removeprefix("torch."),
-            mode=self.overlap.mode,
-            has_device=self._shape.has_device,
-        )
 
     # ---------------------------------------------------------------- forward
 
@@ -165,6 +162,7 @@ class Runtime:
             ModelError: the engine is closed, its state was lost, or a parameter was moved or re-flagged.
         """
         self.check_usable()
+        self.overlap.check_released()
         if torch.is_grad_enabled() and not self.lookahead.is_in_step:
             self._clock.begin_step()
         for chunk in self.core.chunks:
@@ -367,6 +365,8 @@ class Runtime:
     def update(self, segments: Mapping[int, tuple[AdamSegment, ...]]) -> None:
         """Update parameters and consume all gradients; depending on the overlap, the work goes on after the return.
 
+        With a journal the work waits for `overlap.release`.
+
         Args:
             segments: by chunk id, what to do to its elements, sorted; all of them have a gradient.
 
@@ -377,12 +377,13 @@ class Runtime:
         self.check_usable()
         scale = self._clip_factor / self._loss_scale
         wishes = {chunk_id: StepWish(parts, scale) for chunk_id, parts in segments.items()}
-        self.overlap.commit(wishes, kept=self.lookahead.needed_soon(self.plan.num_slots))
+        start = self.overlap.take_step if self.journal is None else self.overlap.hold
+        start(wishes, kept=self.lookahead.needed_soon(self.plan.num_slots))
         if self.scaler is not None:
             self.scaler.update(found_overflow=False)
         self.num_steps += 1
         self._end_step(is_clipped=self._clip_factor != 1.0)
-        if self.sharding is None:  # else it would wait for updates
+        if self.sharding is None and self.journal is None:  # else it would wait for updates
             self.lookahead.fetch_ahead()
 
     def _predict(self, chunk_id: int) -> StepWish | None:
@@ -399,6 +400,8 @@ class Runtime:
         else:
             level = logging.DEBUG if self.num_skipped_steps else logging.WARNING
             logger.log(level, "step skipped and nothing changed: %s (said once)", reason)
+        if self.journal is not None:
+            self.overlap.hold({}, kept=())
         self.num_skipped_steps += 1
         self._end_step(is_clipped=True)
 
@@ -422,6 +425,7 @@ class Runtime:
             ModelError: the engine is closed or its state was lost.
         """
         self.check_usable()
+        self.overlap.check_released()
         self.saving.finish()
         self.overlap.settle_all()
         self.overlap.discard()
@@ -429,11 +433,6 @@ class Runtime:
             chunk.home.finish_writes()
         for state in self.states.values():
             state.finish_writes()
-
-    @property
-    def num_trace_mismatches(self) -> int:
-        """Accesses of training steps that came in another order than in the step before."""
-        return self.lookahead.num_mismatches
 
     def _end_step(self, *, is_clipped: bool) -> None:
         self.overlap.end_step(is_clipped=is_clipped)
@@ -493,5 +492,7 @@ class Runtime:
             state.close()
         self.core.close()
         self.resources.close()
+        if self.journal is not None:
+            self.journal.file.close()
         if self.sharding is not None:
             self.sharding.group.close()

@@ -24,6 +24,7 @@ from gemini.offload.io import IoTicket
 from gemini.offload.resources import Resources
 from gemini.offload.transfer import Mark, Move
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, round_up
+from gemini.update_journal import UpdateJournal
 
 __all__ = ["TilePipeline", "UpdateJob", "clip_segments", "record_views", "tiles_of", "update_on_device"]
 
@@ -94,6 +95,8 @@ class UpdateJob:
     grad_scale: float
     tiles: tuple[int, ...]
     """What to update; each holds part of a segment."""
+    sequence: int = 0
+    """Of the commit whose updates these are; 0: nothing is committed."""
     arrivals: tuple[Ticket, ...] = ()
     """What must be complete before gradients may be read."""
     grad_slot: torch.Tensor | None = None
@@ -121,8 +124,12 @@ class _Tile:
     weights: torch.Tensor
     """Working weights, uint8, padding included."""
     record: torch.Tensor
-    grad: torch.Tensor
-    ring_buffer: torch.Tensor | None
+    grad_bytes: torch.Tensor
+    """Gradients, uint8; may be padded."""
+    ring: int | None
+    """Number of the ring buffer that holds what is on disk of the tile."""
+    reads_grad_slot: bool = False
+    """Whether gradients are read from where they were put together, on their way to disk."""
     reads: list[IoTicket] = field(default_factory=list)
     adam: Ticket | None = None
     leaving: list[IoTicket | Ticket | Move] = field(default_factory=list)
@@ -132,6 +139,12 @@ class _Tile:
         """Working weights, [length] of the chunk's dtype."""
         dtype = self.job.spec.dtype
         return self.weights[: self.length * dtype.itemsize].view(dtype)
+
+    @property
+    def grad(self) -> torch.Tensor:
+        """Gradients, [length] of the dtype in which they wait."""
+        dtype = self.job.grad_dtype
+        return self.grad_bytes[: self.length * dtype.itemsize].view(dtype)
 
     @property
     def needs(self) -> list[IoTicket | Ticket]:
@@ -157,14 +170,25 @@ class TilePipeline:
         tile_numel: elements in a tile.
         ring_depth: buffers in the ring.
         ring_nbytes: bytes of a buffer; 0 if nothing that is updated lives on disk.
+        journal: told how far each tile is, and where the ring lies; None: nothing outlives the process.
     """
 
-    def __init__(self, resources: Resources, *, tile_numel: int, ring_depth: int, ring_nbytes: int) -> None:
+    def __init__(
+        self,
+        resources: Resources,
+        *,
+        tile_numel: int,
+        ring_depth: int,
+        ring_nbytes: int,
+        journal: UpdateJournal | None = None,
+    ) -> None:
         self.tile_numel = tile_numel
         self._resources = resources
-        self._free = [
-            resources.arena.allocate(ring_nbytes, "update ring") for _ in range(ring_depth if ring_nbytes else 0)
-        ]
+        self._journal = journal
+        source = None if journal is None else journal.file
+        num_buffers = ring_depth if ring_nbytes else 0
+        self._ring = [resources.arena.allocate(ring_nbytes, "update ring", source=source) for _ in range(num_buffers)]
+        self._free = list(range(num_buffers))
         self._reading: deque[_Tile] = deque()
         self._computing: deque[_Tile] = deque()
         self._leaving: deque[_Tile] = deque()
@@ -185,12 +209,47 @@ class TilePipeline:
         Raises:
             OffloadIOError: a read or write failed.
         """
-        begin = index * self.tile_numel
-        length = min(self.tile_numel, job.spec.numel - begin)
-        self._reading.append(self._start(job, index, length, clip_segments(job.segments, begin, begin + length)))
+        homes = (job.state, job.working, job.grad)
+        is_on_disk = any(home.tiers[index] is MemoryTier.NVME for home in homes)
+        self._reading.append(self._start(job, index, self._claim_buffer() if is_on_disk else None))
         self._advance()
         while len(self._computing) > MAX_TILES_COMPUTING:
             self._send_off()
+
+    def resume(self, job: UpdateJob, index: int, ring: int, *, is_updated: bool) -> None:
+        """Go on with a tile that another process has left in a ring buffer.
+
+        Args:
+            job: what is updated.
+            index: one of its tiles.
+            ring: the buffer's number; it is free.
+            is_updated: whether nothing is left to do but to write it.
+
+        Raises:
+            OffloadIOError: a read or write failed.
+        """
+        self._free.remove(ring)
+        if is_updated:
+            self._computing.append(self._tile(job, index, ring))
+        else:
+            self._reading.append(self._start(job, index, ring, reads=(job.grad,)))
+
+    def parts(self, job: UpdateJob, index: int, ring: int | None) -> list[torch.Tensor]:
+        """Return where a tile's working weights, master (if it has one), momentum and variance are during its update.
+
+        Args:
+            job: what is updated.
+            index: one of its tiles.
+            ring: the buffer with what is on disk of it; None: nothing is.
+
+        Returns:
+            1D, one element for each of the tile's.
+        """
+        length = min(self.tile_numel, job.spec.numel - index * self.tile_numel)
+        record, weights = self._memory_of((job.state, job.working), index, ring)
+        working = weights[: length * job.spec.dtype.itemsize].view(job.spec.dtype)
+        parts = (working, *record_views(record, length, job.spec.dtype))
+        return [part for part in parts if part is not None]
 
     def push(self) -> None:
         """Wait until the oldest tile has gone one stage further; what computes goes first, then what is read."""
@@ -210,52 +269,67 @@ class TilePipeline:
     def close(self) -> None:
         """Give the ring back, once nothing is under way any more."""
         self.abandon()
-        for buffer in self._free:
+        for buffer in self._ring:
             self._resources.arena.free(buffer)
-        self._free = []
+        self._ring, self._free = [], []
 
     # ---------------------------------------------------------------- stages
 
-    def _start(self, job: UpdateJob, index: int, length: int, segments: tuple[AdamSegment, ...]) -> _Tile:
-        homes = (job.state, job.working, job.grad)
-        is_on_disk = any(home.tiers[index] is MemoryTier.NVME for home in homes)
-        ring_buffer = self._claim_buffer() if is_on_disk else None
-        grad_slot = job.grad_slot  # after the claim, which may have waited and let the slot go
-        reads: list[IoTicket] = []
-        parts = []
-        begin = 0
-        for home in homes:
-            if home is job.grad and grad_slot is not None:
-                offset = index * self.tile_numel * job.grad_dtype.itemsize
-                part = grad_slot[offset : offset + length * job.grad_dtype.itemsize]
-            elif home.tiers[index] is MemoryTier.NVME:
-                assert ring_buffer is not None
-                part = ring_buffer[begin : begin + home.tile_nbytes[index]]
-                begin += home.tile_nbytes[index]
-                try:
-                    reads.append(home.read_tile(index, part))
-                except GeminiError:
-                    for read in reads:
-                        _wait_quietly(read)
-                    self._free.append(ring_buffer)
-                    raise
-            else:
-                part = home.tile(index)
-            parts.append(part)
-        record, weights, grad = parts
+    def _start(
+        self, job: UpdateJob, index: int, ring: int | None, *, reads: Sequence[TiledHome] | None = None
+    ) -> _Tile:
+        """Start reading what is on disk of a tile, or of some of its homes."""
+        tile = self._tile(job, index, ring)
+        try:
+            for home, part in ((job.state, tile.record), (job.working, tile.weights), (job.grad, tile.grad_bytes)):
+                is_wanted = reads is None or any(home is each for each in reads)
+                is_in_slot = home is job.grad and tile.reads_grad_slot
+                if home.tiers[index] is MemoryTier.NVME and is_wanted and not is_in_slot:
+                    tile.reads.append(home.read_tile(index, part))
+        except GeminiError:
+            for read in tile.reads:
+                _wait_quietly(read)
+            if ring is not None:
+                self._free.append(ring)
+            raise
+        return tile
+
+    def _tile(self, job: UpdateJob, index: int, ring: int | None) -> _Tile:
+        """Say where the parts of a tile are while it is updated."""
+        begin = index * self.tile_numel
+        length = min(self.tile_numel, job.spec.numel - begin)
+        grad_slot = job.grad_slot
+        if grad_slot is None:
+            record, weights, grad = self._memory_of((job.state, job.working, job.grad), index, ring)
+        else:
+            record, weights = self._memory_of((job.state, job.working), index, ring)
+            grad = grad_slot[begin * job.grad_dtype.itemsize :][: length * job.grad_dtype.itemsize]
         return _Tile(
             job=job,
             index=index,
             length=length,
-            segments=segments,
+            segments=clip_segments(job.segments, begin, begin + length),
             weights=weights,
             record=record,
-            grad=grad[: length * job.grad_dtype.itemsize].view(job.grad_dtype),
-            ring_buffer=ring_buffer,
-            reads=reads,
+            grad_bytes=grad,
+            reads_grad_slot=grad_slot is not None,
+            ring=ring,
         )
 
-    def _claim_buffer(self) -> torch.Tensor:
+    def _memory_of(self, homes: Sequence[TiledHome], index: int, ring: int | None) -> list[torch.Tensor]:
+        """Return where a tile of some homes is during its update: at home, or, one after another, in a ring buffer."""
+        parts = []
+        begin = 0
+        for home in homes:
+            if home.tiers[index] is MemoryTier.NVME:
+                assert ring is not None
+                parts.append(self._ring[ring][begin : begin + home.tile_nbytes[index]])
+                begin += home.tile_nbytes[index]
+            else:
+                parts.append(home.tile(index))
+        return parts
+
+    def _claim_buffer(self) -> int:
         self._advance()
         while not self._free:
             if self._reading and not self._computing:
@@ -277,8 +351,7 @@ class TilePipeline:
             self._retire()
 
     def _is_computed(self, tile: _Tile) -> bool:
-        assert tile.adam is not None
-        return tile.adam.is_done()
+        return tile.adam is None or tile.adam.is_done()
 
     # A tile leaves its queue only when nothing can fail any more, so that `_abandon` finds its buffer.
 
@@ -286,14 +359,19 @@ class TilePipeline:
         tile = self._reading[0]
         for ticket in tile.needs:
             ticket.wait()
-        tile.adam = self._resources.pool.submit_adam(AdamTile(**_tile_fields(tile)), record=tile.job.spec.name)
+        journal = None if self._journal is None else self._journal.begin(tile.job, tile.index, tile.ring)
+        tile.adam = self._resources.pool.submit_adam(
+            AdamTile(**_tile_fields(tile)), journal=journal, record=tile.job.spec.name
+        )
         self._computing.append(self._reading.popleft())
 
     def _send_off(self) -> None:
         tile = self._computing[0]
-        assert tile.adam is not None
-        tile.adam.wait()
+        if tile.adam is not None:
+            tile.adam.wait()
         job, index = tile.job, tile.index
+        if self._journal is not None:
+            self._journal.end(job, index, tile.ring)
         ahead = job.goes_ahead(index)
         if job.state.tiers[index] is MemoryTier.NVME:
             tile.leaving.append(job.state.write_tile(index, tile.record, ahead=ahead))
@@ -317,17 +395,19 @@ class TilePipeline:
     def _retire(self) -> None:
         tile = self._leaving[0]
         tile.wait_until_left()
+        if self._journal is not None:
+            self._journal.settle(tile.job, tile.index, tile.ring)
         self._leaving.popleft()
-        if tile.ring_buffer is not None:
-            self._free.append(tile.ring_buffer)
+        if tile.ring is not None:
+            self._free.append(tile.ring)
 
     def abandon(self) -> None:
         """Wait for everything under way, whatever becomes of it, so that the buffers are free again."""
         for tile in (*self._reading, *self._computing, *self._leaving):
             for ticket in (*tile.reads, tile.adam, *tile.leaving):
                 _wait_quietly(ticket)
-            if tile.ring_buffer is not None:
-                self._free.append(tile.ring_buffer)
+            if tile.ring is not None:
+                self._free.append(tile.ring)
         for queue in (self._reading, self._computing, self._leaving):
             queue.clear()
 
@@ -350,8 +430,8 @@ def update_on_device(job: UpdateJob, tile_numel: int, kernels: DeviceKernels) ->
             segments=clip_segments(job.segments, begin, begin + length),
             weights=job.working.tile(index),
             record=job.state.tile(index),
-            grad=job.grad.tile(index)[: length * job.grad_dtype.itemsize].view(job.grad_dtype),
-            ring_buffer=None,
+            grad_bytes=job.grad.tile(index),
+            ring=None,
         )
         kernels.adam_update(DeviceTile(**_tile_fields(tile)))
 

@@ -366,6 +366,8 @@ def _typed(tile: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
 def _tile(runtime: Runtime, home: TiledHome, tile: int, *, write: bool) -> Iterator[torch.Tensor]:
     """Yield a tile as uint8 host memory; with `write`, changes reach the home when the context closes."""
     tier = home.tiers[tile]
+    if write and runtime.journal is not None:
+        runtime.journal.file.forget()  # what it tells about is no longer there
     if tier is MemoryTier.HOST:
         yield home.tile(tile)
         return

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from gemini import GeminiConfig, GeminiDDP, HybridAdam, NVMeConfig, StaticPlacement
-from gemini.assembly import draw_layout
+from gemini.blueprint import draw_layout
 from gemini.errors import ModelError, OutOfTierMemoryError
 from gemini.nn import use_sliced_loss
 from gemini.placement.cost_model import Channel, HardwareProfile, StepFlops, transformer_flops

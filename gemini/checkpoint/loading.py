@@ -53,11 +53,11 @@ def load_checkpoint(runtime: Runtime, path: Path, participants: Participants, *,
             manifest = read_manifest(path)
             _check_params(runtime, manifest, path)
             state = _read_run_state(path, manifest, 0)
-            check_run_state(state, participants, path=path)
+            check_run_state(state, participants, source=f"load_checkpoint: {path}")
             rank = rank_of(runtime)
             own = _read_run_state(path, manifest, rank) if rank < manifest.world_size else None
             of_rank = own if own is not None and manifest.world_size == world_size_of(runtime) else state
-            check_buffers(of_rank, participants, path=path)
+            check_buffers(of_rank, participants, source=f"load_checkpoint: {path}")
             files = _open_files(path, manifest, stack)
             if verify:
                 names = list(files)[rank :: world_size_of(runtime)]

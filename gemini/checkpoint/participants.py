@@ -12,7 +12,9 @@ import torch
 
 from gemini.checkpoint.manifest import WHOLE, Division
 from gemini.chunk.layout import ParamSlot
-from gemini.errors import CheckpointError, CollectiveError
+from gemini.chunk.tensor_parallel import local_part
+from gemini.errors import CheckpointError, CollectiveError, ConfigError
+from gemini.model_names import persistent_buffers
 from gemini.runtime import Runtime
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "division_of",
     "has_copy_elsewhere",
     "on_all_ranks",
+    "participants_of",
     "rank_of",
     "world_size_of",
 ]
@@ -59,6 +62,33 @@ class Participants:
     """The model's persistent ones."""
     optimizer: CheckpointedOptimizer | None
     scheduler: Stateful | None
+
+
+def participants_of(
+    runtime: Runtime, model: torch.nn.Module, optimizer: CheckpointedOptimizer | None, scheduler: Stateful | None
+) -> Participants:
+    """Return who takes part.
+
+    Args:
+        runtime: the engine's.
+        model: the wrapped one.
+        optimizer: the one to save or load; None: the engine's own.
+        scheduler: as given by the user.
+
+    Returns:
+        They, with the model's persistent buffers.
+
+    Raises:
+        ConfigError: the optimizer is not the engine's.
+    """
+    own: Any = None if runtime.optimizer is None else runtime.optimizer()
+    if optimizer is not None and optimizer is not own:
+        raise ConfigError(
+            f"GeminiDDP: optimizer: expected the HybridAdam that was built last on this engine, got a "
+            f"{type(optimizer).__name__} that is not"
+        )
+    buffers = {name: local_part(buffer) for name, buffer in persistent_buffers(model).items()}
+    return Participants(buffers=buffers, optimizer=own, scheduler=scheduler)
 
 
 def rank_of(runtime: Runtime) -> int:

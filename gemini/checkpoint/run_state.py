@@ -54,13 +54,13 @@ def collect_run_state(runtime: Runtime, participants: Participants, extra: Any) 
     }
 
 
-def check_run_state(state: dict[str, Any], participants: Participants, *, path: Path) -> None:
+def check_run_state(state: dict[str, Any], participants: Participants, *, source: str) -> None:
     """Raise an error unless the first rank's state fits what is to be restored.
 
     Args:
         state: from `decode_run_state`.
         participants: whose state it will become.
-        path: the checkpoint, for messages.
+        source: what is being done and with which checkpoint, for messages.
 
     Raises:
         CheckpointMismatchError: it does not fit.
@@ -68,29 +68,25 @@ def check_run_state(state: dict[str, Any], participants: Participants, *, path: 
     """
     if state["optimizer"] is not None:
         if participants.optimizer is None:
-            raise ConfigError(
-                f"load_checkpoint: {path} has an optimizer's state: construct HybridAdam(engine.parameters()) first"
-            )
+            raise ConfigError(f"{source} has an optimizer's state: construct HybridAdam(engine.parameters()) first")
         participants.optimizer.check_hyper_state_dict(state["optimizer"])
     elif participants.optimizer is not None:
         raise CheckpointMismatchError(
-            f"load_checkpoint: {path} was saved without an optimizer, whose step counts are missing; load it before "
-            "HybridAdam is constructed"
+            f"{source} was saved without an optimizer, whose step counts are missing; load it before HybridAdam is "
+            "constructed"
         )
     if participants.scheduler is not None and state["scheduler"] is None:
-        raise CheckpointMismatchError(f"load_checkpoint: scheduler: {path} was saved without one; pass scheduler=None")
-    check_buffers(state, participants, path=path)
+        raise CheckpointMismatchError(f"scheduler: {source} was saved without one; pass scheduler=None")
+    check_buffers(state, participants, source=source)
 
 
-def check_buffers(state: dict[str, Any], participants: Participants, *, path: Path) -> None:
+def check_buffers(state: dict[str, Any], participants: Participants, *, source: str) -> None:
     """Raise CheckpointMismatchError unless a rank's buffers fit; arguments as for `check_run_state`."""
     for name, buffer in participants.buffers.items():
         saved = state["buffers"].get(name)
         if saved is None or saved.shape != buffer.shape:
             found = "none" if saved is None else f"shape {tuple(saved.shape)}"
-            raise CheckpointMismatchError(
-                f"load_checkpoint: buffer {name}: expected shape {tuple(buffer.shape)}, {path} has {found}"
-            )
+            raise CheckpointMismatchError(f"buffer {name}: expected shape {tuple(buffer.shape)}, {source} has {found}")
 
 
 def restore_run_state(
@@ -116,11 +112,12 @@ def restore_run_state(
     runtime.num_skipped_steps = state["num_skipped_steps"]
 
 
-def encode_run_state(state: dict[str, Any]) -> bytes:
+def encode_run_state(state: dict[str, Any], *, what: str = "save_checkpoint") -> bytes:
     """Encode what `collect_run_state` returned.
 
     Args:
         state: by purpose.
+        what: what is being done, for messages.
 
     Returns:
         A file's content, for `decode_run_state`.
@@ -134,7 +131,7 @@ def encode_run_state(state: dict[str, Any]) -> bytes:
         if error is not None:
             place, culprit = _find_culprit(value, key)
             raise ConfigError(
-                f"save_checkpoint: {place}: expected tensors, numbers, strings, lists, tuples and dictionaries, which "
+                f"{what}: {place}: expected tensors, numbers, strings, lists, tuples and dictionaries, which "
                 f"load without running code; got {type(culprit).__module__}.{type(culprit).__qualname__}"
             ) from error
     return _dump(state)
@@ -171,12 +168,12 @@ def _find_culprit(value: Any, place: str) -> tuple[str, Any]:
     return place, value
 
 
-def decode_run_state(data: bytes, *, source: Path) -> dict[str, Any]:
+def decode_run_state(data: bytes, *, source: Path | str) -> dict[str, Any]:
     """Decode what `encode_run_state` has encoded; runs no code that the data may name.
 
     Args:
         data: a file's content.
-        source: the file.
+        source: the file, for messages.
 
     Returns:
         The state, by purpose.

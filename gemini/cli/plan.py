@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from gemini.assembly import draw_layout
+from gemini.blueprint import draw_layout
 from gemini.cli.models import causal_lm_loss, describe_model_names, load_model, slice_loss
 from gemini.cli.profiles import cached_profile
 from gemini.config import GeminiConfig, NVMeConfig

@@ -148,6 +148,8 @@ class RuntimeShape:
     whether it will count."""
     has_checksums: bool = False
     """Whether host memory holds checksums of what is on disk."""
+    commits_nbytes: int = 0
+    """Bytes of a commit file beside the homes and the ring in it; 0: there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,7 +191,7 @@ def memory_demand(chunks: Sequence[ChunkDemand], plan: PlacementPlan, shape: Run
     Returns:
         Bytes by tier and purpose. Purposes: "working", "shared weights", "state", "spares", "gradients" (homes),
         "resident copies", "whole gradients", "slots", "update ring", "gradient slots", "exchange slots", "fetch slots",
-        "checksums".
+        "checksums", "commits".
 
     Source: docs/memory_model.md.
     """
@@ -235,6 +237,7 @@ class DemandTally:
         device["gradient slots"] = shape.num_grad_slots * device_gradient
         disk_nbytes = sum(by_purpose[MemoryTier.NVME].values())
         host["checksums"] = checksum_nbytes(disk_nbytes) if shape.has_checksums and disk_nbytes else 0
+        host["commits"] = shape.commits_nbytes
         return MemoryDemand(
             by_purpose={tier: {purpose: n for purpose, n in sums.items() if n} for tier, sums in by_purpose.items()}
         )

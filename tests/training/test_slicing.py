@@ -30,7 +30,7 @@ from training_harness import (
 )
 
 from gemini import ConfigError, GeminiDDP, ModelError, OutOfTierMemoryError
-from gemini.assembly import draw_blueprint
+from gemini.blueprint import draw_blueprint
 from gemini.nn import use_sliced_loss
 from gemini.slicing import find_repeated
 from gemini.tiers import MemoryTier

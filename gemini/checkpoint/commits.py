@@ -1,0 +1,69 @@
+"""Commits: keep what a step made of the engine's state in a memory file that outlives the process.
+
+See docs/commits.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from gemini.checkpoint.participants import Participants
+from gemini.checkpoint.run_state import (
+    check_run_state,
+    collect_run_state,
+    decode_run_state,
+    encode_run_state,
+    restore_rng,
+    restore_run_state,
+)
+from gemini.commit_record import CommittedStep, encode_record
+from gemini.errors import ConfigError
+from gemini.runtime import Runtime
+
+__all__ = ["Recovered", "commit_step", "recover_step"]
+
+SOURCE = "the commit file"
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What `recover_step` found."""
+
+    step: int
+    """Optimizer steps that had been taken when it was committed, skipped ones not counted."""
+    extra: Any
+    """What the user gave to be kept."""
+
+
+def commit_step(runtime: Runtime, participants: Participants, *, extra: Any) -> None:
+    """Commit the last step; see GeminiDDP.commit."""
+    runtime.check_usable()
+    if runtime.journal is None:
+        raise ConfigError("engine.commit: this engine has no commit file: pass GeminiDDP(..., commits=CommitFile)")
+    if runtime.gradients.num_backwards:
+        raise ConfigError(
+            "engine.commit: gradients wait for a step and would be lost: call it after optimizer.step(), or drop them "
+            "with optimizer.zero_grad()"
+        )
+    runtime.saving.finish()
+    held = runtime.overlap.prepare_release()
+    run_state = encode_run_state(collect_run_state(runtime, participants, extra), what="engine.commit")
+    step = CommittedStep(num_steps=runtime.num_steps, wishes=held.wishes, run_state=run_state)
+    runtime.overlap.release(runtime.journal.file.publish(encode_record(step)))
+    runtime.lookahead.fetch_ahead()
+
+
+def recover_step(runtime: Runtime, participants: Participants) -> Recovered:
+    """Restore what the engine's homes do not hold; see GeminiDDP.recover."""
+    runtime.check_usable()
+    found = runtime.recovered
+    if found is None:
+        raise ConfigError("engine.recover: the commit file held no committed step: look at engine.recovered first")
+    state = decode_run_state(found.run_state, source=SOURCE)
+    check_run_state(state, participants, source=f"engine.recover: {SOURCE}")
+    runtime.clear_gradients()
+    restore_run_state(runtime, participants, state, state["buffers"])
+    runtime.num_steps = found.num_steps
+    restore_rng(state)
+    return Recovered(found.num_steps, state["extra"])

@@ -1,0 +1,371 @@
+"""Updates that ended at a certain point, in each placement, are finished bit by bit; faults of the file are named."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from committed_runs import DISK_MIXTURES, Scenario, Training, attached, commit_nbytes, memory_file, uninterrupted
+from training_harness import Run
+
+from gemini.errors import CheckpointError, CheckpointMismatchError, ConfigError, ModelError
+from gemini.kernels.adam_tile import AdamTile
+from gemini.kernels.journal import JournalStop, TileJournal, adam_update_partly
+from gemini.offload.commit_file import CommitFile, CommitLayout
+from gemini.tiers import MemoryTier
+from gemini.update import TilePipeline, UpdateJob, _Tile, _tile_fields, tiles_of
+from gemini.update_journal import TileStage
+
+NUM_STEPS = 4
+TILE = {"tile_numel": 8192, "overlap": "next-forward"}
+PLACES = {
+    "memory": Scenario(model="wide", config=TILE),
+    "disk": Scenario("nvme", "wide", config=TILE),
+    "state on disk": Scenario("nvme", "wide", config={**TILE, "placement": DISK_MIXTURES["state"]}),
+    "weights on disk": Scenario("nvme", "wide", config={**TILE, "placement": DISK_MIXTURES["weights"]}),
+    "gradients on disk": Scenario("nvme", "wide", config={**TILE, "placement": DISK_MIXTURES["gradients"]}),
+    "half precision": Scenario(
+        "nvme", "gpt2", config={**TILE, "dtype": torch.bfloat16, "placement": DISK_MIXTURES["state"]}
+    ),
+}
+
+
+def assert_same(found: Run, expected: Run) -> None:
+    assert found.losses == expected.losses
+    assert all(torch.equal(found.weights[name], value) for name, value in expected.weights.items())
+
+
+class Interruption:
+    """Lets the process end, as far as anybody can tell, in the middle of the updates of a commit.
+
+    Args:
+        training: under way; a step has been taken.
+    """
+
+    def __init__(self, training: Training) -> None:
+        runtime = training.engine.runtime
+        self.overlap, self.journal, self.pool = runtime.overlap, runtime.journal, runtime.resources.pool
+        self.pipeline: TilePipeline = self.overlap._worker._shared.pipeline
+        held = self.overlap.held
+        assert held is not None
+        self.wishes = dict(held.wishes)
+        self.overlap.release = lambda sequence: None  # type: ignore[method-assign]
+        training.commit()
+        self.overlap.held = None
+
+    def jobs(self) -> Iterator[UpdateJob]:
+        assert self.journal is not None
+        for chunk_id, wish in self.wishes.items():
+            tiles = tiles_of(wish.segments, self.pipeline.tile_numel)
+            yield self.overlap._job(chunk_id, wish, tiles, sequence=self.journal.file.sequence)
+
+    def begin(self, job: UpdateJob, index: int) -> tuple[_Tile, TileJournal | None]:
+        """Bring a tile to where its update begins."""
+        assert self.journal is not None
+        is_on_disk = any(home.tiers[index] is MemoryTier.NVME for home in (job.state, job.working, job.grad))
+        tile = self.pipeline._start(job, index, self.pipeline._claim_buffer() if is_on_disk else None)
+        for read in tile.reads:
+            read.wait()
+        return tile, self.journal.begin(job, index, tile.ring)
+
+    def stop_in_block(self, stop: JournalStop) -> bool:
+        """End in the middle of the first tile that is in memory, or in part; two blocks of it are new."""
+        for job in self.jobs():
+            for index in job.tiles:
+                if MemoryTier.HOST in (job.state.tiers[index], job.working.tiers[index]):
+                    tile, journal = self.begin(job, index)
+                    assert journal is not None
+                    adam_update_partly(AdamTile(**_tile_fields(tile)), journal, block=2, stop=stop)
+                    return True
+        return False
+
+    def stop_in_write(self) -> int:
+        """End while a tile is being written to disk."""
+        assert self.journal is not None
+        num_stopped = 0
+        for job in self.jobs():
+            index = job.tiles[0]
+            tiers = (job.state.tiers[index], job.working.tiers[index])
+            if MemoryTier.NVME not in tiers or len(self.pipeline._free) == 0:
+                continue
+            tile, journal = self.begin(job, index)
+            self.pool.submit_adam(AdamTile(**_tile_fields(tile)), journal=journal).wait()
+            self.journal.end(job, index, tile.ring)
+            torn = torch.full_like(tile.record, 0xAB)
+            torn[: torn.numel() // 2] = tile.record[: torn.numel() // 2]
+            if job.state.tiers[index] is MemoryTier.NVME:
+                job.state.write_tile(index, torn).wait()
+            num_stopped += 1
+        return num_stopped
+
+
+@contextmanager
+def interrupted(scenario: Scenario, directory: Path, descriptor: int) -> Iterator[Interruption]:
+    with attached(scenario, directory, descriptor) as training:
+        training.train(NUM_STEPS - 2)
+        commit, training.commit = training.commit, lambda: None  # type: ignore[method-assign]
+        training.train(NUM_STEPS - 1)
+        training.commit = commit  # type: ignore[method-assign]
+        yield Interruption(training)
+
+
+def finish(scenario: Scenario, directory: Path, descriptor: int) -> Run:
+    with attached(scenario, directory, descriptor, seed=7) as training:
+        assert training.step == NUM_STEPS - 1
+        training.train(NUM_STEPS)
+        return training.run
+
+
+@pytest.mark.parametrize("stop", JournalStop)
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "disk"])
+def test_an_update_that_ended_in_a_block_is_finished(place: str, stop: JournalStop, tmp_path: Path) -> None:
+    scenario = PLACES[place]
+    with memory_file(scenario, tmp_path) as descriptor:
+        with interrupted(scenario, tmp_path, descriptor) as interruption:
+            assert interruption.stop_in_block(stop)
+        found = finish(scenario, tmp_path, descriptor)
+    assert_same(found, uninterrupted(scenario, tmp_path, NUM_STEPS))
+
+
+@pytest.mark.parametrize("place", ["disk", "state on disk", "weights on disk", "half precision"])
+def test_a_write_that_ended_half_way_is_done_again(place: str, tmp_path: Path) -> None:
+    scenario = PLACES[place]
+    with memory_file(scenario, tmp_path) as descriptor:
+        with interrupted(scenario, tmp_path, descriptor) as interruption:
+            assert interruption.stop_in_write()
+        found = finish(scenario, tmp_path, descriptor)
+    assert_same(found, uninterrupted(scenario, tmp_path, NUM_STEPS))
+
+
+def test_a_tile_on_disk_says_how_far_it_is(tmp_path: Path) -> None:
+    scenario = PLACES["disk"]
+    with memory_file(scenario, tmp_path) as descriptor, interrupted(scenario, tmp_path, descriptor) as interruption:
+        journal, job = interruption.journal, next(interruption.jobs())
+        assert journal is not None
+        note = journal.find(job.spec.chunk_id, 0)
+        assert note is not None
+        assert (note.sequence, note.stage) == (NUM_STEPS - 2, TileStage.WRITTEN)
+        interruption.stop_in_write()
+        note = journal.find(job.spec.chunk_id, 0)
+        assert note is not None
+        assert (note.sequence, note.stage) == (NUM_STEPS - 1, TileStage.UPDATED)
+
+
+# ---------------------------------------------------------------- misuse and faults
+
+
+def test_a_forward_before_the_commit_is_refused(tmp_path: Path) -> None:
+    scenario = PLACES["memory"]
+    with memory_file(scenario, tmp_path) as descriptor, attached(scenario, tmp_path, descriptor) as training:
+        training.train(1, commits=False)
+        with pytest.raises(ModelError, match=r"call engine\.commit\(\.\.\.\) after every optimizer\.step\(\)"):
+            training.train(2)
+        with pytest.raises(ModelError, match="wait to be committed"):
+            training.engine.master_state_dict()
+        training.commit()
+        training.train(2)
+
+
+def test_a_commit_in_the_middle_of_a_step_is_refused(tmp_path: Path) -> None:
+    scenario = PLACES["memory"]
+    with memory_file(scenario, tmp_path) as descriptor, attached(scenario, tmp_path, descriptor) as training:
+        case = scenario.case
+        case.loss(training.engine(**case.batches(1)[0])).backward()
+        with pytest.raises(ConfigError, match="gradients wait for a step and would be lost"):
+            training.commit()
+
+
+def test_what_cannot_be_kept_leaves_the_step_to_be_committed_again(tmp_path: Path) -> None:
+    scenario = PLACES["memory"]
+    with memory_file(scenario, tmp_path) as descriptor:
+        with attached(scenario, tmp_path, descriptor) as training:
+            training.train(1, commits=False)
+            with pytest.raises(ConfigError, match=r"engine\.commit: extra\['model'\]: expected tensors"):
+                training.engine.commit(extra={"model": training.engine})
+            with pytest.raises(ConfigError, match=r"the record takes \d+ bytes.*keep less in extra"):
+                training.engine.commit(extra=torch.zeros(1 << 20))
+            training.commit()
+        with attached(scenario, tmp_path, descriptor) as training:
+            assert training.engine.recovered == 1
+
+
+def test_an_engine_without_a_file_cannot_commit(tmp_path: Path) -> None:
+    scenario = PLACES["memory"]
+    from gemini import GeminiDDP
+
+    with GeminiDDP(scenario.build(0), scenario.configuration(tmp_path)) as engine:
+        with pytest.raises(ConfigError, match="has no commit file"):
+            engine.commit()
+        with pytest.raises(ConfigError, match="held no committed step"):
+            engine.recover()
+        assert engine.recovered is None
+
+
+def test_constructing_leaves_random_numbers_alone_and_recovering_restores_them(tmp_path: Path) -> None:
+    scenario = PLACES["memory"]
+    with memory_file(scenario, tmp_path) as descriptor:
+        with attached(scenario, tmp_path, descriptor) as training:
+            training.train(1)
+            expected = torch.rand(3)
+        torch.manual_seed(5)
+        with attached(scenario, tmp_path, descriptor):
+            assert torch.equal(torch.rand(3), expected)
+
+
+def test_loading_other_weights_takes_the_commit_back(tmp_path: Path) -> None:
+    scenario = PLACES["memory"]
+    with memory_file(scenario, tmp_path) as descriptor:
+        with attached(scenario, tmp_path, descriptor) as training:
+            training.train(2)
+            training.engine.load_state_dict(training.engine.state_dict())
+        with attached(scenario, tmp_path, descriptor) as training:
+            assert training.step == 0
+            training.train(2)
+        with attached(scenario, tmp_path, descriptor) as training:
+            assert training.step == 2
+            found = training.run
+    assert_same(found, uninterrupted(scenario, tmp_path, 2))
+
+
+def test_two_processes_cannot_have_one_file(tmp_path: Path) -> None:
+    scenario = PLACES["memory"]
+    with (
+        memory_file(scenario, tmp_path) as descriptor,
+        attached(scenario, tmp_path, descriptor),
+        pytest.raises(ConfigError, match="in use by another process"),
+    ):
+        CommitFile.open(descriptor)
+
+
+def test_another_engines_state_is_refused(tmp_path: Path) -> None:
+    with memory_file(PLACES["memory"], tmp_path) as descriptor:
+        with attached(PLACES["memory"], tmp_path, descriptor) as training:
+            training.train(1)
+        other = Scenario(model="tower", config=TILE)
+        with pytest.raises(
+            CheckpointMismatchError, match=r"holds the state of another engine: 1050112 trained .*this one is: "
+        ):
+            attached(other, tmp_path, descriptor).__enter__()
+        with attached(PLACES["memory"], tmp_path, descriptor) as training:
+            assert training.step == 1
+
+
+def test_a_short_file_is_refused(tmp_path: Path) -> None:
+    scenario = PLACES["memory"]
+    nbytes = commit_nbytes(scenario, tmp_path)
+    descriptor = os.memfd_create("short")
+    CommitFile.create(descriptor, nbytes - 4096).close()
+    with pytest.raises(ConfigError, match=f"has {nbytes - 4096} bytes, this engine needs {nbytes}"):
+        attached(scenario, tmp_path, descriptor).__enter__()
+    os.close(descriptor)
+
+
+def test_a_file_that_was_cut_is_refused() -> None:
+    descriptor = os.memfd_create("cut")
+    CommitFile.create(descriptor, 8192).close()
+    os.ftruncate(descriptor, 4096)
+    with pytest.raises(CheckpointError, match="expected a commit file of 8192 bytes"):
+        CommitFile.open(descriptor)
+    os.ftruncate(descriptor, 0)
+    with pytest.raises(CheckpointError, match="expected a commit file with its magic"):
+        CommitFile.open(descriptor)
+    os.close(descriptor)
+
+
+def test_a_swap_file_of_another_state_is_refused(tmp_path: Path) -> None:
+    scenario = PLACES["disk"]
+    with memory_file(scenario, tmp_path) as first, memory_file(scenario, tmp_path) as second:
+        with attached(scenario, tmp_path, first) as training:
+            training.train(1)
+        assert (tmp_path / "gemini-rank0.kept").exists()
+        with attached(scenario, tmp_path, second) as training:
+            training.train(1)
+        with pytest.raises(
+            CheckpointMismatchError, match=r"expected the swap file of the committed state, identity 0x"
+        ):
+            attached(scenario, tmp_path, first).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("scenario", "message"),
+    [
+        (Scenario("resident"), "is trained and lives on the device"),
+        (Scenario("nvme", config={"overlap": "speculative"}), '"speculative" updates state before a step'),
+    ],
+)
+def test_what_cannot_be_committed_is_refused(scenario: Scenario, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        commit_nbytes(scenario, tmp_path)
+
+
+# ---------------------------------------------------------------- records
+
+LAYOUT = CommitLayout(record_nbytes=4096, num_blocks=1, num_words=1, num_scratches=1, buffer_nbytes=4096)
+"""Places of records at 4096 and 8192."""
+
+
+@contextmanager
+def small_file() -> Iterator[int]:
+    descriptor = os.memfd_create("small")
+    CommitFile.create(descriptor, LAYOUT.nbytes).close()
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def reread(descriptor: int) -> tuple[int, bytes] | None:
+    with CommitFile.open(descriptor) as file:
+        record = file.claim(LAYOUT, fingerprint="f", text="a test")
+        return None if record is None else (record.sequence, record.content)
+
+
+def publish(descriptor: int, *contents: bytes) -> None:
+    with CommitFile.open(descriptor) as file:
+        file.claim(LAYOUT, fingerprint="f", text="a test")
+        for content in contents:
+            file.publish(content)
+
+
+def test_records_alternate_and_the_newest_counts() -> None:
+    with small_file() as descriptor:
+        assert reread(descriptor) is None
+        publish(descriptor, b"one")
+        assert reread(descriptor) == (1, b"one")
+        publish(descriptor, b"two", b"three")
+        assert reread(descriptor) == (3, b"three")
+        assert os.pread(descriptor, 8, 8192) == (3).to_bytes(8, "little")
+        assert os.pread(descriptor, 3, 4096 + 64) == b"two"
+
+
+def test_a_record_that_was_not_published_does_not_count() -> None:
+    with small_file() as descriptor:
+        publish(descriptor, b"one", b"two")
+        os.pwrite(descriptor, bytes(8), 4096)
+        assert reread(descriptor) == (1, b"one")
+
+
+@pytest.mark.parametrize("offset", [8, 16, 64])
+def test_a_damaged_record_is_refused(offset: int) -> None:
+    with small_file() as descriptor:
+        publish(descriptor, b"one", b"two")
+        os.pwrite(descriptor, b"\xff", 4096 + offset)
+        with pytest.raises(CheckpointError, match="the checksum of record 2 is wrong"):
+            reread(descriptor)
+
+
+def test_a_file_without_a_record_is_cleared() -> None:
+    with small_file() as descriptor:
+        with CommitFile.open(descriptor) as file:
+            file.claim(LAYOUT, fingerprint="f", text="a test")
+            file.put_word(0, 7)
+            file.publish(b"one")
+            assert file.words.tolist() == [7]
+            file.forget()
+        with CommitFile.open(descriptor) as file:
+            assert file.claim(LAYOUT, fingerprint="g", text="a test") is None
+            assert file.words.tolist() == [0]
