@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from gemini.blueprint import Blueprint, draw_blueprint
 from gemini.chunk.core import ChunkCore
-from gemini.chunk.layout import layout_summary
+from gemini.chunk.flat_values import FlatValues
+from gemini.chunk.layout import ChunkSpec, layout_summary
 from gemini.chunk.sharding import Sharding, cut_spec, cut_values
 from gemini.config import GeminiConfig
 from gemini.gradients import GradientStore
@@ -22,9 +25,11 @@ from gemini.initialise import InitFn, Initialiser, WeightSource, find_init_fn
 from gemini.kept_state import KeptState
 from gemini.kernels.device import DeviceKernels, select_device_kernels
 from gemini.materialize import write_home
+from gemini.node_memory import NodeMemory, SharedPart, SharedWeights, find_shared_parts
 from gemini.offload.arena import MemorySource
 from gemini.offload.commit_file import CommitFile
 from gemini.offload.home import TiledHome
+from gemini.offload.memory_file import SharedBuffer
 from gemini.offload.resources import Resources, open_resources
 from gemini.offload.slots import FixedSlots
 from gemini.offload.transfer import CpuTransfers
@@ -74,25 +79,59 @@ def assemble(
         CheckpointError: `commits` is damaged.
         ConfigError: the configuration contradicts itself or the machine.
         ModelError: the model has parameters or buffers that cannot be placed.
-        OutOfTierMemoryError: the budgets, or the machine, cannot hold the model.
+        OutOfTierMemoryError: the budgets, the machine or the memory service cannot hold the model.
         OffloadIOError: the swap file cannot be made, claimed or filled, or `weights` cannot be read.
+        ServiceError: there is no memory service, or it refuses.
     """
-    blueprint = draw_blueprint(model, config, sharding=sharding, has_commits=commits is not None)
+    ranks = (0,) if sharding is None else tuple(sharding.group.ranks)
+    rank = 0 if sharding is None else ranks.index(sharding.group.rank)
+    node = NodeMemory.connect(config, rank=rank, num_ranks=len(ranks))
+    try:
+        return _assemble(model, config, init_fn, weights, sharding, commits, node)
+    except BaseException:
+        if node is not None:
+            node.abandon()
+        raise
+
+
+def _assemble(
+    model: torch.nn.Module,
+    config: GeminiConfig,
+    init_fn: InitFn | None,
+    weights: WeightSource | None,
+    sharding: Sharding | None,
+    commits: CommitFile | None,
+    node: NodeMemory | None,
+) -> Runtime:
+    has_commits = commits is not None or config.snapshots
+    budgets = None if node is None else node.budgets()
+    blueprint = draw_blueprint(model, config, sharding=sharding, budgets=budgets, has_commits=has_commits)
     logger.info("%s", layout_summary(blueprint.layout))
     serve_cpu_memory(config.cpu_allocator, is_compute_on_cpu=not blueprint.shape.has_device)
     disk_nbytes = blueprint.memory.total(MemoryTier.NVME)
     rank = 0 if sharding is None else sharding.group.rank
+    parts = {} if node is None else find_shared_parts(blueprint, model, weights)
+    swap_file = None
+    if node is not None:
+        swap_file, kept_file = node.claim(blueprint, parts.values())
+        commits = kept_file or commits
     kept = None if commits is None else KeptState.claim(commits, blueprint)
     resources = open_resources(
-        config, blueprint.budgets, disk_nbytes=disk_nbytes, rank=rank, kept=None if kept is None else kept.swap
+        config,
+        blueprint.budgets,
+        disk_nbytes=disk_nbytes,
+        rank=rank,
+        kept=None if kept is None else kept.swap,
+        given=swap_file,
+        landlord=node,
     )
     try:
         if kept is not None:
             resources.ledger.charge(MemoryTier.HOST, "commits", blueprint.shape.commits_nbytes)
-        builder = _Builder(config, blueprint, resources, sharding, weights, kept)
+        builder = _Builder(config, blueprint, resources, sharding, weights, kept, node, parts)
         runtime = builder.build(model, init_fn or find_init_fn(model))
     except BaseException:
-        resources.close()
+        resources.close(keep=kept is not None and kept.step is not None)
         raise
     return runtime
 
@@ -107,6 +146,9 @@ class _Builder:
     sharding: Sharding | None
     weights: WeightSource | None
     kept: KeptState | None
+    node: NodeMemory | None
+    parts: Mapping[int, SharedPart]
+    """What other jobs may have too, by chunk id."""
 
     def build(self, model: torch.nn.Module, init_fn: InitFn) -> Runtime:
         """Claim memory and disk and bring the weights home."""
@@ -219,18 +261,43 @@ class _Builder:
             purpose="shared weights",
         )
         if home.is_writable:
-            write_home(
-                dataclasses.replace(spec, numel=padded.numel),
-                (initialiser.values_of(slot.spec.name) for slot in spec.slots),
-                home,
-                None,
-                tile_numel=tile_numel,
-                transfers=self.resources.transfers,
-                isa=self.resources.isa,
-            )
+            values = (initialiser.values_of(slot.spec.name) for slot in spec.slots)
+            self._write(dataclasses.replace(spec, numel=padded.numel), values, home, None)
             home.refresh()
         params = [initialiser.params[slot.spec.name] for slot in spec.slots]
         core.add(spec, params, home, is_resident=homes.is_resident)
+
+    def _write_shared(
+        self, spec: ChunkSpec, demand: ChunkDemand, initialiser: Initialiser, memory: torch.Tensor
+    ) -> None:
+        """Write a frozen chunk's weights to memory that other jobs will read, uint8 [its bytes]."""
+        tile_numel = self.blueprint.shape.tile_numel
+        tile_nbytes = [
+            round_up(demand.working_tile_nbytes(tile, tile_numel), IO_ALIGNMENT_NBYTES)
+            for tile in range(demand.num_tiles(tile_numel))
+        ]
+        home = TiledHome(
+            (MemoryTier.HOST,) * len(tile_nbytes),
+            tile_nbytes,
+            arena=self.resources.arena,
+            store=None,
+            shared=SharedBuffer(view=memory, writer=memory, mappings=(), offset=0),
+            purpose="shared weights",
+        )
+        self._write(spec, (initialiser.values_of(slot.spec.name) for slot in spec.slots), home, None)
+
+    def _write(
+        self, spec: ChunkSpec, values: Iterable[FlatValues], working: TiledHome, state: TiledHome | None
+    ) -> None:
+        write_home(
+            spec,
+            values,
+            working,
+            state,
+            tile_numel=self.blueprint.shape.tile_numel,
+            transfers=self.resources.transfers,
+            isa=self.resources.isa,
+        )
 
     def _add_chunk(
         self,
@@ -246,20 +313,17 @@ class _Builder:
             self._add_shared_chunk(homes, core, initialiser)
             return
         kept = self.kept if demand.is_trainable else None
-        source = None if kept is None else kept.journal.file
+        source: MemorySource | None = None if kept is None else kept.journal.file
+        part = self.parts.get(chunk_id)
+        if part is not None:
+            assert self.node is not None
+            source = SharedWeights(self.node, part, partial(self._write_shared, spec, demand, initialiser))
         working, state, grad = _open_homes(demand, homes, blueprint.shape, self.resources, source, name=spec.name)
-        if kept is None or kept.step is None:
+        if part is None and (kept is None or kept.step is None):
             home_spec = spec if shard is None else cut_spec(spec, shard)
             values = (initialiser.values_of(slot.spec.name) for slot in home_spec.slots)
-            write_home(
-                home_spec,
-                values if shard is None else cut_values(spec, shard, values),
-                working,
-                state,
-                tile_numel=blueprint.shape.tile_numel,
-                transfers=self.resources.transfers,
-                isa=self.resources.isa,
-            )
+            own_values = values if shard is None else cut_values(spec, shard, values)
+            self._write(home_spec, own_values, working, state)
         params = [initialiser.params[slot.spec.name] for slot in spec.slots]
         core.add(spec, params, working, is_resident=homes.is_resident, shard=shard)
         if state is None or grad is None or homes.grad is None:

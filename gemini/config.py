@@ -149,6 +149,9 @@ class GeminiConfig:
     job: str | None = None
     """What the service calls this job: the same for all its ranks, another for each job, printable ASCII without
     spaces. None: the program's name and the process's number. Without meaning without a service."""
+    snapshots: bool = False
+    """Whether `engine.commit()` leaves every step with the service, so that a job of the same name that is started
+    after this one was killed goes on from it; needs `service` and `job`. See docs/commits.md."""
     priority: int = 0
     """Among jobs that wait for the service, from -100 to 100; more goes first."""
     seed: int = 0
@@ -176,6 +179,12 @@ class GeminiConfig:
         _check_int("GeminiConfig.priority", self.priority, -100, 100)
         for name in ("service", "job"):
             _check_word(f"GeminiConfig.{name}", getattr(self, name))
+        _check_bool("GeminiConfig.snapshots", self.snapshots)
+        if self.snapshots and (self.service is None or self.job is None):
+            raise ConfigError(
+                "GeminiConfig.snapshots: expected service= too, whose memory outlives this process, and job=, by which "
+                "the next one finds it"
+            )
         _check_int("GeminiConfig.num_batch_slices", self.num_batch_slices, 1, 1 << 16)
         _check_names("GeminiConfig.batch_arguments", self.batch_arguments)
         _check_names("GeminiConfig.shared_arguments", self.shared_arguments)

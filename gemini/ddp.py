@@ -468,14 +468,19 @@ class GeminiDDP(torch.nn.Module):
             "set GeminiConfig(device=..., dtype=...) instead of calling .to(), .cuda(), .half() or the like"
         )
 
-    def close(self) -> None:
-        """Give memory, threads and the swap file back; the weights are gone with them. Idempotent."""
+    def close(self, *, keep: bool = False) -> None:
+        """Give memory, threads and the swap file back; the weights are gone with them. Idempotent.
+
+        Args:
+            keep: whether a memory service keeps what was committed, as it does if the process is killed. Leaving the
+                engine's context by an exception keeps it.
+        """
         self._hooks.remove()
         if self._slicer is not None:
             self._slicer.remove()
         for handle in self._state_hooks:
             handle.remove()
-        self._runtime.close()
+        self._runtime.close(keep=keep)
         self.module.__dict__.pop("zero_grad", None)
         for param in self.module.parameters():
             if runtime_of(param) is self._runtime:
@@ -487,7 +492,7 @@ class GeminiDDP(torch.nn.Module):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(keep=kind is not None)
 
 
 def _refuse_managed(module: torch.nn.Module) -> None:

@@ -15,26 +15,31 @@ import mmap
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from gemini.blueprint import Blueprint
 from gemini.chunk.layout import ChunkSpec
 from gemini.config import GeminiConfig
 from gemini.errors import MissingLibraryError
 from gemini.initialise import WeightSource
+from gemini.offload.commit_file import CommitFile
 from gemini.offload.resources import budgets_of
 from gemini.offload.swap_file import HEADER_NBYTES, GivenFile
-from gemini.tiers import MemoryTier
+from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, round_up
 
 if TYPE_CHECKING:
     from gemini.service import Lease, ServiceClient
 
-__all__ = ["NodeMemory", "SharedPart", "shared_key"]
+__all__ = ["Grant", "NodeMemory", "SharedPart", "SharedWeights", "find_shared_parts", "shared_key"]
 
 logger = logging.getLogger(__name__)
 
+MAX_PARTS = 1024
+"""Chunks that the service takes from one lease."""
 HASHED_NBYTES = 16 << 20
 """Bytes of a chunk that are hashed at a time; other threads run meanwhile."""
 
@@ -46,16 +51,26 @@ class SharedPart(NamedTuple):
     nbytes: int
 
 
+class Grant(NamedTuple):
+    """What the service has granted an engine beside plain host memory."""
+
+    swap_file: GivenFile | None
+    commits: CommitFile | None
+    """Keeps the engine's state beyond the process, and may hold a predecessor's."""
+
+
 class NodeMemory:
     """One engine's dealings with the service, from `connect` to `close`.
 
     Args:
         client: connected; closed with this.
+        config: of the engine.
     """
 
-    def __init__(self, client: ServiceClient) -> None:
+    def __init__(self, client: ServiceClient, config: GeminiConfig) -> None:
         self.client = client
-        self._lease: Lease | None = None
+        self._config = config
+        self._has_taken_kept = False
 
     @staticmethod
     def connect(config: GeminiConfig, *, rank: int, num_ranks: int) -> NodeMemory | None:
@@ -85,53 +100,74 @@ class NodeMemory:
         client = ServiceClient.connect(
             config.service, job=job, rank=rank, num_ranks=num_ranks, priority=config.priority
         )
-        return NodeMemory(client)
+        if client.kept is not None and not config.snapshots:
+            logger.warning(
+                "the memory service keeps the state of a job %s that was killed: GeminiConfig(snapshots=True) goes on "
+                "from it, `python -m gemini evict %s` drops it",
+                job,
+                job,
+            )
+        return NodeMemory(client, config)
 
-    def budgets(self, config: GeminiConfig) -> dict[MemoryTier, int | None]:
+    def budgets(self) -> dict[MemoryTier, int | None]:
         """Return the bytes per tier to plan with: the configuration's, within what the service has to grant.
 
-        Args:
-            config: of the engine; where it gives no host budget, a fair share of the node's memory counts.
-
         Returns:
-            As `budgets_of`.
+            As `budgets_of`. Where the configuration gives no host budget, a fair share of the node's memory counts, or
+            what a predecessor had whose state is kept.
 
         Raises:
             ConfigError: as `budgets_of`.
             ServiceError: the service is gone.
         """
-        budgets, node = budgets_of(config), self.client.budget()
-        if config.host_budget is None:
-            budgets[MemoryTier.HOST] = node.host_share
+        budgets, node = budgets_of(self._config), self.client.budget()
+        if self._config.host_budget is None:
+            kept = self._kept_budget()
+            budgets[MemoryTier.HOST] = node.host_share if kept is None else kept
         nvme_nbytes = budgets[MemoryTier.NVME]
         if nvme_nbytes is not None:
             budgets[MemoryTier.NVME] = min(nvme_nbytes, max(0, node.disk_total - HEADER_NBYTES))
         return budgets
 
-    def lease(self, host_nbytes: int, disk_nbytes: int, shared: Iterable[SharedPart]) -> GivenFile | None:
-        """Wait until the service grants what an engine takes.
+    def _kept_budget(self) -> int | None:
+        if self.client.kept is None or not self._config.snapshots or not self.client.kept.meta:
+            return None
+        return int(self.client.kept.meta)
+
+    def claim(self, blueprint: Blueprint, shared: Iterable[SharedPart]) -> Grant:
+        """Wait until the service grants what an engine takes, or take over what it keeps of a predecessor.
 
         Args:
-            host_nbytes: all host memory, shared chunks included.
-            disk_nbytes: for extents of the swap file.
-            shared: chunks that the engine will ask for.
+            blueprint: says how much.
+            shared: chunks that the engine will ask for; in the blueprint's host budget, counted once for all jobs.
 
         Returns:
-            The swap file; None if it takes no disk.
+            What the engine takes beside plain host memory.
 
         Raises:
+            CheckpointError: what was kept is damaged.
             OutOfTierMemoryError: the node does not have that much.
             ServiceError: the service refuses.
         """
+        if self.client.kept is not None and self._config.snapshots:
+            kept = self.client.take_kept()
+            self._has_taken_kept = True
+            return Grant(_swap_file(kept.lease), CommitFile.open(kept.fd))
         nbytes_of_key = {part.key: part.nbytes for part in shared}
-        self._lease = self.client.lease(
+        host_nbytes, disk_nbytes = blueprint.budgets[MemoryTier.HOST], blueprint.memory.total(MemoryTier.NVME)
+        assert host_nbytes is not None
+        lease = self.client.lease(
             max(0, host_nbytes - sum(nbytes_of_key.values())),
             disk_nbytes + HEADER_NBYTES if disk_nbytes else 0,
             shared=nbytes_of_key,
             on_wait=lambda reason: logger.warning("waiting for the memory service: %s", reason),
         )
-        disk = self._lease.disk
-        return None if disk is None else GivenFile(path=disk.path, fd=disk.fd)
+        if blueprint.commits is None:
+            return Grant(_swap_file(lease), None)
+        nbytes = blueprint.commits.nbytes
+        commits = CommitFile.create(lease.keep_file(nbytes), nbytes)
+        lease.set_meta(str(host_nbytes).encode())
+        return Grant(_swap_file(lease), commits)
 
     def shared(self, part: SharedPart, fill: Callable[[torch.Tensor], None]) -> torch.Tensor:
         """Return a chunk of frozen weights that all jobs read; see [Note: Frozen weights of several jobs].
@@ -144,7 +180,8 @@ class NodeMemory:
             uint8 [part.nbytes], page aligned, with a storage of its own; what is written to it stays in this process.
 
         Raises:
-            OutOfTierMemoryError: there is no room for it, or the machine has no memory.
+            OutOfTierMemoryError: there is no room for it.
+            OSError: the machine has no memory.
             ServiceError: the service refuses.
         """
         with self.client.shared(part.key, part.nbytes) as chunk:
@@ -153,9 +190,63 @@ class NodeMemory:
             mapping = mmap.mmap(chunk.fd, part.nbytes, flags=mmap.MAP_PRIVATE)
         return torch.frombuffer(mapping, dtype=torch.uint8)
 
-    def close(self) -> None:
-        """Give everything back. Idempotent."""
-        self.client.close()
+    def close(self, *, keep: bool = False) -> None:
+        """Give everything back. Idempotent.
+
+        Args:
+            keep: whether the service keeps what was committed, as if this process had been killed.
+        """
+        self.client.close(keep=keep)
+
+    def abandon(self) -> None:
+        """Give everything back because no engine came to be; what a predecessor left is kept."""
+        self.close(keep=self._has_taken_kept)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedWeights:
+    """A chunk of frozen weights from the service, as a source of memory."""
+
+    node: NodeMemory
+    part: SharedPart
+    fill: Callable[[torch.Tensor], None]
+    """Writes it, if nobody has yet."""
+    is_lockable: bool = False
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """Return the weights, uint8 [nbytes]."""
+        assert nbytes == self.part.nbytes
+        return self.node.shared(self.part, self.fill)
+
+
+def _swap_file(lease: Lease) -> GivenFile | None:
+    return None if lease.disk is None else GivenFile(path=lease.disk.path, fd=lease.disk.fd)
+
+
+def find_shared_parts(
+    blueprint: Blueprint, model: torch.nn.Module, weights: WeightSource | None
+) -> dict[int, SharedPart]:
+    """Return which chunks of an engine other jobs may have too, by chunk id.
+
+    Args:
+        blueprint: of the engine; where several ranks share a model, they share frozen weights among themselves.
+        model: whose values count where `weights` has none.
+        weights: as for `shared_key`.
+
+    Returns:
+        The frozen chunks that live in host memory, whole, and whose values are known before they are made.
+    """
+    params = dict(model.named_parameters())
+    parts = {}
+    for chunk, shard, homes in zip(blueprint.layout.chunks, blueprint.shards, blueprint.plan.chunks, strict=True):
+        if chunk.is_trainable or shard is not None or set(homes.working) != {MemoryTier.HOST}:
+            continue
+        nbytes = round_up(chunk.working_nbytes, IO_ALIGNMENT_NBYTES)
+        key = shared_key(chunk, nbytes=nbytes, params=params, weights=weights)
+        if key is not None:
+            parts[chunk.chunk_id] = SharedPart(key, nbytes)
+    largest = sorted(parts, key=lambda chunk_id: parts[chunk_id].nbytes, reverse=True)[:MAX_PARTS]
+    return {chunk_id: parts[chunk_id] for chunk_id in sorted(largest)}
 
 
 def _fill(descriptor: int, nbytes: int, fill: Callable[[torch.Tensor], None]) -> str:

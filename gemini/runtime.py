@@ -480,8 +480,8 @@ class Runtime:
         self._borrowed_by_model.clear()
         self.core.drop_leases()
 
-    def close(self) -> None:
-        """Wait for what is under way and give everything back; idempotent."""
+    def close(self, *, keep: bool = False) -> None:
+        """Wait for what is under way and give everything back, but, with `keep`, what was committed; idempotent."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -491,7 +491,7 @@ class Runtime:
         for state in self.states.values():
             state.close()
         self.core.close()
-        self.resources.close()
+        self.resources.close(keep=keep)
         if self.journal is not None:
             self.journal.file.close()
         if self.sharding is not None:

@@ -35,6 +35,11 @@ PORTABLE = 1  # cudaHostRegisterPortable: locked for every device of the process
 class MemorySource(Protocol):
     """Where a buffer's memory comes from, if not from the system for this process alone."""
 
+    @property
+    def is_lockable(self) -> bool:
+        """Whether page-locking leaves the memory what it is; of what is copied on write it would make copies."""
+        ...
+
     def take(self, nbytes: int) -> torch.Tensor:
         """Return uint8 [nbytes] on the CPU, page aligned, with a storage of its own."""
 
@@ -85,7 +90,7 @@ class HostArena:
                 self._interleave(buffer)
             else:
                 buffer = source.take(nbytes)
-        self._grant(buffer, nbytes, purpose)
+        self._grant(buffer, nbytes, purpose, is_lockable=source is None or source.is_lockable)
         return buffer
 
     def take_shared(self, file: MemoryFile, nbytes: int, purpose: str) -> SharedBuffer:
@@ -126,8 +131,9 @@ class HostArena:
         if len(self._nodes) > 1:
             interleave_memory(buffer.data_ptr(), buffer.numel(), self._nodes)
 
-    def _grant(self, buffer: torch.Tensor, nbytes: int, purpose: str) -> None:
-        is_locked = self._device is not None and purpose not in NEVER_COPIED and self._lock(buffer)
+    def _grant(self, buffer: torch.Tensor, nbytes: int, purpose: str, *, is_lockable: bool = True) -> None:
+        wants_lock = self._device is not None and purpose not in NEVER_COPIED and is_lockable
+        is_locked = wants_lock and self._lock(buffer)
         self._buffers[buffer.data_ptr()] = _Grant(purpose, nbytes, is_locked)
 
     def free(self, buffer: torch.Tensor) -> None:

@@ -121,6 +121,8 @@ class CommitFile:
         descriptor: the file, open for reading and writing; closed with this.
     """
 
+    is_lockable = True
+
     def __init__(self, descriptor: int) -> None:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -154,7 +156,8 @@ class CommitFile:
         """
         file = CommitFile(_reopen(descriptor))
         try:
-            os.ftruncate(file._descriptor, 0)
+            if os.fstat(file._descriptor).st_size != nbytes or os.pread(file._descriptor, _HEADER.size, 0).strip(b"\0"):
+                os.ftruncate(file._descriptor, 0)  # else it is new, and perhaps sealed against other lengths
             os.posix_fallocate(file._descriptor, 0, nbytes)
         except OSError as error:
             file.close()

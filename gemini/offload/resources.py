@@ -6,6 +6,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 import torch
@@ -31,6 +32,13 @@ MARGIN = 0.9
 MAX_DEFAULT_THREADS = 16
 
 
+class Landlord(Protocol):
+    """Who grants the memory and the disk that an engine takes."""
+
+    def close(self, *, keep: bool = False) -> None:
+        """Take everything back; with `keep`, all but what would outlive the process."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
     """Everything with a life cycle that chunks share; `close` ends it in the right order."""
@@ -41,14 +49,22 @@ class Resources:
     transfers: Transfers
     store: DiskStore | None
     isa: Isa
+    landlord: Landlord | None = None
+    """Who has granted memory and disk; None: nobody was asked."""
 
-    def close(self) -> None:
-        """End all I/O and threads and give all memory and the swap file back."""
+    def close(self, *, keep: bool = False) -> None:
+        """End all I/O and threads and give all memory and the swap file back.
+
+        Args:
+            keep: whether what would outlive the process outlives this.
+        """
         self.transfers.synchronize()
         if self.store is not None:
             self.store.close()
         self.pool.close()
         self.arena.close()
+        if self.landlord is not None:
+            self.landlord.close(keep=keep)
 
 
 def available_host_nbytes() -> int:
@@ -146,6 +162,7 @@ def open_resources(
     rank: int = 0,
     kept: KeptSwap | None = None,
     given: GivenFile | None = None,
+    landlord: Landlord | None = None,
 ) -> Resources:
     """Start threads, claim the swap file and prepare memory.
 
@@ -155,7 +172,8 @@ def open_resources(
         disk_nbytes: bytes the swap file must hold; 0 leaves the disk alone.
         rank: whose swap file it is.
         kept: makes the swap file one that outlives the process; None: it is scratch space.
-        given: the swap file, if the memory service gives it; None: the engine makes its own.
+        given: the swap file, if somebody gives it; None: the engine makes its own.
+        landlord: has granted memory and disk, and is closed with them; None: nobody was asked.
 
     Returns:
         The resources; the caller closes them.
@@ -183,7 +201,9 @@ def open_resources(
         transfers = CudaTransfers(device, ledger)
     else:
         transfers = SimulatedTransfers(ledger, pool)
-    return Resources(ledger=ledger, arena=arena, pool=pool, transfers=transfers, store=store, isa=isa)
+    return Resources(
+        ledger=ledger, arena=arena, pool=pool, transfers=transfers, store=store, isa=isa, landlord=landlord
+    )
 
 
 def _open_store(

@@ -224,7 +224,7 @@ class ServiceClient:
         """Find a shared chunk, wait for whoever fills it, or get the task.
 
         Args:
-            key: names the content, as a fingerprint of its source; each user's own; at most 128 printable characters.
+            key: names the content, as a fingerprint of its source; each user's own; at most 48 printable characters.
             nbytes: its length.
             timeout_s: seconds to wait for another process that fills it; None: for ever.
             on_wait: is told what is waited for, each time that changes, in this thread.

@@ -13,6 +13,7 @@ import msgspec
 
 __all__ = [
     "MAX_KEYS",
+    "MAX_KEY_LENGTH",
     "MAX_META_NBYTES",
     "MAX_NAME_LENGTH",
     "MAX_PACKET_NBYTES",
@@ -65,13 +66,15 @@ PROTOCOL_VERSION = 1
 """Of both sides; a service answers another one with `Refused(kind="version")`."""
 MAX_PACKET_NBYTES = 64 << 10
 MAX_NAME_LENGTH = 128
-"""Characters of a job's name or a shared chunk's key."""
+"""Characters of a job's name or a digest."""
 MAX_META_NBYTES = 16 << 10
 MAX_RANKS = 4096
 MAX_KEYS = 64
 """Shared chunks that one lease may ask for."""
 
 Nbytes: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 56)]
+Key: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_KEY_LENGTH, pattern=r"^[!-~]+$")]
+"""Of a shared chunk."""
 Number: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 """Of a request or a lease."""
 Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_LENGTH, pattern=r"^[!-~]+$")]
@@ -117,7 +120,7 @@ class AskLease(Request, frozen=True, tag="ask-lease"):
 
     host_nbytes: Nbytes
     disk_nbytes: Nbytes
-    shared: Annotated[dict[Name, Nbytes], msgspec.Meta(max_length=MAX_KEYS)]
+    shared: Annotated[dict[Key, Nbytes], msgspec.Meta(max_length=MAX_KEYS)]
     """Keys and lengths of the shared chunks that this rank will find; what exists already costs nothing."""
 
 
@@ -160,14 +163,14 @@ class DropKept(Request, frozen=True, tag="drop-kept"):
 class FindShared(Request, frozen=True, tag="find-shared"):
     """Give me a shared chunk, or the task of filling it. Answer: `SharedGiven` with a descriptor."""
 
-    key: Name
+    key: Key
     nbytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 56)]
 
 
 class FillDone(Request, frozen=True, tag="fill-done"):
     """I have filled it, unmapped it and sealed it. Answer: `SharedGiven`, to be read."""
 
-    key: Name
+    key: Key
     digest: Name
     """Of the content: two keys with one digest become one chunk."""
 
@@ -175,13 +178,13 @@ class FillDone(Request, frozen=True, tag="fill-done"):
 class GiveUpFill(Request, frozen=True, tag="give-up-fill"):
     """Somebody else may fill it. Answer: `Done`."""
 
-    key: Name
+    key: Key
 
 
 class ReleaseShared(Request, frozen=True, tag="release-shared"):
     """I no longer use it. Answer: `Done`."""
 
-    key: Name
+    key: Key
 
 
 class AdoptLease(Request, frozen=True, tag="adopt-lease"):
@@ -201,7 +204,7 @@ class AdoptLease(Request, frozen=True, tag="adopt-lease"):
 class AdoptShared(Request, frozen=True, tag="adopt-shared"):
     """I use this shared chunk, or am filling it: here is its descriptor. Answer: `Done`."""
 
-    key: Name
+    key: Key
     digest: Annotated[str, msgspec.Meta(max_length=MAX_NAME_LENGTH)]
     """Empty: I am still filling it."""
 
