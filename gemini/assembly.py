@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -115,7 +116,8 @@ def _assemble(
     if node is not None:
         swap_file, kept_file = node.claim(blueprint, parts.values())
         commits = kept_file or commits
-    kept = None if commits is None else KeptState.claim(commits, blueprint)
+    with nullcontext() if node is None else node.explaining():
+        kept = None if commits is None else KeptState.claim(commits, blueprint)
     resources = open_resources(
         config,
         blueprint.budgets,

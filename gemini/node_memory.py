@@ -14,7 +14,8 @@ import logging
 import mmap
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,7 +25,7 @@ import torch
 from gemini.blueprint import Blueprint
 from gemini.chunk.layout import ChunkSpec
 from gemini.config import GeminiConfig
-from gemini.errors import MissingLibraryError
+from gemini.errors import CheckpointMismatchError, MissingLibraryError
 from gemini.initialise import WeightSource
 from gemini.offload.commit_file import CommitFile
 from gemini.offload.resources import budgets_of
@@ -168,6 +169,17 @@ class NodeMemory:
         commits = CommitFile.create(lease.keep_file(nbytes), nbytes)
         lease.set_meta(str(host_nbytes).encode())
         return Grant(_swap_file(lease), commits)
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Say in a CheckpointMismatchError raised inside where the other state comes from, and how to drop it."""
+        try:
+            yield
+        except CheckpointMismatchError as error:
+            raise CheckpointMismatchError(
+                f"{error}. The memory service keeps it for job {self._config.job}: `python -m gemini evict "
+                f"{self._config.job}` drops it"
+            ) from error
 
     def shared(self, part: SharedPart, fill: Callable[[torch.Tensor], None]) -> torch.Tensor:
         """Return a chunk of frozen weights that all jobs read; see [Note: Frozen weights of several jobs].

@@ -69,8 +69,10 @@ MAX_NAME_LENGTH = 128
 """Characters of a job's name or a digest."""
 MAX_META_NBYTES = 16 << 10
 MAX_RANKS = 4096
-MAX_KEYS = 64
+MAX_KEYS = 1024
 """Shared chunks that one lease may ask for."""
+MAX_KEY_LENGTH = 48
+"""Characters of a shared chunk's key; so many keys fit a packet."""
 
 Nbytes: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 56)]
 Key: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_KEY_LENGTH, pattern=r"^[!-~]+$")]

@@ -83,7 +83,7 @@ def test_the_message_that_the_others_are_damages_of_is_well_formed():
 def test_meta_and_keys_are_bounded():
     for message in (
         SetMeta(id=1, lease=1, meta=bytes(MAX_META_NBYTES + 1)),
-        AskLease(id=1, host_nbytes=0, disk_nbytes=0, shared={f"key{number}": 1 for number in range(65)}),
+        AskLease(id=1, host_nbytes=0, disk_nbytes=0, shared={f"key{number}": 1 for number in range(1025)}),
         AskLease(id=1, host_nbytes=-1, disk_nbytes=0, shared={}),
         AskLease(id=1, host_nbytes=1 << 57, disk_nbytes=0, shared={}),
     ):
@@ -100,5 +100,5 @@ def test_the_longest_messages_fit_in_a_packet():
     shared = SharedRow(LONGEST_NAME, huge, huge, True, 4096, 1e9)
     state = NodeState(1 << 53, False, False, tier, tier, [member] * 64, [shared] * 64)
     assert MAX_PACKET_NBYTES // 2 < len(encode_message(state)) <= MAX_PACKET_NBYTES
-    keys = {f"{number:02}" + "k" * 126: huge for number in range(64)}
+    keys = {f"{number:04}" + "k" * 44: huge for number in range(1024)}
     assert len(encode_message(AskLease(id=1, host_nbytes=huge, disk_nbytes=huge, shared=keys))) < MAX_PACKET_NBYTES

@@ -1,0 +1,56 @@
+"""A job that trains with memory from a service, in a process that may be killed.
+
+    python tests/service/engine_job.py ADDRESS JOB PLACE DIRECTORY NUM_STEPS [snapshots]
+
+It says "step N" when it begins and after each step, and leaves losses and weights in DIRECTORY/JOB.pt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    for name in ("commits", "training"):
+        sys.path.insert(0, str(Path(__file__).parent.parent / name))
+
+import torch
+from committed_runs import DISK_MIXTURES, Scenario, Training
+
+from gemini import GeminiDDP
+
+CONFIG = {"overlap": "next-forward", "tile_numel": 8192}
+PLACES = {
+    "memory": Scenario(model="wide", config=CONFIG),
+    "disk": Scenario("nvme", "wide", config=CONFIG),
+    "mixed": Scenario("nvme", "wide", config={**CONFIG, "placement": DISK_MIXTURES["halves"]}),
+    "device": Scenario("device", "wide", config=CONFIG),
+    "frozen": Scenario(model="wide", trainable="2.", config=CONFIG),
+    "frozen on a device": Scenario("device", "wide", trainable="2.", config=CONFIG),
+}
+
+
+def say(*words: object) -> None:
+    print(*words, flush=True)
+
+
+def main(address: str, job: str, place: str, directory: str, num_steps: str, *options: str) -> None:
+    torch.set_num_threads(1)
+    scenario, path = PLACES[place], Path(directory)
+    own = {"service": address, "job": job, "snapshots": "snapshots" in options}
+    config = dataclasses.replace(scenario.configuration(path), **own)
+    with GeminiDDP(scenario.build(0), config) as engine:
+        training = Training(scenario, engine)
+        say("step", training.step)
+        for step in range(training.step, int(num_steps)):
+            training.train(step + 1, commits=config.snapshots)
+            say("step", step + 1)
+            if "held" in options:
+                sys.stdin.readline()
+        torch.save(dataclasses.astuple(training.run), path / f"{job}.pt")
+    say("end")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

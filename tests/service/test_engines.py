@@ -1,0 +1,256 @@
+"""Engines with memory from a service: the same bits, one copy of frozen weights, state that outlives kills."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import engine_job
+import pytest
+import torch
+from committed_runs import Training, uninterrupted
+from service_process import MIB, ServiceProcess, running_service, wait_until
+from training_harness import Run
+
+from gemini import ConfigError, GeminiConfig, GeminiDDP, OutOfTierMemoryError, ServiceError
+from gemini.errors import CheckpointMismatchError
+
+JOB = Path(engine_job.__file__)
+NUM_STEPS = 4
+
+
+@pytest.fixture
+def node() -> Iterator[ServiceProcess]:
+    with running_service(host="1GiB", disk="1GiB") as service:
+        yield service
+
+
+@contextmanager
+def job(
+    service: ServiceProcess, name: str, place: str, directory: Path, *options: str, num_steps: int = NUM_STEPS
+) -> Iterator[subprocess.Popen[str]]:
+    """Run a job in a process; it is killed in the end."""
+    arguments = [service.address, name, place, str(directory), str(num_steps), *options]
+    command = [sys.executable, str(JOB), *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def read_step(process: subprocess.Popen[str]) -> int:
+    word, number = process.stdout.readline().split()
+    assert word == "step"
+    return int(number)
+
+
+def result_of(name: str, directory: Path) -> Run:
+    return Run(*torch.load(directory / f"{name}.pt"))
+
+
+def assert_same(found: Run, expected: Run) -> None:
+    assert found.losses == expected.losses
+    assert all(torch.equal(found.weights[name], value) for name, value in expected.weights.items())
+
+
+def configuration(place: str, service: ServiceProcess, directory: Path, **options: object) -> GeminiConfig:
+    own = {"service": service.address, "job": "here", **options}
+    return dataclasses.replace(engine_job.PLACES[place].configuration(directory), **own)
+
+
+@pytest.mark.parametrize(
+    ("place", "snapshots"),
+    [
+        *((place, snapshots) for place in ("memory", "disk", "mixed", "frozen") for snapshots in (False, True)),
+        ("frozen on a device", False),  # what is trained on a device is not kept
+    ],
+)
+def test_training_has_the_bits_of_an_engine_alone(
+    place: str, snapshots: bool, node: ServiceProcess, tmp_path: Path
+) -> None:
+    scenario = engine_job.PLACES[place]
+    with GeminiDDP(scenario.build(0), configuration(place, node, tmp_path, snapshots=snapshots)) as engine:
+        training = Training(scenario, engine)
+        training.train(1, commits=snapshots)
+        landlord = engine.runtime.resources.landlord
+        before = landlord.client.num_messages
+        training.train(NUM_STEPS, commits=snapshots)
+        assert landlord.client.num_messages == before
+        state = node.state()
+        held = state.host.leased + state.host.shared
+        assert held == config_nbytes(place, tmp_path)
+        assert (state.host.shared > 0) == place.startswith("frozen")
+        assert (state.disk.leased > 0) == (place in ("disk", "mixed"))
+        assert_same(training.run, uninterrupted(scenario, tmp_path, NUM_STEPS))
+    wait_until(lambda: node.state().host.leased == node.state().disk.leased == 0)
+    assert node.state().host.kept == 0
+
+
+def config_nbytes(place: str, directory: Path) -> int:
+    budget = engine_job.PLACES[place].configuration(directory).host_budget
+    assert isinstance(budget, str)
+    return int(budget.removesuffix("MiB")) * MIB
+
+
+def test_a_job_that_does_not_fit_beside_another_waits_for_it(tmp_path: Path) -> None:
+    nbytes = config_nbytes("memory", tmp_path)
+    with (
+        running_service(host=f"{nbytes * 3 // 2}B") as service,
+        job(service, "first", "memory", tmp_path, "held") as first,
+    ):
+        assert [read_step(first), read_step(first)] == [0, 1]
+        with job(service, "second", "memory", tmp_path, "held") as second:
+            wait_until(lambda: [row.state for row in service.rows("second")] == ["waiting"], 60)
+            assert service.state().host.leased == nbytes
+            first.communicate("\n" * NUM_STEPS)
+            assert read_step(second) == 0
+            assert service.state().host.leased == nbytes
+            second.communicate("\n" * NUM_STEPS)
+    assert_same(result_of("second", tmp_path), result_of("first", tmp_path))
+
+
+def test_what_never_fits_is_refused_with_the_numbers(tmp_path: Path) -> None:
+    with (
+        running_service(host="8MiB") as service,
+        pytest.raises(
+            OutOfTierMemoryError, match="256.00 MiB of host memory .* can never be granted: the whole node has 8.00 MiB"
+        ),
+    ):
+        GeminiDDP(engine_job.PLACES["memory"].build(0), configuration("memory", service, tmp_path))
+
+
+def memory_file_nbytes(processes: list[subprocess.Popen[str]]) -> int:
+    """Return the bytes of memory files that processes map, what several map counted once (proportional set size)."""
+    total = 0
+    for process in processes:
+        is_memory_file = False
+        for line in Path(f"/proc/{process.pid}/smaps").read_text().splitlines():
+            if "-" in line.split()[0]:
+                is_memory_file = "memfd:" in line
+            elif is_memory_file and line.startswith("Pss:"):
+                total += int(line.split()[1]) << 10
+    return total
+
+
+def test_jobs_with_one_base_hold_one_copy_of_it(node: ServiceProcess, tmp_path: Path) -> None:
+    with (
+        job(node, "a", "frozen", tmp_path, "held") as a,
+        job(node, "b", "frozen", tmp_path, "held") as b,
+        job(node, "c", "frozen", tmp_path, "held") as c,
+    ):
+        processes = [a, b, c]
+        for process in processes:
+            assert [read_step(process), read_step(process)] == [0, 1]
+        (shared,) = node.state().shared
+        assert shared.num_users == 3
+        assert memory_file_nbytes(processes) == pytest.approx(shared.nbytes, rel=0.01)
+        for process in processes:
+            process.communicate("\n" * NUM_STEPS)
+    assert_same(result_of("b", tmp_path), result_of("a", tmp_path))
+    assert_same(result_of("a", tmp_path), uninterrupted(engine_job.PLACES["frozen"], tmp_path, NUM_STEPS))
+    (unused,) = node.state().shared
+    assert (unused.num_users, unused.is_filled) == (0, True)
+
+
+def test_frozen_weights_that_are_loaded_stay_in_the_process(node: ServiceProcess, tmp_path: Path) -> None:
+    scenario = engine_job.PLACES["frozen"]
+    with (
+        GeminiDDP(scenario.build(0), configuration("frozen", node, tmp_path)) as engine,
+        GeminiDDP(scenario.build(0), configuration("frozen", node, tmp_path, job="other")) as other,
+    ):
+        before = other.state_dict()
+        engine.load_state_dict({name: value + 1 for name, value in before.items()})
+        assert all(torch.equal(value, before[name] + 1) for name, value in engine.state_dict().items())
+        assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("place", ["memory", "mixed"])
+def test_a_killed_job_goes_on_from_its_last_committed_step(place: str, node: ServiceProcess, tmp_path: Path) -> None:
+    delays = random.Random(1)
+    steps, num_steps = [0], 60
+    while True:
+        with job(node, "job", place, tmp_path, "snapshots", num_steps=num_steps) as process:
+            steps.append(read_step(process))
+            if len(steps) > 6:
+                process.communicate()
+                break
+            for _ in range(delays.randrange(1, 8)):
+                step = read_step(process)
+            time.sleep(delays.uniform(0, 0.05))
+            process.kill()
+            process.wait()
+        wait_until(lambda: [row.state for row in node.rows("job")] == ["kept"])
+        assert not any(path.name.startswith("step-") for path in tmp_path.iterdir())  # no checkpoint anywhere
+        assert steps[-1] < step
+    assert steps == sorted(steps)
+    assert_same(result_of("job", tmp_path), uninterrupted(engine_job.PLACES[place], tmp_path, num_steps))
+    wait_until(node.holds_nothing)
+
+
+def test_an_exception_keeps_the_last_commit_and_the_end_drops_it(node: ServiceProcess, tmp_path: Path) -> None:
+    scenario, config = engine_job.PLACES["memory"], configuration("memory", node, tmp_path, snapshots=True)
+
+    def train(engine: GeminiDDP, end: int) -> Training:
+        training = Training(scenario, engine)
+        training.train(end)
+        return training
+
+    def fail() -> None:
+        with GeminiDDP(scenario.build(0), config) as engine:
+            train(engine, 2)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert [row.state for row in node.rows("here")] == ["kept"]
+    with GeminiDDP(scenario.build(1), config) as engine:  # its first weights do not matter
+        assert engine.recovered == 2
+        assert_same(train(engine, NUM_STEPS).run, uninterrupted(scenario, tmp_path, NUM_STEPS))
+    wait_until(node.holds_nothing)
+
+
+def test_another_model_does_not_get_what_is_kept_and_leaves_it(node: ServiceProcess, tmp_path: Path) -> None:
+    with GeminiDDP(
+        engine_job.PLACES["memory"].build(0), configuration("memory", node, tmp_path, snapshots=True)
+    ) as engine:
+        Training(engine_job.PLACES["memory"], engine).train(1)
+        engine.close(keep=True)
+    other = torch.nn.Linear(8, 8)
+    with pytest.raises(CheckpointMismatchError, match="python -m gemini evict here"):
+        GeminiDDP(other, configuration("memory", node, tmp_path, snapshots=True))
+    assert [row.state for row in node.rows("here")] == ["kept"]
+
+
+@pytest.mark.slow
+def test_the_service_s_death_under_load_changes_no_bit(node: ServiceProcess, tmp_path: Path) -> None:
+    with job(node, "job", "mixed", tmp_path, "snapshots", num_steps=40) as process:
+        assert [read_step(process) for _ in range(3)] == [0, 1, 2]
+        node.kill()
+        assert read_step(process) == 3
+        node.start()
+        wait_until(lambda: [row.state for row in node.rows("job")] == ["running"], 30)
+        assert node.state().disk.leased > 0
+        process.communicate()
+    assert_same(result_of("job", tmp_path), uninterrupted(engine_job.PLACES["mixed"], tmp_path, 40))
+    wait_until(node.holds_nothing)
+
+
+def test_a_service_that_is_not_there_is_said_with_what_to_do(tmp_path: Path) -> None:
+    config = GeminiConfig(device="cpu", service=f"unix:{tmp_path / 'none'}")
+    with pytest.raises(ServiceError, match="python -m gemini serve"):
+        GeminiDDP(torch.nn.Linear(4, 4), config)
+
+
+@pytest.mark.parametrize("options", [{"service": "unix:/s"}, {"job": "a"}, {}])
+def test_snapshots_need_a_service_and_a_name(options: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"GeminiConfig.snapshots: expected service= too"):
+        GeminiConfig(snapshots=True, **options)
