@@ -126,6 +126,22 @@ def test_one_name_and_rank_is_one_process(service):
             service.client("job", rank=1, num_ranks=2)
 
 
+def test_clients_that_come_and_go_at_once_leave_no_descriptors(service):
+    """The end of a connection is noticed by a thread while another closes it."""
+    before = len(os.listdir("/proc/self/fd"))
+
+    def come_and_go(number):
+        for _ in range(40):
+            service.client(f"job{number}").close()
+
+    threads = [threading.Thread(target=come_and_go, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_nobody_answers_where_no_service_is(tmp_path):
     with pytest.raises(ServiceError, match="no memory service answers at unix:.*python -m gemini serve --host-budget"):
         ServiceClient.connect(f"unix:{tmp_path}/none", job="job")
