@@ -267,12 +267,15 @@ class Channel:
 
     def close(self) -> None:
         """End the connection and the thread. Idempotent; nothing in a forked child."""
-        if self._is_closed or self.is_foreign:
+        if self.is_foreign:
             return
-        self._is_closed = True
+        with self._changed:
+            if self._is_closed:
+                return
+            self._is_closed = True
         os.write(self._wake_sender, b"x")
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        self._thread.join()
+        self._close_wake()
 
     # In the channel's thread
 
@@ -291,7 +294,6 @@ class Channel:
                 self._lose()
         self.is_ending = True
         self._lose()
-        self._close_wake()
 
     def _receive(self, connected: socket.socket) -> bool:
         """Take a packet, if there is one; return whether the service is still there."""

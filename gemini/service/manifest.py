@@ -169,6 +169,8 @@ class ManifestWriter:
 async def write_whole(path: Path, content: bytes) -> None:
     """Replace a file by another one, so that a reader finds the one or the other, whole.
 
+    Not flushed to the drive: after a power failure no client lives that it could tell of.
+
     Args:
         path: of the file; for a moment there is another one beside it.
         content: of the new one.
@@ -180,8 +182,6 @@ async def write_whole(path: Path, content: bytes) -> None:
     try:
         async with aiofiles.open(aside, "wb", opener=_open_private) as file:
             await file.write(content)
-            await file.flush()
-            await asyncio.to_thread(os.fsync, file.fileno())
         aside.replace(path)
     except OSError as error:
         raise OffloadIOError("write", str(aside), error.errno or 0) from error
