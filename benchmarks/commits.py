@@ -8,8 +8,8 @@
 
 The first two engines live in one process and take turns, step by step; `ratio` is the median over the rounds of a
 system's time over that of `without` (of `adam`) in the same round. `overhead_bytes` is host memory that there would not
-be without commits, `attach_s` how long a second engine takes to be built on what the first has left, all of whose last
-step's updates are still to be done.
+be without commits, `attach_s` how long a second engine takes to be built on what the first has left; with --overlap
+next-forward that includes the last step's updates.
 
 Usage: python benchmarks/commits.py [--model gpt2] [--seq 256] [--rounds 6] [--disk DIR] [--dtype fp32] [--json PATH]
 """

@@ -99,9 +99,8 @@ class GeminiDDP(torch.nn.Module):
         _refuse_managed(module)
         self.module = module
         with nullcontext() if weights is None else open_pretrained(module, Path(weights)) as source:
-            config = config or GeminiConfig()
             self._runtime = assemble(
-                module, config, init_fn=init_fn, weights=source, sharding=sharding, commits=commits
+                module, config or GeminiConfig(), init_fn=init_fn, weights=source, sharding=sharding, commits=commits
             )
         self.loading_report = None if source is None else source.report
         store = self._runtime.resources.store
@@ -469,7 +468,7 @@ class GeminiDDP(torch.nn.Module):
         )
 
     def close(self, *, keep: bool = False) -> None:
-        """Give memory, threads and the swap file back; the weights are gone with them. Idempotent.
+        """Give memory, threads and the swap file back; weights that are not committed are gone. Idempotent.
 
         Args:
             keep: whether a memory service keeps what was committed, as it does if the process is killed. Leaving the

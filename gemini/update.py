@@ -232,7 +232,7 @@ class TilePipeline:
         if is_updated:
             self._computing.append(self._tile(job, index, ring))
         else:
-            self._reading.append(self._start(job, index, ring, reads=(job.grad,)))
+            self._reading.append(self._start(job, index, ring, is_resumed=True))
 
     def parts(self, job: UpdateJob, index: int, ring: int | None) -> list[torch.Tensor]:
         """Return where a tile's working weights, master (if it has one), momentum and variance are during its update.
@@ -275,16 +275,13 @@ class TilePipeline:
 
     # ---------------------------------------------------------------- stages
 
-    def _start(
-        self, job: UpdateJob, index: int, ring: int | None, *, reads: Sequence[TiledHome] | None = None
-    ) -> _Tile:
-        """Start reading what is on disk of a tile, or of some of its homes."""
+    def _start(self, job: UpdateJob, index: int, ring: int | None, *, is_resumed: bool = False) -> _Tile:
+        """Start reading what is on disk of a tile; of one that is resumed the ring holds all but the gradients."""
         tile = self._tile(job, index, ring)
         try:
             for home, part in ((job.state, tile.record), (job.working, tile.weights), (job.grad, tile.grad_bytes)):
-                is_wanted = reads is None or any(home is each for each in reads)
-                is_in_slot = home is job.grad and tile.reads_grad_slot
-                if home.tiers[index] is MemoryTier.NVME and is_wanted and not is_in_slot:
+                is_here = tile.reads_grad_slot if home is job.grad else is_resumed
+                if home.tiers[index] is MemoryTier.NVME and not is_here:
                     tile.reads.append(home.read_tile(index, part))
         except GeminiError:
             for read in tile.reads:

@@ -127,7 +127,7 @@ def encode_run_state(state: dict[str, Any], *, what: str = "save_checkpoint") ->
     """
     state = {key: _simplify(value) for key, value in state.items()}
     for key, value in state.items():
-        error = _loading_error(value)
+        error = None if _is_plain(value) else _loading_error(value)
         if error is not None:
             place, culprit = _find_culprit(value, key)
             raise ConfigError(
@@ -148,6 +148,15 @@ def _simplify(value: Any) -> Any:
         return type(value)(map(_simplify, value))
     is_numpy = type(value).__module__ == "numpy"
     return value.item() if is_numpy and getattr(value, "shape", None) == () else value
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a value can be kept, by its type alone: a trial would take milliseconds."""
+    if type(value) is dict:
+        return all(_is_plain(key) and _is_plain(inner) for key, inner in value.items())
+    if type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str, torch.Tensor)
 
 
 def _loading_error(value: Any) -> Exception | None:

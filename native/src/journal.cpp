@@ -13,7 +13,33 @@ namespace {
 
 constexpr int32_t kNoStop = 0;
 
-// Copy what an update of the elements [begin, end) overwrites; returns nothing: the reader knows the lengths.
+// A copy is bound by memory and an update by arithmetic. So that they overlap, a block is updated in pieces
+// of this length, and before each one as much of the next block is asked for.
+constexpr int64_t kPieceNumel = 128;
+constexpr int64_t kCacheLineNbytes = 64;
+
+void prefetch(const void* values, int64_t itemsize, int64_t begin, int64_t end) {
+    if (!values) return;
+    const char* const last = static_cast<const char*>(values) + end * itemsize;
+    for (const char* line = static_cast<const char*>(values) + begin * itemsize; line < last;
+         line += kCacheLineNbytes)
+        __builtin_prefetch(line, 0, 2);
+}
+
+void update_pieces(const Kernels& kernels, const gn_adam_args& args, int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; piece += kPieceNumel) {
+        const int64_t next = std::min(args.numel, piece + GN_JOURNAL_BLOCK_NUMEL);
+        const int64_t next_end = std::min(args.numel, next + kPieceNumel);
+        prefetch(args.working, working_nbytes(args.format), next, next_end);
+        prefetch(args.master, master_nbytes(args.format), next, next_end);
+        prefetch(args.momentum, 4, next, next_end);
+        prefetch(args.variance, 4, next, next_end);
+        prefetch(args.grad, dtype_nbytes(args.grad_dtype), next, next_end);
+        run_adam(kernels, args, piece, std::min(end, piece + kPieceNumel));
+    }
+}
+
+// Copy what an update of the elements [begin, end) overwrites; whoever reads the image knows the lengths.
 void copy_image(char* image, const gn_adam_args& args, int64_t begin, int64_t end) {
     const void* sources[] = {args.working, args.format == GN_FORMAT_F32 ? nullptr : args.master,
                              args.momentum, args.variance};
@@ -39,7 +65,7 @@ void update_block(const Kernels& kernels, const gn_adam_args& args, const gn_ada
     if (stop == GN_STOP_COPIED) return;
     publish(reinterpret_cast<uint64_t*>(scratch), uint64_t{journal.sequence} << 32 | number);
     if (stop == GN_STOP_NOTED) return;
-    run_adam(kernels, args, begin, stop == GN_STOP_UPDATED ? (begin + end) / 2 : end);
+    update_pieces(kernels, args, begin, stop == GN_STOP_UPDATED ? (begin + end) / 2 : end);
     if (stop == GN_STOP_UPDATED || stop == GN_STOP_WHOLE) return;
     publish(done, journal.sequence);
 }

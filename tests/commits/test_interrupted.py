@@ -12,7 +12,8 @@ import torch
 from committed_runs import DISK_MIXTURES, Scenario, Training, attached, commit_nbytes, memory_file, uninterrupted
 from training_harness import Run
 
-from gemini.errors import CheckpointError, CheckpointMismatchError, ConfigError, ModelError
+from gemini import GeminiDDP
+from gemini.errors import CheckpointError, CheckpointMismatchError, ConfigError, ModelError, OffloadIOError
 from gemini.kernels.adam_tile import AdamTile
 from gemini.kernels.journal import JournalStop, TileJournal, adam_update_partly
 from gemini.offload.commit_file import CommitFile, CommitLayout
@@ -195,8 +196,6 @@ def test_what_cannot_be_kept_leaves_the_step_to_be_committed_again(tmp_path: Pat
 
 def test_an_engine_without_a_file_cannot_commit(tmp_path: Path) -> None:
     scenario = PLACES["memory"]
-    from gemini import GeminiDDP
-
     with GeminiDDP(scenario.build(0), scenario.configuration(tmp_path)) as engine:
         with pytest.raises(ConfigError, match="has no commit file"):
             engine.commit()
@@ -288,6 +287,14 @@ def test_a_swap_file_of_another_state_is_refused(tmp_path: Path) -> None:
             CheckpointMismatchError, match=r"expected the swap file of the committed state, identity 0x"
         ):
             attached(scenario, tmp_path, first).__enter__()
+
+
+def test_a_file_that_is_none_of_ours_is_left_alone(tmp_path: Path) -> None:
+    scenario = PLACES["disk"]
+    (tmp_path / "gemini-rank0.kept").write_bytes(b"letters")
+    with memory_file(scenario, tmp_path) as descriptor, pytest.raises(OffloadIOError, match="is not a kept swap file"):
+        attached(scenario, tmp_path, descriptor).__enter__()
+    assert (tmp_path / "gemini-rank0.kept").read_bytes() == b"letters"
 
 
 @pytest.mark.parametrize(
