@@ -10,16 +10,14 @@ They are numbered as they were saved, so that a run that went back to an earlier
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import logging
 import os
 import re
 import shutil
-from contextlib import suppress
 from pathlib import Path
 
 from gemini.checkpoint.manifest import Manifest
+from gemini.directory_lock import DirectoryLock
 from gemini.errors import CheckpointError, ConfigError, OffloadIOError, naming_file
 
 __all__ = [
@@ -41,7 +39,7 @@ _NAME = re.compile(r"step-\d+-save-(\d+)")
 class CheckpointDirectory:
     """The checkpoints of one training run.
 
-    While one is being saved the directory is locked with flock(2), which ends with the process however it ends.
+    While one is being saved the directory is locked.
 
     Args:
         path: made when the first checkpoint is.
@@ -51,7 +49,7 @@ class CheckpointDirectory:
         self.path = path = path.absolute()  # whatever the working directory is when the checkpoint is complete
         self.place = path / ".saving"
         """Where a checkpoint is put together."""
-        self._lock: int | None = None
+        self._lock = DirectoryLock(path)
 
     def begin(self) -> None:
         """Lock the directory and make an empty place; what earlier attempts have left behind is removed.
@@ -64,21 +62,21 @@ class CheckpointDirectory:
             raise ConfigError(f"save_checkpoint: {self.path} is a checkpoint: expected a directory of checkpoints")
         with naming_file("create directory", self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.path)
+        self._lock.acquire()
         try:
             with naming_file("create directory", self.place):
                 for left in (self.place, *self.path.glob(".removing-*")):
                     shutil.rmtree(left, ignore_errors=True)
                 self.place.mkdir()
         except OffloadIOError:
-            self._unlock()
+            self._lock.release()
             raise
 
     def abandon(self) -> None:
         """Remove what has been put together since `begin`, if anything has."""
-        if self._lock is not None:
+        if self._lock.is_held:
             shutil.rmtree(self.place, ignore_errors=True)
-            self._unlock()
+            self._lock.release()
 
     def commit(self, manifest: Manifest, *, keep_last: int | None) -> int:
         """Let a checkpoint count, all of whose files are on the drive; then remove the oldest ones.
@@ -101,7 +99,7 @@ class CheckpointDirectory:
             _sync(self.path)
         if keep_last is not None:
             self._remove(complete_checkpoints(self.path)[:-keep_last])
-        self._unlock()
+        self._lock.release()
         return number
 
     def _remove(self, checkpoints: list[Path]) -> None:
@@ -113,13 +111,6 @@ class CheckpointDirectory:
             except OSError as error:
                 logger.warning("cannot remove the old checkpoint %s: %s", path, error)
 
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            with suppress(OSError):  # of file systems without locks
-                fcntl.flock(self._lock, fcntl.LOCK_UN)  # the child of a fork keeps a descriptor of the same lock
-            os.close(self._lock)
-            self._lock = None
-
 
 def name_of(step: int, number: int) -> str:
     """Return the name of a complete checkpoint's directory."""
@@ -129,21 +120,6 @@ def name_of(step: int, number: int) -> str:
 def _number_of(path: Path) -> int:
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match is not None else 0
-
-
-def _lock(path: Path) -> int:
-    """Lock a directory; return the file descriptor that keeps the lock."""
-    with naming_file("open", path):
-        descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        hint = "another process is saving into it: give each run a directory of its own"
-        raise OffloadIOError("lock", str(path), errno.EBUSY, hint=hint) from error
-    except OSError as error:  # NFS locks no directories, some file systems nothing
-        logger.info("%s is not locked while a checkpoint is saved: %s", path, error)
-    return descriptor
 
 
 def write_durably(path: Path, data: bytes) -> None:
