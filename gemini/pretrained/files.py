@@ -13,12 +13,26 @@ import torch
 from gemini.errors import CheckpointError, naming_file
 from gemini.safetensors_file import SafetensorsReader, TensorEntry
 
-__all__ = ["CONFIG", "INDEX", "SINGLE_FILE", "CheckpointFiles", "check_directory"]
+__all__ = [
+    "ADAPTER_FILE",
+    "CONFIG",
+    "INDEX",
+    "SAVED",
+    "SAVING",
+    "SINGLE_FILE",
+    "CheckpointFiles",
+    "check_directory",
+]
 
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+SAVING = ".saving"
+"""Where a save puts its files together."""
+SAVED = ".saved"
+"""Where they are once all are complete, until they are in their places."""
 
 
 def check_directory(path: Path) -> None:
@@ -39,8 +53,8 @@ def check_directory(path: Path) -> None:
         _refuse_quantized(path)
         return
     remedy = f"expected {SINGLE_FILE}, or {INDEX} and the files it names"
-    if (path / ".saving").is_dir():
-        remedy = "a save was interrupted while it moved its files into place: move those in .saving there up by hand"
+    if (path / SAVED).is_dir():
+        remedy = f"a save was interrupted while it moved its files into place: move those in {SAVED} there up by hand"
     elif (path / ADAPTER_CONFIG).is_file():
         remedy = "it is a PEFT adapter: load the base model, then peft.PeftModel.from_pretrained(model, DIRECTORY)"
     elif any(path.glob("pytorch_model*.bin")):
@@ -48,6 +62,8 @@ def check_directory(path: Path) -> None:
             "its weights are pickled (.bin): convert them with transformers, "
             "AutoModel.from_pretrained(DIRECTORY).save_pretrained(NEW_DIRECTORY)"
         )
+    elif (path / SAVING).is_dir():
+        remedy = f"its first save is under way or was interrupted; the files in {SAVING} are not complete: save again"
     raise CheckpointError(f"{path} is no checkpoint that can be loaded: {remedy}")
 
 

@@ -71,9 +71,9 @@ def adapter(path: Path) -> None:
     (path / "config.json").rename(path / "adapter_config.json")
 
 
-def interrupted(path: Path) -> None:
-    (path / ".saving").mkdir()
-    (path / "model.safetensors").rename(path / ".saving" / "model.safetensors")
+def interrupted(path: Path, place: str) -> None:
+    (path / place).mkdir()
+    (path / "model.safetensors").rename(path / place / "model.safetensors")
 
 
 def quantized(path: Path) -> None:
@@ -91,7 +91,8 @@ def without_config(path: Path) -> None:
         (empty, r"no checkpoint that can be loaded: expected model\.safetensors, or model\.safetensors\.index\.json"),
         (pickled, r"pickled \(\.bin\): convert them"),
         (adapter, "it is a PEFT adapter: load the base model"),
-        (interrupted, r"a save was interrupted .* move those in \.saving there up"),
+        (lambda path: interrupted(path, ".saved"), r"a save was interrupted .* move those in \.saved there up"),
+        (lambda path: interrupted(path, ".saving"), r"interrupted; the files in \.saving are not complete: save again"),
         (quantized, "is quantized, .* dequantize it"),
         (without_config, r"has no config\.json to build the model from: give model_config="),
         (lambda path: cut_short(path / "model.safetensors"), r"model\.safetensors is damaged: its header promises"),
@@ -209,10 +210,15 @@ def test_shards_of_an_older_model_go_and_other_files_stay(sharded: Path) -> None
 def test_a_save_that_fails_while_files_are_moved_is_refused_and_keeps_the_new_ones(sharded: Path) -> None:
     with GeminiDDP(plain_model("gpt2"), config_for("host")) as engine:
         (sharded / "model.safetensors").mkdir()  # cannot be replaced by a file
-        with pytest.raises(OffloadIOError, match=r"cannot complete .*\.saving"):
+        with pytest.raises(OffloadIOError, match=r"cannot complete .*\.saved"):
+            engine.save_pretrained(sharded)
+        (sharded / "model.safetensors").rmdir()
+        expected = tensors_in(sharded / ".saved")
+        with file_size_limit(1000), pytest.raises(OffloadIOError, match="File too large"):
             engine.save_pretrained(sharded)
 
-    assert tensors_in(sharded / ".saving").keys() or tensors_in(sharded).keys()
+    assert expected
+    assert same_bits(tensors_in(sharded), expected)
 
 
 def test_what_is_asked_for_must_make_sense(tmp_path: Path) -> None:
@@ -222,5 +228,5 @@ def test_what_is_asked_for_must_make_sense(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="max_shard_size: cannot read 'many' as bytes"):
             engine.save_pretrained(tmp_path, max_shard_size="many")
         (tmp_path / "file").touch()
-        with pytest.raises(OffloadIOError, match="cannot create directory .*file/.saving: Not a directory"):
+        with pytest.raises(OffloadIOError, match="cannot create directory .*file: File exists"):
             engine.save_pretrained(tmp_path / "file")
