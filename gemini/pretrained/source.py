@@ -18,7 +18,7 @@ import torch
 
 from gemini.chunk.flat_values import FlatValues
 from gemini.errors import CheckpointMismatchError
-from gemini.model_names import canonical_names
+from gemini.model_names import canonical_buffers, canonical_names
 from gemini.pretrained.conversions import Conversion, ignored_names, is_transformers_model, match_names
 from gemini.pretrained.files import CheckpointFiles
 from gemini.pretrained.state_names import base_model_of, state_names
@@ -100,7 +100,7 @@ class PretrainedWeights:
         self._check_shapes(state)
         canonical = canonical_names(model)
         untied = self._untie(model, names, canonical)
-        canonical = canonical_names(model) if untied else canonical
+        canonical = (canonical_names(model) if untied else canonical) | canonical_buffers(model)
         self._name_in_state = {
             canonical.get(place, place): name for name in self._conversion_of for place in names[name]
         }
