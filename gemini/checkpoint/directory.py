@@ -58,9 +58,9 @@ class CheckpointDirectory:
             OffloadIOError: it cannot be made, or another process is saving into it.
             ConfigError: it is a checkpoint itself.
         """
-        if (self.path / MANIFEST).exists():
-            raise ConfigError(f"save_checkpoint: {self.path} is a checkpoint: expected a directory of checkpoints")
         with naming_file("create directory", self.path):
+            if (self.path / MANIFEST).exists():
+                raise ConfigError(f"save_checkpoint: {self.path} is a checkpoint: expected a directory of checkpoints")
             self.path.mkdir(parents=True, exist_ok=True)
         self._lock.acquire()
         try:
@@ -90,7 +90,11 @@ class CheckpointDirectory:
 
         Raises:
             OffloadIOError: it cannot be completed.
+            CheckpointError: a rank has written its files elsewhere.
         """
+        fault = _find_fault(self.place, manifest)
+        if fault is not None:
+            raise CheckpointError(f"{fault}; give all ranks one directory that they share")
         with naming_file("complete checkpoint", self.place):
             write_durably(self.place / MANIFEST, manifest.to_json().encode())
             _sync(self.place)
@@ -214,13 +218,19 @@ def read_manifest(path: Path) -> Manifest:
     with naming_file("read", path / MANIFEST):
         text = (path / MANIFEST).read_text(encoding="utf-8", errors="replace")
     manifest = Manifest.from_json(text, source=str(path / MANIFEST))
+    fault = _find_fault(path, manifest)
+    if fault is not None:
+        raise CheckpointError(f"{fault}; take another checkpoint")
+    return manifest
+
+
+def _find_fault(path: Path, manifest: Manifest) -> str | None:
+    """Return which file of a checkpoint is not there in full length, None if all are."""
     for name, record in manifest.files.items():
         try:
             nbytes = (path / name).stat().st_size
         except OSError:
-            raise CheckpointError(f"{path / name} is missing from the checkpoint; take another one") from None
+            return f"{path / name} is missing from the checkpoint"
         if nbytes != record.nbytes:
-            raise CheckpointError(
-                f"{path / name} is damaged: expected {record.nbytes} bytes, found {nbytes}; take another checkpoint"
-            )
-    return manifest
+            return f"{path / name} is damaged: expected {record.nbytes} bytes, found {nbytes}"
+    return None
