@@ -57,7 +57,7 @@ def check_unchanged(model: torch.nn.Module, runtime: Runtime, slots: Mapping[str
     params = dict(model.named_parameters())
     changed = [name for name in slots if name not in params]
     for name, param in params.items():
-        if runtime_of(param) is not runtime or param.shape != slots[name].spec.full_shape:
+        if runtime_of(param) is not runtime or name not in slots or param.shape != slots[name].spec.full_shape:
             changed.append(name)
     if changed:
         raise ModelError(

@@ -81,8 +81,9 @@ def test_a_module_that_is_there_twice_keeps_all_names_of_its_buffers() -> None:
         lambda model: model.add_module("probe", nn.Linear(2, 2)),
         lambda model: model.resize_token_embeddings(model.config.vocab_size + 3, mean_resizing=False),
         lambda model: model.transformer.h.pop(1),
+        lambda model: model.transformer.add_module("last", model.transformer._modules.pop("ln_f")),
     ],
-    ids=["replaced", "added", "resized", "removed"],
+    ids=["replaced", "added", "resized", "removed", "renamed"],
 )
 @pytest.mark.parametrize(
     "save",
