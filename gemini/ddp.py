@@ -85,7 +85,7 @@ class GeminiDDP(torch.nn.Module):
             raise ConfigError(f"GeminiDDP: expected a torch.nn.Module, got {type(module).__name__}")
         _refuse_managed(module)
         self.module = module
-        with nullcontext() if weights is None else open_pretrained(module, Path(weights)) as source:
+        with nullcontext() if weights is None else open_pretrained(module, Path(weights), sharding) as source:
             self._runtime = assemble(
                 module, config or GeminiConfig(), init_fn=init_fn, weights=source, sharding=sharding
             )
