@@ -43,7 +43,13 @@ def check_directory(path: Path) -> None:
 
     Raises:
         CheckpointError: it does not; says what to do.
+        OffloadIOError: it cannot be read.
     """
+    with naming_file("read", path):
+        _check_directory(path)
+
+
+def _check_directory(path: Path) -> None:
     if not path.is_dir():
         raise CheckpointError(
             f"{path} is not a directory; expected one with {SINGLE_FILE}, or {INDEX} and the files it names. "
@@ -107,37 +113,37 @@ class CheckpointFiles:
     def __init__(self, path: Path) -> None:
         check_directory(path)
         self.path = path
-        self.entries: dict[str, TensorEntry] = {}
-        self._readers: dict[str, SafetensorsReader] = {}
         self._files = ExitStack()
         try:
             if (path / SINGLE_FILE).is_file():
-                self._open(SINGLE_FILE)
+                single = self._open(SINGLE_FILE)
+                self._readers = dict.fromkeys(single.entries, single)
             else:
-                self._open_all(path / INDEX)
+                self._readers = self._open_all(path / INDEX)
         except BaseException:
             self.close()
             raise
+        self.entries: dict[str, TensorEntry] = {name: each.entries[name] for name, each in self._readers.items()}
 
-    def _open_all(self, index: Path) -> None:
-        """Open the files that an index names, and make sure that they hold what it says."""
+    def _open_all(self, index: Path) -> dict[str, SafetensorsReader]:
+        """Open the files that an index names; return that of each tensor, of one in several files the index's."""
         file_of = _read_json(index).get("weight_map")
         if not isinstance(file_of, dict) or not all(isinstance(name, str) for name in file_of.values()):
             raise CheckpointError(f"{index} is damaged: expected the file of each tensor under weight_map")
         readers = {name: self._open(name) for name in dict.fromkeys(file_of.values())}
+        reader_of = {tensor: reader for reader in readers.values() for tensor in reader.entries}
         for tensor, name in file_of.items():
             if tensor not in readers[name].entries:
                 raise CheckpointError(f"{self.path / name} has no tensor {tensor}, which {index.name} says is in it")
-            self._readers[tensor] = readers[name]
+            reader_of[tensor] = readers[name]
+        return reader_of
 
     def _open(self, name: str) -> SafetensorsReader:
         path = self.path / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing from the checkpoint, whose {INDEX} names it: fetch it again")
-        reader = self._files.enter_context(SafetensorsReader(path))
-        self.entries.update(reader.entries)
-        self._readers.update(dict.fromkeys(reader.entries, reader))
-        return reader
+        with naming_file("open", path):
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing from the checkpoint, whose {INDEX} names it: fetch it again")
+        return self._files.enter_context(SafetensorsReader(path))
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
         """Read elements [begin, end) of a tensor, in row-major order; None: to its end.
