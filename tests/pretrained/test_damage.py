@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers as hf
 from directories import config_of, plain_model, rewrite, same_outputs, tensors_in
+from faults import flip_bit
 from model_zoo import HF_CASES
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -213,6 +214,12 @@ def test_a_tensor_of_another_shape_is_named_with_both(single: Path) -> None:
         CheckpointMismatchError, match=r"model\.norm\.weight has shape \(31,\), the model expects \(32,"
     ):
         load(single)
+
+
+def test_a_flipped_bit_of_a_value_is_taken_as_it_is(single: Path) -> None:
+    flip_bit(single / "model.safetensors", (single / "model.safetensors").stat().st_size - 1)
+
+    load(single)
 
 
 def test_values_that_would_be_cut_off_are_refused(tmp_path: Path) -> None:
