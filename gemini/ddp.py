@@ -251,6 +251,7 @@ class GeminiDDP(torch.nn.Module):
 
         Raises:
             ConfigError: an argument cannot be honoured.
+            ModelError: the engine is closed, its state was lost, or the model has other parameters than were wrapped.
         """
         prefix = kwargs.pop("prefix", "")
         if args or kwargs.pop("keep_vars", False) or set(kwargs) - {"destination"}:
@@ -398,7 +399,7 @@ class GeminiDDP(torch.nn.Module):
                 checkpoint and training may go on. With `wait=False` the next optimizer step raises it, once, before
                 it does anything: call it again.
             CheckpointError: another rank could not write its part; as OffloadIOError.
-            ModelError: the engine is closed or its state was lost.
+            ModelError: the engine is closed, its state was lost, or the model has other parameters than were wrapped.
         """
         save = save_checkpoint(
             self._runtime,
