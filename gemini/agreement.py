@@ -21,27 +21,31 @@ def fingerprint_of(texts: Iterable[str]) -> int:
     return fingerprint
 
 
-def agree_on_loading(sharding: Sharding | None, error: CheckpointMismatchError | None, names: Iterable[str]) -> None:
+def agree_on_loading(
+    sharding: Sharding | None, error: Exception | None, texts: Iterable[str], *, what: str = "names"
+) -> None:
     """Let no rank load unless all can, and all load the same; with several ranks all must call.
 
     Args:
         sharding: the ranks; None: there are no others.
         error: why this rank cannot load.
-        names: what it is about to load, in order.
+        texts: what tells what it is about to load from anything else, in order.
+        what: what these are, for the message.
 
     Raises:
-        CheckpointMismatchError: `error`, or another rank has one, or was given other names.
+        Exception: `error`.
+        CheckpointMismatchError: another rank has an error, or was given something else.
         CollectiveError: a rank did not take part.
     """
     if sharding is not None:
-        own = torch.tensor([error is not None, fingerprint_of(names)], dtype=torch.int64)
+        own = torch.tensor([error is not None, fingerprint_of(texts)], dtype=torch.int64)
         failed, fingerprints = sharding.group.gather_values(own, name="what is to be loaded").unbind(dim=1)
         if error is None and failed.any():
             rank = sharding.group.ranks[int(failed.argmax())]
             raise CheckpointMismatchError(f"rank {rank} cannot load what it was given and says why; nothing was loaded")
         if error is None and not fingerprints.eq(fingerprints[0]).all():
             raise CheckpointMismatchError(
-                "ranks were given different names to load; nothing was loaded: give all of them the same"
+                f"ranks were given different {what} to load; nothing was loaded: give all of them the same"
             )
     if error is not None:
         raise error

@@ -25,9 +25,10 @@ from gemini.config import GeminiConfig
 from gemini.errors import ConfigError, ModelError
 from gemini.hooks import HookSet
 from gemini.initialise import InitFn
-from gemini.model_names import canonical_names, compare_names, persistent_buffers
+from gemini.model_names import canonical_buffers, canonical_names, compare_names, persistent_buffers
 from gemini.offload.commit_file import CommitFile
 from gemini.offload.io import IoStats
+from gemini.ownership import check_unchanged, disown, own, refuse_owned
 from gemini.placement.cost_model import HardwareProfile, StepFlops, StepPrediction
 from gemini.pretrained import open_pretrained, save_pretrained
 from gemini.report import MemoryReport, check_prediction, make_report
@@ -38,15 +39,7 @@ from gemini.state_hooks import install_state_hooks
 from gemini.tiers import MemoryTier
 from gemini.weights import load_masters, read_master, read_working
 
-__all__ = ["GeminiDDP", "runtime_of"]
-
-_OWNER_ATTRIBUTE = "_gemini_runtime"
-
-
-def runtime_of(param: torch.Tensor) -> Runtime | None:
-    """Return the runtime that manages a parameter, None if none does."""
-    runtime: Runtime | None = getattr(param, _OWNER_ATTRIBUTE, None)
-    return runtime
+__all__ = ["GeminiDDP"]
 
 
 class GeminiDDP(torch.nn.Module):
@@ -98,15 +91,14 @@ class GeminiDDP(torch.nn.Module):
             raise ConfigError(f"GeminiDDP: expected a torch.nn.Module, got {type(module).__name__}")
         _refuse_managed(module)
         self.module = module
-        with nullcontext() if weights is None else open_pretrained(module, Path(weights)) as source:
+        with nullcontext() if weights is None else open_pretrained(module, Path(weights), sharding) as source:
             self._runtime = assemble(
                 module, config or GeminiConfig(), init_fn=init_fn, weights=source, sharding=sharding, commits=commits
             )
         self.loading_report = None if source is None else source.report
         store = self._runtime.resources.store
         self._disk_at_start = store.stats() if store is not None else IoStats(nbytes_read=0, nbytes_written=0)
-        for param in module.parameters():
-            setattr(param, _OWNER_ATTRIBUTE, self._runtime)
+        own(module, self._runtime)
         self._hooks = HookSet(self._runtime)
         unit_names = {unit.unit_id: unit.module_name for unit in self._runtime.layout.units if unit.module_name}
         self._hooks.install(
@@ -252,6 +244,7 @@ class GeminiDDP(torch.nn.Module):
 
         Raises:
             ConfigError: an argument cannot be honoured.
+            ModelError: the engine is closed, its state was lost, or the model has other parameters than were wrapped.
         """
         prefix = kwargs.pop("prefix", "")
         if args or kwargs.pop("keep_vars", False) or set(kwargs) - {"destination"}:
@@ -266,6 +259,7 @@ class GeminiDDP(torch.nn.Module):
         self, read: Callable[[Runtime, ParamSlot], torch.Tensor]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield CPU copies of all parameters; tied names share one."""
+        self._check_model()
         self._runtime.finish_updates()
         values: dict[str, torch.Tensor] = {}
         slots = self._runtime.layout.slot_by_name
@@ -276,8 +270,15 @@ class GeminiDDP(torch.nn.Module):
 
     def _named_tensors(self, read: Callable[[Runtime, ParamSlot], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self._named_parameters(read)
-        for name, buffer in persistent_buffers(self.module).items():
-            yield name, local_part(buffer).detach().cpu().clone()
+        buffers = {
+            name: local_part(buffer).detach().cpu().clone() for name, buffer in persistent_buffers(self.module).items()
+        }
+        for name, canonical in canonical_buffers(self.module).items():
+            yield name, buffers[canonical]
+
+    def _check_model(self) -> None:
+        self._runtime.check_usable()
+        check_unchanged(self.module, self._runtime, self._runtime.layout.slot_by_name)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights into their homes; their float32 values become the masters, the moments stay.
@@ -296,7 +297,7 @@ class GeminiDDP(torch.nn.Module):
         """
         if assign:
             raise ConfigError("GeminiDDP.load_state_dict: assign=True would take the parameters out of their chunks")
-        self._runtime.check_usable()
+        self._check_model()
         slots = self._runtime.layout.slot_by_name
         missing, unexpected, mismatch = compare_names(self.module, slots, state_dict, strict=strict)
         agree_on_loading(self._runtime.sharding, mismatch, state_dict)
@@ -332,8 +333,9 @@ class GeminiDDP(torch.nn.Module):
             ConfigError: an argument cannot be honoured, or transformers is missing or too old.
             OffloadIOError: something could not be read or written; the directory is as it was.
             CheckpointError: as OffloadIOError, on another rank.
-            ModelError: the engine is closed or its state was lost.
+            ModelError: the engine is closed, its state was lost, or the model has other parameters than were wrapped.
         """
+        self._check_model()
         save_pretrained(self._runtime, self.module, Path(path), dtype=dtype, max_shard_size=max_shard_size)
 
     # ---------------------------------------------------------------- checkpoints
@@ -372,7 +374,7 @@ class GeminiDDP(torch.nn.Module):
                 checkpoint and training may go on. With `wait=False` the next optimizer step raises it, once, before
                 it does anything: call it again.
             CheckpointError: another rank could not write its part; as OffloadIOError.
-            ModelError: the engine is closed or its state was lost.
+            ModelError: the engine is closed, its state was lost, or the model has other parameters than were wrapped.
         """
         save = save_checkpoint(
             self._runtime,
@@ -471,8 +473,7 @@ class GeminiDDP(torch.nn.Module):
         """Give memory, threads and the swap file back; weights that are not committed are gone. Idempotent.
 
         Args:
-            keep: whether a memory service keeps what was committed, as it does if the process is killed. Leaving the
-                engine's context by an exception keeps it.
+            keep: whether a memory service keeps what was committed; leaving the context by an exception does.
         """
         self._hooks.remove()
         if self._slicer is not None:
@@ -481,9 +482,7 @@ class GeminiDDP(torch.nn.Module):
             handle.remove()
         self._runtime.close(keep=keep)
         self.module.__dict__.pop("zero_grad", None)
-        for param in self.module.parameters():
-            if runtime_of(param) is self._runtime:
-                delattr(param, _OWNER_ATTRIBUTE)
+        disown(self.module, self._runtime)
 
     def __enter__(self) -> GeminiDDP:
         return self
@@ -498,8 +497,4 @@ def _refuse_managed(module: torch.nn.Module) -> None:
     for child in module.modules():
         if isinstance(child, GeminiDDP):
             raise ModelError("the model contains a GeminiDDP already; wrap the plain model once")
-    for name, param in module.named_parameters():
-        if runtime_of(param) is not None:
-            raise ModelError(
-                f"parameter {name} is managed by another GeminiDDP; close() that one first, or wrap a copy of the model"
-            )
+    refuse_owned(module)

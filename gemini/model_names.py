@@ -9,7 +9,7 @@ import torch
 from gemini.chunk.layout import ParamSlot
 from gemini.errors import CheckpointMismatchError
 
-__all__ = ["canonical_names", "compare_names", "persistent_buffers"]
+__all__ = ["canonical_buffers", "canonical_names", "compare_names", "persistent_buffers"]
 
 
 def canonical_names(model: torch.nn.Module) -> dict[str, str]:
@@ -19,13 +19,24 @@ def canonical_names(model: torch.nn.Module) -> dict[str, str]:
 
 
 def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the buffers that belong into a state dict, by name."""
+    """Return the buffers that belong into a state dict, by name; of a module that has several its first."""
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    return {name: buffers[name] for name in canonical_buffers(model).values()}
+
+
+def canonical_buffers(model: torch.nn.Module) -> dict[str, str]:
+    """Return for each name of each persistent buffer that by its module's first name."""
+    first = {module: name for name, module in model.named_modules()}
     return {
-        f"{module_name}.{name}".strip("."): buffer
-        for module_name, module in model.named_modules()
+        _join(module_name, name): _join(first[module], name)
+        for module_name, module in model.named_modules(remove_duplicate=False)
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     }
+
+
+def _join(module_name: str, name: str) -> str:
+    return f"{module_name}.{name}" if module_name else name
 
 
 def compare_names(
@@ -44,8 +55,9 @@ def compare_names(
     """
     params = canonical_names(model)
     buffers = dict(model.named_buffers(remove_duplicate=False))
-    given = {params.get(name, name) for name in state_dict}
-    expected = dict.fromkeys((*params.values(), *persistent_buffers(model)))
+    canonical = params | canonical_buffers(model)
+    given = {canonical.get(name, name) for name in state_dict}
+    expected = dict.fromkeys(canonical.values())
     missing = [name for name in expected if name not in given]
     unexpected = [name for name in state_dict if name not in params and name not in buffers]
     if strict and (missing or unexpected):

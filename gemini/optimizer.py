@@ -12,9 +12,9 @@ import torch
 from gemini.agreement import agree_on_loading, fingerprint_of
 from gemini.chunk.layout import ParamSlot
 from gemini.config_deepspeed import adam_arguments
-from gemini.ddp import runtime_of
 from gemini.errors import CheckpointMismatchError, ConfigError
 from gemini.kernels.adam_tile import AdamHyper, AdamSegment
+from gemini.ownership import runtime_of
 from gemini.runtime import Runtime
 from gemini.weights import load_moments, read_moments, reset_moments
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,10 @@ from gemini.pretrained.conversions import import_transformers
 from gemini.pretrained.files import CONFIG, check_directory
 
 __all__ = ["load_pretrained"]
+
+GENERATION_CONFIG = "generation_config.json"
+MESSAGE_LENGTH = 300
+"""Characters of what transformers says that are passed on."""
 
 
 def load_pretrained(
@@ -40,7 +46,8 @@ def load_pretrained(
         was missing or not expected is in `loading_report`, and logged.
 
     Raises:
-        CheckpointError: there is no checkpoint, it is damaged, or a file is missing.
+        CheckpointError: there is no checkpoint, it is damaged, a file is missing, or transformers cannot build the
+            model; code that comes with a checkpoint is not run.
         CheckpointMismatchError: it is of another model.
         ConfigError: the configuration contradicts itself or the machine; transformers is missing or too old; or the
             class must be given.
@@ -55,13 +62,18 @@ def load_pretrained(
         if not (directory / CONFIG).is_file():
             raise CheckpointError(f"{directory} has no {CONFIG} to build the model from: give model_config=")
         config_class: Any = getattr(model_class, "config_class", None) or transformers.AutoConfig
-        model_config = config_class.from_pretrained(directory)
+        trust = {"trust_remote_code": False} if config_class is transformers.AutoConfig else {}
+        with _by_transformers("read", directory / CONFIG):
+            model_config = config_class.from_pretrained(directory, **trust)
     chosen: Any = model_class or _class_of(transformers, model_config)
-    build = chosen.from_config if hasattr(chosen, "from_config") else chosen._from_config
-    with torch.device("meta"):
-        model = build(model_config, dtype=config.dtype)
-    if model.can_generate() and (directory / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+    with _by_transformers("build a model from", directory), torch.device("meta"):
+        if hasattr(chosen, "from_config"):
+            model = chosen.from_config(model_config, dtype=config.dtype, trust_remote_code=False)
+        else:
+            model = chosen._from_config(model_config, dtype=config.dtype)
+    if model.can_generate() and (directory / GENERATION_CONFIG).is_file():
+        with _by_transformers("read", directory / GENERATION_CONFIG):
+            model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
     engine = GeminiDDP(model, config, weights=directory)
     engine.eval()
     return engine
@@ -70,10 +82,27 @@ def load_pretrained(
 def _class_of(transformers: Any, model_config: Any) -> Any:
     """Return the class that a configuration says it was saved from."""
     names = getattr(model_config, "architectures", None) or []
-    found = getattr(transformers, names[0], None) if names else None
-    if found is None:
+    found = getattr(transformers, str(names[0]), None) if names else None
+    if not hasattr(found, "_from_config"):
         raise ConfigError(
-            f"gemini.load_pretrained: transformers has no class {names[0] if names else 'named in config.json'}: give "
-            "model_class="
+            f"gemini.load_pretrained: transformers has no model class {names[0] if names else 'named in config.json'}: "
+            "give model_class="
         )
     return found
+
+
+@contextmanager
+def _by_transformers(operation: str, what: Path) -> Iterator[None]:
+    """Let whatever transformers raises inside become a CheckpointError that names the file or directory."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(
+            f"transformers cannot {operation} {what} ({type(error).__name__}: {_shortened(error)}); mend it, or build "
+            "the model yourself and load with GeminiDDP(model, config, weights=DIRECTORY)"
+        ) from error
+
+
+def _shortened(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= MESSAGE_LENGTH else f"{text[:MESSAGE_LENGTH]} ..."

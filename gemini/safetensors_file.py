@@ -28,12 +28,18 @@ from gemini.offload.block_writer import BlockWriter
 __all__ = ["SafetensorsReader", "SafetensorsWriter", "TensorEntry", "checksum_of"]
 
 _DTYPES = {
+    "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -45,7 +51,9 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_NBYTES = 100_000_000
 """The library refuses longer ones."""
 _MAX_NUM_DIMS = 64
+_MAX_NBYTES = 2**63 - 1
 """As in torch."""
+_METADATA = "__metadata__"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +95,7 @@ class SafetensorsWriter:
 
     Raises:
         OffloadIOError: the file cannot be created or written.
-        CheckpointError: a dtype has no name in the format.
+        CheckpointError: a dtype has no name in the format, or a tensor one that it cannot have.
     """
 
     def __init__(
@@ -98,12 +106,14 @@ class SafetensorsWriter:
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.path = path
-        header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+        header: dict[str, Any] = {} if metadata is None else {_METADATA: dict(metadata)}
         offset = 0
         # Large elements first, so that all are aligned.
         for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: -item[1][0].itemsize):
             if dtype not in _NAMES:
                 raise CheckpointError(f"{name}: {dtype} cannot be written to a safetensors file")
+            if name == _METADATA or name.encode(errors="replace").decode() != name:
+                raise CheckpointError(f"{name!r} cannot be the name of a tensor in a safetensors file")
             nbytes = math.prod(shape) * dtype.itemsize
             header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
             offset += nbytes
@@ -160,7 +170,8 @@ class SafetensorsReader:
 
     Raises:
         OffloadIOError: it cannot be opened or read.
-        CheckpointError: it is not a safetensors file, or is shorter or longer than its header says.
+        CheckpointError: it is not a safetensors file, is shorter or longer than its header says, or has a dtype that is
+            not known here.
     """
 
     def __init__(self, path: Path) -> None:
@@ -190,14 +201,22 @@ class SafetensorsReader:
         """Return the header's tensors; everything in it may be damaged."""
         try:
             header = json.loads(text)
-            header.pop("__metadata__", None)
+            header.pop(_METADATA, None)
             entries = {}
             for name, fields in header.items():
                 begin, end = fields["data_offsets"]
                 shape = tuple(fields["shape"])
-                if len(shape) > _MAX_NUM_DIMS or not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+                if len(shape) > _MAX_NUM_DIMS or not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
                     raise ValueError(name)
-                entries[name] = TensorEntry(_DTYPES[fields["dtype"]], shape, base + begin)
+                dtype = _DTYPES.get(fields["dtype"])
+                if dtype is None:
+                    raise CheckpointError(
+                        f"{self.path}: {name} has dtype {fields['dtype']}, expected one of {', '.join(_DTYPES)}: store "
+                        "it as one of these, or take another checkpoint"
+                    )
+                if math.prod(max(extent, 1) for extent in shape) * dtype.itemsize > _MAX_NBYTES:
+                    raise ValueError(name)
+                entries[name] = TensorEntry(dtype, shape, base + begin)
                 if entries[name].nbytes != end - begin:
                     raise ValueError(name)
             end = base

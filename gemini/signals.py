@@ -82,7 +82,7 @@ class StopOnSignals:
         try:
             for number in self._signals:
                 self._before[number] = signal.signal(number, self._remember)
-        except (OSError, ValueError) as error:
+        except (OSError, TypeError, ValueError) as error:
             self._restore()
             raise ConfigError(f"StopOnSignals: signals: {number!r} cannot be handled: {error}") from error
         return self

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -68,10 +69,11 @@ def test_errors_go_before_signals_that_nobody_was_told_of(engine: GeminiDDP) -> 
         run()
 
 
-def test_signals_that_cannot_be_handled_leave_no_handler(engine: GeminiDDP) -> None:
+@pytest.mark.parametrize("other", [signal.SIGKILL, "SIGUSR1"])
+def test_signals_that_cannot_be_handled_leave_no_handler(other: Any, engine: GeminiDDP) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(ConfigError, match="SIGKILL"):
-        StopOnSignals(engine, [signal.SIGTERM, signal.SIGKILL]).__enter__()
+    with pytest.raises(ConfigError, match=f"{other!r} cannot be handled"):
+        StopOnSignals(engine, [signal.SIGTERM, other]).__enter__()
     assert signal.getsignal(signal.SIGTERM) is before
 
 

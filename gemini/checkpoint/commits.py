@@ -14,6 +14,7 @@ from gemini.checkpoint.run_state import (
     collect_run_state,
     decode_run_state,
     encode_run_state,
+    load_scheduler,
     restore_rng,
     restore_run_state,
 )
@@ -62,6 +63,8 @@ def recover_step(runtime: Runtime, participants: Participants) -> Recovered:
         raise ConfigError("engine.recover: the commit file held no committed step: look at engine.recovered first")
     state = decode_run_state(found.run_state, source=SOURCE)
     check_run_state(state, participants, source=f"engine.recover: {SOURCE}")
+    if participants.scheduler is not None:
+        load_scheduler(participants.scheduler, state["scheduler"], source=f"engine.recover: {SOURCE}")
     runtime.clear_gradients()
     restore_run_state(runtime, participants, state, state["buffers"])
     runtime.num_steps = found.num_steps

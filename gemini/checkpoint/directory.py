@@ -10,16 +10,14 @@ They are numbered as they were saved, so that a run that went back to an earlier
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import logging
 import os
 import re
 import shutil
-from contextlib import suppress
 from pathlib import Path
 
 from gemini.checkpoint.manifest import Manifest
+from gemini.directory_lock import DirectoryLock
 from gemini.errors import CheckpointError, ConfigError, OffloadIOError, naming_file
 
 __all__ = [
@@ -41,7 +39,7 @@ _NAME = re.compile(r"step-\d+-save-(\d+)")
 class CheckpointDirectory:
     """The checkpoints of one training run.
 
-    While one is being saved the directory is locked with flock(2), which ends with the process however it ends.
+    While one is being saved the directory is locked.
 
     Args:
         path: made when the first checkpoint is.
@@ -51,7 +49,7 @@ class CheckpointDirectory:
         self.path = path = path.absolute()  # whatever the working directory is when the checkpoint is complete
         self.place = path / ".saving"
         """Where a checkpoint is put together."""
-        self._lock: int | None = None
+        self._lock = DirectoryLock(path)
 
     def begin(self) -> None:
         """Lock the directory and make an empty place; what earlier attempts have left behind is removed.
@@ -60,25 +58,25 @@ class CheckpointDirectory:
             OffloadIOError: it cannot be made, or another process is saving into it.
             ConfigError: it is a checkpoint itself.
         """
-        if (self.path / MANIFEST).exists():
-            raise ConfigError(f"save_checkpoint: {self.path} is a checkpoint: expected a directory of checkpoints")
         with naming_file("create directory", self.path):
+            if (self.path / MANIFEST).exists():
+                raise ConfigError(f"save_checkpoint: {self.path} is a checkpoint: expected a directory of checkpoints")
             self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.path)
+        self._lock.acquire()
         try:
             with naming_file("create directory", self.place):
                 for left in (self.place, *self.path.glob(".removing-*")):
                     shutil.rmtree(left, ignore_errors=True)
                 self.place.mkdir()
         except OffloadIOError:
-            self._unlock()
+            self._lock.release()
             raise
 
     def abandon(self) -> None:
         """Remove what has been put together since `begin`, if anything has."""
-        if self._lock is not None:
+        if self._lock.is_held:
             shutil.rmtree(self.place, ignore_errors=True)
-            self._unlock()
+            self._lock.release()
 
     def commit(self, manifest: Manifest, *, keep_last: int | None) -> int:
         """Let a checkpoint count, all of whose files are on the drive; then remove the oldest ones.
@@ -92,7 +90,11 @@ class CheckpointDirectory:
 
         Raises:
             OffloadIOError: it cannot be completed.
+            CheckpointError: a rank has written its files elsewhere.
         """
+        fault = _find_fault(self.place, manifest)
+        if fault is not None:
+            raise CheckpointError(f"{fault}; give all ranks one directory that they share")
         with naming_file("complete checkpoint", self.place):
             write_durably(self.place / MANIFEST, manifest.to_json().encode())
             _sync(self.place)
@@ -101,7 +103,7 @@ class CheckpointDirectory:
             _sync(self.path)
         if keep_last is not None:
             self._remove(complete_checkpoints(self.path)[:-keep_last])
-        self._unlock()
+        self._lock.release()
         return number
 
     def _remove(self, checkpoints: list[Path]) -> None:
@@ -113,13 +115,6 @@ class CheckpointDirectory:
             except OSError as error:
                 logger.warning("cannot remove the old checkpoint %s: %s", path, error)
 
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            with suppress(OSError):  # of file systems without locks
-                fcntl.flock(self._lock, fcntl.LOCK_UN)  # the child of a fork keeps a descriptor of the same lock
-            os.close(self._lock)
-            self._lock = None
-
 
 def name_of(step: int, number: int) -> str:
     """Return the name of a complete checkpoint's directory."""
@@ -129,21 +124,6 @@ def name_of(step: int, number: int) -> str:
 def _number_of(path: Path) -> int:
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match is not None else 0
-
-
-def _lock(path: Path) -> int:
-    """Lock a directory; return the file descriptor that keeps the lock."""
-    with naming_file("open", path):
-        descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        hint = "another process is saving into it: give each run a directory of its own"
-        raise OffloadIOError("lock", str(path), errno.EBUSY, hint=hint) from error
-    except OSError as error:  # NFS locks no directories, some file systems nothing
-        logger.info("%s is not locked while a checkpoint is saved: %s", path, error)
-    return descriptor
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -238,13 +218,19 @@ def read_manifest(path: Path) -> Manifest:
     with naming_file("read", path / MANIFEST):
         text = (path / MANIFEST).read_text(encoding="utf-8", errors="replace")
     manifest = Manifest.from_json(text, source=str(path / MANIFEST))
+    fault = _find_fault(path, manifest)
+    if fault is not None:
+        raise CheckpointError(f"{fault}; take another checkpoint")
+    return manifest
+
+
+def _find_fault(path: Path, manifest: Manifest) -> str | None:
+    """Return which file of a checkpoint is not there in full length, None if all are."""
     for name, record in manifest.files.items():
         try:
             nbytes = (path / name).stat().st_size
         except OSError:
-            raise CheckpointError(f"{path / name} is missing from the checkpoint; take another one") from None
+            return f"{path / name} is missing from the checkpoint"
         if nbytes != record.nbytes:
-            raise CheckpointError(
-                f"{path / name} is damaged: expected {record.nbytes} bytes, found {nbytes}; take another checkpoint"
-            )
-    return manifest
+            return f"{path / name} is damaged: expected {record.nbytes} bytes, found {nbytes}"
+    return None

@@ -19,7 +19,14 @@ import torch
 from gemini.checkpoint.directory import find_checkpoint, read_manifest
 from gemini.checkpoint.manifest import Division, FileRecord, Manifest, entry_name, find_pieces, run_state_name
 from gemini.checkpoint.participants import Participants, agree, division_of, on_all_ranks, rank_of, world_size_of
-from gemini.checkpoint.run_state import check_buffers, check_run_state, decode_run_state, restore_rng, restore_run_state
+from gemini.checkpoint.run_state import (
+    check_buffers,
+    check_run_state,
+    decode_run_state,
+    load_scheduler,
+    restore_rng,
+    restore_run_state,
+)
 from gemini.chunk.layout import ParamSlot
 from gemini.errors import CheckpointError, CheckpointMismatchError, naming_file
 from gemini.runtime import Runtime
@@ -64,6 +71,9 @@ def load_checkpoint(runtime: Runtime, path: Path, participants: Participants, *,
                 for name in names:
                     _verify_file(files[name], manifest.files[name])
         _check_same(runtime, manifest, path)
+        with on_all_ranks(runtime):
+            if participants.scheduler is not None:
+                load_scheduler(participants.scheduler, state["scheduler"], source=f"load_checkpoint: {path}")
         runtime.clear_gradients()
         try:
             with loading(runtime), on_all_ranks(runtime):
@@ -93,7 +103,8 @@ def _check_params(runtime: Runtime, manifest: Manifest, path: Path) -> None:
     """Raise CheckpointMismatchError unless a checkpoint is of this model."""
     slots = runtime.layout.slot_by_name
     trainable = {name for name, slot in slots.items() if slot.chunk_id in runtime.states}
-    missing = sorted(trainable - manifest.params.keys())
+    has_frozen = any(param.kinds == FROZEN_KINDS for param in manifest.params.values())
+    missing = sorted((slots.keys() if has_frozen else trainable) - manifest.params.keys())
     unexpected = sorted(manifest.params.keys() - slots.keys())
     if missing or unexpected:
         raise CheckpointMismatchError(

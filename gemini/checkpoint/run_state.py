@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import random
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gemini.checkpoint.participants import Participants, rank_of
+from gemini.checkpoint.participants import Participants, Stateful, rank_of
 from gemini.errors import CheckpointError, CheckpointMismatchError, ConfigError
 from gemini.runtime import Runtime
 
@@ -20,6 +22,7 @@ __all__ = [
     "collect_run_state",
     "decode_run_state",
     "encode_run_state",
+    "load_scheduler",
     "restore_rng",
     "restore_run_state",
 ]
@@ -77,7 +80,20 @@ def check_run_state(state: dict[str, Any], participants: Participants, *, source
         )
     if participants.scheduler is not None and state["scheduler"] is None:
         raise CheckpointMismatchError(f"scheduler: {source} was saved without one; pass scheduler=None")
+    if participants.scheduler is not None:
+        saved, own = (_public_names(each) for each in (state["scheduler"], participants.scheduler.state_dict()))
+        if saved - own and own - saved:
+            raise CheckpointMismatchError(
+                f"scheduler: {source} has one with {', '.join(sorted(saved - own))}, a "
+                f"{type(participants.scheduler).__name__} has {', '.join(sorted(own - saved))} instead; give the kind "
+                "of scheduler that was saved, or pass scheduler=None"
+            )
     check_buffers(state, participants, source=source)
+
+
+def _public_names(state: Mapping[str, Any]) -> set[str]:
+    """Return what a scheduler's state consists of, but for what a version of torch may have or not."""
+    return {str(name) for name in state if not str(name).startswith("_")}
 
 
 def check_buffers(state: dict[str, Any], participants: Participants, *, source: str) -> None:
@@ -87,12 +103,38 @@ def check_buffers(state: dict[str, Any], participants: Participants, *, source: 
         if saved is None or saved.shape != buffer.shape:
             found = "none" if saved is None else f"shape {tuple(saved.shape)}"
             raise CheckpointMismatchError(f"buffer {name}: expected shape {tuple(buffer.shape)}, {source} has {found}")
+        if not torch.can_cast(saved.dtype, buffer.dtype):
+            raise CheckpointMismatchError(
+                f"buffer {name}: expected {buffer.dtype}, {source} has {saved.dtype}, values of which would be cut off"
+            )
+
+
+def load_scheduler(scheduler: Stateful, state: dict[str, Any], *, source: str) -> None:
+    """Restore a scheduler, or leave it as it was.
+
+    Args:
+        scheduler: to be restored.
+        state: what its kind returned when it was saved.
+        source: what it was saved in, for messages.
+
+    Raises:
+        CheckpointMismatchError: it cannot be restored from that.
+    """
+    before = copy.deepcopy(scheduler.state_dict())
+    try:
+        scheduler.load_state_dict(state)
+    except Exception as error:  # of the user's or torch's code, which may raise anything
+        scheduler.load_state_dict(before)
+        raise CheckpointMismatchError(
+            f"scheduler: a {type(scheduler).__name__} cannot load what {source} has "
+            f"({_first_line(error)}); give the kind of scheduler that was saved, or pass scheduler=None"
+        ) from error
 
 
 def restore_run_state(
     runtime: Runtime, participants: Participants, state: dict[str, Any], buffers: dict[str, torch.Tensor]
 ) -> None:
-    """Restore all but random numbers, after `check_run_state`.
+    """Restore all but the scheduler and random numbers, after `check_run_state`.
 
     Args:
         runtime: the engine's.
@@ -104,8 +146,6 @@ def restore_run_state(
         buffer.copy_(buffers[name])
     if participants.optimizer is not None:
         participants.optimizer.load_hyper_state_dict(state["optimizer"])
-    if participants.scheduler is not None:
-        participants.scheduler.load_state_dict(state["scheduler"])
     if runtime.scaler is not None and state["scaler"] is not None:
         runtime.scaler.load_state_dict(state["scaler"])
     runtime.lookahead.load_state_dict(state["trace"])
@@ -125,7 +165,7 @@ def encode_run_state(state: dict[str, Any], *, what: str = "save_checkpoint") ->
     Raises:
         ConfigError: something in it is not made of tensors, numbers, strings, None, lists, tuples and dictionaries.
     """
-    state = {key: _simplify(value) for key, value in state.items()}
+    state = {key: _simplify_all(value, key) for key, value in state.items()}
     for key, value in state.items():
         error = None if _is_plain(value) else _loading_error(value)
         if error is not None:
@@ -135,6 +175,13 @@ def encode_run_state(state: dict[str, Any], *, what: str = "save_checkpoint") ->
                 f"load without running code; got {type(culprit).__module__}.{type(culprit).__qualname__}"
             ) from error
     return _dump(state)
+
+
+def _simplify_all(value: Any, key: str) -> Any:
+    try:
+        return _simplify(value)
+    except RecursionError as error:
+        raise ConfigError(f"save_checkpoint: {key}: it contains itself, or is nested too deeply to be kept") from error
 
 
 def _simplify(value: Any) -> Any:

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from gemini.ddp import GeminiDDP, runtime_of
+from gemini.ddp import GeminiDDP
 from gemini.errors import ConfigError, MissingLibraryError
 from gemini.optimizer import HybridAdam
+from gemini.ownership import runtime_of
 
 try:
     import accelerate

@@ -10,10 +10,9 @@ import torch
 
 from gemini.errors import ConfigError, naming_file
 from gemini.pretrained.conversions import Conversion
+from gemini.pretrained.files import ADAPTER_FILE
 
 __all__ = ["adapter_files", "write_adapter_configs"]
-
-ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def adapter_files(model: Any, state: Mapping[str, torch.Tensor]) -> list[tuple[str, tuple[Conversion, ...]]]:

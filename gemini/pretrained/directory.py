@@ -1,21 +1,24 @@
 """Replace a directory's files by new ones that have been written aside, so that old and new are never mixed.
 
-    DIR/.saving/    the new files, until all are on the drive
+    DIR/.saving/    the new files, until all are on the drive; if a process was killed before, of no use
+    DIR/.saved/     the new files, all on the drive, while they are moved up
 
-The old files are untouched until then. When the new ones are moved up, the file by which a checkpoint is recognised
-goes first and comes last: whoever is killed between leaves a directory that is refused, with all new files in it or in
-`.saving`, and not one with weights of both.
+The old files are untouched until the new ones are all there. When these are moved up, the files by which a checkpoint
+is recognised go first and come last: whoever is killed between leaves a directory that is refused, with the rest of the
+new files in `.saved`, and not one with weights of both. The next save moves them up before it begins.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 from pathlib import Path
 
-from gemini.errors import naming_file
-from gemini.pretrained.files import INDEX, SINGLE_FILE
+from gemini.directory_lock import DirectoryLock
+from gemini.errors import OffloadIOError, naming_file
+from gemini.pretrained.files import ADAPTER_FILE, INDEX, SAVED, SAVING, SINGLE_FILE
 
 __all__ = ["NewFiles"]
 
@@ -34,23 +37,35 @@ class NewFiles:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.place = path / ".saving"
-        self._is_moving = False
+        self.place = path / SAVING
+        self._complete = path / SAVED
+        self._lock = DirectoryLock(path)
 
     def begin(self) -> None:
-        """Make an empty place; what an earlier attempt has left behind is removed.
+        """Lock the directory and make an empty place; what a process that was killed has left is cleared up.
 
         Raises:
-            OffloadIOError: it cannot be made.
+            OffloadIOError: it cannot be made, or another process is saving into it.
         """
-        with naming_file("create directory", self.place):
-            shutil.rmtree(self.place, ignore_errors=True)
-            self.place.mkdir(parents=True)
+        with naming_file("create directory", self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        self._lock.acquire()
+        try:
+            with naming_file("complete", self._complete):
+                if self._complete.is_dir():
+                    self._move_up()
+            with naming_file("create directory", self.place):
+                shutil.rmtree(self.place, ignore_errors=True)
+                self.place.mkdir()
+        except OffloadIOError:
+            self._lock.release()
+            raise
 
     def abandon(self) -> None:
-        """Remove what has been put together, and leave the directory as it was, unless files were moved already."""
-        if not self._is_moving:
+        """Remove what has been put together since `begin`, if anything has; complete files stay."""
+        if self._lock.is_held:
             shutil.rmtree(self.place, ignore_errors=True)
+            self._lock.release()
 
     def commit(self) -> None:
         """Replace the directory's files, once the new ones are on the drive; shards of an earlier save go too.
@@ -59,27 +74,49 @@ class NewFiles:
             OffloadIOError: something could not be written or moved.
         """
         with naming_file("complete", self.place):
-            new = [file.relative_to(self.place) for file in sorted(self.place.rglob("*")) if file.is_file()]
-            for file in new:
-                _sync(self.place / file)
-            self._is_moving = True
-            if any(str(file) in _ENTRIES for file in new):
-                self._remove_old_weights()
-            for file in sorted(new, key=lambda file: str(file) in _ENTRIES):
-                if str(file) in _KEPT and (self.path / file).exists():
-                    continue
-                (self.path / file).parent.mkdir(parents=True, exist_ok=True)
-                (self.place / file).replace(self.path / file)
-            shutil.rmtree(self.place)
+            for file in sorted(self.place.rglob("*"), reverse=True):  # what is in a directory before it
+                _sync(file)
+            _sync(self.place)
+            self.place.rename(self._complete)
             _sync(self.path)
+        with naming_file("complete", self._complete):
+            self._move_up()
+        self._lock.release()
 
-    def _remove_old_weights(self) -> None:
-        for name in _ENTRIES:
-            (self.path / name).unlink(missing_ok=True)
+    def _move_up(self) -> None:
+        """Move complete files into the directory; what a process that was killed has done of it is not done again."""
+        new = sorted(file.relative_to(self._complete) for file in self._complete.rglob("*") if file.is_file())
+        entries = [file for file in new if file.name in (*_ENTRIES, ADAPTER_FILE)]
+        old = {self.path / file for file in entries}
+        if any(str(file) in _ENTRIES for file in entries):
+            old |= {self.path / name for name in _ENTRIES}
+        for file in old:
+            file.unlink(missing_ok=True)
         _sync(self.path)
-        for file in self.path.iterdir():
-            if _SHARD.fullmatch(file.name):
-                file.unlink()
+        for file in _stale_shards(self.path, self._complete):
+            file.unlink()
+        self._move([file for file in new if file not in entries])
+        self._move(entries)
+        shutil.rmtree(self._complete)
+
+    def _move(self, files: list[Path]) -> None:
+        for file in files:
+            target = self.path / file
+            if str(file) not in _KEPT or not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                (self._complete / file).replace(target)
+        for parent in {self.path, *((self.path / file).parent for file in files)}:
+            _sync(parent)
+
+
+def _stale_shards(path: Path, complete: Path) -> list[Path]:
+    """Return a directory's shards that are not of the model whose index, or only file, is about to be moved there."""
+    if not any((complete / name).is_file() for name in _ENTRIES):
+        return []
+    new: set[str] = set()
+    if (complete / INDEX).is_file():
+        new.update(json.loads((complete / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    return [file for file in path.iterdir() if _SHARD.fullmatch(file.name) and file.name not in new]
 
 
 def _sync(path: Path) -> None:

@@ -13,12 +13,26 @@ import torch
 from gemini.errors import CheckpointError, naming_file
 from gemini.safetensors_file import SafetensorsReader, TensorEntry
 
-__all__ = ["CONFIG", "INDEX", "SINGLE_FILE", "CheckpointFiles", "check_directory"]
+__all__ = [
+    "ADAPTER_FILE",
+    "CONFIG",
+    "INDEX",
+    "SAVED",
+    "SAVING",
+    "SINGLE_FILE",
+    "CheckpointFiles",
+    "check_directory",
+]
 
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+SAVING = ".saving"
+"""Where a save puts its files together."""
+SAVED = ".saved"
+"""Where they are once all are complete, until they are in their places."""
 
 
 def check_directory(path: Path) -> None:
@@ -29,7 +43,13 @@ def check_directory(path: Path) -> None:
 
     Raises:
         CheckpointError: it does not; says what to do.
+        OffloadIOError: it cannot be read.
     """
+    with naming_file("read", path):
+        _check_directory(path)
+
+
+def _check_directory(path: Path) -> None:
     if not path.is_dir():
         raise CheckpointError(
             f"{path} is not a directory; expected one with {SINGLE_FILE}, or {INDEX} and the files it names. "
@@ -39,8 +59,8 @@ def check_directory(path: Path) -> None:
         _refuse_quantized(path)
         return
     remedy = f"expected {SINGLE_FILE}, or {INDEX} and the files it names"
-    if (path / ".saving").is_dir():
-        remedy = "a save was interrupted while it moved its files into place: move those in .saving there up by hand"
+    if (path / SAVED).is_dir():
+        remedy = f"a save was interrupted while it moved its files into place: move those in {SAVED} there up by hand"
     elif (path / ADAPTER_CONFIG).is_file():
         remedy = "it is a PEFT adapter: load the base model, then peft.PeftModel.from_pretrained(model, DIRECTORY)"
     elif any(path.glob("pytorch_model*.bin")):
@@ -48,6 +68,8 @@ def check_directory(path: Path) -> None:
             "its weights are pickled (.bin): convert them with transformers, "
             "AutoModel.from_pretrained(DIRECTORY).save_pretrained(NEW_DIRECTORY)"
         )
+    elif (path / SAVING).is_dir():
+        remedy = f"its first save is under way or was interrupted; the files in {SAVING} are not complete: save again"
     raise CheckpointError(f"{path} is no checkpoint that can be loaded: {remedy}")
 
 
@@ -91,37 +113,37 @@ class CheckpointFiles:
     def __init__(self, path: Path) -> None:
         check_directory(path)
         self.path = path
-        self.entries: dict[str, TensorEntry] = {}
-        self._readers: dict[str, SafetensorsReader] = {}
         self._files = ExitStack()
         try:
             if (path / SINGLE_FILE).is_file():
-                self._open(SINGLE_FILE)
+                single = self._open(SINGLE_FILE)
+                self._readers = dict.fromkeys(single.entries, single)
             else:
-                self._open_all(path / INDEX)
+                self._readers = self._open_all(path / INDEX)
         except BaseException:
             self.close()
             raise
+        self.entries: dict[str, TensorEntry] = {name: each.entries[name] for name, each in self._readers.items()}
 
-    def _open_all(self, index: Path) -> None:
-        """Open the files that an index names, and make sure that they hold what it says."""
+    def _open_all(self, index: Path) -> dict[str, SafetensorsReader]:
+        """Open the files that an index names; return that of each tensor, of one in several files the index's."""
         file_of = _read_json(index).get("weight_map")
         if not isinstance(file_of, dict) or not all(isinstance(name, str) for name in file_of.values()):
             raise CheckpointError(f"{index} is damaged: expected the file of each tensor under weight_map")
         readers = {name: self._open(name) for name in dict.fromkeys(file_of.values())}
+        reader_of = {tensor: reader for reader in readers.values() for tensor in reader.entries}
         for tensor, name in file_of.items():
             if tensor not in readers[name].entries:
                 raise CheckpointError(f"{self.path / name} has no tensor {tensor}, which {index.name} says is in it")
-            self._readers[tensor] = readers[name]
+            reader_of[tensor] = readers[name]
+        return reader_of
 
     def _open(self, name: str) -> SafetensorsReader:
         path = self.path / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing from the checkpoint, whose {INDEX} names it: fetch it again")
-        reader = self._files.enter_context(SafetensorsReader(path))
-        self.entries.update(reader.entries)
-        self._readers.update(dict.fromkeys(reader.entries, reader))
-        return reader
+        with naming_file("open", path):
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing from the checkpoint, whose {INDEX} names it: fetch it again")
+        return self._files.enter_context(SafetensorsReader(path))
 
     def identity_of(self, name: str) -> tuple[int, ...]:
         """Return which file a tensor is in: device, inode, length and time of the last change."""

@@ -7,18 +7,20 @@ be converted, what the conversion takes and gives.
 from __future__ import annotations
 
 import logging
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
+from gemini.agreement import agree_on_loading
 from gemini.chunk.flat_values import FlatValues
+from gemini.chunk.sharding import Sharding
 from gemini.errors import CheckpointMismatchError
-from gemini.model_names import canonical_names
+from gemini.model_names import canonical_buffers, canonical_names
 from gemini.pretrained.conversions import (
     Conversion,
     ignored_names,
@@ -28,6 +30,7 @@ from gemini.pretrained.conversions import (
 )
 from gemini.pretrained.files import CheckpointFiles
 from gemini.pretrained.state_names import base_model_of, state_names
+from gemini.safetensors_file import TensorEntry, checksum_of
 
 __all__ = ["LoadingReport", "PretrainedWeights", "open_pretrained"]
 
@@ -35,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 COMPARED_NUMEL = 1 << 20
 """Elements of two tensors that are compared at once."""
+SAMPLED_NUMEL = 64
+"""Elements of each tensor by which ranks compare their checkpoints."""
 NAMES_SHOWN = 8
 """Names in a message at most."""
 
@@ -53,35 +58,52 @@ class LoadingReport:
     """Tied in the model as it was built, but with values of their own in the checkpoint: they are tied no more."""
 
 
-def open_pretrained(model: torch.nn.Module, path: Path) -> PretrainedWeights:
-    """Open a checkpoint for a model; reads no weights but those that may or may not be tied.
+def open_pretrained(model: torch.nn.Module, path: Path, sharding: Sharding | None) -> PretrainedWeights:
+    """Open a checkpoint for a model; reads no weights but those that may or may not be tied, and with ranks a few.
 
     Args:
         model: on the meta device or not. If the checkpoint has different values for weights that it ties, they are
             tied no more, as transformers has it.
         path: the checkpoint's directory.
+        sharding: the ranks that share the model, all of which call; None: there are no others.
 
     Returns:
         The weights, to be closed.
 
     Raises:
         CheckpointError: there is no checkpoint, it is damaged, or a file is missing.
-        CheckpointMismatchError: it is of another model.
+        CheckpointMismatchError: it is of another model; or another rank has another checkpoint, or none.
         ConfigError: the model is of transformers, which is too old.
         OffloadIOError: a file cannot be opened or read.
+        CollectiveError: a rank did not take part.
     """
-    files = CheckpointFiles(path)
-    try:
-        weights = PretrainedWeights(model, files)
+    with ExitStack() as on_error:
+        weights, failure = None, None
+        samples: list[str] = []
+        try:
+            files = on_error.enter_context(CheckpointFiles(path))
+            weights = on_error.enter_context(PretrainedWeights(model, files))
+            samples += () if sharding is None else _samples(files)
+        except Exception as error:  # transformers' conversions may raise anything; others must not wait for this rank
+            failure = error
+        agree_on_loading(sharding, failure, samples, what="checkpoints")
+        assert weights is not None
         _log(weights.report, model)
-    except BaseException:
-        files.close()
-        raise
+        on_error.pop_all()
     return weights
+
+
+def _samples(files: CheckpointFiles) -> Iterator[str]:
+    """Yield what tells one checkpoint from another: each tensor's name, dtype, shape and first elements."""
+    for name, entry in sorted(files.entries.items()):
+        first = files.read(name, 0, min(entry.numel, SAMPLED_NUMEL))
+        yield f"{name} {entry.dtype} {entry.shape} {checksum_of(first)}"
 
 
 class PretrainedWeights:
     """The values of a model's parameters and buffers in a checkpoint; see `open_pretrained`.
+
+    A context manager that closes the checkpoint's files; after an error the model is what it was.
 
     Args:
         model: whose they are to be.
@@ -94,6 +116,8 @@ class PretrainedWeights:
     def __init__(self, model: torch.nn.Module, files: CheckpointFiles) -> None:
         self._files = files
         self._converted: dict[str, torch.Tensor] = {}  # what the last conversion gave and nobody has taken yet
+        self._undo = ExitStack()
+        """Makes the model what it was."""
         base = base_model_of(model)
         names = state_names(model)
         tensors = {
@@ -106,7 +130,7 @@ class PretrainedWeights:
         self._check_shapes(state)
         canonical = canonical_names(model)
         untied = self._untie(model, names, canonical)
-        canonical = canonical_names(model) if untied else canonical
+        canonical = (canonical_names(model) if untied else canonical) | canonical_buffers(model)
         self._name_in_state = {
             canonical.get(place, place): name for name in self._conversion_of for place in names[name]
         }
@@ -131,20 +155,24 @@ class PretrainedWeights:
                 "of this model?"
             )
         for name in self._conversion_of:
-            expected, found = tuple(state[name].shape), self._shape_of(name)
-            if found != expected:
+            expected, found = state[name], self._on_meta(name)
+            if found.shape != expected.shape:
                 raise CheckpointMismatchError(
-                    f"{self._files.path}: {name} has shape {found}, the model expects {expected}: build the model from "
-                    "the checkpoint's config.json, or load another checkpoint"
+                    f"{self._files.path}: {name} has shape {tuple(found.shape)}, the model expects "
+                    f"{tuple(expected.shape)}: build the model from the checkpoint's config.json, or load another "
+                    "checkpoint"
+                )
+            if not torch.can_cast(found.dtype, expected.dtype):
+                raise CheckpointMismatchError(
+                    f"{self._files.path}: {name} has {found.dtype}, the model expects {expected.dtype}, to which "
+                    "values would be cut off: load another checkpoint, or convert this one"
                 )
 
-    def _shape_of(self, name: str) -> tuple[int, ...]:
+    def _on_meta(self, name: str) -> torch.Tensor:
+        """Return what a weight is in the checkpoint, once converted, without its values."""
         conversion = self._conversion_of[name]
-        entries = self._files.entries
-        if conversion.convert is None:
-            return entries[conversion.sources[0]].shape
-        stored = {s: torch.empty(entries[s].shape, dtype=entries[s].dtype, device="meta") for s in conversion.sources}
-        return tuple(conversion.convert(stored)[name].shape)
+        stored = {source: _meta_twin(self._files.entries[source]) for source in conversion.sources}
+        return stored[conversion.sources[0]] if conversion.convert is None else conversion.convert(stored)[name]
 
     def _untie(
         self, model: torch.nn.Module, names: Mapping[str, list[str]], canonical: Mapping[str, str]
@@ -164,10 +192,12 @@ class PretrainedWeights:
                 old = module._parameters[key]
                 assert old is not None
                 module._parameters[key] = torch.nn.Parameter(torch.empty_like(old), requires_grad=old.requires_grad)
+                self._undo.callback(module._parameters.__setitem__, key, old)
             untied.append(name)
         tied = getattr(base_model_of(model), "all_tied_weights_keys", {})
         for name in untied:
-            tied.pop(name, None)
+            if name in tied:
+                self._undo.callback(tied.__setitem__, name, tied.pop(name))
         return tuple(untied)
 
     def _are_equal(self, one: str, other: str) -> bool:
@@ -175,7 +205,7 @@ class PretrainedWeights:
         if conversions[0].sources == conversions[1].sources:
             return True
         left, right = (self._values_in_state(name) for name in (one, other))
-        numel = math.prod(self._shape_of(one))
+        numel = self._on_meta(one).numel()
         runs = (slice(begin, min(begin + COMPARED_NUMEL, numel)) for begin in range(0, numel, COMPARED_NUMEL))
         return all(torch.equal(left[run].float(), right[run].float()) for run in runs)
 
@@ -189,7 +219,7 @@ class PretrainedWeights:
         found = self._name_in_state.get(name)
         if found is None:
             return None
-        return self._values_in_state(found)[:].view(self._shape_of(found))
+        return self._values_in_state(found)[:].view(self._on_meta(found).shape)
 
     def identity_of(self, name: str) -> str | None:
         """Return words that stand for a parameter's values: what of which files, of when; None: it has none."""
@@ -225,6 +255,8 @@ class PretrainedWeights:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if error is not None:
+            self._undo.close()
         self.close()
 
 
@@ -239,14 +271,16 @@ class _StoredValues:
         return self.files.read(self.name, run.start or 0, run.stop)
 
 
+def _meta_twin(entry: TensorEntry) -> torch.Tensor:
+    return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+
+
 def _match(
     model: torch.nn.Module, state: Mapping[str, torch.Tensor], files: CheckpointFiles
 ) -> tuple[list[Conversion], list[str]]:
     """Return which tensors become which weights, and the names for which the model has no place."""
     if is_transformers_model(model):
-        entries = files.entries.items()
-        stored = {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in entries}
-        return match_names(model, state, stored)
+        return match_names(model, state, {name: _meta_twin(entry) for name, entry in files.entries.items()})
     same = [Conversion((name,), (name,)) for name in files.entries if name in state]
     return same, [name for name in files.entries if name not in state]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gemini.model_names import persistent_buffers
+from gemini.model_names import canonical_buffers
 
 __all__ = ["base_model_of", "has_adapters", "state_names"]
 
@@ -39,7 +39,7 @@ def state_names(model: torch.nn.Module) -> dict[str, list[str]]:
     Returns:
         Full names in the model, several where peft keeps a copy to be trained; adapters are left out.
     """
-    names = [*dict(model.named_parameters(remove_duplicate=False)), *persistent_buffers(model)]
+    names = [*dict(model.named_parameters(remove_duplicate=False)), *canonical_buffers(model)]
     if not has_adapters(model):
         return {name: [name] for name in names}
     base = base_model_of(model)

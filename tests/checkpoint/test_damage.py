@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import zlib
@@ -19,7 +20,7 @@ from torch import nn
 from training_harness import config_for, hybrid_adam, same_bits
 
 from gemini import CheckpointMismatchError, ConfigError, GeminiDDP, GeminiError, ModelError
-from gemini.errors import CheckpointError, OffloadIOError
+from gemini.errors import CheckpointError
 
 SCENARIO = Scenario(model="conv_net")
 FILES = ("manifest.json", "rank-00000.pt", "rank-00000.safetensors")
@@ -106,7 +107,7 @@ def test_a_flipped_bit_of_a_weight_names_the_parameter(copy: Path, run: Training
 @pytest.mark.parametrize("name", FILES[1:])
 def test_a_missing_file_is_named(name: str, copy: Path, run: Training) -> None:
     (copy / name).unlink()
-    with refused(run, CheckpointError, f"{name} is missing from the checkpoint; take another one"):
+    with refused(run, CheckpointError, f"{name} is missing from the checkpoint; take another"):
         run.engine.load_checkpoint(copy)
 
 
@@ -181,6 +182,30 @@ def test_other_buffers_are_refused(saved: Path) -> None:
             engine.load_checkpoint(saved, optimizer=optimizer)
 
 
+def test_a_buffer_that_would_be_cut_off_is_refused(saved: Path) -> None:
+    model = SCENARIO.case.model()
+    model.stages[0][1].running_mean = torch.zeros(8, dtype=torch.int64)
+    with GeminiDDP(model, config_for("host")) as engine:
+        optimizer = hybrid_adam(engine.parameters())
+        with pytest.raises(
+            CheckpointMismatchError, match=r"running_mean: expected torch\.int64, .* has torch\.float32"
+        ):
+            engine.load_checkpoint(saved, optimizer=optimizer)
+
+
+def test_a_frozen_parameter_that_is_missing_where_others_are_not_is_refused(tmp_path: Path) -> None:
+    with GeminiDDP(frozen(Tower()), config_for("host")) as engine:
+        engine.save_checkpoint(tmp_path)
+    deeper = Tower(num_blocks=5)
+    deeper.blocks[4].requires_grad_(False)
+    message = r"it lacks blocks\.4\.down\.bias, .* has nothing besides"
+    with (
+        GeminiDDP(frozen(deeper), config_for("host")) as engine,
+        pytest.raises(CheckpointMismatchError, match=message),
+    ):
+        engine.load_checkpoint(tmp_path)
+
+
 def test_other_parameter_groups_are_refused(saved: Path) -> None:
     with GeminiDDP(SCENARIO.case.model(), config_for("host")) as engine:
         params = list(engine.parameters())
@@ -193,6 +218,30 @@ def test_a_missing_scheduler_is_said(run: Training, tmp_path: Path) -> None:
     run.engine.save_checkpoint(tmp_path / "run")
     with refused(run, CheckpointMismatchError, "scheduler: .* was saved without one; pass scheduler=None"):
         run.engine.load_checkpoint(tmp_path / "run", scheduler=run.scheduler)
+
+
+def other_kinds(optimizer: torch.optim.Optimizer) -> list[Any]:
+    kinds = torch.optim.lr_scheduler
+    return [
+        kinds.CosineAnnealingLR(optimizer, 10),
+        kinds.SequentialLR(optimizer, [kinds.ConstantLR(optimizer), kinds.LinearLR(optimizer)], [3]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (0, "has one with lr_lambdas, a CosineAnnealingLR has T_max, eta_min instead; give the kind"),
+        (1, r"a SequentialLR cannot load what .* has \(KeyError: '_schedulers'\); give the kind"),
+    ],
+)
+def test_another_kind_of_scheduler_is_refused(kind: int, message: str, saved: Path, run: Training) -> None:
+    plain = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=0.5)
+    scheduler = other_kinds(plain)[kind]
+    before = scheduler.state_dict()
+    with refused(run, CheckpointMismatchError, message):
+        run.engine.load_checkpoint(saved, scheduler=scheduler)
+    assert scheduler.state_dict() == before
 
 
 def test_a_missing_optimizer_is_said(saved: Path, tmp_path: Path) -> None:
@@ -255,14 +304,17 @@ def test_without_verifying_flipped_values_are_loaded(copy: Path, tmp_path: Path)
 
 
 def test_an_engine_that_was_loaded_half_way_refuses_to_go_on(copy: Path, tmp_path: Path) -> None:
-    class BadScheduler:
+    class Cutter:
+        """A scheduler that cuts a file short, once everything has been checked."""
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-            raise OffloadIOError("read", "somewhere", 5)
+            os.truncate(copy / "rank-00000.safetensors", 5000)
 
     with training(SCENARIO, "host", tmp_path) as run:
-        with pytest.raises(OffloadIOError, match="cannot read somewhere"):
-            run.engine.load_checkpoint(copy, scheduler=BadScheduler())
-        with pytest.raises(
-            ModelError, match=r"loading .*/copy failed half way \(cannot read somewhere.*load a checkpoint"
-        ):
+        with pytest.raises(CheckpointError, match="safetensors is damaged: it was cut short while it was read"):
+            run.engine.load_checkpoint(copy, scheduler=Cutter())
+        with pytest.raises(ModelError, match=r"loading .*/copy failed half way \(.*cut short.*load a checkpoint"):
             run.train(0, 1)

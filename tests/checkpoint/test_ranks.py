@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from rank_pool import RankPool
-from rank_saves import load_apart, save_and_damage, save_with_fault
+from rank_saves import load_apart, save_and_damage, save_apart, save_with_fault
 from training_harness import same_bits
 
 
@@ -56,3 +56,11 @@ def test_ranks_that_see_different_checkpoints_are_refused(ranks: RankPool, tmp_p
     for type_name, message in ranks.run(2, load_apart, directory=tmp_path):
         assert type_name == "CheckpointError"
         assert "rank 0 and rank 1 see different checkpoints; give all ranks one directory" in message
+
+
+def test_ranks_that_save_into_different_directories_complete_nothing(ranks: RankPool, tmp_path: Path) -> None:
+    first, second = ranks.run(2, save_apart, directory=tmp_path)
+
+    assert first[0] == second[0] == "CheckpointError"
+    assert "rank-00001.safetensors is missing from the checkpoint; give all ranks one directory" in first[1]
+    assert list((tmp_path / "0").iterdir()) == []

@@ -19,7 +19,8 @@ from gemini.safetensors_file import SafetensorsReader, SafetensorsWriter, checks
 
 DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-    torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2,
+    torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
+    torch.uint16, torch.uint32, torch.uint64, torch.complex64,
 )  # fmt: skip
 TENSORS = {
     "odd": torch.arange(7, dtype=torch.int8),
@@ -140,6 +141,8 @@ def test_other_headers_are_refused_or_readable(header: Any, num_bytes: int, path
     [
         {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 8]},
         {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]},
+        {"dtype": "F32", "shape": [2**40, 2**40, 0], "data_offsets": [0, 0]},
+        {"dtype": "I8", "shape": [True], "data_offsets": [0, 1]},
         {"dtype": "I8", "shape": [1] * 65, "data_offsets": [0, 1]},
         {"dtype": "I8", "shape": [-1, -8], "data_offsets": [0, 8]},
         {"dtype": "I8", "shape": [8], "data_offsets": [-8, 0]},
@@ -180,5 +183,19 @@ def test_a_full_drive_shows_before_anything_is_written(tmp_path: Path, monkeypat
 
 
 def test_a_dtype_without_a_name_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"a: torch\.complex64 cannot be written"):
-        SafetensorsWriter(tmp_path / "file", {"a": (torch.complex64, (4,))})
+    with pytest.raises(CheckpointError, match=r"a: torch\.complex128 cannot be written"):
+        SafetensorsWriter(tmp_path / "file", {"a": (torch.complex128, (4,))})
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "a\ud800"])
+def test_a_name_that_the_format_cannot_hold_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be the name of a tensor in a safetensors file"):
+        SafetensorsWriter(tmp_path / "file", {name: (torch.float32, (4,))})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dtype_of_a_later_format_is_told_from_damage(tmp_path: Path) -> None:
+    entry = {"dtype": "F4", "shape": [16], "data_offsets": [0, 8]}
+    (tmp_path / "file").write_bytes(with_header(json.dumps({"a": entry}).encode(), 8))
+    with pytest.raises(CheckpointError, match="file: a has dtype F4, expected one of C64, .*: store it as"):
+        SafetensorsReader(tmp_path / "file")

@@ -218,12 +218,20 @@ def test_gradients_that_wait_for_a_step_are_not_lost_silently(tmp_path: Path) ->
     assert not (tmp_path / "run").exists()
 
 
+def itself() -> list[Any]:
+    """Return a list that contains itself."""
+    found: list[Any] = []
+    found.append(found)
+    return found
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"extra": {"model": object()}}, r"save_checkpoint: extra\['model'\]: expected tensors, numbers"),
         ({"extra": lambda: None}, "save_checkpoint: extra: expected tensors, numbers"),
         ({"extra": {"seen": [1, {"file": io.BytesIO()}]}}, r"extra\['seen'\]\[1\]\['file'\]: .* got _io.BytesIO"),
+        ({"extra": itself()}, "save_checkpoint: extra: it contains itself, or is nested too deeply"),
         ({"keep_last": 0}, "save_checkpoint: keep_last: expected at least 1, or None for all, got 0"),
         ({"keep_last": 1.5}, "save_checkpoint: keep_last: expected at least 1, or None for all, got 1.5"),
         ({"keep_last": "2"}, "save_checkpoint: keep_last: expected at least 1, or None for all, got '2'"),

@@ -48,3 +48,14 @@ def save_to_a_full_drive(*, stored: Path, saved: Path) -> tuple[str, str]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         engine.save_pretrained(saved)
         return raised
+
+
+def load_apart(*, directory: Path) -> tuple[str, str]:
+    """Let each rank load a directory of its own; return what that raises."""
+    with torch.device("meta"):
+        model = HF_CASES["gpt2"].build()
+    try:
+        zero.shard(model, config_for("host"), weights=directory / str(dist.get_rank())).close()
+    except GeminiError as error:
+        return type(error).__name__, str(error)
+    return "", ""

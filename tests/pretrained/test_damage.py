@@ -8,16 +8,27 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers as hf
-from directories import plain_model, rewrite, same_outputs, tensors_in
+from directories import config_of, plain_model, rewrite, same_outputs, tensors_in
+from faults import flip_bit
 from model_zoo import HF_CASES
+from safetensors.torch import load_file, save_file
+from torch import nn
 from training_harness import config_for, same_bits
 
 import gemini
-from gemini import CheckpointError, CheckpointMismatchError, ConfigError, GeminiDDP, OffloadIOError
+from gemini import (
+    CheckpointError,
+    CheckpointMismatchError,
+    ConfigError,
+    GeminiDDP,
+    OffloadIOError,
+    OutOfTierMemoryError,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -71,9 +82,9 @@ def adapter(path: Path) -> None:
     (path / "config.json").rename(path / "adapter_config.json")
 
 
-def interrupted(path: Path) -> None:
-    (path / ".saving").mkdir()
-    (path / "model.safetensors").rename(path / ".saving" / "model.safetensors")
+def interrupted(path: Path, place: str) -> None:
+    (path / place).mkdir()
+    (path / "model.safetensors").rename(path / place / "model.safetensors")
 
 
 def quantized(path: Path) -> None:
@@ -85,15 +96,51 @@ def without_config(path: Path) -> None:
     (path / "config.json").unlink()
 
 
+def configured(**fields: Any) -> Callable[[Path], object]:
+    def change(path: Path) -> None:
+        text = json.dumps(config_of(path) | fields)
+        (path / "config.json").write_text(text)
+
+    return change
+
+
+def of_another_dtype(path: Path) -> None:
+    data = (path / "model.safetensors").read_bytes()
+    assert data.count(b'"F32"')
+    (path / "model.safetensors").write_bytes(data.replace(b'"F32"', b'"F4 "', 1))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (empty, r"no checkpoint that can be loaded: expected model\.safetensors, or model\.safetensors\.index\.json"),
         (pickled, r"pickled \(\.bin\): convert them"),
         (adapter, "it is a PEFT adapter: load the base model"),
-        (interrupted, r"a save was interrupted .* move those in \.saving there up"),
+        (lambda path: interrupted(path, ".saved"), r"a save was interrupted .* move those in \.saved there up"),
+        (lambda path: interrupted(path, ".saving"), r"interrupted; the files in \.saving are not complete: save again"),
         (quantized, "is quantized, .* dequantize it"),
         (without_config, r"has no config\.json to build the model from: give model_config="),
+        (
+            configured(model_type="none"),
+            r"transformers cannot read .*/config\.json \(ValueError: .* type `none`",
+        ),
+        (
+            configured(model_type="none", auto_map={"AutoConfig": "code.Config"}),
+            "custom code .* build the model",
+        ),
+        (configured(hidden_size="many"), r"transformers cannot read .*/config\.json \(.*'hidden_size' expected int"),
+        (
+            configured(hidden_size=-32),
+            r"transformers cannot build a model from .* \(RuntimeError: .* negative",
+        ),
+        (
+            lambda path: (path / "generation_config.json").write_text("{"),
+            r"transformers cannot read .*/generation_config\.json \(OSError: .* not a valid JSON",
+        ),
+        (
+            of_another_dtype,
+            "model.safetensors: .* has dtype F4 , expected one of .* BF16, .*: store it as",
+        ),
         (lambda path: cut_short(path / "model.safetensors"), r"model\.safetensors is damaged: its header promises"),
         (lambda path: (path / "model.safetensors").write_bytes(b"no"), "not a safetensors file, or was cut short"),
     ],
@@ -103,6 +150,11 @@ def test_a_directory_that_cannot_be_loaded_says_why(change: Callable[[Path], obj
 
     with pytest.raises(CheckpointError, match=message):
         load(single)
+
+
+def test_a_path_that_cannot_be_looked_at_is_named() -> None:
+    with pytest.raises(OffloadIOError, match="cannot read a{300}: File name too long"):
+        load(Path("a" * 300))
 
 
 def rewrite_index(path: Path, text: str) -> None:
@@ -135,6 +187,23 @@ def test_a_directory_of_shards_that_is_damaged_says_where(
         load(sharded)
 
 
+@pytest.mark.parametrize("shape", [(32,), (5,), (64,)])
+def test_of_a_tensor_in_two_files_that_of_the_index_counts(shape: tuple[int, ...], sharded: Path) -> None:
+    expected = tensors_in(sharded)
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    name = "model.norm.weight"
+    files = {}
+    for tensor, file in sorted(index["weight_map"].items(), key=lambda item: item[0] != name):
+        files[tensor] = file  # the file with a stray copy is opened last
+    stray = sharded / list(files.values())[-1]
+    assert stray.name != files[name]
+    save_file({**load_file(stray), name: torch.full(shape, 7.0)}, stray)
+    rewrite_index(sharded, json.dumps(index | {"weight_map": files}))
+
+    with gemini.load_pretrained(sharded, config_for("host")) as engine:
+        assert same_bits(engine.master_state_dict(), expected)
+
+
 # ---------------------------------------------------------------- models
 
 
@@ -145,6 +214,33 @@ def test_a_tensor_of_another_shape_is_named_with_both(single: Path) -> None:
         CheckpointMismatchError, match=r"model\.norm\.weight has shape \(31,\), the model expects \(32,"
     ):
         load(single)
+
+
+def test_a_flipped_bit_of_a_value_is_taken_as_it_is(single: Path) -> None:
+    flip_bit(single / "model.safetensors", (single / "model.safetensors").stat().st_size - 1)
+
+    load(single)
+
+
+def test_values_that_would_be_cut_off_are_refused(tmp_path: Path) -> None:
+    save_file({"0.weight": torch.rand(4), "0.num_batches_tracked": torch.tensor(2.5)}, tmp_path / "model.safetensors")
+
+    with pytest.raises(CheckpointMismatchError, match=r"_tracked has torch\.float32, the model expects torch\.int64"):
+        GeminiDDP(nn.Sequential(nn.BatchNorm1d(4)), config_for("host"), weights=tmp_path)
+
+
+def test_a_model_stays_tied_if_no_engine_is_built(tmp_path: Path) -> None:
+    model = plain_model("gpt2")
+    model.save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"] + 1}))
+    tied, before = dict(model.all_tied_weights_keys), {name: t.clone() for name, t in model.state_dict().items()}
+
+    with pytest.raises(OutOfTierMemoryError):
+        GeminiDDP(model, config_for("host", host_budget="1KiB"), weights=tmp_path)
+
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.all_tied_weights_keys == tied
+    assert same_bits(model.state_dict(), before)
 
 
 def test_a_checkpoint_of_another_model_is_refused(single: Path) -> None:
@@ -167,7 +263,7 @@ def test_an_expert_that_is_missing_names_what_cannot_be_made(tmp_path: Path) -> 
 def test_a_class_that_is_not_named_must_be_given(single: Path) -> None:
     model_config = hf.LlamaConfig()
 
-    with pytest.raises(ConfigError, match="no class named in config.json: give model_class="):
+    with pytest.raises(ConfigError, match="no model class named in config.json: give model_class="):
         gemini.load_pretrained(single, config_for("host"), model_config=model_config)
 
 
@@ -209,10 +305,15 @@ def test_shards_of_an_older_model_go_and_other_files_stay(sharded: Path) -> None
 def test_a_save_that_fails_while_files_are_moved_is_refused_and_keeps_the_new_ones(sharded: Path) -> None:
     with GeminiDDP(plain_model("gpt2"), config_for("host")) as engine:
         (sharded / "model.safetensors").mkdir()  # cannot be replaced by a file
-        with pytest.raises(OffloadIOError, match=r"cannot complete .*\.saving"):
+        with pytest.raises(OffloadIOError, match=r"cannot complete .*\.saved"):
+            engine.save_pretrained(sharded)
+        (sharded / "model.safetensors").rmdir()
+        expected = tensors_in(sharded / ".saved")
+        with file_size_limit(1000), pytest.raises(OffloadIOError, match="File too large"):
             engine.save_pretrained(sharded)
 
-    assert tensors_in(sharded / ".saving").keys() or tensors_in(sharded).keys()
+    assert expected
+    assert same_bits(tensors_in(sharded), expected)
 
 
 def test_what_is_asked_for_must_make_sense(tmp_path: Path) -> None:
@@ -222,5 +323,5 @@ def test_what_is_asked_for_must_make_sense(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="max_shard_size: cannot read 'many' as bytes"):
             engine.save_pretrained(tmp_path, max_shard_size="many")
         (tmp_path / "file").touch()
-        with pytest.raises(OffloadIOError, match="cannot create directory .*file/.saving: Not a directory"):
+        with pytest.raises(OffloadIOError, match="cannot create directory .*file: File exists"):
             engine.save_pretrained(tmp_path / "file")

@@ -13,6 +13,7 @@ import transformers as hf
 from directories import plain_model, rewrite, same_outputs, tensors_in
 from model_zoo import HAND_CASES, HF_CASES
 from safetensors.torch import save_file
+from torch import nn
 from training_harness import PLACEMENTS, config_for, same_bits
 
 import gemini
@@ -103,6 +104,21 @@ def test_models_that_are_not_of_transformers_load_under_their_own_names(on_meta:
 
     with GeminiDDP(other, config_for("host"), weights=tmp_path) as engine:
         assert same_bits(engine.master_state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("names", [("1.", "3."), ("1.",), ("3.",)], ids=str)
+def test_buffers_of_a_module_that_is_there_twice_load_under_either_name(names: tuple[str, ...], tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU())
+    model.append(model[1])
+    model(torch.randn(4, 8))
+    tensors = {name: value.clone() for name, value in model.state_dict().items() if name.startswith(("0.", *names))}
+    save_file(tensors, tmp_path / "model.safetensors")
+    other = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU())
+    other.append(other[1])
+
+    with GeminiDDP(other, config_for("host"), weights=tmp_path) as engine:
+        assert same_bits(engine.master_state_dict(), model.state_dict())
+        assert engine.loading_report.missing_keys == engine.loading_report.unexpected_keys == ()
 
 
 # ---------------------------------------------------------------- what does not belong together

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from directories import outputs, plain_model, tensors_in
+from directories import outputs, plain_model, rewrite, tensors_in
 from model_zoo import HF_CASES
 from rank_pool import RankPool
-from rank_weights import load_and_save, save_to_a_full_drive
+from rank_weights import load_and_save, load_apart, save_to_a_full_drive
 from training_harness import same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -57,3 +57,17 @@ def test_a_drive_that_is_full_is_noticed_by_all_ranks(ranks: RankPool, tmp_path:
     assert "model.safetensors: File too large" in first[1]
     assert second == ("CheckpointError", "the checkpoint has failed on rank 0; see the error there")
     assert same_bits(tensors_in(tmp_path / "saved"), tensors_in(tmp_path / "stored"))
+
+
+def test_ranks_that_see_different_weights_load_nothing(ranks: RankPool, tmp_path: Path) -> None:
+    for rank in range(2):
+        plain_model("gpt2").save_pretrained(tmp_path / str(rank))
+    rewrite(tmp_path / "1", lambda tensors: tensors["transformer.ln_f.bias"].add_(1e-7))
+
+    expected = "ranks were given different checkpoints to load; nothing was loaded: give all of them the same"
+    assert ranks.run(2, load_apart, directory=tmp_path) == [("CheckpointMismatchError", expected)] * 2
+
+    (tmp_path / "1" / "model.safetensors").unlink()
+    first, second = ranks.run(2, load_apart, directory=tmp_path)
+    assert first == ("CheckpointMismatchError", "rank 1 cannot load what it was given and says why; nothing was loaded")
+    assert second[0] == "CheckpointError"

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from model_zoo import HF_CASES
+from torch import nn
 from training_harness import config_for, engine_and_twin, same_bits
 
-from gemini import ModelError
+from gemini import GeminiDDP, ModelError
 
 GPT2 = HF_CASES["gpt2"]
 
@@ -53,3 +57,49 @@ def test_a_closed_engine_lets_go_of_saving_and_loading(tmp_path):
         model = engine.module
     model.load_state_dict(twin.state_dict(), assign=True)
     assert same_bits(model.state_dict(), twin.state_dict())
+
+
+def normed_twice() -> nn.Module:
+    norm = nn.BatchNorm1d(8)
+    return nn.Sequential(nn.Linear(8, 8), norm, nn.Linear(8, 8), norm)
+
+
+def test_a_module_that_is_there_twice_keeps_all_names_of_its_buffers() -> None:
+    twin = normed_twice()
+    twin(torch.randn(4, 8))  # running means move
+    with GeminiDDP(copy.deepcopy(twin), config_for("host")) as engine:
+        for saved in (engine.state_dict(), engine.master_state_dict(), engine.module.state_dict()):
+            assert same_bits(saved, twin.state_dict())
+        without_one_name = {name: value for name, value in twin.state_dict().items() if not name.startswith("1.")}
+        assert engine.load_state_dict(without_one_name).missing_keys == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.transformer.ln_f, "weight", nn.Parameter(torch.ones(32))),
+        lambda model: model.add_module("probe", nn.Linear(2, 2)),
+        lambda model: model.resize_token_embeddings(model.config.vocab_size + 3, mean_resizing=False),
+        lambda model: model.transformer.h.pop(1),
+        lambda model: model.transformer.add_module("last", model.transformer._modules.pop("ln_f")),
+    ],
+    ids=["replaced", "added", "resized", "removed", "renamed"],
+)
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda engine, path: engine.save_pretrained(path),
+        lambda engine, path: engine.save_checkpoint(path),
+        lambda engine, path: engine.state_dict(),
+        lambda engine, path: engine.module.state_dict(),
+    ],
+    ids=["save_pretrained", "save_checkpoint", "state_dict", "module.state_dict"],
+)
+def test_a_model_that_was_changed_is_not_saved_as_what_it_was(
+    change: Callable[[Any], object], save: Callable[[GeminiDDP, Path], object], tmp_path: Path
+) -> None:
+    with GeminiDDP(GPT2.model(), config_for("host")) as engine:
+        change(engine.module)
+        with pytest.raises(ModelError, match="parameter .* was added, removed, replaced or resized"):
+            save(engine, tmp_path)
+    assert list(tmp_path.iterdir()) == []
