@@ -1,11 +1,12 @@
-"""The node's memory service: leases it grants a second to many clients at once, and how long one client waits.
+"""The node's memory service: what a step costs with it, how soon a job begins, and leases granted a second.
 
 A *lease* here is granted and given back, in order, as fast as a client can. Beside it stands the ceiling: as many
 packets to and fro between as many clients and a process that does nothing but answer, over the same kind of socket.
 Clients are processes of up to 16 threads each, a connection a thread. `messages_per_held_lease` is what a client and
-the service say to each other while a lease is held for a second.
+the service say to each other while a lease is held for a second. Steps and beginnings are service_engine.py's; `ratio`
+is a median over that of the engine alone, or of beginning from the drive.
 
-    python benchmarks/service.py [--clients 1 64] [--seconds 2] [--passes 3] [--json PATH]
+    python benchmarks/service.py [--clients 1 64] [--seconds 2] [--passes 3] [--steps 8] [--json PATH]
 """
 
 from __future__ import annotations
@@ -27,11 +28,23 @@ from pathlib import Path
 from typing import Any
 
 from results_file import spread_of, write_results
+from service_engine import measure_beginnings, measure_steps
 
 from gemini.errors import ServiceError
 from gemini.service import ServiceClient
 
-COLUMNS = ["system", "what", "clients", "per_s", "per_s_min", "per_s_max", "median_ms", "p99_ms"]
+COLUMNS = [
+    "system",
+    "what",
+    "clients",
+    "per_s",
+    "per_s_min",
+    "per_s_max",
+    "median_ms",
+    "p99_ms",
+    "ratio",
+    "messages_per_step",
+]
 THREADS = 16
 REQUEST_NBYTES = 80
 """About the length of a request for a lease."""
@@ -43,6 +56,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 64], help="clients at once")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each figure")
     parser.add_argument("--passes", type=int, default=3, help="times that each turn comes")
+    parser.add_argument("--steps", type=int, default=8, help="timed of each engine; 0 leaves engines out")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     arguments = parser.parse_args()
     figures: dict[tuple[str, str, int], list[list[float]]] = {}
@@ -60,7 +74,16 @@ def main() -> None:
                     figures.setdefault((system, what, num_clients), []).append(seconds)
         held = messages_per_held_lease(address)
     rows = [row_of(*which, passes, arguments.seconds) for which, passes in figures.items()]
-    settings = {"seconds": arguments.seconds, "passes": arguments.passes, "messages_per_held_lease": held}
+    if arguments.steps:
+        with tempfile.TemporaryDirectory() as name, serving(Path(name), host="16GiB") as address:
+            rows += measure_steps(address, arguments.steps)
+            rows += measure_beginnings(address, arguments.passes)
+    settings = {
+        "seconds": arguments.seconds,
+        "passes": arguments.passes,
+        "steps": arguments.steps,
+        "messages_per_held_lease": held,
+    }
     write_results(arguments.json, rows, COLUMNS, settings=settings)
     print(f"\nmessages while a lease is held for a second: {held}")
 
@@ -171,11 +194,11 @@ def run_threads(
 
 
 @contextmanager
-def serving(directory: Path) -> Iterator[str]:
+def serving(directory: Path, *, host: str = "1GiB") -> Iterator[str]:
     """Run the service; yield its address."""
     path, disk = directory / "socket", directory / "disk"
     disk.mkdir()
-    command = [sys.executable, "-m", "gemini", "serve", "--host-budget", "1GiB", "--nvme", f"{disk}:1GiB"]
+    command = [sys.executable, "-m", "gemini", "serve", "--host-budget", host, "--nvme", f"{disk}:1GiB"]
     service = subprocess.Popen([*command, "--socket", str(path)], stderr=subprocess.DEVNULL)
     address = f"unix:{path}"
     try:

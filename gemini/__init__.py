@@ -122,7 +122,11 @@ def __getattr__(name: str) -> object:
         return importlib.import_module("gemini.nn")
     if name not in _MODULE_OF_NAME:
         raise AttributeError(f"module 'gemini' has no attribute {name!r}")
-    found: object = getattr(importlib.import_module(_MODULE_OF_NAME[name]), name)
+    try:
+        module = importlib.import_module(_MODULE_OF_NAME[name])
+    except AttributeError as error:  # which `from gemini import ...` would take for a missing name, and hide
+        raise ImportError(f"{_MODULE_OF_NAME[name]} cannot be imported: {error}") from error
+    found: object = getattr(module, name)
     globals()[name] = found
     return found
 
