@@ -223,6 +223,7 @@ class GeminiDDP(torch.nn.Module):
         *,
         steps: Collection[int] | None = range(1, 4),
         predicted: StepPrediction | None = None,
+        activation_nbytes: int | None = None,
     ) -> AbstractContextManager[RunRecorder]:
         """Record what happens while the context is open, for `python -m gemini report`; see docs/profiling.md.
 
@@ -230,6 +231,7 @@ class GeminiDDP(torch.nn.Module):
             directory: for the recording; made if it is not there.
             steps: whose every move is recorded, counted from here on, from 0; of others what they cost. None: all.
             predicted: shown beside what is measured; such as `memory_report(profile=..., flops=...).predicted`.
+            activation_nbytes: shown so too: the peak that is expected, as of gemini.rehearsal.
 
         Returns:
             A context that yields the recorder; tell its `log(loss=..., tokens=...)` what the engine does not know.
@@ -237,7 +239,8 @@ class GeminiDDP(torch.nn.Module):
         Raises:
             ConfigError: the engine is being recorded already.
         """
-        return record_run(self._runtime, self._hooks, Path(directory), steps=steps, predicted=predicted)
+        expected = (predicted, activation_nbytes)
+        return record_run(self._runtime, self._hooks, Path(directory), steps=steps, expected=expected)
 
     def trace_memory(self) -> AbstractContextManager[None]:
         """Measure activations and temporaries of what runs inside the context; slow on the CPU, free on CUDA."""

@@ -69,6 +69,8 @@ class RunDescription:
     tiers: tuple[TierDescription, ...]
     predicted: Prediction | None
     """None without a hardware profile."""
+    predicted_activation_nbytes: int | None = None
+    """Peak of activations and temporaries in compute memory, by a rehearsal; None without one."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON can write them."""
@@ -88,7 +90,11 @@ class RunDescription:
             RecordingError: a field is missing or of another form.
         """
         try:
-            known = {field.name: fields[field.name] for field in dataclasses.fields(RunDescription)}
+            known = {
+                field.name: fields[field.name]
+                for field in dataclasses.fields(RunDescription)
+                if field.name in fields or field.default is dataclasses.MISSING
+            }
             known["units"] = tuple(known["units"])
             known["chunks"] = tuple(ChunkDescription(**chunk) for chunk in known["chunks"])
             known["tiers"] = tuple(TierDescription(**tier) for tier in known["tiers"])
