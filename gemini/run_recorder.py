@@ -207,7 +207,9 @@ def record_run(
             recorder.close()
 
 
-def describe_run(runtime: Runtime, predicted: StepPrediction | None, activation_nbytes: int | None) -> RunDescription:
+def describe_run(
+    runtime: Runtime, predicted: StepPrediction | None, activation_nbytes: int | None = None
+) -> RunDescription:
     """Describe an engine for the head of a recording.
 
     Args:

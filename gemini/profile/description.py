@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemini.errors import RecordingError
+from gemini.profile.typed import unfit_fields
 
 __all__ = ["ChunkDescription", "Prediction", "RunDescription", "TierDescription"]
 
@@ -99,6 +100,10 @@ class RunDescription:
             known["chunks"] = tuple(ChunkDescription(**chunk) for chunk in known["chunks"])
             known["tiers"] = tuple(TierDescription(**tier) for tier in known["tiers"])
             known["predicted"] = None if known["predicted"] is None else Prediction(**known["predicted"])
-            return RunDescription(**known)
+            run = RunDescription(**known)
         except (KeyError, TypeError) as error:
             raise RecordingError(f"the recording's description is damaged: {error!r}") from error
+        unfit = unfit_fields(run)
+        if unfit or any(not 0 <= chunk.unit_id < len(run.units) for chunk in run.chunks):
+            raise RecordingError(f"the recording's description is damaged: {', '.join(unfit) or 'units'}")
+        return run

@@ -22,10 +22,9 @@ from gemini.errors import ConfigError, naming_file
 from gemini.integrations.transformers import last_complete_checkpoint
 from gemini.recipe.settings import Settings
 
-__all__ = ["LOG_NAME", "MODEL_NAME", "RECORDING_NAME", "Start", "claimed", "find_start", "keep_settings"]
+__all__ = ["LOG_NAME", "MODEL_NAME", "Start", "claimed", "find_start", "keep_settings"]
 
 MODEL_NAME = "model"
-RECORDING_NAME = "recording"
 LOG_NAME = "log.csv"
 SETTINGS_NAME = "settings.json"
 

@@ -238,9 +238,9 @@ class ProgressCallback(transformers.TrainerCallback):
 
     def _show(self, logs: Mapping[str, Any], pace: Pace, now: Snapshot) -> None:
         assert self._task is not None
-        tokens = f"{pace.tokens_per_s:.3g} tokens/s"
+        tokens = f"{_rate(pace.tokens_per_s)} tokens/s"
         if pace.padded_tokens_per_s > pace.tokens_per_s:
-            tokens += f" ({pace.padded_tokens_per_s:.3g} padded)"
+            tokens += f" ({_rate(pace.padded_tokens_per_s)} padded)"
         rates = {
             "fetched": pace.fetched_gb_per_s,
             "read": pace.nvme_read_gb_per_s,
@@ -274,6 +274,10 @@ class ProgressCallback(transformers.TrainerCallback):
             nvme_written_nbytes=report.nvme_written_nbytes,
             tiers={tier.tier: sum(tier.held_nbytes.values()) for tier in report.tiers},
         )
+
+
+def _rate(per_s: float) -> str:
+    return f"{per_s:,.0f}" if per_s >= 100 else f"{per_s:.3g}"
 
 
 def _begin_log(path: Path, *, step: int) -> None:

@@ -19,11 +19,12 @@ from gemini.ddp import GeminiDDP
 from gemini.errors import ConfigError, naming_file
 from gemini.integrations.transformers import GeminiTrainer, last_complete_checkpoint
 from gemini.placement.cost_model import HardwareProfile
+from gemini.profile.recording import RECORDING_NAME
 from gemini.recipe.data import Collator, load_rows
 from gemini.recipe.dtype import DTYPES, choose_dtype
 from gemini.recipe.forecast import Forecast, forecast_batch, predict_step
 from gemini.recipe.model import build_model, find_model, read_tokenizer, save_activation_memory
-from gemini.recipe.output import LOG_NAME, MODEL_NAME, RECORDING_NAME, Start, claimed, find_start, keep_settings
+from gemini.recipe.output import LOG_NAME, MODEL_NAME, Start, claimed, find_start, keep_settings
 from gemini.recipe.progress import ProgressCallback, Utilization
 from gemini.recipe.settings import MemorySettings, Settings
 from gemini.report import MemoryReport
