@@ -11,7 +11,7 @@ import torch
 from gemini.assembly import draw_layout
 from gemini.config import GeminiConfig
 from gemini.ddp import GeminiDDP
-from gemini.errors import ConfigError
+from gemini.errors import MissingRateError
 from gemini.placement.cost_model import HardwareProfile, StepPrediction
 from gemini.rehearsal import Rehearsal, rehearse
 
@@ -92,6 +92,6 @@ def predict_step(
         return None
     try:
         return engine.memory_report(profile=profile, flops=forecast.rehearsal.work).predicted
-    except ConfigError as error:
+    except MissingRateError as error:
         logger.info("no time is predicted: %s", error)
         return None

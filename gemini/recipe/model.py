@@ -13,9 +13,10 @@ import transformers
 
 from gemini.errors import ConfigError, ModelError
 from gemini.nn import use_sliced_loss
+from gemini.recipe.positions import check_positions
 from gemini.recipe.settings import LoraSettings, ModelSettings
 
-__all__ = ["build_model", "check_positions", "find_model", "read_tokenizer", "save_activation_memory"]
+__all__ = ["build_model", "find_model", "read_tokenizer", "save_activation_memory"]
 
 
 def find_model(settings: ModelSettings) -> Path:
@@ -118,27 +119,6 @@ def save_activation_memory(model: Any, *, has_checkpoints: bool) -> None:
         enable({"use_reentrant": False})
     with suppress(ModelError):  # its output layer is of another kind, such as an adapter: its own loss serves
         use_sliced_loss(model.get_base_model() if hasattr(model, "peft_config") else model)
-
-
-def check_positions(config: Any, sequence_length: int, *, name: str) -> None:
-    """Refuse sequences that a model has no positions for.
-
-    Those that are learnt end in an index out of range, others in values the model has never seen.
-
-    Args:
-        config: transformers'.
-        sequence_length: tokens.
-        name: of the setting, for messages.
-
-    Raises:
-        ConfigError: there are too few positions.
-    """
-    num_positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if num_positions is not None and sequence_length > num_positions:
-        raise ConfigError(
-            f"{name}: {sequence_length} tokens, and the model has {num_positions} positions: shorten the sequences, or "
-            "set max_position_embeddings in its config.json, if it can be extended"
-        )
 
 
 def _add_adapters(model: Any, settings: LoraSettings) -> Any:
