@@ -30,6 +30,8 @@ COMMANDS = {
 
 EXIT_USAGE = 2
 """As argparse's own."""
+EXIT_INTERRUPTED = 130
+"""As a shell says it of a program that Ctrl-C has ended."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command's name and its arguments; None: those of the process.
 
     Returns:
-        The exit code: the command's own, or 2 with a line on standard error if it could not be carried out.
+        The exit code: the command's own, 2 with a line on standard error if it could not be carried out, or 130 after
+        Ctrl-C.
 
     Raises:
         SystemExit: the arguments are wrong, or help was asked for.
@@ -64,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"this command needs the package {package}, which is not installed; pip install {package}")
     except (GeminiError, OSError) as error:
         return _fail(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        sys.stderr.write("gemini: interrupted\n")
+        return EXIT_INTERRUPTED
 
 
 def _run(command: ModuleType, arguments: argparse.Namespace) -> int:

@@ -52,7 +52,7 @@ class NVMeConfig:
             raise ConfigError(f"NVMeConfig.path: expected a directory as a str or Path, got {self.path!r}")
         parse_nbytes(self.budget, name="NVMeConfig.budget")
         if self.endurance is not None:
-            _parse_endurance(self.endurance)
+            parse_endurance(self.endurance)
         if self.engine not in ("auto", "io_uring", "aio", "threads"):
             raise ConfigError(
                 f'NVMeConfig.engine: expected "auto", "io_uring", "aio" or "threads", got {self.engine!r}'
@@ -69,7 +69,7 @@ class NVMeConfig:
     @property
     def endurance_nbytes(self) -> int | None:
         """The rated endurance in bytes."""
-        return None if self.endurance is None else _parse_endurance(self.endurance)
+        return None if self.endurance is None else parse_endurance(self.endurance)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,8 +245,18 @@ class GeminiConfig:
         return engine_config(deepspeed, device_budget=device_budget, host_budget=host_budget, nvme_budget=nvme_budget)
 
 
-def _parse_endurance(endurance: str | int) -> int:
-    """Turn bytes, or TBW and PBW (terabytes and petabytes written), into bytes."""
+def parse_endurance(endurance: str | int) -> int:
+    """Turn bytes, or TBW and PBW (terabytes and petabytes written), into bytes.
+
+    Args:
+        endurance: as `NVMeConfig.endurance`.
+
+    Returns:
+        The number of bytes.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     if isinstance(endurance, str):
         endurance = _BYTES_WRITTEN_PATTERN.sub(r"\1", endurance)
     return parse_nbytes(endurance, name="NVMeConfig.endurance")

@@ -89,7 +89,9 @@ class GeminiDDP(torch.nn.Module):
         super().__init__()
         if not isinstance(module, torch.nn.Module):
             raise ConfigError(f"GeminiDDP: expected a torch.nn.Module, got {type(module).__name__}")
-        _refuse_managed(module)
+        if any(isinstance(child, GeminiDDP) for child in module.modules()):
+            raise ModelError("the model contains a GeminiDDP already; wrap the plain model once")
+        refuse_owned(module)
         self.module = module
         with nullcontext() if weights is None else open_pretrained(module, Path(weights), sharding) as source:
             self._runtime = assemble(
@@ -208,6 +210,7 @@ class GeminiDDP(torch.nn.Module):
         *,
         steps: Collection[int] | None = range(1, 4),
         predicted: StepPrediction | None = None,
+        activation_nbytes: int | None = None,
     ) -> AbstractContextManager[RunRecorder]:
         """Record what happens while the context is open, for `python -m gemini report`; see docs/profiling.md.
 
@@ -215,6 +218,7 @@ class GeminiDDP(torch.nn.Module):
             directory: for the recording; made if it is not there.
             steps: whose every move is recorded, counted from here on, from 0; of others what they cost. None: all.
             predicted: shown beside what is measured; such as `memory_report(profile=..., flops=...).predicted`.
+            activation_nbytes: shown so too: the peak that is expected, as of gemini.rehearsal.
 
         Returns:
             A context that yields the recorder; tell its `log(loss=..., tokens=...)` what the engine does not know.
@@ -222,7 +226,8 @@ class GeminiDDP(torch.nn.Module):
         Raises:
             ConfigError: the engine is being recorded already.
         """
-        return record_run(self._runtime, self._hooks, Path(directory), steps=steps, predicted=predicted)
+        expected = (predicted, activation_nbytes)
+        return record_run(self._runtime, self._hooks, Path(directory), steps=steps, expected=expected)
 
     def trace_memory(self) -> AbstractContextManager[None]:
         """Measure activations and temporaries of what runs inside the context; slow on the CPU, free on CUDA."""
@@ -491,10 +496,3 @@ class GeminiDDP(torch.nn.Module):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close(keep=kind is not None)
-
-
-def _refuse_managed(module: torch.nn.Module) -> None:
-    for child in module.modules():
-        if isinstance(child, GeminiDDP):
-            raise ModelError("the model contains a GeminiDDP already; wrap the plain model once")
-    refuse_owned(module)

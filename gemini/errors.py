@@ -23,6 +23,7 @@ __all__ = [
     "HeapUnavailableError",
     "IllegalTransitionError",
     "MissingLibraryError",
+    "MissingRateError",
     "ModelError",
     "OffloadIOError",
     "OutOfTierMemoryError",
@@ -39,6 +40,10 @@ class GeminiError(Exception):
 
 class ConfigError(GeminiError, ValueError):
     """A configuration value is unknown, malformed or contradicts another one."""
+
+
+class MissingRateError(ConfigError):
+    """A hardware profile lacks a rate that a prediction needs."""
 
 
 class ModelError(GeminiError, RuntimeError):

@@ -170,7 +170,9 @@ class HybridAdam(torch.optim.Optimizer):
         norm = runtime.gradient_norm([self._slots[id(p)] for _, p in params])
         self.last_grad_norm = norm
         if not math.isfinite(norm):
-            runtime.skip_update("a gradient is infinite or NaN")
+            runtime.skip_update(
+                "a gradient is infinite or NaN, as it is if the loss reads weights outside of the model's forward"
+            )
             return loss
         if self.max_grad_norm is not None:
             runtime.clip(norm, self.max_grad_norm)

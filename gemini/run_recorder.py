@@ -177,7 +177,7 @@ def record_run(
     directory: Path,
     *,
     steps: Collection[int] | None,
-    predicted: StepPrediction | None,
+    expected: tuple[StepPrediction | None, int | None],
 ) -> Iterator[RunRecorder]:
     """Record an engine while the context is open; see gemini.GeminiDDP.record.
 
@@ -186,7 +186,7 @@ def record_run(
         hooks: the engine's.
         directory: for the recording.
         steps: those whose moves are recorded; None: all.
-        predicted: what the cost model expects of a step, if it was asked.
+        expected: as for `describe_run`.
 
     Yields:
         The recorder.
@@ -198,7 +198,7 @@ def record_run(
     runtime.check_usable()
     if hooks.moments is not None:
         raise ConfigError("GeminiDDP.record: the engine is being recorded already; leave that context first")
-    with RecordingWriter(directory, describe_run(runtime, predicted)) as writer:
+    with RecordingWriter(directory, describe_run(runtime, *expected)) as writer:
         recorder = RunRecorder(runtime, hooks, writer, steps=steps)
         logger.info("recording to %s", directory)
         try:
@@ -207,12 +207,15 @@ def record_run(
             recorder.close()
 
 
-def describe_run(runtime: Runtime, predicted: StepPrediction | None) -> RunDescription:
+def describe_run(
+    runtime: Runtime, predicted: StepPrediction | None, activation_nbytes: int | None = None
+) -> RunDescription:
     """Describe an engine for the head of a recording.
 
     Args:
         runtime: the engine's.
         predicted: what the cost model expects of a step, if it was asked.
+        activation_nbytes: what activations and temporaries are expected to take at their peak, if somebody knows.
 
     Returns:
         The description, of the plan in force now.
@@ -247,6 +250,7 @@ def describe_run(runtime: Runtime, predicted: StepPrediction | None) -> RunDescr
         chunks=tuple(_describe_chunk(runtime, chunk_id) for chunk_id in range(len(layout.chunks))),
         tiers=tiers,
         predicted=prediction,
+        predicted_activation_nbytes=activation_nbytes,
     )
 
 

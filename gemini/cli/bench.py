@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gemini.cli.profiles import cache_path
+from gemini.errors import naming_file
 from gemini.hardware import HardwareProfile, measure_hardware, save_profile
 from gemini.machine import MachineDescription, describe_machine
 from gemini.tiers import format_nbytes
@@ -21,23 +23,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--nvme", type=Path, metavar="DIR", help="directory on the disk to measure (no disk)")
     parser.add_argument("--device", help='"cuda" or "cpu" (cuda if there is one)')
-    parser.add_argument("--seconds", type=float, default=0.5, help="for each rate but the disk's (%(default)s)")
-    parser.add_argument("--disk-seconds", type=float, default=5.0, help="for each of the disk's three (%(default)s)")
+    parser.add_argument("--seconds", type=_seconds, default=0.5, help="for each rate but the disk's (%(default)s)")
+    parser.add_argument("--disk-seconds", type=_seconds, default=5.0, help="for each of the disk's three (%(default)s)")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="directory of profiles (~/.cache/gemini-memory)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the profile there too")
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"expected more than 0 seconds, got {text}")
+    return seconds
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Measure, show and save."""
-    machine = describe_machine(arguments.nvme)
+    kept = cache_path(describe_machine(), arguments.cache)
+    for path in (kept, arguments.json):
+        if path is not None:  # before a minute has been spent
+            with naming_file("make the directory of", path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+    with naming_file("find the directory --nvme", Path(arguments.nvme or ".")):
+        machine = describe_machine(arguments.nvme)
     profile = measure_hardware(
         arguments.nvme, arguments.device, seconds=arguments.seconds, disk_seconds=arguments.disk_seconds
     )
-    kept = cache_path(machine, arguments.cache)
-    kept.parent.mkdir(parents=True, exist_ok=True)
     for path in (kept, arguments.json):
         if path is not None:
-            save_profile(profile, path, machine)
+            with naming_file("write", path):
+                save_profile(profile, path, machine)
     Console().print(machine_table(machine), rates_table(profile))
     sys.stdout.write(f"kept in {kept}\n")
     return 0

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default="my-model", metavar="DIR", help="directory of a Hugging Face model (%(default)s)"
     )
     parser.add_argument(
-        "--data", nargs="+", default=["data/*.jsonl"], metavar="FILE", help="training data (%(default)s)"
+        "--data", nargs="+", default=["data/*.jsonl"], metavar="FILE", help="training data (data/*.jsonl)"
     )
     parser.add_argument("--output", default="runs/my-run", metavar="DIR", help="for what the run makes (%(default)s)")
 

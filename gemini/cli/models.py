@@ -5,17 +5,20 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gemini.errors import ConfigError
+from gemini.errors import ConfigError, GeminiError
 from gemini.nn import use_sliced_loss
 from gemini.nn.sliced_head import default_slice_size
 from gemini.rehearsal import LossFn
 
-__all__ = ["SHAPES", "causal_lm_loss", "describe_model_names", "load_model", "slice_loss"]
+__all__ = ["SHAPES", "causal_lm_loss", "describe_model_names", "load_model", "naming_model", "slice_loss"]
 
 
 def _gpt2(num_layers: int, hidden_size: int, num_heads: int) -> dict[str, Any]:
@@ -62,24 +65,25 @@ def describe_model_names() -> str:
     )
 
 
-def load_model(name: str, *, has_checkpoints: bool = False) -> torch.nn.Module:
+def load_model(name: str, *, sequence_length: int = 1, has_checkpoints: bool = False) -> torch.nn.Module:
     """Build a model on the meta device, in training mode.
 
     Args:
         name: as `describe_model_names` says.
+        sequence_length: tokens of each sequence it will be given.
         has_checkpoints: whether blocks recompute their activations in backward.
 
     Returns:
         The model.
 
     Raises:
-        ConfigError: there is no such model, or it has no activation checkpointing.
+        ConfigError: there is no such model, it has too few positions, or no activation checkpointing.
     """
     path = Path(name)
     if name not in SHAPES and ":" in name:
         model = _call_function(name)
     elif name in SHAPES or path.exists():
-        model = _from_transformers(name)
+        model = _from_transformers(name, sequence_length)
     else:
         raise ConfigError(f"model {name!r}: expected {describe_model_names()}")
     if has_checkpoints:
@@ -92,8 +96,10 @@ def load_model(name: str, *, has_checkpoints: bool = False) -> torch.nn.Module:
     return model.train()
 
 
-def _from_transformers(name: str) -> Any:
+def _from_transformers(name: str, sequence_length: int) -> Any:
     import transformers
+
+    from gemini.recipe.positions import check_positions
 
     try:
         if name in SHAPES:
@@ -102,8 +108,15 @@ def _from_transformers(name: str) -> Any:
             config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
         with torch.device("meta"):
             model: Any = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model {name!r}: not a causal language model of transformers: {error}") from error
+    except Exception as error:  # of many types: a configuration may hold anything
+        first = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"model {name!r}: not a causal language model of transformers: {first}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(
+            f"model {name!r}: it is quantized, and cannot be trained as it is: give the original's config"
+        )
+    if name not in SHAPES:
+        check_positions(config, sequence_length, name="--seq")
     model.config.use_cache = False
     model.loss_type = model.loss_type or "ForCausalLM"  # None where the class's name does not tell; it would warn
     return model
@@ -114,15 +127,43 @@ def _call_function(name: str) -> torch.nn.Module:
     sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"model {name!r}: {error}; expected {_FUNCTION_FORM} as Python imports them") from error
+    except Exception as error:  # of any type: the module's own
+        raise ConfigError(
+            f"model {name!r}: {_told(error)}; expected {_FUNCTION_FORM} as Python imports them"
+        ) from error
     finally:
         sys.path.remove(os.getcwd())
-    with torch.device("meta"):
+    with naming_model(name), torch.device("meta"):
         model = function()
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(f"model {name!r}: expected a torch.nn.Module, got {type(model).__name__}")
     return model
+
+
+@contextmanager
+def naming_model(name: str) -> Iterator[None]:
+    """Let what a user's code raises inside become a ConfigError that says what, and where.
+
+    Args:
+        name: of the model.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ConfigError: the code raised anything but an error of this package.
+    """
+    try:
+        yield
+    except GeminiError:
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(f"model {name!r}: {frame.filename}:{frame.lineno}: {_told(error)}") from error
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def slice_loss(model: torch.nn.Module, num_tokens: int, *, has_device: bool) -> None:
@@ -150,7 +191,12 @@ def causal_lm_loss(num_sequences: int, sequence_length: int) -> LossFn:
 
     def loss_of(model: torch.nn.Module) -> torch.Tensor:
         token_ids = torch.zeros(num_sequences, sequence_length, dtype=torch.int64)
-        loss: torch.Tensor = model(input_ids=token_ids, labels=token_ids).loss
+        loss = getattr(model(input_ids=token_ids, labels=token_ids), "loss", None)
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            raise ConfigError(
+                f"{type(model).__name__}: expected it to return something with a loss of one element, as transformers' "
+                "models do when they are given labels"
+            )
         return loss
 
     return loss_of

@@ -7,6 +7,8 @@ import dataclasses
 import itertools
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from gemini.blueprint import draw_layout
-from gemini.cli.models import causal_lm_loss, describe_model_names, load_model, slice_loss
+from gemini.cli.models import causal_lm_loss, describe_model_names, load_model, naming_model, slice_loss
 from gemini.cli.profiles import cached_profile
 from gemini.config import GeminiConfig, NVMeConfig
-from gemini.errors import ConfigError, OutOfTierMemoryError
+from gemini.errors import ConfigError, MissingRateError, OutOfTierMemoryError
 from gemini.hardware import HardwareProfile, load_profile
 from gemini.machine import MachineDescription, describe_machine, load_machine
 from gemini.planner import MachineMemory, TrainingPlan, plan_training, remedies
@@ -49,6 +51,8 @@ class Outcome:
 
     case: Case
     plan: TrainingPlan | None
+    why_no_time: str | None = None
+    """Why the plan, if there is one, has no prediction; None: it has one."""
     shortage: str | None = None
     remedies: tuple[str, ...] = ()
 
@@ -84,6 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Plan one case or a table of them; the exit code says whether all fit."""
+    if arguments.endurance is not None and not _names_disk(arguments):
+        raise ConfigError("--endurance: expected --disk with it: only what is on a drive wears it")
     if arguments.tokens < 1 or arguments.seq < 1 or arguments.tokens % arguments.seq:
         raise ConfigError(f"--tokens: expected a multiple of --seq ({arguments.seq}), got {arguments.tokens}")
     if arguments.profile is None:
@@ -106,6 +112,10 @@ def run(arguments: argparse.Namespace) -> int:
     return EXIT_FITS if all(outcome.plan is not None for outcome in outcomes) else EXIT_DOES_NOT_FIT
 
 
+def _names_disk(arguments: argparse.Namespace) -> bool:
+    return arguments.disk is not None or any(variation.startswith("disk=") for variation in arguments.what_if)
+
+
 def make_cases(arguments: argparse.Namespace, machine: MachineDescription) -> list[Case]:
     """Return every combination that is asked for, in the order of the options.
 
@@ -125,10 +135,14 @@ def make_cases(arguments: argparse.Namespace, machine: MachineDescription) -> li
         "host-memory": [arguments.host_memory],
         "disk": [arguments.disk],
     }
+    varied: set[str] = set()
     for variation in arguments.what_if:
         name, _, values = variation.partition("=")
         if name not in VARIABLES or not values:
             raise ConfigError(f"--what-if: expected one of {', '.join(VARIABLES)}, = and values, got {variation!r}")
+        if name in varied:
+            raise ConfigError(f"--what-if: {name} is there twice: give all its values at once, separated by commas")
+        varied.add(name)
         names[name] = list(values.split(","))
     return [
         Case(model=str(model), memory=_memory_of(device, host, disk, machine))
@@ -168,16 +182,25 @@ def plan_cases(cases: list[Case], arguments: argparse.Namespace, profile: Hardwa
         if key not in rehearsed:
             rehearsed[key] = _rehearse(case, config, arguments)
         model, rehearsal = rehearsed[key]
+        plan = partial(plan_training, model, config, rehearsal, num_tokens=arguments.tokens, memory=case.memory)
         try:
-            plan = plan_training(
-                model, config, rehearsal, num_tokens=arguments.tokens, memory=case.memory, profile=profile
-            )
+            outcomes.append(_plan_case(case, plan, profile))
         except OutOfTierMemoryError as error:
             found = () if arguments.what_if else tuple(remedies(model, config, rehearsal, memory=case.memory))
             outcomes.append(Outcome(case=case, plan=None, shortage=str(error), remedies=found))
-        else:
-            outcomes.append(Outcome(case=case, plan=plan))
     return outcomes
+
+
+def _plan_case(case: Case, plan: Callable[..., TrainingPlan], profile: HardwareProfile | None) -> Outcome:
+    """Plan a case, without times if its rates are not known: those of a device one plans to rent, say."""
+    if profile is None:
+        reason = "no profile of this machine; measure one with python -m gemini bench"
+        return Outcome(case=case, plan=plan(), why_no_time=reason)
+    try:
+        return Outcome(case=case, plan=plan(profile=profile))
+    except MissingRateError as error:
+        reason = f"{str(error).partition(',')[0]}; give --profile of a machine where bench has measured it"
+        return Outcome(case=case, plan=plan(), why_no_time=reason)
 
 
 def _config_of(case: Case, arguments: argparse.Namespace) -> GeminiConfig:
@@ -194,11 +217,12 @@ def _config_of(case: Case, arguments: argparse.Namespace) -> GeminiConfig:
 
 def _rehearse(case: Case, config: GeminiConfig, arguments: argparse.Namespace) -> tuple[torch.nn.Module, Rehearsal]:
     has_device = case.memory.device is not None
-    model = load_model(case.model, has_checkpoints=arguments.checkpoint_activations)
+    model = load_model(case.model, sequence_length=arguments.seq, has_checkpoints=arguments.checkpoint_activations)
     if arguments.sliced_loss:
         slice_loss(model, arguments.tokens, has_device=has_device)
     loss_fn = causal_lm_loss(arguments.tokens // arguments.seq, arguments.seq)
-    return model, rehearse(model, loss_fn, config, draw_layout(model, config), has_device=has_device)
+    with naming_model(case.model):
+        return model, rehearse(model, loss_fn, config, draw_layout(model, config), has_device=has_device)
 
 
 def to_document(outcome: Outcome) -> dict[str, Any]:
@@ -222,6 +246,7 @@ def to_document(outcome: Outcome) -> dict[str, Any]:
         "nvme_read_nbytes_per_step": plan.work.total.nvme_read_nbytes,
         "nvme_written_nbytes_per_step": plan.work.total.nvme_written_nbytes,
         "days_of_drive_life": plan.days_of_life,
+        "why_no_time": outcome.why_no_time,
         "step_s": None if prediction is None else prediction.step_s,
         "tokens_per_s": plan.tokens_per_s,
         "bottleneck": None if prediction is None else prediction.bottleneck.value,
@@ -254,7 +279,7 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
     console.print(f"{outcome.case.model} fits: {plan.num_params:,} parameters, {plan.num_tokens:,} tokens a step")
     console.print(memory_table(plan, outcome.case.memory))
     if plan.prediction is None:
-        console.print("Step time: no profile of this machine; measure one with python -m gemini bench")
+        console.print(f"Step time: {outcome.why_no_time}", highlight=False)
     else:
         console.print(time_table(plan))
     written = plan.work.total.nvme_written_nbytes
@@ -296,7 +321,8 @@ def time_table(plan: TrainingPlan) -> Table:
     for channel, seconds in prediction.seconds.items():
         if seconds:
             table.add_row(f"  {channel.value} busy", f"{seconds:.3f} s")
-    table.add_row("compute-bound from", f"{plan.compute_bound_tokens:,} tokens a step")
+    if plan.compute_bound_tokens is not None:
+        table.add_row("compute-bound from", f"{plan.compute_bound_tokens:,} tokens a step")
     return table
 
 

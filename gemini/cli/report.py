@@ -21,17 +21,19 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="directory that engine.record wrote into")
-    parser.add_argument("--rank", type=int, default=0, help="whose recording; default: 0")
     parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="the page; default: RUN/report.html if nothing is named"
+        "run", type=Path, metavar="RUN", help="directory that engine.record wrote into, or a run's output.path"
+    )
+    parser.add_argument("--rank", type=int, default=0, help="whose recording (%(default)s)")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write the page (RUN/report.html if nothing is named)"
     )
     parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="write a trace for ui.perfetto.dev or chrome://tracing"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what the page shows as JSON")
     parser.add_argument("--terminal", action="store_true", help="show one step here")
-    parser.add_argument("--step", type=int, help="which step --terminal shows; default: the last one with details")
+    parser.add_argument("--step", type=int, help="which step --terminal shows (the last one with details)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -53,11 +55,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise RecordingError(f"the recording in {arguments.run} has no step: take one before it is looked at")
     files: dict[str, tuple[Path | None, Callable[[Recording], str]]] = {
         "trace": (arguments.trace, lambda recording: json.dumps(chrome_trace(recording))),
-        "JSON": (arguments.json, lambda recording: json.dumps(report_of(recording), indent=1)),
+        "JSON": (arguments.json, lambda recording: json.dumps(report_of(recording), indent=1, allow_nan=False)),
         "page": (arguments.html, html_page),
     }
     if not arguments.terminal and not any(path for path, _ in files.values()):
-        files["page"] = (arguments.run / "report.html", html_page)
+        directory = arguments.run if arguments.run.is_dir() else arguments.run.parent
+        files["page"] = (directory / "report.html", html_page)
     for name, (path, draw) in files.items():
         if path is not None:
             text = draw(recording)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from gemini.cli.profiles import cached_profile
 from gemini.recipe.run import train
 from gemini.recipe.settings_file import read_settings
 
@@ -32,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train; say where the result is."""
     console = Console(highlight=False)
-    finished = train(read_settings(arguments.file), resume=arguments.resume, console=console)
+    settings = read_settings(arguments.file)
+    finished = train(settings, resume=arguments.resume, console=console, profile=cached_profile())
     console.print(str(finished.report), markup=False, soft_wrap=True)
     if finished.recording is not None:
         console.print(f"What happened in it: python -m gemini report {finished.recording}", soft_wrap=True)

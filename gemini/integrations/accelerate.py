@@ -145,8 +145,8 @@ class GeminiAccelerator(accelerate.Accelerator):
             skipped.
 
         Raises:
-            ConfigError: another norm was asked for, some of an engine's parameters are missing, or the engine was
-                never prepared.
+            ConfigError: another norm was asked for, some of an engine's parameters are missing, others than its own
+                are among them, or the engine was never prepared.
         """
         params = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
         engine = self._engine_of(params)
@@ -160,6 +160,11 @@ class GeminiAccelerator(accelerate.Accelerator):
             raise ConfigError(
                 "Accelerator.clip_grad_norm_: parameters: expected all that the engine trains, whose gradients are "
                 "clipped together; pass model.parameters()"
+            )
+        if any(runtime_of(param) is not engine.runtime for param in params):
+            raise ConfigError(
+                "Accelerator.clip_grad_norm_: parameters: expected those of one GeminiDDP alone, whose norm does not "
+                "count gradients that wait elsewhere; clip each model by itself"
             )
         return engine.clip_grad_norm_(max_norm)
 

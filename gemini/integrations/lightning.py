@@ -16,6 +16,7 @@ from gemini.offload.resources import device_of
 from gemini.optimizer import HybridAdam
 
 try:
+    from lightning.pytorch import callbacks
     from lightning.pytorch.plugins.precision import Precision
     from lightning.pytorch.strategies import SingleDeviceStrategy
 except ImportError as error:
@@ -63,6 +64,19 @@ class GeminiStrategy(SingleDeviceStrategy):
             )
 
     # ---------------------------------------------------------------- preparing
+
+    def setup(self, trainer: Any) -> None:
+        """Build the engine and, to train, the optimizer.
+
+        Args:
+            trainer: Lightning's.
+
+        Raises:
+            ConfigError: the module, or a callback, does what an engine cannot honour.
+        """
+        if trainer.training:
+            _check_training(trainer)
+        super().setup(trainer)
 
     def model_to_device(self) -> None:
         """Leave the module where it is; the engine moves it."""
@@ -174,6 +188,23 @@ class GeminiStrategy(SingleDeviceStrategy):
         (state,) = checkpoint["optimizer_states"]
         if state:
             self.optimizers[0].load_state_dict(state)
+
+
+def _check_training(trainer: Any) -> None:
+    """Refuse loops in which backward runs inside of forward, and callbacks that read or write weights themselves."""
+    if not trainer.lightning_module.automatic_optimization:
+        raise ConfigError(
+            "LightningModule.automatic_optimization: expected True: training_step is the engine's forward, and "
+            "backward and the optimizer's step cannot run inside of it; use accumulate_grad_batches and "
+            "gradient_clip_val, or GeminiDDP in a plain loop"
+        )
+    averaging = (callbacks.StochasticWeightAveraging, callbacks.WeightAveraging)
+    for callback in trainer.callbacks:
+        if isinstance(callback, averaging):
+            raise ConfigError(
+                f"Trainer.callbacks: {type(callback).__name__} averages the module's weights as it finds them, and "
+                "between steps an engine's are away: average what engine.master_state_dict() returns"
+            )
 
 
 class _GeminiPrecision(Precision):

@@ -9,15 +9,18 @@ output layer) is done to a plain model.
 
 from __future__ import annotations
 
+import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gemini.checkpoint import has_checkpoint
 from gemini.config import GeminiConfig
 from gemini.ddp import GeminiDDP
-from gemini.errors import CheckpointMismatchError, ConfigError, MissingLibraryError
+from gemini.errors import CheckpointError, CheckpointMismatchError, ConfigError, MissingLibraryError
 from gemini.integrations.accelerate import GeminiAccelerator
 from gemini.integrations.random_numbers import unchanged_random_numbers
 from gemini.optimizer import HybridAdam
@@ -27,8 +30,12 @@ try:
 except ImportError as error:
     raise MissingLibraryError(f"{__name__} needs transformers (pip install transformers): {error}") from error
 
-__all__ = ["GeminiTrainer", "GeminiTrainerMixin", "config_for_arguments"]
+__all__ = ["GeminiTrainer", "GeminiTrainerMixin", "config_for_arguments", "last_complete_checkpoint"]
 
+logger = logging.getLogger(__name__)
+
+_STATE_NAME = "trainer_state.json"
+"""What a trainer writes last."""
 _CHECKPOINT_NAME = "gemini"
 _TRAINING_ARGUMENTS_NAME = "training_args.bin"
 
@@ -89,6 +96,42 @@ def config_for_arguments(config: GeminiConfig | None, arguments: Any) -> GeminiC
     if config.device is None:
         return replace(config, device=arguments.device)
     return config
+
+
+def last_complete_checkpoint(directory: Path) -> Path | None:
+    """Find the newest `checkpoint-N` of a GeminiTrainer that was saved to its end.
+
+    A trainer writes file by file: in the directory of a process that was killed meanwhile the last ones are missing,
+    and who resumed from it would go on with its weights from step 0.
+
+    Args:
+        directory: the trainer's `output_dir`.
+
+    Returns:
+        The checkpoint's directory; None: there is none. Newer ones that are incomplete are named in a warning.
+
+    Raises:
+        OffloadIOError: a directory cannot be read.
+    """
+    if not directory.is_dir():
+        return None
+    numbers = {path: path.name.removeprefix("checkpoint-") for path in directory.glob("checkpoint-*")}
+    for path in sorted(
+        (path for path, number in numbers.items() if number.isdecimal()), key=lambda p: -int(numbers[p])
+    ):
+        if _is_complete(path):
+            return path
+        logger.warning("%s is incomplete, because whoever saved it was killed, and is passed over", path)
+    return None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    place = checkpoint / _CHECKPOINT_NAME
+    try:
+        json.loads((checkpoint / _STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return not place.is_dir() or has_checkpoint(place)
 
 
 class GeminiTrainerMixin:
@@ -206,6 +249,33 @@ class GeminiTrainerMixin:
         return HybridAdam, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
 
     # ---------------------------------------------------------------- saving and loading
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as the trainer does; `True` means its last checkpoint that is complete.
+
+        Args:
+            resume_from_checkpoint: as the trainer's.
+            *args: as the trainer's.
+            **kwargs: as the trainer's.
+
+        Returns:
+            As the trainer's.
+
+        Raises:
+            CheckpointError: the checkpoint is incomplete, or there is none.
+        """
+        if resume_from_checkpoint is True:
+            found = last_complete_checkpoint(Path(self.args.output_dir))
+            if found is None:
+                raise CheckpointError(f"GeminiTrainer: there is no complete checkpoint in {self.args.output_dir}")
+            resume_from_checkpoint = str(found)
+        if isinstance(resume_from_checkpoint, (str, Path)):
+            path = Path(resume_from_checkpoint)
+            if (path / _CHECKPOINT_NAME).is_dir() and not _is_complete(path):
+                raise CheckpointError(
+                    f"GeminiTrainer: {path} is incomplete, because whoever saved it was killed; go on from the last one"
+                )
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write a directory that `from_pretrained` opens."""

@@ -119,6 +119,7 @@ def _measure(
     flags = IoOpenFlag.READ | IoOpenFlag.WRITE | IoOpenFlag.CREATE | IoOpenFlag.DIRECT
     with IoEngine(backend, queue_depth=QUEUE_DEPTH, num_threads=QUEUE_DEPTH) as engine:
         file = engine.open(path, flags)
+        path.unlink()  # so that it ends with the process, however that ends
         fill_file(file, buffers, num_blocks)
         read, write, mixed = (run_pattern(file, pattern, buffers, num_blocks, seconds=seconds) for pattern in IoPattern)
         found = DiskBandwidth(

@@ -18,7 +18,12 @@ from types import TracebackType
 
 import torch
 
-from gemini._native import ffi, lib
+try:
+    from gemini._native import ffi, lib
+except ModuleNotFoundError as error:  # this is the first module to need it
+    raise ImportError(
+        "gemini has a compiled part that is not built: pip install . in its directory, or python native/build.py"
+    ) from error
 from gemini.errors import CorruptRecordError, OffloadIOError
 from gemini.kernels.spans import MAX_SPANS, Span, SpanRecorder, read_spans
 from gemini.offload.io_backends import IoBackend, available_backends, choose_backend, explain_refusal, native_number

@@ -10,7 +10,7 @@ import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gemini.errors import ConfigError
+from gemini.errors import ConfigError, MissingRateError
 from gemini.placement.overlap import OverlapMode
 from gemini.placement.plan import ChunkDemand, ChunkPlacement, PlacementPlan, RuntimeShape
 from gemini.tiers import MemoryTier
@@ -181,7 +181,7 @@ def _seconds(amount: float, rate: float | None, what: str) -> float:
     if not amount:
         return 0.0
     if rate is None:
-        raise ConfigError(
+        raise MissingRateError(
             f"the hardware profile has no rate for {what}, which this plan needs: call "
             "gemini.measure_hardware with the engine's own device= and, if it has one, its swap file's directory"
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemini.errors import RecordingError
+from gemini.profile.typed import unfit_fields
 
 __all__ = ["ChunkDescription", "Prediction", "RunDescription", "TierDescription"]
 
@@ -69,6 +70,8 @@ class RunDescription:
     tiers: tuple[TierDescription, ...]
     predicted: Prediction | None
     """None without a hardware profile."""
+    predicted_activation_nbytes: int | None = None
+    """Peak of activations and temporaries in compute memory, by a rehearsal; None without one."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON can write them."""
@@ -88,11 +91,19 @@ class RunDescription:
             RecordingError: a field is missing or of another form.
         """
         try:
-            known = {field.name: fields[field.name] for field in dataclasses.fields(RunDescription)}
+            known = {
+                field.name: fields[field.name]
+                for field in dataclasses.fields(RunDescription)
+                if field.name in fields or field.default is dataclasses.MISSING
+            }
             known["units"] = tuple(known["units"])
             known["chunks"] = tuple(ChunkDescription(**chunk) for chunk in known["chunks"])
             known["tiers"] = tuple(TierDescription(**tier) for tier in known["tiers"])
             known["predicted"] = None if known["predicted"] is None else Prediction(**known["predicted"])
-            return RunDescription(**known)
+            run = RunDescription(**known)
         except (KeyError, TypeError) as error:
             raise RecordingError(f"the recording's description is damaged: {error!r}") from error
+        unfit = unfit_fields(run)
+        if unfit or any(not 0 <= chunk.unit_id < len(run.units) for chunk in run.chunks):
+            raise RecordingError(f"the recording's description is damaged: {', '.join(unfit) or 'units'}")
+        return run

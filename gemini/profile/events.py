@@ -6,9 +6,10 @@ All times are nanoseconds of one clock, time.perf_counter_ns of the process that
 from __future__ import annotations
 
 import json
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from gemini.errors import RecordingError
+from gemini.profile.typed import fits
 
 __all__ = [
     "FORMAT_NAME",
@@ -124,6 +125,7 @@ _KINDS: dict[str, type[Any]] = {
     "log": Logged,
 }
 _NAMES = {kind: name for name, kind in _KINDS.items()}
+_HINTS = {kind: tuple(get_type_hints(kind).values()) for kind in _KINDS.values()}
 
 
 def encode_line(event: Event) -> str:
@@ -147,6 +149,16 @@ def decode_line(line: str) -> Event | None:
         name, *fields = json.loads(line)
         kind = _KINDS.get(name)
         event: Event | None = None if kind is None else kind(*fields)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise RecordingError(f"expected an event as a list of its kind and fields, got {line[:80]!r}") from error
+    if event is not None and not _is_sound(event):
+        raise RecordingError(f"expected an event as a list of its kind and fields, got {line[:80]!r}")
     return event
+
+
+def _is_sound(event: Event) -> bool:
+    """Return whether an event's fields are of their types, and its times in their order."""
+    hints = _HINTS[type(event)]
+    if not all(fits(value, hint) for value, hint in zip(event, hints, strict=True)):
+        return False
+    return not isinstance(event, (Step, Work, Stall)) or event.begin_ns <= event.end_ns

@@ -51,8 +51,17 @@ NUM_PIXELS = 1500
 """Of a step's length; things closer than one are drawn as one."""
 
 
-def memory_figure(series: TierSeries, step: Step) -> Figure:
-    """Draw one tier's bytes over a step: model data stacked, then non-model data, budget and plan as lines."""
+def memory_figure(series: TierSeries, step: Step, *, activation_nbytes: int | None = None) -> Figure:
+    """Draw one tier's bytes over a step: model data stacked, then non-model data; budget, plan and prediction as lines.
+
+    Args:
+        series: of the tier.
+        step: the step.
+        activation_nbytes: non-model data that are expected in it; None: nobody knows.
+
+    Returns:
+        The figure.
+    """
     budget_name = "budget of the engine's" if series.tier.tier == "host" else "budget"
     times = _since(step, series.times_ns)
     traces = [
@@ -63,19 +72,36 @@ def memory_figure(series: TierSeries, step: Step) -> Figure:
     if any(nbytes is not None for nbytes in series.non_model_nbytes):
         values = [nbytes or 0 for nbytes in series.non_model_nbytes]
         traces.append(_area("non-model: activations, temporaries", times, values, NON_MODEL_COLOR))
-    lines = {"planned": sum(series.tier.planned_nbytes.values()), budget_name: series.tier.budget_nbytes}
+    planned = sum(series.tier.planned_nbytes.values())
+    lines = {"planned": planned, budget_name: series.tier.budget_nbytes}
+    if activation_nbytes is not None:
+        lines["planned, with activations"] = planned + activation_nbytes
     top = max((sum(values) for values in zip(*(trace["y"] for trace in traces), strict=True)), default=0)
     for name, nbytes in lines.items():
         if nbytes and nbytes <= 4 * top:  # a budget far away would leave the rest flat
             traces.append(_level(name, nbytes, _since(step, (step.begin_ns, step.end_ns))))
+    values, texts = _byte_ticks(max([top, *(max(trace["y"]) for trace in traces if "stackgroup" not in trace)]))
     layout = {
         "xaxis": _time_axis(step),
-        "yaxis": {"title": {"text": "bytes held"}, "tickformat": ".3~s", "ticksuffix": "B", "rangemode": "tozero"},
+        "yaxis": {
+            "title": {"text": "held"},
+            "tickvals": values,
+            "ticktext": texts,
+            "rangemode": "tozero",
+            "automargin": True,
+        },
         "hovermode": "x unified",
         "legend": {"traceorder": "reversed"},
         "height": 360,
     }
     return {"data": traces, "layout": layout}
+
+
+def _byte_ticks(top: int) -> tuple[list[int], list[str]]:
+    """Return about five round numbers of bytes up to one, and how they are written."""
+    step = 1 << max(0, (max(top, 1) // 4).bit_length() - 1)
+    values = list(range(0, top + step, step))
+    return values, [format_nbytes(value).replace(".00", "") for value in values]
 
 
 def _area(name: str, times_ms: Sequence[float], nbytes: Sequence[int], color: str) -> Figure:
@@ -100,7 +126,7 @@ def _level(name: str, nbytes: int, ends_ms: Sequence[float]) -> Figure:
         "name": f"{name}: {format_nbytes(nbytes)}",
         "x": list(ends_ms),
         "y": [nbytes, nbytes],
-        "line": {"dash": "dot" if name == "planned" else "dash", "width": 1.5, "color": LINE_COLOR},
+        "line": {"dash": "dot" if name.startswith("planned") else "dash", "width": 1.5, "color": LINE_COLOR},
         "hoverinfo": "skip",
     }
 

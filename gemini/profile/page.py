@@ -31,7 +31,7 @@ def html_page(recording: Recording) -> str:
             "an HTML report needs plotly, which is not installed: pip install 'gemini-memory[report]', or use --trace, "
             "--json or --terminal"
         ) from error
-    data = json.dumps(report_of(recording), separators=(",", ":")).replace("<", "\\u003c")
+    data = json.dumps(report_of(recording), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     template = resources.files("gemini.profile").joinpath("page.html").read_text(encoding="utf-8")
     head, between, tail = _split(template, "/*REPORT*/", "/*PLOTLY*/")
     return "".join((head, data, between, get_plotlyjs().replace("</script", "<\\/script"), tail))

@@ -31,9 +31,12 @@ from gemini.profile.events import (
     encode_line,
 )
 
-__all__ = ["Recording", "RecordingWriter", "path_of", "read_recording"]
+__all__ = ["RECORDING_NAME", "Recording", "RecordingWriter", "path_of", "read_recording"]
 
 logger = logging.getLogger(__name__)
+
+RECORDING_NAME = "recording"
+"""The directory of a recording in that of a run which has others, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +152,7 @@ def read_recording(directory: Path, *, rank: int = 0) -> Recording:
     """Read what was recorded so far of a run, which may still be going on or have been killed.
 
     Args:
-        directory: as given to `engine.record`.
+        directory: as given to `engine.record`, or as `output.path` in a training file; or a rank's own file.
         rank: whose recording.
 
     Returns:
@@ -159,6 +162,10 @@ def read_recording(directory: Path, *, rank: int = 0) -> Recording:
         RecordingError: there is no recording, it is of a later version, or a line is damaged.
     """
     path = path_of(directory, rank)
+    if not path.exists() and (directory / RECORDING_NAME).is_dir():  # `python -m gemini train` wrote it there
+        path = path_of(directory / RECORDING_NAME, rank)
+    elif directory.is_file():
+        path = directory
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     except OSError as error:
@@ -173,9 +180,18 @@ def read_recording(directory: Path, *, rank: int = 0) -> Recording:
             event = decode_line(line)
         except RecordingError as error:
             raise RecordingError(f"{path}, line {number}: {error}") from error
+        if event is not None and not _is_of_run(event, recording.run):
+            raise RecordingError(f"{path}, line {number}: it is about a chunk or unit that the run does not have")
         if event is not None:
             recording.add(event)
     return recording
+
+
+def _is_of_run(event: Event, run: RunDescription) -> bool:
+    """Return whether the chunk and the unit that an event is about, if it is about any, are among the run's."""
+    chunk_id, unit_id = getattr(event, "chunk_id", None), getattr(event, "unit_id", None)
+    has_chunk = chunk_id is None or 0 <= chunk_id < len(run.chunks)
+    return has_chunk and (unit_id is None or 0 <= unit_id < len(run.units))
 
 
 def _read_header(path: Path, line: str) -> RunDescription:

@@ -16,7 +16,7 @@ from gemini.profile.stalls import ExplainedStall, seconds_by_cause, stalls_of_st
 from gemini.profile.words import plan_in_words
 from gemini.tiers import format_nbytes
 
-__all__ = ["TABS", "Part", "chunk_table", "facts_of", "report_of", "stall_tables", "step_tiles"]
+__all__ = ["TABS", "Part", "chunk_table", "expectations_table", "facts_of", "report_of", "stall_tables", "step_tiles"]
 
 Part = dict[str, Any]
 """Any of `title`, `note`, `tiles`, `table` and `figure`."""
@@ -68,6 +68,7 @@ def _parts_of_step(recording: Recording, step: Step) -> dict[str, list[Part]]:
     return {
         "overview": [
             {"tiles": step_tiles(recording, step)},
+            expectations_table(recording, step),
             {
                 "title": "How long each channel was busy" + (", predicted beside measured" if predicted else ""),
                 "note": "Host memory: Adam, gradients being stored, and copies that processors make. Compute: forward "
@@ -82,7 +83,13 @@ def _parts_of_step(recording: Recording, step: Step) -> dict[str, list[Part]]:
                 "note": None
                 if series.tier.tier == "nvme" or any(n is not None for n in series.non_model_nbytes)
                 else "Activations and temporaries in this tier were not counted.",
-                "figure": memory_figure(series, step),
+                "figure": memory_figure(
+                    series,
+                    step,
+                    activation_nbytes=recording.run.predicted_activation_nbytes
+                    if series.tier.tier == recording.run.compute_tier
+                    else None,
+                ),
             }
             for series in memory_of_step(recording, step)
         ],
@@ -106,7 +113,7 @@ def _parts_of_step(recording: Recording, step: Step) -> dict[str, list[Part]]:
 
 def step_tiles(recording: Recording, step: Step) -> list[tuple[str, str]]:
     """Return the numbers of a step that matter first, each with what it is."""
-    seconds = (step.end_ns - step.begin_ns) / 1e9
+    seconds = max(step.end_ns - step.begin_ns, 1) / 1e9
     series = run_series(recording)
     waited_s = step.weights_stall_s + step.update_stall_s
     later = series.seconds[1:] or series.seconds  # the first step touches memory for the first time
@@ -131,6 +138,35 @@ def step_tiles(recording: Recording, step: Step) -> list[tuple[str, str]]:
     if "loss" in logged:
         tiles.append((f"{logged['loss']:.4f}", "loss"))
     return tiles
+
+
+def expectations_table(recording: Recording, step: Step) -> Part:
+    """Return what was planned and predicted of a step beside what it took."""
+    run = recording.run
+    rows = []
+    if run.predicted is not None:
+        measured_s = (step.end_ns - step.begin_ns) / 1e9
+        rows.append(["time of the step", f"{run.predicted.step_s:.3f} s", f"{measured_s:.3f} s"])
+    for series in memory_of_step(recording, step):
+        tier = series.tier
+        held = max(map(sum, zip(*series.model_nbytes.values(), strict=True)), default=0)
+        planned = format_nbytes(sum(tier.planned_nbytes.values()))
+        rows.append([f"{tier.tier}: model data at their peak", planned, format_nbytes(held)])
+        others = [nbytes for nbytes in series.non_model_nbytes if nbytes is not None]
+        if tier.tier == run.compute_tier and (run.predicted_activation_nbytes is not None or others):
+            predicted = run.predicted_activation_nbytes
+            rows.append(
+                [
+                    f"{tier.tier}: activations and temporaries",
+                    "-" if predicted is None else format_nbytes(predicted),
+                    format_nbytes(max(others)) if others else "-",
+                ]
+            )
+    return {
+        "title": "Expected beside measured",
+        "note": "Activations are measured at moments: what comes and goes inside of a unit is expected, and not seen.",
+        "table": {"head": ["", "expected", "measured"], "rows": rows, "numbers": [1, 2]},
+    }
 
 
 def stall_tables(recording: Recording, stalls: list[ExplainedStall]) -> list[Part]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from gemini.profile.description import TierDescription
@@ -89,19 +90,24 @@ def run_series(recording: Recording) -> RunSeries:
     steps = recording.steps
     begins_ns = [step.begin_ns for step in steps[:1]] + [step.end_ns for step in steps[:-1]]
     logged = [recording.logged.get(step.number, {}) for step in steps]
-    tokens = [values.get("tokens") for values in logged]
+    tokens = [_finite(values.get("tokens")) for values in logged]
     elapsed_s = [(step.end_ns - begin_ns) / 1e9 for step, begin_ns in zip(steps, begins_ns, strict=True)]
     return RunSeries(
         steps=tuple(step.number for step in steps),
         seconds=tuple((step.end_ns - step.begin_ns) / 1e9 for step in steps),
         weights_stall_s=tuple(step.weights_stall_s for step in steps),
         update_stall_s=tuple(step.update_stall_s for step in steps),
-        loss=tuple(values.get("loss") for values in logged),
+        loss=tuple(_finite(values.get("loss")) for values in logged),
         tokens_per_s=tuple(
             None if count is None or not seconds else count / seconds
             for count, seconds in zip(tokens, elapsed_s, strict=True)
         ),
     )
+
+
+def _finite(value: float | None) -> float | None:
+    """Return a number that can be drawn: JSON has no others."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def measured_channels(bars: list[Bar]) -> dict[str, float]:

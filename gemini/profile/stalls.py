@@ -98,7 +98,9 @@ def _cause(stall: Stall, running: Sequence[Work]) -> str:
         if work.chunk_id == stall.chunk_id and (stall.reason != "weights" or work.what == "weights")
     ]
     if own:
-        first = min(own, key=lambda work: _PRIORITY.index(work.operation))
+        first = min(
+            own, key=lambda work: _PRIORITY.index(work.operation) if work.operation in _PRIORITY else len(_PRIORITY)
+        )
         return f"{first.operation} {first.what}".strip()
     return QUEUED if running else IDLE
 

@@ -15,7 +15,7 @@ from gemini.profile.events import Step
 from gemini.profile.intervals import clip, total_ns
 from gemini.profile.lanes import LANES, Bar, bars_of_step, busy_s_by_lane
 from gemini.profile.recording import Recording
-from gemini.profile.report_parts import facts_of, stall_tables, step_tiles
+from gemini.profile.report_parts import Part, expectations_table, facts_of, stall_tables, step_tiles
 from gemini.profile.series import memory_of_step
 from gemini.profile.stalls import stalls_of_step
 from gemini.profile.words import plan_in_words
@@ -45,12 +45,16 @@ def terminal_view(recording: Recording, step: Step) -> RenderableType:
         Text(facts_of(recording)),
         Text(plan_in_words(recording.run)),
         summary,
+        _titled(expectations_table(recording, step)),
         _lanes_table(bars, step),
         _memory_table(recording, step),
     ]
-    for part in stall_tables(recording, stalls_of_step(recording, step)):
-        parts += [Text(part["title"], style="bold"), _table(part["table"]) if "table" in part else Text(part["note"])]
+    parts += map(_titled, stall_tables(recording, stalls_of_step(recording, step)))
     return Group(*parts)
+
+
+def _titled(part: Part) -> RenderableType:
+    return Group(Text(part["title"], style="bold"), _table(part["table"]) if "table" in part else Text(part["note"]))
 
 
 def lane_strip(bars: Sequence[Bar], *, begin_ns: int, end_ns: int, width: int) -> str:

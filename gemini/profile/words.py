@@ -20,9 +20,10 @@ def plan_in_words(run: RunDescription) -> str:
     sentences = []
     num_resident = sum(chunk.is_resident for chunk in run.chunks)
     turns = f"the other {len(run.chunks) - num_resident} take turns in {run.num_slots} slots of "
+    stay = "stays" if num_resident == 1 else "stay"
     sentences.append(
-        f"{run.num_params:,} parameters in {run.dtype} lie in {len(run.chunks)} chunks. {num_resident} of them stay in "
-        f"{run.compute_tier} memory, where forward and backward run"
+        f"{run.num_params:,} parameters in {run.dtype} lie in {len(run.chunks)} chunks. {num_resident} of them {stay} "
+        f"in {run.compute_tier} memory, where forward and backward run"
         + ("." if num_resident == len(run.chunks) else f"; {turns}{format_nbytes(run.slot_nbytes)}.")
     )
     for what in ("weights", "state", "gradients"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -12,30 +14,17 @@ from typing import Any
 import torch
 
 from gemini.errors import ConfigError
+from gemini.recipe.examples import Segment, form_of, segments_of
 from gemini.recipe.settings import DataSettings
 
-__all__ = ["IGNORED", "Collator", "Segment", "find_files", "form_of", "load_rows", "pack", "segments_of"]
+__all__ = ["IGNORED", "Collator", "find_files", "load_rows", "pack"]
+
+logger = logging.getLogger(__name__)
 
 IGNORED = -100
 """The label of a token whose prediction does not count, as in transformers."""
 
 _KINDS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-_COLUMNS = {
-    "messages": {"messages"},
-    "instruction": {"instruction", "output"},
-    "completion": {"prompt", "completion"},
-    "text": {"text"},
-}
-"""What each form needs; the first that fits is taken."""
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A piece of an example."""
-
-    ids: list[int]
-    counts: bool
-    """Whether the model is to learn to write it."""
 
 
 def load_rows(files: Sequence[str], settings: DataSettings, tokenizer: Any, *, name: str) -> Any:
@@ -49,35 +38,87 @@ def load_rows(files: Sequence[str], settings: DataSettings, tokenizer: Any, *, n
 
     Returns:
         A datasets.Dataset of rows with `input_ids` and `labels`, lists of as many ints: `sequence_length` with
-        packing, else at most that.
+        packing, else at most that. Those of which nothing is learnt are left out, with a warning.
 
     Raises:
-        ConfigError: there are no such files, or they are not in the form.
+        ConfigError: there are no such files, they are not in the form, or nothing in them can be learnt.
     """
-    import datasets
-
     kind, paths = find_files(files, name=name)
-    options = {"sample_by": "document"} if kind == "text" else {}
-    try:
-        examples = datasets.load_dataset(kind, data_files=paths, split="train", **options)
-    except Exception as error:  # of many types: the files may hold anything
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise ConfigError(f"{name}: {', '.join(paths)}: cannot be read as {kind}: {reason}") from error
+    examples = _read_examples(kind, paths, name=name)
     form = form_of(examples.column_names, settings.form, name=name)
     length = settings.sequence_length
 
-    def encode(columns: Mapping[str, list[Any]]) -> dict[str, list[list[int]]]:
+    def encode(columns: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[list[int]]]:
         examples = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-        encoded = [_join(segments_of(example, form, tokenizer, name=name), settings) for example in examples]
+        encoded = [
+            _join(segments_of(example, form, tokenizer, name=f"{name}: example {index + 1}"), settings)
+            for index, example in zip(indices, examples, strict=True)
+        ]
         ids, labels = [ids for ids, _ in encoded], [labels for _, labels in encoded]
         if settings.packing:
             return {"input_ids": pack(ids, length), "labels": pack(labels, length)}
         return {"input_ids": [each[:length] for each in ids], "labels": [each[:length] for each in labels]}
 
-    rows = examples.map(encode, batched=True, remove_columns=examples.column_names, desc=f"{name}: tokens")
+    options = {"remove_columns": examples.column_names, "desc": f"{name}: tokens"}
+    try:
+        rows = examples.map(encode, batched=True, with_indices=True, **options)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name}: {', '.join(paths)}: expected text in UTF-8: {error.reason}") from error
     if not len(rows):
         raise ConfigError(f"{name}: expected at least {length} tokens, for one row of sequence_length, found fewer")
-    return rows
+    return _without_idle_rows(rows, length=length, name=name)
+
+
+def _read_examples(kind: str, paths: list[str], *, name: str) -> Any:
+    import datasets
+
+    empty = [path for path in paths if not Path(path).stat().st_size]
+    if empty:
+        raise ConfigError(f"{name}: {empty[0]} is empty")
+    options = {"sample_by": "document"} if kind == "text" else {}
+    try:
+        return datasets.load_dataset(kind, data_files=list(map(glob.escape, paths)), split="train", **options)
+    except Exception as error:  # of many types: the files may hold anything
+        reason = _first_broken_line(paths) or " ".join(str(error.__cause__ or error).split())
+        if "corresponds to no data" in reason:
+            reason = "there are no examples"
+        raise ConfigError(f"{name}: {', '.join(paths)}: cannot be read as {kind}: {reason}") from error
+
+
+def _first_broken_line(paths: Sequence[str]) -> str | None:
+    """Say where files of JSON lines are none, which those who read them do not; None if they are, or are no such."""
+    for path in paths:
+        if Path(path).suffix.lower() != ".jsonl":
+            continue
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    if line.strip():
+                        json.loads(line)
+                except ValueError as error:
+                    return f"{path}, line {number}: {error}"
+    return None
+
+
+def _without_idle_rows(rows: Any, *, length: int, name: str) -> Any:
+    """Leave out rows of which no token's prediction counts, such as those that a prompt has filled."""
+
+    def teaches(labels: list[list[int]]) -> list[bool]:
+        return [any(label != IGNORED for label in each[1:]) for each in labels]  # nothing predicts the first
+
+    kept = rows.filter(teaches, batched=True, input_columns="labels", desc=f"{name}: rows")
+    if not len(kept):
+        raise ConfigError(
+            f"{name}: there is nothing to learn in the first {length} tokens of any row: prompts do not count; raise "
+            "data.sequence_length, or set data.train_on_prompts"
+        )
+    if len(kept) < len(rows):
+        logger.warning(
+            "%s: %d of %d rows have nothing to learn in their %d tokens, such as those that a prompt fills, and are "
+            "left out",
+            *(name, len(rows) - len(kept), len(rows), length),
+        )
+    return kept
 
 
 def find_files(patterns: Sequence[str], *, name: str) -> tuple[str, list[str]]:
@@ -95,119 +136,18 @@ def find_files(patterns: Sequence[str], *, name: str) -> tuple[str, list[str]]:
     """
     paths: set[str] = set()
     for pattern in patterns:
-        found = glob.glob(str(Path(pattern).expanduser()), recursive=True)
+        path = Path(pattern).expanduser()
+        found = [str(path)] if path.exists() else glob.glob(str(path), recursive=True)
         if not found:
             raise ConfigError(f"{name}: there is no file {pattern}")
         paths.update(found)
-    kinds = {path: _KINDS.get(Path(path).suffix) for path in sorted(paths)}
+    kinds = {path: _KINDS.get(Path(path).suffix.lower()) for path in sorted(paths)}
     unknown = [path for path, kind in kinds.items() if kind is None]
     if unknown:
         raise ConfigError(f"{name}: {unknown[0]}: expected a name that ends in {', '.join(_KINDS)}")
     if len(set(kinds.values())) > 1:
         raise ConfigError(f"{name}: expected files of one kind, got {', '.join(sorted(map(str, set(kinds.values()))))}")
     return str(kinds[min(kinds)]), list(kinds)
-
-
-def form_of(columns: Iterable[str], asked: str, *, name: str) -> str:
-    """Return the form of examples.
-
-    Args:
-        columns: names of theirs.
-        asked: what the settings say, perhaps "auto".
-        name: of the setting, for messages.
-
-    Returns:
-        "messages", "instruction", "completion" or "text".
-
-    Raises:
-        ConfigError: the columns that it needs are not there.
-    """
-    present = set(columns)
-    if asked != "auto" and not _COLUMNS[asked] <= present:
-        raise ConfigError(
-            f"{name}: form {asked} needs the columns {', '.join(sorted(_COLUMNS[asked]))}; there are "
-            f"{', '.join(sorted(present))}"
-        )
-    fitting = [form for form, needed in _COLUMNS.items() if needed <= present and asked in ("auto", form)]
-    if not fitting:
-        expected = "; ".join(f"{form}: {', '.join(sorted(needed))}" for form, needed in _COLUMNS.items())
-        raise ConfigError(f"{name}: no form fits the columns {', '.join(sorted(present))}; expected one of {expected}")
-    return fitting[0]
-
-
-def segments_of(example: Mapping[str, Any], form: str, tokenizer: Any, *, name: str) -> list[Segment]:
-    """Cut an example into what the model is given and what it is to learn to write, as tokens.
-
-    Args:
-        example: one, with the columns of its form.
-        form: as from `form_of`.
-        tokenizer: transformers'.
-        name: of the setting, for messages.
-
-    Returns:
-        Its segments, in order, the end-of-sequence token or the chat template's own end included.
-
-    Raises:
-        ConfigError: messages, and the tokenizer has no chat template or one that rewrites what was said before.
-    """
-    if form == "messages":
-        return _segments_of_chat(example["messages"], tokenizer, name=name)
-    end = [tokenizer.eos_token_id]
-    if form == "text":
-        return [Segment(_encode(tokenizer, example["text"], is_first=True) + end, counts=True)]
-    if form == "completion":
-        prompt, answer = example["prompt"], example["completion"]
-    else:
-        question = "\n\n".join(filter(None, (example["instruction"], example.get("input"))))
-        if tokenizer.chat_template is not None:
-            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": example["output"]}]
-            return _segments_of_chat(turns, tokenizer, name=name)
-        prompt, answer = f"### Instruction:\n{question}\n\n### Response:\n", example["output"]
-    return [
-        Segment(_encode(tokenizer, prompt, is_first=True), counts=False),
-        Segment(_encode(tokenizer, answer, is_first=False) + end, counts=True),
-    ]
-
-
-def _encode(tokenizer: Any, text: str, *, is_first: bool) -> list[int]:
-    """Return a text's tokens; those that the tokenizer puts at a beginning only there, those at an end never."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    starts = is_first and tokenizer.bos_token_id is not None and getattr(tokenizer, "add_bos_token", False)
-    return [tokenizer.bos_token_id, *ids] if starts else ids
-
-
-def _segments_of_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any, *, name: str) -> list[Segment]:
-    """Cut a conversation where the assistant begins and ends, by what each message adds to the one before."""
-    if tokenizer.chat_template is None:
-        raise ConfigError(f"{name}: messages need a tokenizer with a chat template, and this one has none")
-
-    def render(count: int, *, asks: bool) -> list[int]:
-        tokens = tokenizer.apply_chat_template(
-            list(messages[:count]), add_generation_prompt=asks, tokenize=True, return_dict=False
-        )
-        return list(tokens)
-
-    segments: list[Segment] = []
-    before: list[int] = []
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            if i:
-                before = _extend(segments, before, render(i, asks=True), counts=False, name=name)
-        elif i + 1 < len(messages):
-            continue
-        before = _extend(segments, before, render(i + 1, asks=False), counts=message["role"] == "assistant", name=name)
-    return segments
-
-
-def _extend(segments: list[Segment], before: list[int], now: list[int], *, counts: bool, name: str) -> list[int]:
-    """Add what the tokens of a conversation have that they had not before."""
-    if now[: len(before)] != before:
-        raise ConfigError(
-            f"{name}: the tokenizer's chat template rewrites earlier messages when later ones are added, so that the "
-            "assistant's own cannot be told apart: use the form completion, or text"
-        )
-    segments.append(Segment(now[len(before) :], counts=counts))
-    return now
 
 
 def _join(segments: Sequence[Segment], settings: DataSettings) -> tuple[list[int], list[int]]:

@@ -6,7 +6,10 @@ import time
 
 import torch
 
-__all__ = ["choose_dtype"]
+__all__ = ["DTYPES", "choose_dtype"]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""By the names that people type."""
 
 
 def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -22,15 +25,14 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     Returns:
         The dtype, and a phrase for people.
     """
-    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if name in named:
-        return named[name], f"{name}, as asked for"
+    if name in DTYPES:
+        return DTYPES[name], f"{name}, as asked for"
     if device.type != "cpu":
         return torch.bfloat16, "bf16"
-    rates = {key: _matmul_gflops(named[key]) for key in ("bf16", "fp32")}
+    rates = {key: _matmul_gflops(DTYPES[key]) for key in ("bf16", "fp32")}
     fastest = "bf16" if rates["bf16"] >= rates["fp32"] else "fp32"
     shown = ", ".join(f"{rate:.3g} in {key}" for key, rate in rates.items())
-    return named[fastest], f"{fastest} (GFLOP/s of a matrix product: {shown})"
+    return DTYPES[fastest], f"{fastest} (GFLOP/s of a matrix product: {shown})"
 
 
 def _matmul_gflops(dtype: torch.dtype) -> float:

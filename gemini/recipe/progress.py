@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,13 +15,15 @@ import rich.progress
 import torch
 import transformers
 from rich.console import Console
+from rich.table import Column
 
 from gemini.ddp import GeminiDDP
+from gemini.errors import naming_file
 from gemini.report import MemoryReport
 from gemini.run_recorder import RunRecorder
 from gemini.tiers import format_nbytes
 
-__all__ = ["Pace", "ProgressCallback", "Snapshot", "pace_between"]
+__all__ = ["Pace", "ProgressCallback", "Snapshot", "Utilization", "pace_between"]
 
 COLUMNS = (
     "step",
@@ -31,6 +34,7 @@ COLUMNS = (
     "seconds",
     "tokens_per_s",
     "padded_tokens_per_s",
+    "mfu",
     "stall_share",
     "fetched_gb_per_s",
     "nvme_read_gb_per_s",
@@ -60,6 +64,38 @@ class Snapshot:
     tiers: dict[str, int]
     """Bytes held now."""
 
+    def after_pause(self, begin: Snapshot, end: Snapshot) -> Snapshot:
+        """Return this one as if nothing had been done between two others that came later."""
+        grown = {name: getattr(end, name) - getattr(begin, name) for name in _COUNTERS}
+        return dataclasses.replace(self, **{name: getattr(self, name) + grown[name] for name in _COUNTERS})
+
+
+_COUNTERS = tuple(field.name for field in dataclasses.fields(Snapshot) if field.name != "tiers")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Utilization:
+    """What model FLOPs utilization (MFU) is computed from."""
+
+    flops_per_token: float
+    """Operations that the model asks for, forward and backward, without what is computed a second time."""
+    peak_flops_per_s: float
+    """Of large matrix products in the working dtype, as measured on this machine."""
+
+    def share(self, tokens_per_s: float) -> float:
+        """Return the share of the peak that a rate amounts to; may pass 1 where the peak was measured too low.
+
+        Source: Chowdhery et al. 2022 (PaLM), appendix B: tokens per second over those at the peak, where operations
+        of rematerialization do not count. There the peak is the data sheet's.
+
+        Args:
+            tokens_per_s: forward and backward, padding included: it is computed too.
+
+        Returns:
+            The share.
+        """
+        return tokens_per_s * self.flops_per_token / self.peak_flops_per_s
+
 
 @dataclass(frozen=True, slots=True)
 class Pace:
@@ -69,19 +105,23 @@ class Pace:
     """Of a step."""
     tokens_per_s: float
     padded_tokens_per_s: float
+    mfu: float | None
+    """None without what it is computed from."""
     stall_share: float
     fetched_gb_per_s: float
     nvme_read_gb_per_s: float
     nvme_written_gb_per_s: float
 
 
-def pace_between(before: Snapshot, after: Snapshot) -> Pace:
-    """Return the pace between two snapshots, of which at least one step lies."""
+def pace_between(before: Snapshot, after: Snapshot, utilization: Utilization | None = None) -> Pace:
+    """Return the pace between two snapshots, between which at least one step lies."""
     seconds = max(after.seconds - before.seconds, 1e-9)
+    padded_tokens_per_s = (after.padded_tokens - before.padded_tokens) / seconds
     return Pace(
         seconds=seconds / (after.steps - before.steps),
         tokens_per_s=(after.tokens - before.tokens) / seconds,
-        padded_tokens_per_s=(after.padded_tokens - before.padded_tokens) / seconds,
+        padded_tokens_per_s=padded_tokens_per_s,
+        mfu=None if utilization is None else utilization.share(padded_tokens_per_s),
         stall_share=min((after.stall_s - before.stall_s) / seconds, 1.0),
         fetched_gb_per_s=(after.fetched_nbytes - before.fetched_nbytes) / seconds / 1e9,
         nvme_read_gb_per_s=(after.nvme_read_nbytes - before.nvme_read_nbytes) / seconds / 1e9,
@@ -92,19 +132,30 @@ def pace_between(before: Snapshot, after: Snapshot) -> Pace:
 class ProgressCallback(transformers.TrainerCallback):
     """Shows and keeps what a GeminiTrainer logs, and adds the pace to it; a context manager.
 
+    The pace is that of training: evaluating and saving do not count.
+
     Args:
-        path: of log.csv, appended to.
+        path: of log.csv. A new run replaces it; one that is resumed goes on behind the row of its step.
         console: for the line.
+        utilization: what MFU is computed from; None: it is left out.
     """
 
-    def __init__(self, path: Path, console: Console) -> None:
+    def __init__(self, path: Path, console: Console, utilization: Utilization | None = None) -> None:
         self._path = path
+        self._utilization = utilization
         self._num_tokens = self._num_padded_tokens = 0
         self._engine: GeminiDDP | None = None
+        self._record: Callable[[], RunRecorder] | None = None
         self._recorder: RunRecorder | None = None
         self._before: Snapshot | None = None
-        columns = (rich.progress.BarColumn(12), rich.progress.MofNCompleteColumn(), "{task.description}")
-        self._bar = rich.progress.Progress(*columns, rich.progress.TimeRemainingColumn(), console=console)
+        self._pause: Snapshot | None = None  # when training paused, if it does
+        columns = (
+            rich.progress.BarColumn(12),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TextColumn("{task.description}", table_column=Column(no_wrap=False)),
+            rich.progress.TimeRemainingColumn(),
+        )
+        self._bar = rich.progress.Progress(*columns, console=console)
         self._task: rich.progress.TaskID | None = None
 
     def __enter__(self) -> ProgressCallback:
@@ -115,9 +166,14 @@ class ProgressCallback(transformers.TrainerCallback):
     ) -> None:
         self._bar.stop()
 
-    def follow(self, engine: GeminiDDP, recorder: RunRecorder | None) -> None:
-        """Take an engine's counters from here on, and let a recording know losses and tokens."""
-        self._engine, self._recorder = engine, recorder
+    @property
+    def has_recorded(self) -> bool:
+        """Whether a recording was begun."""
+        return self._recorder is not None
+
+    def follow(self, engine: GeminiDDP, record: Callable[[], RunRecorder] | None) -> None:
+        """Take an engine's counters when training begins; `record` begins a recording, which hears of losses then."""
+        self._engine, self._record = engine, record
 
     def count(self, batch: Mapping[str, torch.Tensor]) -> None:
         """Count the tokens of a batch that is trained on: `input_ids`, and `attention_mask` if it is padded."""
@@ -126,7 +182,10 @@ class ProgressCallback(transformers.TrainerCallback):
         self._num_tokens += int(batch["attention_mask"].sum()) if "attention_mask" in batch else numel
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the display and the clock."""
+        """Start the display, the recording and the clock."""
+        _begin_log(self._path, step=state.global_step)
+        if self._record is not None and state.global_step < state.max_steps:
+            self._recorder = self._record()
         self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step)
         self._bar.start()
         self._before = self._snapshot(state.global_step)
@@ -135,6 +194,30 @@ class ProgressCallback(transformers.TrainerCallback):
         """Move the bar."""
         assert self._task is not None
         self._bar.update(self._task, completed=state.global_step)
+        self._note_pause(state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note that training pauses, if it does."""
+        self._note_pause(state, control)
+
+    def _note_pause(self, state: Any, control: Any) -> None:
+        if control.should_evaluate or control.should_save:
+            self._pause = self._snapshot(state.global_step)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave evaluation out of the pace."""
+        self._end_pause(state)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave saving out of the pace."""
+        self._end_pause(state)
+
+    def _end_pause(self, state: Any) -> None:
+        if self._before is None or self._pause is None:
+            return
+        now = self._snapshot(state.global_step)
+        self._before = self._before.after_pause(self._pause, now)
+        self._pause = now
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add the pace to what is logged; show and keep all of it."""
@@ -143,9 +226,10 @@ class ProgressCallback(transformers.TrainerCallback):
         values: dict[str, Any] = {"step": state.global_step, **logs}
         now = self._snapshot(state.global_step)
         if now.steps > self._before.steps and "loss" in logs:
-            pace = pace_between(self._before, now)
+            pace = pace_between(self._before, now, self._utilization)
             values |= {name: getattr(pace, name) for name in Pace.__slots__}
             self._before = now
+            self._pause = None if self._pause is None else now
             self._show(logs, pace, now)
             if self._recorder is not None:
                 self._recorder.log(loss=float(logs["loss"]), tokens=pace.tokens_per_s * pace.seconds)
@@ -154,9 +238,9 @@ class ProgressCallback(transformers.TrainerCallback):
 
     def _show(self, logs: Mapping[str, Any], pace: Pace, now: Snapshot) -> None:
         assert self._task is not None
-        tokens = f"{pace.tokens_per_s:.3g} tokens/s"
+        tokens = f"{_rate(pace.tokens_per_s)} tokens/s"
         if pace.padded_tokens_per_s > pace.tokens_per_s:
-            tokens += f" ({pace.padded_tokens_per_s:.3g} padded)"
+            tokens += f" ({_rate(pace.padded_tokens_per_s)} padded)"
         rates = {
             "fetched": pace.fetched_gb_per_s,
             "read": pace.nvme_read_gb_per_s,
@@ -165,6 +249,7 @@ class ProgressCallback(transformers.TrainerCallback):
         parts = [
             f"loss {float(logs['loss']):.4f}",
             tokens,
+            *([] if pace.mfu is None else [f"MFU {pace.mfu:.1%}"]),
             f"waiting {pace.stall_share:.0%}",
             *(f"{name} {rate:.2g} GB/s" for name, rate in rates.items() if rate),
             *(f"{tier} {format_nbytes(nbytes)}" for tier, nbytes in now.tiers.items() if nbytes),
@@ -172,12 +257,8 @@ class ProgressCallback(transformers.TrainerCallback):
         self._bar.update(self._task, description=", ".join(parts))
 
     def _keep(self, values: Mapping[str, Any]) -> None:
-        is_new = not self._path.exists()
-        with open(self._path, "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-            if is_new:
-                writer.writeheader()
-            writer.writerow(values)
+        with naming_file("write", self._path), open(self._path, "a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, COLUMNS, extrasaction="ignore").writerow(values)
 
     def _snapshot(self, steps: int) -> Snapshot:
         assert self._engine is not None
@@ -193,3 +274,20 @@ class ProgressCallback(transformers.TrainerCallback):
             nvme_written_nbytes=report.nvme_written_nbytes,
             tiers={tier.tier: sum(tier.held_nbytes.values()) for tier in report.tiers},
         )
+
+
+def _rate(per_s: float) -> str:
+    return f"{per_s:,.0f}" if per_s >= 100 else f"{per_s:.3g}"
+
+
+def _begin_log(path: Path, *, step: int) -> None:
+    """Write the head of a log, and again the rows up to a step of one that is there: what came after is done again."""
+    rows: list[dict[str, Any]] = []
+    with naming_file("write", path):
+        if step and path.exists():
+            with open(path, newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdecimal()]
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(row for row in rows if int(row["step"]) <= step)

@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import signal
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from rich.console import Console
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.integrations import integration_utils
 
 from gemini.config import GeminiConfig, NVMeConfig
 from gemini.ddp import GeminiDDP
-from gemini.errors import ConfigError, ModelError
-from gemini.integrations.transformers import GeminiTrainer
-from gemini.nn import use_sliced_loss
+from gemini.errors import ConfigError, naming_file
+from gemini.integrations.transformers import GeminiTrainer, last_complete_checkpoint
+from gemini.placement.cost_model import HardwareProfile
+from gemini.profile.recording import RECORDING_NAME
 from gemini.recipe.data import Collator, load_rows
-from gemini.recipe.dtype import choose_dtype
-from gemini.recipe.progress import ProgressCallback
-from gemini.recipe.settings import LoraSettings, MemorySettings, ModelSettings, Settings
+from gemini.recipe.dtype import DTYPES, choose_dtype
+from gemini.recipe.forecast import Forecast, forecast_batch, predict_step
+from gemini.recipe.model import build_model, find_model, read_tokenizer, save_activation_memory
+from gemini.recipe.output import LOG_NAME, MODEL_NAME, Start, claimed, find_start, keep_settings
+from gemini.recipe.progress import ProgressCallback, Utilization
+from gemini.recipe.settings import MemorySettings, Settings
 from gemini.report import MemoryReport
+from gemini.run_recorder import RunRecorder
 from gemini.signals import StopOnSignals
 
 __all__ = ["FinishedRun", "train"]
-
-MODEL_NAME = "model"
-"""Directory of the trained model, in the output directory."""
-RECORDING_NAME = "recording"
-"""Directory of what `python -m gemini report` shows, in the output directory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,81 +41,157 @@ class FinishedRun:
     path: Path
     """What was saved last: the trained model, or a checkpoint if a signal has ended the run."""
     recording: Path | None
+    """None: nothing was recorded."""
     stopped_by: signal.Signals | None
+    """None: it was trained to its end."""
     loss: float | None
     """The last that was logged."""
     report: MemoryReport
 
 
-def train(settings: Settings, *, resume: bool, console: Console) -> FinishedRun:
+def train(settings: Settings, *, resume: bool, console: Console, profile: HardwareProfile | None = None) -> FinishedRun:
     """Train; everything that can be checked is, before weights are read.
 
     Args:
         settings: what, on what, how, where.
-        resume: whether to go on from the last checkpoint in the output directory.
+        resume: whether to go on from the last complete checkpoint in the output directory.
         console: shows how it goes.
+        profile: rates of this machine, for MFU and predictions; None: they are not known.
 
     Returns:
         How it ended.
 
     Raises:
-        ConfigError: settings do not fit one another, the files or the machine.
+        ConfigError: settings do not fit one another, the files, the machine or the run that is resumed.
         GeminiError: see GeminiDDP and GeminiDDP.load_checkpoint.
     """
-    checkpoint = _find_checkpoint(settings.output.path, resume=resume)
-    source = _find_model(settings.model)
-    device = torch.device(settings.memory.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype, reason = choose_dtype(settings.model.dtype, device)
-    console.print(f"Working weights on {device}: {reason}")
-    tokenizer = _read_tokenizer(settings.model, source)
-    rows = load_rows(settings.data.files, settings.data, tokenizer, name="data.files")
-    eval_rows = None
-    if settings.data.eval_files:
-        eval_rows = load_rows(settings.data.eval_files, settings.data, tokenizer, name="data.eval_files")
-    console.print(f"{len(rows):,} rows of up to {settings.data.sequence_length:,} tokens")
-    model = _build_model(settings.model, source, num_tokens=len(tokenizer))
-    if settings.memory.activation_checkpointing:
-        # The second name is the one before transformers 5.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    transformers.set_seed(settings.training.seed)
-    collator = Collator(pad_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    _check_loggers(settings.output.report_to)
     with ExitStack() as stack:
-        progress = stack.enter_context(ProgressCallback(settings.output.path / "log.csv", console))
-        trainer = _Trainer(
-            stack,
-            source if settings.model.path is not None else None,
-            progress,
-            model=model,
-            args=_training_arguments(settings, has_eval=eval_rows is not None, on_cpu=device.type == "cpu"),
-            gemini=_engine_config(settings, device, dtype),
-            train_dataset=rows,
-            eval_dataset=eval_rows,
-            data_collator=collator,
-            processing_class=tokenizer,
-            callbacks=[progress],
-        )
-        trainer.remove_callback(transformers.PrinterCallback)
-        engine = trainer.built_engine()
-        recording = settings.output.path / RECORDING_NAME
-        recorder = stack.enter_context(engine.record(recording)) if settings.output.record else None
-        progress.follow(engine, recorder)
-        stop = stack.enter_context(StopOnSignals(engine))
-        trainer.add_callback(_StopCallback(stop))
-        trainer.train(resume_from_checkpoint=checkpoint)
+        stack.enter_context(claimed(settings.output.path))
+        start = find_start(settings, resume=resume)
+        trainer = _build_trainer(settings, start, console, profile, stack)
+        signals = stack.enter_context(StopOnSignals(trainer.built_engine()))
+        stop = _StopCallback(signals)
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
         path = settings.output.path / MODEL_NAME
-        if stop.received is None:
+        if stop.stopped_by is None:
             trainer.save_model(str(path))
+            _ = signals.received  # one that came after the last step has nothing left to stop
         else:
-            path = Path(str(_last_checkpoint(settings.output.path)))
+            found = last_complete_checkpoint(settings.output.path)
+            assert found is not None, "the trainer has saved one"
+            path = found
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         return FinishedRun(
             path=path,
-            recording=recording if recorder is not None else None,
-            stopped_by=stop.received,
+            recording=settings.output.path / RECORDING_NAME if trainer.progress.has_recorded else None,
+            stopped_by=stop.stopped_by,
             loss=losses[-1] if losses else None,
-            report=engine.memory_report(),
+            report=trainer.built_engine().memory_report(),
         )
+
+
+def _build_trainer(
+    settings: Settings, start: Start, console: Console, profile: HardwareProfile | None, stack: ExitStack
+) -> _Trainer:
+    """Read everything but the weights, then those; what has an end is left to the stack."""
+    device = torch.device(settings.memory.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype, reason = choose_dtype(start.dtype or settings.model.dtype, device)
+    console.print(f"Working weights on {device}: {reason}")
+    if device.type == "cpu" and settings.memory.device_budget is not None:
+        console.print("memory.device_budget is not used: forward and backward run on the processor")
+    source = find_model(settings.model)
+    tokenizer = read_tokenizer(settings.model, source)
+    rows, eval_rows = _load_data(settings, tokenizer, console)
+    length = settings.data.sequence_length
+    model = build_model(settings.model, source, num_tokens=len(tokenizer), sequence_length=length)
+    config = _engine_config(settings, device, dtype)
+    forecast = forecast_batch(
+        model,
+        config,
+        num_rows=settings.training.batch_size,
+        sequence_length=length,
+        save_memory=partial(save_activation_memory, model, has_checkpoints=settings.memory.activation_checkpointing),
+    )
+    transformers.set_seed(settings.training.seed)
+    progress = ProgressCallback(
+        settings.output.path / LOG_NAME, console, _utilization(forecast, profile, dtype, console)
+    )
+    trainer = _Trainer(
+        stack,
+        source if settings.model.path is not None else None,
+        stack.enter_context(progress),
+        model=model,
+        args=_training_arguments(settings, has_eval=eval_rows is not None, on_cpu=device.type == "cpu"),
+        gemini=config,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        data_collator=Collator(
+            pad_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        ),
+        processing_class=tokenizer,
+        callbacks=[progress],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    engine = trainer.built_engine()
+    if start.checkpoint is None:
+        keep_settings(settings, dtype=next(name for name, known in DTYPES.items() if known is dtype))
+    progress.follow(
+        engine, partial(_record, engine, settings, forecast, profile, stack) if settings.output.record else None
+    )
+    return trainer
+
+
+def _check_loggers(names: list[Any]) -> None:
+    known = integration_utils.get_available_reporting_integrations()  # type: ignore[no-untyped-call]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"output.report_to: {name} is not installed: pip install {name}, or leave it out")
+
+
+def _load_data(settings: Settings, tokenizer: Any, console: Console) -> tuple[Any, Any]:
+    """Return rows to train on and, if there are files of them, rows to evaluate on."""
+    data = settings.data
+    rows = load_rows(data.files, data, tokenizer, name="data.files")
+    console.print(f"{len(rows):,} rows of up to {data.sequence_length:,} tokens")
+    if not data.eval_files:
+        return rows, None
+    return rows, load_rows(data.eval_files, data, tokenizer, name="data.eval_files")
+
+
+def _utilization(
+    forecast: Forecast | None, profile: HardwareProfile | None, dtype: torch.dtype, console: Console
+) -> Utilization | None:
+    """Return what MFU is computed from; if it is not known, say how to get it."""
+    peak = None if profile is None else profile.matrix_rates.get(str(dtype).removeprefix("torch."))
+    if peak is None:
+        console.print("MFU is left out: this machine's peak is not known. Measure it once: python -m gemini bench")
+    elif forecast is None:
+        console.print("MFU is left out: the model's operations cannot be counted ahead of training")
+    else:
+        return Utilization(flops_per_token=forecast.flops_per_token, peak_flops_per_s=peak)
+    return None
+
+
+def _record(
+    engine: GeminiDDP,
+    settings: Settings,
+    forecast: Forecast | None,
+    profile: HardwareProfile | None,
+    stack: ExitStack,
+) -> RunRecorder:
+    """Begin a recording, with what is expected of the run."""
+    predicted = None
+    if forecast is not None and profile is not None:
+        num_batches = settings.training.gradient_accumulation
+        predicted = predict_step(engine, forecast, profile, num_batches=num_batches)
+    recording = engine.record(
+        settings.output.path / RECORDING_NAME,
+        predicted=predicted,
+        activation_nbytes=None if forecast is None else forecast.rehearsal.peak_nbytes,
+    )
+    return stack.enter_context(recording)
 
 
 class _Trainer(GeminiTrainer):
@@ -123,125 +200,47 @@ class _Trainer(GeminiTrainer):
     def __init__(self, stack: ExitStack, weights: Path | None, progress: ProgressCallback, **kwargs: Any) -> None:
         self._stack = stack
         self._weights = weights
-        self._progress = progress
+        self.progress = progress
         super().__init__(**kwargs)
 
     def build_engine(self, model: Any, config: GeminiConfig) -> GeminiDDP:
         """Build the engine."""
         return self._stack.enter_context(GeminiDDP(model, config, weights=self._weights))
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Take no step in a run that is resumed when it has taken all: the trainer looks behind each step only."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Count a batch, and train on it."""
-        self._progress.count(inputs)
+        self.progress.count(inputs)
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         return loss
 
 
 class _StopCallback(transformers.TrainerCallback):
-    """Saves and ends after the step in which a signal came."""
+    """Saves and ends after the step in which a signal came, unless that was the last one anyway."""
 
     def __init__(self, stop: StopOnSignals) -> None:
         self._stop = stop
+        self.stopped_by: signal.Signals | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look for a signal."""
-        if self._stop.should_stop():
+        if self._stop.should_stop() and state.global_step < state.max_steps:
+            self.stopped_by = self._stop.received
             control.should_save = control.should_training_stop = True
-
-
-def _find_checkpoint(path: Path, *, resume: bool) -> str | None:
-    """Return the checkpoint to go on from, None for a new run."""
-    found = _last_checkpoint(path) if path.is_dir() else None
-    if resume and found is None:
-        raise ConfigError(f"--resume: there is no checkpoint in {path}; start without it")
-    if found is not None and not resume:
-        raise ConfigError(
-            f"output.path: {path} has the checkpoints of a run: go on with it by --resume, or name another directory"
-        )
-    path.mkdir(parents=True, exist_ok=True)
-    return found
-
-
-def _last_checkpoint(path: Path) -> str | None:
-    """Return the checkpoint of the highest step in a directory."""
-    found: str | None = get_last_checkpoint(str(path))  # type: ignore[no-untyped-call]
-    return found
-
-
-def _find_model(settings: ModelSettings) -> Path:
-    """Return the model's directory, or config.json; a name of the hub is downloaded."""
-    source = settings.path or settings.config
-    assert source is not None
-    name = "model.path" if settings.path is not None else "model.config"
-    local = Path(source).expanduser()
-    if local.exists():
-        return local
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(source, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.onnx"]))
-    except Exception as error:  # of many types, from the network's to the name's
-        first = str(error).splitlines()[0]
-        raise ConfigError(
-            f"{name}: there is no directory {source}, and the hub has no such model here: {first}"
-        ) from error
-
-
-def _read_tokenizer(settings: ModelSettings, source: Path) -> Any:
-    directory = source if settings.tokenizer is None else Path(settings.tokenizer).expanduser()
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).splitlines()[0]
-        raise ConfigError(f"model.tokenizer: {directory}: expected a directory with a tokenizer: {first}") from error
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"model.tokenizer: {directory}: expected a tokenizer with an end-of-sequence token")
-    return tokenizer
-
-
-def _build_model(settings: ModelSettings, source: Path, *, num_tokens: int) -> Any:
-    """Describe the model without giving it memory."""
-    try:
-        config = transformers.AutoConfig.from_pretrained(source)
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise ConfigError(f"model: {source}: expected a causal language model's configuration: {first}") from error
-    if num_tokens > config.vocab_size:
-        raise ConfigError(
-            f"model.tokenizer: it has {num_tokens} tokens, the model {config.vocab_size}: take the model's own"
-        )
-    model.config.use_cache = False
-    model.loss_type = model.loss_type or "ForCausalLM"  # None where the class's name does not tell; it would warn
-    with suppress(ModelError):  # its output layer is of another kind: its own loss serves
-        use_sliced_loss(model)
-    return model if settings.lora is None else _add_adapters(model, settings.lora)
-
-
-def _add_adapters(model: Any, settings: LoraSettings) -> Any:
-    import peft
-
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=settings.target_modules,
-    )
-    try:
-        adapted = peft.get_peft_model(model, config)
-    except ValueError as error:
-        raise ConfigError(f"model.lora.target_modules: {str(error).splitlines()[0]}") from error
-    adapted.enable_input_require_grads()  # whose gradients activation checkpointing needs
-    return adapted
 
 
 def _engine_config(settings: Settings, device: torch.device, dtype: torch.dtype) -> GeminiConfig:
     memory: MemorySettings = settings.memory
     nvme = None
     if memory.nvme is not None:
-        memory.nvme.path.mkdir(parents=True, exist_ok=True)
+        with naming_file("make the directory memory.nvme.path,", memory.nvme.path):
+            memory.nvme.path.mkdir(parents=True, exist_ok=True)
         nvme = NVMeConfig(
             path=memory.nvme.path,
             budget=memory.nvme.budget,
@@ -277,6 +276,7 @@ def _training_arguments(settings: Settings, *, has_eval: bool, on_cpu: bool) -> 
         max_grad_norm=training.max_grad_norm,
         seed=training.seed,
         logging_steps=output.log_steps,
+        logging_nan_inf_filter=False,
         save_strategy="no" if output.save_steps is None else "steps",
         save_steps=output.save_steps or 1,
         save_total_limit=output.keep_last,

@@ -6,11 +6,24 @@ values fit together is for those who use them to know; here each is checked on i
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from gemini.config import parse_endurance
 from gemini.errors import ConfigError
 from gemini.tiers import parse_nbytes
 
@@ -27,17 +40,36 @@ __all__ = [
 ]
 
 
-def _check_nbytes(size: str | int) -> str | int:
-    try:
+def _check_nbytes(size: Any) -> Any:
+    with _as_value_error("size"):
         parse_nbytes(size, name="size")
-    except ConfigError as error:
-        raise ValueError(str(error).removeprefix("size: ")) from None
     return size
 
 
-NBytes = Annotated[str | int, AfterValidator(_check_nbytes)]
-Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
+def _check_endurance(endurance: str) -> str:
+    with _as_value_error("NVMeConfig.endurance"):
+        parse_endurance(endurance)
+    return endurance
+
+
+@contextmanager
+def _as_value_error(name: str) -> Iterator[None]:
+    """Let pydantic, which adds the setting's own name, tell what is wrong with a value."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ValueError(str(error).removeprefix(f"{name}: ")) from None
+
+
+def _check_device(device: str) -> str:
+    if re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
+        raise ValueError('expected "cpu", "cuda" or one of several, such as "cuda:1"')
+    return device
+
+
+NBytes = Annotated[str | int, BeforeValidator(_check_nbytes)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 def section_in(annotation: Any) -> type[BaseModel] | None:
@@ -47,7 +79,18 @@ def section_in(annotation: Any) -> type[BaseModel] | None:
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_what_is_easily_meant_otherwise(cls, value: Any, info: ValidationInfo) -> Any:
+        """Let true be no 1, and an empty name not the directory one happens to be in."""
+        assert info.field_name is not None
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("expected a value, not yes or no")
+        if value == "":
+            raise ValueError("is empty: write a value, or remove it")
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -109,7 +152,7 @@ class DataSettings(_Section):
         description="columns: text; messages (of {role, content}); instruction, output, input; or prompt, completion. "
         "auto: by their names",
     )
-    sequence_length: Annotated[int, Field(ge=2)] = Field(1024, description="tokens of a row")
+    sequence_length: Annotated[int, Field(ge=2, lt=2**31)] = Field(1024, description="tokens of a row")
     packing: bool = Field(True, description="put examples one after another and cut them into full rows; no padding")
     train_on_prompts: bool = Field(False, description="count the loss of prompts and users' messages too")
 
@@ -120,13 +163,17 @@ class NvmeSettings(_Section):
     path: Path = Field(description="directory of the swap file, on a fast drive")
     budget: NBytes = Field(description="bytes the swap file may take")
     verify: bool = Field(False, description="check a CRC-32C of everything read back")
-    endurance: str | None = Field(None, description='what the drive is rated to take, such as "600 TBW"')
+    endurance: Annotated[str, AfterValidator(_check_endurance)] | None = Field(
+        None, description='what the drive is rated to take, such as "600 TBW"'
+    )
 
 
 class MemorySettings(_Section):
     """How much memory the engine may take."""
 
-    device: str | None = Field(None, description='"cuda" or "cpu"; without: cuda if there is one')
+    device: Annotated[str, AfterValidator(_check_device)] | None = Field(
+        None, description='"cuda" or "cpu"; without: cuda if there is one'
+    )
     device_budget: NBytes | None = Field(
         None, description='GPU memory for everything, such as "8GiB"; without: what is free'
     )
@@ -148,11 +195,11 @@ class TrainingSettings(_Section):
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "cosine", description="how it changes"
     )
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps in which it rises to that")
+    warmup_steps: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="steps in which it rises to that")
     weight_decay: float = Field(0.0, ge=0, description="as of AdamW; not for norms and biases")
     betas: tuple[Share, Share] = Field((0.9, 0.999), description="Adam's")
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to that norm; 0: they are not")
-    seed: int = Field(0, ge=0, description="decides the order of the data, and random first weights")
+    seed: int = Field(0, ge=0, lt=2**32, description="decides the order of the data, and random first weights")
 
 
 class OutputSettings(_Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,11 @@ def read_settings(path: Path) -> Settings:
         ConfigError: something in it is wrong; says where, what was expected and what it may have been meant to be.
         OffloadIOError: it cannot be read.
     """
-    with naming_file("read", path):
-        text = path.read_text(encoding="utf-8")
+    try:
+        with naming_file("read", path):
+            text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected text in UTF-8: {error.reason} at byte {error.start}") from None
     return parse_settings(text, source=str(path))
 
 
@@ -52,15 +56,14 @@ def parse_settings(text: str, *, source: str) -> Settings:
         ConfigError: something in it is wrong.
     """
     try:
-        loader = yaml.SafeLoader(text)
-        root = loader.get_single_node()
-        lines = dict(_lines_of(root, (), source)) if root is not None else {}
-        values = {} if root is None else loader.construct_document(root)
+        lines, values = _read_yaml(text, source)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
         raise ConfigError(f"{source}:{line}: this is not YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # of numbers and dates that there are not
         raise ConfigError(f"{source}: this is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{source}: expected sections and settings, got values within values without end") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{source}:1: expected keys with values, such as model:, got {type(values).__name__}")
     try:
@@ -70,12 +73,26 @@ def parse_settings(text: str, *, source: str) -> Settings:
         raise ConfigError("\n".join([first, *others])) from None
 
 
+def _read_yaml(text: str, source: str) -> tuple[dict[Place, int], Any]:
+    """Return the line of each value, and the values."""
+    loader = yaml.SafeLoader(text)
+    root = loader.get_single_node()
+    if root is None:
+        return {}, {}
+    lines = dict(_lines_of(root, (), source))
+    return lines, loader.construct_document(root)
+
+
 def _lines_of(node: yaml.Node, place: Place, source: str) -> Iterator[tuple[Place, int]]:
     """Yield where each value stands, counting from 1; refuse keys that are there twice, which YAML lets pass."""
     yield place, node.start_mark.line + 1
     if isinstance(node, yaml.MappingNode):
         seen = set()
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(
+                    f"{source}:{key.start_mark.line + 1}: expected the name of a setting before the colon"
+                )
             if key.value in seen:
                 raise ConfigError(f"{source}:{key.start_mark.line + 1}: {key.value} is there twice; remove one")
             seen.add(key.value)
@@ -104,9 +121,9 @@ def _describe(error: Any, lines: dict[Place, int], source: str) -> str:
         missing = tuple(error["loc"])
         description = _section_of(missing[:-1])[missing[-1]].description
         return f"{where}: {'.'.join(missing)} is missing: {description}"
-    got = "" if isinstance(error["input"], dict) else f", got {error['input']!r}"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{where}: {name}: {message}{got}"
+    is_told = isinstance(error["input"], dict) or "got " in message or "read " in message
+    return f"{where}: {name}: {message}" + ("" if is_told else f", got {reprlib.repr(error['input'])}")
 
 
 def _section_of(place: Place) -> dict[str, FieldInfo]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
+
 from gemini.__main__ import main
 from gemini.cli.profiles import cache_path, cached_profile
 from gemini.hardware import load_profile
@@ -38,3 +40,34 @@ def test_a_cached_file_that_cannot_be_read_is_as_good_as_none(tmp_path):
     path = cache_path(describe_machine(), tmp_path)
     path.write_text("{}")
     assert cached_profile(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--seconds", "0"], "argument --seconds: expected more than 0 seconds, got 0"),
+        (["--seconds", "nan"], "expected more than 0 seconds, got nan"),
+        (["--disk-seconds", "-1"], "argument --disk-seconds: expected more than 0 seconds, got -1"),
+    ],
+)
+def test_times_that_measure_nothing_are_refused(argv, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", *argv])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--nvme", "{missing}"], "cannot find the directory --nvme {missing}"),
+        (["--cache", "{file}/a"], "cannot make the directory of {file}/a"),
+        (["--json", "{file}/a.json"], "cannot make the directory of {file}/a.json"),
+    ],
+)
+def test_places_are_looked_at_before_anything_is_measured(argv, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("gemini.cli.bench.measure_hardware", pytest.fail)
+    (tmp_path / "file").write_text("")
+    places = {"missing": tmp_path / "missing", "file": tmp_path / "file"}
+    argv = ["--cache", str(tmp_path / "cache"), *(text.format(**places) for text in argv)]
+    assert main(["bench", *argv]) == 2
+    assert message.format(**places) in capsys.readouterr().err

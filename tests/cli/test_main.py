@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -83,3 +85,20 @@ def test_a_missing_module_of_our_own_is_not_blamed_on_the_user(command):
     command(fail)
     with pytest.raises(ModuleNotFoundError):
         main(["play"])
+
+
+def test_ctrl_c_is_a_line_and_the_code_that_shells_use(command, capsys):
+    def wait(arguments):
+        raise KeyboardInterrupt
+
+    command(wait)
+    assert main(["play"]) == 130
+    assert capsys.readouterr().err == "gemini: interrupted\n"
+
+
+def test_what_is_not_built_says_how_it_is():
+    program = "import sys; sys.modules['gemini._native'] = None; import gemini"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert done.stderr.splitlines()[-1].endswith("pip install . in its directory, or python native/build.py")

@@ -63,6 +63,30 @@ def model(tmp_path, monkeypatch):
 
         def no_model():
             return 3
+
+        def raising():
+            raise KeyError("a shape\\nof another")
+
+        def without_loss():
+            import torch
+            class Model(torch.nn.Embedding):
+                def forward(self, input_ids, labels):
+                    return super().forward(input_ids)
+            return Model(4, 4)
+
+        def failing():
+            import torch
+            class Model(torch.nn.Embedding):
+                def forward(self, input_ids, labels):
+                    return {}["missing"]
+            return Model(4, 4)
+
+        def without_products():
+            import torch, types
+            class Model(torch.nn.Embedding):
+                def forward(self, input_ids, labels):
+                    return types.SimpleNamespace(loss=super().forward(input_ids).sum())
+            return Model(4, 4)
         """)
     )
     monkeypatch.chdir(tmp_path)
@@ -136,6 +160,51 @@ def test_without_a_profile_there_is_no_time(capsys, monkeypatch, tmp_path, model
     assert "no profile of this machine" in out
 
 
+def test_rates_that_were_not_measured_leave_the_time_out(capsys, tmp_path, model):
+    """One measures the machine one has, and plans for the one to be rented."""
+    path = tmp_path / "cpu.json"
+    save_profile(HardwareProfile(matrix_rates={"float32": 1e13}, host_memory_rate=1e11), path, MACHINE)
+    machine = ["--profile", str(path), "--device-memory", "24GiB", "--host-memory", "64GiB", "--disk", "1TiB"]
+    code, out, _ = run(capsys, model, *SHORT, *machine)
+    assert code == 0
+    assert "Step time: the hardware profile has no rate for" in out
+    code, out, _ = run(capsys, model, *SHORT, *machine, "--json")
+    assert json.loads(out)["why_no_time"].startswith("the hardware profile has no rate for")
+
+
+def test_a_model_without_matrix_products_has_no_bound_by_compute(capsys, profile, model):
+    code, out, _ = run(capsys, "users_models:without_products", *SHORT, "--profile", profile, "--dtype", "fp32")
+    assert code == 0
+    assert "compute-bound" not in out
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n_positions": 32}, "--seq: 64 tokens, and the model has 32 positions"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "it is quantized"),
+    ],
+)
+def test_configurations_that_cannot_be_trained_are_refused(capsys, tmp_path, fields, message):
+    import transformers
+
+    transformers.GPT2Config(n_layer=1, n_embd=64, n_head=2, vocab_size=512, **fields).save_pretrained(tmp_path / "m")
+    code, _, err = run(capsys, str(tmp_path / "m"), *SHORT)
+    assert code == 2
+    assert message in err
+
+
+@pytest.mark.parametrize("kind", ["T5Config", "ViTConfig"])
+def test_models_of_other_kinds_are_refused_in_a_line_of_readable_length(capsys, tmp_path, kind):
+    import transformers
+
+    getattr(transformers, kind)().save_pretrained(tmp_path / "m")
+    code, _, err = run(capsys, str(tmp_path / "m"), *SHORT)
+    assert code == 2
+    assert f"{kind}'>" in err
+    assert len(err) < 500
+
+
 def test_a_directory_with_a_configuration_is_a_model(capsys, tmp_path, profile):
     import transformers
 
@@ -152,6 +221,11 @@ def test_a_directory_with_a_configuration_is_a_model(capsys, tmp_path, profile):
         (["users_models:large"], "has no attribute 'large'"),
         (["no_such_module:small"], "No module named 'no_such_module'"),
         (["users_models:no_model"], "expected a torch.nn.Module, got int"),
+        (["users_models:raising"], "users_models.py:14: KeyError: 'a shape"),
+        (["users_models:without_loss"], "Model: expected it to return something with a loss of one element"),
+        (["users_models:failing"], "KeyError: 'missing'"),
+        (["users_models:small", "--endurance", "600TBW"], "--endurance: expected --disk with it"),
+        (["users_models:small", "--what-if", "disk=1GiB", "--what-if", "disk=2GiB"], "disk is there twice"),
         (["users_models:small", "--tokens", "100", "--seq", "64"], "--tokens: expected a multiple of --seq"),
         (["users_models:small", "--host-memory", "much"], "--host-memory: cannot read 'much' as bytes"),
         (["users_models:small", "--what-if", "weather=1"], "--what-if: expected one of model"),

@@ -17,7 +17,14 @@ from gemini.errors import IllegalTransitionError
 ROOT = Path(__file__).parents[2]
 REFERENCE = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "reference").glob("*.md"))
 INTEGRATIONS = ("accelerate", "lightning", "transformers")
-PUBLIC = ("gemini", "gemini.nn", "gemini.offload", "gemini.service", "zero", *(f"gemini.integrations.{name}" for name in INTEGRATIONS))
+PUBLIC = (
+    "gemini",
+    "gemini.nn",
+    "gemini.offload",
+    "gemini.service",
+    "zero",
+    *(f"gemini.integrations.{name}" for name in INTEGRATIONS),
+)
 
 
 def public_names(module: str) -> list[str]:

@@ -134,6 +134,48 @@ def test_clipping_some_parameters_or_another_norm_is_refused() -> None:
             loop.accelerator.clip_grad_value_(params, 1.0)
 
 
+def test_clipping_an_engine_together_with_anything_else_is_refused() -> None:
+    """The norm is an engine's own; a joint one would silently not be."""
+    with (
+        GeminiDDP(HF_CASES["gpt2"].model(), config_for("host")) as engine,
+        GeminiDDP(HF_CASES["gpt2"].model(), config_for("host")) as other,
+    ):
+        accelerator = GeminiAccelerator(cpu=True)
+        accelerator.prepare(engine, other)
+        for rest in (other, torch.nn.Linear(2, 2)):
+            params = [*engine.parameters(), *rest.parameters()]
+            with pytest.raises(ConfigError, match="clip each model by itself"):
+                accelerator.clip_grad_norm_(params, 1.0)
+
+
+def test_two_engines_in_one_loss_train_as_two_plain_models() -> None:
+    def losses(accelerator: accelerate.Accelerator, models: list[Any], make_optimizer: Any) -> list[float]:
+        optimizers = [make_optimizer(model.parameters()) for model in models]
+        *models, first, second, loader = accelerator.prepare(
+            *models, *optimizers, torch.utils.data.DataLoader(Texts(), batch_size=4)
+        )
+        found = []
+        for batch in loader:
+            loss = models[0](**batch).loss * models[1](**batch).loss
+            accelerator.backward(loss)
+            for optimizer in (first, second):
+                optimizer.step()
+                optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+    def models() -> list[Any]:
+        return [HF_CASES[name].model() for name in ("gpt2", "llama")]
+
+    expected = losses(accelerate.Accelerator(cpu=True), models(), plain_adamw)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    engines = [GeminiDDP(model, config_for("host")) for model in models()]
+    found = losses(GeminiAccelerator(cpu=True), engines, hybrid_adam)
+    for engine in engines:
+        engine.close()
+    assert is_close(found, expected)
+
+
 def test_other_models_are_prepared_as_ever() -> None:
     accelerator = GeminiAccelerator(cpu=True)
     model = torch.nn.Linear(2, 2)

@@ -116,3 +116,18 @@ def test_clipping_by_value_is_refused() -> None:
     strategy = strategies.GeminiStrategy(config_for("host"))
     with pytest.raises(ConfigError, match="gradient_clip_algorithm"):
         fit(Module(hybrid_adam), strategy, gradient_clip_algorithm="value")
+
+
+def test_a_loop_of_the_modules_own_is_refused() -> None:
+    module = Module(hybrid_adam)
+    module.automatic_optimization = False
+    with pytest.raises(ConfigError, match="LightningModule.automatic_optimization: expected True"):
+        fit(module, strategies.GeminiStrategy(config_for("host")), gradient_clip_val=None, accumulate_grad_batches=1)
+
+
+@pytest.mark.parametrize(
+    "callback", [pl.callbacks.StochasticWeightAveraging(swa_lrs=1e-3), pl.callbacks.EMAWeightAveraging()]
+)
+def test_callbacks_that_average_weights_are_refused(callback: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{type(callback).__name__} averages the module's weights"):
+        fit(Module(hybrid_adam), strategies.GeminiStrategy(config_for("host")), callbacks=[callback])

@@ -13,7 +13,7 @@ import transformers
 from trainer_runs import Texts, arguments, build_model, is_close, logged
 from training_harness import config_for, distance, same_bits
 
-from gemini import CheckpointMismatchError, ConfigError, GeminiConfig
+from gemini import CheckpointError, CheckpointMismatchError, ConfigError, GeminiConfig
 from gemini.integrations.transformers import GeminiTrainer, GeminiTrainerMixin, config_for_arguments
 
 pytest.importorskip("transformers", minversion="5.23", reason="GeminiTrainer was made for transformers 5.23")
@@ -135,6 +135,28 @@ def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(tmp_path: Path) ->
     assert logged(resumed, "loss") == logged(whole, "loss")
     assert logged(resumed, "grad_norm") == logged(whole, "grad_norm")
     assert same_bits(resumed.engine.master_state_dict(), whole.engine.master_state_dict())
+
+
+def test_an_incomplete_checkpoint_is_not_gone_on_from(tmp_path: Path) -> None:
+    """Without the file that is written last the trainer would train from step 0 on, with the weights of step 3."""
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
+    first = gemini_trainer(tmp_path, max_steps=3, **saving)
+    first.train()
+    first.engine.close()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").unlink()
+    named = gemini_trainer(tmp_path, max_steps=4)
+    with pytest.raises(CheckpointError, match="checkpoint-3 is incomplete"):
+        named.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    newest = gemini_trainer(tmp_path, max_steps=4)
+    newest.train(resume_from_checkpoint=True)
+    steps = [entry["step"] for entry in newest.state.log_history if "loss" in entry]
+    assert steps == [1, 2, 3, 4]
+    assert newest.engine.memory_report().num_steps == 4
+
+
+def test_no_checkpoint_to_go_on_from_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no complete checkpoint in"):
+        gemini_trainer(tmp_path).train(resume_from_checkpoint=True)
 
 
 def test_checkpoints_have_no_file_of_the_optimizer(tmp_path: Path) -> None:

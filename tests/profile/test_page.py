@@ -112,6 +112,20 @@ def test_the_step_can_be_chosen(browser: Any, page_path: Path) -> None:
     assert "step 1;" in page.inner_text(".tiles")
 
 
+def test_a_narrow_window_has_room_for_figures(browser: Any, page_path: Path) -> None:
+    page, complaints, _ = open_page(browser, page_path)
+    page.set_viewport_size({"width": 400, "height": 800})
+    for tab in TABS:
+        page.click(f"#tabs button[data-key={tab['key']}]")
+        page.wait_for_selector(f"#panels[data-shown={tab['key']}]")
+        widths = page.locator(".figure .nsewdrag").evaluate_all(
+            "nodes => nodes.map(n => n.getBoundingClientRect().width)"
+        )
+        assert all(width > 180 for width in widths), (tab["key"], widths)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    assert complaints == []
+
+
 def luminance(color: str) -> float:
     """Return a CSS colour's relative luminance. Source: WCAG 2.2, section 1.4.3."""
     channels = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]

@@ -110,12 +110,58 @@ def test_what_is_no_recording_is_refused(content: str, message: str, tmp_path: P
         read_recording(tmp_path)
 
 
-@pytest.mark.parametrize("line", ["nonsense\n", "[]\n", '["stall",1]\n', "7\n"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "nonsense\n",
+        "[]\n",
+        '["stall",1]\n',
+        "7\n",
+        '["stall","update",0,"5",6]\n',
+        '["stall","update",0,6,5]\n',
+        '["step",0,1,2,1,0,0,0,0,0,0,0]\n',
+        '["memory",1,"host",{"slots":"4096"},null]\n',
+        '["log",0,{"loss":[1]}]\n',
+    ],
+)
 def test_a_damaged_line_is_named(line: str, tmp_path: Path) -> None:
     path = write(tmp_path)
     path.write_text(path.read_text() + line)
     with pytest.raises(RecordingError, match="line 9: expected an event"):
         read_recording(tmp_path)
+
+
+@pytest.mark.parametrize("line", ['["chunk",1,2,"ready"]\n', '["moment",1,"enter",-1]\n'])
+def test_what_is_about_no_part_of_the_run_is_named(line: str, tmp_path: Path) -> None:
+    path = write(tmp_path)
+    path.write_text(path.read_text() + line)
+    with pytest.raises(RecordingError, match="line 9: it is about a chunk or unit that the run does not have"):
+        read_recording(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_params", "many"), ("tiers", [{"tier": 3, "budget_nbytes": 1, "planned_nbytes": {}}])]
+)
+def test_a_description_of_other_types_is_damaged(name: str, value: object, tmp_path: Path) -> None:
+    path = write(tmp_path)
+    head, _, rest = path.read_text().partition("\n")
+    path.write_text(json.dumps(json.loads(head) | {name: value}) + "\n" + rest)
+    with pytest.raises(RecordingError, match=f"description is damaged: {name}"):
+        read_recording(tmp_path)
+
+
+def test_recordings_from_before_activations_were_expected_are_read(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    head, _, rest = path.read_text().partition("\n")
+    fields = json.loads(head)
+    del fields["predicted_activation_nbytes"]
+    path.write_text(json.dumps(fields) + "\n" + rest)
+    assert read_recording(tmp_path).run == invented().run
+
+
+def test_the_directory_of_a_run_and_the_file_itself_will_do(tmp_path: Path) -> None:
+    path = write(tmp_path / "run" / "recording")
+    assert read_recording(tmp_path / "run") == read_recording(path) == read_recording(path.parent)
 
 
 def test_a_directory_without_a_recording_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from tiny_model import FORGETFUL_TEMPLATE, tokenizer_of
 
 from gemini import ConfigError
-from gemini.recipe.data import IGNORED, Collator, find_files, form_of, load_rows, pack, segments_of
+from gemini.recipe.data import IGNORED, Collator, find_files, load_rows, pack
+from gemini.recipe.examples import form_of, segments_of
 from gemini.recipe.settings import DataSettings
 
 TOKENIZER = tokenizer_of()
@@ -143,6 +144,65 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     settings = DataSettings(files=["x"])
     with pytest.raises(ConfigError, match=r"data.files: .*a.jsonl: cannot be read as json"):
         load_rows([str(tmp_path / "a.jsonl")], settings, TOKENIZER, name="data.files")
+
+
+TEXT = {"text": "a text that is long enough"}
+
+
+def rows_of(path: Path, content: str | bytes, name: str = "a.jsonl", **settings: Any) -> list[str]:
+    (path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    chosen = DataSettings(files=["x"], **{"sequence_length": 8, "packing": False, **settings})
+    rows = load_rows([str(path / name)], chosen, TOKENIZER, name="data.files")
+    return [TOKENIZER.decode(row) for row in rows["input_ids"]]
+
+
+def lines(*examples: Any) -> str:
+    return "".join(json.dumps(example) + "\n" for example in examples)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"a.jsonl is empty"),
+        ("\n\n", "a.jsonl: cannot be read as json: there are no examples"),
+        (lines(TEXT, TEXT) + '{"text": \n' + lines(TEXT), "a.jsonl, line 3: Expecting value"),
+        (lines(TEXT, {"body": "b"}), "example 2: text: expected a text, got None"),
+        (lines({"text": 5}), "example 1: text: expected a text, got 5"),
+        (lines({"text": ["a", "b"]}), r"example 1: text: expected a text, got \['a', 'b'\]"),
+        (lines({"prompt": "a", "completion": None}), "example 1: completion: expected a text"),
+        (lines({"messages": []}), r"example 1: messages: expected a list of {role, content}, got \[\]"),
+        (lines({"messages": "hello"}), "example 1: messages: expected a list"),
+        (lines({"messages": [{"role": "user"}]}), "example 1: content: expected a text, got None"),
+        (b'{"text": "caf\xe9"}\n', "a.jsonl: expected text in UTF-8"),
+    ],
+)
+def test_data_of_another_form_is_named_with_its_place(content: str | bytes, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"data.files: .*{message}"):
+        rows_of(tmp_path, content)
+
+
+def test_a_template_that_refuses_the_messages_is_quoted() -> None:
+    tokenizer = tokenizer_of("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(ConfigError, match="data.files: .* refuses the messages: roles must alternate"):
+        segments_of({"messages": [{"role": "user", "content": "a"}]}, "messages", tokenizer, name="data.files")
+
+
+def test_rows_that_teach_nothing_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Their loss would be 0 or NaN, and a step of theirs would shrink weights for nothing."""
+    found = rows_of(tmp_path, lines({"prompt": "12345678", "completion": "9"}, {"prompt": "1", "completion": "2"}))
+    assert found == ["12</s>"]
+    assert "1 of 2 rows have nothing to learn in their 8 tokens" in caplog.text
+
+
+def test_data_that_teaches_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing to learn in the first 8 tokens of any row"):
+        rows_of(tmp_path, lines({"prompt": "12345678", "completion": "9"}))
+
+
+@pytest.mark.parametrize("name", ["a[1].jsonl", "a*.jsonl", "A.JSONL"])
+def test_names_are_taken_as_they_are(name: str, tmp_path: Path) -> None:
+    (tmp_path / "ab.jsonl").write_text("not this one")
+    assert rows_of(tmp_path, lines({"text": "a"}), name=name) == ["a</s>"]
 
 
 def test_too_little_data_is_said(tmp_path: Path) -> None:

@@ -68,6 +68,22 @@ def test_numbers_as_people_write_them() -> None:
         (BASE + "memory:\n  host_budget: 3 apples", 'f:6: memory.host_budget: .*write for example "6GiB"'),
         (BASE + "memory:\n  nvme:\n    path: a", "f:6: memory.nvme.budget is missing: bytes the swap file may take"),
         (BASE + "memory:\n  nvme:", "f:5: memory: nvme is empty"),
+        (BASE + "memory: {host_budget: 16G}", "f:5: memory.host_budget: cannot read '16G' as bytes; write .* 1048576$"),
+        (BASE + "memory: {host_budget: true}", "f:5: memory.host_budget: expected a value, not yes or no"),
+        (BASE + "memory: {host_budget: 1.5}", "f:5: memory.host_budget: expected bytes as an int or a str"),
+        (BASE + "memory: {device: tpu}", 'f:5: memory.device: expected "cpu", "cuda"'),
+        (BASE + "memory: {nvme: {path: a, budget: 1GB, endurance: lots}}", "f:5: memory.nvme.endurance: cannot read"),
+        (BASE + "training: {steps: true}", "f:5: training.steps: expected a value, not yes or no"),
+        (BASE + "training: {learning_rate: .inf}", "f:5: training.learning_rate: .* finite"),
+        (BASE + "training: {epochs: .inf}", "f:5: training.epochs: .* finite"),
+        (BASE + "training: {betas: [1, 1]}", "f:5: training.betas.0: .* less than 1, got 1"),
+        (BASE + "training: {seed: 4294967296}", "f:5: training.seed: .* less than 4294967296"),
+        (BASE + "training: {seed: " + "9" * 5000 + "}", "f(:5)?: .*(5000 digits|less than)"),
+        (BASE + "training: {seed: 2001-13-45}", "f: this is not YAML: month must be"),
+        (BASE.replace("path: r", "path: ''"), "f:4: output.path: is empty"),
+        ("model: &a [*a]", "f: expected sections and settings, got values within values without end"),
+        ("[" * 2000, "f: expected sections and settings, got values within values without end"),
+        ("? [a, b]\n: 3", "f:1: expected the name of a setting before the colon"),
         (BASE.replace("path: m", "lora: {}"), "f:1: model: expected either path or config"),
         (BASE.replace("path: m", "path: m\n  config: c"), "f:1: model: expected either path or config"),
         (BASE.replace("path: m", "config: c"), "f:1: model: tokenizer: expected a directory"),
@@ -105,6 +121,25 @@ def test_sections_of_which_all_is_commented_out_have_their_defaults() -> None:
 def test_anything_is_read_or_refused(values: Any) -> None:
     with suppress(ConfigError):
         parse_settings(yaml.safe_dump(values), source="f")
+
+
+def test_a_long_value_is_not_told_whole() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_settings(f"model: [{'xyz, ' * 1000}]", source="f")
+    assert len(str(caught.value)) < 600
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_bytes("model: {}".encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"a\.yaml: expected text in UTF-8: invalid start byte at byte 0"):
+        read_settings(path)
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(BASE, encoding="utf-8-sig")
+    assert read_settings(path).output.path == Path("r")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

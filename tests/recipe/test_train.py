@@ -23,6 +23,9 @@ from tiny_model import write_model
 
 from gemini import ConfigError
 from gemini.__main__ import main
+from gemini.integrations.transformers import GeminiTrainer
+from gemini.placement.cost_model import HardwareProfile
+from gemini.profile import read_recording
 from gemini.recipe.run import train
 from gemini.recipe.settings import Settings
 
@@ -180,6 +183,15 @@ def test_a_signal_ends_the_run_and_resume_goes_on_with_the_same_numbers(
     [
         ({"model": {"path": "none/such"}}, "model.path: there is no directory none/such"),
         ({"model": {"lora": {"target_modules": "nothing"}}}, "model.lora.target_modules: "),
+        ({"model": {"lora": {"target_modules": "("}}}, "model.lora.target_modules: missing )"),
+        (
+            {"model": {"lora": {"target_modules": ["q_proj", "nope"]}}},
+            "no module nope; its linear layers are down_proj",
+        ),
+        ({"data": {"sequence_length": 129}}, "data.sequence_length: 129 tokens, and the model has 128 positions"),
+        ({"output": {"report_to": ["wandb"]}}, "output.report_to: wandb is not installed"),
+        ({"memory": {"nvme": {"path": "/dev/null/x", "budget": "1MiB"}}}, "memory.nvme.path, /dev/null/x: Not a dir"),
+        ({"output": {"path": "/dev/null/x"}}, "output.path, /dev/null/x: Not a directory"),
         ({"data": {"files": ["none.jsonl"]}}, "data.files: there is no file none.jsonl"),
         ({"data": {"form": "messages"}}, "data.files: form messages needs the columns messages"),
         ({"memory": {"host_budget": "100KiB"}}, "host tier is short by 684032 bytes"),
@@ -195,7 +207,56 @@ def test_what_does_not_fit_is_said_in_a_line(
     assert message in last
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks under the old name
+@pytest.mark.filterwarnings("ignore:.*(lm_head|tie_word_embeddings|embedding layer)")  # peft's advice
+def test_the_output_layer_may_have_an_adapter(tmp_path: Path, write_file: Callable[..., Path]) -> None:
+    """Its loss cannot be computed in slices, which is no reason to fail in the first step."""
+    file = write_file(model={"lora": {"rank": 2, "target_modules": ["lm_head"]}}, training={"steps": 1})
+    assert main(["train", str(file)]) == 0
+    assert float(rows_of(tmp_path)[0]["loss"]) > 0
+
+
+def test_what_was_expected_is_recorded_beside_what_was_measured(
+    tmp_path: Path, write_file: Callable[..., Path]
+) -> None:
+    settings = Settings.model_validate(yaml.safe_load(write_file().read_text()))
+    rates = HardwareProfile(matrix_rates={"float32": 1e10}, host_memory_rate=1e9)
+    finished = train(settings, resume=False, console=Console(quiet=True), profile=rates)
+    assert finished.recording is not None
+    run = read_recording(finished.recording).run
+    assert run.predicted is not None
+    assert run.predicted.step_s > 0
+    assert run.predicted_activation_nbytes is not None
+    assert all(float(row["mfu"]) > 0 for row in rows_of(tmp_path) if row["loss"])
+
+
+def test_a_run_that_has_ended_is_not_recorded_again(tmp_path: Path, write_file: Callable[..., Path]) -> None:
+    settings = Settings.model_validate(yaml.safe_load(write_file(output={"save_steps": 1}).read_text()))
+    first = train(settings, resume=False, console=Console(quiet=True))
+    again = train(settings, resume=True, console=Console(quiet=True))
+    assert first.recording is not None
+    assert again.recording is None
+    assert again.report.num_steps == first.report.num_steps == 4
+    assert len(read_recording(first.recording).steps) == len(rows_of(tmp_path))
+
+
+def test_a_signal_after_the_last_step_stops_nothing(
+    tmp_path: Path, write_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As while the last evaluation runs, which no step ends: the model is saved, and nothing is left to resume."""
+    file = write_file(data={"eval_files": [str(tmp_path / "data.jsonl")]}, training={"steps": 1})
+    evaluate = GeminiTrainer.evaluate
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(GeminiTrainer, "evaluate", interrupted)
+    assert main(["train", str(file)]) == 0
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+
+
 def test_a_run_is_not_resumed_from_nothing(write_file: Callable[..., Path], tmp_path: Path) -> None:
     settings = Settings.model_validate(yaml.safe_load(write_file().read_text()))
-    with pytest.raises(ConfigError, match="--resume: there is no checkpoint in"):
+    with pytest.raises(ConfigError, match="--resume: there is no complete checkpoint in"):
         train(settings, resume=True, console=Console(quiet=True))

@@ -1,0 +1,160 @@
+"""What is trained: a model described without memory, its tokenizer, and adapters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from gemini.errors import ConfigError, ModelError
+from gemini.nn import use_sliced_loss
+from gemini.recipe.positions import check_positions
+from gemini.recipe.settings import LoraSettings, ModelSettings
+
+__all__ = ["build_model", "find_model", "read_tokenizer", "save_activation_memory"]
+
+
+def find_model(settings: ModelSettings) -> Path:
+    """Return the model's directory, or config.json; a name of the hub is downloaded.
+
+    Args:
+        settings: which.
+
+    Returns:
+        A path that exists.
+
+    Raises:
+        ConfigError: there is none, here or there.
+    """
+    source = settings.path or settings.config
+    assert source is not None
+    name = "model.path" if settings.path is not None else "model.config"
+    local = Path(source).expanduser()
+    if local.exists():
+        return local
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(source, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.onnx"]))
+    except Exception as error:  # of many types, from the network's to the name's
+        raise ConfigError(
+            f"{name}: there is no directory {source}, and the hub has no such model here: {_first_line(error)}"
+        ) from error
+
+
+def read_tokenizer(settings: ModelSettings, source: Path) -> Any:
+    """Read a tokenizer.
+
+    Args:
+        settings: perhaps name its directory.
+        source: the model's, where it is otherwise.
+
+    Returns:
+        transformers' tokenizer.
+
+    Raises:
+        ConfigError: there is none, or it has no end-of-sequence token.
+    """
+    directory = source if settings.tokenizer is None else Path(settings.tokenizer).expanduser()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # of many types: the files may hold anything
+        raise ConfigError(
+            f"model.tokenizer: {directory}: expected a directory with a tokenizer: {_first_line(error)}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"model.tokenizer: {directory}: expected a tokenizer with an end-of-sequence token")
+    return tokenizer
+
+
+def build_model(settings: ModelSettings, source: Path, *, num_tokens: int, sequence_length: int) -> Any:
+    """Describe the model without giving it memory.
+
+    Args:
+        settings: perhaps ask for adapters.
+        source: its directory, or config.json.
+        num_tokens: of the tokenizer.
+        sequence_length: of the longest row.
+
+    Returns:
+        transformers' model on the meta device, or peft's around it, in training mode.
+
+    Raises:
+        ConfigError: it is no causal language model, or does not fit the tokenizer, the rows or the adapters.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except Exception as error:  # of many types: a configuration may hold anything
+        raise ConfigError(
+            f"model: {source}: expected a causal language model's configuration: {_first_line(error)}"
+        ) from error
+    num_embeddings = model.get_input_embeddings().num_embeddings
+    if num_tokens > num_embeddings:
+        raise ConfigError(
+            f"model.tokenizer: it has {num_tokens} tokens, the model {num_embeddings}: take the model's own"
+        )
+    check_positions(config, sequence_length, name="data.sequence_length")
+    model.config.use_cache = False
+    model.loss_type = model.loss_type or "ForCausalLM"  # None where the class's name does not tell; it would warn
+    return (model if settings.lora is None else _add_adapters(model, settings.lora)).train()
+
+
+def save_activation_memory(model: Any, *, has_checkpoints: bool) -> None:
+    """Let a model compute again in backward what it would otherwise keep.
+
+    Args:
+        model: from `build_model`.
+        has_checkpoints: whether blocks do so; the loss does wherever it can.
+    """
+    if has_checkpoints:
+        # The second name is the one before transformers 5.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    with suppress(ModelError):  # its output layer is of another kind, such as an adapter: its own loss serves
+        use_sliced_loss(model.get_base_model() if hasattr(model, "peft_config") else model)
+
+
+def _add_adapters(model: Any, settings: LoraSettings) -> Any:
+    import peft
+
+    name = "model.lora.target_modules"
+    if isinstance(settings.target_modules, list):
+        _check_names(model, settings.target_modules, name=name)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.target_modules,
+    )
+    try:
+        adapted = peft.get_peft_model(model, config)
+    except (ValueError, re.error) as error:
+        raise ConfigError(f"{name}: {_first_line(error)}") from error
+    adapted.enable_input_require_grads()  # whose gradients activation checkpointing needs
+    return adapted
+
+
+def _check_names(model: Any, names: Sequence[str], *, name: str) -> None:
+    """Refuse names of no module, which peft passes over as long as others are found."""
+    modules = [path for path, _ in model.named_modules()]
+    for each in names:
+        if not any(path == each or path.endswith(f".{each}") for path in modules):
+            known = sorted({path.rpartition(".")[2] for path, module in model.named_modules() if _is_linear(module)})
+            raise ConfigError(f"{name}: the model has no module {each}; its linear layers are {', '.join(known)}")
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, (torch.nn.Linear, transformers.pytorch_utils.Conv1D))
+
+
+def _first_line(error: Exception) -> str:
+    """Return how an error begins; those of transformers go on for pages."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

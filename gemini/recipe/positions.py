@@ -1,0 +1,30 @@
+"""Whether a model can be given sequences of a length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gemini.errors import ConfigError
+
+__all__ = ["check_positions"]
+
+
+def check_positions(config: Any, sequence_length: int, *, name: str) -> None:
+    """Refuse sequences that a model has no positions for.
+
+    Those that are learnt end in an index out of range, others in values the model has never seen.
+
+    Args:
+        config: transformers'.
+        sequence_length: tokens.
+        name: of the setting, for messages.
+
+    Raises:
+        ConfigError: there are too few positions.
+    """
+    num_positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if num_positions is not None and sequence_length > num_positions:
+        raise ConfigError(
+            f"{name}: {sequence_length} tokens, and the model has {num_positions} positions: shorten the sequences, or "
+            "set max_position_embeddings in its config.json, if it can be extended"
+        )
