@@ -125,7 +125,10 @@ def __getattr__(name: str) -> object:
     try:
         module = importlib.import_module(_MODULE_OF_NAME[name])
     except AttributeError as error:  # which `from gemini import ...` would take for a missing name, and hide
-        raise ImportError(f"{_MODULE_OF_NAME[name]} cannot be imported: {error}") from error
+        raise ImportError(
+            f"{_MODULE_OF_NAME[name]} cannot be imported ({error}); is the compiled part of older sources? "
+            "python native/build.py"
+        ) from error
     found: object = getattr(module, name)
     globals()[name] = found
     return found

@@ -97,7 +97,7 @@ def test_ctrl_c_is_a_line_and_the_code_that_shells_use(command, capsys):
 
 
 def test_what_is_not_built_says_how_it_is():
-    program = "import sys; sys.modules['gemini._native'] = None; import gemini"
+    program = "import sys; sys.modules['gemini._native'] = None; from gemini import GeminiDDP"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[2]
     )
