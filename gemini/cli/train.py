@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from rich.console import Console
@@ -13,9 +14,14 @@ from gemini.recipe.settings_file import read_settings
 
 __all__ = ["add_arguments", "run"]
 
+SERVICE_VARIABLE = "GEMINI_SERVICE"
+"""Of the environment: address of the memory service for files that name none."""
+
 EPILOG = """\
 `python -m gemini init FILE` writes such a file, with every setting explained. Ctrl-C and SIGTERM end the run after its
 step, with a checkpoint; a second one ends it at once. Checkpoints, log.csv and the trained model are in output.path.
+
+$GEMINI_SERVICE names a memory service for files that name none; see `python -m gemini serve --help`.
 
 exit code: 0 when trained; 2 when something is wrong with the file, the data or the machine; 130 after Ctrl-C and 143
 after SIGTERM, with a checkpoint to go on from by --resume
@@ -34,6 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Train; say where the result is."""
     console = Console(highlight=False)
     settings = read_settings(arguments.file)
+    if settings.memory.service is None and SERVICE_VARIABLE in os.environ:
+        memory = settings.memory.model_copy(update={"service": os.environ[SERVICE_VARIABLE]})
+        settings = settings.model_copy(update={"memory": memory})
     finished = train(settings, resume=arguments.resume, console=console, profile=cached_profile())
     console.print(str(finished.report), markup=False, soft_wrap=True)
     if finished.recording is not None:

@@ -253,6 +253,8 @@ def _engine_config(settings: Settings, device: torch.device, dtype: torch.dtype)
         device_budget=memory.device_budget if device.type != "cpu" else None,
         host_budget=memory.host_budget,
         nvme=nvme,
+        service=memory.service,
+        job=memory.job,
         gradient_accumulation=settings.training.gradient_accumulation > 1,
         seed=settings.training.seed,
     )

@@ -179,6 +179,10 @@ class MemorySettings(_Section):
     )
     host_budget: NBytes | None = Field(None, description="main memory for the engine; without: nearly all that is free")
     nvme: NvmeSettings | None = Field(None, description="disk for what memory cannot hold")
+    service: str | None = Field(
+        None, description='a memory service that grants it, such as "unix:/run/gemini.sock"; without: $GEMINI_SERVICE'
+    )
+    job: str | None = Field(None, description="what the service calls this run; without: the program and its process")
     activation_checkpointing: bool = Field(
         True, description="keep a block's input alone, and compute it again in backward"
     )

@@ -19,6 +19,7 @@ import torch
 import transformers
 import yaml
 from rich.console import Console
+from service_process import running_service
 from tiny_model import write_model
 
 from gemini import ConfigError
@@ -260,3 +261,17 @@ def test_a_run_is_not_resumed_from_nothing(write_file: Callable[..., Path], tmp_
     settings = Settings.model_validate(yaml.safe_load(write_file().read_text()))
     with pytest.raises(ConfigError, match="--resume: there is no complete checkpoint in"):
         train(settings, resume=True, console=Console(quiet=True))
+
+
+def test_a_service_named_in_the_environment_grants_the_memory(
+    write_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_file(memory={"host_budget": "64MiB", "job": "tuning"}, training={"steps": 1})
+    with running_service(host="32MiB") as service:
+        monkeypatch.setenv("GEMINI_SERVICE", service.address)
+        assert main(["train", str(file)]) == 2
+    assert "can never be granted: the whole node has 32.00 MiB" in capsys.readouterr().err
+    with running_service(host="96MiB") as service:
+        monkeypatch.setenv("GEMINI_SERVICE", service.address)
+        assert main(["train", str(file)]) == 0
+        assert service.holds_nothing()
