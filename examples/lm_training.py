@@ -13,6 +13,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,7 @@ from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gemini import ConfigError, GeminiDDP, GeminiError, MemoryReport, StopOnSignals
+from gemini.run_recorder import RunRecorder
 from gemini.tiers import format_nbytes
 
 __all__ = [
@@ -33,13 +35,14 @@ __all__ = [
     "TrainingDisplay",
     "TrainingLog",
     "add_checkpoint_arguments",
+    "add_record_argument",
     "check_disk_space",
-    "choose_dtype",
     "enable_checkpointing",
     "encode",
     "print_memory_table",
     "random_windows",
     "read_stdlib",
+    "recorded",
     "resident_nbytes",
     "run_example",
     "write_summary",
@@ -127,38 +130,6 @@ def enable_checkpointing(model: Any) -> None:
     # The second name is the one before transformers 5.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-
-
-def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """Return the working dtype and the reason.
-
-    Processors without bfloat16 instructions emulate them, up to a hundred times slower than float32, and others run
-    them several times faster: on the CPU "auto" measures a small matrix product in both, in well under a second.
-
-    Args:
-        name: "bf16", "fp16", "fp32" or "auto".
-        device: compute device.
-    """
-    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if name in named:
-        return named[name], f"{name}, as asked for"
-    if device.type != "cpu":
-        return torch.bfloat16, "bf16"
-    rates = {key: _matmul_gflops(named[key]) for key in ("bf16", "fp32")}
-    fastest = "bf16" if rates["bf16"] >= rates["fp32"] else "fp32"
-    return named[
-        fastest
-    ], f"{fastest} (a matrix product runs at {rates['bf16']:.3g} GFLOP/s in bf16, {rates['fp32']:.3g} in fp32)"
-
-
-def _matmul_gflops(dtype: torch.dtype) -> float:
-    left, right = torch.ones(128, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-    seconds = []
-    for _ in range(8):  # the first one warms up
-        start = time.perf_counter()
-        left @ right
-        seconds.append(time.perf_counter() - start)
-    return 2 * 128 * 512 * 512 / min(seconds) / 1e9
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -259,6 +230,33 @@ class TrainingLog:
         return self.num_tokens * len(timed) / sum(timed) if timed else 0.0
 
 
+def add_record_argument(parser: argparse.ArgumentParser) -> None:
+    """Add what `recorded` is given to a command line."""
+    parser.add_argument(
+        "--record", type=Path, metavar="DIR", help="keep what `python -m gemini report DIR` shows of the first steps"
+    )
+
+
+@contextmanager
+def recorded(engine: GeminiDDP, directory: Path | None, console: Console) -> Iterator[RunRecorder | None]:
+    """Record an engine while the context is open, and say how to see it; do nothing without a directory.
+
+    Args:
+        engine: to be recorded.
+        directory: for the recording.
+        console: told where it is.
+
+    Yields:
+        The recorder, which is to be told losses and tokens.
+    """
+    if directory is None:
+        yield None
+        return
+    with engine.record(directory) as recorder:
+        yield recorder
+    console.print(f"What happened in it: python -m gemini report {directory} (in a terminal: --terminal)")
+
+
 class TrainingDisplay:
     """A progress bar with loss, speed and traffic; a context manager.
 
@@ -267,9 +265,19 @@ class TrainingDisplay:
         num_steps: steps to come.
         num_tokens: tokens of one step.
         console: where to draw.
+        recorder: is told what the bar is told; None: nobody is.
     """
 
-    def __init__(self, engine: GeminiDDP, *, num_steps: int, num_tokens: int, console: Console) -> None:
+    def __init__(
+        self,
+        engine: GeminiDDP,
+        *,
+        num_steps: int,
+        num_tokens: int,
+        console: Console,
+        recorder: RunRecorder | None = None,
+    ) -> None:
+        self._recorder = recorder
         self.log = TrainingLog(num_tokens=num_tokens)
         self.console = console
         self._engine = engine
@@ -294,6 +302,8 @@ class TrainingDisplay:
 
     def step_done(self, loss: float) -> None:
         """Show a finished step."""
+        if self._recorder is not None:
+            self._recorder.log(loss=loss, tokens=self.log.num_tokens)
         now, report = time.perf_counter(), self._engine.memory_report()
         self.log.losses.append(loss)
         self.log.seconds.append(now - self._last_time)

@@ -23,13 +23,14 @@ from lm_training import (
     ResumableSteps,
     TrainingDisplay,
     add_checkpoint_arguments,
+    add_record_argument,
     check_disk_space,
-    choose_dtype,
     enable_checkpointing,
     encode,
     print_memory_table,
     random_windows,
     read_stdlib,
+    recorded,
     resident_nbytes,
     run_example,
     write_summary,
@@ -38,6 +39,7 @@ from rich.console import Console
 
 from gemini import GeminiConfig, GeminiDDP, HybridAdam, NVMeConfig
 from gemini.nn import use_sliced_loss
+from gemini.recipe.dtype import choose_dtype
 
 HOST_BUDGETS = {torch.float32: "540MiB", torch.bfloat16: "440MiB"}
 NVME_BUDGET_NBYTES = 2 * 2**30
@@ -54,15 +56,18 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="decides first weights and batches")
+    parser.add_argument("--seed", type=int, default=0, help="decides first weights and batches (%(default)s)")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate after warm-up (%(default)s)")
     parser.add_argument(
         "--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="working weights (%(default)s)"
     )
-    parser.add_argument("--host-budget", help='memory for the engine, such as "640MiB"')
+    parser.add_argument(
+        "--host-budget", help='memory for the engine, such as "640MiB" (540MiB in fp32, 440MiB in bf16)'
+    )
     parser.add_argument("--nvme", type=Path, help="directory for the swap file (OUT/swap)")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="where results go (%(default)s)")
     add_checkpoint_arguments(parser)
+    add_record_argument(parser)
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # a small model, for the tests
     return parser.parse_args()
 
@@ -127,7 +132,12 @@ def run(console: Console, arguments: argparse.Namespace) -> None:
             f"them always in memory; swap file in {swap}"
         )
         num_tokens = NUM_ROWS * NUM_TOKENS
-        with TrainingDisplay(engine, num_steps=arguments.steps, num_tokens=num_tokens, console=console) as display:
+        with (
+            recorded(engine, arguments.record, console) as recorder,
+            TrainingDisplay(
+                engine, num_steps=arguments.steps, num_tokens=num_tokens, console=console, recorder=recorder
+            ) as display,
+        ):
             train(engine, batches, display, arguments=arguments)
         report = engine.memory_report()
     trained = time.perf_counter()

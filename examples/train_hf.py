@@ -23,12 +23,13 @@ from lm_training import (
     ResumableSteps,
     TrainingDisplay,
     add_checkpoint_arguments,
-    choose_dtype,
+    add_record_argument,
     enable_checkpointing,
     encode,
     print_memory_table,
     random_windows,
     read_stdlib,
+    recorded,
     resident_nbytes,
     run_example,
     write_summary,
@@ -37,6 +38,7 @@ from rich.console import Console
 
 from gemini import ConfigError, GeminiConfig, GeminiDDP, HybridAdam, NVMeConfig
 from gemini.nn import use_sliced_loss
+from gemini.recipe.dtype import choose_dtype
 
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
@@ -97,11 +99,13 @@ def parse_arguments() -> argparse.Namespace:
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=SHAPES, default="gpt2-large", help="a shape known here (%(default)s)")
     model.add_argument("--config", type=Path, help="instead: a config.json, or a directory with one")
-    model.add_argument("--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="working weights")
+    model.add_argument(
+        "--dtype", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="working weights (%(default)s)"
+    )
     model.add_argument("--checkpoint-activations", action="store_true", help="recompute activations in backward")
     memory = parser.add_argument_group("memory")
     memory.add_argument("--device", help='"cuda" or "cpu" (cuda if there is one)')
-    memory.add_argument("--device-budget", help='GPU memory for everything, such as "8GiB"')
+    memory.add_argument("--device-budget", help='GPU memory for everything, such as "8GiB" (what is free)')
     memory.add_argument("--host-budget", help='host memory for the engine, such as "2GiB" (nearly all that is free)')
     memory.add_argument("--nvme", type=Path, help="directory for a swap file (none)")
     memory.add_argument("--nvme-budget", help="bytes the swap file may take (90 %% of what is free)")
@@ -111,11 +115,14 @@ def parse_arguments() -> argparse.Namespace:
     training.add_argument("--seq", type=int, default=256, help="tokens of one sequence (%(default)s)")
     training.add_argument("--accumulate", type=int, default=1, help="backward passes per step (%(default)s)")
     training.add_argument("--lr", type=float, default=1e-4, help="learning rate (%(default)s)")
-    training.add_argument("--seed", type=int, default=0, help="decides first weights and batches")
-    training.add_argument("--text", default="stdlib", help='a text file, or "stdlib": Python\'s own sources')
+    training.add_argument("--seed", type=int, default=0, help="decides first weights and batches (%(default)s)")
+    training.add_argument(
+        "--text", default="stdlib", help='a text file, or "stdlib": Python\'s own sources (%(default)s)'
+    )
     training.add_argument("--cache", type=Path, default=Path("runs/train_hf"), help="for the tokenizer (%(default)s)")
     training.add_argument("--json", type=Path, help="write a summary there")
     add_checkpoint_arguments(parser)
+    add_record_argument(parser)
     return parser.parse_args()
 
 
@@ -203,7 +210,12 @@ def run(console: Console, arguments: argparse.Namespace) -> None:
             f"them always in memory; built in {built - encoded:.1f} s"
         )
         num_tokens = arguments.tokens * arguments.accumulate
-        with TrainingDisplay(engine, num_steps=arguments.steps, num_tokens=num_tokens, console=console) as display:
+        with (
+            recorded(engine, arguments.record, console) as recorder,
+            TrainingDisplay(
+                engine, num_steps=arguments.steps, num_tokens=num_tokens, console=console, recorder=recorder
+            ) as display,
+        ):
             train(engine, batches, display, arguments=arguments)
         report = engine.memory_report()
     trained = time.perf_counter()

@@ -42,7 +42,9 @@ def run(console: Console, arguments: argparse.Namespace) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     arguments.out = arguments.out.resolve()  # workers have directories of their own
-    arguments.nvme = arguments.nvme.resolve() if arguments.nvme is not None else None
+    for name in ("nvme", "checkpoint", "record"):
+        path = getattr(arguments, name)
+        setattr(arguments, name, None if path is None else path.resolve())
     ray.init(num_cpus=max(arguments.workers + 1, os.cpu_count() or 1), include_dashboard=False)
     trainer = TorchTrainer(
         train_worker,

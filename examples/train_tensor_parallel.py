@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
         "--tp", type=int, default=2, help="processes that divide the layers among themselves (%(default)s)"
     )
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=3, help="what is sharded (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="decides first weights and batches")
+    parser.add_argument("--seed", type=int, default=0, help="decides first weights and batches (%(default)s)")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (%(default)s)")
     parser.add_argument("--host-budget", default="300MiB", help="memory for all processes together (%(default)s)")
     parser.add_argument("--nvme", type=Path, help="directory for the swap files (OUT/swap)")

@@ -22,11 +22,12 @@ import torch.distributed as dist
 from lm_training import (
     ResumableSteps,
     add_checkpoint_arguments,
+    add_record_argument,
     check_disk_space,
-    choose_dtype,
     encode,
     random_windows,
     read_stdlib,
+    recorded,
     run_example,
 )
 from quickstart import NUM_ROWS, NUM_TOKENS, TEXT_NBYTES, TINY_TEXT_NBYTES, TINY_TILE_NUMEL, VOCAB_SIZE, build_model
@@ -35,6 +36,7 @@ from rich.table import Table
 
 import zero
 from gemini import GeminiConfig, HybridAdam, MemoryReport, NVMeConfig
+from gemini.recipe.dtype import choose_dtype
 from gemini.tiers import format_nbytes
 
 HOST_BUDGET, TINY_HOST_BUDGET = "2400MiB", "24MiB"
@@ -52,12 +54,13 @@ def add_options(parser: argparse.ArgumentParser, *, out: Path) -> None:
     """Add the options of a training run whose results go to `out` unless told otherwise."""
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps (%(default)s)")
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=3, help="what is sharded (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="decides first weights and batches")
+    parser.add_argument("--seed", type=int, default=0, help="decides first weights and batches (%(default)s)")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (%(default)s)")
-    parser.add_argument("--host-budget", help='memory for all processes together, such as "2400MiB"')
+    parser.add_argument("--host-budget", help=f"memory for all processes together ({HOST_BUDGET})")
     parser.add_argument("--nvme", type=Path, help="directory for the swap files (OUT/swap)")
     parser.add_argument("--out", type=Path, default=out, help="where results go (%(default)s)")
     add_checkpoint_arguments(parser)
+    add_record_argument(parser)
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # a small model, for the tests
 
 
@@ -119,17 +122,22 @@ def train(console: Console, arguments: argparse.Namespace, on_step: Callable[[fl
     with zero.shard(build_model(is_tiny=arguments.tiny), config, stage=arguments.stage) as engine:
         optimizer = HybridAdam(engine.parameters(), lr=arguments.lr, weight_decay=0.1, max_grad_norm=1.0)
         steps = ResumableSteps(engine, arguments, console=console)
-        for step, batch in zip(steps, islice(batches, steps.first, None), strict=False):
-            start = time.perf_counter()
-            loss = engine(input_ids=batch, labels=batch).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            mean = loss.detach()
-            dist.all_reduce(mean)
-            console.print(f"step {step + 1}: loss {mean.item() / world_size:.3f}, {time.perf_counter() - start:.2f} s")
-            if on_step is not None:
-                on_step(mean.item() / world_size)
+        with recorded(engine, arguments.record, console) as recorder:
+            for step, batch in zip(steps, islice(batches, steps.first, None), strict=False):
+                start = time.perf_counter()
+                loss = engine(input_ids=batch, labels=batch).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if recorder is not None:
+                    recorder.log(loss=loss, tokens=batch.numel())
+                mean = loss.detach()
+                dist.all_reduce(mean)
+                console.print(
+                    f"step {step + 1}: loss {mean.item() / world_size:.3f}, {time.perf_counter() - start:.2f} s"
+                )
+                if on_step is not None:
+                    on_step(mean.item() / world_size)
         print_ranks(engine.memory_report(), console)
 
 

@@ -24,7 +24,7 @@ step, with a checkpoint; a second one ends it at once. Checkpoints, log.csv and 
 $GEMINI_SERVICE names a memory service for files that name none; see `python -m gemini serve --help`.
 
 exit code: 0 when trained; 2 when something is wrong with the file, the data or the machine; 130 after Ctrl-C and 143
-after SIGTERM, with a checkpoint to go on from by --resume
+after SIGTERM, with a checkpoint to go on from by --resume if a step had been taken
 """
 
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("file", type=Path, metavar="FILE", help="the training file, YAML")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output.path")
+    parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in output.path")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -16,6 +16,8 @@ from typing import IO, Any
 import psutil
 import pytest
 
+from gemini.profile import read_recording
+
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
@@ -41,7 +43,8 @@ def run_example(name: str, *arguments: str | Path | int) -> str:
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a finished tiny run."""
     out = tmp_path_factory.mktemp("quickstart")
-    run_example("quickstart.py", "--tiny", "--dtype", "fp32", "--steps", "8", "--lr", "3e-3", "--out", out)
+    options = ("--tiny", "--dtype", "fp32", "--steps", "8", "--lr", "3e-3", "--record", out / "recording")
+    (out / "output").write_text(run_example("quickstart.py", *options, "--out", out))
     return out
 
 
@@ -54,6 +57,21 @@ def test_quickstart_learns_and_uses_the_disk(quickstart: Path) -> None:
     assert summary["nvme_bytes_written"] > 0
     assert summary["memory_report"]["num_fetches"] > 0
     assert summary["memory_report"]["num_skipped_steps"] == 0
+
+
+def test_quickstart_records_what_it_is_asked_to_and_says_how_to_see_it(quickstart: Path) -> None:
+    recording = read_recording(quickstart / "recording")
+    losses = json.loads((quickstart / "summary.json").read_text())["losses"]
+
+    assert [recording.logged[step]["loss"] for step in range(8)] == losses
+    assert len(recording.detailed_steps) == 3
+    assert f"python -m gemini report {quickstart / 'recording'}" in (quickstart / "output").read_text()
+
+
+def test_options_of_several_ranks_say_their_defaults() -> None:
+    text = " ".join(run_example("train_zero.py", "--help").split())
+    for default in ("first weights and batches (0)", "all processes together (2400MiB)", "optimizer steps (10)"):
+        assert default in text
 
 
 def test_quickstart_summary_has_what_readers_look_for(quickstart: Path) -> None:
