@@ -80,7 +80,7 @@ def test_a_run_without_a_complete_checkpoint_is_not_gone_on_with(tmp_path: Path)
 
 
 def test_a_run_goes_on_with_the_settings_it_began_with(tmp_path: Path) -> None:
-    """The trainer would take the learning rate and the batch size of the checkpoint, and not say so."""
+    """The trainer would take the learning rate of the checkpoint, and not say so."""
     keep_settings(settings_of(tmp_path), dtype="fp32")
     save(tmp_path, 3)
     changed = settings_of(tmp_path, learning_rate=1e-3, batch_size=2, steps=9)
