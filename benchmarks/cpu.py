@@ -27,6 +27,8 @@ RUNS = {
     "prediction": ["prediction.py", "--swap", "SWAP"],
     "recording": ["recording.py", "--swap", "SWAP"],
     "plan": ["plan.py", "--swap", "SWAP"],
+    "commits": ["commits.py", "--overlap", "next-forward"],
+    "commits-disk": ["commits.py", "--overlap", "next-forward", "--disk", "SWAP"],
     "service": ["service.py"],
 }
 """Script and options of each result file; SWAP stands for a directory on the drive to be measured."""
