@@ -16,7 +16,7 @@ from gemini.nn import use_sliced_loss
 from gemini.recipe.positions import check_positions
 from gemini.recipe.settings import LoraSettings, ModelSettings
 
-__all__ = ["build_model", "find_model", "read_tokenizer", "save_activation_memory"]
+__all__ = ["build_model", "find_model", "read_config", "read_tokenizer", "save_activation_memory"]
 
 
 def find_model(settings: ModelSettings) -> Path:
@@ -43,7 +43,7 @@ def find_model(settings: ModelSettings) -> Path:
         return Path(huggingface_hub.snapshot_download(source, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.onnx"]))
     except Exception as error:  # of many types, from the network's to the name's
         raise ConfigError(
-            f"{name}: there is no directory {source}, and the hub has no such model here: {_first_line(error)}"
+            f"{name}: there is no directory {source}, and the hub has no such model here: {_told(error)}"
         ) from error
 
 
@@ -65,19 +65,37 @@ def read_tokenizer(settings: ModelSettings, source: Path) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # of many types: the files may hold anything
         raise ConfigError(
-            f"model.tokenizer: {directory}: expected a directory with a tokenizer: {_first_line(error)}"
+            f"model.tokenizer: {directory}: expected a directory with a tokenizer: {_told(error)}"
         ) from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model.tokenizer: {directory}: expected a tokenizer with an end-of-sequence token")
     return tokenizer
 
 
-def build_model(settings: ModelSettings, source: Path, *, num_tokens: int, sequence_length: int) -> Any:
+def read_config(source: Path) -> Any:
+    """Read a model's configuration.
+
+    Args:
+        source: its directory, or config.json.
+
+    Returns:
+        transformers' configuration.
+
+    Raises:
+        ConfigError: there is none, or a broken one.
+    """
+    try:
+        return transformers.AutoConfig.from_pretrained(source)
+    except Exception as error:  # of many types: the file may hold anything
+        raise ConfigError(f"model: {source}: expected a model's configuration: {_told(error)}") from error
+
+
+def build_model(settings: ModelSettings, config: Any, *, num_tokens: int, sequence_length: int) -> Any:
     """Describe the model without giving it memory.
 
     Args:
         settings: perhaps ask for adapters.
-        source: its directory, or config.json.
+        config: from `read_config`.
         num_tokens: of the tokenizer.
         sequence_length: of the longest row.
 
@@ -88,13 +106,10 @@ def build_model(settings: ModelSettings, source: Path, *, num_tokens: int, seque
         ConfigError: it is no causal language model, or does not fit the tokenizer, the rows or the adapters.
     """
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     except Exception as error:  # of many types: a configuration may hold anything
-        raise ConfigError(
-            f"model: {source}: expected a causal language model's configuration: {_first_line(error)}"
-        ) from error
+        raise ConfigError(f"model: expected a causal language model's configuration: {_told(error)}") from error
     num_embeddings = model.get_input_embeddings().num_embeddings
     if num_tokens > num_embeddings:
         raise ConfigError(
@@ -137,7 +152,7 @@ def _add_adapters(model: Any, settings: LoraSettings) -> Any:
     try:
         adapted = peft.get_peft_model(model, config)
     except (ValueError, re.error) as error:
-        raise ConfigError(f"{name}: {_first_line(error)}") from error
+        raise ConfigError(f"{name}: {_told(error)}") from error
     adapted.enable_input_require_grads()  # whose gradients activation checkpointing needs
     return adapted
 
@@ -155,6 +170,7 @@ def _is_linear(module: torch.nn.Module) -> bool:
     return isinstance(module, (torch.nn.Linear, transformers.pytorch_utils.Conv1D))
 
 
-def _first_line(error: Exception) -> str:
-    """Return how an error begins; those of transformers go on for pages."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _told(error: Exception) -> str:
+    """Return what an error says in a line; those of transformers go on for pages, or have it in the second line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])

@@ -23,7 +23,7 @@ from gemini.profile.recording import RECORDING_NAME
 from gemini.recipe.data import Collator, load_rows
 from gemini.recipe.dtype import DTYPES, choose_dtype
 from gemini.recipe.forecast import Forecast, forecast_batch, predict_step
-from gemini.recipe.model import build_model, find_model, read_tokenizer, save_activation_memory
+from gemini.recipe.model import build_model, find_model, read_config, read_tokenizer, save_activation_memory
 from gemini.recipe.output import LOG_NAME, MODEL_NAME, Start, claimed, find_start, keep_settings
 from gemini.recipe.progress import ProgressCallback, Utilization
 from gemini.recipe.settings import MemorySettings, Settings
@@ -102,10 +102,11 @@ def _build_trainer(
     if device.type == "cpu" and settings.memory.device_budget is not None:
         console.print("memory.device_budget is not used: forward and backward run on the processor")
     source = find_model(settings.model)
+    model_config = read_config(source)
     tokenizer = read_tokenizer(settings.model, source)
     rows, eval_rows = _load_data(settings, tokenizer, console)
     length = settings.data.sequence_length
-    model = build_model(settings.model, source, num_tokens=len(tokenizer), sequence_length=length)
+    model = build_model(settings.model, model_config, num_tokens=len(tokenizer), sequence_length=length)
     config = _engine_config(settings, device, dtype)
     forecast = forecast_batch(
         model,
@@ -135,12 +136,23 @@ def _build_trainer(
     )
     trainer.remove_callback(transformers.PrinterCallback)
     engine = trainer.built_engine()
+    _check_loaded(engine, source)
     if start.checkpoint is None:
         keep_settings(settings, dtype=next(name for name, known in DTYPES.items() if known is dtype))
     progress.follow(
         engine, partial(_record, engine, settings, forecast, profile, stack) if settings.output.record else None
     )
     return trainer
+
+
+def _check_loaded(engine: GeminiDDP, source: Path) -> None:
+    """Refuse weights that would stay random in a model that is to be fine-tuned."""
+    missing = engine.loading_report.missing_keys if engine.loading_report is not None else ()
+    if missing:
+        raise ConfigError(
+            f"model.path: {source} lacks {len(missing)} of the weights, the first of them {missing[0]}: expected "
+            "all that the model of its config.json has"
+        )
 
 
 def _check_loggers(names: list[Any]) -> None:

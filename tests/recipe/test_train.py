@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -255,6 +256,25 @@ def test_a_signal_after_the_last_step_stops_nothing(
     monkeypatch.setattr(GeminiTrainer, "evaluate", interrupted)
     assert main(["train", str(file)]) == 0
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_attention_heads": 5}, "model: .*: The hidden size \\(32\\) is not a multiple"),
+        ({"num_hidden_layers": 4}, "model.path: .* lacks 9 of the weights, the first of them model.layers.3"),
+        ({"vocab_size": 100}, "model.tokenizer: it has 260 tokens, the model 100"),
+    ],
+)
+def test_a_configuration_of_another_model_is_refused(
+    fields: dict[str, Any], message: str, tmp_path: Path, model_directory: Path, write_file: Callable[..., Path]
+) -> None:
+    shutil.copytree(model_directory, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | fields))
+    settings = Settings.model_validate(yaml.safe_load(write_file(model={"path": str(tmp_path / "m")}).read_text()))
+    with pytest.raises(ConfigError, match=message):
+        train(settings, resume=False, console=Console(quiet=True))
 
 
 def test_a_run_is_not_resumed_from_nothing(write_file: Callable[..., Path], tmp_path: Path) -> None:
