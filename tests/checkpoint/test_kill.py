@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import random
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from forking import fork_context
 from runs import Training, training
 from saver import KEEP_LAST, SCENARIO, save_for_ever
 
@@ -48,9 +47,7 @@ def check(run: Training, directory: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_killed_process_leaves_a_complete_checkpoint_always(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # for the process that imports once, and forks the rest
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["saver"])
+    context = fork_context(monkeypatch)
     delays = random.Random(0)
     directory = tmp_path / "run"
     last, num_caught, longest_s = 0, 0, FIRST_LONGEST_S

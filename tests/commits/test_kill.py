@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import subprocess
@@ -15,6 +14,7 @@ import committed_runs
 import pytest
 import torch
 from committed_runs import DISK_MIXTURES, Scenario, attached, memory_file, scenarios, uninterrupted
+from forking import fork_context
 from training_harness import Run
 
 NUM_KILLS = 50
@@ -54,9 +54,7 @@ def assert_same(found: Run, expected: Run) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("place", PLACES)
 def test_fifty_kills_change_no_bit(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # for the process that imports once, and forks the rest
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_kill"])
+    context = fork_context(monkeypatch)
     delays = random.Random(0)
     steps = [0]
     with memory_file(PLACES[place], tmp_path) as descriptor:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import os
-import sys
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
+from forking import fork_context
 from killed_save import replace_files, write_files
 from safetensors.torch import load_file
 
@@ -27,10 +25,7 @@ OLD, NEW = 1, 2
 @pytest.fixture
 def processes(monkeypatch: pytest.MonkeyPatch) -> ForkServerContext:
     """Processes that begin quickly: one has imported everything, and forks the rest."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killed_save"])
-    return context
+    return fork_context(monkeypatch)
 
 
 def model_in(path: Path) -> set[tuple[str, int]]:

@@ -57,7 +57,7 @@ def redirected(store: DiskStore, device: str) -> Iterator[None]:
     numbers = [
         int(link.name)
         for link in Path("/proc/self/fd").iterdir()
-        if link.exists() and link.readlink() == store.path and int(link.name) != store._lock_fd
+        if link.exists() and link.readlink() == store.path and int(link.name) != store._fd
     ]
     assert numbers
     kept = [os.dup(number) for number in numbers]

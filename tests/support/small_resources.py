@@ -56,7 +56,7 @@ def break_writes(resources: Resources) -> None:
     full = os.open("/dev/full", os.O_RDWR)
     for name in os.listdir("/proc/self/fd"):
         link = f"/proc/self/fd/{name}"
-        if os.path.exists(link) and os.readlink(link) == swap and int(name) != resources.store._lock_fd:
+        if os.path.exists(link) and os.readlink(link) == swap and int(name) != resources.store._fd:
             os.dup2(full, int(name))
     os.close(full)
 
