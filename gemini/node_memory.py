@@ -13,6 +13,7 @@ import hashlib
 import logging
 import mmap
 import os
+import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,12 +26,12 @@ import torch
 from gemini.blueprint import Blueprint
 from gemini.chunk.layout import ChunkSpec
 from gemini.config import GeminiConfig
-from gemini.errors import CheckpointMismatchError, MissingLibraryError
+from gemini.errors import CheckpointMismatchError, ConfigError, MissingLibraryError, OutOfTierMemoryError
 from gemini.initialise import WeightSource
 from gemini.offload.commit_file import CommitFile
 from gemini.offload.resources import budgets_of
 from gemini.offload.swap_file import HEADER_NBYTES, GivenFile
-from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, round_up
+from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, format_nbytes, round_up
 
 if TYPE_CHECKING:
     from gemini.service import Lease, ServiceClient
@@ -86,11 +87,17 @@ class NodeMemory:
             The engine's part of the node's memory, of which nothing is leased yet.
 
         Raises:
+            ConfigError: several ranks share the model and the job has no name.
             MissingLibraryError: the client's library is not installed.
             ServiceError: no service is there, or it refuses.
         """
         if config.service is None:
             return None
+        if config.job is None and num_ranks > 1:
+            raise ConfigError(
+                f"GeminiConfig.job: expected a name that the {num_ranks} ranks have in common, by which the memory "
+                "service grants them what they need together; got None"
+            )
         try:
             from gemini.service import ServiceClient
         except ModuleNotFoundError as error:
@@ -114,17 +121,25 @@ class NodeMemory:
         """Return the bytes per tier to plan with: the configuration's, within what the service has to grant.
 
         Returns:
-            As `budgets_of`. Where the configuration gives no host budget, a fair share of the node's memory counts, or
-            what a predecessor had whose state is kept.
+            As `budgets_of`. Of host memory, what a predecessor was granted whose state is kept; else, where the
+            configuration gives no budget, a fair share of the node's.
 
         Raises:
             ConfigError: as `budgets_of`.
             ServiceError: the service is gone.
         """
         budgets, node = budgets_of(self._config), self.client.budget()
-        if self._config.host_budget is None:
-            kept = self._kept_budget()
-            budgets[MemoryTier.HOST] = node.host_share if kept is None else kept
+        kept = self._kept_budget()
+        if kept is not None:
+            if self._config.host_budget is not None and budgets[MemoryTier.HOST] != kept:
+                logger.warning(
+                    "job %s goes on within the host budget of %s that it had when it was killed",
+                    self._config.job,
+                    format_nbytes(kept),
+                )
+            budgets[MemoryTier.HOST] = kept
+        elif self._config.host_budget is None:
+            budgets[MemoryTier.HOST] = node.host_share
         nvme_nbytes = budgets[MemoryTier.NVME]
         if nvme_nbytes is not None:
             budgets[MemoryTier.NVME] = min(nvme_nbytes, max(0, node.disk_total - HEADER_NBYTES))
@@ -196,7 +211,15 @@ class NodeMemory:
             OSError: the machine has no memory.
             ServiceError: the service refuses.
         """
-        with self.client.shared(part.key, part.nbytes) as chunk:
+        try:
+            found = self.client.shared(part.key, part.nbytes)
+        except OutOfTierMemoryError as error:  # only who has taken over what was kept has not asked for it before
+            raise OutOfTierMemoryError(
+                f"host tier: no room for {format_nbytes(part.nbytes)} of frozen weights now, which are granted "
+                f"apart from what is kept of job {self._config.job}: start it again when other jobs have ended; what it "
+                "committed is kept meanwhile"
+            ) from error
+        with found as chunk:
             if not chunk.is_filled:
                 chunk.fill_done(_fill(chunk.fd, part.nbytes, fill))
             mapping = mmap.mmap(chunk.fd, part.nbytes, flags=mmap.MAP_PRIVATE)
@@ -277,9 +300,9 @@ def _fill(descriptor: int, nbytes: int, fill: Callable[[torch.Tensor], None]) ->
 
 
 def default_job() -> str:
-    """Return the name of a job that was given none: the program's, and the process's number."""
+    """Return the name of a job that was given none, another each time: the program's, the process's number, a token."""
     program = "".join(c for c in Path(sys.argv[0]).stem if c.isascii() and (c.isalnum() or c in "-_.")) or "python"
-    return f"{program[:64]}-{os.getpid()}"
+    return f"{program[:64]}-{os.getpid()}-{secrets.token_hex(2)}"
 
 
 def shared_key(

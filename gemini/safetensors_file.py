@@ -193,9 +193,13 @@ class SafetensorsReader:
 
     @property
     def identity(self) -> tuple[int, int, int, int]:
-        """Which file this is: device, inode, length and time of the last change, in nanoseconds."""
+        """Which file this is: device, inode, length and time of the last change, in nanoseconds.
+
+        That is the inode's time of change. `tar`, `cp -p` and `rsync -t` set the time of modification as they like, and
+        the file that replaces a removed one often gets its inode.
+        """
         found = os.fstat(self._file)
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+        return found.st_dev, found.st_ino, found.st_size, found.st_ctime_ns
 
     def _parse(self, text: bytes, base: int) -> dict[str, TensorEntry]:
         """Return the header's tensors; everything in it may be damaged."""

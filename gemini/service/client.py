@@ -223,6 +223,8 @@ class ServiceClient:
     ) -> SharedChunk:
         """Find a shared chunk, wait for whoever fills it, or get the task.
 
+        A filled chunk that this client has already is the same object again.
+
         Args:
             key: names the content, as a fingerprint of its source; each user's own; at most 48 printable characters.
             nbytes: its length.
@@ -236,6 +238,10 @@ class ServiceClient:
             OutOfTierMemoryError: there is no room for a new one now; declare it when asking for a lease.
             ServiceError: the key stands for another length, the time is over, or the service refuses.
         """
+        with self._lock:
+            before = self._chunks.get(key)
+        if before is not None and before.is_filled and before.nbytes == nbytes:
+            return before
         answer, descriptors = self._ask_patiently(
             lambda id: FindShared(id=id, key=key, nbytes=nbytes), timeout_s, on_wait
         )

@@ -261,6 +261,7 @@ class LeaseDesk:
             if keep and record.keep_file >= 0 and session.member is not None:
                 del session.leases[number]
                 record.request = -1
+                self.drop_kept(session.member)  # what it has not taken of its own predecessor
                 self.kept[session.member] = KeptRank(record, session.num_ranks, session.priority, now_s)
                 self._record_change()
             else:
@@ -337,10 +338,17 @@ class LeaseDesk:
             if lost.is_over() or (lost.entry.pid == 0 and is_grace_over):
                 self._forget_lost(lost)
 
-    def forget_lost_of(self, member: Member) -> None:
-        """Free what a service before granted a rank and the rank never came to know of, or has ended meanwhile."""
+    def forget_lost_of(self, member: Member, *, pid: int | None = None) -> None:
+        """Free what a service before granted a rank and the rank never came to know of, or has ended meanwhile.
+
+        Args:
+            member: the rank.
+            pid: what other processes were granted stays, and all if it is 0, not known; None: nothing stays.
+        """
         for lost in list(self.lost):
-            if (lost.entry.user, lost.entry.job, lost.entry.rank) == (member.job.user, member.job.name, member.rank):
+            entry = lost.entry
+            is_of_member = (entry.user, entry.job, entry.rank) == (member.job.user, member.job.name, member.rank)
+            if is_of_member and (pid is None or 0 < pid == entry.pid):
                 self._forget_lost(lost)
 
     def _forget_lost(self, lost: LostLease) -> None:

@@ -322,7 +322,9 @@ class NodeService:
         for other in [each for each in self.sessions if each.member == Member(job, hello.rank)]:
             other.connection.receive_now()  # it may have ended already
             if other in self.sessions:
-                text = f"rank {hello.rank} of job {hello.job} is process {other.pid} already; name the job otherwise"
+                is_same = other.pid == session.pid
+                who = "this process already: close its engine" if is_same else f"process {other.pid} already"
+                text = f"rank {hello.rank} of job {hello.job} is {who}, or name the job otherwise"
                 return Refused(0, "conflict", text)
         others = {each.num_ranks for each in self.sessions if each.member is not None and each.member.job == job}
         others |= {kept.num_ranks for member, kept in self.desk.kept.items() if member.job == job}
@@ -366,6 +368,7 @@ class NodeService:
             case AskLease() if self.administration.is_draining:
                 session.refuse(message.id, "draining", "the service is draining: it grants nothing more")
             case AskLease():
+                self.desk.forget_lost_of(member, pid=session.pid)  # a client that comes back has adopted it before
                 self.desk.ask(session, message)
             case Withdraw():
                 self.shelf.withdraw(session, message.request, now_s=now_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import subprocess
 import sys
@@ -15,11 +16,13 @@ import engine_job
 import pytest
 import torch
 from committed_runs import Training, uninterrupted
+from safetensors.torch import save
 from service_process import MIB, ServiceProcess, running_service, wait_until
 from training_harness import Run
 
-from gemini import ConfigError, GeminiConfig, GeminiDDP, OutOfTierMemoryError, ServiceError
+from gemini import ConfigError, GeminiConfig, GeminiDDP, MemoryTier, OutOfTierMemoryError, ServiceError
 from gemini.errors import CheckpointMismatchError
+from gemini.node_memory import NodeMemory
 
 JOB = Path(engine_job.__file__)
 NUM_STEPS = 4
@@ -169,6 +172,71 @@ def test_frozen_weights_that_are_loaded_stay_in_the_process(node: ServiceProcess
         engine.load_state_dict({name: value + 1 for name, value in before.items()})
         assert all(torch.equal(value, before[name] + 1) for name, value in engine.state_dict().items())
         assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_a_file_that_replaces_another_of_its_inode_length_and_time_is_read(
+    node: ServiceProcess, tmp_path: Path
+) -> None:
+    scenario, path = engine_job.PLACES["frozen"], tmp_path / "model.safetensors"
+    for seed in (0, 1):
+        expected = scenario.build(seed).state_dict()
+        content = save(expected)
+        if seed == 0:
+            path.write_bytes(content)
+        else:
+            with path.open("r+b") as file:
+                file.write(content)
+        os.utime(path, (1e9, 1e9))  # as `tar` and `rsync` do
+        config = configuration("frozen", node, tmp_path)
+        with GeminiDDP(scenario.build(2), config, weights=tmp_path) as engine:
+            assert all(torch.equal(value, expected[name]) for name, value in engine.state_dict().items())
+
+
+def test_engines_of_one_process_need_no_names(node: ServiceProcess, tmp_path: Path) -> None:
+    scenario, config = engine_job.PLACES["frozen"], configuration("frozen", node, tmp_path, job=None)
+    with GeminiDDP(scenario.build(0), config), GeminiDDP(scenario.build(0), config):
+        first, second = node.state().members
+        assert first.job != second.job
+        assert first.pid == second.pid
+
+
+def test_ranks_without_a_common_name_are_refused(node: ServiceProcess) -> None:
+    config = GeminiConfig(device="cpu", service=node.address)
+    with pytest.raises(ConfigError, match=r"GeminiConfig.job: expected a name that the 2 ranks have in common"):
+        NodeMemory.connect(config, rank=0, num_ranks=2)
+
+
+def test_a_name_that_this_process_has_already_is_said(node: ServiceProcess) -> None:
+    with node.client("job"), pytest.raises(ServiceError, match=r"rank 0 of job job is this process already: close"):
+        node.client("job")
+
+
+@pytest.mark.parametrize("host_budget", ["100MiB", "1GiB", None])
+def test_what_was_kept_is_planned_with_the_budget_that_it_was_granted(
+    host_budget: str | None, node: ServiceProcess, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scenario = engine_job.PLACES["memory"]
+    config = configuration("memory", node, tmp_path, snapshots=True, host_budget="200MiB")
+    engine = GeminiDDP(scenario.build(0), config)
+    Training(scenario, engine).train(1)
+    engine.close(keep=True)
+    with GeminiDDP(scenario.build(0), dataclasses.replace(config, host_budget=host_budget)) as engine:
+        assert engine.recovered == 1
+        assert engine.runtime.resources.ledger.budget_nbytes(MemoryTier.HOST) == 200 * MIB
+    assert ("host budget of 200.00 MiB" in caplog.text) == (host_budget is not None)
+
+
+def test_a_job_whose_frozen_weights_have_lost_their_room_says_what_to_do(node: ServiceProcess, tmp_path: Path) -> None:
+    scenario, config = engine_job.PLACES["frozen"], configuration("frozen", node, tmp_path, snapshots=True)
+    engine = GeminiDDP(scenario.build(0), config)
+    Training(scenario, engine).train(1)
+    engine.close(keep=True)
+    with node.client("other") as other:
+        other.lease(other.budget().host_free, 0)
+        with pytest.raises(OutOfTierMemoryError, match=r"frozen weights .* other jobs have ended; .* is kept"):
+            GeminiDDP(scenario.build(0), config)
+    with GeminiDDP(scenario.build(0), config) as engine:
+        assert engine.recovered == 1
 
 
 @pytest.mark.slow

@@ -99,3 +99,13 @@ def test_the_kept_file_has_one_length_and_is_part_of_its_lease(service):
             lease.keep_file(MIB)
         with pytest.raises(ServiceError, match="meta: expected at most 16384 bytes, got 16385"):
             lease.set_meta(bytes(16385))
+
+
+def test_what_is_kept_last_replaces_what_was_kept_before_and_not_taken(service):
+    killed_after_commit(service)
+    with service.client("job") as client:
+        client.lease(3 * MIB, 0).keep_file(1 * MIB)
+        client.close(keep=True)
+    wait_until(lambda: service.state().host.kept == 3 * MIB)
+    assert service.state().host.leased == 0
+    assert service.files() == []

@@ -240,3 +240,15 @@ client.close()
     for worker in workers:
         worker.__exit__(None, None, None)
     wait_until(service.holds_nothing)
+
+
+def test_what_was_given_back_while_no_service_was_there_is_free_when_the_job_asks_again(service):
+    client = service.client("job")
+    client.lease(40 * MIB, 0)
+    service.kill()
+    wait_until(lambda: not client.is_connected)
+    client.close()
+    service.start()
+    with service.client("job") as client:
+        client.lease(40 * MIB, 0, timeout_s=5)
+        assert service.state().host.leased == 40 * MIB

@@ -146,3 +146,12 @@ def test_what_was_declared_and_never_asked_for_is_freed_with_the_lease(service):
         client.lease(MIB, 0, shared={"weights": 30 * MIB}).end()
         wait_until(lambda: service.state().host.shared == 0)
         client.lease(60 * MIB, 0, timeout_s=5)
+
+
+def test_a_client_that_asks_twice_gets_the_same_descriptor(service):
+    with service.client("job") as client:
+        with client.shared("key", MIB) as chunk:
+            chunk.fill_done("digest")
+        assert client.shared("key", MIB) is chunk
+        client.release_shared(chunk)
+        assert client.shared("key", MIB) is not chunk
