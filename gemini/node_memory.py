@@ -26,7 +26,13 @@ import torch
 from gemini.blueprint import Blueprint
 from gemini.chunk.layout import ChunkSpec
 from gemini.config import GeminiConfig
-from gemini.errors import CheckpointMismatchError, ConfigError, MissingLibraryError, OutOfTierMemoryError
+from gemini.errors import (
+    CheckpointError,
+    CheckpointMismatchError,
+    ConfigError,
+    MissingLibraryError,
+    OutOfTierMemoryError,
+)
 from gemini.initialise import WeightSource
 from gemini.offload.commit_file import CommitFile
 from gemini.offload.resources import budgets_of
@@ -148,7 +154,7 @@ class NodeMemory:
     def _kept_budget(self) -> int | None:
         if self.client.kept is None or not self._config.snapshots or not self.client.kept.meta:
             return None
-        return int(self.client.kept.meta)
+        return int(self.client.kept.meta.split()[0])
 
     def claim(self, blueprint: Blueprint, shared: Iterable[SharedPart]) -> Grant:
         """Wait until the service grants what an engine takes, or take over what it keeps of a predecessor.
@@ -165,11 +171,19 @@ class NodeMemory:
             OutOfTierMemoryError: the node does not have that much.
             ServiceError: the service refuses.
         """
+        nbytes_of_key = {part.key: part.nbytes for part in shared}
+        frozen = hashlib.sha256("".join(nbytes_of_key).encode()).hexdigest().encode()
         if self.client.kept is not None and self._config.snapshots:
             kept = self.client.take_kept()
             self._has_taken_kept = True
-            return Grant(_swap_file(kept.lease), CommitFile.open(kept.fd))
-        nbytes_of_key = {part.key: part.nbytes for part in shared}
+            if kept.meta.split()[1:] != [frozen]:
+                logger.warning(
+                    "job %s goes on from its last commit, but its frozen weights come from other files, or from files "
+                    "that were changed since: what it has learnt may not fit them",
+                    self._config.job,
+                )
+            with self.explaining():
+                return Grant(_swap_file(kept.lease), CommitFile.open(kept.fd))
         host_nbytes, disk_nbytes = blueprint.budgets[MemoryTier.HOST], blueprint.memory.total(MemoryTier.NVME)
         assert host_nbytes is not None
         lease = self.client.lease(
@@ -182,16 +196,16 @@ class NodeMemory:
             return Grant(_swap_file(lease), None)
         nbytes = blueprint.commits.nbytes
         commits = CommitFile.create(lease.keep_file(nbytes), nbytes)
-        lease.set_meta(str(host_nbytes).encode())
+        lease.set_meta(b"%d %s" % (host_nbytes, frozen))
         return Grant(_swap_file(lease), commits)
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
-        """Say in a CheckpointMismatchError raised inside where the other state comes from, and how to drop it."""
+        """Say in an error raised inside, of another's or a damaged state, where that comes from and how to drop it."""
         try:
             yield
-        except CheckpointMismatchError as error:
-            raise CheckpointMismatchError(
+        except (CheckpointError, CheckpointMismatchError) as error:
+            raise type(error)(
                 f"{error}. The memory service keeps it for job {self._config.job}: `python -m gemini evict "
                 f"{self._config.job}` drops it"
             ) from error
@@ -216,8 +230,8 @@ class NodeMemory:
         except OutOfTierMemoryError as error:  # only who has taken over what was kept has not asked for it before
             raise OutOfTierMemoryError(
                 f"host tier: no room for {format_nbytes(part.nbytes)} of frozen weights now, which are granted "
-                f"apart from what is kept of job {self._config.job}: start it again when other jobs have ended; what it "
-                "committed is kept meanwhile"
+                f"apart from what is kept of job {self._config.job}: start it again when other jobs have ended; what "
+                "it committed is kept meanwhile"
             ) from error
         with found as chunk:
             if not chunk.is_filled:

@@ -322,3 +322,20 @@ def test_a_service_that_is_not_there_is_said_with_what_to_do(tmp_path: Path) -> 
 def test_snapshots_need_a_service_and_a_name(options: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match=r"GeminiConfig.snapshots: expected service= too"):
         GeminiConfig(snapshots=True, **options)
+
+
+def test_other_frozen_weights_than_those_of_the_killed_run_are_said(
+    node: ServiceProcess, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scenario, config = engine_job.PLACES["frozen"], configuration("frozen", node, tmp_path, snapshots=True)
+
+    def go_on(seed: int) -> None:
+        with GeminiDDP(scenario.build(seed), config) as engine:
+            Training(scenario, engine).train(1 if engine.recovered is None else engine.recovered + 1)
+            engine.close(keep=True)
+
+    for _ in range(2):
+        go_on(seed=0)
+    assert "frozen weights come from other files" not in caplog.text
+    go_on(seed=1)
+    assert "job here goes on from its last commit, but its frozen weights come from other files" in caplog.text
