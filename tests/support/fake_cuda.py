@@ -235,8 +235,8 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     def watched(owner: type, name: str, *, is_on_device: bool) -> None:
         allocate: Callable[..., torch.Tensor] = getattr(owner, name)
 
-        def allocate_watched(self: Any, nbytes: int, purpose: str) -> torch.Tensor:
-            return cuda.watch(allocate(self, nbytes, purpose), purpose, is_on_device=is_on_device)
+        def allocate_watched(self: Any, nbytes: int, purpose: str, **options: Any) -> torch.Tensor:
+            return cuda.watch(allocate(self, nbytes, purpose, **options), purpose, is_on_device=is_on_device)
 
         replace(owner, name, allocate_watched)
 

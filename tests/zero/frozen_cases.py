@@ -68,7 +68,7 @@ def measure_sharing(*, stage: int, place: str, directory: Path | None = None, **
             "inodes": {entry[0].split()[4] for entry in shared_mappings()},
             "seals": seals_of_shared_files(),
             "frozen_nbytes": sum(4 * chunk.numel for chunk in runtime.layout.chunks if not chunk.is_trainable),
-            "whole_nbytes": sum(demand.compute_nbytes for demand in runtime._demands if not demand.is_trainable),
+            "whole_nbytes": sum(demand.compute_nbytes for demand in runtime.demands if not demand.is_trainable),
             "planned": runtime.demand.by_purpose,
             "held": {tier: runtime.resources.ledger.by_purpose(tier) for tier in MemoryTier},
             "num_resident": engine.memory_report().num_resident_chunks,
