@@ -262,7 +262,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
         WorkerPool,
         "submit_adam",
         "the native update",
-        lambda tile, record="": ([tile.grad], [tile.working, tile.master, tile.momentum, tile.variance]),
+        lambda tile, record="", journal=None: ([tile.grad], [tile.working, tile.master, tile.momentum, tile.variance]),
     )
     reported(WorkerPool, "submit_gradient", "the gradient store", lambda dst, src, mode, record="": ([src], [dst]))
     reported(DiskStore, "read", "a read from disk", lambda extent, into, offset=0: ([], [into]))
