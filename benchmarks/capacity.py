@@ -29,7 +29,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from capacity_run import NUM_STEPS, SYSTEMS, Attempt, gemini_config, meta_model, resident_nbytes
+from capacity_run import NUM_STEPS, SYSTEMS, Attempt, gemini_config, meta_model
+from resident_memory import resident_nbytes
 from results_file import missing_row, write_results
 from step import faster_dtype
 

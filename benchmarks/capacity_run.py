@@ -12,10 +12,10 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from resident_memory import peak_resident_nbytes
 from step_systems import DTYPES, LR, build_model, make_deepspeed, make_plain, shape_of
 from training_step import Step, training_step
 
@@ -24,7 +24,7 @@ from gemini.blueprint import draw_blueprint
 from gemini.nn import use_sliced_loss
 from gemini.tiers import MemoryTier
 
-__all__ = ["NUM_STEPS", "SYSTEMS", "Attempt", "gemini_config", "meta_model", "resident_nbytes"]
+__all__ = ["NUM_STEPS", "SYSTEMS", "Attempt", "gemini_config", "meta_model"]
 
 SYSTEMS = ("gemini", "plain", "deepspeed")
 NUM_STEPS = 3
@@ -79,18 +79,6 @@ class Attempt:
     def to_json(self) -> str:
         """Return the attempt as the child's argument."""
         return json.dumps(dataclasses.asdict(self))
-
-
-def resident_nbytes() -> int:
-    """Return the bytes of this process that are resident now."""
-    return _status_nbytes("VmRSS")
-
-
-def _status_nbytes(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(key)
 
 
 def meta_model(attempt: Attempt) -> torch.nn.Module:
@@ -163,14 +151,14 @@ def main() -> None:
     generator = torch.Generator().manual_seed(1)
     seconds: list[float] = []
     losses: list[float] = []
-    while len(seconds) < NUM_STEPS and _status_nbytes("VmHWM") <= attempt.ram_nbytes:
+    while len(seconds) < NUM_STEPS and peak_resident_nbytes() <= attempt.ram_nbytes:
         batch = torch.randint(0, VOCABULARY, (1, attempt.tokens), generator=generator)
         start = time.perf_counter()
         losses.append(float(step(batch)))
         seconds.append(time.perf_counter() - start)
     result = {
         "steps": len(seconds),
-        "peak_rss_bytes": _status_nbytes("VmHWM"),
+        "peak_rss_bytes": peak_resident_nbytes(),
         "step_s": statistics.median(seconds) if seconds else None,
         "all_step_s": seconds,
         "losses": losses,

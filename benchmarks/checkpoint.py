@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from resident_memory import forget_peak, peak_resident_nbytes, resident_nbytes
 from results_file import missing_row, spread_of, write_results
 from step_systems import SHAPES, build_model
 
@@ -71,18 +72,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def timed(work: Callable[[], object]) -> tuple[float, int]:
     """Return seconds, and bytes of resident memory at the peak above those from before."""
-    before = _status_nbytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident_nbytes()
+    forget_peak()
     start = time.perf_counter()
     work()
-    return time.perf_counter() - start, max(0, _status_nbytes("VmHWM") - before)
-
-
-def _status_nbytes(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(key)
+    return time.perf_counter() - start, max(0, peak_resident_nbytes() - before)
 
 
 def files_in(directory: Path) -> list[Path]:

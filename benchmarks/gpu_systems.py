@@ -20,7 +20,6 @@ import argparse
 import dataclasses
 import json
 import os
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from resident_memory import peak_resident_nbytes
 from training_step import Step, deepspeed_step, enable_checkpointing, training_step
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -348,7 +348,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_s": options.batch * options.seq / statistics.median(timed),
         "peak_device_bytes": peak.allocated_nbytes,
         "peak_reserved_bytes": peak.reserved_nbytes,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_resident_nbytes(),
         "setup_s": setup_s,
         "last_loss": losses[-1],
         **system.finish(),

@@ -24,7 +24,6 @@ import ctypes
 import ctypes.util
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from resident_memory import peak_resident_nbytes
 from results_file import missing_row, spread_of, write_results
 from step_systems import DTYPES, SHAPES, build_model
 
@@ -101,7 +101,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
             losses.append(loss.item())
     return {
         "step_s": seconds[2:],
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_resident_nbytes(),
         "losses": losses,
     }
 

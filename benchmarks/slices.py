@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from resident_memory import peak_resident_nbytes
 from results_file import missing_row, spread_of, write_results
 from training_step import enable_checkpointing
 
@@ -111,7 +111,7 @@ def run_variant(arguments: argparse.Namespace) -> dict[str, Any]:
         "variant": f"{kind} {count}",
         **spread_of(seconds[2:], "step_s"),
         "tokens_per_s": batch.numel() / spread_of(seconds[2:], "step_s")["step_s"],
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_resident_nbytes(),
         "last_loss": loss,
         "num_params": sum(param.numel() for param in engine.parameters()),
     }

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from resident_memory import peak_resident_nbytes
 from training_step import Step, deepspeed_step, enable_checkpointing, training_step
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -204,7 +204,7 @@ def main() -> None:
         "step_s_min": min(timed),
         "step_s_max": max(timed),
         "tokens_per_s": options.batch * options.seq / statistics.median(timed),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_resident_nbytes(),
         "setup_s": setup_s,
         "last_loss": losses[-1],
         **finish(),

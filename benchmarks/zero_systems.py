@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ import psutil
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from resident_memory import forget_peak, peak_resident_nbytes
 from results_file import spread_of
 from step_systems import LR, NUM_WARM_UPS, SHAPES, build_model, deepspeed_settings
 
@@ -146,18 +146,6 @@ def loopback_nbytes() -> int:
     """Return the bytes that have been sent over the loopback interface so far, by all of the machine's processes."""
     counters: int = psutil.net_io_counters(pernic=True)["lo"].bytes_sent
     return counters
-
-
-def forget_peak() -> None:
-    """Let the peak of this process's resident memory begin anew (Linux: clear_refs, proc(5))."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_resident_nbytes() -> int:
-    """Return the peak of this process's resident memory."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 def measure(system: System, options: argparse.Namespace) -> dict[str, Any]:
