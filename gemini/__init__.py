@@ -9,6 +9,24 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from gemini.errors import (
+    CheckpointError,
+    CheckpointMismatchError,
+    CollectiveError,
+    ConfigError,
+    CorruptRecordError,
+    GeminiError,
+    HeapUnavailableError,
+    IllegalTransitionError,
+    MissingLibraryError,
+    ModelError,
+    OffloadIOError,
+    OutOfTierMemoryError,
+    RecordingError,
+    ServiceError,
+    WorkerError,
+)
+
 if TYPE_CHECKING:
     from gemini import nn as nn
     from gemini.annotations import annotate
@@ -16,23 +34,6 @@ if TYPE_CHECKING:
     from gemini.chunk.manager import ChunkManager
     from gemini.config import GeminiConfig, NVMeConfig
     from gemini.ddp import GeminiDDP
-    from gemini.errors import (
-        CheckpointError,
-        CheckpointMismatchError,
-        CollectiveError,
-        ConfigError,
-        CorruptRecordError,
-        GeminiError,
-        HeapUnavailableError,
-        IllegalTransitionError,
-        MissingLibraryError,
-        ModelError,
-        OffloadIOError,
-        OutOfTierMemoryError,
-        RecordingError,
-        ServiceError,
-        WorkerError,
-    )
     from gemini.hardware import HardwareProfile, measure_hardware
     from gemini.optimizer import HybridAdam
     from gemini.placement.cost_model import StepFlops, transformer_flops
@@ -86,23 +87,6 @@ _NAMES_OF_MODULE = {
     "gemini.chunk.manager": ("ChunkManager",),
     "gemini.config": ("GeminiConfig", "NVMeConfig"),
     "gemini.ddp": ("GeminiDDP",),
-    "gemini.errors": (
-        "CheckpointError",
-        "CheckpointMismatchError",
-        "CollectiveError",
-        "ConfigError",
-        "CorruptRecordError",
-        "GeminiError",
-        "HeapUnavailableError",
-        "IllegalTransitionError",
-        "MissingLibraryError",
-        "ModelError",
-        "OffloadIOError",
-        "OutOfTierMemoryError",
-        "RecordingError",
-        "ServiceError",
-        "WorkerError",
-    ),
     "gemini.hardware": ("HardwareProfile", "measure_hardware"),
     "gemini.optimizer": ("HybridAdam",),
     "gemini.placement.cost_model": ("StepFlops", "transformer_flops"),
