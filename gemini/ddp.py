@@ -381,6 +381,7 @@ class GeminiDDP(torch.nn.Module):
             CheckpointError: another rank could not write its part; as OffloadIOError.
             ModelError: the engine is closed, its state was lost, or the model has other parameters than were wrapped.
         """
+        self._check_model()
         save = save_checkpoint(
             self._runtime,
             Path(path),
@@ -418,6 +419,7 @@ class GeminiDDP(torch.nn.Module):
             OffloadIOError: something could not be read. If loading had begun the engine refuses to go on.
             ConfigError: there is optimizer state in it, and no optimizer.
         """
+        self._check_model()
         participants = participants_of(self._runtime, self.module, optimizer, scheduler)
         return load_checkpoint(self._runtime, Path(path), participants, verify=verify)
 

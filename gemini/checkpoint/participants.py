@@ -15,7 +15,6 @@ from gemini.chunk.layout import ParamSlot
 from gemini.chunk.tensor_parallel import local_part
 from gemini.errors import CheckpointError, CollectiveError, ConfigError
 from gemini.model_names import persistent_buffers
-from gemini.ownership import check_unchanged
 from gemini.runtime import Runtime
 
 __all__ = [
@@ -81,9 +80,7 @@ def participants_of(
 
     Raises:
         ConfigError: the optimizer is not the engine's.
-        ModelError: the model was changed after it was wrapped.
     """
-    check_unchanged(model, runtime, runtime.layout.slot_by_name)
     own: Any = None if runtime.optimizer is None else runtime.optimizer()
     if optimizer is not None and optimizer is not own:
         raise ConfigError(
