@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from prediction import DISK_SECONDS, NUM_WARM_UPS, batches, config_for
+from prediction import DISK_SECONDS, NUM_WARM_UPS, batches, config_for, time_step
 from results_file import spread_of, write_results
 from step_systems import SHAPES, build_model
 
@@ -81,17 +80,10 @@ def measure(
     feed = batches(SHAPES[model].get("vocab_size", 50257), options.batch, options.seq)
     with GeminiDDP(build_model(model, options.seq, "cpu"), plan.config) as engine:
         optimizer = HybridAdam(engine.parameters(), lr=1e-5)
-
-        def step() -> float:
-            batch = next(feed)
-            start = time.perf_counter()
-            engine(input_ids=batch, labels=batch).loss.backward()
-            optimizer.step()
-            return time.perf_counter() - start
-
-        seconds = [step() for _ in range(NUM_WARM_UPS + options.steps)][NUM_WARM_UPS:]
+        times = [time_step(engine, optimizer, next(feed)) for _ in range(NUM_WARM_UPS + options.steps)]
+        seconds = times[NUM_WARM_UPS:]
         with engine.trace_memory():
-            step()
+            time_step(engine, optimizer, next(feed))
         report = engine.memory_report()
     row: dict[str, Any] = {"model": model, "system": f"gemini {place}", "overlap": overlap, "params": report.num_params}
     row |= spread_of(seconds, "step_s") | {"planned_s": prediction.step_s, "bottleneck": prediction.bottleneck.value}

@@ -104,6 +104,14 @@ def batches(vocabulary: int, batch: int, seq: int) -> Iterator[torch.Tensor]:
         yield torch.randint(0, vocabulary, (batch, seq), generator=generator)
 
 
+def time_step(engine: GeminiDDP, optimizer: HybridAdam, batch: torch.Tensor) -> float:
+    """Take a step; return its seconds."""
+    start = time.perf_counter()
+    engine(input_ids=batch, labels=batch).loss.backward()
+    optimizer.step()
+    return time.perf_counter() - start
+
+
 def measure(
     place: str, overlap: str, options: argparse.Namespace, profile: HardwareProfile, swap: str
 ) -> dict[str, Any]:
@@ -115,15 +123,8 @@ def measure(
     feed = batches(shape.get("vocab_size", 50257), options.batch, options.seq)
     with GeminiDDP(model, config_for(place, overlap, swap)) as engine:
         optimizer = HybridAdam(engine.parameters(), lr=1e-5)
-
-        def step() -> float:
-            batch = next(feed)
-            start = time.perf_counter()
-            engine(input_ids=batch, labels=batch).loss.backward()
-            optimizer.step()
-            return time.perf_counter() - start
-
-        seconds = [step() for _ in range(NUM_WARM_UPS + options.steps)][NUM_WARM_UPS:]
+        times = [time_step(engine, optimizer, next(feed)) for _ in range(NUM_WARM_UPS + options.steps)]
+        seconds = times[NUM_WARM_UPS:]
         report = engine.memory_report(profile=profile, flops=flops)
     predicted = report.predicted
     assert predicted is not None

@@ -41,7 +41,10 @@ def commit_step(runtime: Runtime, participants: Participants, *, extra: Any) -> 
     """Commit the last step; see GeminiDDP.commit."""
     runtime.check_usable()
     if runtime.journal is None:
-        raise ConfigError("engine.commit: this engine has no commit file: pass GeminiDDP(..., commits=CommitFile)")
+        raise ConfigError(
+            "engine.commit: this engine has no commit file: set GeminiConfig(service=..., job=..., snapshots=True), or "
+            "pass GeminiDDP(..., commits=CommitFile)"
+        )
     if runtime.gradients.num_backwards:
         raise ConfigError(
             "engine.commit: gradients wait for a step and would be lost: call it after optimizer.step(), or drop them "

@@ -42,6 +42,7 @@ __all__ = [
     "Kept",
     "LeaseGranted",
     "MalformedMessageError",
+    "MemberMessage",
     "MemberRow",
     "NodeState",
     "Refused",
@@ -384,10 +385,8 @@ class NodeState(msgspec.Struct, frozen=True, tag="node-state"):
     shared: list[SharedRow]
 
 
-ClientMessage: TypeAlias = (
-    Hello
-    | Visit
-    | AskBudget
+MemberMessage: TypeAlias = (
+    AskBudget
     | AskLease
     | Withdraw
     | EndLease
@@ -399,14 +398,11 @@ ClientMessage: TypeAlias = (
     | FillDone
     | GiveUpFill
     | ReleaseShared
-    | AdoptLease
-    | AdoptShared
     | AdoptEnd
     | Bye
-    | AskState
-    | Evict
-    | Drain
 )
+"""What a rank of a job says without giving a descriptor."""
+ClientMessage: TypeAlias = MemberMessage | Hello | Visit | AdoptLease | AdoptShared | AskState | Evict | Drain
 ServiceMessage: TypeAlias = (
     Welcome | Budget | Waiting | LeaseGranted | FileGiven | SharedGiven | Done | Refused | NodeState
 )

@@ -15,7 +15,6 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
 
 from gemini.errors import ServiceError
 from gemini.service.administration import Administration
@@ -52,6 +51,7 @@ from gemini.service.messages import (
     GiveUpFill,
     Hello,
     KeepFile,
+    MemberMessage,
     Refused,
     ReleaseShared,
     SetMeta,
@@ -75,23 +75,6 @@ BACKLOG = 512
 TICK_S = 1.0
 RETURN_S = 10.0
 """In which clients that have shared chunks are expected back, after the service began."""
-
-_MemberMessage: TypeAlias = (
-    AskBudget
-    | AskLease
-    | Withdraw
-    | EndLease
-    | KeepFile
-    | SetMeta
-    | TakeKept
-    | DropKept
-    | FindShared
-    | FillDone
-    | GiveUpFill
-    | ReleaseShared
-    | AdoptEnd
-    | Bye
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -360,7 +343,7 @@ class NodeService:
             raise ProtocolError(f"{type(message).__name__} at this place")
         self._handle_member(session, session.member, message)
 
-    def _handle_member(self, session: Session, member: Member, message: _MemberMessage) -> None:
+    def _handle_member(self, session: Session, member: Member, message: MemberMessage) -> None:
         now_s = time.monotonic()
         match message:
             case AskBudget():

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from gemini.errors import ServiceError
 from gemini.service import ServiceClient
 from gemini.service.messages import MemberRow, NodeState
 from gemini.service.visitor import Visitor
@@ -56,7 +57,7 @@ class ServiceProcess:
                 raise AssertionError(self.log.read_text())
             try:
                 self.state()
-            except Exception:
+            except ServiceError:
                 return False
             return True
 
