@@ -179,7 +179,7 @@ class Administration:
                     state="kept",
                     host_nbytes=amount.host,
                     disk_nbytes=amount.disk,
-                    shared_nbytes=0,
+                    shared_nbytes=service.ledger.kept_shared_nbytes(member),
                     priority=kept.priority,
                     age_s=now_s - kept.since_s,
                     waits_for="",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -226,6 +227,7 @@ class LeaseDesk:
             except OffloadIOError as error:
                 return session.refuse(request, "disk", str(error))
         del self.kept[session.member]
+        self.ledger.take_kept_shared(session.member)
         session.leases[record.number] = record
         self._record_change()
         self._give(session, record, request, (*files, record.keep_file))
@@ -235,6 +237,7 @@ class LeaseDesk:
         """Free what is kept of a rank; return whether there was anything."""
         kept = self.kept.pop(member, None)
         if kept is not None:
+            self.ledger.release_kept_shared(member, now_s=time.monotonic())
             self._free(kept.record)
             self.settle()
         return kept is not None
@@ -263,6 +266,7 @@ class LeaseDesk:
                 record.request = -1
                 self.drop_kept(session.member)  # what it has not taken of its own predecessor
                 self.kept[session.member] = KeptRank(record, session.num_ranks, session.priority, now_s)
+                self.ledger.keep_shared(session.member)
                 self._record_change()
             else:
                 self.end(session, number)

@@ -256,6 +256,28 @@ class NodeLedger:
             hold.holders.remove(member)
             hold.idle_since_s = now_s
 
+    def keep_shared(self, member: Member) -> None:
+        """Count what is kept of a rank as a user of all filled chunks that the rank uses."""
+        for hold in self.shared.values():
+            if member in hold.holders and hold.is_filled:
+                hold.holders.add(_kept(member))
+
+    def take_kept_shared(self, member: Member) -> None:
+        """Count a rank as a user of what was kept of its predecessor."""
+        for hold in self.shared.values():
+            if _kept(member) in hold.holders:
+                hold.holders.remove(_kept(member))
+                hold.holders.add(member)
+
+    def release_kept_shared(self, member: Member, *, now_s: float) -> None:
+        """Count what was kept of a rank no longer as a user."""
+        for _, key in list(self.shared):
+            self.release_shared(_kept(member), key, now_s=now_s)
+
+    def kept_shared_nbytes(self, member: Member) -> int:
+        """Return the bytes of shared chunks that what is kept of a rank uses."""
+        return sum(hold.nbytes for hold in self.shared.values() if _kept(member) in hold.holders)
+
     def drop_shared(self, user: int, key: str) -> None:
         """Forget a chunk."""
         del self.shared[user, key]
@@ -408,6 +430,11 @@ class NodeLedger:
         wanted = _keys_of(requests)
         used = {where: hold for where, hold in self.shared.items() if hold.holders or where in wanted}
         return self.budget - self.held() - Amount(host=_content_nbytes(used))
+
+
+def _kept(member: Member) -> Member:
+    """Return who stands among the holders of chunks for what is kept of a rank, beside a process of that rank."""
+    return Member(member.job, -1 - member.rank)
 
 
 def _content_nbytes(holds: Mapping[tuple[int, str], SharedHold]) -> int:

@@ -323,8 +323,8 @@ class NodeService:
         if session.member is None or self.administration.is_ending:
             return
         now_s = time.monotonic()
-        self.shelf.release_all(session, now_s=now_s)
         self.desk.end_session(session, keep=not session.is_evicted, now_s=now_s)
+        self.shelf.release_all(session, now_s=now_s)
         self.desk.settle()
         self.administration.check_drained()
 
