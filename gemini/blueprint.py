@@ -81,11 +81,11 @@ def draw_blueprint(
             'GeminiConfig.overlap: "speculative" is for one rank; choose "auto", "next-forward" or "off" when sharding'
         )
     if has_commits:
-        _refuse_with_commits(config, sharding)
+        _refuse_with_commits(config)
     layout = draw_layout(model, config)
     shards = tuple(_shard_of(chunk, sharding) for chunk in layout.chunks)
     pairs = zip(layout.chunks, shards, strict=True)
-    demands = tuple(_demand_of(chunk, shard, layout, sharding) for chunk, shard in pairs)
+    demands = tuple(_demand_of(chunk, shard, layout, sharding, has_commits=has_commits) for chunk, shard in pairs)
     budgets = budgets_of(config) if budgets is None else budgets
     device_nbytes = budgets[MemoryTier.DEVICE]
     shape = RuntimeShape(
@@ -209,7 +209,7 @@ def _shard_of(chunk: ChunkSpec, sharding: Sharding | None) -> ChunkShard | None:
 
 
 def _demand_of(
-    chunk: ChunkSpec, shard: ChunkShard | None, layout: ChunkLayout, sharding: Sharding | None
+    chunk: ChunkSpec, shard: ChunkShard | None, layout: ChunkLayout, sharding: Sharding | None, *, has_commits: bool
 ) -> ChunkDemand:
     master = state_format_of(chunk.dtype).master_dtype if chunk.is_trainable else None
     is_in_root = chunk.unit_id == layout.root.unit_id
@@ -225,16 +225,15 @@ def _demand_of(
         num_ranks=1 if shard is None else shard.num_ranks,
         num_sharers=1 if file is None else file.num_users,
         keeps_whole_gradient=sharding is not None and (is_in_root or sharding.keeps_whole_gradients),
+        is_committed=has_commits and chunk.is_trainable,
         has_one_param=len(chunk.slots) == 1,
     )
 
 
-def _refuse_with_commits(config: GeminiConfig, sharding: Sharding | None) -> None:
+def _refuse_with_commits(config: GeminiConfig) -> None:
     """Raise ConfigError if what a commit file is given with cannot be kept in it."""
     if config.overlap == "speculative":
         raise ConfigError(
             'commits: GeminiConfig.overlap: "speculative" updates state before a step that may be committed; choose '
             '"auto", "next-forward" or "off"'
         )
-    if sharding is not None:
-        raise ConfigError("commits: engines of several ranks cannot be committed: leave the commit file out")

@@ -79,8 +79,8 @@ def refuse_device_homes(layout: ChunkLayout, plan: PlacementPlan) -> None:
         if homes.grad is not None and _lives_on_device(homes):
             raise ConfigError(
                 f"commits: {chunk.name} is trained and lives on the device, whose memory ends with the process: let it "
-                "live in host memory or on disk, with placement=StaticPlacement(), whose param_device and "
-                "state_device are 0"
+                'live in host memory or on disk, with placement="auto", or with a StaticPlacement whose param_device '
+                "and state_device are 0"
             )
 
 

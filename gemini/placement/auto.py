@@ -77,7 +77,7 @@ def _place_on_cpu(problem: Problem) -> Draft:
 def _place_with_device(problem: Problem) -> Draft:
     homes = (home_chunk(problem, i, Role.ON_DEVICE, _HOST_FLOOR) for i in range(len(problem.chunks)))
     everything = Draft(problem, homes, problem.most_slots)
-    if everything.fits(MemoryTier.DEVICE):
+    if everything.fits(MemoryTier.DEVICE, _HOST):
         return everything
     # A resident's copy spares uploads, yet what lives below takes as much room as before. When the tiers below are
     # short, the device takes whole chunks instead.

@@ -54,6 +54,8 @@ class ChunkDemand:
     only. 1: each rank has its shard there."""
     keeps_whole_gradient: bool = False
     """Whether compute memory holds the whole chunk's gradient until the step; of sharded chunks only."""
+    is_committed: bool = False
+    """Whether it is to outlive the process, so that nothing of it may live on a device."""
     has_one_param: bool = False
     """Whether the chunk is one parameter's alone, whose gradient autograd makes in one piece."""
 

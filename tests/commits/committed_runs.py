@@ -78,6 +78,9 @@ def scenarios() -> dict[str, Scenario]:
     for place in ("host", "nvme", "device"):
         for mode in ("off", "next-forward"):
             found[f"{place}-{mode}"] = Scenario(place, config={"overlap": mode})
+    for name, device_budget in (("all", "128MiB"), ("some", "400KiB")):
+        place = {"placement": "auto", "device_budget": device_budget, "activation_reserve": 1}
+        found[f"device-holds-{name}"] = Scenario("device", model="gpt2", config=place)
     for name, placement in DISK_MIXTURES.items():
         place = {"placement": placement, "prefetch_depth": 0, "overlap": "next-forward"}
         found[f"disk-{name}"] = Scenario("nvme", config=place)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from committed_runs import DISK_MIXTURES, Scenario, attached, memory_file
+from committed_runs import DISK_MIXTURES, Scenario, attached, memory_file, scenarios
 
 from gemini import GeminiDDP
 from gemini.blueprint import draw_blueprint
@@ -38,6 +38,14 @@ def test_the_file_is_as_long_as_what_is_taken_of_it(place: str, tmp_path: Path) 
             assert ledger.by_purpose(MemoryTier.HOST) == engine.runtime.demand.by_purpose[MemoryTier.HOST]
             assert ledger.by_purpose(MemoryTier.HOST)["commits"] == 4 << 20
         assert os.fstat(descriptor).st_size == blueprint.commits.nbytes
+
+
+def test_a_device_with_room_holds_copies_of_what_is_committed(tmp_path: Path) -> None:
+    scenario = scenarios()["device-holds-all"]
+    blueprint = draw_blueprint(scenario.build(0), scenario.configuration(tmp_path), has_commits=True)
+    for homes in blueprint.plan.chunks:
+        assert homes.is_resident
+        assert {*homes.working, *homes.state, homes.grad} == {MemoryTier.HOST}
 
 
 def test_the_overhead_follows_the_formula() -> None:

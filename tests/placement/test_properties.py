@@ -38,6 +38,7 @@ def models(draw: st.DrawFn, *, max_chunks: int = 8, equal_chunks: bool = False) 
     numels = st.integers(1, 40_000)
     if equal_chunks:
         numels = st.just(draw(numels))
+    are_committed = draw(st.booleans())
     chunks = []
     for chunk_id in range(num_chunks):
         is_trainable = draw(st.booleans() if not equal_chunks else st.just(True))
@@ -49,6 +50,7 @@ def models(draw: st.DrawFn, *, max_chunks: int = 8, equal_chunks: bool = False) 
                 master_itemsize=master if is_trainable else 0,
                 is_trainable=is_trainable,
                 is_pinned=chunk_id < num_pinned,
+                is_committed=is_trainable and are_committed,
             )
         )
     return chunks
@@ -165,6 +167,18 @@ def test_auto_plan_fits_every_budget_by_an_independent_count(problem):
     for tier in MemoryTier:
         assert counted[tier] == demand.total(tier)
         assert counted[tier] <= budgets.of(tier)
+
+
+@quickly
+@given(problems())
+def test_auto_plan_keeps_what_is_committed_off_the_device(problem):
+    chunks, shape, budgets, prefetch_depth = problem
+    try:
+        plan = auto_placement(chunks, shape, budgets, prefetch_depth=prefetch_depth)
+    except OutOfTierMemoryError:
+        return
+    for demand, homes in zip(chunks, plan.chunks, strict=True):
+        assert not (demand.is_committed and DEVICE in (*homes.working, *homes.state, homes.grad))
 
 
 @quickly
