@@ -14,12 +14,14 @@ from functools import partial
 
 import torch
 
+from gemini.agreement import on_all_ranks
 from gemini.blueprint import Blueprint, draw_blueprint
 from gemini.chunk.core import ChunkCore
 from gemini.chunk.flat_values import FlatValues
 from gemini.chunk.layout import ChunkSpec, layout_summary
 from gemini.chunk.sharding import Sharding, cut_spec, cut_values
 from gemini.config import GeminiConfig
+from gemini.errors import ServiceError
 from gemini.gradients import GradientStore
 from gemini.heap import serve_cpu_memory
 from gemini.initialise import InitFn, Initialiser, WeightSource, find_init_fn
@@ -84,10 +86,11 @@ def assemble(
         OffloadIOError: the swap file cannot be made, claimed or filled, or `weights` cannot be read.
         ServiceError: there is no memory service, or it refuses.
     """
-    ranks = (0,) if sharding is None else tuple(sharding.group.ranks)
-    rank = 0 if sharding is None else ranks.index(sharding.group.rank)
-    node = NodeMemory.connect(config, rank=rank, num_ranks=len(ranks))
+    node = None
     try:
+        if config.service is not None:
+            with on_all_ranks(sharding, what="asking the memory service", error_type=ServiceError):
+                node = NodeMemory.connect(config, sharding)
         return _assemble(model, config, init_fn, weights, sharding, commits, node)
     except BaseException:
         if node is not None:
@@ -105,7 +108,7 @@ def _assemble(
     node: NodeMemory | None,
 ) -> Runtime:
     has_commits = commits is not None or config.snapshots
-    budgets = None if node is None else node.budgets()
+    budgets = None if node is None else node.budgets(sharding)
     blueprint = draw_blueprint(model, config, sharding=sharding, budgets=budgets, has_commits=has_commits)
     logger.info("%s", layout_summary(blueprint.layout))
     serve_cpu_memory(config.cpu_allocator, is_compute_on_cpu=not blueprint.shape.has_device)
@@ -114,10 +117,11 @@ def _assemble(
     parts = {} if node is None else find_shared_parts(blueprint, model, weights)
     swap_file = None
     if node is not None:
-        swap_file, kept_file = node.claim(blueprint, parts.values())
+        with on_all_ranks(sharding, what="asking the memory service", error_type=ServiceError):
+            swap_file, kept_file = node.claim(blueprint, parts.values())
         commits = kept_file or commits
     with nullcontext() if node is None else node.explaining():
-        kept = None if commits is None else KeptState.claim(commits, blueprint)
+        kept = None if commits is None else KeptState.claim(commits, blueprint, sharding)
     resources = open_resources(
         config,
         blueprint.budgets,

@@ -1,14 +1,23 @@
-"""What of an engine outlives its process: claim it, and bring what another process has left to its last commit."""
+"""What of an engine outlives its process: claim it, and bring what another process has left to its last commit.
+
+[Note: Commits of several ranks]
+Each rank publishes a record of its own, and begins with what it says once all have published theirs. So ranks that are
+killed leave records of one step, or of two that follow each other; of the newer step nothing has begun then, and it is
+dropped. Only with the older one, which is still there, and with state of that step, do all go on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from gemini.agreement import agree, on_all_ranks
 from gemini.blueprint import Blueprint
 from gemini.chunk.core import ChunkCore
+from gemini.chunk.sharding import Sharding
 from gemini.commit_plan import describe_content, fingerprint_content
 from gemini.commit_record import CommittedStep, decode_record
+from gemini.errors import CheckpointMismatchError
 from gemini.gradients import GradientStore
 from gemini.offload.commit_file import CommitFile
 from gemini.offload.home import TiledHome
@@ -32,15 +41,43 @@ class KeptState:
     """The swap file that belongs to it."""
 
     @staticmethod
-    def claim(file: CommitFile, blueprint: Blueprint) -> KeptState:
-        """Claim a commit file for an engine; errors as for CommitFile.claim."""
+    def claim(file: CommitFile, blueprint: Blueprint, sharding: Sharding | None) -> KeptState:
+        """Claim a commit file for an engine, see [Note: Commits of several ranks]; with several ranks all call.
+
+        Args:
+            file: open.
+            blueprint: of the engine.
+            sharding: the ranks that have a file each; None: there are no others.
+
+        Returns:
+            What all ranks have committed.
+
+        Raises:
+            CheckpointMismatchError: ranks have committed other steps, or a file is another engine's.
+            CheckpointError: a file is damaged.
+            CollectiveError: a rank did not take part.
+            ConfigError, OutOfTierMemoryError: as for CommitFile.claim.
+        """
         layout, plan, shape, commits = blueprint.layout, blueprint.plan, blueprint.shape, blueprint.commits
         assert commits is not None
-        record = file.claim(
-            commits,
-            fingerprint=fingerprint_content(layout, blueprint.shards, plan, shape, commits),
-            text=describe_content(layout, plan, shape, commits),
-        )
+        what = "claiming the commit files"
+        with on_all_ranks(sharding, what=what):
+            record = file.claim(
+                commits,
+                fingerprint=fingerprint_content(layout, blueprint.shards, plan, shape, commits),
+                text=describe_content(layout, plan, shape, commits),
+            )
+        sequences = [row[0] for row in agree(sharding, None, [file.sequence], what=what)]
+        oldest = min(sequences)
+        if max(sequences) - oldest > 1:
+            assert sharding is not None
+            found = ", ".join(f"rank {rank} {n}" for rank, n in zip(sharding.group.ranks, sequences, strict=True))
+            raise CheckpointMismatchError(
+                f"the ranks' commit files hold different steps (commits so far: {found}; 0: none): they are not of one "
+                "run, or one of them is new; give all ranks the files of one run, or new ones"
+            )
+        if oldest < file.sequence:
+            record = file.rewind(oldest)
         numels = {demand.chunk_id: demand.numel for demand in blueprint.demands if demand.is_trainable}
         return KeptState(
             journal=UpdateJournal(file, numels, tile_numel=shape.tile_numel),

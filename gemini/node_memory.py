@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from gemini.agreement import agree, on_all_ranks
 from gemini.blueprint import Blueprint
 from gemini.chunk.layout import ChunkSpec
+from gemini.chunk.sharding import Sharding
 from gemini.config import GeminiConfig
 from gemini.errors import (
     CheckpointError,
@@ -32,6 +34,7 @@ from gemini.errors import (
     ConfigError,
     MissingLibraryError,
     OutOfTierMemoryError,
+    ServiceError,
 )
 from gemini.initialise import WeightSource
 from gemini.offload.commit_file import CommitFile
@@ -46,6 +49,8 @@ __all__ = ["Grant", "NodeMemory", "SharedPart", "SharedWeights", "find_shared_pa
 
 logger = logging.getLogger(__name__)
 
+NO_BUDGET = -1
+"""Among numbers: a tier of which there is no budget."""
 MAX_PARTS = 1024
 """Chunks that the service takes from one lease."""
 HASHED_NBYTES = 16 << 20
@@ -73,21 +78,22 @@ class NodeMemory:
     Args:
         client: connected; closed with this.
         config: of the engine.
+        num_ranks: of the job.
     """
 
-    def __init__(self, client: ServiceClient, config: GeminiConfig) -> None:
+    def __init__(self, client: ServiceClient, config: GeminiConfig, *, num_ranks: int) -> None:
         self.client = client
         self._config = config
+        self._num_ranks = num_ranks
         self._has_taken_kept = False
 
     @staticmethod
-    def connect(config: GeminiConfig, *, rank: int, num_ranks: int) -> NodeMemory | None:
-        """Connect to the service that a configuration names; None if it names none.
+    def connect(config: GeminiConfig, sharding: Sharding | None) -> NodeMemory:
+        """Connect to the service that a configuration names.
 
         Args:
-            config: of the engine.
-            rank: this process's place among those that share the model.
-            num_ranks: how many those are.
+            config: of the engine; names a service.
+            sharding: the ranks that share the model; those on this machine are one job of its service.
 
         Returns:
             The engine's part of the node's memory, of which nothing is leased yet.
@@ -97,8 +103,10 @@ class NodeMemory:
             MissingLibraryError: the client's library is not installed.
             ServiceError: no service is there, or it refuses.
         """
-        if config.service is None:
-            return None
+        assert config.service is not None
+        rank, num_ranks = 0, 1
+        if sharding is not None:
+            rank, num_ranks = sharding.node_ranks.index(sharding.group.rank), len(sharding.node_ranks)
         if config.job is None and num_ranks > 1:
             raise ConfigError(
                 f"GeminiConfig.job: expected a name that the {num_ranks} ranks have in common, by which the memory "
@@ -121,19 +129,38 @@ class NodeMemory:
                 job,
                 job,
             )
-        return NodeMemory(client, config)
+        return NodeMemory(client, config, num_ranks=num_ranks)
 
-    def budgets(self) -> dict[MemoryTier, int | None]:
+    def budgets(self, sharding: Sharding | None) -> dict[MemoryTier, int | None]:
         """Return the bytes per tier to plan with: the configuration's, within what the service has to grant.
+
+        Args:
+            sharding: the ranks that share the model, all of which call, and get the same.
 
         Returns:
             As `budgets_of`. Of host memory, what a predecessor was granted whose state is kept; else, where the
             configuration gives no budget, a fair share of the node's.
 
         Raises:
+            CheckpointMismatchError: the service keeps the state of some of the ranks only.
+            CollectiveError: a rank did not take part.
             ConfigError: as `budgets_of`.
             ServiceError: the service is gone.
         """
+        with on_all_ranks(sharding, what="asking the memory service", error_type=ServiceError):
+            budgets = self._own_budgets()
+        numbers = [NO_BUDGET if nbytes is None else nbytes for nbytes in budgets.values()]
+        keeps, *columns = zip(*agree(sharding, None, [self._keeps, *numbers], what="sharing memory"), strict=True)
+        if any(keeps) and not all(keeps):
+            raise CheckpointMismatchError(
+                f"the memory service keeps what some ranks of job {self._config.job} committed, and not the others': "
+                f"`python -m gemini evict {self._config.job}` drops it"
+            )
+        least = [None if min(column) == NO_BUDGET else min(column) for column in columns]
+        return dict(zip(budgets, least, strict=True))
+
+    def _own_budgets(self) -> dict[MemoryTier, int | None]:
+        """Return what this rank would plan with."""
         budgets, node = budgets_of(self._config), self.client.budget()
         kept = self._kept_budget()
         if kept is not None:
@@ -148,13 +175,17 @@ class NodeMemory:
             budgets[MemoryTier.HOST] = node.host_share
         nvme_nbytes = budgets[MemoryTier.NVME]
         if nvme_nbytes is not None:
-            budgets[MemoryTier.NVME] = min(nvme_nbytes, max(0, node.disk_total - HEADER_NBYTES))
+            budgets[MemoryTier.NVME] = min(nvme_nbytes, max(0, node.disk_total // self._num_ranks - HEADER_NBYTES))
         return budgets
 
+    @property
+    def _keeps(self) -> bool:
+        """Whether this engine goes on from what the service keeps of a predecessor."""
+        return self.client.kept is not None and self._config.snapshots
+
     def _kept_budget(self) -> int | None:
-        if self.client.kept is None or not self._config.snapshots or not self.client.kept.meta:
-            return None
-        return int(self.client.kept.meta.split()[0])
+        kept = self.client.kept
+        return int(kept.meta.split()[0]) if kept is not None and self._keeps and kept.meta else None
 
     def claim(self, blueprint: Blueprint, shared: Iterable[SharedPart]) -> Grant:
         """Wait until the service grants what an engine takes, or take over what it keeps of a predecessor.
@@ -173,7 +204,7 @@ class NodeMemory:
         """
         nbytes_of_key = {part.key: part.nbytes for part in shared}
         frozen = hashlib.sha256("".join(nbytes_of_key).encode()).hexdigest().encode()
-        if self.client.kept is not None and self._config.snapshots:
+        if self._keeps:
             kept = self.client.take_kept()
             self._has_taken_kept = True
             if kept.meta.split()[1:] != [frozen]:

@@ -85,12 +85,12 @@ def check_same_model(model: torch.nn.Module, group: ShardGroup) -> None:
             )
 
 
-def find_node_ranks(group: ShardGroup) -> list[int]:
+def find_node_ranks(group: ShardGroup) -> tuple[int, ...]:
     """Return the ranks that run on this rank's machine, itself included, in the order of `group.ranks`."""
     boot_id = _BOOT_ID.read_text() if _BOOT_ID.exists() else ""
     node = zlib.crc32(f"{socket.gethostname()} {boot_id}".encode())
     others = _ranks_that_differ(node, group, name="machines")
-    return [rank for rank in group.ranks if rank not in others]
+    return tuple(rank for rank in group.ranks if rank not in others)
 
 
 def share_node(config: GeminiConfig, num_node_ranks: int, group: ShardGroup) -> GeminiConfig:
@@ -119,10 +119,11 @@ def share_node(config: GeminiConfig, num_node_ranks: int, group: ShardGroup) -> 
     nvme, nvme_nbytes = config.nvme, agreed[MemoryTier.NVME]
     if nvme is not None and nvme_nbytes is not None:
         nvme = dataclasses.replace(nvme, budget=nvme_nbytes)
+    is_served = config.service is not None and config.host_budget is None  # then the service says how much
     return dataclasses.replace(
         config,
         device_budget=agreed[MemoryTier.DEVICE],
-        host_budget=agreed[MemoryTier.HOST],
+        host_budget=None if is_served else agreed[MemoryTier.HOST],
         nvme=nvme,
         num_threads=config.num_threads or min(max(1, num_processors // num_node_ranks), MAX_DEFAULT_THREADS),
     )

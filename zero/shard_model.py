@@ -63,8 +63,8 @@ def shard(
             could not build its engine.
         OutOfTierMemoryError: the budgets cannot hold the model.
         OffloadIOError: a swap file cannot be made, claimed or filled, or `weights` cannot be read.
-        CheckpointError: `weights` is no checkpoint, or a damaged one.
-        CheckpointMismatchError: `weights` are of another model.
+        CheckpointError: `weights` is no checkpoint, or it or what was committed is damaged.
+        CheckpointMismatchError: `weights` are of another model, or what was committed is of another engine or step.
         CollectiveError: a rank did not take part.
     """
     config = config or GeminiConfig()
@@ -108,7 +108,7 @@ def shard(
     if config.share_frozen and has_frozen and tensor_mesh is None:  # whose ranks hold different parts
         file = open_frozen_file(node_ranks, group)
     try:
-        sharding = Sharding(group=group, stage=stage, frozen_file=file)
+        sharding = Sharding(group=group, node_ranks=node_ranks, stage=stage, frozen_file=file)
         engine = _build(partial(GeminiDDP, model, config, init_fn=init_fn, weights=weights, sharding=sharding), group)
         if file is not None:
             file.seal()
@@ -127,10 +127,10 @@ def _build(build: Callable[[], GeminiDDP], group: ShardGroup) -> GeminiDDP:
         failure = error
     try:
         check_all_built(failure, group)
-    except GeminiError:
+    except GeminiError as disagreement:
         if engine is not None:
-            engine.close()
-        raise
+            engine.close(keep=engine.recovered is not None)
+        raise failure or disagreement from None
     if failure is not None:
         raise failure
     assert engine is not None

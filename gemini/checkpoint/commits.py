@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from gemini.agreement import on_all_ranks
 from gemini.checkpoint.participants import Participants
 from gemini.checkpoint.run_state import (
     check_run_state,
@@ -19,7 +20,7 @@ from gemini.checkpoint.run_state import (
     restore_run_state,
 )
 from gemini.commit_record import CommittedStep, encode_record
-from gemini.errors import ConfigError
+from gemini.errors import CollectiveError, ConfigError
 from gemini.runtime import Runtime
 
 __all__ = ["Recovered", "commit_step", "recover_step"]
@@ -50,11 +51,22 @@ def commit_step(runtime: Runtime, participants: Participants, *, extra: Any) -> 
             "engine.commit: gradients wait for a step and would be lost: call it after optimizer.step(), or drop them "
             "with optimizer.zero_grad()"
         )
-    runtime.saving.finish()
-    held = runtime.overlap.prepare_release()
-    run_state = encode_run_state(collect_run_state(runtime, participants, extra), what="engine.commit")
-    step = CommittedStep(num_steps=runtime.num_steps, wishes=held.wishes, run_state=run_state)
-    runtime.overlap.release(runtime.journal.file.publish(encode_record(step)))
+    file = runtime.journal.file
+    committed = file.sequence
+    try:
+        with on_all_ranks(runtime.sharding, what="engine.commit"):
+            runtime.saving.finish()
+            held = runtime.overlap.prepare_release()
+            own = collect_run_state(runtime, participants, extra, is_for_all=False)
+            run_state = encode_run_state(own, what="engine.commit")
+            step = CommittedStep(num_steps=runtime.num_steps, wishes=held.wishes, run_state=run_state)
+            file.publish(encode_record(step))
+    except CollectiveError:
+        raise  # others may have seen this rank's record and gone on; they are asked when the file is opened again
+    except Exception:
+        file.rewind(committed)
+        raise
+    runtime.overlap.release(file.sequence)
     runtime.lookahead.fetch_ahead()
 
 
@@ -65,7 +77,8 @@ def recover_step(runtime: Runtime, participants: Participants) -> Recovered:
     if found is None:
         raise ConfigError("engine.recover: the commit file held no committed step: look at engine.recovered first")
     state = decode_run_state(found.run_state, source=SOURCE)
-    check_run_state(state, participants, source=f"engine.recover: {SOURCE}")
+    with on_all_ranks(runtime.sharding, what="engine.recover"):
+        check_run_state(state, participants, source=f"engine.recover: {SOURCE}")
     if participants.scheduler is not None:
         load_scheduler(participants.scheduler, state["scheduler"], source=f"engine.recover: {SOURCE}")
     runtime.clear_gradients()

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
+from gemini.agreement import agree, on_all_ranks
 from gemini.checkpoint.directory import find_checkpoint, read_manifest
 from gemini.checkpoint.manifest import Division, FileRecord, Manifest, entry_name, find_pieces, run_state_name
-from gemini.checkpoint.participants import Participants, agree, division_of, on_all_ranks, rank_of, world_size_of
+from gemini.checkpoint.participants import Participants, division_of, rank_of, world_size_of
 from gemini.checkpoint.run_state import (
     check_buffers,
     check_run_state,
@@ -55,7 +56,7 @@ def load_checkpoint(runtime: Runtime, path: Path, participants: Participants, *,
     """Load everything; see GeminiDDP.load_checkpoint."""
     runtime.finish_updates()
     with ExitStack() as stack:
-        with on_all_ranks(runtime):
+        with on_all_ranks(runtime.sharding):
             path = find_checkpoint(path)
             manifest = read_manifest(path)
             _check_params(runtime, manifest, path)
@@ -71,12 +72,12 @@ def load_checkpoint(runtime: Runtime, path: Path, participants: Participants, *,
                 for name in names:
                     _verify_file(files[name], manifest.files[name])
         _check_same(runtime, manifest, path)
-        with on_all_ranks(runtime):
+        with on_all_ranks(runtime.sharding):
             if participants.scheduler is not None:
                 load_scheduler(participants.scheduler, state["scheduler"], source=f"load_checkpoint: {path}")
         runtime.clear_gradients()
         try:
-            with loading(runtime), on_all_ranks(runtime):
+            with loading(runtime), on_all_ranks(runtime.sharding):
                 _load_params(runtime, files, manifest)
                 restore_run_state(runtime, participants, state, of_rank["buffers"])
         except BaseException as error:
@@ -90,7 +91,7 @@ def load_checkpoint(runtime: Runtime, path: Path, participants: Participants, *,
 
 def _check_same(runtime: Runtime, manifest: Manifest, path: Path) -> None:
     """Raise CheckpointError unless all ranks have found the same checkpoint."""
-    found = agree(runtime, None, [zlib.crc32(manifest.to_json().encode())])
+    found = agree(runtime.sharding, None, [zlib.crc32(manifest.to_json().encode())])
     others = [rank for rank, checksum in enumerate(found) if checksum != found[0]]
     if others:
         raise CheckpointError(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +12,7 @@ import torch
 from gemini.checkpoint.manifest import WHOLE, Division
 from gemini.chunk.layout import ParamSlot
 from gemini.chunk.tensor_parallel import local_part
-from gemini.errors import CheckpointError, CollectiveError, ConfigError
+from gemini.errors import ConfigError
 from gemini.model_names import persistent_buffers
 from gemini.runtime import Runtime
 
@@ -21,10 +20,8 @@ __all__ = [
     "CheckpointedOptimizer",
     "Participants",
     "Stateful",
-    "agree",
     "division_of",
     "has_copy_elsewhere",
-    "on_all_ranks",
     "participants_of",
     "rank_of",
     "world_size_of",
@@ -121,43 +118,3 @@ def has_copy_elsewhere(runtime: Runtime, slot: ParamSlot) -> bool:
         or (grid.tensor_rank > 0 and slot.spec.split is None)
         or (is_whole and rank_of(runtime) % grid.num_shards > 0)
     )
-
-
-def agree(runtime: Runtime, error: Exception | None, values: Sequence[int] = ()) -> list[list[int]]:
-    """Exchange some numbers, unless a rank has failed; all ranks call.
-
-    Args:
-        runtime: the engine's.
-        error: why this rank has failed, None if it has not.
-        values: this rank's numbers, as many on all ranks.
-
-    Returns:
-        Each rank's numbers.
-
-    Raises:
-        Exception: `error`, if there is one.
-        CheckpointError: another rank has failed.
-        CollectiveError: a rank has died, stalled or gone another way.
-    """
-    if runtime.sharding is None or isinstance(error, CollectiveError):
-        table = [[int(error is None), *values]]
-    else:
-        own = torch.tensor([int(error is None), *values])
-        table = runtime.sharding.group.gather_values(own, name="what a checkpoint takes").tolist()
-    if error is not None:
-        raise error
-    if runtime.sharding is not None and not all(row[0] for row in table):
-        failed = [str(rank) for rank, row in zip(runtime.sharding.group.ranks, table, strict=True) if not row[0]]
-        raise CheckpointError(f"the checkpoint has failed on rank {', '.join(failed)}; see the error there")
-    return [row[1:] for row in table]
-
-
-@contextmanager
-def on_all_ranks(runtime: Runtime) -> Iterator[None]:
-    """Raise, if what is inside has failed on some rank, on all of them; see `agree`."""
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as found:
-        error = found
-    agree(runtime, error)

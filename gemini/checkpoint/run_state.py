@@ -30,20 +30,21 @@ __all__ = [
 _KEYS = ("buffers", "extra", "num_skipped_steps", "optimizer", "rng", "scaler", "scheduler", "trace")
 
 
-def collect_run_state(runtime: Runtime, participants: Participants, extra: Any) -> dict[str, Any]:
-    """Return what this rank keeps: its buffers and random numbers; of everything else the first rank's counts.
+def collect_run_state(runtime: Runtime, participants: Participants, extra: Any, *, is_for_all: bool) -> dict[str, Any]:
+    """Return what this rank keeps: its buffers and random numbers, and what it has in common with other ranks.
 
     Args:
         runtime: the engine's.
         participants: whose state to keep.
         extra: to be kept as well.
+        is_for_all: whether other ranks will read it, so that the first rank's will do of what they have in common.
 
     Returns:
         By purpose, for `encode_run_state`.
     """
     buffers = {name: buffer.detach().cpu() for name, buffer in participants.buffers.items()}
     own = {"buffers": buffers, "rng": _rng_state()}
-    if rank_of(runtime) != 0:
+    if is_for_all and rank_of(runtime) != 0:
         return dict.fromkeys(_KEYS) | own
     optimizer, scheduler = participants.optimizer, participants.scheduler
     return {

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from gemini.agreement import agree, on_all_ranks
 from gemini.checkpoint.directory import CheckpointDirectory, name_of, write_durably
 from gemini.checkpoint.manifest import (
     FileRecord,
@@ -33,7 +34,7 @@ from gemini.checkpoint.manifest import (
     run_state_name,
     weights_name,
 )
-from gemini.checkpoint.participants import Participants, agree, division_of, has_copy_elsewhere, on_all_ranks, rank_of
+from gemini.checkpoint.participants import Participants, division_of, has_copy_elsewhere, rank_of
 from gemini.checkpoint.run_state import collect_run_state, encode_run_state
 from gemini.chunk.layout import ParamSlot
 from gemini.errors import ConfigError, GeminiError
@@ -152,8 +153,9 @@ class PendingSave:
             CheckpointError: one of these on another rank.
         """
         try:
-            with on_all_ranks(self._runtime):
-                self._run_state = encode_run_state(collect_run_state(self._runtime, participants, extra))
+            with on_all_ranks(self._runtime.sharding):
+                run_state = collect_run_state(self._runtime, participants, extra, is_for_all=True)
+                self._run_state = encode_run_state(run_state)
                 if self._rank == 0:
                     self._directory.begin()
             try:
@@ -219,13 +221,13 @@ class PendingSave:
     def _complete(self) -> None:
         """Let the checkpoint count once all ranks have written their parts; all ranks call."""
         try:
-            agree(self._runtime, self._error)
-            summaries = agree(self._runtime, None, self._summary())
+            agree(self._runtime.sharding, self._error)
+            summaries = agree(self._runtime.sharding, None, self._summary())
             number = 0
-            with on_all_ranks(self._runtime):
+            with on_all_ranks(self._runtime.sharding):
                 if self._rank == 0:
                     number = self._directory.commit(self._manifest(summaries), keep_last=self._keep_last)
-            (number,) = agree(self._runtime, None, [number])[0]
+            (number,) = agree(self._runtime.sharding, None, [number])[0]
             self._path = self._directory.path / name_of(self._step, number)
         except Exception as error:
             self._error = error

@@ -204,6 +204,8 @@ class Sharding:
     """With whom a model is shared, and how much of it."""
 
     group: ShardGroup
+    node_ranks: tuple[int, ...]
+    """The ranks on this machine, this one among them, in the order of `group.ranks`."""
     stage: int
     """1: the optimizer's state is sharded; 2: and gradients; 3: and working weights."""
     frozen_file: MemoryFile | None = None

@@ -339,6 +339,25 @@ class CommitFile:
         self._sequence = sequence
         return sequence
 
+    def rewind(self, sequence: int) -> CommitRecord | None:
+        """Drop what was published after a record, of which nothing may have been done yet.
+
+        Args:
+            sequence: of the newest record, or of the one before it; 0: of none.
+
+        Returns:
+            That record; None: there is none.
+
+        Raises:
+            CheckpointError: it is damaged, or not there.
+        """
+        assert self._layout is not None
+        assert 0 <= self._sequence - sequence <= 1
+        if sequence < self._sequence:
+            self._publish(self._place_of(self._sequence), 0)
+            self._sequence = sequence
+        return self._newest(self._layout.records, self._layout.record_nbytes)
+
     def forget(self) -> None:
         """Let there be no record: what lies in the buffers is about to change otherwise than by updates."""
         for sequence in (self._sequence - 1, self._sequence):  # never an old one alone

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from gemini.checkpoint.participants import on_all_ranks, rank_of
+from gemini.agreement import on_all_ranks
+from gemini.checkpoint.participants import rank_of
 from gemini.chunk.tensor_parallel import local_part
 from gemini.errors import ConfigError, GeminiError, naming_file
 from gemini.model_names import canonical_names, persistent_buffers
@@ -64,7 +65,7 @@ def save_pretrained(
     new = NewFiles(path) if rank_of(runtime) == 0 else None
     output = _Output(None if new is None else new.place, is_alone=runtime.sharding is None)
     try:
-        with on_all_ranks(runtime):
+        with on_all_ranks(runtime.sharding):
             if new is not None:
                 new.begin()
                 _describe_model(model, new.place, weights)
@@ -74,7 +75,7 @@ def save_pretrained(
                 for name, values in weights.convert(conversion):
                     output.append(name, values)
             output.close()
-        with on_all_ranks(runtime):
+        with on_all_ranks(runtime.sharding):
             if output.failure is not None:
                 raise output.failure
             if new is not None:

@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import engine_job
 import pytest
@@ -21,6 +23,7 @@ from service_process import MIB, ServiceProcess, running_service, wait_until
 from training_harness import Run
 
 from gemini import ConfigError, GeminiConfig, GeminiDDP, MemoryTier, OutOfTierMemoryError, ServiceError
+from gemini.chunk.sharding import Sharding
 from gemini.errors import CheckpointMismatchError
 from gemini.node_memory import NodeMemory
 
@@ -202,8 +205,9 @@ def test_engines_of_one_process_need_no_names(node: ServiceProcess, tmp_path: Pa
 
 def test_ranks_without_a_common_name_are_refused(node: ServiceProcess) -> None:
     config = GeminiConfig(device="cpu", service=node.address)
+    group: Any = SimpleNamespace(rank=0)
     with pytest.raises(ConfigError, match=r"GeminiConfig.job: expected a name that the 2 ranks have in common"):
-        NodeMemory.connect(config, rank=0, num_ranks=2)
+        NodeMemory.connect(config, Sharding(group=group, node_ranks=(0, 1), stage=3))
 
 
 def test_a_name_that_this_process_has_already_is_said(node: ServiceProcess) -> None:
@@ -226,7 +230,22 @@ def test_what_was_kept_is_planned_with_the_budget_that_it_was_granted(
     assert ("host budget of 200.00 MiB" in caplog.text) == (host_budget is not None)
 
 
-def test_a_job_whose_frozen_weights_have_lost_their_room_says_what_to_do(node: ServiceProcess, tmp_path: Path) -> None:
+def test_a_kept_job_holds_the_room_of_its_frozen_weights(node: ServiceProcess, tmp_path: Path) -> None:
+    scenario, config = engine_job.PLACES["frozen"], configuration("frozen", node, tmp_path, snapshots=True)
+    engine = GeminiDDP(scenario.build(0), config)
+    Training(scenario, engine).train(1)
+    engine.close(keep=True)
+    (chunk,), (row,) = node.state().shared, node.rows("here")
+    assert (row.state, row.shared_nbytes, chunk.num_users) == ("kept", chunk.nbytes, 1)
+    with node.client("other") as other:
+        other.lease(other.budget().host_free, 0)
+        with GeminiDDP(scenario.build(0), config) as engine:
+            assert engine.recovered == 1
+            assert node.state().shared[0].num_users == 1
+    assert node.state().shared[0].num_users == 0
+
+
+def test_other_frozen_weights_than_the_kept_ones_need_room(node: ServiceProcess, tmp_path: Path) -> None:
     scenario, config = engine_job.PLACES["frozen"], configuration("frozen", node, tmp_path, snapshots=True)
     engine = GeminiDDP(scenario.build(0), config)
     Training(scenario, engine).train(1)
@@ -234,7 +253,7 @@ def test_a_job_whose_frozen_weights_have_lost_their_room_says_what_to_do(node: S
     with node.client("other") as other:
         other.lease(other.budget().host_free, 0)
         with pytest.raises(OutOfTierMemoryError, match=r"frozen weights .* other jobs have ended; .* is kept"):
-            GeminiDDP(scenario.build(0), config)
+            GeminiDDP(scenario.build(1), config)
     with GeminiDDP(scenario.build(0), config) as engine:
         assert engine.recovered == 1
 

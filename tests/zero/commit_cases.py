@@ -1,0 +1,93 @@
+"""Ranks that commit each step with a memory service, and go on from what other processes have left."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rank_cases import case_of, cut_batch, global_batches, sharded
+from training_harness import hybrid_adam
+
+from gemini.checkpoint import commits
+
+Outcome = tuple[int, list[float], dict[str, torch.Tensor]]
+"""The step that a rank began with, its losses so far, and the weights."""
+
+
+def go_on(
+    *,
+    model: str,
+    end: int,
+    num_steps: int,
+    stage: int = 3,
+    place: str = "host",
+    directory: Path | None = None,
+    frozen: str | None = None,
+    started: Connection | None = None,
+    unpublished: int | None = None,
+    closes: bool = False,
+    **fields: Any,
+) -> Outcome:
+    """Train this rank's part up to a step, from where it was committed.
+
+    Args:
+        end: the step.
+        num_steps: of the whole training, for its batches.
+        started: is told the first step.
+        unpublished: a rank that ends, as if it were killed, before it publishes its last commit.
+        closes: whether what was committed is dropped in the end.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    case = case_of(model, frozen=frozen)
+    batches = global_batches(case, num_steps, world_size)
+    with sharded(case, stage=stage, place=place, directory=directory, **fields) as engine:
+        torch.manual_seed(2 + rank)
+        optimizer = hybrid_adam(engine.parameters())
+        first, losses = 0, []
+        if engine.recovered is not None:
+            first, losses = engine.recover().extra
+        if started is not None:
+            started.send(first)
+        for step in range(first, end):
+            loss = case.loss(engine(**cut_batch(batches[step], rank, world_size)))
+            loss.backward()
+            losses.append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+            if unpublished is not None and step + 1 == end:
+                publish_on_others(engine, losses, rank=rank, unpublished=unpublished)
+            elif engine.runtime.journal is not None:
+                engine.commit(extra=[step + 1, losses])
+        weights = {} if unpublished is not None else engine.master_state_dict()
+        if not closes:
+            engine.close(keep=True)
+    return first, losses, weights
+
+
+def publish_on_others(engine: Any, losses: list[float], *, rank: int, unpublished: int) -> None:
+    """Let all ranks but one publish a commit that none of them has begun."""
+    if rank == unpublished:
+        return
+    sharding, engine.runtime.sharding = engine.runtime.sharding, None
+    release, engine.runtime.overlap.release = engine.runtime.overlap.release, lambda sequence: None
+    try:
+        commits.commit_step(engine.runtime, participants(engine), extra=[-1, losses])
+    finally:
+        engine.runtime.sharding, engine.runtime.overlap.release = sharding, release
+
+
+def participants(engine: Any) -> Any:
+    return commits.Participants(buffers={}, optimizer=engine.runtime.optimizer(), scheduler=None)
+
+
+def serve_rank(rank: int, world_size: int, rendezvous: Path, started: Connection, result: Path, case: Any) -> None:
+    """Be a rank, in a process that may be killed; leave what came of it in a file."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(rendezvous), world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=20))
+    torch.save(go_on(started=started, **case), result)
+    dist.destroy_process_group()
