@@ -17,7 +17,7 @@ from gemini.safetensors_file import SafetensorsReader
 
 LOADING_NBYTES = 128 << 20
 SAVING_NBYTES = 32 << 20
-"""What docs/checkpoints.md allows, beside what lives in host memory; the embedding alone is 123 MiB, in float32 245."""
+"""What docs/weights.md allows, beside what lives in host memory; the embedding alone is 123 MiB, in float32 245."""
 
 CHECKPOINT_NBYTES = 64 << 20
 """A tile's master and moments, twice, and the buffers of the file."""
