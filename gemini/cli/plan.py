@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from gemini.blueprint import draw_layout
 from gemini.cli.models import causal_lm_loss, describe_model_names, load_model, naming_model, slice_loss
 from gemini.cli.profiles import cached_profile
 from gemini.config import GeminiConfig, NVMeConfig
-from gemini.errors import ConfigError, MissingRateError, OutOfTierMemoryError
+from gemini.errors import ConfigError, MissingRateError, ModelError, OutOfTierMemoryError
 from gemini.hardware import HardwareProfile, load_profile
 from gemini.machine import MachineDescription, describe_machine, load_machine
 from gemini.planner import MachineMemory, TrainingPlan, plan_training, remedies
@@ -33,6 +33,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
 VARIABLES = ("model", "device-memory", "host-memory", "disk")
 """What --what-if may vary."""
+SAVINGS = {
+    "checkpoint_activations": "recompute activations in backward (--checkpoint-activations)",
+    "sliced_loss": "compute the loss in slices (--sliced-loss)",
+}
+"""What takes less compute memory, by option."""
 FILE_WIDTH = 160
 """Columns of tables that are not printed to a terminal."""
 
@@ -186,9 +191,39 @@ def plan_cases(cases: list[Case], arguments: argparse.Namespace, profile: Hardwa
         try:
             outcomes.append(_plan_case(case, plan, profile))
         except OutOfTierMemoryError as error:
-            found = () if arguments.what_if else tuple(remedies(model, config, rehearsal, memory=case.memory))
-            outcomes.append(Outcome(case=case, plan=None, shortage=str(error), remedies=found))
+            found = []
+            if not arguments.what_if:
+                found = find_savings(case, config, arguments) + remedies(model, config, rehearsal, memory=case.memory)
+            outcomes.append(Outcome(case=case, plan=None, shortage=str(error), remedies=tuple(found)))
     return outcomes
+
+
+def find_savings(case: Case, config: GeminiConfig, arguments: argparse.Namespace) -> list[str]:
+    """Find ways to need less compute memory with which a case that does not fit would; each has been rehearsed.
+
+    Args:
+        case: a model and a machine.
+        config: as it was planned.
+        arguments: of the command line.
+
+    Returns:
+        In words: each way that is enough by itself; if none is, both together if those are.
+    """
+    unused = [name for name in SAVINGS if not getattr(arguments, name)]
+
+    def fits(names: Sequence[str]) -> bool:
+        changed = argparse.Namespace(**vars(arguments) | dict.fromkeys(names, True))
+        try:
+            model, rehearsal = _rehearse(case, config, changed)
+            plan_training(model, config, rehearsal, num_tokens=arguments.tokens, memory=case.memory)
+        except (ConfigError, ModelError, OutOfTierMemoryError):
+            return False
+        return True
+
+    enough = [SAVINGS[name] for name in unused if fits([name])]
+    if not enough and len(unused) > 1 and fits(unused):
+        enough = [" and ".join(SAVINGS[name] for name in unused)]
+    return enough
 
 
 def _plan_case(case: Case, plan: Callable[..., TrainingPlan], profile: HardwareProfile | None) -> Outcome:

@@ -121,6 +121,24 @@ def test_what_does_not_fit_ends_with_one_and_says_what_would_help(capsys, profil
     assert "It would, if you give it" in out
 
 
+def test_the_savings_that_are_named_are_enough(capsys, profile):
+    machine = ["gpt2", "--profile", profile, "--device-memory", "none", "--disk", "6GiB", "--tokens", "512"]
+
+    def remedies(*options):
+        _, out, _ = run(capsys, *machine, "--json", *options)
+        found = json.loads(out)
+        return [] if found["fits"] else [text for text in found["remedies"] if "memory" not in text]
+
+    recompute = "recompute activations in backward (--checkpoint-activations)"
+    slices = "compute the loss in slices (--sliced-loss)"
+    assert remedies("--host-memory", "1300MiB") == [recompute, slices]
+    assert remedies("--host-memory", "1000MiB") == [f"{recompute} and {slices}"]
+    assert remedies("--host-memory", "1000MiB", "--checkpoint-activations") == [slices]
+    for option in ("--checkpoint-activations", "--sliced-loss"):
+        assert run(capsys, *machine, "--host-memory", "1300MiB", option)[0] == 0
+    assert run(capsys, *machine, "--host-memory", "1000MiB", "--checkpoint-activations", "--sliced-loss")[0] == 0
+
+
 def test_the_remedy_of_disk_is_enough(capsys, profile, model):
     machine = ["--profile", profile, "--device-memory", "none", "--host-memory", "720MiB"]
     _, out, _ = run(capsys, model, *SHORT, *machine, "--json")
