@@ -130,6 +130,9 @@ class CheckpointFiles:
         file_of = _read_json(index).get("weight_map")
         if not isinstance(file_of, dict) or not all(isinstance(name, str) for name in file_of.values()):
             raise CheckpointError(f"{index} is damaged: expected the file of each tensor under weight_map")
+        for name in file_of.values():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise CheckpointError(f"{index} names {name}, which is not in its directory: take another checkpoint")
         readers = {name: self._open(name) for name in dict.fromkeys(file_of.values())}
         reader_of = {tensor: reader for reader in readers.values() for tensor in reader.entries}
         for tensor, name in file_of.items():
