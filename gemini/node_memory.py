@@ -15,6 +15,8 @@ import mmap
 import os
 import secrets
 import sys
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,6 +88,8 @@ class NodeMemory:
         self._config = config
         self._num_ranks = num_ranks
         self._has_taken_kept = False
+        self._finalizer = weakref.finalize(self, _close_soon, client)
+        self._finalizer.atexit = False  # the end of the process ends the connection
 
     @staticmethod
     def connect(config: GeminiConfig, sharding: Sharding | None) -> NodeMemory:
@@ -276,11 +280,17 @@ class NodeMemory:
         Args:
             keep: whether the service keeps what was committed, as if this process had been killed.
         """
+        self._finalizer.detach()
         self.client.close(keep=keep)
 
     def abandon(self) -> None:
         """Give everything back because no engine came to be; what a predecessor left is kept."""
         self.close(keep=self._has_taken_kept)
+
+
+def _close_soon(client: ServiceClient) -> None:
+    """Give back what an engine had that nobody has closed, but what it committed; takes no lock in this thread."""
+    threading.Thread(target=client.close, kwargs={"keep": True}, daemon=True).start()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import random
 import subprocess
@@ -228,6 +229,15 @@ def test_what_was_kept_is_planned_with_the_budget_that_it_was_granted(
         assert engine.recovered == 1
         assert engine.runtime.resources.ledger.budget_nbytes(MemoryTier.HOST) == 200 * MIB
     assert ("host budget of 200.00 MiB" in caplog.text) == (host_budget is not None)
+
+
+def test_an_engine_that_is_forgotten_gives_its_memory_back(node: ServiceProcess, tmp_path: Path) -> None:
+    scenario = engine_job.PLACES["disk"]
+    engine = GeminiDDP(scenario.build(0), configuration("disk", node, tmp_path))
+    Training(scenario, engine).train(1, commits=False)
+    del engine
+    gc.collect()
+    wait_until(node.holds_nothing)
 
 
 def test_a_kept_job_holds_the_room_of_its_frozen_weights(node: ServiceProcess, tmp_path: Path) -> None:
