@@ -28,7 +28,7 @@ quickstart: $(BUILT)  ## train a model larger than its memory budget, in a few m
 	$(PY) examples/quickstart.py
 
 test: $(BUILT)  ## run the tests; those that need a GPU say so and are skipped without one
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2 --dist loadfile
 
 check: check-format lint typecheck docstrings docs check-native  ## everything that must hold before a commit, tests last
 	@$(MAKE) --no-print-directory test

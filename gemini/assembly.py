@@ -28,7 +28,7 @@ from gemini.initialise import InitFn, Initialiser, WeightSource, find_init_fn
 from gemini.kept_state import KeptState
 from gemini.kernels.device import DeviceKernels, select_device_kernels
 from gemini.materialize import write_home
-from gemini.node_memory import NodeMemory, SharedPart, SharedWeights, find_shared_parts
+from gemini.node_memory import ASKING, NodeMemory, SharedPart, SharedWeights, find_shared_parts
 from gemini.offload.arena import MemorySource
 from gemini.offload.commit_file import CommitFile
 from gemini.offload.home import TiledHome
@@ -89,10 +89,15 @@ def assemble(
     node = None
     try:
         if config.service is not None:
-            with on_all_ranks(sharding, what="asking the memory service", error_type=ServiceError):
+            with on_all_ranks(sharding, what=ASKING, error_type=ServiceError):
                 node = NodeMemory.connect(config, sharding)
-        return _assemble(model, config, init_fn, weights, sharding, commits, node)
+        runtime = _assemble(model, config, init_fn, weights, sharding, commits, node)
+        if node is not None:
+            node.settle()
+        return runtime
     except BaseException:
+        if commits is not None:
+            commits.close()
         if node is not None:
             node.abandon()
         raise
@@ -109,7 +114,8 @@ def _assemble(
 ) -> Runtime:
     has_commits = commits is not None or config.snapshots
     budgets = None if node is None else node.budgets(sharding)
-    blueprint = draw_blueprint(model, config, sharding=sharding, budgets=budgets, has_commits=has_commits)
+    with nullcontext() if node is None else node.explaining_budget():
+        blueprint = draw_blueprint(model, config, sharding=sharding, budgets=budgets, has_commits=has_commits)
     logger.info("%s", layout_summary(blueprint.layout))
     serve_cpu_memory(config.cpu_allocator, is_compute_on_cpu=not blueprint.shape.has_device)
     disk_nbytes = blueprint.memory.total(MemoryTier.NVME)
@@ -117,7 +123,7 @@ def _assemble(
     parts = {} if node is None else find_shared_parts(blueprint, model, weights)
     swap_file = None
     if node is not None:
-        with on_all_ranks(sharding, what="asking the memory service", error_type=ServiceError):
+        with on_all_ranks(sharding, what=ASKING, error_type=ServiceError):
             swap_file, kept_file = node.claim(blueprint, parts.values())
         commits = kept_file or commits
     with nullcontext() if node is None else node.explaining():

@@ -3,11 +3,13 @@
 [Note: Commits of several ranks]
 Each rank publishes a record of its own, and begins with what it says once all have published theirs. So ranks that are
 killed leave records of one step, or of two that follow each other; of the newer step nothing has begun then, and it is
-dropped. Only with the older one, which is still there, and with state of that step, do all go on.
+withdrawn. With the older one, which is still there, and with state of that step, all go on. Before weights or state are
+changed otherwise the last commit is dropped, which is published and agreed in the same way.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -27,7 +29,11 @@ from gemini.sharded_gradients import ShardedGradients
 from gemini.update import TilePipeline, UpdateJob, tiles_of
 from gemini.update_journal import UpdateJournal
 
-__all__ = ["KeptState"]
+__all__ = ["KeptState", "common_sequence"]
+
+logger = logging.getLogger(__name__)
+
+WHAT = "claiming the commit files"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,24 +66,15 @@ class KeptState:
         """
         layout, plan, shape, commits = blueprint.layout, blueprint.plan, blueprint.shape, blueprint.commits
         assert commits is not None
-        what = "claiming the commit files"
-        with on_all_ranks(sharding, what=what):
-            record = file.claim(
+        with on_all_ranks(sharding, what=WHAT):
+            file.claim(
                 commits,
                 fingerprint=fingerprint_content(layout, blueprint.shards, plan, shape, commits),
                 text=describe_content(layout, plan, shape, commits),
             )
-        sequences = [row[0] for row in agree(sharding, None, [file.sequence], what=what)]
-        oldest = min(sequences)
-        if max(sequences) - oldest > 1:
-            assert sharding is not None
-            found = ", ".join(f"rank {rank} {n}" for rank, n in zip(sharding.group.ranks, sequences, strict=True))
-            raise CheckpointMismatchError(
-                f"the ranks' commit files hold different steps (commits so far: {found}; 0: none): they are not of one "
-                "run, or one of them is new; give all ranks the files of one run, or new ones"
-            )
-        if oldest < file.sequence:
-            record = file.rewind(oldest)
+        sequence = common_sequence(sharding, file)
+        with on_all_ranks(sharding, what=WHAT):
+            record = file.resume(sequence)
         numels = {demand.chunk_id: demand.numel for demand in blueprint.demands if demand.is_trainable}
         return KeptState(
             journal=UpdateJournal(file, numels, tile_numel=shape.tile_numel),
@@ -110,3 +107,32 @@ class KeptState:
             for chunk_id, wish in self.step.wishes.items()
         ]
         redo_updates(jobs, pipeline, self.journal, sequence=self.journal.file.sequence)
+
+
+def common_sequence(sharding: Sharding | None, file: CommitFile | None) -> int:
+    """Return with which of their commits all ranks go on; with several ranks all call.
+
+    Args:
+        sharding: the ranks; None: there are no others.
+        file: this rank's; None: it has none.
+
+    Returns:
+        The record's sequence; 0: there is none that all have.
+
+    Raises:
+        CheckpointMismatchError: the ranks' commits are not of one run.
+        CollectiveError: a rank did not take part.
+    """
+    own = [0, False] if file is None else [file.sequence, file.has_record]
+    table = agree(sharding, None, own, what=WHAT)
+    sequences = [sequence for sequence, _ in table]
+    oldest, newest = min(sequences), max(sequences)
+    found = ", ".join(f"{sequence} on the {i + 1}." for i, sequence in enumerate(sequences))
+    if oldest > 0 and newest - oldest > 1:
+        raise CheckpointMismatchError(
+            f"the ranks' commit files are not of one run (commits so far: {found} rank): give all ranks the files of "
+            "one run, or new ones"
+        )
+    if oldest == 0 and newest > 1:
+        logger.warning("what some ranks have committed is dropped, as others have nothing of it (%s rank)", found)
+    return oldest if all(has_record for sequence, has_record in table if sequence == oldest) else 0

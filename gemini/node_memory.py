@@ -39,18 +39,20 @@ from gemini.errors import (
     ServiceError,
 )
 from gemini.initialise import WeightSource
+from gemini.kept_state import common_sequence
 from gemini.offload.commit_file import CommitFile
 from gemini.offload.resources import budgets_of
 from gemini.offload.swap_file import HEADER_NBYTES, GivenFile
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, format_nbytes, round_up
 
 if TYPE_CHECKING:
-    from gemini.service import Lease, ServiceClient
+    from gemini.service import KeptState, Lease, ServiceClient
 
 __all__ = ["Grant", "NodeMemory", "SharedPart", "SharedWeights", "find_shared_parts", "shared_key"]
 
 logger = logging.getLogger(__name__)
 
+ASKING = "asking the memory service"
 NO_BUDGET = -1
 """Among numbers: a tier of which there is no budget."""
 MAX_PARTS = 1024
@@ -87,7 +89,12 @@ class NodeMemory:
         self.client = client
         self._config = config
         self._num_ranks = num_ranks
-        self._has_taken_kept = False
+        self._kept: KeptState | None = None
+        """What was taken over of a predecessor."""
+        self._commits: CommitFile | None = None
+        """The predecessor's; this engine's if it goes on from there."""
+        self._meta = b""
+        """What describes the state that is kept: the host budget, and a digest of which frozen weights it goes with."""
         self._finalizer = weakref.finalize(self, _close_soon, client)
         self._finalizer.atexit = False  # the end of the process ends the connection
 
@@ -146,20 +153,21 @@ class NodeMemory:
             configuration gives no budget, a fair share of the node's.
 
         Raises:
-            CheckpointMismatchError: the service keeps the state of some of the ranks only.
+            CheckpointError: what was kept is damaged.
+            CheckpointMismatchError: what was kept of the ranks is not of one run.
             CollectiveError: a rank did not take part.
             ConfigError: as `budgets_of`.
             ServiceError: the service is gone.
         """
-        with on_all_ranks(sharding, what="asking the memory service", error_type=ServiceError):
+        with self.explaining():
+            with on_all_ranks(sharding, what=ASKING, error_type=ServiceError):
+                self._take_kept()
+            if common_sequence(sharding, self._commits) == 0:
+                self._drop_kept()
+        with on_all_ranks(sharding, what=ASKING, error_type=ServiceError):
             budgets = self._own_budgets()
         numbers = [NO_BUDGET if nbytes is None else nbytes for nbytes in budgets.values()]
-        keeps, *columns = zip(*agree(sharding, None, [self._keeps, *numbers], what="sharing memory"), strict=True)
-        if any(keeps) and not all(keeps):
-            raise CheckpointMismatchError(
-                f"the memory service keeps what some ranks of job {self._config.job} committed, and not the others': "
-                f"`python -m gemini evict {self._config.job}` drops it"
-            )
+        columns = zip(*agree(sharding, None, numbers, what="sharing memory"), strict=True)
         least = [None if min(column) == NO_BUDGET else min(column) for column in columns]
         return dict(zip(budgets, least, strict=True))
 
@@ -179,17 +187,27 @@ class NodeMemory:
             budgets[MemoryTier.HOST] = node.host_share
         nvme_nbytes = budgets[MemoryTier.NVME]
         if nvme_nbytes is not None:
+            if node.disk_total == 0:
+                logger.warning("the memory service has no disk, so nothing will live there: serve --nvme DIR:BYTES")
             budgets[MemoryTier.NVME] = min(nvme_nbytes, max(0, node.disk_total // self._num_ranks - HEADER_NBYTES))
         return budgets
 
-    @property
-    def _keeps(self) -> bool:
-        """Whether this engine goes on from what the service keeps of a predecessor."""
-        return self.client.kept is not None and self._config.snapshots
+    def _take_kept(self) -> None:
+        """Take over what the service keeps of a predecessor, if anything."""
+        if self.client.kept is not None and self._config.snapshots:
+            self._kept = self.client.take_kept()
+            self._commits = CommitFile.open(self._kept.fd)
+
+    def _drop_kept(self) -> None:
+        """Give back what was taken over: there is no step in it that all ranks have committed."""
+        if self._commits is not None:
+            self._commits.close()
+        if self._kept is not None:
+            self._kept.lease.end()
+        self._kept = self._commits = None
 
     def _kept_budget(self) -> int | None:
-        kept = self.client.kept
-        return int(kept.meta.split()[0]) if kept is not None and self._keeps and kept.meta else None
+        return int(self._kept.meta.split()[0]) if self._kept is not None and self._kept.meta else None
 
     def claim(self, blueprint: Blueprint, shared: Iterable[SharedPart]) -> Grant:
         """Wait until the service grants what an engine takes, or take over what it keeps of a predecessor.
@@ -202,25 +220,22 @@ class NodeMemory:
             What the engine takes beside plain host memory.
 
         Raises:
-            CheckpointError: what was kept is damaged.
             OutOfTierMemoryError: the node does not have that much.
             ServiceError: the service refuses.
         """
         nbytes_of_key = {part.key: part.nbytes for part in shared}
+        host_nbytes, disk_nbytes = blueprint.budgets[MemoryTier.HOST], blueprint.memory.total(MemoryTier.NVME)
+        assert host_nbytes is not None
         frozen = hashlib.sha256("".join(nbytes_of_key).encode()).hexdigest().encode()
-        if self._keeps:
-            kept = self.client.take_kept()
-            self._has_taken_kept = True
-            if kept.meta.split()[1:] != [frozen]:
+        self._meta = b"%d %s" % (host_nbytes, frozen)
+        if self._kept is not None:
+            if self._kept.meta.split()[1:] != [frozen]:
                 logger.warning(
                     "job %s goes on from its last commit, but its frozen weights come from other files, or from files "
                     "that were changed since: what it has learnt may not fit them",
                     self._config.job,
                 )
-            with self.explaining():
-                return Grant(_swap_file(kept.lease), CommitFile.open(kept.fd))
-        host_nbytes, disk_nbytes = blueprint.budgets[MemoryTier.HOST], blueprint.memory.total(MemoryTier.NVME)
-        assert host_nbytes is not None
+            return Grant(_swap_file(self._kept.lease), self._commits)
         lease = self.client.lease(
             max(0, host_nbytes - sum(nbytes_of_key.values())),
             disk_nbytes + HEADER_NBYTES if disk_nbytes else 0,
@@ -231,7 +246,7 @@ class NodeMemory:
             return Grant(_swap_file(lease), None)
         nbytes = blueprint.commits.nbytes
         commits = CommitFile.create(lease.keep_file(nbytes), nbytes)
-        lease.set_meta(b"%d %s" % (host_nbytes, frozen))
+        lease.set_meta(self._meta)
         return Grant(_swap_file(lease), commits)
 
     @contextmanager
@@ -243,6 +258,19 @@ class NodeMemory:
             raise type(error)(
                 f"{error}. The memory service keeps it for job {self._config.job}: `python -m gemini evict "
                 f"{self._config.job}` drops it"
+            ) from error
+
+    @contextmanager
+    def explaining_budget(self) -> Iterator[None]:
+        """Say in an error raised inside, of a budget that is too small, where that comes from."""
+        try:
+            yield
+        except OutOfTierMemoryError as error:
+            if self._config.host_budget is not None:
+                raise
+            raise OutOfTierMemoryError(
+                f"{error}. The host budget is this rank's fair part of what the memory service has to grant (serve "
+                "--host-budget), unless host_budget says less"
             ) from error
 
     def shared(self, part: SharedPart, fill: Callable[[torch.Tensor], None]) -> torch.Tensor:
@@ -283,9 +311,16 @@ class NodeMemory:
         self._finalizer.detach()
         self.client.close(keep=keep)
 
+    def settle(self) -> None:
+        """Say that the engine has come to be: of what was kept for it, it needs nothing but what it has asked for."""
+        if self._kept is not None:
+            self._kept.lease.set_meta(self._meta)
+
     def abandon(self) -> None:
         """Give everything back because no engine came to be; what a predecessor left is kept."""
-        self.close(keep=self._has_taken_kept)
+        if self._commits is not None:
+            self._commits.close()
+        self.close(keep=self._kept is not None)
 
 
 def _close_soon(client: ServiceClient) -> None:

@@ -16,7 +16,7 @@ from gemini.errors import CheckpointMismatchError, ConfigError
 from gemini.kernels.adam_tile import AdamHyper, AdamSegment
 from gemini.ownership import runtime_of
 from gemini.runtime import Runtime
-from gemini.weights import load_moments, read_moments, reset_moments
+from gemini.weights import drop_commit, load_moments, read_moments, reset_moments
 
 __all__ = ["HybridAdam"]
 
@@ -285,6 +285,7 @@ class HybridAdam(torch.optim.Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         ids = [index for group in groups for index in group["params"]]
         self.runtime.finish_updates()
+        drop_commit(self.runtime)
         for group, saved in zip(self.param_groups, groups, strict=True):
             group.update({key: value for key, value in saved.items() if key != "params"})  # a scheduler's too
         self.state.clear()

@@ -29,6 +29,7 @@ __all__ = [
     "STATE_KINDS",
     "kinds_of",
     "load_masters",
+    "drop_commit",
     "load_moments",
     "master_runs",
     "owned_run",
@@ -156,6 +157,7 @@ def loading(runtime: Runtime) -> Iterator[None]:
     Raises:
         CollectiveError: a rank did not come; from then on weights are in part the old ones.
     """
+    drop_commit(runtime)
     shared = [chunk.home for chunk in runtime.core.chunks if chunk.home.is_shared]
     if shared:
         runtime.resources.transfers.synchronize()
@@ -165,6 +167,21 @@ def loading(runtime: Runtime) -> Iterator[None]:
         _await_ranks(runtime, name="end of loading shared weights")
         for home in shared:
             home.refresh()
+
+
+def drop_commit(runtime: Runtime) -> None:
+    """Let there be no committed step any more, before weights or state change otherwise; with several ranks all call.
+
+    Args:
+        runtime: the engine's.
+
+    Raises:
+        CollectiveError: a rank did not come; nothing has changed.
+    """
+    if runtime.journal is not None and runtime.journal.file.has_record:
+        runtime.journal.file.drop()
+        if runtime.sharding is not None:
+            _await_ranks(runtime, name="ends of what was committed")
 
 
 def _await_ranks(runtime: Runtime, *, name: str) -> None:
@@ -224,7 +241,7 @@ def read_moments(runtime: Runtime, slot: ParamSlot) -> tuple[torch.Tensor, torch
 
 
 def load_moments(runtime: Runtime, slot: ParamSlot, momentum: torch.Tensor, variance: torch.Tensor) -> None:
-    """Set a trainable parameter's momentum and variance; same shape, any float dtype and device."""
+    """Set a trainable parameter's moments, after `drop_commit`; same shape, any float dtype and device."""
     chunk, piece = _chunk_and_piece(runtime, slot)
     flat_momentum, flat_variance = _cut(chunk, slot, momentum), _cut(chunk, slot, variance)
     for part in _parts(runtime, piece):
@@ -298,7 +315,8 @@ def write_parts(runtime: Runtime, slot: ParamSlot, read: Callable[[str, int, int
 
 
 def reset_moments(runtime: Runtime) -> None:
-    """Set the momentum and variance of every parameter to zero."""
+    """Set the momentum and variance of every parameter to zero; with several ranks all must call."""
+    drop_commit(runtime)
     for chunk_id, state in runtime.states.items():
         spec = runtime.core.chunks[chunk_id].home_spec
         for tile in range(len(state.tiers)):
@@ -366,8 +384,7 @@ def _typed(tile: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
 def _tile(runtime: Runtime, home: TiledHome, tile: int, *, write: bool) -> Iterator[torch.Tensor]:
     """Yield a tile as uint8 host memory; with `write`, changes reach the home when the context closes."""
     tier = home.tiers[tile]
-    if write and runtime.journal is not None:
-        runtime.journal.file.forget()  # what it tells about is no longer there
+    assert not write or runtime.journal is None or not runtime.journal.file.has_record
     if tier is MemoryTier.HOST:
         yield home.tile(tile)
         return

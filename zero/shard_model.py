@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from gemini.chunk.sharding import ShardGroup, Sharding
 from gemini.config import GeminiConfig
 from gemini.ddp import GeminiDDP
-from gemini.errors import ConfigError, GeminiError
+from gemini.errors import ConfigError, GeminiError, OutOfTierMemoryError
 from gemini.initialise import InitFn
 from gemini.offload.resources import device_of
 from zero.agreement import check_all_built, check_same_config, check_same_model, find_node_ranks, share_node
@@ -109,7 +109,16 @@ def shard(
         file = open_frozen_file(node_ranks, group)
     try:
         sharding = Sharding(group=group, node_ranks=node_ranks, stage=stage, frozen_file=file)
-        engine = _build(partial(GeminiDDP, model, config, init_fn=init_fn, weights=weights, sharding=sharding), group)
+        try:
+            build = partial(GeminiDDP, model, config, init_fn=init_fn, weights=weights, sharding=sharding)
+            engine = _build(build, group)
+        except OutOfTierMemoryError as error:
+            if len(node_ranks) == 1:
+                raise
+            raise OutOfTierMemoryError(
+                f"{error}. These are one rank's bytes: the {len(node_ranks)} ranks of this machine share the host and "
+                "disk budgets equally"
+            ) from error
         if file is not None:
             file.seal()
     finally:

@@ -278,7 +278,7 @@ class TorchGroup:
             cause = self._find_cause(what, line)
             self._failure = (
                 f"{what} failed on rank {self._rank} of {dist.get_world_size()}: {cause}; the backend says: {reason}. "
-                "Start all ranks again, from a checkpoint"
+                "Start all ranks again, from what was committed or a checkpoint"
             )
             raise CollectiveError(self._failure) from error
 

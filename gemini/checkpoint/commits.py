@@ -64,7 +64,11 @@ def commit_step(runtime: Runtime, participants: Participants, *, extra: Any) -> 
     except CollectiveError:
         raise  # others may have seen this rank's record and gone on; they are asked when the file is opened again
     except Exception:
-        file.rewind(committed)
+        file.withdraw(committed)
+        raise
+    except BaseException:
+        if runtime.sharding is not None:
+            file.is_disputed = True
         raise
     runtime.overlap.release(file.sequence)
     runtime.lookahead.fetch_ahead()
@@ -76,11 +80,11 @@ def recover_step(runtime: Runtime, participants: Participants) -> Recovered:
     found = runtime.recovered
     if found is None:
         raise ConfigError("engine.recover: the commit file held no committed step: look at engine.recovered first")
-    state = decode_run_state(found.run_state, source=SOURCE)
     with on_all_ranks(runtime.sharding, what="engine.recover"):
+        state = decode_run_state(found.run_state, source=SOURCE)
         check_run_state(state, participants, source=f"engine.recover: {SOURCE}")
-    if participants.scheduler is not None:
-        load_scheduler(participants.scheduler, state["scheduler"], source=f"engine.recover: {SOURCE}")
+        if participants.scheduler is not None:
+            load_scheduler(participants.scheduler, state["scheduler"], source=f"engine.recover: {SOURCE}")
     runtime.clear_gradients()
     restore_run_state(runtime, participants, state, state["buffers"])
     runtime.num_steps = found.num_steps

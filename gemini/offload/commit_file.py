@@ -22,7 +22,7 @@ Numbers are little endian; parts begin at multiples of 4096, buffers at a multip
 
     offset  type      field of a record's place
     0       uint64    sequence, from 1; 0: no record. Stored last, and set to 0 before anything else changes
-    8       uint64    bytes of the record
+    8       uint64    bytes of the record; 0: what was published before was dropped
     16      uint32    CRC-32 of the record
     64      bytes     the record
 """
@@ -41,7 +41,7 @@ from types import TracebackType
 import torch
 
 from gemini._native import ffi, lib
-from gemini.errors import CheckpointError, CheckpointMismatchError, ConfigError, OutOfTierMemoryError
+from gemini.errors import CheckpointError, CheckpointMismatchError, ConfigError, ModelError, OutOfTierMemoryError
 from gemini.kernels.journal import SCRATCH_NBYTES
 from gemini.tiers import IO_ALIGNMENT_NBYTES, format_nbytes, round_up
 
@@ -138,6 +138,10 @@ class CommitFile:
         self._layout: CommitLayout | None = None
         self._taken_nbytes = 0
         self._sequence = 0
+        self.has_record = False
+        """Whether what was published last is a record, and not that there is none."""
+        self.is_disputed = False
+        """Whether it is not known if what was published last counts, so that nothing may be published after it."""
 
     @staticmethod
     def create(descriptor: int, nbytes: int) -> CommitFile:
@@ -179,7 +183,7 @@ class CommitFile:
             The file.
 
         Raises:
-            CheckpointError: it is no commit file, or has another length than it had.
+            CheckpointError: it is no commit file, or has another length than it had, or is damaged.
             ConfigError: another process holds the file.
         """
         file = CommitFile(_reopen(descriptor))
@@ -191,6 +195,11 @@ class CommitFile:
                 f"expected a commit file {expected}, found another file, of {found_nbytes} bytes: "
                 "make one with CommitFile.create"
             )
+        try:
+            file._find_newest()
+        except BaseException:
+            file.close()
+            raise
         return file
 
     @property
@@ -211,16 +220,13 @@ class CommitFile:
 
     # ---------------------------------------------------------------- what lies in it
 
-    def claim(self, layout: CommitLayout, *, fingerprint: str, text: str) -> CommitRecord | None:
-        """Map the file, to be used as a layout says.
+    def claim(self, layout: CommitLayout, *, fingerprint: str, text: str) -> None:
+        """Map the file, to be used as a layout says, from the record that `resume` is given.
 
         Args:
             layout: what lies where.
             fingerprint: of everything that decides what the bytes mean, at most 64 characters.
             text: the same for people to read.
-
-        Returns:
-            What was published last; None: nothing, and all entries, words and scratches are zero.
 
         Raises:
             ConfigError: the file is too short.
@@ -228,32 +234,56 @@ class CommitFile:
             CheckpointError: what was published is damaged.
             OutOfTierMemoryError: the machine cannot map it.
         """
-        magic, nbytes, identity, record_nbytes, found, found_text = self._header()
+        _, nbytes, _, record_nbytes, found, found_text = self._header()
         if nbytes < layout.nbytes:
             raise ConfigError(
                 f"the commit file has {nbytes} bytes, this engine needs {layout.nbytes}: make it as long as the "
                 "blueprint says (Blueprint.commits.nbytes)"
             )
-        self._taken_nbytes = 0
-        self._memory = _map(self._descriptor, layout.nbytes)
-        record = None
-        if found:
-            record = self._newest(layout.records, record_nbytes)
-        if record is not None and (found, record_nbytes) != (fingerprint.encode(), layout.record_nbytes):
+        newest = self._newest()
+        is_ours = (found, record_nbytes) == (fingerprint.encode(), layout.record_nbytes)
+        if newest is not None and newest.content and not is_ours:
             raise CheckpointMismatchError(
                 f"the commit file holds the state of another engine: {found_text.decode(errors='replace')} "
                 f"({found.decode(errors='replace')[:12]}), this one is: {text} ({fingerprint[:12]}). Give the engine "
                 "the same model, configuration and budgets as before, all of them in numbers, or a new commit file"
             )
+        self._taken_nbytes = 0
+        self._memory = _map(self._descriptor, layout.nbytes)
         self._layout = layout
-        if record is None:
-            self._memory[layout.records : layout.overhead_nbytes].zero_()
+        if newest is None or not is_ours:
+            self._clear()
+            magic, nbytes, identity, *_ = self._header()
             words = text.encode()[:_TEXT_NBYTES]
             header = (magic, nbytes, identity, layout.record_nbytes, fingerprint.encode(), words)
             os.pwrite(self._descriptor, _HEADER.pack(*header), 0)
         else:
-            self._sequence = record.sequence
-        return record
+            self._find_newest()
+
+    def resume(self, sequence: int) -> CommitRecord | None:
+        """Begin with what was published or dropped last, or with what was before it; see `withdraw`.
+
+        Args:
+            sequence: of it; 0: whatever there is does not count.
+
+        Returns:
+            The record; None: there is none, and all entries, words and scratches are zero.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        if sequence:
+            self.withdraw(sequence)
+        if not sequence or not self.has_record:
+            self._clear()
+            return None
+        return self._newest()
+
+    def _clear(self) -> None:
+        assert self._memory is not None
+        assert self._layout is not None
+        self._memory[self._layout.records : self._layout.overhead_nbytes].zero_()
+        self._sequence, self.has_record = 0, False
 
     def take(self, nbytes: int) -> torch.Tensor:
         """Return the next buffer.
@@ -305,21 +335,27 @@ class CommitFile:
 
     @property
     def sequence(self) -> int:
-        """Of the last record that was published, in this process or found; 0: none was."""
+        """Of what was published or dropped last, in this process or found; 0: nothing was."""
         return self._sequence
 
     def publish(self, content: bytes) -> int:
         """Publish a record, which takes the place of the one before the last.
 
         Args:
-            content: the record.
+            content: the record; empty: that there is none.
 
         Returns:
             Its sequence.
 
         Raises:
             ConfigError: it is too long; nothing has happened.
+            ModelError: see `is_disputed`.
         """
+        if self.is_disputed:
+            raise ModelError(
+                "engine.commit: the last commit was interrupted, and whether the other ranks made it is not known: "
+                "start all ranks again, which find out"
+            )
         assert self._layout is not None
         assert self._memory is not None
         limit = self._layout.record_nbytes - _RECORD_OFFSET
@@ -331,54 +367,53 @@ class CommitFile:
         sequence = self._sequence + 1
         place = self._place_of(sequence)
         self._publish(place, 0)
-        fields = _RECORD.pack(0, len(content), zlib.crc32(content))[8:]
-        self._memory[place + 8 : place + 8 + len(fields)] = torch.frombuffer(bytearray(fields), dtype=torch.uint8)
-        begin = place + _RECORD_OFFSET
-        self._memory[begin : begin + len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        header = _RECORD.pack(0, len(content), zlib.crc32(content)).ljust(_RECORD_OFFSET, b"\0")
+        stored = torch.frombuffer(bytearray(header[8:] + content), dtype=torch.uint8)
+        self._memory[place + 8 : place + 8 + stored.numel()] = stored
         self._publish(place, sequence)
-        self._sequence = sequence
+        self._sequence, self.has_record = sequence, bool(content)
         return sequence
 
-    def rewind(self, sequence: int) -> CommitRecord | None:
-        """Drop what was published after a record, of which nothing may have been done yet.
+    def withdraw(self, sequence: int) -> None:
+        """Let what was published or dropped last be undone, of which nothing may have begun; what was before it counts.
 
         Args:
-            sequence: of the newest record, or of the one before it; 0: of none.
-
-        Returns:
-            That record; None: there is none.
+            sequence: of what counts then: the last one's, for which nothing changes, or one less.
 
         Raises:
-            CheckpointError: it is damaged, or not there.
+            CheckpointError: it is damaged.
         """
-        assert self._layout is not None
         assert 0 <= self._sequence - sequence <= 1
         if sequence < self._sequence:
             self._publish(self._place_of(self._sequence), 0)
             self._sequence = sequence
-        return self._newest(self._layout.records, self._layout.record_nbytes)
+            self._find_newest()
 
-    def forget(self) -> None:
-        """Let there be no record: what lies in the buffers is about to change otherwise than by updates."""
-        for sequence in (self._sequence - 1, self._sequence):  # never an old one alone
-            self._publish(self._place_of(sequence), 0)
+    def drop(self) -> None:
+        """Publish that there is no record: what lies in the buffers is about to change otherwise than by updates."""
+        self.publish(b"")
 
     def _place_of(self, sequence: int) -> int:
         assert self._layout is not None
         return self._layout.records + sequence % 2 * self._layout.record_nbytes
 
-    def _newest(self, offset: int, record_nbytes: int) -> CommitRecord | None:
-        assert self._memory is not None
-        places = [
-            bytes(self._memory[begin : begin + _RECORD.size].numpy()) for begin in (offset, offset + record_nbytes)
-        ]
-        fields = [_RECORD.unpack(place) for place in places]
+    def _find_newest(self) -> None:
+        newest = self._newest()
+        self._sequence = 0 if newest is None else newest.sequence
+        self.has_record = newest is not None and bool(newest.content)
+
+    def _newest(self) -> CommitRecord | None:
+        """Return what was published last, with no content if it was a drop; None: nothing was."""
+        record_nbytes = self._header()[3]
+        if record_nbytes == 0:
+            return None
+        places = [IO_ALIGNMENT_NBYTES, IO_ALIGNMENT_NBYTES + record_nbytes]
+        fields = [_RECORD.unpack(os.pread(self._descriptor, _RECORD.size, place)) for place in places]
         number = 0 if fields[0][0] > fields[1][0] else 1
         sequence, nbytes, checksum = fields[number]
         if sequence == 0:
             return None
-        begin = offset + number * record_nbytes + _RECORD_OFFSET
-        content = bytes(self._memory[begin : begin + min(nbytes, record_nbytes)].numpy())
+        content = os.pread(self._descriptor, min(nbytes, record_nbytes), places[number] + _RECORD_OFFSET)
         if zlib.crc32(content) != checksum:
             raise CheckpointError(
                 f"the commit file is damaged: the checksum of record {sequence} is wrong; go on from a checkpoint, "

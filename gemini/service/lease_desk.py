@@ -206,11 +206,13 @@ class LeaseDesk:
         session.connection.send(FileGiven(message.id), (record.keep_file,))
 
     def set_meta(self, session: Session, message: SetMeta) -> None:
-        """Remember a client's own description of its kept file."""
+        """Remember a client's own description of its kept file, which is no longer its predecessor's then."""
         record = session.leases.get(message.lease)
         if record is None:
             return session.refuse(message.id, "unknown", f"this rank has no lease {message.lease}")
         record.meta = message.meta
+        if record.member not in self.kept:
+            self.ledger.release_kept_shared(record.member, now_s=time.monotonic())
         session.done(message.id)
 
     def take_kept(self, session: Session, request: int) -> None:
@@ -227,7 +229,7 @@ class LeaseDesk:
             except OffloadIOError as error:
                 return session.refuse(request, "disk", str(error))
         del self.kept[session.member]
-        self.ledger.take_kept_shared(session.member)
+        self.ledger.take_kept(session.member, record.number)
         session.leases[record.number] = record
         self._record_change()
         self._give(session, record, request, (*files, record.keep_file))
@@ -237,7 +239,6 @@ class LeaseDesk:
         """Free what is kept of a rank; return whether there was anything."""
         kept = self.kept.pop(member, None)
         if kept is not None:
-            self.ledger.release_kept_shared(member, now_s=time.monotonic())
             self._free(kept.record)
             self.settle()
         return kept is not None
@@ -256,23 +257,28 @@ class LeaseDesk:
 
     def end_session(self, session: Session, *, keep: bool, now_s: float) -> None:
         """Free what a client held that has ended, or keep it for its successor."""
-        for number, (asker, _, _) in list(self._asked.items()):
-            if asker is session:
+        for number, (asker, request, _) in list(self._asked.items()):
+            if _job_of(asker) == _job_of(session):
                 self.ledger.withdraw(number)
                 del self._asked[number]
+            if asker is not session and _job_of(asker) == _job_of(session):
+                text = "another rank of the job has ended, and all are granted together: start all ranks again"
+                asker.refuse(request, "conflict", text)
         for number, record in list(session.leases.items()):
             if keep and record.keep_file >= 0 and session.member is not None:
                 del session.leases[number]
                 record.request = -1
                 self.drop_kept(session.member)  # what it has not taken of its own predecessor
                 self.kept[session.member] = KeptRank(record, session.num_ranks, session.priority, now_s)
-                self.ledger.keep_shared(session.member)
+                self.ledger.keep(number)
                 self._record_change()
             else:
                 self.end(session, number)
 
     def _free(self, record: LeaseRecord) -> None:
         self.ledger.end(record.number)
+        if record.keep_file >= 0:
+            self.ledger.release_kept_shared(record.member, now_s=time.monotonic())
         record.close_file()
         if self.disk is not None and record.disk_name:
             self.disk.remove(record.disk_name)
@@ -362,3 +368,7 @@ class LeaseDesk:
             self.disk.remove(lost.entry.disk_name)
         self._record_change()
         self.settle()
+
+
+def _job_of(session: Session) -> JobKey | None:
+    return None if session.member is None else session.member.job

@@ -256,21 +256,20 @@ class NodeLedger:
             hold.holders.remove(member)
             hold.idle_since_s = now_s
 
-    def keep_shared(self, member: Member) -> None:
-        """Count what is kept of a rank as a user of all filled chunks that the rank uses."""
+    def keep(self, number: int) -> None:
+        """Let a lease outlive its rank's process, and count it as a user of all filled chunks that the rank uses."""
+        member, amount = self._leases[number]
+        self._leases[number] = (_kept(member), amount)
         for hold in self.shared.values():
             if member in hold.holders and hold.is_filled:
                 hold.holders.add(_kept(member))
 
-    def take_kept_shared(self, member: Member) -> None:
-        """Count a rank as a user of what was kept of its predecessor."""
-        for hold in self.shared.values():
-            if _kept(member) in hold.holders:
-                hold.holders.remove(_kept(member))
-                hold.holders.add(member)
+    def take_kept(self, member: Member, number: int) -> None:
+        """Let a kept lease be that of a rank's new process; what it uses is its own until `release_kept_shared`."""
+        self._leases[number] = (member, self._leases[number][1])
 
     def release_kept_shared(self, member: Member, *, now_s: float) -> None:
-        """Count what was kept of a rank no longer as a user."""
+        """Count what was kept of a rank no longer as a user of chunks."""
         for _, key in list(self.shared):
             self.release_shared(_kept(member), key, now_s=now_s)
 

@@ -327,7 +327,8 @@ def small_file() -> Iterator[int]:
 
 def reread(descriptor: int) -> tuple[int, bytes] | None:
     with CommitFile.open(descriptor) as file:
-        record = file.claim(LAYOUT, fingerprint="f", text="a test")
+        file.claim(LAYOUT, fingerprint="f", text="a test")
+        record = file.resume(file.sequence)
         return None if record is None else (record.sequence, record.content)
 
 
@@ -365,14 +366,30 @@ def test_a_damaged_record_is_refused(offset: int) -> None:
             reread(descriptor)
 
 
-def test_a_file_without_a_record_is_cleared() -> None:
+@pytest.mark.parametrize("fingerprint", ["f", "g"])
+def test_a_file_without_a_record_is_cleared(fingerprint: str) -> None:
     with small_file() as descriptor:
         with CommitFile.open(descriptor) as file:
             file.claim(LAYOUT, fingerprint="f", text="a test")
             file.put_word(0, 7)
             file.publish(b"one")
             assert file.words.tolist() == [7]
-            file.forget()
+            file.drop()
+            assert not file.has_record
         with CommitFile.open(descriptor) as file:
-            assert file.claim(LAYOUT, fingerprint="g", text="a test") is None
-            assert file.words.tolist() == [0]
+            file.claim(LAYOUT, fingerprint=fingerprint, text="a test")
+            assert file.resume(file.sequence) is None
+            assert (file.sequence, file.words.tolist()) == (0, [0])
+
+
+def test_what_was_published_or_dropped_last_is_withdrawn() -> None:
+    with small_file() as descriptor:
+        publish(descriptor, b"one", b"two")
+        with CommitFile.open(descriptor) as file:
+            file.claim(LAYOUT, fingerprint="f", text="a test")
+            file.withdraw(1)
+            assert (file.sequence, file.has_record) == (1, True)
+            file.drop()
+            file.withdraw(1)
+            assert (file.sequence, file.has_record) == (1, True)
+        assert reread(descriptor) == (1, b"one")

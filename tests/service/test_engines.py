@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -238,6 +239,33 @@ def test_an_engine_that_is_forgotten_gives_its_memory_back(node: ServiceProcess,
     del engine
     gc.collect()
     wait_until(node.holds_nothing)
+
+
+def test_only_the_frozen_weights_in_use_are_held(
+    node: ServiceProcess, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scenario, config = engine_job.PLACES["frozen"], configuration("frozen", node, tmp_path, snapshots=True)
+    for step, (seed, warns) in enumerate(((0, False), (1, True), (1, False), (0, True)), start=1):
+        caplog.clear()
+        engine = GeminiDDP(scenario.build(seed), config)
+        Training(scenario, engine).train(step)
+        engine.close(keep=True)
+        assert sum(chunk.num_users for chunk in node.state().shared) == 1
+        assert ("frozen weights come from other files" in caplog.text) == warns
+
+
+def test_a_job_that_does_not_want_what_is_kept_waits_for_room(node: ServiceProcess, tmp_path: Path) -> None:
+    config = configuration("memory", node, tmp_path, snapshots=True, host_budget="600MiB")
+    engine = GeminiDDP(engine_job.PLACES["memory"].build(0), config)
+    engine.close(keep=True)
+    with node.client("here") as client:
+        waits = threading.Event()
+        asking = threading.Thread(target=lambda: client.lease(500 * MIB, 0, on_wait=lambda reason: waits.set()))
+        asking.start()
+        assert waits.wait(10)
+        client.drop_kept()
+        asking.join(10)
+        assert not asking.is_alive()
 
 
 def test_a_kept_job_holds_the_room_of_its_frozen_weights(node: ServiceProcess, tmp_path: Path) -> None:

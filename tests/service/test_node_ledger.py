@@ -148,26 +148,30 @@ def test_the_longest_unused_warm_chunks_make_room_and_the_wanted_one_stays():
 
 def test_what_is_kept_of_a_rank_uses_its_filled_chunks_until_it_is_taken_or_dropped():
     ledger, who = NodeLedger(Amount(100)), member("a")
+    lease = ledger.adopt(who, Amount(5))
     for key, nbytes in (("filled", 60), ("begun", 30)):
         ledger.hold_shared(who, key, nbytes)
     ledger.fill_shared(1, "filled", "sha256:0")
-
-    def end_process(*, keeps: bool) -> None:
-        if keeps:
-            ledger.keep_shared(who)
-        for key in ("filled", "begun"):
-            ledger.release_shared(who, key, now_s=1)
-
-    end_process(keeps=True)
+    ledger.keep(lease)
+    for key in ("filled", "begun"):
+        ledger.release_shared(who, key, now_s=1)
     assert ledger.kept_shared_nbytes(who) == 60
     assert ledger.unused() == [(1, "begun")]
-    assert ledger.free() == Amount(40)
-    ledger.take_kept_shared(who)
-    assert ledger.kept_shared_nbytes(who) == 0
-    assert ledger.free() == Amount(40)
-    end_process(keeps=True)
+    assert ledger.free() == Amount(35)
+    ledger.take_kept(who, lease)
+    assert ledger.hold_shared(who, "filled", 60) == []
     ledger.release_kept_shared(who, now_s=2)
-    assert ledger.free() == Amount(100)
+    assert ledger.free() == Amount(35)
+    ledger.release_shared(who, "filled", now_s=3)
+    assert ledger.free() == Amount(95)
+
+
+def test_a_new_process_waits_though_something_is_kept_of_its_rank():
+    ledger = NodeLedger(Amount(100))
+    ledger.keep(ledger.adopt(member("a"), Amount(60)))
+    number = ask(ledger, "a", 50)
+    assert ledger.settle().refused == {}
+    assert ledger.reason(number) == "50 B of host memory, of which 40 B are free"
 
 
 def test_a_budget_that_adopted_leases_exceed_grants_nothing_until_it_holds():

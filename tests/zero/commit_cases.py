@@ -28,7 +28,8 @@ def go_on(
     directory: Path | None = None,
     frozen: str | None = None,
     started: Connection | None = None,
-    unpublished: int | None = None,
+    ending: str | None = None,
+    odd_rank: int = 0,
     closes: bool = False,
     **fields: Any,
 ) -> Outcome:
@@ -37,8 +38,11 @@ def go_on(
     Args:
         end: the step.
         num_steps: of the whole training, for its batches.
-        started: is told the first step.
-        unpublished: a rank that ends, as if it were killed, before it publishes its last commit.
+        started: is told the step it begins after, and when it has committed another one.
+        ending: how it ends, as if it were killed: "unpublished", all but the odd rank have published the last commit;
+            "dropped", the odd rank has dropped it; "all dropped"; "dropped, unpublished", all but the odd rank have
+            published another one after that.
+        odd_rank: to which that happens.
         closes: whether what was committed is dropped in the end.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -58,20 +62,27 @@ def go_on(
             losses.append(loss.item())
             optimizer.step()
             optimizer.zero_grad()
-            if unpublished is not None and step + 1 == end:
-                publish_on_others(engine, losses, rank=rank, unpublished=unpublished)
+            if ending == "unpublished" and step + 1 == end:
+                if rank != odd_rank:
+                    publish(engine, losses)
             elif engine.runtime.journal is not None:
                 engine.commit(extra=[step + 1, losses])
-        weights = {} if unpublished is not None else engine.master_state_dict()
+            if started is not None and step == first:
+                started.send(step + 1)
+        if ending is not None and "dropped" in ending:
+            engine.runtime.finish_updates()
+            if rank == odd_rank or "all" in ending or "," in ending:
+                engine.runtime.journal.file.drop()
+            if rank != odd_rank and "," in ending:
+                publish(engine, losses)
+        weights = engine.master_state_dict() if ending is None else {}
         if not closes:
             engine.close(keep=True)
     return first, losses, weights
 
 
-def publish_on_others(engine: Any, losses: list[float], *, rank: int, unpublished: int) -> None:
-    """Let all ranks but one publish a commit that none of them has begun."""
-    if rank == unpublished:
-        return
+def publish(engine: Any, losses: list[float]) -> None:
+    """Publish a commit that is not begun, as not all ranks have published it."""
     sharding, engine.runtime.sharding = engine.runtime.sharding, None
     release, engine.runtime.overlap.release = engine.runtime.overlap.release, lambda sequence: None
     try:
@@ -82,6 +93,32 @@ def publish_on_others(engine: Any, losses: list[float], *, rank: int, unpublishe
 
 def participants(engine: Any) -> Any:
     return commits.Participants(buffers={}, optimizer=engine.runtime.optimizer(), scheduler=None)
+
+
+def be_interrupted(*, model: str, directory: Path, **fields: Any) -> list[str]:
+    """Interrupt a commit between what is published and what is heard of the others; return what came of two."""
+    case = case_of(model)
+    with sharded(case, stage=3, place="host", directory=directory, **fields) as engine:
+        optimizer = hybrid_adam(engine.parameters())
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        case.loss(engine(**cut_batch(global_batches(case, 1, world_size)[0], rank, world_size))).backward()
+        optimizer.step()
+        group = engine.runtime.sharding.group
+        gather = group.gather_values
+
+        def interrupt(*args: Any, **kwargs: Any) -> Any:
+            group.gather_values = gather
+            gather(*args, **kwargs)
+            raise KeyboardInterrupt
+
+        group.gather_values = interrupt
+        found = []
+        for _ in range(2):
+            try:
+                engine.commit()
+            except BaseException as error:
+                found.append(f"{type(error).__name__}: {error}")
+        return found
 
 
 def serve_rank(rank: int, world_size: int, rendezvous: Path, started: Connection, result: Path, case: Any) -> None:

@@ -6,17 +6,19 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commit_cases import Outcome, go_on, serve_rank
+from commit_cases import Outcome, be_interrupted, go_on, serve_rank
 from forking import fork_context
-from rank_pool import Failure, RankPool
+from rank_pool import RankPool
 from service_process import ServiceProcess, running_service, wait_until
 
 from gemini import StaticPlacement
+from gemini.offload.commit_file import CommitFile
 
 NUM_STEPS = 5
 NUM_KILLS = 20
@@ -65,32 +67,59 @@ def test_ranks_go_on_where_others_were_closed(
     wait_until(node.holds_nothing)
 
 
-@pytest.mark.parametrize("unpublished", [0, 1])
-@pytest.mark.parametrize("end", [1, 3])
-def test_a_step_that_one_rank_has_not_committed_is_dropped_on_all(
-    end: int, unpublished: int, ranks: RankPool, node: ServiceProcess, tmp_path: Path
+@pytest.mark.parametrize("odd_rank", [0, 1])
+@pytest.mark.parametrize(
+    ("ending", "end", "expected_first"),
+    [
+        ("unpublished", 1, 0),
+        ("unpublished", 3, 2),
+        ("dropped", 3, 3),
+        ("all dropped", 3, 0),
+        ("dropped, unpublished", 3, 0),
+    ],
+)
+def test_ranks_go_on_from_what_all_have(
+    ending: str, end: int, expected_first: int, odd_rank: int, ranks: RankPool, node: ServiceProcess, tmp_path: Path
 ) -> None:
     case = {"model": "tower", "num_steps": NUM_STEPS, "directory": tmp_path, "place": "nvme", **MIXED}
     expected = ranks.run(2, go_on, end=NUM_STEPS, **case)
-    ranks.run(2, go_on, end=end, unpublished=unpublished, **case, **served(node))
-    found = ranks.run(2, go_on, end=NUM_STEPS, closes=True, **case, **served(node))
-    assert [first for first, _, _ in found] == [end - 1] * 2
+    ranks.run(2, go_on, end=end, ending=ending, odd_rank=odd_rank, **case, **served(node))
+    for last, first in ((4, expected_first), (NUM_STEPS, 4)):  # another restart finds their files in step
+        found = ranks.run(2, go_on, end=last, closes=last == NUM_STEPS, **case, **served(node))
+        assert [begin for begin, _, _ in found] == [first] * 2
     assert_same(found, expected)
 
 
-def test_ranks_that_have_committed_other_steps_are_told_so(
+@pytest.mark.parametrize("keeps_file", [False, True])
+def test_ranks_of_which_one_has_nothing_begin_afresh(
+    keeps_file: bool, ranks: RankPool, node: ServiceProcess, tmp_path: Path
+) -> None:
+    """Its state was given up, or it was killed before its first commit."""
+    case = {"model": "tower", "num_steps": NUM_STEPS, "directory": tmp_path}
+    expected = ranks.run(2, go_on, end=NUM_STEPS, **case)
+    ranks.run(2, go_on, end=2, **case, **served(node))
+    with node.client("ranks", rank=1, num_ranks=2) as client:
+        client.take_kept().lease.end()
+    if keeps_file:
+        clients = [node.client("ranks", rank=rank, num_ranks=2) for rank in (0, 1)]
+        with ThreadPoolExecutor() as pool:
+            leases = list(pool.map(lambda client: client.lease(1 << 20, 0), clients))
+        CommitFile.create(leases[1].keep_file(1 << 20), 1 << 20).close()
+        clients[0].close()
+        clients[1].close(keep=True)
+    found = ranks.run(2, go_on, end=NUM_STEPS, closes=True, **case, **served(node))
+    assert [begin for begin, _, _ in found] == [0, 0]
+    assert_same(found, expected)
+    wait_until(node.holds_nothing)
+
+
+def test_a_commit_of_which_a_rank_did_not_hear_the_end_is_its_last(
     ranks: RankPool, node: ServiceProcess, tmp_path: Path
 ) -> None:
-    case = {"model": "tower", "num_steps": NUM_STEPS, "directory": tmp_path, **served(node)}
-    ranks.run(2, go_on, end=2, **case)
-    with node.client("ranks", rank=1, num_ranks=2) as client:
-        client.take_kept()
-    failures = ranks.try_run(2, go_on, end=3, **case)
-    for failure in failures:
-        assert isinstance(failure, Failure)
-        assert failure.type_name == "CheckpointMismatchError"
-        assert "keeps what some ranks of job ranks committed" in failure.message
-        assert "python -m gemini evict ranks" in failure.message
+    for first, second in ranks.run(2, be_interrupted, model="tower", directory=tmp_path, **served(node)):
+        assert first.startswith("KeyboardInterrupt")
+        assert second.startswith("ModelError")
+        assert "the last commit was interrupted" in second
 
 
 @pytest.mark.slow
@@ -122,6 +151,8 @@ def test_ranks_that_are_killed_go_on_together(
             (step,) = {ours.recv() for ours, _ in pipes}
             steps.append(step)
             if number < NUM_KILLS:
+                if number % 3 == 0:
+                    assert [ours.recv() for ours, _ in pipes] == [step + 1] * world_size
                 time.sleep(choose.uniform(0, 0.1))
                 choose.shuffle(processes)
                 for process in processes:
