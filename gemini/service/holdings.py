@@ -103,6 +103,8 @@ class Lease:
     def set_meta(self, meta: bytes) -> None:
         """Keep a description beside the kept file; while no service is there, for the next one.
 
+        Of a predecessor's shared chunks, those that this client has not asked for are given up with it.
+
         Args:
             meta: at most 16 KiB.
 
