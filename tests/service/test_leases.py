@@ -8,6 +8,7 @@ import signal
 import stat
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
@@ -117,6 +118,20 @@ def test_the_budget_says_what_is_free_and_what_is_fair(service):
         budget = second.budget()
         assert (budget.host_total, budget.host_free, budget.host_share) == (64 * MIB, 16 * MIB, 16 * MIB)
         assert (budget.disk_total, budget.disk_free) == (64 * MIB, 48 * MIB)
+
+
+def test_a_rank_does_not_wait_for_another_that_has_ended(service):
+    with (
+        service.client("gang", rank=0, num_ranks=2) as first,
+        service.client("gang", rank=1, num_ranks=2) as second,
+        ThreadPoolExecutor() as pool,
+    ):
+        asked = pool.submit(first.lease, MIB, 0)
+        wait_until(lambda: [row.state for row in service.rows("gang")] == ["waiting", "idle"])
+        second.close()
+        with pytest.raises(ServiceError, match="another rank of the job has ended"):
+            asked.result(10)
+    assert service.holds_nothing()
 
 
 def test_one_name_and_rank_is_one_process(service):
