@@ -156,9 +156,8 @@ def home_chunk(problem: Problem, chunk_id: int, role: Role, floor: Floor) -> Chu
 
     Returns:
         The homes. A frozen chunk that is resident on a device lives there, since no update needs it elsewhere; one that
-        is committed never does. Of a
-        sharded chunk the role moves the shard alone; whole, it stays in compute memory only if it is pinned or ranks
-        share one copy of it there.
+        is committed never does. Of a sharded chunk the role moves the shard alone; whole, it stays in compute memory
+        only if it is pinned or ranks share one copy of it there.
     """
     demand = problem.chunks[chunk_id]
     if role is Role.ON_DEVICE and demand.is_committed:
