@@ -31,7 +31,7 @@ from gemini.rehearsal import LossFn, Rehearsal, rehearse
 from gemini.report import DiskWear, wear_of
 from gemini.tiers import MemoryTier, format_nbytes
 
-__all__ = ["MachineMemory", "TrainingPlan", "plan_step", "plan_training", "remedies"]
+__all__ = ["PROCESS_NBYTES", "MachineMemory", "TrainingPlan", "plan_step", "plan_training", "remedies"]
 
 PROCESS_NBYTES = 512 << 20
 """What the interpreter, torch and transformers take of host memory before a model is built."""

@@ -116,8 +116,8 @@ def shard(
             if len(node_ranks) == 1:
                 raise
             raise OutOfTierMemoryError(
-                f"{error}. These are one rank's bytes: the {len(node_ranks)} ranks of this machine share the host and "
-                "disk budgets equally"
+                f"{error}. These are one rank's bytes: give {len(node_ranks)} times as much, as this machine's ranks "
+                "share the host and disk budgets equally"
             ) from error
         if file is not None:
             file.seal()

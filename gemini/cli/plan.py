@@ -23,7 +23,7 @@ from gemini.config import GeminiConfig, NVMeConfig
 from gemini.errors import ConfigError, MissingRateError, ModelError, OutOfTierMemoryError
 from gemini.hardware import HardwareProfile, load_profile
 from gemini.machine import MachineDescription, describe_machine, load_machine
-from gemini.planner import MachineMemory, TrainingPlan, plan_training, remedies
+from gemini.planner import PROCESS_NBYTES, MachineMemory, TrainingPlan, plan_training, remedies
 from gemini.rehearsal import Rehearsal, rehearse
 from gemini.tiers import MemoryTier, format_nbytes, parse_nbytes
 
@@ -113,7 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
         show_outcome(outcomes[0], console)
     for outcome in outcomes:
         if outcome.shortage is not None and not arguments.what_if:
-            sys.stderr.write(f"gemini: does not fit: {outcome.shortage}\n")
+            sys.stderr.write(f"gemini: does not fit: {outcome.shortage.partition('; raise ')[0]}\n")
     return EXIT_FITS if all(outcome.plan is not None for outcome in outcomes) else EXIT_DOES_NOT_FIT
 
 
@@ -339,6 +339,8 @@ def memory_table(plan: TrainingPlan, memory: MachineMemory) -> Table:
         table.add_row(tier.value, "all", f"{format_nbytes(plan.peak_nbytes(tier))}{of_total}", style="bold")
         for purpose, nbytes in purposes.items():
             table.add_row("", purpose, format_nbytes(nbytes))
+        if tier is MemoryTier.HOST:
+            table.add_row("", "besides: left to the process itself", format_nbytes(PROCESS_NBYTES))
     return table
 
 

@@ -10,16 +10,21 @@ import logging
 import logging.handlers
 import queue
 import resource
+import shutil
 import sys
 from pathlib import Path
+
+import psutil
 
 from gemini.errors import ConfigError
 from gemini.service.address import default_socket_path
 from gemini.service.fairness import Amount
 from gemini.service.node_service import NodeService, ServiceOptions
-from gemini.tiers import parse_nbytes
+from gemini.tiers import format_nbytes, parse_nbytes
 
 __all__ = ["add_arguments", "run"]
+
+logger = logging.getLogger(__name__)
 
 MAX_LOG_RECORDS = 1000
 """That wait to be written."""
@@ -83,7 +88,9 @@ class _DroppingHandler(logging.handlers.QueueHandler):
 
 
 async def _serve(arguments: argparse.Namespace) -> None:
-    service = NodeService(options_of(arguments))
+    options = options_of(arguments)
+    warn_of_excess(options)
+    service = NodeService(options)
     if arguments.http is None:
         return await service.run()
     from gemini.service.http import HttpServer  # aiohttp takes memory that nobody else needs to spend
@@ -91,6 +98,17 @@ async def _serve(arguments: argparse.Namespace) -> None:
     endurance = parse_nbytes(arguments.endurance, name="--endurance") if arguments.endurance is not None else None
     async with HttpServer(service, arguments.http, endurance_nbytes=endurance):
         await service.run()
+
+
+def warn_of_excess(options: ServiceOptions) -> None:
+    """Warn if there is more to grant than the machine has."""
+    granted = [("--host-budget", options.budget.host, psutil.virtual_memory().total, "memory in this machine")]
+    if options.disk_directory is not None and options.disk_directory.is_dir():
+        total = shutil.disk_usage(options.disk_directory).total
+        granted.append(("--nvme", options.budget.disk, total, "on that drive"))
+    for option, nbytes, total, where in granted:
+        if nbytes > total:
+            logger.warning("%s: %s is more than the %s %s", option, format_nbytes(nbytes), format_nbytes(total), where)
 
 
 def options_of(arguments: argparse.Namespace) -> ServiceOptions:

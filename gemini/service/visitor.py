@@ -37,6 +37,7 @@ class Visitor:
 
     def __init__(self, path: Path) -> None:
         self._channel = Channel(path, Visit(PROTOCOL_VERSION))
+        self._channel.is_ending = True  # it holds nothing, so it need not look for another service, nor warn
 
     def state(self) -> NodeState:
         """Return who holds what: all of it to root and the service's own user, to others their own.
