@@ -37,6 +37,7 @@ from gemini.runtime import Runtime
 from gemini.slicing import BatchSlicer
 from gemini.state_hooks import install_state_hooks
 from gemini.tiers import MemoryTier
+from gemini.weight_access import WeightAccess
 from gemini.weights import load_masters, read_master, read_working
 
 __all__ = ["GeminiDDP"]
@@ -100,7 +101,6 @@ class GeminiDDP(torch.nn.Module):
         self.loading_report = None if source is None else source.report
         store = self._runtime.resources.store
         self._disk_at_start = store.stats() if store is not None else IoStats(nbytes_read=0, nbytes_written=0)
-        own(module, self._runtime)
         self._hooks = HookSet(self._runtime)
         unit_names = {unit.unit_id: unit.module_name for unit in self._runtime.layout.units if unit.module_name}
         self._hooks.install(
@@ -108,6 +108,8 @@ class GeminiDDP(torch.nn.Module):
             {unit_id: module.get_submodule(name) for unit_id, name in unit_names.items()},
             [param for param in module.parameters() if param.requires_grad],
         )
+        self._access = WeightAccess(self._runtime, self._hooks.uses.call)
+        own(self._access)
         self._slicer = self._slice_blocks(unit_names)
         self._state_hooks = install_state_hooks(module, lambda: self._named_parameters(read_working))
         module.zero_grad = self.zero_grad  # type: ignore[method-assign]
@@ -489,7 +491,7 @@ class GeminiDDP(torch.nn.Module):
             handle.remove()
         self._runtime.close(keep=keep)
         self.module.__dict__.pop("zero_grad", None)
-        disown(self.module, self._runtime)
+        disown(self._access)
 
     def __enter__(self) -> GeminiDDP:
         return self

@@ -440,6 +440,18 @@ class GradientStore:
         """Return the positions that have a gradient, in the layout's order; call `finish` first."""
         return sorted(self._chunks[chunk_id].sumsq)
 
+    def has(self, chunk_id: int, position: int) -> bool:
+        """Return whether a parameter has a gradient that can be read; not while backward is under way."""
+        chunk = self._chunks.get(chunk_id)
+        if chunk is None or (self._pass.is_open and not self._pass.has_failed):
+            return False
+        return position in chunk.sumsq or any(d.chunk is chunk and position in d.positions for d in self._departures)
+
+    def discard(self, chunk_id: int, position: int) -> None:
+        """Forget one parameter's gradient."""
+        self.finish()
+        self._drop(self._chunks[chunk_id], position)
+
     def names(self) -> set[str]:
         """Return the parameters that have a gradient."""
         self.finish()

@@ -15,14 +15,13 @@ from types import FrameType
 from typing import Any, Protocol, TypeVar
 
 import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
+from gemini.autograd.managed_parameter import hide, is_placeless, show
+from gemini.autograd.shared_uses import SharedUses
 from gemini.chunk.tensor_parallel import is_dtensor
 from gemini.errors import ModelError
-from gemini.gradient_sink import GradientPlace, GradientUse, attach_sink, detach_sink, sink_of
+from gemini.gradient_sink import GradientPlace, GradientUse, attach_sink, detach_sink
 from gemini.outputs import map_tensors
-from gemini.parameter_uses import embedding, separate_use
 from gemini.sliced_call import GradientSums
 
 __all__ = ["HookSet", "RuntimeEvents"]
@@ -61,9 +60,6 @@ class RuntimeEvents(Protocol):
 
     def num_updates_of(self, unit_id: int) -> int:
         """Return how often the optimizer has changed a unit's weights."""
-
-    def use_parameter(self, param: torch.nn.Parameter) -> None:
-        """Make one parameter usable until the unit, or the model, that is running ends."""
 
     def take_gradient(self, param: torch.nn.Parameter) -> None:
         """Take the gradient autograd has just accumulated into `param.grad`."""
@@ -114,11 +110,13 @@ class HookSet:
         self._handles: list[Any] = []
         self._owners: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
         self._sinks: dict[torch.nn.Parameter, _Sink] = {}
-        self._mode = _ForeignUseMode(events)
+        self.uses = SharedUses()
+        """The parameters whose gradients may go past autograd; functions that are given parameters are called by it."""
         self._depth = 0
         self._entered: list[int] = []
-        self._compiled_units: set[int] = set()
-        self._is_model_compiled = False
+        self._hidden_by: dict[int, list[torch.nn.Parameter]] = {}
+        """Parameters of what torch.compile runs, which must not be asked for their functions meanwhile: by unit, or 0
+        for the model."""
 
     def install(
         self,
@@ -133,10 +131,12 @@ class HookSet:
             unit_modules: module of each unit but the root's.
             params: trainable parameters.
         """
-        self._is_model_compiled = _is_compiled(root)
-        self._compiled_units = {
+        compiled_units = {
             unit_id for unit_id, module in unit_modules.items() if any(map(_is_compiled, module.modules()))
         }
+        self._hidden_by = {unit_id: list(unit_modules[unit_id].parameters()) for unit_id in compiled_units}
+        if _is_compiled(root):
+            self._hidden_by[0] = list(root.parameters())
         self._owners = [
             (module, name, param)
             for module in root.modules()
@@ -155,15 +155,17 @@ class HookSet:
         sums = self.slice_sums
 
         def take_gradient(param: torch.nn.Parameter) -> None:
-            if param.grad is not None and sums.is_open:
-                sums.add(param)
-                return
-            events = events_ref()
-            assert events is not None, "the engine is gone but its graph is not"
-            if param.grad is None:  # no node of the graph had one to give, but perhaps to a sink
-                events.finish_gradient(param)
-            else:
-                events.take_gradient(param)
+            with torch._C.DisableTorchFunctionSubclass():
+                has_gradient = param.grad is not None
+                if has_gradient and sums.is_open:
+                    sums.add(param)
+                    return
+                events = events_ref()
+                assert events is not None, "the engine is gone but its graph is not"
+                if has_gradient:
+                    events.take_gradient(param)
+                else:  # no node of the graph had one to give, but perhaps to a sink
+                    events.finish_gradient(param)
 
         for param in params:
             handle = param.register_post_accumulate_grad_hook(take_gradient)  # type: ignore[no-untyped-call]
@@ -172,13 +174,13 @@ class HookSet:
                 continue
             self._sinks[param] = sink = _Sink(param, self._events, sums)
             attach_sink(param, sink)
-        unwatched = [unit_modules[unit_id] for unit_id in self._compiled_units]
+        unwatched = [unit_modules[unit_id] for unit_id in compiled_units]
         unwatched += [module for module in root.modules() if _is_compiled(module)]
         unseen = {id(param) for module in unwatched for param in module.parameters()}
         num_names = Counter(id(param) for _, _, param in self._owners)
         for param, sink in self._sinks.items():
             if num_names[id(param)] > 1:
-                self._mode.shared[id(param)] = sink
+                self.uses.sinks[id(param)] = sink
                 sink.has_other_uses = id(param) in unseen
 
     def abort(self) -> None:
@@ -187,7 +189,8 @@ class HookSet:
             return
         self._depth = 0
         self._entered.clear()
-        self._mode.reset()
+        for unit_id in self._hidden_by:
+            self._show(unit_id)
         self._events.abort_forward()
 
     @contextmanager
@@ -196,11 +199,9 @@ class HookSet:
         self._events.enter_unit(unit_id)
         self._note_moment("enter", unit_id)
         self._entered.append(unit_id)
-        self._watch()
         try:
             yield
         finally:
-            self._mode.pause()
             self._entered.pop()
             self._note_moment("leave", unit_id)
             self._events.exit_unit(unit_id)
@@ -230,13 +231,12 @@ class HookSet:
         if self._depth == 0 or not _is_called_within_itself(module):
             self.abort()
         if self._depth == 0:
-            self._mode.pause()
             self._check_owners()
-            self._mode.is_model_trained = torch.is_grad_enabled()
+            self.uses.is_model_trained = torch.is_grad_enabled()
             self._note_moment("enter", 0)
             self._events.begin_forward()
+            self._hide(0)
         self._depth += 1
-        self._watch()
 
     @_disable_compile
     def _after_model(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
@@ -245,8 +245,8 @@ class HookSet:
         self._depth -= 1
         if self._depth:
             return None
-        self._mode.pause()
-        self._mode.is_model_trained = False
+        self.uses.is_model_trained = False
+        self._show(0)
         output = self._events.wrap_outputs(self._own_outputs(output))
         self._events.end_forward()
         self._note_moment("leave", 0)
@@ -255,23 +255,21 @@ class HookSet:
     def _unit_hooks(self, unit_id: int, *, reads_weights: bool) -> tuple[Callable[..., None], Callable[..., Any]]:
         @_disable_compile
         def before(module: torch.nn.Module, args: Any) -> None:
-            self._mode.pause()  # first, or it would see the engine itself handle parameters
             self._events.enter_unit(unit_id)
             self._note_moment("enter", unit_id)
             self._entered.append(unit_id)
-            self._watch()
+            self._hide(unit_id)
 
         @_disable_compile
         def after(module: torch.nn.Module, args: Any, output: Any) -> Any:
             if not self._entered or self._entered[-1] != unit_id:
                 return None  # the pre-hook failed before it had entered the unit
-            self._mode.pause()
+            self._show(unit_id)
             output = self._own_outputs(output)
             self._entered.pop()
             self._note_moment("leave", unit_id)
             self._events.exit_unit(unit_id)
             self._watch_backward(unit_id, output, reads_weights=reads_weights)
-            self._watch()
             return output
 
         return before, after
@@ -289,12 +287,13 @@ class HookSet:
                     "the one it found; change the model before wrapping it"
                 )
 
-    def _watch(self) -> None:
-        """Catch foreign uses wherever user code runs next, unless that is a compiled graph or nothing of ours."""
-        is_running = self._depth > 0 or bool(self._entered)
-        is_compiled = self._is_model_compiled or (self._entered and self._entered[-1] in self._compiled_units)
-        if is_running and not is_compiled:
-            self._mode.resume()
+    def _hide(self, unit_id: int) -> None:
+        for param in self._hidden_by.get(unit_id, ()):
+            hide(param)
+
+    def _show(self, unit_id: int) -> None:
+        for param in self._hidden_by.get(unit_id, ()):
+            show(param)
 
     def _watch_backward(self, unit_id: int, output: Any, *, reads_weights: bool) -> None:
         """Report when backward is about to run a unit.
@@ -319,7 +318,7 @@ class HookSet:
         """Copy outputs that are views of borrowed weights: the memory will hold other weights soon."""
 
         def own(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.clone() if self._events.is_borrowed(tensor) else tensor
+            return tensor.clone() if is_placeless(tensor) or self._events.is_borrowed(tensor) else tensor
 
         return own(output) if isinstance(output, torch.Tensor) else map_tensors(own, output)
 
@@ -365,115 +364,6 @@ class _Sink:
         param = self._param_ref()
         assert param is not None, "the parameter is gone but its graph is not"
         return param
-
-
-class _ForeignUseMode(TorchFunctionMode):
-    """Catches parameters used by code other than their unit's: a parent, or another unit, that reads them directly.
-
-    Active while the model runs; every torch function is looked at, which costs a microsecond or two. Embeddings, and
-    linear layers that share a parameter, run as in gemini.parameter_uses.
-
-    Args:
-        events: told of each parameter that a function is about to use.
-    """
-
-    _METADATA = frozenset(
-        {"__set__", "__len__", "size", "dim", "numel", "stride", "is_floating_point", "element_size", "ndimension"}
-    )
-    _VIEW_PROPERTIES = frozenset({"T", "mT", "H", "mH", "data"})
-    """Properties that show the values; all others, such as `shape`, do not."""
-
-    def __init__(self, events: RuntimeEvents) -> None:
-        super().__init__()
-        self.shared: dict[int, _Sink] = {}
-        """Sinks of the parameters that have several names or serve as embedding, by id."""
-        self.is_model_trained = False
-        """Whether the forward that is running began with gradients."""
-        self._events = events
-        self._is_active = False
-        self._is_watching = False
-
-    def resume(self) -> None:
-        """Start catching."""
-        self._is_watching = True
-        if not self._is_active:
-            self._is_active = True
-            self.__enter__()  # type: ignore[no-untyped-call]
-
-    def pause(self) -> None:
-        """Stop catching; the mode stays entered, and idle, beneath one the user has entered meanwhile."""
-        self._is_watching = False
-        depth = torch._C._len_torch_function_stack()
-        if self._is_active and depth and torch._C._get_function_stack_at(depth - 1) is self:
-            self._is_active = False
-            self.__exit__(None, None, None)
-
-    def reset(self) -> None:
-        """Stop catching after an interruption, which autograd may have answered by taking the mode off itself."""
-        self.pause()
-        depth = torch._C._len_torch_function_stack()
-        self._is_active = any(torch._C._get_function_stack_at(place) is self for place in range(depth))
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self._is_watching and self._reads_values(func):
-            num_announced: dict[_Sink, int] = {}
-            for value in (*args, *kwargs.values()):
-                for param in value if isinstance(value, (list, tuple)) else (value,):
-                    if isinstance(param, torch.nn.Parameter):
-                        self._use(param, func)
-                        if param.requires_grad and id(param) in self.shared:
-                            sink = self.shared[id(param)]
-                            num_announced[sink] = sink.num_announced
-            if num_announced and (torch.is_grad_enabled() or self.is_model_trained):
-                return self._call_with_shared(func, args, kwargs, num_announced)
-        return func(*args, **kwargs)
-
-    def _use(self, param: torch.nn.Parameter, func: Any) -> None:
-        """Report a parameter that a function is about to use."""
-        self._events.use_parameter(param)
-        if func is F.embedding:
-            sink = sink_of(param)
-            if isinstance(sink, _Sink):
-                self.shared[id(param)] = sink
-
-    def _call_with_shared(self, func: Any, args: Any, kwargs: Any, num_announced: dict[_Sink, int]) -> Any:
-        """Call a function such that its uses of shared parameters are announced, and remember those that are not.
-
-        Without gradients none is: there a reentrant checkpoint may be running, whose backward is a pass of its own.
-
-        Args:
-            func: any of torch's.
-            args: of the function.
-            kwargs: of the function.
-            num_announced: how many uses have been announced before the call, by the parameters' sinks.
-
-        Returns:
-            What the function does.
-        """
-        if func is F.embedding:
-            func = embedding
-        elif func is F.linear:
-            args, kwargs = self._with_separate_weight(args, kwargs)
-        result = func(*args, **kwargs)
-        for sink, num_before in num_announced.items():
-            if sink.num_announced == num_before:
-                sink.has_other_uses = True
-        return result
-
-    def _with_separate_weight(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Return the arguments of a linear layer with a separate use in place of a shared weight."""
-        weight = args[1] if len(args) > 1 else kwargs.get("weight")
-        if id(weight) not in self.shared:
-            return args, kwargs
-        if len(args) > 1:
-            return (args[0], separate_use(weight), *args[2:]), kwargs
-        return args, {**kwargs, "weight": separate_use(weight)}
-
-    def _reads_values(self, func: Any) -> bool:
-        if func.__name__ == "__get__":
-            return getattr(func.__self__, "__name__", "") in self._VIEW_PROPERTIES
-        return func.__name__ not in self._METADATA
 
 
 def _is_compiled(module: torch.nn.Module) -> bool:

@@ -191,6 +191,11 @@ class Overlap:
         for job in (*self._pending.get(chunk_id, ()), *filter(None, [self._ahead.get(chunk_id)])):
             self._worker.release_gradients(job)
 
+    def weights_change(self, chunk_id: int) -> None:
+        """Settle a chunk whose weights somebody is about to write, and drop what was made of the old ones."""
+        self.settle(chunk_id)
+        self._drop(chunk_id)
+
     def discard(self) -> None:
         """Drop everything that was updated ahead: there will be no step, or weights or state are about to change."""
         for chunk_id in list(self._ahead):

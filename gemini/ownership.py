@@ -1,4 +1,4 @@
-"""Which engine manages a parameter: each knows its runtime, from when it is wrapped until the engine is closed."""
+"""Which engine manages a parameter: each knows its weight, from when it is wrapped until the engine is closed."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ from collections.abc import Mapping
 
 import torch
 
+from gemini.autograd.managed_parameter import manage, release, weight_of
 from gemini.chunk.layout import ParamSlot
 from gemini.errors import ModelError
 from gemini.runtime import Runtime
+from gemini.weight_access import ParamWeight, WeightAccess
 
 __all__ = ["check_unchanged", "disown", "own", "refuse_owned", "runtime_of"]
-
-_OWNER_ATTRIBUTE = "_gemini_runtime"
 
 
 def runtime_of(param: torch.Tensor) -> Runtime | None:
     """Return the runtime that manages a parameter, None if none does."""
-    runtime: Runtime | None = getattr(param, _OWNER_ATTRIBUTE, None)
-    return runtime
+    weight = weight_of(param)
+    return weight.access.runtime if isinstance(weight, ParamWeight) and weight.param is param else None
 
 
-def own(model: torch.nn.Module, runtime: Runtime) -> None:
-    """Let a runtime manage all parameters of a model."""
-    for param in model.parameters():
-        setattr(param, _OWNER_ATTRIBUTE, runtime)
+def own(access: WeightAccess) -> None:
+    """Let an engine manage all its parameters."""
+    for weight in access.weights:
+        manage(weight.param, weight)
 
 
-def disown(model: torch.nn.Module, runtime: Runtime) -> None:
-    """Let nobody manage those that the runtime has managed; idempotent."""
-    for param in model.parameters():
-        if runtime_of(param) is runtime:
-            delattr(param, _OWNER_ATTRIBUTE)
+def disown(access: WeightAccess) -> None:
+    """Let nobody manage those that the engine has managed; idempotent."""
+    for weight in access.weights:
+        if weight_of(weight.param) is weight:
+            release(weight.param)
 
 
 def refuse_owned(model: torch.nn.Module) -> None:

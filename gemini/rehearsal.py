@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from gemini.autograd.shared_uses import SharedUses
 from gemini.chunk.layout import ChunkLayout
 from gemini.config import GeminiConfig
 from gemini.errors import ModelError
@@ -74,6 +76,7 @@ def rehearse(
         checkpoints = _Checkpoints()
         with ExitStack() as stack:
             stack.callback(hooks.remove)
+            stack.enter_context(_SharedUseMode(hooks.uses))  # type: ignore[no-untyped-call]
             if config.num_batch_slices > 1:
                 slicer = BatchSlicer(
                     model,
@@ -186,9 +189,6 @@ class _Events:
     def num_updates_of(self, unit_id: int) -> int:
         return 0
 
-    def use_parameter(self, param: torch.nn.Parameter) -> None:
-        pass
-
     def take_gradient(self, param: torch.nn.Parameter) -> None:
         gradient, param.grad = param.grad, None
         assert gradient is not None
@@ -217,6 +217,19 @@ class _Events:
 
     def wrap_outputs(self, output: Any) -> Any:
         return output
+
+
+class _SharedUseMode(TorchFunctionMode):
+    """Calls functions that are given parameters as an engine does, whose parameters see to that themselves."""
+
+    def __init__(self, uses: SharedUses) -> None:
+        super().__init__()
+        self._uses = uses
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        params = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.nn.Parameter)]
+        return self._uses.call(func, args, kwargs, params) if params else func(*args, **kwargs)
 
 
 class _Checkpoints:

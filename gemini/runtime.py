@@ -13,7 +13,7 @@ import os
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,8 +58,6 @@ class _Entry:
 
     unit_id: int
     has_pushed_hooks: bool
-    borrowed: list[int] = field(default_factory=list)
-    """Chunks of other units that this one has used."""
 
 
 class Runtime:
@@ -122,10 +120,8 @@ class Runtime:
         self.overlap = Overlap(asked, core=core, states=states, gradients=gradients, worker=worker, kernels=kernels)
         num_slots, is_sharded = plan.num_slots, sharding is not None
         self.lookahead = Lookahead(core, depth=config.prefetch_depth, num_slots=num_slots, is_sharded=is_sharded)
-        self._saved = SavedWeights(core.chunk_in, self._weights_in_backward)
+        self.saved = SavedWeights(core.chunk_in, core.absent_in, self._weights_in_backward)
         self._entered: list[_Entry] = []
-        self._borrowed_by_model: list[int] = []
-        self._borrowed_by_unit: dict[int, list[int]] = {}
         self._place_of_param: dict[int, tuple[int, int]] = {
             id(param): (chunk.spec.chunk_id, position)
             for chunk in core.chunks
@@ -174,21 +170,18 @@ class Runtime:
         self.lookahead.begin_forward(Phase.TRAIN if torch.is_grad_enabled() else Phase.INFERENCE)
         self._has_pushed_for_model = torch.is_grad_enabled()
         if self._has_pushed_for_model:
-            self._saved.push()
+            self.saved.push()
 
     def end_forward(self) -> None:
         """End the outermost forward, by return or exception."""
         if self._has_pushed_for_model:
-            self._saved.pop()
+            self.saved.pop()
             self._has_pushed_for_model = False
-        for chunk_id in self._borrowed_by_model:
-            self.core.release(chunk_id)
-        self._borrowed_by_model.clear()
         self.lookahead.end_forward()
 
     def abort_forward(self) -> None:
         """Undo what a forward has begun that was interrupted, and so has neither left its units nor ended."""
-        self._saved.drop(sum(entry.has_pushed_hooks for entry in self._entered) + self._has_pushed_for_model)
+        self.saved.drop(sum(entry.has_pushed_hooks for entry in self._entered) + self._has_pushed_for_model)
         self._has_pushed_for_model = False
         self._drop_leftovers()
         self.end_forward()
@@ -220,7 +213,7 @@ class Runtime:
             raise
         is_grad_enabled = torch.is_grad_enabled()
         if is_grad_enabled:
-            self._saved.push()
+            self.saved.push()
         self._entered.append(_Entry(unit_id, is_grad_enabled))
 
     def exit_unit(self, unit_id: int) -> None:
@@ -228,29 +221,16 @@ class Runtime:
         entry = self._entered.pop()
         assert entry.unit_id == unit_id, f"left unit {unit_id} while in unit {entry.unit_id}"
         if entry.has_pushed_hooks:
-            self._saved.pop()
-        for chunk_id in (*self.layout.units[unit_id].chunk_ids, *entry.borrowed):
+            self.saved.pop()
+        for chunk_id in self.layout.units[unit_id].chunk_ids:
             self.core.release(chunk_id)
-        self._borrowed_by_unit[unit_id] = entry.borrowed
         for chunk_id in self.layout.units[unit_id].own_chunk_ids:
             self.core.chunks[chunk_id].check_written()
 
     def num_updates_of(self, unit_id: int) -> int:
         """Return how often the optimizer has changed a unit's weights."""
-        return sum(self.core.chunks[chunk_id].num_updates for chunk_id in self.layout.units[unit_id].chunk_ids)
-
-    def use_parameter(self, param: torch.nn.Parameter) -> None:
-        """Lease a parameter's chunk until the unit that is running, or else the outermost forward, ends."""
-        place = self._place_of_param.get(id(param))
-        if place is None or self.core.chunks[place[0]].is_leased:
-            return
-        chunk_id = place[0]
-        if self.core.chunks[chunk_id].is_resident:
-            self.core.ensure(chunk_id)  # it may be being updated
-            return
-        self.core.access(chunk_id)
-        self.lookahead.record(chunk_id)
-        (self._entered[-1].borrowed if self._entered else self._borrowed_by_model).append(chunk_id)
+        chunks = [self.core.chunks[chunk_id] for chunk_id in self.layout.units[unit_id].chunk_ids]
+        return sum(chunk.num_updates + chunk.num_writes for chunk in chunks)
 
     def wrap_outputs(self, output: Any) -> Any:
         """Scale the gradients that will enter the model through its outputs, if float16 needs it."""
@@ -273,8 +253,7 @@ class Runtime:
         """
         self.check_usable()
         self.gradients.reach_unit(self.layout.units[unit_id].own_chunk_ids, self.lookahead.urgency)
-        own = self.layout.units[unit_id].chunk_ids if reads_weights else ()
-        for chunk_id in (*self._borrowed_by_unit.get(unit_id, ()), *own):
+        for chunk_id in self.layout.units[unit_id].chunk_ids if reads_weights else ():
             self.core.ensure(chunk_id)
             self.lookahead.record(chunk_id)
         self.lookahead.fetch_ahead()
@@ -447,6 +426,11 @@ class Runtime:
         self.lookahead.end_step()
 
     @property
+    def gradient_scale(self) -> float:
+        """What gradients that wait must be multiplied by to be the loss's: clipping and loss scale."""
+        return self._clip_factor / self._loss_scale
+
+    @property
     def _loss_scale(self) -> float:
         return self.scaler.scale if self.scaler is not None else 1.0
 
@@ -477,7 +461,6 @@ class Runtime:
     def _drop_leftovers(self) -> None:
         """Forget what an exception in an earlier forward or backward may have left behind."""
         self._entered.clear()
-        self._borrowed_by_model.clear()
         self.core.drop_leases()
 
     def close(self, *, keep: bool = False) -> None:

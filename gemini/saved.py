@@ -7,14 +7,16 @@ unit runs, tensors that lie in a chunk are saved as (chunk, offset, shape, strid
 chunk's memory of that moment, fetched if need be, and refused if the optimizer has written it since. Everything else
 goes to the hooks that were active before: the user's own, or those of activation checkpointing, which therefore sees
 every tensor but weights, in forward and in recomputation alike. So backward needs no leases: a chunk used by the node
-that is running is among the most recently used, which are never evicted. One case goes past these hooks: transformers
-checkpoints `forward` inside `__call__`, inside our hooks, and recomputes it outside. There a gradient hook on the
-unit's output fetches the weights first.
+that is running is among the most recently used, which are never evicted. Weights that are away and used outside of
+their unit are shown on memory of their own for the length of one function (gemini.weight_access), which is a *loan*:
+what is saved of it is saved as a place in the chunk too. So activation checkpointing never sees a weight, whether its
+function runs in forward, inside a unit or outside, or again in backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +39,10 @@ class _WeightView:
     chunk: Chunk
     num_updates: int
     """Of the chunk, when the view was saved."""
+    position: int
+    """The parameter's, in the chunk."""
+    version: int
+    """How often the parameter had been written in place."""
     dtype: torch.dtype
     offset: int
     """First element, in elements of `dtype` from the start of the chunk."""
@@ -62,17 +68,56 @@ class _Delegated:
     unpack: UnpackHook
 
 
+def _plain_type(tensor: torch.Tensor) -> type[torch.Tensor]:
+    """Return the class of a DTensor; that of a managed one is derived from it."""
+    kind = type(tensor)
+    return kind.__bases__[0] if hasattr(tensor, "_gemini_weight") else kind
+
+
 class SavedWeights:
     """Pushes and pops the saved-tensor hooks of one engine.
 
     Args:
         chunk_of: the chunk whose weights a storage address holds now; None if it holds none.
+        absent_in: the chunk whose placeholders a storage address holds; None if it holds none.
         weights_of: the chunk's weights in compute memory, 1D of its dtype, fetched if need be.
     """
 
-    def __init__(self, chunk_of: Callable[[int], Chunk | None], weights_of: Callable[[Chunk], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        chunk_of: Callable[[int], Chunk | None],
+        absent_in: Callable[[int], Chunk | None],
+        weights_of: Callable[[Chunk], torch.Tensor],
+    ) -> None:
         self._chunk_of = chunk_of
+        self._absent_in = absent_in
         self._weights_of = weights_of
+        self._loans: dict[int, tuple[Chunk, int]] = {}
+
+    @property
+    def is_on_top(self) -> bool:
+        """Whether what autograd saves now comes here first."""
+        top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return top is not None and top[1] == self._unpack
+
+    @contextmanager
+    def loan(self, values: torch.Tensor, chunk: Chunk, position: int) -> Iterator[None]:
+        """Take a tensor, while the context is open, for one of a chunk's weights.
+
+        Args:
+            values: contiguous, alone in its storage, of the parameter's shape and dtype.
+            chunk: the chunk.
+            position: the parameter's, in the chunk.
+
+        Yields:
+            Nothing.
+        """
+        address = values.untyped_storage().data_ptr()
+        self._loans[address] = chunk, position
+        try:
+            yield
+        finally:
+            self._loans.pop(address, None)
 
     def push(self) -> None:
         """Put our hooks on top, passing on to what is there now all but weights."""
@@ -100,21 +145,48 @@ class SavedWeights:
                 self.pop()
 
     def _view_of(self, tensor: torch.Tensor) -> _WeightView | None:
-        local = local_part(tensor)
-        if type(local) not in (torch.Tensor, torch.nn.Parameter):
-            return None
-        chunk = self._chunk_of(local.untyped_storage().data_ptr())
+        with torch._C.DisableTorchFunctionSubclass():
+            local = local_part(tensor)
+            if type(local) not in (torch.Tensor, torch.nn.Parameter) and not hasattr(tensor, "_gemini_weight"):
+                return None
+            place = self._place_of(local)
+            if place is None:
+                return None
+            chunk, position, offset, strides = place
+            return _WeightView(
+                chunk,
+                chunk.num_updates,
+                position,
+                chunk.version_of(position),
+                local.dtype,
+                offset,
+                tuple(local.shape),
+                strides,
+                None if local is tensor else (_plain_type(tensor), tensor._spec),  # type: ignore[attr-defined]
+            )
+
+    def _place_of(self, local: torch.Tensor) -> tuple[Chunk, int, int, tuple[int, ...]] | None:
+        """Return which weight a tensor shows: chunk, position in it, first element in the chunk, and strides."""
+        address, offset = local.untyped_storage().data_ptr(), int(local.storage_offset())
+        chunk = self._chunk_of(address)
+        if chunk is not None:
+            element = offset * local.element_size() // chunk.spec.dtype.itemsize
+            return chunk, chunk.position_at(element), offset, tuple(local.stride())
+        loan = self._loans.get(address)
+        if loan is not None:
+            chunk, position = loan
+            begin = chunk.spec.slots[position].begin * chunk.spec.dtype.itemsize // local.element_size()
+            return chunk, position, begin + offset, tuple(local.stride())
+        chunk = self._absent_in(address)
         if chunk is None:
             return None
-        return _WeightView(
-            chunk,
-            chunk.num_updates,
-            local.dtype,
-            int(local.storage_offset()),
-            tuple(local.shape),
-            tuple(local.stride()),
-            None if local is tensor else (type(tensor), tensor._spec),  # type: ignore[attr-defined]
-        )
+        slot = chunk.spec.slots[offset]
+        if tuple(local.shape) != slot.spec.shape:
+            raise ModelError(
+                f"a view of parameter {slot.spec.name} is saved for backward while the parameter is away: save the "
+                "parameter itself, and take views of it in backward"
+            )
+        return chunk, offset, slot.begin, torch.empty(slot.spec.shape, device="meta").stride()
 
     def _weights(self, saved: _WeightView) -> torch.Tensor:
         chunk = saved.chunk
@@ -123,6 +195,11 @@ class SavedWeights:
                 f"backward through a graph whose weights have changed since its forward: {chunk.name} was updated "
                 f"{chunk.num_updates - saved.num_updates} times; call backward before optimizer.step(), or run the "
                 "forward again"
+            )
+        if chunk.version_of(saved.position) != saved.version:
+            raise ModelError(
+                f"parameter {chunk.spec.slots[saved.position].spec.name} was written in place between the forward that "
+                "needs it in backward and that backward; write weights before forward, or after backward"
             )
         view = self._weights_of(chunk).view(saved.dtype).as_strided(saved.shape, saved.strides, saved.offset)
         # With create_graph=True backward builds a graph of its own, which saves what it is given here.

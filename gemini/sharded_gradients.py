@@ -30,7 +30,7 @@ from gemini.accumulators import GradientAccumulators
 from gemini.backward_pass import BackwardPass
 from gemini.chunk.layout import ChunkSpec
 from gemini.chunk.sharding import ChunkShard, ShardGroup, cut_spec
-from gemini.errors import ConfigError
+from gemini.errors import ConfigError, ModelError
 from gemini.gradient_exchange import ExchangeSlot, GradientExchange
 from gemini.gradient_listener import GradientListener, second_gradient_error
 from gemini.gradient_sink import GradientPlace
@@ -333,6 +333,21 @@ class ShardedGradients:
         self.finish()
         assert self._agreed_sums is not None
         return self._agreed_sums
+
+    def has(self, chunk_id: int, position: int) -> bool:
+        """Return whether this rank has had a gradient of a parameter that can be read; as of GradientStore."""
+        chunk = self._chunks.get(chunk_id)
+        if chunk is None or (self._pass.is_open and not self._pass.has_failed):
+            return False
+        return position in chunk.delivered
+
+    def discard(self, chunk_id: int, position: int) -> None:
+        """Refuse: ranks have exchanged the gradient, in part or in whole."""
+        name = self._chunks[chunk_id].spec.slots[position].spec.name
+        raise ModelError(
+            f"parameter {name}: its gradient waits in shards on several ranks and cannot be replaced through .grad; "
+            "drop all gradients with zero_grad(), or change them in backward with param.register_hook"
+        )
 
     def names(self) -> set[str]:
         """Return the parameters that have a gradient on any rank."""

@@ -33,11 +33,15 @@ __all__ = [
     "load_moments",
     "master_runs",
     "owned_run",
+    "read_gradient",
     "read_master",
     "read_moments",
+    "read_own_working",
     "read_parts",
     "read_working",
     "reset_moments",
+    "store_master",
+    "store_written",
     "working_runs",
     "write_parts",
 ]
@@ -96,6 +100,28 @@ def master_runs(runtime: Runtime, slot: ParamSlot) -> Iterator[torch.Tensor]:
 def read_working(runtime: Runtime, slot: ParamSlot) -> torch.Tensor:
     """Return a parameter's working weights, a CPU copy in its shape."""
     return _collect(runtime, slot, working_runs(runtime, slot), slot.spec.dtype)
+
+
+def read_own_working(runtime: Runtime, slot: ParamSlot) -> torch.Tensor:
+    """Return the working weights of this rank's part of a parameter, a CPU copy in its shape."""
+    if slot.spec.split is not None:
+        slot = dataclasses.replace(slot, spec=dataclasses.replace(slot.spec, split=None))
+    return read_working(runtime, slot)
+
+
+def read_gradient(runtime: Runtime, slot: ParamSlot) -> torch.Tensor:
+    """Return the gradient that waits of this rank's part of a parameter, a float32 CPU copy, loss scale included."""
+    runtime.gradients.finish()
+    if slot.spec.split is not None:
+        slot = dataclasses.replace(slot, spec=dataclasses.replace(slot.spec, split=None))
+    home, dtype = runtime.gradients.home_of(slot.chunk_id), runtime.gradients.dtype_of(slot.chunk_id)
+
+    def runs() -> Iterator[torch.Tensor]:
+        for part in _parts(runtime, _chunk_and_piece(runtime, slot)[1]):
+            with _tile(runtime, home, part.tile, write=False) as tile:
+                yield _typed(tile, part.length, dtype)[part.in_tile].to(torch.float32)
+
+    return _collect(runtime, slot, runs(), torch.float32)
 
 
 def read_master(runtime: Runtime, slot: ParamSlot) -> torch.Tensor:
@@ -225,6 +251,79 @@ def _store(record: torch.Tensor, part: _Part, dtype: torch.dtype, working: torch
     else:
         master[part.in_tile] = source
         cast(working, source)
+
+
+def store_written(runtime: Runtime, slot: ParamSlot, values: torch.Tensor, old: torch.Tensor | None) -> None:
+    """Bring home working weights that were written in compute memory; masters follow where bits have changed.
+
+    Args:
+        runtime: the engine's.
+        slot: the parameter.
+        values: this rank's part of it, in its shape and dtype, on any device.
+        old: what it was before; None: what the home has.
+    """
+    chunk, piece = _chunk_and_piece(runtime, slot)
+    state = runtime.states.get(slot.chunk_id)
+    new_flat = _own_piece(chunk, slot, values)
+    old_flat = None if old is None else _own_piece(chunk, slot, old)
+    for part in _parts(runtime, piece) if chunk.home.is_writable else ():
+        new = new_flat[part.in_param]
+        if old_flat is not None and _is_unchanged(new, old_flat[part.in_param]):
+            continue
+        with _tile(runtime, chunk.home, part.tile, write=True) as tile:
+            working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
+            before = working.clone() if old_flat is None else old_flat[part.in_param]
+            working.copy_(new)
+        if state is not None and slot.spec.dtype is not torch.float32:
+            with _tile(runtime, state, part.tile, write=True) as record:
+                _store_changed(record, part, slot.spec.dtype, new, before)
+
+
+def _own_piece(chunk: Chunk, slot: ParamSlot, values: torch.Tensor) -> torch.Tensor:
+    """Return what lives here of this rank's part of a parameter, flat on the CPU."""
+    flat = values.detach().to("cpu").reshape(-1)
+    return flat if chunk.shard is None else flat[piece_of(slot, chunk.shard)]
+
+
+def _is_unchanged(new: torch.Tensor, old: torch.Tensor) -> bool:
+    return torch.equal(new.contiguous().view(torch.uint8), old.contiguous().view(torch.uint8))
+
+
+def _store_changed(
+    record: torch.Tensor, part: _Part, dtype: torch.dtype, new: torch.Tensor, before: torch.Tensor
+) -> None:
+    """Let masters of half-precision weights follow where the weights' bits have changed."""
+    master = record_views(record, part.length, dtype)[0]
+    assert master is not None
+    rest = master[part.in_tile]
+    if master.dtype is torch.int16:
+        changed = new.view(torch.int16) != before.view(torch.int16)
+        residual = torch.empty_like(rest)
+        split_master(torch.empty_like(new), residual, new.to(torch.float32))
+        rest.copy_(torch.where(changed, residual, rest))
+    else:
+        changed = before.view(torch.int16) != new.view(torch.int16)
+        rest.copy_(torch.where(changed, new.to(torch.float32), rest))
+
+
+def store_master(runtime: Runtime, slot: ParamSlot, values: torch.Tensor) -> None:
+    """Set the masters of a half-precision parameter whose working weights hold the same values, rounded.
+
+    Args:
+        runtime: the engine's.
+        slot: the parameter.
+        values: the whole parameter, or what broadcasts to it, of a wider float dtype.
+    """
+    chunk, piece = _chunk_and_piece(runtime, slot)
+    state = runtime.states[slot.chunk_id]
+    flat = _cut(chunk, slot, values.detach().to("cpu", torch.float32).expand(slot.spec.full_shape))
+    for part in _parts(runtime, piece):
+        with (
+            _tile(runtime, chunk.home, part.tile, write=True) as tile,
+            _tile(runtime, state, part.tile, write=True) as record,
+        ):
+            working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
+            _store(record, part, slot.spec.dtype, working, flat[part.in_param].contiguous())
 
 
 def read_moments(runtime: Runtime, slot: ParamSlot) -> tuple[torch.Tensor, torch.Tensor]:

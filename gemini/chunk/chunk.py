@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from gemini.errors import ModelError
 from gemini.offload.home import TiledHome
 from gemini.profile.recorder import Recorder
 
-__all__ = ["Chunk", "Slot", "count_holders", "placeholder", "viewed_error"]
+__all__ = ["Chunk", "Slot", "count_holders", "param_view", "placeholders", "viewed_error"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,6 +43,7 @@ class Chunk:
         spec: which parameters lie where.
         params: the parameters (or plain tensors), in the order of `spec.slots`.
         home: where the working weights live between uses.
+        missing: what absent parameters show, [number of parameters] of the chunk's dtype; see `placeholders`.
         is_resident: whether compute memory always holds them.
         shard: the shard that the home holds, with several ranks; None: it holds everything.
     """
@@ -51,6 +53,7 @@ class Chunk:
         spec: ChunkSpec,
         params: Sequence[torch.Tensor],
         home: TiledHome,
+        missing: torch.Tensor,
         *,
         is_resident: bool,
         shard: ChunkShard | None = None,
@@ -69,14 +72,20 @@ class Chunk:
         self.compute: torch.Tensor | None = None
         """The weights in compute memory, [spec.numel] of spec.dtype; None while they are away."""
         self.num_updates = 0
-        """How often the weights have been written; tells a graph that saved them whether they are still the same."""
+        """How often the optimizer has written the weights; with `version_of` it tells a graph that saved a weight
+        whether it is still the same."""
+        self.num_writes = 0
+        """How often others have written one of the weights."""
+        self.keep_write: Callable[[Chunk, int], None] | None = None
+        """Brings home a weight, given by its position, that was written in place unseen; None: nobody looks."""
         self.recorder: Recorder | None = None
         """Told of every change of state; None: nobody is."""
         self._state = ChunkState.AT_HOME
         self._num_leases = 0
         self._addresses: list[int] = []
         self._versions: list[int] = []
-        self._device_type = ""
+        self._missing = missing
+        self._begins = [slot.begin for slot in spec.slots]
 
     @property
     def state(self) -> ChunkState:
@@ -87,6 +96,11 @@ class Chunk:
     def is_leased(self) -> bool:
         """Whether anyone holds a lease."""
         return self._num_leases > 0
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether compute memory holds the weights, nobody writes them, and nobody holds a lease."""
+        return self._state is ChunkState.READY
 
     @property
     def is_common(self) -> bool:
@@ -163,64 +177,101 @@ class Chunk:
         """Let the parameters show the weights in `buffer`, uint8 in compute memory."""
         with torch.inference_mode(False):  # what is bound now may be trained with later
             self.compute = buffer[: self.spec.working_nbytes].view(self.spec.dtype)
-            for slot, param in zip(self.spec.slots, self.params, strict=True):
-                show_values(param, param_view(self.compute, slot))
-        self._remember_binding()
+        for position in range(len(self.params)):
+            self.show(position)
+        self.remember_versions()
+
+    def unbind(self) -> None:
+        """Let the parameters show placeholders: scalars of the right dtype and device, a place for each parameter.
+
+        Raises:
+            ModelError: one was written in place and that cannot be honoured.
+        """
+        self.check_written()
+        self.compute = None
+        for position in range(len(self.params)):
+            self.show(position)
+        self.remember_versions()
+
+    def show(self, position: int, values: torch.Tensor | None = None) -> None:
+        """Let one parameter show other values than its own.
+
+        Args:
+            position: the parameter's, in the layout.
+            values: of its shape, in compute memory; None: its own, which is a placeholder while they are away.
+        """
+        slot = self.spec.slots[position]
+        with torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
+            if values is None and self.compute is not None:
+                values = param_view(self.compute, slot)
+            elif values is None:
+                values = self._missing[position].expand(slot.spec.shape)
+            show_values(self.params[position], values)
 
     def check_params(self) -> None:
-        """Refuse parameters that were moved, cast, re-flagged or given other data behind the engine's back.
+        """Refuse parameters that were given other data behind the engine's back, or, with gradients, re-flagged.
 
         Raises:
             ModelError: one was.
         """
         self.check_written()
-        kind = (self.spec.is_trainable, self.spec.dtype, self._device_type)
-        for slot, param, address in zip(self.spec.slots, self.params, self._addresses, strict=True):
-            found = (param.requires_grad, param.dtype, param.device.type)
-            if found != kind:
-                raise ModelError(
-                    f"parameter {slot.spec.name} had (requires_grad, dtype, device) = {kind} when it was wrapped and "
-                    f"has {found} now; set requires_grad before GeminiDDP(...), and device and dtype in GeminiConfig "
-                    "instead of calling .to(), .cuda() or .half()"
-                )
-            if local_part(param).data_ptr() != address:
-                raise ModelError(
-                    f"parameter {slot.spec.name} no longer shows its chunk: its .data was replaced after "
-                    "GeminiDDP(...); load values with engine.load_state_dict instead"
-                )
+        is_trainable = self.spec.is_trainable
+        checks_flags = torch.is_grad_enabled()
+        with torch._C.DisableTorchFunctionSubclass():
+            for slot, param, address in zip(self.spec.slots, self.params, self._addresses, strict=True):
+                if checks_flags and param.requires_grad is not is_trainable:
+                    raise ModelError(
+                        f"parameter {slot.spec.name} had requires_grad={is_trainable} when it was wrapped and has "
+                        f"{not is_trainable} now, in a forward with gradients; set requires_grad before GeminiDDP(...)"
+                    )
+                if local_part(param).data_ptr() != address:
+                    raise ModelError(
+                        f"parameter {slot.spec.name} no longer shows its chunk: its memory was exchanged after "
+                        "GeminiDDP(...); write values with param.copy_(...) or engine.load_state_dict instead"
+                    )
 
-    def unbind(self, missing: torch.Tensor) -> None:
-        """Let the parameters show a placeholder, a scalar of the right dtype and device."""
-        self.compute = None
-        self._device_type = missing.device.type
-        with torch.inference_mode(False):
-            for slot, param in zip(self.spec.slots, self.params, strict=True):
-                show_values(param, missing.expand(slot.spec.shape))
-        self._remember_binding()
+    def version_of(self, position: int) -> int:
+        """Return how often a parameter was written in place, as torch counts it."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return int(self.params[position]._version)
 
-    def _remember_binding(self) -> None:
-        self._addresses = [local_part(param).data_ptr() for param in self.params]
-        self._versions = [_version_of(param) for param in self.params]
+    def position_at(self, element: int) -> int:
+        """Return the position of the parameter that an element of the chunk belongs to."""
+        return bisect_right(self._begins, element) - 1
+
+    def position_shown_by(self, tensor: torch.Tensor) -> int | None:
+        """Return the position of the absent parameter whose placeholder a tensor shows; None: it shows none."""
+        if tensor.untyped_storage().data_ptr() != self._missing.untyped_storage().data_ptr():
+            return None
+        return int(tensor.storage_offset())
+
+    @property
+    def missing_address(self) -> int:
+        """Address of the placeholders; identifies their storage."""
+        return self._missing.untyped_storage().data_ptr()
+
+    def remember_versions(self) -> None:
+        """Take what the parameters show as seen."""
+        with torch._C.DisableTorchFunctionSubclass():
+            self._addresses = [local_part(param).data_ptr() for param in self.params]
+            self._versions = [param._version for param in self.params]
 
     def check_written(self) -> None:
-        """Refuse parameters that were written in place: the home knows nothing of it, and may be all that is kept.
+        """Bring home what was written in place without a function of torch's that said so.
 
         Raises:
-            ModelError: one was.
+            ModelError: that cannot be honoured.
         """
-        for slot, param, version in zip(self.spec.slots, self.params, self._versions, strict=True):
-            if _version_of(param) != version:
-                self._remember_binding()
-                raise ModelError(
-                    f"parameter {slot.spec.name} was written in place; only the optimizer and engine.load_state_dict "
-                    "may change weights, which live elsewhere most of the time"
-                )
-
-
-def _version_of(param: torch.Tensor) -> int:
-    """Return how often a parameter, or this rank's part of it, was written in place."""
-    local = local_part(param)
-    return param._version if local is param else param._version + local._version
+        if self.keep_write is None or self.compute is None:
+            return
+        with torch._C.DisableTorchFunctionSubclass():
+            versions = [param._version for param in self.params]
+        if versions == self._versions:
+            return
+        changed = [i for i, version in enumerate(versions) if version != self._versions[i]]
+        self._versions = versions
+        for position in changed:
+            self.keep_write(self, position)
 
 
 def count_holders(buffer: torch.Tensor) -> int:
@@ -233,10 +284,19 @@ def param_view(flat: torch.Tensor, slot: ParamSlot) -> torch.Tensor:
     return flat[slot.begin : slot.end].view(slot.spec.shape)
 
 
-def placeholder(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return the scalar that absent weights show: NaN, so that a use nobody announced cannot go unseen."""
+def placeholders(dtype: torch.dtype, device: torch.device, count: int) -> torch.Tensor:
+    """Return the scalars that absent weights show: NaN, a sign to code that goes past torch's functions.
+
+    Args:
+        dtype: of the weights.
+        device: of compute memory.
+        count: how many weights there are.
+
+    Returns:
+        [count], one storage.
+    """
     value = float("nan") if dtype.is_floating_point else 0
-    return torch.full((), value, dtype=dtype, device=device)
+    return torch.full((max(count, 1),), value, dtype=torch.float32).to(dtype).to(device)
 
 
 def viewed_error(chunk: Chunk) -> ModelError:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from gemini.chunk.chunk import Chunk, Slot, count_holders, placeholder, viewed_error
+from gemini.chunk.chunk import Chunk, Slot, count_holders, placeholders, viewed_error
 from gemini.chunk.fetch import Fetch, Gather, MoveStats
 from gemini.chunk.layout import ChunkSpec
 from gemini.chunk.sharding import ChunkShard, ShardGroup
@@ -60,7 +60,7 @@ class ChunkCore:
         self._num_protected = num_protected
         self._recent: list[int] = []
         self._staging = Staging(staging)
-        self._placeholders: dict[torch.dtype, torch.Tensor] = {}
+        self._absent: dict[int, Chunk] = {}  # by address of the placeholders
         self._group = group
 
     # ---------------------------------------------------------------- registering
@@ -88,8 +88,11 @@ class ChunkCore:
             The chunk, at home; `settle` makes a resident one ready.
         """
         assert spec.chunk_id == len(self.chunks)
-        chunk = Chunk(spec, params, home, is_resident=is_resident, shard=shard)
-        chunk.unbind(self._placeholder(spec.dtype))
+        missing = placeholders(spec.dtype, self.resources.transfers.device, len(params))
+        chunk = Chunk(spec, params, home, missing, is_resident=is_resident, shard=shard)
+        chunk.remember_versions()
+        chunk.unbind()
+        self._absent[chunk.missing_address] = chunk
         self.chunks.append(chunk)
         return chunk
 
@@ -131,7 +134,7 @@ class ChunkCore:
         assert chunk.is_resident
         assert chunk.slot is not None, f"{chunk.name} has no copy to give up"
         chunk.transition(ChunkState.AT_HOME)
-        chunk.unbind(self._placeholder(chunk.spec.dtype))
+        chunk.unbind()
         del self._residents[chunk.slot.address]
         self.resources.transfers.free(chunk.slot.buffer, "resident copies")
         chunk.slot = None
@@ -151,7 +154,7 @@ class ChunkCore:
         chunk = self.chunks[chunk_id]
         if chunk.is_resident:
             chunk.transition(ChunkState.AT_HOME)
-            chunk.unbind(self._placeholder(chunk.spec.dtype))
+            chunk.unbind()
             self._residents = {address: other for address, other in self._residents.items() if other is not chunk}
         else:
             self.evict(chunk_id)
@@ -316,6 +319,17 @@ class ChunkCore:
         slot = self._slots.find(storage_address)
         return slot.chunk if slot is not None else self._residents.get(storage_address)
 
+    def absent_in(self, storage_address: int) -> Chunk | None:
+        """Return the chunk whose placeholders a storage holds, None if it holds none."""
+        return self._absent.get(storage_address)
+
+    def has_room(self, chunk_id: int) -> bool:
+        """Return whether a chunk can be made usable without taking anything from anybody who uses it."""
+        chunk = self.chunks[chunk_id]
+        if chunk.is_resident or chunk.compute is not None or chunk.fetch is not None:
+            return True
+        return self._slots.num_free() > 0 or bool(self.evictable() or self._slots.chunks(ChunkState.FETCHING))
+
     def is_slot(self, storage_address: int) -> bool:
         """Return whether a storage is a slot, that is, memory that is refilled."""
         return self._slots.find(storage_address) is not None
@@ -359,7 +373,7 @@ class ChunkCore:
             self.evict(chunk_id)
         chunk.begin_update()
         if chunk.compute is not None:
-            chunk.unbind(self._placeholder(chunk.spec.dtype))
+            chunk.unbind()
         return chunk
 
     def end_update(self, chunk_id: int) -> None:
@@ -385,7 +399,7 @@ class ChunkCore:
             if chunk.fetch is not None:
                 chunk.fetch.abandon()
                 chunk.fetch = None
-            chunk.unbind(self._placeholder(chunk.spec.dtype))
+            chunk.unbind()
             chunk.transition(ChunkState.CLOSED)
             if chunk.slot is not None:
                 if chunk.is_resident:
@@ -404,11 +418,6 @@ class ChunkCore:
             check_transition(chunk.name, chunk.state, ChunkState.UPDATING)
         assert self.updates is not None
         self.updates.settle(chunk.spec.chunk_id)
-
-    def _placeholder(self, dtype: torch.dtype) -> torch.Tensor:
-        if dtype not in self._placeholders:
-            self._placeholders[dtype] = placeholder(dtype, self.resources.transfers.device)
-        return self._placeholders[dtype]
 
     def _take_slot(self, chunk: Chunk) -> None:
         """Give a chunk that is not resident a slot, evicting others for it if need be."""
@@ -430,7 +439,7 @@ class ChunkCore:
     def _leave_slot(self, chunk: Chunk) -> bool:
         """Give a chunk's slot back; return whether someone still looks at it."""
         assert chunk.slot is not None
-        chunk.unbind(self._placeholder(chunk.spec.dtype))
+        chunk.unbind()
         is_viewed = self._slots.is_viewed(chunk)
         self._slots.give_back(chunk.slot)
         chunk.slot = None

@@ -1,0 +1,1 @@
+"""Where torch's functions and graph are touched: what reads and writes the parameters that chunks hold."""

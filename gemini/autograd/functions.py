@@ -1,0 +1,134 @@
+"""What a function of torch's does with the values of its arguments, judged by the function itself.
+
+`__torch_function__` is told of every function that a weight is given to: operators, methods, and the getters and
+setters of properties. Most of them read values, and nothing needs to be known of them. This module knows the others.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+__all__ = ["FunctionKind", "kind_of", "returns_new_tensors", "writes_values"]
+
+
+class FunctionKind(enum.Enum):
+    """What a function wants of a weight."""
+
+    VALUES = "values"
+    """Reads the values, or writes them: nearly every function."""
+    METADATA = "metadata"
+    """Looks at shape, dtype, device, hooks or flags; needs no values."""
+    GEOMETRY = "geometry"
+    """Looks at strides and offsets, which the placeholder of a weight that is away does not have."""
+    ADDRESS = "address"
+    """Hands memory out to code that goes past torch's functions."""
+    DATA_GET = "data get"
+    DATA_SET = "data set"
+    GRAD_GET = "grad get"
+    GRAD_SET = "grad set"
+    DIFFERENTIATE = "differentiate"
+    """Differentiates with respect to the weight, and runs user code on the way."""
+
+
+_PROPERTIES = {"data": (FunctionKind.DATA_GET, FunctionKind.DATA_SET), "grad": (FunctionKind.GRAD_GET,) * 2}
+_VALUE_PROPERTIES = frozenset({"T", "mT", "H", "mH", "real", "imag", "_base"})
+_METADATA = frozenset(
+    {
+        *("__len__", "size", "dim", "numel", "ndimension", "nelement", "element_size", "__hash__", "type"),
+        *("is_floating_point", "is_complex", "is_signed", "is_conj", "is_neg", "is_inference", "is_same_size"),
+        *("requires_grad_", "retain_grad", "register_hook", "register_post_accumulate_grad_hook", "get_device"),
+        *("dim_order", "is_shared", "is_pinned", "is_set_to", "is_coalesced", "has_names", "_is_view"),
+        *("result_type", "can_cast", "ones_like", "zeros_like", "empty_like", "rand_like", "randn_like", "full_like"),
+        *("randint_like", "new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "_dimI", "_dimV"),
+    }
+)
+_GEOMETRY = frozenset({"stride", "is_contiguous", "storage_offset", "is_non_overlapping_and_dense"})
+_ADDRESS = frozenset(
+    {
+        *("data_ptr", "untyped_storage", "storage", "_typed_storage", "storage_type", "numpy", "__array__"),
+        *("__dlpack__", "__array_wrap__", "__cuda_array_interface__", "const_data_ptr", "mutable_data_ptr"),
+    }
+)
+_IN_PLACE_OPERATORS = frozenset(
+    f"__i{name}__"
+    for name in (
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+    )
+) | {"__setitem__"}
+_NOT_IN_PLACE = frozenset({"requires_grad_", "retain_grad_"})
+
+_NEW_TENSORS = frozenset(
+    {
+        *(F.linear, F.layer_norm, F.group_norm, F.batch_norm, F.conv1d, F.conv2d, F.conv3d, torch.matmul, torch.addmm),
+        *(torch.mm, torch.bmm, torch.nn.functional.embedding, torch.nn.functional.rms_norm, torch.mul, torch.add),
+        *(torch.Tensor.matmul, torch.Tensor.mul, torch.Tensor.add, torch.Tensor.mm, torch.Tensor.addmm),
+    }
+)
+"""Functions on the hot path whose results never share memory with a weight."""
+
+
+@lru_cache(maxsize=4096)
+def kind_of(func: Any) -> FunctionKind:
+    """Return what a function of torch's wants of a weight."""
+    name = getattr(func, "__name__", "")
+    if name in ("__get__", "__set__", "__delete__"):
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        if attribute in _PROPERTIES:
+            return _PROPERTIES[attribute][name != "__get__"] if attribute == "data" else _grad_kind(name)
+        return FunctionKind.VALUES if attribute in _VALUE_PROPERTIES else FunctionKind.METADATA
+    if func is torch.autograd.grad or func is torch.autograd.backward:
+        return FunctionKind.DIFFERENTIATE
+    for names, kind in (
+        (_METADATA, FunctionKind.METADATA),
+        (_GEOMETRY, FunctionKind.GEOMETRY),
+        (_ADDRESS, FunctionKind.ADDRESS),
+    ):
+        if name in names:
+            return kind
+    return FunctionKind.VALUES
+
+
+def _grad_kind(name: str) -> FunctionKind:
+    return FunctionKind.GRAD_GET if name == "__get__" else FunctionKind.GRAD_SET
+
+
+def returns_new_tensors(func: Any) -> bool:
+    """Return whether results surely share no memory with arguments; most functions are not known to."""
+    return func in _NEW_TENSORS
+
+
+@lru_cache(maxsize=4096)
+def _is_in_place(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    if name in _IN_PLACE_OPERATORS:
+        return True
+    return name.endswith("_") and not name.endswith("__") and name not in _NOT_IN_PLACE
+
+
+def writes_values(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a call may write one of its arguments, so that old values have to be kept."""
+    if _is_in_place(func) or kwargs.get("out") is not None or kwargs.get("inplace"):
+        return True
+    if func is F.embedding:
+        return kwargs.get("max_norm") is not None or (len(args) > 3 and args[3] is not None)
+    if func is F.embedding_bag:
+        return kwargs.get("max_norm") is not None or (len(args) > 4 and args[4] is not None)
+    return False

@@ -1,0 +1,329 @@
+"""Parameters whose values live in chunks, and what is handed out in place of views of their memory.
+
+[Note: Managed parameters]
+While an engine manages a parameter, its class is `ManagedParameter`, and torch tells that class of every function the
+parameter is given to. So code needs no announcement to read a weight or to write it, inside of forward or outside: the
+values are fetched for the length of the function, and what it has written reaches the home before it returns. What
+would let memory out of sight is not handed out. A view that needs no gradient (`.data`, `detach()`, a slice without
+gradients) becomes a `WeightAlias`, which holds no memory and finds the weight whenever it is used; a view in the graph
+shows a copy, and refuses to be read once the weight is another. `.grad` shows the gradient that waits and refuses to
+be changed. What compiled code, and kernels that are given addresses, do with weights is not seen here: version
+counters are compared wherever weights leave their memory (gemini.weight_access).
+
+The classes here carry data. What a function does with them is decided in gemini.autograd.weight_functions, which the
+weight behind them calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from gemini.autograd.functions import FunctionKind, kind_of, writes_values
+from gemini.errors import ModelError
+
+__all__ = [
+    "Geometry",
+    "GraphView",
+    "ManagedParameter",
+    "OpenWeight",
+    "WaitingGradient",
+    "Weight",
+    "WeightAlias",
+    "hide",
+    "is_placeless",
+    "manage",
+    "refuse",
+    "release",
+    "show",
+    "stand_in",
+    "weight_of",
+]
+
+_WEIGHT = "_gemini_weight"
+
+
+class OpenWeight(Protocol):
+    """A weight whose values are in compute memory and stay there while a function runs."""
+
+    values: torch.Tensor
+    """The values, in the parameter's shape; of a DTensor this rank's part."""
+    is_lasting: bool
+    """Whether a view of the memory may outlive the function: the weight's module is running."""
+
+    def become_copy(self) -> None:
+        """Let the parameter show a copy of the values until the weight is closed."""
+
+
+class Weight(Protocol):
+    """What an engine knows of one of its parameters."""
+
+    name: str
+    """For messages."""
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run a function of torch's that was given the parameter, or a view of it."""
+
+    @property
+    def param(self) -> torch.nn.Parameter:
+        """The parameter."""
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the parameter shows its values now, and will at least until the next function."""
+
+    def opened(self, *, writes: bool) -> AbstractContextManager[OpenWeight]:
+        """Let the parameter show its values while the context is open; what was written reaches the home at its end."""
+
+    def saving(self) -> AbstractContextManager[None]:
+        """Let what autograd saves of weights, while the context is open, be found again in backward."""
+
+    def settle(self) -> None:
+        """Wait until nobody is writing the weight."""
+
+    def stamp(self) -> object:
+        """Return something that is unequal once the values may have changed."""
+
+    def call_shared(self, func: Callable[..., Any], args: Any, kwargs: Any, params: Sequence[torch.Tensor]) -> Any:
+        """Call a function that uses weights, so that gradients of shared ones may be delivered use by use."""
+
+    def assign(self, values: torch.Tensor) -> None:
+        """Write values as `.data = values` would."""
+
+    def load(self, values: torch.Tensor) -> None:
+        """Write values of a wider dtype, which the master keeps."""
+
+    def pinned(self) -> torch.Tensor:
+        """Return a copy of the values, the same one as long as somebody holds it, brought up to date."""
+
+    def gradient(self) -> torch.Tensor | None:
+        """Return the tensor that stands for the gradient that waits, None if none does."""
+
+    def read_gradient(self) -> torch.Tensor | None:
+        """Return the gradient that waits, of the parameter's dtype; None if none does."""
+
+    def set_gradient(self, gradient: torch.Tensor | None) -> None:
+        """Let a gradient take the place of the one that waits."""
+
+
+def _run(args: tuple[Any, ...], kwargs: Mapping[str, Any], func: Any) -> Any:
+    """Let the weight behind the first managed argument run a function."""
+    weight = _first_weight(args) or _first_weight(kwargs.values())
+    if weight is None:  # a class derived from ours, or a name of the class itself
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    return weight.run(func, args, kwargs)
+
+
+def _first_weight(values: Any) -> Weight | None:
+    for value in values:
+        found: Weight | None = getattr(value, _WEIGHT, None)
+        if found is None and isinstance(value, (list, tuple)):
+            found = _first_weight(value)
+        if found is not None:
+            return found
+    return None
+
+
+class ManagedParameter(torch.nn.Parameter):
+    """A parameter of a GeminiDDP: reads as its current value, wherever that lives; see [Note: Managed parameters]."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(args, kwargs or {}, func)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.nn.Parameter:
+        if id(self) not in memo:
+            memo[id(self)] = _plain_copy(self)
+        copied: torch.nn.Parameter = memo[id(self)]
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _plain_copy(self).__reduce_ex__(protocol)
+
+
+def _plain_copy(param: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(param.detach().clone(), requires_grad=param.requires_grad)
+
+
+_managed_types: dict[type, type] = {torch.nn.Parameter: ManagedParameter}
+_plain_types: dict[type, type] = {ManagedParameter: torch.nn.Parameter}
+
+
+def _managed_type(kind: type) -> type:
+    """Return the class of managed parameters whose plain class is `kind`; of a managed one, itself."""
+    if kind in _plain_types:
+        return kind
+    if kind not in _managed_types:
+        names = ("__torch_function__", "__deepcopy__", "__reduce_ex__")
+        members = {name: vars(ManagedParameter)[name] for name in names}
+        managed = type(f"Managed{kind.__name__}", (kind,), {"__slots__": (), **members})
+        _managed_types[kind], _plain_types[managed] = managed, kind
+    return _managed_types[kind]
+
+
+def manage(param: torch.nn.Parameter, weight: Weight) -> None:
+    """Let a parameter read as a weight's value from now on."""
+    setattr(param, _WEIGHT, weight)
+    param.__class__ = _managed_type(type(param))
+
+
+def release(param: torch.nn.Parameter) -> None:
+    """Undo `manage`."""
+    hide(param)
+    delattr(param, _WEIGHT)
+
+
+def hide(param: torch.nn.Parameter) -> None:
+    """Let a managed parameter be a plain one for code that torch.compile has made, which must not see our class."""
+    if type(param) in _plain_types:
+        param.__class__ = _plain_types[type(param)]
+
+
+def show(param: torch.nn.Parameter) -> None:
+    """Undo `hide`."""
+    if hasattr(param, _WEIGHT):
+        param.__class__ = _managed_type(type(param))
+
+
+def is_placeless(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor has no memory of its own, so that its values must be copied to outlive a module."""
+    return isinstance(tensor, WeightAlias) or type(tensor) in _plain_types
+
+
+def weight_of(tensor: object) -> Weight | None:
+    """Return the weight behind a managed parameter, or behind a view of one; None of anything else."""
+    weight: Weight | None = getattr(tensor, _WEIGHT, None) if isinstance(tensor, torch.Tensor) else None
+    return weight
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Where the elements of a view lie in the memory of a weight's values."""
+
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    begin_nbytes: int
+    """First byte of the view, from the first byte of the values."""
+
+
+class WeightAlias(torch.Tensor):
+    """A view of a weight that needs no gradient. It holds no memory: whatever uses it finds the weight's values.
+
+    Writes through it change the weight, as they do with everything in memory.
+    """
+
+    _geometry: Geometry
+    _keeps_version: bool
+    _pinned: torch.Tensor | None = None
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(args, kwargs or {}, func)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        if id(self) not in memo:
+            memo[id(self)] = self.clone()
+        copied: torch.Tensor = memo[id(self)]
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.clone().__reduce_ex__(protocol)
+
+
+class GraphView(torch.Tensor):
+    """A view of a weight in the graph, on memory of its own."""
+
+    _stamp: object
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(args, kwargs or {}, func)
+
+    def check_current(self, *, writes: bool) -> None:
+        """Refuse to be written, and to be read once the weight has changed.
+
+        Raises:
+            ModelError: the one or the other.
+        """
+        weight = weight_of(self)
+        assert weight is not None
+        if writes:
+            raise refuse(weight, "a view of it in the graph was written in place", "write the parameter itself")
+        if weight.stamp() != self._stamp:
+            raise refuse(
+                weight,
+                "a view of it in the graph is read after the weight has changed",
+                "take the view anew, from the parameter",
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return self.clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.detach().clone().__reduce_ex__(protocol)
+
+
+class WaitingGradient(torch.Tensor):
+    """The gradient of a weight, where it waits for the optimizer's step: may be read, not changed."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        kind = kind_of(func)
+        if kind is FunctionKind.METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if writes_values(func, args, kwargs) or kind in (FunctionKind.DATA_SET, FunctionKind.GRAD_SET):
+            raise refuse(
+                next(w for w in map(weight_of, _flat(args, kwargs)) if w is not None),
+                "its gradient waits for the optimizer's step and was changed in place through .grad",
+                "clip with HybridAdam(max_grad_norm=...) or engine.clip_grad_norm_, drop gradients with zero_grad(), "
+                "change them with param.register_hook, or assign a new tensor to .grad",
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*map(_gradient_value, args), **{name: _gradient_value(each) for name, each in kwargs.items()})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return self.clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.clone().__reduce_ex__(protocol)
+
+
+def _gradient_value(value: Any) -> Any:
+    if type(value) in (list, tuple):
+        return type(value)(map(_gradient_value, value))
+    if not isinstance(value, WaitingGradient):
+        return value
+    weight = weight_of(value)
+    assert weight is not None
+    gradient = weight.read_gradient()
+    if gradient is None:
+        raise refuse(weight, "its gradient is read after the step has used it up", "read .grad before optimizer.step()")
+    return gradient
+
+
+def _flat(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    flat: list[Any] = []
+    for value in (*args, *kwargs.values()):
+        flat += value if isinstance(value, (list, tuple)) else [value]
+    return flat
+
+
+def stand_in(kind: type, weight: Weight, like: torch.Tensor) -> Any:
+    """Return a tensor of a class, with a tensor's size, dtype and device and no memory."""
+    empty = torch.full((), float("nan") if like.dtype.is_floating_point else 0, dtype=like.dtype, device=like.device)
+    made: Any = empty.expand(like.size()).as_subclass(kind)
+    setattr(made, _WEIGHT, weight)
+    return made
+
+
+def refuse(weight: Weight, what: str, instead: str) -> ModelError:
+    """Return the error for a use of a weight that cannot be honoured."""
+    return ModelError(f"parameter {weight.name} of a GeminiDDP: {what}; {instead}")

@@ -1,0 +1,75 @@
+"""Functions that use parameters whose gradients need not go through autograd; see [Note: Gradients past autograd]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from gemini.gradient_sink import sink_of
+from gemini.parameter_uses import embedding, separate_use
+
+__all__ = ["CountingSink", "SharedUses"]
+
+
+class CountingSink(Protocol):
+    """A sink that knows which uses of its parameter have been announced."""
+
+    num_announced: int
+    has_other_uses: bool
+    """Whether some use was not announced, so that autograd must add up the gradients of all."""
+
+
+class SharedUses:
+    """The parameters of one model that have several names or serve as embeddings, and how functions use them."""
+
+    def __init__(self) -> None:
+        self.sinks: dict[int, CountingSink] = {}
+        """By id of the parameter."""
+        self.is_model_trained = False
+        """Whether the forward that is running began with gradients."""
+
+    def call(self, func: Callable[..., Any], args: Any, kwargs: Any, params: Sequence[torch.Tensor]) -> Any:
+        """Call a function; embeddings, and linear layers that share a parameter, as in gemini.parameter_uses.
+
+        Without gradients no use is announced: there a reentrant checkpoint may be running, whose backward is a pass of
+        its own.
+
+        Args:
+            func: any of torch's.
+            args: of the function.
+            kwargs: of the function.
+            params: the parameters among the arguments.
+
+        Returns:
+            What the function does.
+        """
+        if func is F.embedding:
+            for param in params:
+                sink: Any = sink_of(param)
+                if sink is not None and hasattr(sink, "num_announced"):
+                    self.sinks[id(param)] = sink
+        used = [self.sinks[id(param)] for param in params if id(param) in self.sinks] if self.sinks else []
+        if not used or not (torch.is_grad_enabled() or self.is_model_trained):
+            return func(*args, **kwargs)
+        num_announced = [sink.num_announced for sink in used]
+        if func is F.embedding:
+            func = embedding
+        elif func is F.linear:
+            args, kwargs = self._with_separate_weight(args, kwargs)
+        result = func(*args, **kwargs)
+        for sink, num_before in zip(used, num_announced, strict=True):
+            if sink.num_announced == num_before:
+                sink.has_other_uses = True
+        return result
+
+    def _with_separate_weight(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Return the arguments of a linear layer with a separate use in place of a shared weight."""
+        weight = args[1] if len(args) > 1 else kwargs.get("weight")
+        if id(weight) not in self.sinks:
+            return args, kwargs
+        if len(args) > 1:
+            return (args[0], separate_use(weight), *args[2:]), kwargs
+        return args, {**kwargs, "weight": separate_use(weight)}

@@ -1,0 +1,279 @@
+"""Runs torch's functions that are given managed parameters, or views of them; see [Note: Managed parameters]."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from gemini.autograd.functions import FunctionKind, kind_of, returns_new_tensors, writes_values
+from gemini.autograd.managed_parameter import (
+    Geometry,
+    GraphView,
+    OpenWeight,
+    Weight,
+    WeightAlias,
+    refuse,
+    stand_in,
+    weight_of,
+)
+
+__all__ = ["run_function"]
+
+
+def run_function(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run a function of torch's that was given a managed parameter, or a view of one."""
+    kind = kind_of(func)
+    if kind is FunctionKind.METADATA:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    if kind is FunctionKind.VALUES:
+        return _run(func, args, kwargs)
+    if kind is FunctionKind.DIFFERENTIATE:
+        return func(*_with_edges(args), **_with_edges(kwargs))
+    return _look_at(kind, func, args, kwargs)
+
+
+def _with_edges(value: Any) -> Any:
+    """Name the places of managed parameters in the graph in their stead; asking for gradients reads no values."""
+    if isinstance(value, Mapping):
+        return {key: _with_edges(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_with_edges, value)) if type(value) in (list, tuple) else value
+    if not isinstance(value, torch.Tensor) or weight_of(value) is None:
+        return value
+    with torch._C.DisableTorchFunctionSubclass():
+        return torch.autograd.graph.get_gradient_edge(value) if value.requires_grad else value
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    found = [*_tensors_of(args), *_tensors_of(kwargs.values())]
+    weights = {id(weight): weight for _, weight in found}
+    writes = writes_values(func, args, kwargs)
+    first = found[0][1]
+    if not writes and returns_new_tensors(func) and all(w.is_held and t is w.param for t, w in found):
+        with torch._C.DisableTorchFunctionSubclass(), first.saving():
+            return first.call_shared(func, args, kwargs, [tensor for tensor, _ in found])
+    if len(weights) > 1 and getattr(func, "__name__", "").startswith("_foreach_"):
+        return _run_one_by_one(func, args, kwargs)
+    with ExitStack() as stack:
+        for tensor, _ in found:
+            if isinstance(tensor, GraphView):
+                tensor.check_current(writes=writes)
+        opened = {key: stack.enter_context(weight.opened(writes=writes)) for key, weight in weights.items()}
+        stack.enter_context(torch._C.DisableTorchFunctionSubclass())
+        stack.enter_context(first.saving())
+        result = _call(func, args, kwargs, found, opened)
+        if any(_needs_own_memory(tensor, opened.values()) for tensor in _plain_tensors_in(result)):
+            for weight in opened.values():
+                weight.become_copy()
+            result = _call(func, args, kwargs, found, opened)
+        return _hand_out(result, func, found, [(weights[key], each) for key, each in opened.items()])
+
+
+def _call(
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    found: Sequence[tuple[torch.Tensor, Weight]],
+    opened: Mapping[int, OpenWeight],
+) -> Any:
+    """Call a function on memory that holds values."""
+    stand_ins = {id(tensor): _resolve(tensor, opened[id(weight)]) for tensor, weight in found}
+
+    args = tuple(_replaced(value, stand_ins) for value in args)
+    kwargs = {name: _replaced(value, stand_ins) for name, value in kwargs.items()}
+    params = [tensor for tensor, weight in found if tensor is weight.param]
+    result = found[0][1].call_shared(func, args, kwargs, params) if params else func(*args, **kwargs)
+    originals = {id(stand_ins[id(tensor)]): tensor for tensor, _ in found}
+    if isinstance(result, (list, tuple)) and type(result) in (list, tuple):
+        return type(result)(originals.get(id(each), each) for each in result)
+    return originals.get(id(result), result)
+
+
+def _replaced(value: Any, stand_ins: Mapping[int, torch.Tensor]) -> Any:
+    if type(value) in (list, tuple):
+        return type(value)(_replaced(each, stand_ins) for each in value)
+    return stand_ins.get(id(value), value)
+
+
+def _needs_own_memory(tensor: torch.Tensor, opened: Collection[OpenWeight]) -> bool:
+    """Return whether a tensor in the graph shows memory that other weights will take."""
+    return tensor.requires_grad and any(
+        not each.is_lasting and weight_of(tensor) is None and _shares_memory(tensor, each.values) for each in opened
+    )
+
+
+def _shares_memory(tensor: torch.Tensor, values: torch.Tensor) -> bool:
+    """Return whether a tensor is made of the same storage as a weight's values."""
+    local = getattr(tensor, "_local_tensor", tensor)
+    if local.layout is not torch.strided:
+        return False
+    return bool(local.untyped_storage()._cdata == values.untyped_storage()._cdata)
+
+
+def _run_one_by_one(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run one of torch's functions over lists element by element, so that one weight is in memory at a time."""
+    lists = [value for value in (*args, *kwargs.values()) if isinstance(value, (list, tuple))]
+    count = max((len(each) for each in lists), default=0)
+    results = []
+    for index in range(count):
+
+        def pick(value: Any, index: int = index) -> Any:
+            return [value[index]] if isinstance(value, (list, tuple)) and len(value) == count else value
+
+        results.append(func(*map(pick, args), **{name: pick(value) for name, value in kwargs.items()}))
+    if any(result is None for result in results):
+        return None
+    return type(results[0])(element for result in results for element in result)
+
+
+def _tensors_of(values: Any) -> Iterator[tuple[torch.Tensor, Weight]]:
+    """Yield the managed parameters, and views of them, among arguments; lists and tuples are looked into."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _tensors_of(value)
+        else:
+            weight = weight_of(value)
+            if weight is not None:
+                yield value, weight
+
+
+def _plain_tensors_in(result: Any) -> Iterator[torch.Tensor]:
+    for value in result if isinstance(result, (list, tuple)) else (result,):
+        if isinstance(value, torch.Tensor):
+            yield value
+
+
+def _geometry_of(view: torch.Tensor, values: torch.Tensor) -> Geometry:
+    begin = view.storage_offset() * view.element_size() - values.storage_offset() * values.element_size()
+    return Geometry(view.dtype, view.size(), view.stride(), int(begin))
+
+
+def _alias(weight: Weight, view: torch.Tensor, values: torch.Tensor, *, keeps_version: bool) -> WeightAlias:
+    alias: WeightAlias = stand_in(WeightAlias, weight, view)
+    alias._geometry = _geometry_of(view, values)
+    alias._keeps_version = keeps_version
+    return alias
+
+
+def _resolve(tensor: torch.Tensor, opened: OpenWeight) -> torch.Tensor:
+    """Return a tensor that shows, in an opened weight's memory, what a parameter or a view of it stands for."""
+    if isinstance(tensor, WeightAlias):
+        return _view(tensor._geometry, opened.values)
+    return tensor
+
+
+def _view(geometry: Geometry, values: torch.Tensor) -> torch.Tensor:
+    begin = values.storage_offset() * values.element_size() + geometry.begin_nbytes
+    empty = torch.empty(0, dtype=geometry.dtype, device=values.device)
+    with torch.no_grad():
+        return empty.set_(values.untyped_storage(), begin // empty.element_size(), geometry.size, geometry.stride)
+
+
+def _hand_out(
+    result: Any,
+    func: Any,
+    found: Sequence[tuple[torch.Tensor, Weight]],
+    opened: Sequence[tuple[Weight, OpenWeight]],
+) -> Any:
+    """Return a function's result with views of weights' memory made safe to keep."""
+    if type(result) in (list, tuple):
+        return type(result)(_hand_out(each, func, found, opened) for each in result)
+    if not isinstance(result, torch.Tensor) or weight_of(result) is not None:
+        return result
+    for weight, each in opened:
+        if not _shares_memory(result, each.values):
+            continue
+        if result.requires_grad:
+            if each.is_lasting:
+                return result
+            view: GraphView = result.as_subclass(GraphView)  # type: ignore[assignment]
+            view._gemini_weight = weight
+            view._stamp = weight.stamp()
+            return view
+        if type(result) is not torch.Tensor:  # a DTensor
+            return result.clone()
+        return _alias(weight, result, each.values, keeps_version=False)
+    return result
+
+
+def _look_at(kind: FunctionKind, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Answer what is asked of a parameter, or a view of one, beyond its values."""
+    tensor = args[0] if args else None
+    weight = weight_of(tensor)
+    if weight is None:  # another argument is the managed one
+        raw = [each.clone() if weight_of(each) is not None else each for each in args]
+        return func(*raw, **kwargs)
+    assert tensor is not None
+    if kind is FunctionKind.GRAD_GET:
+        return weight.gradient() if tensor is weight.param else None
+    if kind is FunctionKind.GRAD_SET:
+        if tensor is not weight.param:
+            raise refuse(weight, "a view of it was given a gradient", "give the parameter its gradient")
+        weight.set_gradient(args[1] if len(args) > 1 else None)
+        return None
+    if kind is FunctionKind.DATA_SET:
+        if tensor is not weight.param:
+            raise refuse(weight, "the .data of a view of it was replaced", "write into the view with copy_")
+        weight.assign(args[1])
+        return None
+    if isinstance(tensor, GraphView):
+        tensor.check_current(writes=False)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    if kind is FunctionKind.DATA_GET:
+        return _data_of(tensor, weight)
+    if kind is FunctionKind.GEOMETRY:
+        geometry = _full_geometry(tensor)
+        twin = torch.empty_strided(geometry.size, geometry.stride, dtype=geometry.dtype, device="meta")
+        if func.__name__ == "storage_offset":
+            return geometry.begin_nbytes // twin.element_size()
+        return func(twin, *args[1:], **kwargs)
+    return _address(tensor, weight, func, args, kwargs)
+
+
+def _full_geometry(tensor: torch.Tensor) -> Geometry:
+    if isinstance(tensor, WeightAlias):
+        return tensor._geometry
+    with torch._C.DisableTorchFunctionSubclass():
+        twin = torch.empty(tensor.size(), dtype=tensor.dtype, device="meta")
+        return _geometry_of(twin, twin)
+
+
+def _data_of(tensor: torch.Tensor, weight: Weight) -> torch.Tensor:
+    if isinstance(tensor, WeightAlias):
+        geometry, like = tensor._geometry, tensor
+    else:
+        geometry, like = _full_geometry(tensor), tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        if type(like).__name__.endswith("DTensor"):
+            raise refuse(
+                weight,
+                "its .data was taken, and it is divided among ranks",
+                "read it with .detach() and write it in place under torch.no_grad()",
+            )
+        alias: WeightAlias = stand_in(WeightAlias, weight, like)
+    alias._geometry = geometry
+    alias._keeps_version = True
+    return alias
+
+
+def _address(tensor: torch.Tensor, weight: Weight, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Hand memory out: the weight's own while its module runs, else a copy that lives as long as what it is for."""
+    is_array = func.__name__ in ("numpy", "__array__", "__dlpack__")
+    if weight.is_held and tensor is weight.param and not is_array:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    pinned = weight.pinned()
+    tensor._pinned = pinned  # type: ignore[attr-defined]
+    with torch._C.DisableTorchFunctionSubclass():
+        memory = _view(tensor._geometry, pinned) if isinstance(tensor, WeightAlias) else pinned
+        if is_array and tensor.requires_grad:
+            memory = memory.clone().requires_grad_()  # torch refuses, and says what to do
+        found = func(memory, *args[1:], **kwargs)
+        if is_array and hasattr(found, "flags"):
+            found.flags.writeable = False  # what is written here would not reach the weight
+        return found
