@@ -23,12 +23,13 @@ from gemini.chunk.sharding import Sharding
 from gemini.chunk.tensor_parallel import local_part
 from gemini.config import GeminiConfig
 from gemini.errors import ConfigError, ModelError
+from gemini.handback import OriginalTensors, read_back
 from gemini.hooks import HookSet
 from gemini.initialise import InitFn
 from gemini.model_names import canonical_buffers, canonical_names, compare_names, persistent_buffers
 from gemini.offload.commit_file import CommitFile
 from gemini.offload.io import IoStats
-from gemini.ownership import check_unchanged, disown, own, refuse_owned
+from gemini.ownership import check_unchanged, own, refuse_owned
 from gemini.placement.cost_model import HardwareProfile, StepFlops, StepPrediction
 from gemini.pretrained import open_pretrained, save_pretrained
 from gemini.report import MemoryReport, check_prediction, make_report
@@ -94,6 +95,7 @@ class GeminiDDP(torch.nn.Module):
             raise ModelError("the model contains a GeminiDDP already; wrap the plain model once")
         refuse_owned(module)
         self.module = module
+        self._originals = OriginalTensors.of(module)
         with nullcontext() if weights is None else open_pretrained(module, Path(weights), sharding) as source:
             self._runtime = assemble(
                 module, config or GeminiConfig(), init_fn=init_fn, weights=source, sharding=sharding, commits=commits
@@ -111,7 +113,7 @@ class GeminiDDP(torch.nn.Module):
         self._access = WeightAccess(self._runtime, self._hooks.uses.call)
         own(self._access)
         self._slicer = self._slice_blocks(unit_names)
-        self._state_hooks = install_state_hooks(module, lambda: self._named_parameters(read_working))
+        self._state_hooks = install_state_hooks(module, self._runtime)
         module.zero_grad = self.zero_grad  # type: ignore[method-assign]
 
     def _slice_blocks(self, unit_names: dict[int, str]) -> BatchSlicer | None:
@@ -479,11 +481,21 @@ class GeminiDDP(torch.nn.Module):
         )
 
     def close(self, *, keep: bool = False) -> None:
-        """Give memory, threads and the swap file back; weights that are not committed are gone. Idempotent.
+        """Give memory, threads and the swap file back. Idempotent.
+
+        From here on the model is a plain one: its parameters hold their values again, in the dtype that they had when
+        it was wrapped. Where memory has no room for them, or several ranks share them, using a parameter is a
+        ModelError; save before.
 
         Args:
             keep: whether a memory service keeps what was committed; leaving the context by an exception does.
         """
+        self._close(keep=keep, hands_back=True)
+
+    def _close(self, *, keep: bool, hands_back: bool) -> None:
+        values = None
+        if hands_back and not self._runtime.is_closed:
+            values = read_back(self._access, self._originals)
         self._hooks.remove()
         if self._slicer is not None:
             self._slicer.remove()
@@ -491,7 +503,8 @@ class GeminiDDP(torch.nn.Module):
             handle.remove()
         self._runtime.close(keep=keep)
         self.module.__dict__.pop("zero_grad", None)
-        disown(self._access)
+        if values is not None:
+            self._originals.hand_back(self.module, self._access, values)
 
     def __enter__(self) -> GeminiDDP:
         return self
@@ -499,4 +512,5 @@ class GeminiDDP(torch.nn.Module):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close(keep=kind is not None)
+        is_interrupted = kind is not None and not issubclass(kind, Exception)
+        self._close(keep=kind is not None, hands_back=not is_interrupted)

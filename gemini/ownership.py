@@ -37,7 +37,13 @@ def disown(access: WeightAccess) -> None:
 def refuse_owned(model: torch.nn.Module) -> None:
     """Raise ModelError if an engine manages some parameters already."""
     for name, param in model.named_parameters():
-        if runtime_of(param) is not None:
+        runtime = runtime_of(param)
+        if runtime is not None and runtime.is_closed:
+            raise ModelError(
+                f"parameter {name} holds no values: the GeminiDDP that managed it was closed and could not hand them "
+                "back; load the model anew"
+            )
+        if runtime is not None:
             raise ModelError(
                 f"parameter {name} is managed by another GeminiDDP; close() that one first, or wrap a copy of the model"
             )

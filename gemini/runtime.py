@@ -442,6 +442,11 @@ class Runtime:
             "own; load engine.state_dict() into a plain copy of the model instead"
         )
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._is_closed
+
     def check_usable(self) -> None:
         """Raise ModelError if the engine is closed, its state was lost, or it belongs to the parent of this process."""
         if os.getpid() != self._pid:

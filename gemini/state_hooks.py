@@ -1,41 +1,67 @@
-"""Lets the wrapped model's own `state_dict` show weights in place of placeholders, and refuses its loading."""
+"""Lets `state_dict` of the wrapped model, and of every module in it, hold copies of weights; see docs/weights.md."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import weakref
 from typing import Any
 
 import torch
 
+from gemini.autograd.managed_parameter import WeightCopy, weight_of
 from gemini.errors import ModelError
+from gemini.runtime import Runtime
+from gemini.weight_access import ParamWeight
+from gemini.weights import read_working
 
 __all__ = ["install_state_hooks"]
 
 
-def install_state_hooks(
-    module: torch.nn.Module, named_parameters: Callable[[], Iterator[tuple[str, torch.Tensor]]]
-) -> tuple[Any, Any]:
-    """Install both hooks.
+def install_state_hooks(module: torch.nn.Module, runtime: Runtime) -> list[Any]:
+    """Install hooks on a model and all modules in it.
 
     Args:
         module: the wrapped model.
-        named_parameters: yields copies of all its parameters, by name.
+        runtime: its engine's.
 
     Returns:
         Their handles.
     """
+    copies: dict[int, dict[int, torch.Tensor]] = {}  # of each state dict being made: by parameter
 
-    def fill(_: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        for name, tensor in named_parameters():
-            if prefix + name in state:
-                state[prefix + name] = tensor
+    def fill(owner: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name, param in owner._parameters.items():
+            weight = weight_of(param)
+            if not isinstance(weight, ParamWeight) or state.get(prefix + name, param) is param:  # keep_vars
+                continue
+            known = _copies_for(copies, state)
+            if id(param) not in known:
+                runtime.finish_updates()
+                copy: WeightCopy = read_working(runtime, weight.slot).as_subclass(WeightCopy)  # type: ignore[assignment]
+                copy.name = prefix + name
+                known[id(param)] = copy
+            state[prefix + name] = known[id(param)]
 
-    def refuse(*_: Any) -> None:
-        raise ModelError(
-            "load_state_dict on a wrapped model would miss the weights that are away and the masters of all "
-            "others; call engine.load_state_dict"
-        )
+    def refuse_assignment(owner: Any, state: Any, prefix: str, metadata: dict[str, Any], *_: Any) -> None:
+        if metadata.get("assign_to_params_buffers"):
+            raise ModelError(
+                "load_state_dict(assign=True) on a model in a GeminiDDP would take its parameters out of their chunks: "
+                "leave assign out, or call engine.load_state_dict"
+            )
 
-    on_saving = module.register_state_dict_post_hook(fill)  # type: ignore[no-untyped-call]
-    on_loading = module.register_load_state_dict_pre_hook(refuse)  # type: ignore[no-untyped-call]
-    return on_saving, on_loading
+    handles: list[Any] = []
+    for owner in module.modules():
+        if owner._parameters:
+            handles.append(owner.register_state_dict_post_hook(fill))  # type: ignore[no-untyped-call]
+            handles.append(owner.register_load_state_dict_pre_hook(refuse_assignment))  # type: ignore[no-untyped-call]
+    return handles
+
+
+def _copies_for(copies: dict[int, dict[int, torch.Tensor]], state: Any) -> dict[int, torch.Tensor]:
+    """Return the copies that are in a state dict already, so that tied names share one."""
+    if id(state) not in copies:
+        try:
+            weakref.finalize(state, copies.pop, id(state), None)
+        except TypeError:  # a plain dict: nobody tells of its end
+            return {}
+        copies[id(state)] = {}
+    return copies[id(state)]

@@ -154,7 +154,7 @@ class ParamWeight:
         Raises:
             ModelError: they are of another.
         """
-        if weight_of(values) is self:  # such as `param.data = param.data`
+        if values is self.param:
             return
         with torch._C.DisableTorchFunctionSubclass():
             own = (tuple(self.param.shape), self.param.dtype, self.param.device.type)
@@ -167,7 +167,7 @@ class ParamWeight:
                 ".to(), .cuda() or .half()",
             )
         with torch.no_grad():
-            self.param.data.copy_(values)
+            self.param.data.copy_(values.clone() if weight_of(values) is self else values)
 
     def load(self, values: torch.Tensor) -> None:
         """Write values of a wider dtype, which the master keeps; they have been written to the weight already."""

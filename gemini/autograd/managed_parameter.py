@@ -34,6 +34,7 @@ __all__ = [
     "WaitingGradient",
     "Weight",
     "WeightAlias",
+    "WeightCopy",
     "hide",
     "is_placeless",
     "manage",
@@ -294,6 +295,51 @@ class WaitingGradient(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.clone().__reduce_ex__(protocol)
+
+
+class WeightCopy(torch.Tensor):
+    """A weight in a state dict of torch's: a copy, although plain torch would show the weight itself, so read only."""
+
+    name = ""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        copies = [value for value in _flat(args, kwargs) if isinstance(value, cls)]
+        if writes_values(func, args, kwargs) and isinstance(_written(args, kwargs), cls):
+            raise ModelError(
+                f"{copies[0].name} in a state dict of a model in a GeminiDDP was written in place; it is a copy, so the "
+                "weight would not change: write the parameter itself under torch.no_grad(), call engine.load_state_dict, "
+                "or clone the tensor to change the copy"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+            for copy in copies:
+                if type(result) is torch.Tensor and _is_same_storage(result, copy):  # a view
+                    view: WeightCopy = result.as_subclass(cls)
+                    view.name = copy.name
+                    return view
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        if id(self) not in memo:
+            memo[id(self)] = self.clone()
+        copied: torch.Tensor = memo[id(self)]
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)
+
+
+def _is_same_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
+
+
+def _written(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return the argument that a function which writes one would write."""
+    out = kwargs.get("out")
+    return out if out is not None else (args[0] if args else next(iter(kwargs.values()), None))
 
 
 def _gradient_value(value: Any) -> Any:

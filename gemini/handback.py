@@ -1,0 +1,95 @@
+"""What becomes of a model's parameters when its engine is closed: they hold their values again, if memory allows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from gemini.errors import GeminiError
+from gemini.ownership import disown
+from gemini.weight_access import WeightAccess
+from gemini.weights import read_master, read_working
+
+__all__ = ["OriginalTensors", "read_back"]
+
+logger = logging.getLogger(__name__)
+
+KEPT_FREE = 0.1
+"""Share of the machine's memory that handing weights back leaves alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class OriginalTensors:
+    """Dtypes and devices of a model's parameters and buffers, as they were before it was wrapped, by name."""
+
+    params: Mapping[str, tuple[torch.dtype, torch.device]]
+    buffers: Mapping[str, tuple[torch.dtype, torch.device]]
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> OriginalTensors:
+        """Note a model's."""
+        return cls(
+            {name: (param.dtype, _lasting(param.device)) for name, param in model.named_parameters()},
+            {name: (buffer.dtype, _lasting(buffer.device)) for name, buffer in model.named_buffers()},
+        )
+
+    def hand_back(self, model: torch.nn.Module, access: WeightAccess, values: Mapping[str, torch.Tensor]) -> None:
+        """Let a model's parameters be plain ones with values of their own.
+
+        Args:
+            model: of an engine that has been closed.
+            access: of the engine.
+            values: from `read_back`.
+        """
+        disown(access)
+        with torch.no_grad():
+            for weight in access.weights:
+                weight.param.grad = None
+                weight.param.data = values[weight.name]
+            for name, buffer in list(model.named_buffers()):
+                dtype, device = self.buffers.get(name, (buffer.dtype, buffer.device))
+                if (buffer.dtype, buffer.device) != (dtype, device):
+                    owner, _, leaf = name.rpartition(".")
+                    model.get_submodule(owner)._buffers[leaf] = buffer.to(device, dtype)
+
+
+def _lasting(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def read_back(access: WeightAccess, originals: OriginalTensors) -> dict[str, torch.Tensor] | None:
+    """Read all parameters of an engine that is about to be closed.
+
+    Args:
+        access: of the engine.
+        originals: says in which dtype and where; parameters that were float32 get their masters.
+
+    Returns:
+        Values by name. None, and a line in the log, if memory has no room for them, several ranks share them, or they
+        cannot be read any more.
+    """
+    runtime = access.runtime
+    nbytes = sum(weight.slot.spec.numel * originals.params[weight.name][0].itemsize for weight in access.weights)
+    memory = psutil.virtual_memory()
+    reason = None
+    if runtime.sharding is not None:
+        reason = "several ranks share them"
+    elif nbytes > memory.available - KEPT_FREE * memory.total:
+        reason = f"{nbytes} bytes of weights do not fit in the {memory.available} bytes of memory that are available"
+    if reason is None:
+        try:
+            runtime.finish_updates()
+            values = {}
+            for weight in access.weights:
+                dtype, device = originals.params[weight.name]
+                read = read_master if dtype is torch.float32 else read_working
+                values[weight.name] = read(runtime, weight.slot).to(device, dtype)
+            return values
+        except (GeminiError, MemoryError) as error:
+            reason = f"they cannot be read: {error}"
+    logger.info("the closed model's parameters hold no values: %s", reason)
+    return None
