@@ -86,7 +86,7 @@ class ParamWeight:
         position: its position in the chunk's layout.
     """
 
-    __slots__ = ("__weakref__", "_pinned", "access", "chunk", "param", "position", "slot")
+    __slots__ = ("__weakref__", "_pinned", "access", "chunk", "num_bindings", "param", "position", "slot")
 
     def __init__(
         self, access: WeightAccess, param: torch.nn.Parameter, chunk: Chunk, slot: ParamSlot, position: int
@@ -96,6 +96,7 @@ class ParamWeight:
         self.chunk = chunk
         self.slot = slot
         self.position = position
+        self.num_bindings = 0
         self._pinned: tuple[weakref.ref[torch.Tensor], object] | None = None
 
     @property
@@ -168,6 +169,7 @@ class ParamWeight:
             )
         with torch.no_grad():
             self.param.data.copy_(values.clone() if weight_of(values) is self else values)
+        self.num_bindings += 1
 
     def load(self, values: torch.Tensor) -> None:
         """Write values of a wider dtype, which the master keeps; they have been written to the weight already."""

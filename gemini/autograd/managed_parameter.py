@@ -27,6 +27,7 @@ from gemini.autograd.functions import FunctionKind, kind_of, writes_values
 from gemini.errors import ModelError
 
 __all__ = [
+    "WEIGHT_ATTRIBUTE",
     "Geometry",
     "GraphView",
     "ManagedParameter",
@@ -45,7 +46,7 @@ __all__ = [
     "weight_of",
 ]
 
-_WEIGHT = "_gemini_weight"
+WEIGHT_ATTRIBUTE = _WEIGHT = "_gemini_weight"
 
 
 class OpenWeight(Protocol):
@@ -65,6 +66,8 @@ class Weight(Protocol):
 
     name: str
     """For messages."""
+    num_bindings: int
+    """How often `.data` was replaced."""
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run a function of torch's that was given the parameter, or a view of it."""
@@ -137,6 +140,9 @@ class ManagedParameter(torch.nn.Parameter):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(args, kwargs or {}, func)
 
+    def __repr__(self) -> str:  # type: ignore[override]
+        return repr(_plain_copy(self))
+
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.nn.Parameter:
         if id(self) not in memo:
             memo[id(self)] = _plain_copy(self)
@@ -160,7 +166,7 @@ def _managed_type(kind: type) -> type:
     if kind in _plain_types:
         return kind
     if kind not in _managed_types:
-        names = ("__torch_function__", "__deepcopy__", "__reduce_ex__")
+        names = ("__torch_function__", "__repr__", "__deepcopy__", "__reduce_ex__")
         members = {name: vars(ManagedParameter)[name] for name in names}
         managed = type(f"Managed{kind.__name__}", (kind,), {"__slots__": (), **members})
         _managed_types[kind], _plain_types[managed] = managed, kind
@@ -221,11 +227,30 @@ class WeightAlias(torch.Tensor):
 
     _geometry: Geometry
     _keeps_version: bool
+    _binding: int
     _pinned: torch.Tensor | None = None
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(args, kwargs or {}, func)
+
+    def check_current(self, *, writes: bool) -> None:
+        """Refuse to be used once the parameter's `.data` has been replaced: plain torch would show the old memory.
+
+        Raises:
+            ModelError: it has been.
+        """
+        weight = weight_of(self)
+        assert weight is not None
+        if weight.num_bindings != self._binding:
+            raise refuse(
+                weight,
+                "a view of it is used after its .data was replaced",
+                "take the view anew, from the parameter, or write with copy_ instead of replacing .data",
+            )
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return repr(self.clone())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         if id(self) not in memo:
@@ -263,6 +288,9 @@ class GraphView(torch.Tensor):
                 "take the view anew, from the parameter",
             )
 
+    def __repr__(self) -> str:  # type: ignore[override]
+        return repr(self.clone())
+
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         return self.clone()
 
@@ -290,6 +318,9 @@ class WaitingGradient(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*map(_gradient_value, args), **{name: _gradient_value(each) for name, each in kwargs.items()})
 
+    def __repr__(self) -> str:  # type: ignore[override]
+        return repr(self.clone())
+
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         return self.clone()
 
@@ -308,9 +339,9 @@ class WeightCopy(torch.Tensor):
         copies = [value for value in _flat(args, kwargs) if isinstance(value, cls)]
         if writes_values(func, args, kwargs) and isinstance(_written(args, kwargs), cls):
             raise ModelError(
-                f"{copies[0].name} in a state dict of a model in a GeminiDDP was written in place; it is a copy, so the "
-                "weight would not change: write the parameter itself under torch.no_grad(), call engine.load_state_dict, "
-                "or clone the tensor to change the copy"
+                f"{copies[0].name} in a state dict of a model in a GeminiDDP was written in place; it is a copy, so "
+                "the weight would not change: write the parameter itself under torch.no_grad(), call "
+                "engine.load_state_dict, or clone the tensor to change the copy"
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)

@@ -10,6 +10,7 @@ import torch
 
 from gemini.autograd.functions import FunctionKind, kind_of, returns_new_tensors, writes_values
 from gemini.autograd.managed_parameter import (
+    WEIGHT_ATTRIBUTE,
     Geometry,
     GraphView,
     OpenWeight,
@@ -60,7 +61,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return _run_one_by_one(func, args, kwargs)
     with ExitStack() as stack:
         for tensor, _ in found:
-            if isinstance(tensor, GraphView):
+            if isinstance(tensor, (GraphView, WeightAlias)):
                 tensor.check_current(writes=writes)
         opened = {key: stack.enter_context(weight.opened(writes=writes)) for key, weight in weights.items()}
         stack.enter_context(torch._C.DisableTorchFunctionSubclass())
@@ -101,9 +102,14 @@ def _replaced(value: Any, stand_ins: Mapping[int, torch.Tensor]) -> Any:
 
 def _needs_own_memory(tensor: torch.Tensor, opened: Collection[OpenWeight]) -> bool:
     """Return whether a tensor in the graph shows memory that other weights will take."""
-    return tensor.requires_grad and any(
+    return _is_in_graph(tensor) and any(
         not each.is_lasting and weight_of(tensor) is None and _shares_memory(tensor, each.values) for each in opened
     )
+
+
+def _is_in_graph(tensor: torch.Tensor) -> bool:
+    """Return whether gradients come to a tensor; without gradients, views of a weight say so and get none."""
+    return tensor.requires_grad and torch.is_grad_enabled()
 
 
 def _shares_memory(tensor: torch.Tensor, values: torch.Tensor) -> bool:
@@ -156,6 +162,7 @@ def _alias(weight: Weight, view: torch.Tensor, values: torch.Tensor, *, keeps_ve
     alias: WeightAlias = stand_in(WeightAlias, weight, view)
     alias._geometry = _geometry_of(view, values)
     alias._keeps_version = keeps_version
+    alias._binding = weight.num_bindings
     return alias
 
 
@@ -187,17 +194,22 @@ def _hand_out(
     for weight, each in opened:
         if not _shares_memory(result, each.values):
             continue
-        if result.requires_grad:
-            if each.is_lasting:
-                return result
-            view: GraphView = result.as_subclass(GraphView)  # type: ignore[assignment]
-            view._gemini_weight = weight
-            view._stamp = weight.stamp()
-            return view
+        if _is_in_graph(result):
+            return result if each.is_lasting else _graph_view(result, weight, weight.stamp())
         if type(result) is not torch.Tensor:  # a DTensor
             return result.clone()
         return _alias(weight, result, each.values, keeps_version=False)
+    for tensor, weight in found:
+        if isinstance(tensor, GraphView) and _shares_memory(result, tensor):
+            return _graph_view(result, weight, tensor._stamp)
     return result
+
+
+def _graph_view(view: torch.Tensor, weight: Weight, stamp: object) -> GraphView:
+    seen: GraphView = view.as_subclass(GraphView)  # type: ignore[assignment]
+    seen.__dict__[WEIGHT_ATTRIBUTE] = weight
+    seen._stamp = stamp
+    return seen
 
 
 def _look_at(kind: FunctionKind, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -223,7 +235,8 @@ def _look_at(kind: FunctionKind, func: Any, args: tuple[Any, ...], kwargs: Mappi
     if isinstance(tensor, GraphView):
         tensor.check_current(writes=False)
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+            found = func(*args, **kwargs)
+            return _graph_view(found, weight, tensor._stamp) if isinstance(found, torch.Tensor) else found
     if kind is FunctionKind.DATA_GET:
         return _data_of(tensor, weight)
     if kind is FunctionKind.GEOMETRY:
@@ -258,6 +271,7 @@ def _data_of(tensor: torch.Tensor, weight: Weight) -> torch.Tensor:
         alias: WeightAlias = stand_in(WeightAlias, weight, like)
     alias._geometry = geometry
     alias._keeps_version = True
+    alias._binding = weight.num_bindings
     return alias
 
 

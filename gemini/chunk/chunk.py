@@ -179,7 +179,7 @@ class Chunk:
             self.compute = buffer[: self.spec.working_nbytes].view(self.spec.dtype)
         for position in range(len(self.params)):
             self.show(position)
-        self.remember_versions()
+        self._remember_binding()
 
     def unbind(self) -> None:
         """Let the parameters show placeholders: scalars of the right dtype and device, a place for each parameter.
@@ -191,7 +191,7 @@ class Chunk:
         self.compute = None
         for position in range(len(self.params)):
             self.show(position)
-        self.remember_versions()
+        self._remember_binding()
 
     def show(self, position: int, values: torch.Tensor | None = None) -> None:
         """Let one parameter show other values than its own.
@@ -250,10 +250,14 @@ class Chunk:
         """Address of the placeholders; identifies their storage."""
         return self._missing.untyped_storage().data_ptr()
 
-    def remember_versions(self) -> None:
-        """Take what the parameters show as seen."""
+    def _remember_binding(self) -> None:
         with torch._C.DisableTorchFunctionSubclass():
             self._addresses = [local_part(param).data_ptr() for param in self.params]
+        self.remember_versions()
+
+    def remember_versions(self) -> None:
+        """Take what was written in place until now as seen."""
+        with torch._C.DisableTorchFunctionSubclass():
             self._versions = [param._version for param in self.params]
 
     def check_written(self) -> None:
