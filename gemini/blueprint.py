@@ -73,16 +73,16 @@ def draw_blueprint(
         ModelError: the model has parameters that cannot be placed.
         OutOfTierMemoryError: the budgets cannot hold the model.
     """
-    _refuse_overlaps(model)
     if sharding is None:
         _refuse_dtensors(model)
+    layout = draw_layout(model, config)
+    _refuse_overlaps(model)
     if sharding is not None and config.overlap == "speculative":
         raise ConfigError(
             'GeminiConfig.overlap: "speculative" is for one rank; choose "auto", "next-forward" or "off" when sharding'
         )
     if has_commits:
         _refuse_with_commits(config)
-    layout = draw_layout(model, config)
     shards = tuple(_shard_of(chunk, sharding) for chunk in layout.chunks)
     pairs = zip(layout.chunks, shards, strict=True)
     demands = tuple(_demand_of(chunk, shard, layout, sharding, has_commits=has_commits) for chunk, shard in pairs)

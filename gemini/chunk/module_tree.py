@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from gemini.chunk.layout import ParamSpec
+from gemini.chunk.parameter_kinds import check_kind
 from gemini.chunk.tensor_parallel import local_part, split_of
 from gemini.errors import ModelError
 
@@ -86,8 +87,8 @@ def describe_model(model: nn.Module, *, working_dtype: torch.dtype) -> ModuleTre
         The tree as plain data.
 
     Raises:
-        ModelError: a parameter is complex, trainable but not floating-point, not yet initialised, or divided among
-            ranks unevenly.
+        ModelError: a parameter is not yet initialised, of a kind that chunks cannot hold (see `check_kind`), or
+            divided among ranks unevenly.
     """
     params = _describe_params(model, working_dtype)
     canonical_name = {id(param): name for name, param in model.named_parameters(remove_duplicate=True)}
@@ -153,16 +154,7 @@ def _check_param(name: str, param: nn.Parameter) -> None:
             f"parameter {name} has no shape yet: expected an initialised parameter, found "
             f"{type(param).__name__}; run one batch through the model before wrapping it"
         )
-    if param.dtype.is_complex:
-        raise ModelError(
-            f"parameter {name} has dtype {param.dtype}: expected a real dtype; store it as two real "
-            "parameters or with torch.view_as_real"
-        )
-    if param.requires_grad and not param.dtype.is_floating_point:
-        raise ModelError(
-            f"parameter {name} is trainable with dtype {param.dtype}: expected a floating-point dtype; "
-            "freeze it with requires_grad_(False) or convert it"
-        )
+    check_kind(name, param)
 
 
 def _unique_modules(model: nn.Module) -> tuple[list[tuple[str, nn.Module]], dict[int, str]]:
