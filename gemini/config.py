@@ -80,7 +80,8 @@ class GeminiConfig:
     """Where forward and backward run: "cuda", "cuda:1", "cpu", or "simulated" (host memory that plays a device with
     its own budget and its own copies, for tests). None: cuda if there is one, else cpu."""
     dtype: torch.dtype = torch.bfloat16
-    """Working dtype of floating-point parameters: bfloat16, float16 (with dynamic loss scaling) or float32."""
+    """Working dtype of floating-point parameters: bfloat16, float16 (with dynamic loss scaling) or float32. Most
+    buffers are cast too; float8, and what transformers keeps in float32, stay as they are (docs/weights.md)."""
     device_budget: str | int | None = None
     """Bytes of device memory that everything together may take, activations included. None: what is free at
     construction, less a tenth. Has no meaning on the CPU, where the host budget is the only memory budget."""
