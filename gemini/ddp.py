@@ -100,7 +100,7 @@ class GeminiDDP(torch.nn.Module):
         store = self._runtime.resources.store
         self._disk_at_start = store.stats() if store is not None else IoStats(nbytes_read=0, nbytes_written=0)
         own(module, self._runtime)
-        self._hooks = HookSet(self._runtime)
+        self._hooks = HookSet(self._runtime, self._runtime.config.input_dtype)
         unit_names = {unit.unit_id: unit.module_name for unit in self._runtime.layout.units if unit.module_name}
         self._hooks.install(
             module,

@@ -70,7 +70,7 @@ def rehearse(
     with _on_fakes(model, fakes, layout, config) as params:
         events = _Events(params, fakes, config, is_written_in_place=not has_device)
         units = {unit.unit_id: unit.module_name for unit in layout.units if unit.module_name}
-        hooks = HookSet(events)
+        hooks = HookSet(events, config.input_dtype)
         hooks.install(model, {i: model.get_submodule(name) for i, name in units.items()}, params)
         checkpoints = _Checkpoints()
         with ExitStack() as stack:
