@@ -69,10 +69,10 @@ def refuse_foreign(model: torch.nn.Module, *, has_weights: bool) -> None:
         ModelError: it is one; names the module or parameter, and what to do.
     """
     modules = list(model.named_modules())
+    for name, module in modules:
+        _refuse_wrapper(_named(name), module)
     for name, module in sorted(modules, key=lambda item: _num_values(item[1]), reverse=True):
-        what = f"module {name}" if name else "the model"
-        _refuse_wrapper(what, module)
-        _refuse_hooks(what, module)
+        _refuse_hooks(_named(name), module)
     for name, param in model.named_parameters():
         if hasattr(param, "ds_id"):
             raise ModelError(
@@ -83,6 +83,10 @@ def refuse_foreign(model: torch.nn.Module, *, has_weights: bool) -> None:
             check_kind(name, param)
     if not has_weights:
         _refuse_values_elsewhere(model)
+
+
+def _named(module_name: str) -> str:
+    return f"module {module_name}" if module_name else "the model"
 
 
 def _num_values(module: torch.nn.Module) -> tuple[int, int]:
@@ -96,6 +100,11 @@ def _refuse_wrapper(what: str, module: torch.nn.Module) -> None:
     if contract is not None and "replicate" in (contract._get_registry(module) or ()):
         raise ModelError(
             f"{what} was given to torch's replicate, which exchanges its gradients: use zero.shard instead"
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ModelError(
+            f"{what} is a TorchScript module, whose parameters Python cannot exchange: wrap the module that it was "
+            "scripted or traced from, and speed it up with torch.compile"
         )
     for kind in type(module).__mro__:
         for (package, class_name), remedy in _WRAPPERS.items():

@@ -205,6 +205,15 @@ def test_wrappers_of_libraries_that_are_not_there_are_known_by_name(package: str
         GeminiDDP(model, CONFIG)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:.torch.jit:FutureWarning")
+@pytest.mark.parametrize("is_inside", [False, True])
+@pytest.mark.parametrize("compile_it", [torch.jit.script, partial(torch.jit.trace, example_inputs=torch.ones(1, 8))])
+def test_a_torchscript_module_is_refused(compile_it: Callable[[nn.Module], nn.Module], is_inside: bool) -> None:
+    model = compile_it(two_layers())
+    with pytest.raises(ModelError, match="(the model|module 0) is a TorchScript module"):
+        GeminiDDP(nn.Sequential(model, nn.Linear(8, 8)) if is_inside else model, CONFIG)
+
+
 def test_a_parameter_of_deepspeeds_is_refused_by_name() -> None:
     model = two_layers()
     model[1].bias.ds_id = 3
