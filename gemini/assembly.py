@@ -24,7 +24,7 @@ from gemini.config import GeminiConfig
 from gemini.errors import ServiceError
 from gemini.gradients import GradientStore
 from gemini.heap import serve_cpu_memory
-from gemini.initialise import InitFn, Initialiser, WeightSource, find_init_fn
+from gemini.initialise import InitFn, Initialiser, WeightSource, find_init_fn, place_buffers
 from gemini.kept_state import KeptState
 from gemini.kernels.device import DeviceKernels, select_device_kernels
 from gemini.materialize import write_home
@@ -178,8 +178,9 @@ class _Builder:
             journal=None if self.kept is None else self.kept.journal,
         )
         states: dict[int, TiledHome] = {}
+        dtypes = {name: slot.spec.dtype for name, slot in blueprint.layout.slot_by_name.items()}
         first_values = Initialiser(
-            model, init_fn, weights=self.weights, device=device, dtype=self.config.dtype, seed=self.config.seed
+            model, init_fn, weights=self.weights, device=device, dtypes=dtypes, seed=self.config.seed
         )
         with first_values as initialiser:
             initialiser.fill_buffers()
@@ -191,10 +192,7 @@ class _Builder:
         for homes in plan.chunks:
             if homes.is_resident:
                 core.settle(homes.chunk_id)
-        for name, buffer in model.named_buffers():
-            if buffer.device != device:
-                owner, _, leaf = name.rpartition(".")
-                model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+        place_buffers(model, device, blueprint.buffer_dtypes)
         return Runtime(
             self.config,
             layout=blueprint.layout,
@@ -390,7 +388,7 @@ def _open_homes(
     if homes.grad is None:
         return working, None, None
     state = open_home(homes.state, [demand.state_tile_nbytes(t, shape.tile_numel) for t in tiles], "state", spare_tiles)
-    grad_nbytes = [aligned(demand.tile_length(t, shape.tile_numel) * shape.grad_itemsize) for t in tiles]
+    grad_nbytes = [aligned(demand.tile_length(t, shape.tile_numel) * demand.grad_itemsize(shape)) for t in tiles]
     grad = open_home((homes.grad,) * len(tiles), grad_nbytes, "gradients")
     for home in (state, grad):
         if home.host_buffer is not None and source is None:

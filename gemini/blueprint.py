@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -21,6 +22,7 @@ from gemini.offload.resources import MAX_DEFAULT_THREADS, budgets_of
 from gemini.placement.plan import ChunkDemand, MemoryDemand, PlacementPlan, RuntimeShape, memory_demand
 from gemini.placement.policy import Budgets, choose_plan
 from gemini.tiers import MemoryTier, parse_nbytes
+from gemini.working_dtypes import WorkingDtypes, choose_dtypes
 
 __all__ = ["Blueprint", "draw_blueprint", "draw_layout"]
 
@@ -35,6 +37,8 @@ class Blueprint:
     """Everything that is decided before a byte is allocated."""
 
     layout: ChunkLayout
+    buffer_dtypes: Mapping[str, torch.dtype]
+    """Dtype of each of the model's buffers, by its first name."""
     shards: tuple[ChunkShard | None, ...]
     """The shard of each chunk that lives here, by chunk id; None: all of it."""
     demands: tuple[ChunkDemand, ...]
@@ -73,16 +77,17 @@ def draw_blueprint(
         ModelError: the model has parameters that cannot be placed.
         OutOfTierMemoryError: the budgets cannot hold the model.
     """
-    _refuse_overlaps(model)
     if sharding is None:
         _refuse_dtensors(model)
+    dtypes = choose_dtypes(model, config.dtype)
+    layout = _lay_out(model, config, dtypes)
+    _refuse_overlaps(model)
     if sharding is not None and config.overlap == "speculative":
         raise ConfigError(
             'GeminiConfig.overlap: "speculative" is for one rank; choose "auto", "next-forward" or "off" when sharding'
         )
     if has_commits:
         _refuse_with_commits(config)
-    layout = draw_layout(model, config)
     shards = tuple(_shard_of(chunk, sharding) for chunk in layout.chunks)
     pairs = zip(layout.chunks, shards, strict=True)
     demands = tuple(_demand_of(chunk, shard, layout, sharding, has_commits=has_commits) for chunk, shard in pairs)
@@ -101,7 +106,9 @@ def draw_blueprint(
             demands,
             tile_numel=config.tile_numel,
             num_params=sum(len(chunk.slots) for chunk in layout.chunks),
-            model_buffer_nbytes=sum(buffer.nbytes for buffer in model.buffers()),
+            model_buffer_nbytes=sum(
+                buffer.numel() * dtypes.buffers[name].itemsize for name, buffer in model.named_buffers()
+            ),
             num_scratches=config.num_threads or MAX_DEFAULT_THREADS,
         )
         shape = dataclasses.replace(shape, commits_nbytes=commits.buffers)
@@ -138,6 +145,7 @@ def draw_blueprint(
         commits = dataclasses.replace(commits, buffer_nbytes=lay_out_buffers(demands, plan, shape))
     return Blueprint(
         layout=layout,
+        buffer_dtypes=dtypes.buffers,
         shards=shards,
         demands=demands,
         shape=shape,
@@ -162,7 +170,12 @@ def draw_layout(model: torch.nn.Module, config: GeminiConfig) -> ChunkLayout:
     Raises:
         ModelError: the model has parameters that cannot be placed.
     """
-    return build_layout(describe_model(model, working_dtype=config.dtype), max_small_nbytes=config.min_unit_nbytes)
+    return _lay_out(model, config, choose_dtypes(model, config.dtype))
+
+
+def _lay_out(model: torch.nn.Module, config: GeminiConfig, dtypes: WorkingDtypes) -> ChunkLayout:
+    tree = describe_model(model, working_dtype=config.dtype, dtypes=dtypes.params)
+    return build_layout(tree, max_small_nbytes=config.min_unit_nbytes)
 
 
 def _refuse_overlaps(model: torch.nn.Module) -> None:

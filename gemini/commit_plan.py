@@ -69,7 +69,7 @@ def lay_out_buffers(demands: Sequence[ChunkDemand], plan: PlacementPlan, shape: 
             if homes.state[tile] is MemoryTier.HOST:
                 total += demand.state_tile_nbytes(tile, shape.tile_numel)
             if homes.grad is MemoryTier.HOST:
-                total += round_up(length * shape.grad_itemsize, IO_ALIGNMENT_NBYTES)
+                total += round_up(length * demand.grad_itemsize(shape), IO_ALIGNMENT_NBYTES)
     return total
 
 

@@ -80,7 +80,11 @@ class GeminiConfig:
     """Where forward and backward run: "cuda", "cuda:1", "cpu", or "simulated" (host memory that plays a device with
     its own budget and its own copies, for tests). None: cuda if there is one, else cpu."""
     dtype: torch.dtype = torch.bfloat16
-    """Working dtype of floating-point parameters: bfloat16, float16 (with dynamic loss scaling) or float32."""
+    """Working dtype of floating-point parameters: bfloat16, float16 (with dynamic loss scaling) or float32. Most
+    buffers are cast too; float8, and what transformers keeps in float32, stay as they are (docs/weights.md)."""
+    cast_forward_inputs: bool = True
+    """Whether floating-point tensors that the model is called with, in containers too, are cast to `dtype`. False gives
+    them as they are, to models that need times or positions in float32."""
     device_budget: str | int | None = None
     """Bytes of device memory that everything together may take, activations included. None: what is free at
     construction, less a tenth. Has no meaning on the CPU, where the host budget is the only memory budget."""
@@ -174,6 +178,7 @@ class GeminiConfig:
         if self.overlap not in OVERLAPS:
             raise ConfigError(f"GeminiConfig.overlap: expected one of {', '.join(OVERLAPS)}, got {self.overlap!r}")
         _check_bool("GeminiConfig.gradient_accumulation", self.gradient_accumulation)
+        _check_bool("GeminiConfig.cast_forward_inputs", self.cast_forward_inputs)
         _check_bool("GeminiConfig.share_frozen", self.share_frozen)
         _check_int("GeminiConfig.seed", self.seed, 0, 2**32 - 1)
         _check_int("GeminiConfig.priority", self.priority, -100, 100)
@@ -213,6 +218,11 @@ class GeminiConfig:
             raise ConfigError(
                 f"GeminiConfig.initial_loss_scale: expected a power of two, got {self.initial_loss_scale!r}"
             )
+
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        """Dtype to which what the model is called with is cast; None: it is not."""
+        return self.dtype if self.cast_forward_inputs else None
 
     @classmethod
     def from_deepspeed(

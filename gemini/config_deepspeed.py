@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 _READ = {
     "bf16.enabled",
     "fp16.enabled",
+    "fp16.auto_cast",
     "fp16.initial_scale_power",
     "gradient_accumulation_steps",
     "zero_optimization.stage",  # checked; it is zero.shard's argument
@@ -108,7 +109,6 @@ _REFUSED = {
     "bf16.immediate_grad_update": "gradients are summed in float32",
     "bf16.bf16_master_weights_and_grads": "masters are float32",
     "fp16.fp16_master_weights_and_grads": "masters are float32",
-    "fp16.auto_cast": "give the model inputs of its working dtype",
     "fp16.loss_scale": "the loss scale is found while training; set it to 0",
     "aio.use_gds": "disks are read and written through host memory",
     "data_types.grad_accum_dtype": "gradients are summed in float32",
@@ -156,6 +156,7 @@ def engine_config(
         host_budget=host_budget,
         nvme=_nvme_of(values, nvme_budget),
         gradient_accumulation=values.get("gradient_accumulation_steps") != 1,
+        cast_forward_inputs=bool(values.get("fp16.auto_cast", True)),
         initial_loss_scale=2.0 ** values.get("fp16.initial_scale_power", 16),
     )
 

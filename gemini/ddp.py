@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from gemini.activations import ActivationCheckpoints
+from gemini.admission import admit
 from gemini.agreement import agree_on_loading
 from gemini.assembly import assemble
 from gemini.checkpoint.commits import Recovered, commit_step, recover_step
@@ -29,7 +30,7 @@ from gemini.initialise import InitFn
 from gemini.model_names import canonical_buffers, canonical_names, compare_names, persistent_buffers
 from gemini.offload.commit_file import CommitFile
 from gemini.offload.io import IoStats
-from gemini.ownership import check_unchanged, own, refuse_owned
+from gemini.ownership import check_unchanged, own
 from gemini.placement.cost_model import HardwareProfile, StepFlops, StepPrediction
 from gemini.pretrained import open_pretrained, save_pretrained
 from gemini.report import MemoryReport, check_prediction, make_report
@@ -73,7 +74,7 @@ class GeminiDDP(torch.nn.Module):
         CheckpointError: `weights` is no checkpoint, or a damaged one; or `commits` is damaged.
         CheckpointMismatchError: `weights` or `commits` are of another model or engine.
         ConfigError: the configuration contradicts itself or the machine.
-        ModelError: the model is managed already, or has parameters that cannot be placed.
+        ModelError: the model, or a module of it, is managed already, or has parameters that cannot be placed.
         OutOfTierMemoryError: the budgets cannot hold the model; says which tier is short by how much.
         OffloadIOError: the swap file cannot be made, claimed or filled.
     """
@@ -89,11 +90,9 @@ class GeminiDDP(torch.nn.Module):
         commits: CommitFile | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(module, torch.nn.Module):
-            raise ConfigError(f"GeminiDDP: expected a torch.nn.Module, got {type(module).__name__}")
-        if any(isinstance(child, GeminiDDP) for child in module.modules()):
+        if isinstance(module, torch.nn.Module) and any(isinstance(child, GeminiDDP) for child in module.modules()):
             raise ModelError("the model contains a GeminiDDP already; wrap the plain model once")
-        refuse_owned(module)
+        admit(module, has_weights=weights is not None)
         self.module = module
         self._originals = OriginalTensors.of(module)
         with nullcontext() if weights is None else open_pretrained(module, Path(weights), sharding) as source:
@@ -103,7 +102,7 @@ class GeminiDDP(torch.nn.Module):
         self.loading_report = None if source is None else source.report
         store = self._runtime.resources.store
         self._disk_at_start = store.stats() if store is not None else IoStats(nbytes_read=0, nbytes_written=0)
-        self._hooks = HookSet(self._runtime)
+        self._hooks = HookSet(self._runtime, self._runtime.config.input_dtype)
         unit_names = {unit.unit_id: unit.module_name for unit in self._runtime.layout.units if unit.module_name}
         self._hooks.install(
             module,

@@ -20,6 +20,7 @@ from gemini.autograd.managed_parameter import hide, is_placeless, show
 from gemini.autograd.shared_uses import SharedUses
 from gemini.chunk.tensor_parallel import is_dtensor
 from gemini.errors import ModelError
+from gemini.forward_inputs import cast_floats
 from gemini.gradient_sink import GradientPlace, GradientUse, attach_sink, detach_sink
 from gemini.outputs import map_tensors
 from gemini.sliced_call import GradientSums
@@ -98,15 +99,17 @@ class HookSet:
 
     Args:
         events: told of everything.
+        input_dtype: to which the outermost forward's floating-point tensors are cast; None: they are not.
     """
 
-    def __init__(self, events: RuntimeEvents) -> None:
+    def __init__(self, events: RuntimeEvents, input_dtype: torch.dtype | None = None) -> None:
         self.slice_sums = GradientSums()
         """Takes the gradients that arrive while it is open."""
         self.moments: MomentListener | None = None
         """Told of every moment: of a unit's after its weights are there and before they may go, of the model's before
         and after everything else; None: nobody is."""
         self._events = events
+        self._input_dtype = input_dtype
         self._handles: list[Any] = []
         self._owners: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
         self._sinks: dict[torch.nn.Parameter, _Sink] = {}
@@ -143,7 +146,7 @@ class HookSet:
             for name, param in module._parameters.items()
             if param is not None
         ]
-        self._handles.append(root.register_forward_pre_hook(self._before_model, prepend=True))
+        self._handles.append(root.register_forward_pre_hook(self._before_model, prepend=True, with_kwargs=True))
         self._handles.append(root.register_forward_hook(self._after_model, always_call=True))
         for unit_id, module in unit_modules.items():
             # A lookup's backward needs the rows that were looked up, and no weights.
@@ -227,7 +230,7 @@ class HookSet:
     # The hooks below are kept out of torch.compile's graphs: a compiled block runs between them.
 
     @_disable_compile
-    def _before_model(self, module: torch.nn.Module, args: Any) -> None:
+    def _before_model(self, module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if self._depth == 0 or not _is_called_within_itself(module):
             self.abort()
         if self._depth == 0:
@@ -237,6 +240,9 @@ class HookSet:
             self._events.begin_forward()
             self._hide(0)
         self._depth += 1
+        if self._depth == 1 and self._input_dtype is not None:
+            return cast_floats(self._input_dtype, (args, kwargs))
+        return None
 
     @_disable_compile
     def _after_model(self, module: torch.nn.Module, args: Any, output: Any) -> Any:

@@ -21,7 +21,7 @@ from gemini.chunk.flat_values import FlatValues
 from gemini.chunk.tensor_parallel import is_dtensor, local_part, split_of, stand_in_for
 from gemini.errors import ModelError
 
-__all__ = ["InitFn", "Initialiser", "WeightSource", "find_init_fn"]
+__all__ = ["InitFn", "Initialiser", "WeightSource", "find_init_fn", "place_buffers"]
 
 InitFn = Callable[[torch.nn.Module], None]
 """Gives a module's parameters and buffers their first values."""
@@ -97,7 +97,7 @@ class Initialiser:
         init_fn: how a module is initialised.
         weights: values that go before the model's own and those of `init_fn`; None: there are none.
         device: where stand-ins for meta parameters are.
-        dtype: dtype of floating-point stand-ins.
+        dtypes: dtype that each parameter will have, by canonical name.
         seed: decides all random values.
 
     Attributes:
@@ -113,7 +113,7 @@ class Initialiser:
         *,
         weights: WeightSource | None,
         device: torch.device,
-        dtype: torch.dtype,
+        dtypes: Mapping[str, torch.dtype],
         seed: int,
     ) -> None:
         self.params: dict[str, torch.nn.Parameter] = {}
@@ -132,7 +132,7 @@ class Initialiser:
         self._originals = dict(model.named_parameters())
         self._final: dict[int, torch.nn.Parameter] = {}
         for name, param in self._originals.items():
-            self.params[name] = self._final[id(param)] = _final_param(param, device, dtype)
+            self.params[name] = self._final[id(param)] = _final_param(param, device, dtypes[name])
 
     def __enter__(self) -> Initialiser:
         shown = {id(param): _meta_twin(param) for param in self._originals.values()}
@@ -227,11 +227,25 @@ class Initialiser:
             self._init_fn(self._modules[module_name])
 
 
+def place_buffers(model: torch.nn.Module, device: torch.device, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Move and cast a model's buffers; one that several modules share stays shared.
+
+    Args:
+        model: all of whose buffers have values; those that have another device or dtype are replaced.
+        device: where forward and backward run.
+        dtypes: of each buffer, by its first name.
+    """
+    placed = {id(buffer): buffer.to(device, dtypes[name]) for name, buffer in model.named_buffers()}
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = placed[id(buffer)]
+
+
 def _final_param(param: torch.nn.Parameter, device: torch.device, dtype: torch.dtype) -> torch.nn.Parameter:
-    kind = dtype if param.dtype.is_floating_point else param.dtype
-    if not param.is_meta and not (is_dtensor(param) and param.dtype != kind):
+    if not param.is_meta and not (is_dtensor(param) and param.dtype != dtype):
         return param
-    missing = stand_in_for(param, torch.zeros((), dtype=kind, device=device))
+    missing = stand_in_for(param, torch.zeros((), dtype=dtype, device=device))
     return torch.nn.Parameter(missing, requires_grad=param.requires_grad)
 
 

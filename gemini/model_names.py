@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -9,7 +10,15 @@ import torch
 from gemini.chunk.layout import ParamSlot
 from gemini.errors import CheckpointMismatchError
 
-__all__ = ["canonical_buffers", "canonical_names", "compare_names", "persistent_buffers"]
+__all__ = ["canonical_buffers", "canonical_names", "compare_names", "persistent_buffers", "plain_name"]
+
+_WRAPPED = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
+"""What peft puts into the names of modules that it wraps."""
+
+
+def plain_name(name: str) -> str:
+    """Return a name as it was before peft wrapped modules on the way; names of adapters stay as they are."""
+    return _WRAPPED.sub("", f".{name}").removeprefix(".")
 
 
 def canonical_names(model: torch.nn.Module) -> dict[str, str]:

@@ -26,6 +26,7 @@ from gemini.memory_probe import StorageCounter, tensors_in
 from gemini.placement.cost_model import StepFlops
 from gemini.slicing import BatchSlicer
 from gemini.tiers import IO_ALIGNMENT_NBYTES, round_up
+from gemini.working_dtypes import choose_dtypes
 
 __all__ = ["LossFn", "Rehearsal", "rehearse"]
 
@@ -68,10 +69,10 @@ def rehearse(
         ModelError: the model's forward needs values, which fake tensors do not have.
     """
     fakes = FakeTensorMode()
-    with _on_fakes(model, fakes, layout) as params:
+    with _on_fakes(model, fakes, layout, config) as params:
         events = _Events(params, fakes, config, is_written_in_place=not has_device)
         units = {unit.unit_id: unit.module_name for unit in layout.units if unit.module_name}
-        hooks = HookSet(events)
+        hooks = HookSet(events, config.input_dtype)
         hooks.install(model, {i: model.get_submodule(name) for i, name in units.items()}, params)
         checkpoints = _Checkpoints()
         with ExitStack() as stack:
@@ -116,10 +117,14 @@ def _count(model: torch.nn.Module, loss_fn: LossFn, fakes: FakeTensorMode, check
 
 
 @contextmanager
-def _on_fakes(model: torch.nn.Module, fakes: FakeTensorMode, layout: ChunkLayout) -> Iterator[list[torch.nn.Parameter]]:
-    """Exchange a model's parameters and buffers for fakes, in the dtypes of a layout; yields the trained parameters."""
+def _on_fakes(
+    model: torch.nn.Module, fakes: FakeTensorMode, layout: ChunkLayout, config: GeminiConfig
+) -> Iterator[list[torch.nn.Parameter]]:
+    """Exchange a model's parameters and buffers for fakes, in an engine's dtypes; yields the trained parameters."""
     dtypes = {name: layout.chunks[slot.chunk_id].dtype for name, slot in layout.slot_by_name.items()}
     by_id = {id(param): _fake_parameter(param, fakes, dtypes[name]) for name, param in model.named_parameters()}
+    of_buffers = choose_dtypes(model, config.dtype).buffers
+    buffer_dtypes = {id(buffer): of_buffers[name] for name, buffer in model.named_buffers()}
     modules = list(model.modules())
     originals = [(dict(module._parameters), dict(module._buffers)) for module in modules]
     try:
@@ -127,7 +132,7 @@ def _on_fakes(model: torch.nn.Module, fakes: FakeTensorMode, layout: ChunkLayout
             for name, param in module._parameters.items():
                 module._parameters[name] = None if param is None else by_id[id(param)]
             for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else _fake(buffer, fakes, buffer.dtype)
+                module._buffers[name] = None if buffer is None else _fake(buffer, fakes, buffer_dtypes[id(buffer)])
         yield [param for param in by_id.values() if param.requires_grad]
     finally:
         for module, (params, buffers) in zip(modules, originals, strict=True):
@@ -162,11 +167,11 @@ class _Events:
         *,
         is_written_in_place: bool,
     ) -> None:
-        self._waits_in_float32 = config.gradient_accumulation or config.dtype is torch.float32
+        self._accumulates = config.gradient_accumulation
         self._waiting: Mapping[int, torch.Tensor] = {}
         if is_written_in_place:
-            dtype = torch.float32 if config.gradient_accumulation else config.dtype
-            self._waiting = {id(param): _fake(param, fakes, dtype) for param in params}
+            dtypes = [torch.float32 if config.gradient_accumulation else param.dtype for param in params]
+            self._waiting = {id(p): _fake(p, fakes, dtype) for p, dtype in zip(params, dtypes, strict=True)}
 
     def begin_forward(self) -> None:
         pass
@@ -201,7 +206,7 @@ class _Events:
         pass
 
     def takes_gradients_apart(self, param: torch.nn.Parameter, num_uses: int) -> bool:
-        return num_uses <= 1 or self._waits_in_float32
+        return num_uses <= 1 or self._accumulates or param.dtype is torch.float32
 
     def put_gradient(self, param: torch.nn.Parameter, gradient: torch.Tensor) -> None:
         if not self._waiting:

@@ -59,6 +59,11 @@ def test_the_disk_budget_is_nine_tenths_of_what_is_free(tmp_path: Path, monkeypa
     [
         ({}, {"dtype": torch.float32}),
         ({"fp16": {"enabled": True, "initial_scale_power": 10}}, {"dtype": torch.float16, "initial_loss_scale": 1024}),
+        (
+            {"fp16": {"enabled": True, "auto_cast": False}},
+            {"dtype": torch.float16, "cast_forward_inputs": False},
+        ),
+        ({"fp16": {"enabled": True, "auto_cast": True}}, {"dtype": torch.float16, "cast_forward_inputs": True}),
         ({"gradient_accumulation_steps": 1}, {"dtype": torch.float32, "gradient_accumulation": False}),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, {"dtype": torch.float32}),
         ({"amp": {"enabled": False}, "data_types": {"grad_accum_dtype": "fp32"}}, {"dtype": torch.float32}),

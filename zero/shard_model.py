@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from gemini.admission import refuse_foreign
 from gemini.chunk.sharding import ShardGroup, Sharding
 from gemini.config import GeminiConfig
 from gemini.ddp import GeminiDDP
@@ -59,8 +60,9 @@ def shard(
     Raises:
         ConfigError: there is no process group, the stage or the mesh is none that works, or ranks have different
             configurations.
-        ModelError: ranks have different models, DTensors are divided unevenly or over several meshes, or another rank
-            could not build its engine.
+        ModelError: ranks have different models, DTensors are divided unevenly or over several meshes, another library
+            manages the model, a parameter is of a kind that chunks cannot hold, or another rank could not build its
+            engine.
         OutOfTierMemoryError: the budgets cannot hold the model.
         OffloadIOError: a swap file cannot be made, claimed or filled, or `weights` cannot be read.
         CheckpointError: `weights` is no checkpoint, or it or what was committed is damaged.
@@ -79,6 +81,7 @@ def shard(
         raise ConfigError(
             f"zero.shard: mesh: expected one dimension, or two (replicate, shard), got {mesh.ndim}: {mesh}"
         )
+    refuse_foreign(model, has_weights=weights is not None)
     process_group = None if mesh is None else mesh.get_group(mesh.ndim - 1)
     num_ranks = dist.get_world_size() if mesh is None else mesh.size()
     wanted = device_of(config)

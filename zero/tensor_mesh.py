@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from gemini.chunk.sharding import ShardGroup
-from gemini.chunk.tensor_parallel import is_dtensor
+from gemini.chunk.tensor_parallel import is_dtensor, split_of
 from gemini.errors import ConfigError, ModelError
 
 __all__ = ["check_grid", "find_tensor_mesh"]
@@ -28,12 +28,13 @@ def find_tensor_mesh(model: torch.nn.Module, mesh: DeviceMesh | None, device: to
 
     Raises:
         ConfigError: it and the other mesh do not make a grid.
-        ModelError: DTensors have several meshes.
+        ModelError: DTensors have several meshes, or are divided in a way that chunks cannot hold.
     """
     first_name, found = "", None
     for name, param in model.named_parameters():
         if not is_dtensor(param):
             continue
+        split_of(name, param)  # before anything asks a mesh of several dimensions for its group
         own: DeviceMesh = param.device_mesh  # type: ignore[attr-defined]
         if found is None:
             first_name, found = name, own

@@ -5,7 +5,7 @@ Reads modules and parameters once and keeps no tensor and no module.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from gemini.chunk.layout import ParamSpec
+from gemini.chunk.parameter_kinds import check_kind, is_cast_dtype
 from gemini.chunk.tensor_parallel import local_part, split_of
 from gemini.errors import ModelError
 
@@ -75,21 +76,24 @@ class ModuleTree:
         return {entry.spec.name: entry.spec for entry in self.params}
 
 
-def describe_model(model: nn.Module, *, working_dtype: torch.dtype) -> ModuleTree:
+def describe_model(
+    model: nn.Module, *, working_dtype: torch.dtype, dtypes: Mapping[str, torch.dtype] | None = None
+) -> ModuleTree:
     """Describe a model's modules and parameters.
 
     Args:
         model: the user's model, on any device, "meta" included; only read.
-        working_dtype: dtype that floating-point parameters get; others keep theirs.
+        working_dtype: dtype that floating-point parameters of 16 bits or more get; others keep theirs.
+        dtypes: dtype of each parameter, by its first name, where that is not all; None: it is.
 
     Returns:
         The tree as plain data.
 
     Raises:
-        ModelError: a parameter is complex, trainable but not floating-point, not yet initialised, or divided among
-            ranks unevenly.
+        ModelError: a parameter is not yet initialised, of a kind that chunks cannot hold (see `check_kind`), or
+            divided among ranks unevenly.
     """
-    params = _describe_params(model, working_dtype)
+    params = _describe_params(model, working_dtype, dtypes or {})
     canonical_name = {id(param): name for name, param in model.named_parameters(remove_duplicate=True)}
     modules, name_by_id = _unique_modules(model)
     nodes = []
@@ -127,7 +131,9 @@ def unwrap_compiled(module: nn.Module) -> nn.Module:
     return compiled_layers(module)[-1]
 
 
-def _describe_params(model: nn.Module, working_dtype: torch.dtype) -> tuple[ParamEntry, ...]:
+def _describe_params(
+    model: nn.Module, working_dtype: torch.dtype, dtypes: Mapping[str, torch.dtype]
+) -> tuple[ParamEntry, ...]:
     names: dict[int, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(param), []).append(name)
@@ -138,7 +144,7 @@ def _describe_params(model: nn.Module, working_dtype: torch.dtype) -> tuple[Para
             name=name,
             index=index,
             shape=tuple(local_part(param).shape),
-            dtype=working_dtype if param.dtype.is_floating_point else param.dtype,
+            dtype=dtypes.get(name, working_dtype if is_cast_dtype(param.dtype) else param.dtype),
             is_trainable=param.requires_grad,
             split=split_of(name, param),
         )
@@ -153,16 +159,7 @@ def _check_param(name: str, param: nn.Parameter) -> None:
             f"parameter {name} has no shape yet: expected an initialised parameter, found "
             f"{type(param).__name__}; run one batch through the model before wrapping it"
         )
-    if param.dtype.is_complex:
-        raise ModelError(
-            f"parameter {name} has dtype {param.dtype}: expected a real dtype; store it as two real "
-            "parameters or with torch.view_as_real"
-        )
-    if param.requires_grad and not param.dtype.is_floating_point:
-        raise ModelError(
-            f"parameter {name} is trainable with dtype {param.dtype}: expected a floating-point dtype; "
-            "freeze it with requires_grad_(False) or convert it"
-        )
+    check_kind(name, param)
 
 
 def _unique_modules(model: nn.Module) -> tuple[list[tuple[str, nn.Module]], dict[int, str]]:

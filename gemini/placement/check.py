@@ -160,8 +160,8 @@ def _fixes(
     if tier is MemoryTier.HOST and budgets.nvme is None:
         fixes.append("add a disk tier, nvme=NVMeConfig(...)")
     itemsizes = [demand.working_itemsize for demand in chunks if demand.is_trainable]
-    if itemsizes and max(itemsizes) < shape.grad_itemsize:
-        saved = saved_by(dataclasses.replace(shape, grad_itemsize=max(itemsizes)))
+    if itemsizes and min(itemsizes) < shape.grad_itemsize:
+        saved = saved_by(dataclasses.replace(shape, grad_itemsize=min(itemsizes)))
         if saved:
             fixes.append(f"set gradient_accumulation=False (saves {format_nbytes(saved)})")
     if "update ring" in demand.by_purpose[tier]:

@@ -354,7 +354,7 @@ def _fetch(demand: ChunkDemand, homes: ChunkPlacement, shape: RuntimeShape) -> W
 
 def _store_gradient(demand: ChunkDemand, home: MemoryTier, shape: RuntimeShape) -> Work:
     """Count the pass that stores a gradient and computes its norm, and the ways before and after it."""
-    stored_nbytes = demand.numel * shape.grad_itemsize
+    stored_nbytes = demand.numel * demand.grad_itemsize(shape)
     passed_nbytes = demand.working_nbytes + stored_nbytes
     if home is MemoryTier.DEVICE:
         return Work(device_memory_nbytes=passed_nbytes)
@@ -368,7 +368,7 @@ def _store_gradient(demand: ChunkDemand, home: MemoryTier, shape: RuntimeShape) 
 def _update_tile(demand: ChunkDemand, homes: ChunkPlacement, tile: int, shape: RuntimeShape) -> Work:
     working_nbytes = demand.working_tile_nbytes(tile, shape.tile_numel)
     state_nbytes = demand.state_tile_nbytes(tile, shape.tile_numel)
-    grad_nbytes = demand.tile_length(tile, shape.tile_numel) * shape.grad_itemsize
+    grad_nbytes = demand.tile_length(tile, shape.tile_numel) * demand.grad_itemsize(shape)
     passed_nbytes = 2 * state_nbytes + 2 * working_nbytes + grad_nbytes
     if homes.state[tile] is MemoryTier.DEVICE:
         return Work(device_memory_nbytes=passed_nbytes)

@@ -79,6 +79,10 @@ class ChunkDemand:
         """Bytes of optimizer state per element: master, momentum and variance."""
         return self.master_itemsize + 8 if self.is_trainable else 0
 
+    def grad_itemsize(self, shape: RuntimeShape) -> int:
+        """Return the bytes of a waiting gradient element: never less than of a working weight."""
+        return max(shape.grad_itemsize, self.working_itemsize)
+
     def num_tiles(self, tile_numel: int) -> int:
         """Return how many tiles the chunk has; the last one may be shorter."""
         return -(-self.numel // tile_numel)
@@ -140,7 +144,8 @@ class RuntimeShape:
     tile_numel: int
     ring_depth: int
     grad_itemsize: int
-    """Bytes of a waiting gradient element: 4 with gradient accumulation, else the working itemsize."""
+    """Bytes of a waiting gradient element: 4 with gradient accumulation, else the working dtype's. Chunks whose own
+    dtype is wider have more, see `ChunkDemand.grad_itemsize`."""
     num_grad_slots: int = 2
     """Whole-chunk buffers through which gradients travel to a home that backward cannot write to directly."""
     num_fetch_slots: int = 2
@@ -265,11 +270,11 @@ class DemandTally:
             missing = full_nbytes - last_nbytes if len(homes.state) - 1 in spares else 0
             held[MemoryTier.NVME]["spares"] += sign * (len(spares) * full_nbytes - missing)
         if homes.grad is not None:
-            held[homes.grad]["gradients"] += sign * _aligned(demand.numel * shape.grad_itemsize)
+            held[homes.grad]["gradients"] += sign * _aligned(demand.numel * demand.grad_itemsize(shape))
         if homes.is_resident and not is_used_in_place(demand, homes.working, shape):
             held[self._compute]["resident copies"] += sign * _aligned(demand.compute_nbytes)
         if homes.grad is not None and demand.keeps_whole_gradient:
-            whole_nbytes = demand.num_ranks * demand.numel * shape.grad_itemsize
+            whole_nbytes = demand.num_ranks * demand.numel * demand.grad_itemsize(shape)
             held[self._compute]["whole gradients"] += sign * _aligned(whole_nbytes)
         for purpose, needed in _buffer_needs(demand, homes, shape).items():
             sizes = self._needs.setdefault(purpose, Counter())
@@ -296,7 +301,7 @@ def _buffer_needs(demand: ChunkDemand, homes: ChunkPlacement, shape: RuntimeShap
     if shape.has_device and homes.grad in (MemoryTier.HOST, MemoryTier.NVME):
         needs["device gradient slots"] = _aligned(demand.working_nbytes)
     if homes.grad is MemoryTier.NVME:
-        needs["disk gradient slots"] = _aligned(demand.numel * shape.grad_itemsize)
+        needs["disk gradient slots"] = _aligned(demand.numel * demand.grad_itemsize(shape))
     if demand.is_sharded and homes.grad is not None:
         is_elsewhere = demand.keeps_whole_gradient or demand.has_one_param
         nbytes = min(demand.compute_nbytes, EXCHANGE_PIECE_NBYTES) if is_elsewhere else demand.compute_nbytes
@@ -318,7 +323,7 @@ def _ring_tile_nbytes(demand: ChunkDemand, homes: ChunkPlacement, shape: Runtime
             if working_tier is MemoryTier.NVME:
                 nbytes += _aligned(length * demand.working_itemsize)
             if homes.grad is MemoryTier.NVME:
-                nbytes += _aligned(length * shape.grad_itemsize)
+                nbytes += _aligned(length * demand.grad_itemsize(shape))
             largest = max(largest, nbytes)
     return largest
 

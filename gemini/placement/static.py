@@ -209,7 +209,7 @@ def _take_tiles(sizes: dict[int, _TileSizes], ids: Iterable[int], target_nbytes:
 
 
 def _grad_nbytes(demand: ChunkDemand, shape: RuntimeShape) -> int:
-    return round_up(demand.numel * shape.grad_itemsize, IO_ALIGNMENT_NBYTES)
+    return round_up(demand.numel * demand.grad_itemsize(shape), IO_ALIGNMENT_NBYTES)
 
 
 def _home_on_device(demand: ChunkDemand, shape: RuntimeShape) -> ChunkPlacement:

@@ -20,6 +20,7 @@ import torch
 
 from gemini.agreement import on_all_ranks
 from gemini.checkpoint.participants import rank_of
+from gemini.chunk.parameter_kinds import is_cast_dtype
 from gemini.chunk.tensor_parallel import local_part
 from gemini.errors import ConfigError, GeminiError, naming_file
 from gemini.model_names import canonical_names, persistent_buffers
@@ -126,7 +127,7 @@ class _Weights:
         for name in self._canonical:
             if kept[self._canonical[name]] == name or has_adapters(model):
                 spec = self._slots[self._canonical[name]].spec
-                saved = dtype if dtype is not None and spec.dtype.is_floating_point else spec.dtype
+                saved = dtype if dtype is not None and is_cast_dtype(spec.dtype) else spec.dtype
                 self.state[name] = torch.empty(spec.full_shape, dtype=saved, device="meta")
         for name, buffer in self._buffers.items():
             self.state[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")

@@ -6,17 +6,13 @@ there twice, and the adapters' own are not in its checkpoints at all.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
 
-from gemini.model_names import canonical_buffers
+from gemini.model_names import canonical_buffers, plain_name
 
 __all__ = ["base_model_of", "has_adapters", "state_names"]
-
-_WRAPPED = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
-"""What peft puts into the names of modules that it wraps."""
 
 
 def has_adapters(model: torch.nn.Module) -> bool:
@@ -49,5 +45,5 @@ def state_names(model: torch.nn.Module) -> dict[str, list[str]]:
     for name in names:
         parts = name.split(".")
         if name.startswith(prefix) and not any(part.startswith(adapter_prefix) for part in parts):
-            found.setdefault(_WRAPPED.sub("", f".{name.removeprefix(prefix)}").removeprefix("."), []).append(name)
+            found.setdefault(plain_name(name.removeprefix(prefix)), []).append(name)
     return found

@@ -20,7 +20,7 @@ from gemini.safetensors_file import SafetensorsReader, SafetensorsWriter, checks
 DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
-    torch.uint16, torch.uint32, torch.uint64, torch.complex64,
+    torch.uint16, torch.uint32, torch.uint64, torch.complex64, torch.float8_e8m0fnu,
 )  # fmt: skip
 TENSORS = {
     "odd": torch.arange(7, dtype=torch.int8),

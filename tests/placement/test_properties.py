@@ -67,6 +67,11 @@ def shapes(draw: st.DrawFn, *, has_device: bool | None = None) -> RuntimeShape:
     )
 
 
+def grad_itemsize(demand: ChunkDemand, shape: RuntimeShape) -> int:
+    """Bytes of a waiting gradient element: a chunk that is wider than the working dtype has its own width."""
+    return max(shape.grad_itemsize, demand.working_itemsize)
+
+
 def naive_demand(chunks: list[ChunkDemand], plan: PlacementPlan, shape: RuntimeShape) -> dict[MemoryTier, int]:
     """Count tile by tile what docs/memory_model.md says, with no shortcut."""
     compute = DEVICE if shape.has_device else HOST
@@ -82,7 +87,7 @@ def naive_demand(chunks: list[ChunkDemand], plan: PlacementPlan, shape: RuntimeS
                 total[NVME] += demand.state_tile_nbytes(tile, shape.tile_numel)
                 total[NVME] += round_up(demand.working_tile_nbytes(tile, shape.tile_numel), 4096)
         if homes.grad is not None:
-            total[homes.grad] += round_up(demand.numel * shape.grad_itemsize, 4096)
+            total[homes.grad] += round_up(demand.numel * grad_itemsize(demand, shape), 4096)
         if homes.is_resident and any(tier is not compute for tier in homes.working):
             total[compute] += round_up(demand.working_nbytes, 4096)
         if shape.has_device and NVME in homes.working:
@@ -90,7 +95,7 @@ def naive_demand(chunks: list[ChunkDemand], plan: PlacementPlan, shape: RuntimeS
         if shape.has_device and homes.grad in (HOST, NVME):
             device_grads.append(round_up(demand.working_nbytes, 4096))
         if homes.grad is NVME:
-            disk_grads.append(round_up(demand.numel * shape.grad_itemsize, 4096))
+            disk_grads.append(round_up(demand.numel * grad_itemsize(demand, shape), 4096))
     total[compute] += plan.num_slots * plan.slot_nbytes
     total[DEVICE] += 2 * max(device_grads)
     total[HOST] += 2 * max(device_grads) + 2 * max(disk_grads) + 2 * max(fetches) + shape.ring_depth * max(rings)
@@ -104,7 +109,7 @@ def _ring_nbytes(demand: ChunkDemand, homes: ChunkPlacement, tile: int, shape: R
     if homes.working[tile] is NVME:
         nbytes += round_up(demand.working_tile_nbytes(tile, shape.tile_numel), 4096)
     if homes.grad is NVME:
-        nbytes += round_up(demand.tile_length(tile, shape.tile_numel) * shape.grad_itemsize, 4096)
+        nbytes += round_up(demand.tile_length(tile, shape.tile_numel) * grad_itemsize(demand, shape), 4096)
     return nbytes
 
 
@@ -268,7 +273,7 @@ def test_static_fractions_are_met_to_within_a_tile_or_a_chunk(data):
         for tile, tier in enumerate(homes.state):
             state[tier] += demand.state_tile_nbytes(tile, shape.tile_numel)
         if homes.grad is not None:
-            grads[homes.grad] += round_up(demand.numel * shape.grad_itemsize, 4096)
+            grads[homes.grad] += round_up(demand.numel * grad_itemsize(demand, shape), 4096)
         resident_nbytes += demand.working_nbytes if homes.is_resident and not demand.is_pinned else 0
 
     def assert_met(found: int, fraction: float, total: int, step: int) -> None:
@@ -280,7 +285,7 @@ def test_static_fractions_are_met_to_within_a_tile_or_a_chunk(data):
     assert_met(working[NVME], static.param_nvme, sum(working.values()), tile * chunks[0].working_itemsize)
     assert_met(state[NVME], static.state_nvme, sum(state.values()), tile * 12 + 8192)
     if trainable:
-        largest_grad = max(demand.numel for demand in trainable) * shape.grad_itemsize + 4096
+        largest_grad = max(demand.numel * grad_itemsize(demand, shape) for demand in trainable) + 4096
         largest_state = max(
             sum(demand.state_tile_nbytes(t, tile) for t in range(demand.num_tiles(tile))) for demand in trainable
         )

@@ -234,6 +234,9 @@ def refusal_of(*, fault: str) -> None:
     divide("norm", along_tp["tp"], Replicate())
     if fault == "partial":
         block.up.weight = nn.Parameter(DTensor.from_local(block.up.weight.detach(), along_tp["tp"], [Partial()]))
+    elif fault == "two dimensions":
+        whole = block.up.weight.detach()
+        block.up.weight = nn.Parameter(distribute_tensor(whole, along_tp, [Shard(1), Shard(0)]))
     elif fault == "two meshes":
         divide("up", along_dp["dp"], Shard(0))
     else:

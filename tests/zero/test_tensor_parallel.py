@@ -138,6 +138,7 @@ def test_batches_in_slices_train_alike(ranks: RankPool):
         ("no zero", "ModelError", "parameter norm.weight is a DTensor, of which other ranks hold parts"),
         ("uneven", "ModelError", "parameter up.weight has 33 elements in dimension 0, which 2 ranks cannot share"),
         ("partial", "ModelError", "parameter up.weight has placement"),
+        ("two dimensions", "ModelError", "parameter up.weight is a DTensor on a mesh of 2 dimensions: expected one"),
         ("two meshes", "ModelError", "parameters norm.weight and up.weight are DTensors on different meshes"),
         ("seed", "ModelError", "have different first values of parameters"),
     ],
