@@ -175,8 +175,10 @@ class Chunk:
         """
         self.check_written()
         kind = (self.spec.is_trainable, self.spec.dtype, self._device_type)
+        has_grad = torch.is_grad_enabled()  # without, the flag changes nothing: peft's disable_adapter() turns it off
         for slot, param, address in zip(self.spec.slots, self.params, self._addresses, strict=True):
-            found = (param.requires_grad, param.dtype, param.device.type)
+            requires_grad = param.requires_grad if has_grad else self.spec.is_trainable
+            found = (requires_grad, param.dtype, param.device.type)
             if found != kind:
                 raise ModelError(
                     f"parameter {slot.spec.name} had (requires_grad, dtype, device) = {kind} when it was wrapped and "
