@@ -191,10 +191,7 @@ class _Builder:
         for homes in plan.chunks:
             if homes.is_resident:
                 core.settle(homes.chunk_id)
-        for name, buffer in model.named_buffers():
-            if buffer.device != device:
-                owner, _, leaf = name.rpartition(".")
-                model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+        _move_buffers(model, device)
         return Runtime(
             self.config,
             layout=blueprint.layout,
@@ -346,6 +343,17 @@ class _Builder:
             gradients.add_chunk(spec, shard, grad, homes.grad, is_kept_whole=demand.keeps_whole_gradient)
         else:
             gradients.add_chunk(spec, grad, homes.grad)
+
+
+def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:
+    """Bring buffers to a device; one that several modules have stays one."""
+    moved: dict[torch.Tensor, torch.Tensor] = {}
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                if buffer not in moved:
+                    moved[buffer] = buffer.to(device)
+                module._buffers[name] = moved[buffer]
 
 
 def _open_homes(

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from gemini.chunk.layout import ChunkLayout
+from gemini.chunk.plain_names import named_params
 from gemini.config import GeminiConfig
 from gemini.errors import ModelError
 from gemini.gradient_sink import GradientPlace
@@ -116,7 +117,7 @@ def _count(model: torch.nn.Module, loss_fn: LossFn, fakes: FakeTensorMode, check
 def _on_fakes(model: torch.nn.Module, fakes: FakeTensorMode, layout: ChunkLayout) -> Iterator[list[torch.nn.Parameter]]:
     """Exchange a model's parameters and buffers for fakes, in the dtypes of a layout; yields the trained parameters."""
     dtypes = {name: layout.chunks[slot.chunk_id].dtype for name, slot in layout.slot_by_name.items()}
-    by_id = {id(param): _fake_parameter(param, fakes, dtypes[name]) for name, param in model.named_parameters()}
+    by_id = {id(param): _fake_parameter(param, fakes, dtypes[name]) for name, param in named_params(model)}
     modules = list(model.modules())
     originals = [(dict(module._parameters), dict(module._buffers)) for module in modules]
     try:

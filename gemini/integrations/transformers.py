@@ -24,6 +24,7 @@ from gemini.errors import CheckpointError, CheckpointMismatchError, ConfigError,
 from gemini.integrations.accelerate import GeminiAccelerator
 from gemini.integrations.random_numbers import unchanged_random_numbers
 from gemini.optimizer import HybridAdam
+from gemini.pretrained import showing_weights
 
 try:
     import transformers
@@ -279,8 +280,12 @@ class GeminiTrainerMixin:
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write a directory that `from_pretrained` opens."""
-        if self.engine is None or state_dict is not None or not hasattr(self.model, "save_pretrained"):
+        if self.engine is None or state_dict is not None:
             super()._save(output_dir, state_dict)  # type: ignore[misc]
+            return
+        if not hasattr(self.model, "save_pretrained") or self._has_own_save():
+            with showing_weights(self.engine.runtime, self.model):
+                super()._save(output_dir)  # type: ignore[misc]
             return
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
@@ -291,6 +296,12 @@ class GeminiTrainerMixin:
         if processor is not None:
             processor.save_pretrained(directory)
         torch.save(self.args, directory / _TRAINING_ARGUMENTS_NAME)
+
+    def _has_own_save(self) -> bool:
+        """Return whether the trainer behind this mixin saves in a way of its own, as that of sentence-transformers."""
+        behind = type(self).__mro__[type(self).__mro__.index(GeminiTrainerMixin) + 1 :]
+        owner = next(kind for kind in behind if "_save" in vars(kind))
+        return owner.__module__ != transformers.trainer.__name__
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save the engine's checkpoint, the scheduler's state in it."""
