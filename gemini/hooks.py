@@ -23,6 +23,7 @@ from gemini.errors import ModelError
 from gemini.gradient_sink import GradientPlace, GradientUse, attach_sink, detach_sink, sink_of
 from gemini.outputs import map_tensors
 from gemini.parameter_uses import embedding, separate_use
+from gemini.recomputation import is_recomputed
 from gemini.sliced_call import GradientSums
 
 __all__ = ["HookSet", "RuntimeEvents"]
@@ -255,6 +256,8 @@ class HookSet:
     def _unit_hooks(self, unit_id: int, *, reads_weights: bool) -> tuple[Callable[..., None], Callable[..., Any]]:
         @_disable_compile
         def before(module: torch.nn.Module, args: Any) -> None:
+            if is_recomputed(module):  # `reached` below has fetched its weights
+                return
             self._mode.pause()  # first, or it would see the engine itself handle parameters
             self._events.enter_unit(unit_id)
             self._note_moment("enter", unit_id)

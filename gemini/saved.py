@@ -101,7 +101,7 @@ class SavedWeights:
 
     def _view_of(self, tensor: torch.Tensor) -> _WeightView | None:
         local = local_part(tensor)
-        if type(local) not in (torch.Tensor, torch.nn.Parameter):
+        if type(local) not in (torch.Tensor, torch.nn.Parameter) or local.layout is not torch.strided:
             return None
         chunk = self._chunk_of(local.untyped_storage().data_ptr())
         if chunk is None:

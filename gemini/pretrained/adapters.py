@@ -64,7 +64,10 @@ def find_adapters(model: Any, weights: Weights) -> Adapters:
     values: dict[str, torch.Tensor] = {}
     for adapter in model.peft_config:
         file = ADAPTER_FILE if adapter == "default" else f"{adapter}/{ADAPTER_FILE}"
-        conversions, is_computed = _conversions(model, adapter, weights.state)
+        try:
+            conversions, is_computed = _conversions(model, adapter, weights.state)
+        except Exception:  # of many types: what depends on values cannot be computed without
+            conversions, is_computed = [], True
         if is_computed:
             values = values or {name: weights.read(name) for name in _own_names(model, weights)}
             with _showing(model, values, weights.canonical):
