@@ -23,6 +23,7 @@ from gemini.ddp import GeminiDDP
 from gemini.errors import CheckpointError, CheckpointMismatchError, ConfigError, MissingLibraryError
 from gemini.integrations.accelerate import GeminiAccelerator
 from gemini.integrations.random_numbers import unchanged_random_numbers
+from gemini.integrations.successive import leave, owns, take_over
 from gemini.optimizer import HybridAdam
 from gemini.pretrained import showing_weights
 
@@ -199,13 +200,20 @@ class GeminiTrainerMixin:
         return GeminiDDP(model, config)
 
     def built_engine(self) -> GeminiDDP:
-        """Return the engine of the trainer's model, a new one if the model is new."""
+        """Return the engine of the trainer's model, a new one if the model is new.
+
+        An engine that an earlier trainer has left on the model is closed, and the model goes on from its weights.
+        """
         if self.engine is not None and self.engine.module is not self.model:  # model_init has made another
             self.engine.close()
             self.engine = None
+        if self.engine is not None and not owns(self.engine):  # a later trainer has taken the model over
+            self.engine = None
         if self.engine is None:
             assert self._gemini is not None
+            take_over(self.model)
             self.engine = self.build_engine(self.model, self._gemini)
+            leave(self.engine)
         return self.engine
 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
