@@ -123,7 +123,7 @@ class _Computed:
 
 
 def write_adapter_configs(model: Any, weights: Weights, adapters: Adapters, place: Path) -> None:
-    """Let peft write everything but the weights.
+    """Let peft write everything but the weights; on the first rank alone.
 
     Args:
         model: with adapters.
@@ -135,7 +135,14 @@ def write_adapter_configs(model: Any, weights: Weights, adapters: Adapters, plac
         OffloadIOError: something cannot be written.
     """
     state = {name: torch.empty(0) for name in weights.state} | adapters.values
-    with naming_file("write", place), _showing(model, adapters.values, weights.canonical):
-        model.save_pretrained(str(place), state_dict=state)
-        for file in place.rglob(ADAPTER_FILE):
-            file.unlink()
+    modes = [(config, config.inference_mode) for config in model.peft_config.values()]
+    try:
+        for config, _ in modes:
+            config.inference_mode = True  # as saved; and no prompt encoder is run, whose weights all ranks would gather
+        with naming_file("write", place), _showing(model, adapters.values, weights.canonical):
+            model.save_pretrained(str(place), state_dict=state)
+            for file in place.rglob(ADAPTER_FILE):
+                file.unlink()
+    finally:
+        for config, mode in modes:
+            config.inference_mode = mode
