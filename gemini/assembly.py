@@ -346,6 +346,17 @@ class _Builder:
             gradients.add_chunk(spec, grad, homes.grad)
 
 
+def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:
+    """Bring buffers to a device; one that several modules have stays one."""
+    moved: dict[torch.Tensor, torch.Tensor] = {}
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                if buffer not in moved:
+                    moved[buffer] = buffer.to(device)
+                module._buffers[name] = moved[buffer]
+
+
 def _open_homes(
     demand: ChunkDemand,
     homes: ChunkPlacement,

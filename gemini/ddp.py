@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
@@ -13,26 +13,25 @@ import torch
 
 from gemini.activations import ActivationCheckpoints
 from gemini.admission import admit
-from gemini.agreement import agree_on_loading
 from gemini.assembly import assemble
 from gemini.checkpoint.commits import Recovered, commit_step, recover_step
 from gemini.checkpoint.loading import LoadedCheckpoint, load_checkpoint
 from gemini.checkpoint.participants import CheckpointedOptimizer, Stateful, participants_of
 from gemini.checkpoint.saving import PendingSave, save_checkpoint
-from gemini.chunk.layout import ParamSlot
+from gemini.chunk.plain_names import named_params
 from gemini.chunk.sharding import Sharding
-from gemini.chunk.tensor_parallel import local_part
 from gemini.config import GeminiConfig
 from gemini.errors import ConfigError, ModelError
+from gemini.extra_states import extra_states
 from gemini.handback import OriginalTensors, read_back
 from gemini.hooks import HookSet
 from gemini.initialise import InitFn
-from gemini.model_names import canonical_buffers, canonical_names, compare_names, persistent_buffers
+from gemini.model_state import INSIDE_OF_MODULE, load_model_state, named_param_values, named_values
 from gemini.offload.commit_file import CommitFile
 from gemini.offload.io import IoStats
 from gemini.ownership import check_unchanged, own
 from gemini.placement.cost_model import HardwareProfile, StepFlops, StepPrediction
-from gemini.pretrained import open_pretrained, save_pretrained
+from gemini.pretrained import DEFAULT_SHARD_SIZE, is_shown, open_pretrained, save_pretrained
 from gemini.report import MemoryReport, check_prediction, make_report
 from gemini.run_recorder import RunRecorder, record_run
 from gemini.runtime import Runtime
@@ -40,7 +39,7 @@ from gemini.slicing import BatchSlicer
 from gemini.state_hooks import install_state_hooks
 from gemini.tiers import MemoryTier
 from gemini.weight_access import WeightAccess
-from gemini.weights import load_masters, read_master, read_working
+from gemini.weights import read_master, read_working
 
 __all__ = ["GeminiDDP"]
 
@@ -238,8 +237,28 @@ class GeminiDDP(torch.nn.Module):
 
     # ---------------------------------------------------------------- weights in and out
 
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Yield the wrapped model's parameters under the names that they have in `state_dict`.
+
+        Args:
+            prefix: goes before each name.
+            recurse: whether the wrapped model counts; the engine has none besides.
+            remove_duplicate: whether of tied names only the first counts.
+
+        Yields:
+            Name and parameter.
+        """
+        for name, param in named_params(self.module, remove_duplicate=remove_duplicate) if recurse else ():
+            yield f"{prefix}.{name}" if prefix else name, param
+
+    def _fqn_modifiers(self) -> Mapping[str, str]:
+        """Let torch.distributed.checkpoint.state_dict look for names of `state_dict` in the wrapped model."""
+        return INSIDE_OF_MODULE
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return the working weights and buffers of the wrapped model, copied to the CPU.
+        """Return the working weights and buffers of the wrapped model, copied to the CPU, and modules' extra state.
 
         Names are the wrapped model's own, so the result loads into a plain copy of it.
 
@@ -248,7 +267,7 @@ class GeminiDDP(torch.nn.Module):
             **kwargs: `prefix` is honoured, `keep_vars` must be false, others are not accepted.
 
         Returns:
-            Parameters (tied names share memory) and persistent buffers.
+            Parameters and persistent buffers (tied names share memory), and modules' extra state as they give it.
 
         Raises:
             ConfigError: an argument cannot be honoured.
@@ -257,32 +276,20 @@ class GeminiDDP(torch.nn.Module):
         prefix = kwargs.pop("prefix", "")
         if args or kwargs.pop("keep_vars", False) or set(kwargs) - {"destination"}:
             raise ConfigError("GeminiDDP.state_dict: only prefix= can be given; the result is always a copy on the CPU")
-        return {prefix + name: tensor for name, tensor in self._named_tensors(read_working)}
+        self._check_model()
+        state = {**dict(named_values(self._runtime, self.module, read_working)), **extra_states(self.module)}
+        return {prefix + name: value for name, value in state.items()}
 
     def master_state_dict(self) -> dict[str, torch.Tensor]:
-        """Return as `state_dict`, with trainable parameters as their float32 masters."""
-        return dict(self._named_tensors(read_master))
-
-    def _named_parameters(
-        self, read: Callable[[Runtime, ParamSlot], torch.Tensor]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield CPU copies of all parameters; tied names share one."""
+        """Return as `state_dict`, without extra state and with trainable parameters as their float32 masters."""
         self._check_model()
-        self._runtime.finish_updates()
-        values: dict[str, torch.Tensor] = {}
-        slots = self._runtime.layout.slot_by_name
-        for name, canonical in canonical_names(self.module).items():
-            if canonical not in values:
-                values[canonical] = read(self._runtime, slots[canonical])
-            yield name, values[canonical]
+        return dict(named_values(self._runtime, self.module, read_master))
 
-    def _named_tensors(self, read: Callable[[Runtime, ParamSlot], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from self._named_parameters(read)
-        buffers = {
-            name: local_part(buffer).detach().cpu().clone() for name, buffer in persistent_buffers(self.module).items()
-        }
-        for name, canonical in canonical_buffers(self.module).items():
-            yield name, buffers[canonical]
+    def _named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        if is_shown(self.module):  # what is there now is to be saved
+            return
+        self._check_model()
+        yield from named_param_values(self._runtime, self.module, read_working)
 
     def _check_model(self) -> None:
         self._runtime.check_usable()
@@ -302,21 +309,12 @@ class GeminiDDP(torch.nn.Module):
         Raises:
             CheckpointMismatchError: names or shapes do not match, here or on another rank; nothing has been loaded.
             ConfigError: `assign` was asked for.
+            Exception: whatever a module's `set_extra_state` raises; weights and buffers have been loaded.
         """
         if assign:
             raise ConfigError("GeminiDDP.load_state_dict: assign=True would take the parameters out of their chunks")
         self._check_model()
-        slots = self._runtime.layout.slot_by_name
-        missing, unexpected, mismatch = compare_names(self.module, slots, state_dict, strict=strict)
-        agree_on_loading(self._runtime.sharding, mismatch, state_dict)
-        params = canonical_names(self.module)
-        buffers = dict(self.module.named_buffers(remove_duplicate=False))
-        self._runtime.finish_updates()
-        weights = ((slots[params[name]], value) for name, value in state_dict.items() if name in params)
-        load_masters(self._runtime, weights)
-        for name, value in state_dict.items():
-            if name not in params and name in buffers:
-                local_part(buffers[name]).copy_(value)
+        missing, unexpected = load_model_state(self._runtime, self.module, state_dict, strict=strict)
         return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 
     def save_pretrained(
@@ -324,23 +322,25 @@ class GeminiDDP(torch.nn.Module):
         path: str | os.PathLike[str],
         *,
         dtype: torch.dtype | str | None = None,
-        max_shard_size: int | str = "5GB",
+        max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     ) -> None:
         """Save the model as its own `save_pretrained` would, in bounded memory; all ranks call, the first writes.
 
         `from_pretrained` opens the directory: safetensors files with their index, configurations. Of a model with
-        peft's adapters these are saved, for `PeftModel.from_pretrained`. Files of an earlier save are replaced when
+        peft's adapters these are saved, for `PeftModel.from_pretrained`. A model whose class has a `save_pretrained`
+        of its own saves itself by that, with all its weights in memory. Files of an earlier save are replaced when
         the new ones are on the drive; others stay.
 
         Args:
             path: the directory; made if need be.
             dtype: "float32" saves the masters, "bfloat16" or "float16" these rounded; None: the working weights.
-            max_shard_size: bytes of a file, such as "5GB"; a larger tensor gets a file of its own.
+            max_shard_size: bytes of a file, such as "5GB"; a larger tensor gets a file of its own. A `save_pretrained`
+                of the model's own is given it unless it is the default.
 
         Raises:
             ConfigError: an argument cannot be honoured, or transformers is missing or too old.
             OffloadIOError: something could not be read or written; the directory is as it was.
-            CheckpointError: as OffloadIOError, on another rank.
+            CheckpointError: as OffloadIOError, on another rank; or the model's own `save_pretrained` raised an error.
             ModelError: the engine is closed, its state was lost, or the model has other parameters than were wrapped.
         """
         self._check_model()

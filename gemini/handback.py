@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from gemini.chunk.plain_names import named_buffers, named_params
 from gemini.errors import GeminiError
 from gemini.ownership import disown
 from gemini.weight_access import WeightAccess
@@ -33,8 +34,8 @@ class OriginalTensors:
     def of(cls, model: torch.nn.Module) -> OriginalTensors:
         """Note a model's."""
         return cls(
-            {name: (param.dtype, _lasting(param.device)) for name, param in model.named_parameters()},
-            {name: (buffer.dtype, _lasting(buffer.device)) for name, buffer in model.named_buffers()},
+            {name: (param.dtype, _lasting(param.device)) for name, param in named_params(model)},
+            {name: (buffer.dtype, _lasting(buffer.device)) for name, buffer in named_buffers(model)},
         )
 
     def hand_back(self, model: torch.nn.Module, access: WeightAccess, values: Mapping[str, torch.Tensor]) -> None:
@@ -50,11 +51,17 @@ class OriginalTensors:
             for weight in access.weights:
                 weight.param.grad = None
                 weight.param.data = values[weight.name]
-            for name, buffer in list(model.named_buffers()):
-                dtype, device = self.buffers.get(name, (buffer.dtype, buffer.device))
-                if (buffer.dtype, buffer.device) != (dtype, device):
-                    owner, _, leaf = name.rpartition(".")
-                    model.get_submodule(owner)._buffers[leaf] = buffer.to(device, dtype)
+            self._hand_back_buffers(model)
+
+    def _hand_back_buffers(self, model: torch.nn.Module) -> None:
+        given: dict[torch.Tensor, torch.Tensor] = {}
+        for name, buffer in named_buffers(model):
+            dtype, device = self.buffers.get(name, (buffer.dtype, buffer.device))
+            given.setdefault(buffer, buffer.to(device, dtype))
+        for module in model.modules():
+            for key, found in module._buffers.items():
+                if found is not None:
+                    module._buffers[key] = given[found]
 
 
 def _lasting(device: torch.device) -> torch.device:

@@ -241,7 +241,8 @@ class HookSet:
             self._hide(0)
         self._depth += 1
         if self._depth == 1 and self._input_dtype is not None:
-            return cast_floats(self._input_dtype, (args, kwargs))
+            inputs: tuple[Any, Any] = cast_floats(self._input_dtype, (args, kwargs))
+            return inputs
         return None
 
     @_disable_compile

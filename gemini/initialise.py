@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from gemini.chunk.flat_values import FlatValues
+from gemini.chunk.plain_names import named_modules, named_params
 from gemini.chunk.tensor_parallel import is_dtensor, local_part, split_of, stand_in_for
 from gemini.errors import ModelError
 
@@ -122,14 +123,14 @@ class Initialiser:
         self._weights = weights
         self._device = device
         self._seed = seed
-        self._modules = dict(model.named_modules())
+        self._modules = dict(named_modules(model))
         self._places = [
             (module, key, param)
             for module in self._modules.values()
             for key, param in module._parameters.items()
             if param is not None
         ]
-        self._originals = dict(model.named_parameters())
+        self._originals = dict(named_params(model))
         self._final: dict[int, torch.nn.Parameter] = {}
         for name, param in self._originals.items():
             self.params[name] = self._final[id(param)] = _final_param(param, device, dtypes[name])
@@ -205,10 +206,14 @@ class Initialiser:
         Raises:
             ModelError: a buffer's module does not fill it, so its values are lost.
         """
+        made: dict[torch.Tensor, torch.Tensor] = {}  # of buffers on the meta device, which several modules may have
         for module_name, module in self._modules.items():
-            blanks = {name: b for name, b in module._buffers.items() if b is not None and b.is_meta}
-            for name, buffer in blanks.items():
-                module._buffers[name] = torch.full_like(buffer, _unlikely_value(buffer.dtype), device=self._device)
+            absent = {name: b for name, b in module._buffers.items() if b is not None and b.is_meta}
+            blanks = [name for name, buffer in absent.items() if buffer not in made]
+            for name, blank in absent.items():
+                if blank not in made:
+                    made[blank] = torch.full_like(blank, _unlikely_value(blank.dtype), device=self._device)
+                module._buffers[name] = made[blank]
             if blanks:
                 self._run(module_name, salt="")
             for name, buffer in module._buffers.items():
@@ -216,7 +221,7 @@ class Initialiser:
                 if buffer is not None and source is not None:
                     buffer.copy_(source)
             for name in blanks:
-                filled = module._buffers[name]
+                filled = module._buffers.get(name)
                 if filled is not None and filled.numel() and _holds_unlikely_value(filled):
                     raise ModelError(f"buffer {f'{module_name}.{name}'.strip('.')} {REMEDY}")
 

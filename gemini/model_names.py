@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from gemini.chunk.layout import ParamSlot
+from gemini.chunk.plain_names import named_buffers, named_modules, named_params
 from gemini.errors import CheckpointMismatchError
+from gemini.extra_states import compare_extra_states
 
 __all__ = ["canonical_buffers", "canonical_names", "compare_names", "persistent_buffers", "plain_name"]
 
@@ -23,33 +26,29 @@ def plain_name(name: str) -> str:
 
 def canonical_names(model: torch.nn.Module) -> dict[str, str]:
     """Return for each name of each parameter, those of tied ones included, the first name of that parameter."""
-    first = {id(param): name for name, param in model.named_parameters()}
-    return {name: first[id(param)] for name, param in model.named_parameters(remove_duplicate=False)}
+    first = {id(param): name for name, param in named_params(model)}
+    return {name: first[id(param)] for name, param in named_params(model, remove_duplicate=False)}
 
 
 def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the buffers that belong into a state dict, by name; of a module that has several its first."""
-    buffers = dict(model.named_buffers(remove_duplicate=False))
+    """Return the buffers that belong into a state dict, by name; of one that several modules have its first."""
+    buffers = dict(named_buffers(model))
     return {name: buffers[name] for name in canonical_buffers(model).values()}
 
 
 def canonical_buffers(model: torch.nn.Module) -> dict[str, str]:
-    """Return for each name of each persistent buffer that by its module's first name."""
-    first = {module: name for name, module in model.named_modules()}
+    """Return for each name of each persistent buffer, in all modules that have it, its first name."""
+    first: dict[int, str] = {}
     return {
-        _join(module_name, name): _join(first[module], name)
-        for module_name, module in model.named_modules(remove_duplicate=False)
+        (full := f"{module_name}.{name}" if module_name else name): first.setdefault(id(buffer), full)
+        for module_name, module in named_modules(model, remove_duplicate=False)
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     }
 
 
-def _join(module_name: str, name: str) -> str:
-    return f"{module_name}.{name}" if module_name else name
-
-
 def compare_names(
-    model: torch.nn.Module, slots: Mapping[str, ParamSlot], state_dict: Mapping[str, torch.Tensor], *, strict: bool
+    model: torch.nn.Module, slots: Mapping[str, ParamSlot], state_dict: Mapping[str, Any], *, strict: bool
 ) -> tuple[list[str], list[str], CheckpointMismatchError | None]:
     """Compare a state dict with what a model's engine holds.
 
@@ -63,18 +62,26 @@ def compare_names(
         Missing names, unexpected names, and why the rest cannot be loaded, if it cannot.
     """
     params = canonical_names(model)
-    buffers = dict(model.named_buffers(remove_duplicate=False))
+    buffers = dict(named_buffers(model))
     canonical = params | canonical_buffers(model)
     given = {canonical.get(name, name) for name in state_dict}
     expected = dict.fromkeys(canonical.values())
-    missing = [name for name in expected if name not in given]
-    unexpected = [name for name in state_dict if name not in params and name not in buffers]
+    extra = compare_extra_states(model, state_dict)
+    missing = [name for name in expected if name not in given] + extra.missing
+    unexpected = [
+        name for name in state_dict if name not in params and name not in buffers and name not in extra.loadable
+    ]
     if strict and (missing or unexpected):
         what = f"load_state_dict: missing {missing}, unexpected {unexpected}"
         return missing, unexpected, CheckpointMismatchError(what)
     for name, value in state_dict.items():
-        shape = slots[params[name]].spec.full_shape if name in params else getattr(buffers.get(name), "shape", ())
-        if name not in unexpected and tuple(value.shape) != tuple(shape):
+        if name in unexpected or name in extra.loadable:
+            continue
+        shape = slots[params[name]].spec.full_shape if name in params else buffers[name].shape
+        if not isinstance(value, torch.Tensor):
+            what = f"load_state_dict: {name} is a {type(value).__name__}, expected a tensor of shape {tuple(shape)}"
+            return missing, unexpected, CheckpointMismatchError(what)
+        if tuple(value.shape) != tuple(shape):
             what = f"load_state_dict: {name} has shape {tuple(value.shape)}, expected {tuple(shape)}"
             return missing, unexpected, CheckpointMismatchError(what)
     return missing, unexpected, None

@@ -28,6 +28,7 @@ import torch
 from gemini.agreement import agree, on_all_ranks
 from gemini.blueprint import Blueprint
 from gemini.chunk.layout import ChunkSpec
+from gemini.chunk.plain_names import named_params
 from gemini.chunk.sharding import Sharding
 from gemini.config import GeminiConfig
 from gemini.errors import (
@@ -361,7 +362,7 @@ def find_shared_parts(
     Returns:
         The frozen chunks that live in host memory, whole, and whose values are known before they are made.
     """
-    params = dict(model.named_parameters())
+    params = dict(named_params(model))
     parts = {}
     for chunk, shard, homes in zip(blueprint.layout.chunks, blueprint.shards, blueprint.plan.chunks, strict=True):
         if chunk.is_trainable or shard is not None or set(homes.working) != {MemoryTier.HOST}:

@@ -135,7 +135,7 @@ class HybridAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update all parameters that have a gradient, and consume the gradients.
+        """Update all parameters that have a gradient, and consume the gradients; those set by hand in `.grad` too.
 
         Args:
             closure: evaluates the model and returns the loss; called once, with gradients enabled.
@@ -165,6 +165,7 @@ class HybridAdam(torch.optim.Optimizer):
         runtime.check_usable()
         runtime.saving.finish()  # before gradients are scaled, which happens once
         params = [(group, p) for group in self.param_groups for p in group["params"]]
+        _take_given_gradients(runtime, [param for _, param in params if param.grad is not None])
         if runtime.sharding is not None:
             runtime.gradients.hyper_fingerprint = self._fingerprint()
         norm = runtime.gradient_norm([self._slots[id(p)] for _, p in params])
@@ -180,7 +181,7 @@ class HybridAdam(torch.optim.Optimizer):
         updated = [(group, p) for group, p in params if self._slots[id(p)].spec.name in with_gradient]
         runtime.update(self._segments(updated))
         for _, param in updated:
-            self.state[param]["step"] = self._next_step_of(param)
+            self._note_steps(param, self._next_step_of(param))
         return loss
 
     def expected_segments(self, chunk_id: int) -> tuple[AdamSegment, ...]:
@@ -209,6 +210,13 @@ class HybridAdam(torch.optim.Optimizer):
         steps = (str(self._next_step_of(p)) for group in self.param_groups for p in group["params"])
         return fingerprint_of((repr(self.max_grad_norm), *hypers, *steps))
 
+    def _note_steps(self, param: torch.Tensor, num_steps: int) -> None:
+        """Let a parameter's state say how often it was updated, and that there are moments, which are elsewhere."""
+        if param not in self.state:
+            away = torch.empty(self._slots[id(param)].spec.full_shape, dtype=torch.float32, device="meta")
+            self.state[param].update({"exp_avg": away, "exp_avg_sq": away})
+        self.state[param]["step"] = num_steps
+
     def _next_step_of(self, param: torch.Tensor) -> int:
         return int(self.state.get(param, {}).get("step", 0)) + 1
 
@@ -219,6 +227,9 @@ class HybridAdam(torch.optim.Optimizer):
             set_to_none: accepted for compatibility; gradients never wait in `.grad`.
         """
         self.runtime.clear_gradients()
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.grad = None  # put there by hand
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in torch.optim.AdamW's form: `step`, `exp_avg` and `exp_avg_sq` per parameter.
@@ -267,7 +278,7 @@ class HybridAdam(torch.optim.Optimizer):
             for param in group["params"]:
                 num_steps = state["steps"].get(self._slots[id(param)].spec.name)
                 if num_steps is not None:
-                    self.state[param]["step"] = num_steps
+                    self._note_steps(param, num_steps)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict`, or torch.optim.AdamW's, returned.
@@ -297,7 +308,7 @@ class HybridAdam(torch.optim.Optimizer):
                 load_moments(self.runtime, slot, zeros, zeros)
                 continue
             load_moments(self.runtime, slot, entry["exp_avg"], entry["exp_avg_sq"])
-            self.state[param]["step"] = int(entry["step"])
+            self._note_steps(param, int(entry["step"]))
 
     def _mismatch_of(self, state_dict: dict[str, Any]) -> CheckpointMismatchError | None:
         """Return why a state cannot be loaded, None if it can."""
@@ -320,6 +331,17 @@ class HybridAdam(torch.optim.Optimizer):
     def _index_of_params(self) -> dict[int, int]:
         params = (param for group in self.param_groups for param in group["params"])
         return {id(param): index for index, param in enumerate(params)}
+
+
+def _take_given_gradients(runtime: Runtime, params: list[Any]) -> None:
+    """Take gradients that were put into `.grad` by hand, as those of one backward pass."""
+    if not params:
+        return
+    scale = 1.0 if runtime.scaler is None else runtime.scaler.scale
+    given = [param.grad * scale for param in params]
+    for param in params:
+        param.grad = None
+    torch.autograd.backward(params, given)
 
 
 def _hyper_of(group: dict[str, Any]) -> AdamHyper:

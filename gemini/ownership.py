@@ -8,6 +8,7 @@ import torch
 
 from gemini.autograd.managed_parameter import manage, release, weight_of
 from gemini.chunk.layout import ParamSlot
+from gemini.chunk.plain_names import named_params
 from gemini.errors import ModelError
 from gemini.runtime import Runtime
 from gemini.weight_access import ParamWeight, WeightAccess
@@ -36,7 +37,7 @@ def disown(access: WeightAccess) -> None:
 
 def refuse_owned(model: torch.nn.Module) -> None:
     """Raise ModelError if an engine manages some parameters already."""
-    for name, param in model.named_parameters():
+    for name, param in named_params(model):
         runtime = runtime_of(param)
         if runtime is not None and runtime.is_closed:
             raise ModelError(
@@ -60,7 +61,7 @@ def check_unchanged(model: torch.nn.Module, runtime: Runtime, slots: Mapping[str
     Raises:
         ModelError: the model was changed since; what is saved would not be the model.
     """
-    params = dict(model.named_parameters())
+    params = dict(named_params(model))
     changed = [name for name in slots if name not in params]
     for name, param in params.items():
         if runtime_of(param) is not runtime or name not in slots or param.shape != slots[name].spec.full_shape:

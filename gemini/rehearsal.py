@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from gemini.autograd.shared_uses import SharedUses
 from gemini.chunk.layout import ChunkLayout
+from gemini.chunk.plain_names import named_params
 from gemini.config import GeminiConfig
 from gemini.errors import ModelError
 from gemini.gradient_sink import GradientPlace
@@ -77,7 +78,7 @@ def rehearse(
         checkpoints = _Checkpoints()
         with ExitStack() as stack:
             stack.callback(hooks.remove)
-            stack.enter_context(_SharedUseMode(hooks.uses))  # type: ignore[no-untyped-call]
+            stack.enter_context(_SharedUseMode(hooks.uses))
             if config.num_batch_slices > 1:
                 slicer = BatchSlicer(
                     model,
@@ -122,7 +123,7 @@ def _on_fakes(
 ) -> Iterator[list[torch.nn.Parameter]]:
     """Exchange a model's parameters and buffers for fakes, in an engine's dtypes; yields the trained parameters."""
     dtypes = {name: layout.chunks[slot.chunk_id].dtype for name, slot in layout.slot_by_name.items()}
-    by_id = {id(param): _fake_parameter(param, fakes, dtypes[name]) for name, param in model.named_parameters()}
+    by_id = {id(param): _fake_parameter(param, fakes, dtypes[name]) for name, param in named_params(model)}
     of_buffers = choose_dtypes(model, config.dtype).buffers
     buffer_dtypes = {id(buffer): of_buffers[name] for name, buffer in model.named_buffers()}
     modules = list(model.modules())

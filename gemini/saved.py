@@ -147,7 +147,8 @@ class SavedWeights:
     def _view_of(self, tensor: torch.Tensor) -> _WeightView | None:
         with torch._C.DisableTorchFunctionSubclass():
             local = local_part(tensor)
-            if type(local) not in (torch.Tensor, torch.nn.Parameter) and not hasattr(tensor, "_gemini_weight"):
+            is_plain = type(local) in (torch.Tensor, torch.nn.Parameter) or hasattr(tensor, "_gemini_weight")
+            if not is_plain or local.layout is not torch.strided:
                 return None
             place = self._place_of(local)
             if place is None:

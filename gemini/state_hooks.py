@@ -36,7 +36,7 @@ def install_state_hooks(module: torch.nn.Module, runtime: Runtime) -> list[Any]:
             known = _copies_for(copies, state)
             if id(param) not in known:
                 runtime.finish_updates()
-                copy: WeightCopy = read_working(runtime, weight.slot).as_subclass(WeightCopy)  # type: ignore[assignment]
+                copy: WeightCopy = read_working(runtime, weight.slot).as_subclass(WeightCopy)
                 copy.name = prefix + name
                 known[id(param)] = copy
             state[prefix + name] = known[id(param)]

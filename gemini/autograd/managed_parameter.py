@@ -64,10 +64,13 @@ class OpenWeight(Protocol):
 class Weight(Protocol):
     """What an engine knows of one of its parameters."""
 
-    name: str
-    """For messages."""
-    num_bindings: int
-    """How often `.data` was replaced."""
+    @property
+    def name(self) -> str:
+        """The parameter's, for messages."""
+
+    @property
+    def num_bindings(self) -> int:
+        """How often `.data` was replaced."""
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run a function of torch's that was given the parameter, or a view of it."""
@@ -150,7 +153,7 @@ class ManagedParameter(torch.nn.Parameter):
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _plain_copy(self).__reduce_ex__(protocol)
+        return _plain_copy(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 def _plain_copy(param: torch.Tensor) -> torch.nn.Parameter:
@@ -259,7 +262,7 @@ class WeightAlias(torch.Tensor):
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.clone().__reduce_ex__(protocol)
+        return self.clone().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 class GraphView(torch.Tensor):
@@ -295,7 +298,7 @@ class GraphView(torch.Tensor):
         return self.clone()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.detach().clone().__reduce_ex__(protocol)
+        return self.detach().clone().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 class WaitingGradient(torch.Tensor):
@@ -325,7 +328,7 @@ class WaitingGradient(torch.Tensor):
         return self.clone()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.clone().__reduce_ex__(protocol)
+        return self.clone().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 class WeightCopy(torch.Tensor):
@@ -360,7 +363,7 @@ class WeightCopy(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)
+            return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 def _is_same_storage(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -20,6 +20,7 @@ from gemini.autograd.managed_parameter import (
     stand_in,
     weight_of,
 )
+from gemini.chunk.tensor_parallel import is_dtensor
 
 __all__ = ["run_function"]
 
@@ -206,7 +207,7 @@ def _hand_out(
 
 
 def _graph_view(view: torch.Tensor, weight: Weight, stamp: object) -> GraphView:
-    seen: GraphView = view.as_subclass(GraphView)  # type: ignore[assignment]
+    seen: GraphView = view.as_subclass(GraphView)
     seen.__dict__[WEIGHT_ATTRIBUTE] = weight
     seen._stamp = stamp
     return seen
@@ -257,18 +258,15 @@ def _full_geometry(tensor: torch.Tensor) -> Geometry:
 
 
 def _data_of(tensor: torch.Tensor, weight: Weight) -> torch.Tensor:
-    if isinstance(tensor, WeightAlias):
-        geometry, like = tensor._geometry, tensor
-    else:
-        geometry, like = _full_geometry(tensor), tensor
+    geometry = _full_geometry(tensor)
     with torch._C.DisableTorchFunctionSubclass():
-        if type(like).__name__.endswith("DTensor"):
+        if is_dtensor(tensor):
             raise refuse(
                 weight,
                 "its .data was taken, and it is divided among ranks",
                 "read it with .detach() and write it in place under torch.no_grad()",
             )
-        alias: WeightAlias = stand_in(WeightAlias, weight, like)
+        alias: WeightAlias = stand_in(WeightAlias, weight, tensor)
     alias._geometry = geometry
     alias._keeps_version = True
     alias._binding = weight.num_bindings

@@ -86,7 +86,7 @@ def recover_step(runtime: Runtime, participants: Participants) -> Recovered:
         if participants.scheduler is not None:
             load_scheduler(participants.scheduler, state["scheduler"], source=f"engine.recover: {SOURCE}")
     runtime.clear_gradients()
-    restore_run_state(runtime, participants, state, state["buffers"])
+    restore_run_state(runtime, participants, state, state)
     runtime.num_steps = found.num_steps
     restore_rng(state)
     return Recovered(found.num_steps, state["extra"])

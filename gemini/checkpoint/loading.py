@@ -79,7 +79,7 @@ def load_checkpoint(runtime: Runtime, path: Path, participants: Participants, *,
         try:
             with loading(runtime), on_all_ranks(runtime.sharding):
                 _load_params(runtime, files, manifest)
-                restore_run_state(runtime, participants, state, of_rank["buffers"])
+                restore_run_state(runtime, participants, state, of_rank)
         except BaseException as error:
             runtime.overlap.failure = f"loading {path} failed half way ({error or type(error).__name__})"
             raise

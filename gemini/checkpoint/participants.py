@@ -55,6 +55,8 @@ class Stateful(Protocol):
 class Participants:
     """What a checkpoint keeps the state of, besides the engine's parameters."""
 
+    model: torch.nn.Module
+    """The wrapped one, whose modules may keep extra state."""
     buffers: Mapping[str, torch.Tensor]
     """The model's persistent ones."""
     optimizer: CheckpointedOptimizer | None
@@ -73,7 +75,7 @@ def participants_of(
         scheduler: as given by the user.
 
     Returns:
-        They, with the model's persistent buffers.
+        They, with the model and its persistent buffers.
 
     Raises:
         ConfigError: the optimizer is not the engine's.
@@ -85,7 +87,7 @@ def participants_of(
             f"{type(optimizer).__name__} that is not"
         )
     buffers = {name: local_part(buffer) for name, buffer in persistent_buffers(model).items()}
-    return Participants(buffers=buffers, optimizer=own, scheduler=scheduler)
+    return Participants(model=model, buffers=buffers, optimizer=own, scheduler=scheduler)
 
 
 def rank_of(runtime: Runtime) -> int:

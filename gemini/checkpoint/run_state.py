@@ -14,6 +14,7 @@ import torch
 
 from gemini.checkpoint.participants import Participants, Stateful, rank_of
 from gemini.errors import CheckpointError, CheckpointMismatchError, ConfigError
+from gemini.extra_states import extra_states, load_extra_states, takers_of_extra_state
 from gemini.runtime import Runtime
 
 __all__ = [
@@ -27,11 +28,13 @@ __all__ = [
     "restore_run_state",
 ]
 
-_KEYS = ("buffers", "extra", "num_skipped_steps", "optimizer", "rng", "scaler", "scheduler", "trace")
+_KEYS = ("buffers", "extra", "modules", "num_skipped_steps", "optimizer", "rng", "scaler", "scheduler", "trace")
+_NEW_KEYS = ("modules",)
+"""Those that checkpoints of earlier versions lack: they have None."""
 
 
 def collect_run_state(runtime: Runtime, participants: Participants, extra: Any, *, is_for_all: bool) -> dict[str, Any]:
-    """Return what this rank keeps: its buffers and random numbers, and what it has in common with other ranks.
+    """Return what this rank keeps: buffers, modules' extra state, random numbers, and what all ranks have in common.
 
     Args:
         runtime: the engine's.
@@ -43,7 +46,8 @@ def collect_run_state(runtime: Runtime, participants: Participants, extra: Any, 
         By purpose, for `encode_run_state`.
     """
     buffers = {name: buffer.detach().cpu() for name, buffer in participants.buffers.items()}
-    own = {"buffers": buffers, "rng": _rng_state()}
+    modules = extra_states(participants.model, remove_duplicate=True)
+    own = {"buffers": buffers, "modules": modules, "rng": _rng_state()}
     if is_for_all and rank_of(runtime) != 0:
         return dict.fromkeys(_KEYS) | own
     optimizer, scheduler = participants.optimizer, participants.scheduler
@@ -98,7 +102,7 @@ def _public_names(state: Mapping[str, Any]) -> set[str]:
 
 
 def check_buffers(state: dict[str, Any], participants: Participants, *, source: str) -> None:
-    """Raise CheckpointMismatchError unless a rank's buffers fit; arguments as for `check_run_state`."""
+    """Raise CheckpointMismatchError unless a rank's buffers and extra state fit; arguments as `check_run_state`."""
     for name, buffer in participants.buffers.items():
         saved = state["buffers"].get(name)
         if saved is None or saved.shape != buffer.shape:
@@ -107,6 +111,13 @@ def check_buffers(state: dict[str, Any], participants: Participants, *, source: 
         if not torch.can_cast(saved.dtype, buffer.dtype):
             raise CheckpointMismatchError(
                 f"buffer {name}: expected {buffer.dtype}, {source} has {saved.dtype}, values of which would be cut off"
+            )
+    if state["modules"] is None:  # of an earlier version, which kept none
+        return
+    for name in takers_of_extra_state(participants.model, remove_duplicate=True):
+        if name not in state["modules"]:
+            raise CheckpointMismatchError(
+                f"{name}: {source} has none, and the module has a set_extra_state: build the model as it was saved"
             )
 
 
@@ -133,7 +144,7 @@ def load_scheduler(scheduler: Stateful, state: dict[str, Any], *, source: str) -
 
 
 def restore_run_state(
-    runtime: Runtime, participants: Participants, state: dict[str, Any], buffers: dict[str, torch.Tensor]
+    runtime: Runtime, participants: Participants, state: dict[str, Any], of_rank: dict[str, Any]
 ) -> None:
     """Restore all but the scheduler and random numbers, after `check_run_state`.
 
@@ -141,16 +152,17 @@ def restore_run_state(
         runtime: the engine's.
         participants: whose state it becomes.
         state: the first rank's.
-        buffers: this rank's own, or the first rank's.
+        of_rank: this rank's own, or the first rank's, for buffers and modules' extra state.
     """
     for name, buffer in participants.buffers.items():
-        buffer.copy_(buffers[name])
+        buffer.copy_(of_rank["buffers"][name])
     if participants.optimizer is not None:
         participants.optimizer.load_hyper_state_dict(state["optimizer"])
     if runtime.scaler is not None and state["scaler"] is not None:
         runtime.scaler.load_state_dict(state["scaler"])
     runtime.lookahead.load_state_dict(state["trace"])
     runtime.num_skipped_steps = state["num_skipped_steps"]
+    load_extra_states(participants.model, of_rank["modules"] or {})
 
 
 def encode_run_state(state: dict[str, Any], *, what: str = "save_checkpoint") -> bytes:
@@ -242,6 +254,8 @@ def decode_run_state(data: bytes, *, source: Path | str) -> dict[str, Any]:
         state = _load(data)
     except Exception as error:  # of many types: the data may be anything
         raise CheckpointError(f"{source} is damaged ({_first_line(error)}); take another checkpoint") from error
+    if isinstance(state, dict):
+        state = dict.fromkeys(_NEW_KEYS) | state
     if not isinstance(state, dict) or set(state) != set(_KEYS):
         raise CheckpointError(f"{source} is damaged: expected {', '.join(_KEYS)} in it; take another checkpoint")
     return state

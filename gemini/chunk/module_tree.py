@@ -14,6 +14,7 @@ from torch import nn
 
 from gemini.chunk.layout import ParamSpec
 from gemini.chunk.parameter_kinds import check_kind, is_cast_dtype
+from gemini.chunk.plain_names import named_params
 from gemini.chunk.tensor_parallel import local_part, split_of
 from gemini.errors import ModelError
 
@@ -94,7 +95,7 @@ def describe_model(
             divided among ranks unevenly.
     """
     params = _describe_params(model, working_dtype, dtypes or {})
-    canonical_name = {id(param): name for name, param in model.named_parameters(remove_duplicate=True)}
+    canonical_name = {id(param): name for name, param in named_params(model)}
     modules, name_by_id = _unique_modules(model)
     nodes = []
     for name, module in modules:
@@ -135,10 +136,10 @@ def _describe_params(
     model: nn.Module, working_dtype: torch.dtype, dtypes: Mapping[str, torch.dtype]
 ) -> tuple[ParamEntry, ...]:
     names: dict[int, list[str]] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
+    for name, param in named_params(model, remove_duplicate=False):
         names.setdefault(id(param), []).append(name)
     entries = []
-    for index, (name, param) in enumerate(model.named_parameters(remove_duplicate=True)):
+    for index, (name, param) in enumerate(named_params(model)):
         _check_param(name, param)
         spec = ParamSpec(
             name=name,

@@ -23,7 +23,9 @@ from gemini.ddp import GeminiDDP
 from gemini.errors import CheckpointError, CheckpointMismatchError, ConfigError, MissingLibraryError
 from gemini.integrations.accelerate import GeminiAccelerator
 from gemini.integrations.random_numbers import unchanged_random_numbers
+from gemini.integrations.successive import leave, owns, take_over
 from gemini.optimizer import HybridAdam
+from gemini.pretrained import showing_weights
 
 try:
     import transformers
@@ -198,13 +200,20 @@ class GeminiTrainerMixin:
         return GeminiDDP(model, config)
 
     def built_engine(self) -> GeminiDDP:
-        """Return the engine of the trainer's model, a new one if the model is new."""
+        """Return the engine of the trainer's model, a new one if the model is new.
+
+        An engine that an earlier trainer has left on the model is closed, and the model goes on from its weights.
+        """
         if self.engine is not None and self.engine.module is not self.model:  # model_init has made another
             self.engine.close()
             self.engine = None
+        if self.engine is not None and not owns(self.engine):  # a later trainer has taken the model over
+            self.engine = None
         if self.engine is None:
             assert self._gemini is not None
+            take_over(self.model)
             self.engine = self.build_engine(self.model, self._gemini)
+            leave(self.engine)
         return self.engine
 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
@@ -279,8 +288,12 @@ class GeminiTrainerMixin:
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write a directory that `from_pretrained` opens."""
-        if self.engine is None or state_dict is not None or not hasattr(self.model, "save_pretrained"):
+        if self.engine is None or state_dict is not None:
             super()._save(output_dir, state_dict)  # type: ignore[misc]
+            return
+        if not hasattr(self.model, "save_pretrained") or self._has_own_save():
+            with showing_weights(self.engine.runtime, self.model):
+                super()._save(output_dir)  # type: ignore[misc]
             return
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
@@ -291,6 +304,12 @@ class GeminiTrainerMixin:
         if processor is not None:
             processor.save_pretrained(directory)
         torch.save(self.args, directory / _TRAINING_ARGUMENTS_NAME)
+
+    def _has_own_save(self) -> bool:
+        """Return whether the trainer behind this mixin saves in a way of its own, as that of sentence-transformers."""
+        behind = type(self).__mro__[type(self).__mro__.index(GeminiTrainerMixin) + 1 :]
+        owner = next(kind for kind in behind if "_save" in vars(kind))
+        return owner.__module__ != transformers.trainer.__name__
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save the engine's checkpoint, the scheduler's state in it."""

@@ -23,18 +23,22 @@ from gemini.checkpoint.participants import rank_of
 from gemini.chunk.parameter_kinds import is_cast_dtype
 from gemini.chunk.tensor_parallel import local_part
 from gemini.errors import ConfigError, GeminiError, naming_file
-from gemini.model_names import canonical_names, persistent_buffers
-from gemini.pretrained.adapters import adapter_files, write_adapter_configs
+from gemini.model_names import canonical_buffers, canonical_names, persistent_buffers
+from gemini.ownership import check_unchanged
+from gemini.pretrained.adapters import Adapters, find_adapters, write_adapter_configs
 from gemini.pretrained.conversions import Conversion, is_transformers_model, save_conversions
 from gemini.pretrained.directory import NewFiles
 from gemini.pretrained.files import INDEX, SINGLE_FILE
+from gemini.pretrained.own_saving import has_own_saving, save_by_itself, showing
 from gemini.pretrained.state_names import has_adapters
 from gemini.runtime import Runtime
 from gemini.safetensors_file import SafetensorsWriter
 from gemini.tiers import parse_nbytes
 from gemini.weights import master_runs, read_master, read_working, working_runs
 
-__all__ = ["save_pretrained"]
+__all__ = ["DEFAULT_SHARD_SIZE", "save_pretrained", "showing_weights"]
+
+DEFAULT_SHARD_SIZE = "5GB"
 
 SAVED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -61,15 +65,23 @@ def save_pretrained(
     shard_nbytes = parse_nbytes(max_shard_size, name="save_pretrained: max_shard_size")
     runtime.check_usable()
     runtime.finish_updates()
-    weights = _Weights(runtime, model, wanted)
-    files = _plan_files(model, weights, shard_nbytes)
+    weights = Weights(runtime, model, wanted)
     new = NewFiles(path) if rank_of(runtime) == 0 else None
+    if has_own_saving(model):
+        own_size = None if max_shard_size == DEFAULT_SHARD_SIZE else max_shard_size
+        _save_whole(runtime, model, weights, new, max_shard_size=own_size)
+        return
+    adapters = find_adapters(model, weights) if has_adapters(model) else None
+    files = _plan_files(model, weights, adapters, shard_nbytes)
     output = _Output(None if new is None else new.place, is_alone=runtime.sharding is None)
     try:
         with on_all_ranks(runtime.sharding):
             if new is not None:
                 new.begin()
-                _describe_model(model, new.place, weights)
+                if adapters is not None:
+                    write_adapter_configs(model, weights, adapters, new.place)
+                else:
+                    _describe_model(model, new.place, weights)
         for file in files:
             output.open(file.path, weights.shapes_of(file))
             for conversion in file.conversions:
@@ -89,6 +101,50 @@ def save_pretrained(
         raise
 
 
+@contextmanager
+def showing_weights(runtime: Runtime, model: torch.nn.Module) -> Iterator[None]:
+    """Let a wrapped model's parameters be plain tensors with its working weights; all in memory, on all ranks.
+
+    Args:
+        runtime: the engine's.
+        model: the user's; it must not be run meanwhile.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ModelError: the engine is closed, its state was lost, or the model has other parameters than were wrapped.
+    """
+    runtime.check_usable()
+    check_unchanged(model, runtime, runtime.layout.slot_by_name)
+    runtime.finish_updates()
+    with showing(model, Weights(runtime, model, None).read_params()):
+        yield
+
+
+def _save_whole(
+    runtime: Runtime,
+    model: torch.nn.Module,
+    weights: Weights,
+    new: NewFiles | None,
+    *,
+    max_shard_size: int | str | None,
+) -> None:
+    """Let a model save itself, on the first rank, with all weights in memory."""
+    values = weights.read_params()
+    try:
+        with on_all_ranks(runtime.sharding):
+            if new is not None:
+                new.begin()
+                with showing(model, values):
+                    save_by_itself(model, new.place, max_shard_size=max_shard_size)
+                new.commit()
+    except BaseException:
+        if new is not None:
+            new.abandon()
+        raise
+
+
 def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     named = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if named is None or named in SAVED_DTYPES:
@@ -99,7 +155,7 @@ def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     )
 
 
-class _Weights:
+class Weights:
     """A model's weights and persistent buffers as they are to be saved; with several ranks all read the same.
 
     Args:
@@ -108,29 +164,44 @@ class _Weights:
         dtype: of what is floating-point and trained or frozen; None: the working dtype.
 
     Attributes:
-        state: dtype and shape of each by its name in the model, on the meta device; of tied ones the first name, or
-            that under which transformers expects it, or if there are adapters all names, of which peft chooses.
+        canonical: for each name of a parameter its first one.
+        state: dtype and shape of each by its name in the model, on the meta device; of what has several names the
+            first, or that under which transformers expects it, or if there are adapters all, of which peft chooses.
     """
 
     def __init__(self, runtime: Runtime, model: torch.nn.Module, dtype: torch.dtype | None) -> None:
         self._runtime = runtime
         self._dtype = dtype
         self._slots = runtime.layout.slot_by_name
-        self._canonical = canonical_names(model)
-        self._buffers = persistent_buffers(model)
+        self.canonical = canonical_names(model)
+        first_of = canonical_buffers(model)
+        buffers = persistent_buffers(model)
+        kept_buffers = first_of if has_adapters(model) else buffers
+        self._buffers = {name: buffers[first_of[name]] for name in kept_buffers}
         self.state: dict[str, torch.Tensor] = {}
         targets = getattr(model, "all_tied_weights_keys", {})
         kept: dict[str, str] = {}
-        for name, canonical in self._canonical.items():
+        for name, canonical in self.canonical.items():
             if canonical not in kept or (kept[canonical] in targets and name not in targets):
                 kept[canonical] = name
-        for name in self._canonical:
-            if kept[self._canonical[name]] == name or has_adapters(model):
-                spec = self._slots[self._canonical[name]].spec
-                saved = dtype if dtype is not None and is_cast_dtype(spec.dtype) else spec.dtype
-                self.state[name] = torch.empty(spec.full_shape, dtype=saved, device="meta")
+        for name in self.canonical:
+            if kept[self.canonical[name]] == name or has_adapters(model):
+                self.state[name] = self._on_meta(name)
         for name, buffer in self._buffers.items():
             self.state[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
+
+    def _on_meta(self, name: str) -> torch.Tensor:
+        spec = self._slots[self.canonical[name]].spec
+        is_cast = self._dtype is not None and is_cast_dtype(spec.dtype)
+        return torch.empty(spec.full_shape, dtype=self._dtype if is_cast else spec.dtype, device="meta")
+
+    def read_params(self) -> dict[str, torch.Tensor]:
+        """Return all parameters by their first names, copies on the CPU."""
+        found = {}
+        for name in dict.fromkeys(self.canonical.values()):
+            wanted = self._on_meta(name)
+            found[name] = _filled(wanted, self._param_runs(name, wanted.dtype))
+        return found
 
     @property
     def saved_dtype(self) -> torch.dtype:
@@ -142,7 +213,10 @@ class _Weights:
         if name in self._buffers:
             yield local_part(self._buffers[name]).detach().cpu().reshape(-1)
             return
-        slot, dtype = self._slots[self._canonical[name]], self.state[name].dtype
+        yield from self._param_runs(name, self.state[name].dtype)
+
+    def _param_runs(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        slot = self._slots[self.canonical[name]]
         is_working = dtype is slot.spec.dtype
         if self._runtime.sharding is not None:
             whole = read_working(self._runtime, slot) if is_working else read_master(self._runtime, slot)
@@ -153,13 +227,7 @@ class _Weights:
 
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor, a copy on the CPU."""
-        wanted = self.state[name]
-        flat = torch.empty(wanted.numel(), dtype=wanted.dtype)
-        done = 0
-        for run in self.runs(name):
-            flat[done : done + run.numel()] = run
-            done += run.numel()
-        return flat.view(wanted.shape)
+        return _filled(self.state[name], self.runs(name))
 
     def shapes_of(self, file: _File) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Return dtype and shape of everything in a file, by its name there."""
@@ -183,14 +251,22 @@ class _Weights:
             yield name, converted.pop(name).contiguous().view(-1)
 
 
-def _plan_files(model: torch.nn.Module, weights: _Weights, shard_nbytes: int) -> list[_File]:
+def _filled(wanted: torch.Tensor, runs: Iterator[torch.Tensor]) -> torch.Tensor:
+    """Return a tensor as one on the meta device, of values that come in runs."""
+    flat = torch.empty(wanted.numel(), dtype=wanted.dtype)
+    done = 0
+    for run in runs:
+        flat[done : done + run.numel()] = run
+        done += run.numel()
+    return flat.view(wanted.shape)
+
+
+def _plan_files(model: torch.nn.Module, weights: Weights, adapters: Adapters | None, shard_nbytes: int) -> list[_File]:
     """Share the weights out among files."""
-    if has_adapters(model):
-        return [_File(Path(name), conversions) for name, conversions in adapter_files(model, weights.state)]
+    if adapters is not None:
+        return [_File(Path(name), conversions) for name, conversions in adapters.files]
     state = weights.state
     if is_transformers_model(model):
-        if getattr(model, "_hf_peft_config_loaded", False):
-            raise ConfigError("save_pretrained: adapters are saved of models from peft.get_peft_model, not add_adapter")
         ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
         conversions = save_conversions(model, {name: each for name, each in state.items() if name not in ignored})
     else:
@@ -212,7 +288,7 @@ def _plan_files(model: torch.nn.Module, weights: _Weights, shard_nbytes: int) ->
     ]
 
 
-def _write_index(files: list[_File], weights: _Weights, place: Path) -> None:
+def _write_index(files: list[_File], weights: Weights, place: Path) -> None:
     """Say which file each tensor is in, if there are several of a model."""
     if len(files) == 1 or files[0].path.parent != Path(".") or not files[0].path.name.startswith("model-"):
         return
@@ -227,11 +303,8 @@ def _write_index(files: list[_File], weights: _Weights, place: Path) -> None:
         (place / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _describe_model(model: Any, place: Path, weights: _Weights) -> None:
+def _describe_model(model: Any, place: Path, weights: Weights) -> None:
     """Write what a model is built from: its configurations, and its code if that is not transformers' own."""
-    if has_adapters(model):
-        write_adapter_configs(model, weights.state, place)
-        return
     if not is_transformers_model(model):
         return
     config = copy.deepcopy(model.config)

@@ -18,6 +18,7 @@ import torch
 
 from gemini.agreement import agree_on_loading
 from gemini.chunk.flat_values import FlatValues
+from gemini.chunk.plain_names import named_buffers, named_modules, named_params
 from gemini.chunk.sharding import Sharding
 from gemini.errors import CheckpointMismatchError
 from gemini.model_names import canonical_buffers, canonical_names
@@ -121,8 +122,8 @@ class PretrainedWeights:
         base = base_model_of(model)
         names = state_names(model)
         tensors = {
-            **dict(model.named_parameters(remove_duplicate=False)),
-            **dict(model.named_buffers(remove_duplicate=False)),
+            **dict(named_params(model, remove_duplicate=False)),
+            **dict(named_buffers(model)),
         }
         state = {name: tensors[places[0]] for name, places in names.items()}
         conversions, unexpected = _match(base, state, files)
@@ -178,6 +179,7 @@ class PretrainedWeights:
         self, model: torch.nn.Module, names: Mapping[str, list[str]], canonical: Mapping[str, str]
     ) -> tuple[str, ...]:
         """Give tied parameters that have different values in the checkpoint one each; return their names."""
+        modules = dict(named_modules(model, remove_duplicate=False))
         first: dict[str, str] = {}
         untied = []
         for name, places in names.items():
@@ -188,7 +190,7 @@ class PretrainedWeights:
                 continue
             for place in places:
                 owner, _, key = place.rpartition(".")
-                module = model.get_submodule(owner)
+                module = modules[owner]
                 old = module._parameters[key]
                 assert old is not None
                 module._parameters[key] = torch.nn.Parameter(torch.empty_like(old), requires_grad=old.requires_grad)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from gemini.chunk.plain_names import named_modules, named_params
 from gemini.model_names import canonical_buffers, plain_name
 
 __all__ = ["base_model_of", "has_adapters", "state_names"]
@@ -35,11 +36,11 @@ def state_names(model: torch.nn.Module) -> dict[str, list[str]]:
     Returns:
         Full names in the model, several where peft keeps a copy to be trained; adapters are left out.
     """
-    names = [*dict(model.named_parameters(remove_duplicate=False)), *canonical_buffers(model)]
+    names = [*dict(named_params(model, remove_duplicate=False)), *canonical_buffers(model)]
     if not has_adapters(model):
         return {name: [name] for name in names}
     base = base_model_of(model)
-    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
+    prefix = next(f"{name}." if name else "" for name, module in named_modules(model) if module is base)
     adapter_prefix = getattr(getattr(model, "base_model", None), "prefix", "lora_")
     found: dict[str, list[str]] = {}
     for name in names:

@@ -13,7 +13,14 @@ import transformers
 from trainer_runs import Texts, arguments, build_model, is_close, logged
 from training_harness import config_for, distance, same_bits
 
-from gemini import CheckpointError, CheckpointMismatchError, ConfigError, GeminiConfig
+from gemini import (
+    CheckpointError,
+    CheckpointMismatchError,
+    ConfigError,
+    GeminiConfig,
+    GeminiDDP,
+    ModelError,
+)
 from gemini.integrations.transformers import GeminiTrainer, GeminiTrainerMixin, config_for_arguments
 
 pytest.importorskip("transformers", minversion="5.23", reason="GeminiTrainer was made for transformers 5.23")
@@ -293,3 +300,26 @@ def test_half_precision_is_the_engines_and_not_autocasts(tmp_path: Path, flag: s
     assert found.engine.state_dict()["lm_head.weight"].dtype == dtype
     for key in ("loss", "grad_norm"):  # of float16, without the loss scale
         assert logged(found, key) == pytest.approx(logged(plain, key), rel=0.02)
+
+
+@pytest.mark.parametrize("place", ["host", "nvme", "mixed"])
+def test_a_second_trainer_goes_on_from_the_first_ones_model(tmp_path: Path, place: str) -> None:
+    def train_twice(kind: Any, **fields: Any) -> list[float]:
+        model = build_model()
+        given = arguments(tmp_path, max_steps=2, warmup_steps=0)
+        first = kind(model, given, train_dataset=Texts(), **fields)
+        first.train()
+        second = kind(model, given, train_dataset=Texts(1), **fields)
+        second.train()
+        return [*logged(first, "loss"), *logged(second, "loss"), first.evaluate(Texts(2))["eval_loss"]]
+
+    found = train_twice(GeminiTrainer, gemini=config_for(place, tmp_path))
+    assert is_close(found, train_twice(transformers.Trainer))
+
+
+def test_an_engine_of_the_users_own_is_not_closed_for_a_trainer(tmp_path: Path) -> None:
+    model = build_model()
+    with GeminiDDP(model, config_for("host")) as engine:
+        with pytest.raises(ModelError, match="is managed by another GeminiDDP"):
+            gemini_trainer(tmp_path, model=model).train()
+        assert engine.state_dict().keys() == build_model().state_dict().keys()

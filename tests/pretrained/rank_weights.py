@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import torch.distributed as dist
+import transformers as hf
 from model_zoo import HF_CASES
 from training_harness import config_for
 
@@ -59,3 +62,30 @@ def load_apart(*, directory: Path) -> tuple[str, str]:
     except GeminiError as error:
         return type(error).__name__, str(error)
     return "", ""
+
+
+class WithFile(hf.LlamaForCausalLM):
+    """Adds a file to what transformers writes."""
+
+    def save_pretrained(self, directory: str, *args: Any, **kwargs: Any) -> None:
+        super().save_pretrained(directory, *args, **kwargs)
+        (Path(directory) / "modules.json").write_text("{}")
+
+
+def own_model() -> Any:
+    torch.manual_seed(3)
+    return WithFile(HF_CASES["llama"].model().config)
+
+
+def prompted_model() -> Any:
+    model = HF_CASES["llama"].model()
+    torch.manual_seed(3)
+    config = peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=16)
+    return peft.get_peft_model(model, config)
+
+
+def save_by_themselves(*, build: Callable[[], Any], saved: Path, swap: Path) -> None:
+    """Save a model that only it, or only peft, knows how to save."""
+    with zero.shard(build(), config_for("nvme", swap), stage=3) as engine:
+        engine.save_pretrained(saved)
+        assert engine.state_dict().keys() == build().state_dict().keys()

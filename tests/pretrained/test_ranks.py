@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from directories import outputs, plain_model, rewrite, tensors_in
 from model_zoo import HF_CASES
 from rank_pool import RankPool
-from rank_weights import load_and_save, load_apart, save_to_a_full_drive
+from rank_weights import (
+    load_and_save,
+    load_apart,
+    own_model,
+    prompted_model,
+    save_by_themselves,
+    save_to_a_full_drive,
+)
 from training_harness import same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -46,6 +55,18 @@ def test_two_ranks_load_and_save_what_one_process_does(
         assert same_bits(result["weights"], model.state_dict())
         assert torch.equal(result["output"], outputs(model, HF_CASES[name])[0])
     assert same_bits(tensors_in(tmp_path / "saved"), tensors_in(tmp_path / "stored"))
+
+
+@pytest.mark.parametrize("build", [own_model, prompted_model])
+def test_models_that_save_themselves_do_so_for_all_ranks(
+    build: Callable[[], Any], ranks: RankPool, tmp_path: Path
+) -> None:
+    build().save_pretrained(tmp_path / "plain")
+    (tmp_path / "swap").mkdir()
+    ranks.run(2, save_by_themselves, build=build, saved=tmp_path / "ours", swap=tmp_path / "swap")
+    assert same_bits(tensors_in(tmp_path / "ours"), tensors_in(tmp_path / "plain"))
+    names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("ours", "plain")]
+    assert names[0] >= names[1]
 
 
 def test_a_drive_that_is_full_is_noticed_by_all_ranks(ranks: RankPool, tmp_path: Path) -> None:

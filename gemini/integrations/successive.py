@@ -1,0 +1,48 @@
+"""Trainers that come one after another over the same model: each goes on from what the one before has trained.
+
+A trainer has no end at which its engine could be closed. So an engine stays on its model until the next trainer begins.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+
+from gemini.chunk.plain_names import named_params
+from gemini.ddp import GeminiDDP
+from gemini.ownership import runtime_of
+
+__all__ = ["leave", "owns", "take_over"]
+
+_LEFT = "engine_of_trainer"
+
+
+def owns(engine: GeminiDDP) -> bool:
+    """Return whether an engine manages its model still, and was not closed."""
+    return any(runtime_of(param) is engine.runtime for param in engine.module.parameters())
+
+
+def leave(engine: GeminiDDP) -> None:
+    """Note that a trainer has built an engine, which the next trainer may close."""
+    setattr(engine.runtime, _LEFT, weakref.ref(engine))
+
+
+def take_over(model: torch.nn.Module) -> None:
+    """Close the engine that an earlier trainer has left on a model, and give the model its weights back.
+
+    All weights are in memory once, as in a plain model. An engine that was not built by a trainer stays.
+
+    Args:
+        model: managed by an engine or not.
+    """
+    runtime = next((found for found in map(runtime_of, model.parameters()) if found is not None), None)
+    reference: Any = getattr(runtime, _LEFT, None)
+    engine: GeminiDDP | None = None if reference is None else reference()
+    if engine is None or engine.module is not model:
+        return
+    values = engine.master_state_dict()
+    engine.close()
+    for name, param in named_params(model):
+        param.data = values[name]
