@@ -29,7 +29,7 @@ def check_seams(ours: type, theirs: type, *, added: Collection[str] = ()) -> Non
         library = theirs.__module__.partition(".")[0]
         raise MissingLibraryError(
             f"{ours.__module__} needs {theirs.__name__}.{missing[0]}, which {library} {_version_of(library)} does not "
-            f"have: install another version of {library}; constraints.txt in this project's sources names one that works"
+            f"have: install another version of {library}; constraints.txt in the sources names one that works"
         )
 
 

@@ -1,8 +1,8 @@
 """Kills that fall where a process has come, however fast the machine is.
 
-A process counts what Python does in all of its threads: each call of a function, in Python or in C, and each return. At
-the one that was drawn for it, it kills itself, whatever its other threads and the native ones are doing; or it tells its
-parent, works on and is killed by it a little later, at the end of a step at the latest.
+A process counts what Python does in all of its threads: each call of a function, in Python or in C, and each return.
+At the one that was drawn for it, it kills itself, whatever its other threads and the native ones are doing; or it tells
+its parent, works on and is killed by it a little later, at the end of a step at the latest.
 """
 
 from __future__ import annotations
