@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from small_resources import break_writes, mapped_nbytes, truncated_file
 from torch import nn
 
@@ -274,8 +275,8 @@ def test_a_program_that_ends_without_close_leaves_no_file_and_does_not_hang(tmp_
     forgotten = start_python(directories[0], "engine(t.batch()).sum().backward()")
     failed = start_python(directories[1], "loss = engine(t.batch()).sum(); raise SystemExit(3)")
     with forgotten, failed:
-        forgotten.communicate(timeout=60)
-        failed.communicate(timeout=60)
+        forgotten.communicate(timeout=PATIENCE_S)
+        failed.communicate(timeout=PATIENCE_S)
     assert (forgotten.returncode, failed.returncode) == (0, 3)
     assert [list(directory.iterdir()) for directory in directories] == [[], []]
 
@@ -689,6 +690,6 @@ def test_nothing_waits_for_ever_when_a_program_is_interrupted(tmp_path: Path) ->
         assert program.stdout.readline() == "ready\n"
         time.sleep(0.3)
         program.send_signal(signal.SIGINT)
-        program.communicate(timeout=30)
+        program.communicate(timeout=PATIENCE_S)
     assert program.returncode != 0
     assert list(tmp_path.iterdir()) == []

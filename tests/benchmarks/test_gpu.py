@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from patience import PATIENCE_S
 
 pytest.importorskip("transformers")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -107,7 +108,7 @@ def test_nothing_that_a_child_started_outlives_it(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="not done after 2 s"):
         gpu.run_child([sys.executable, "-c", f"{code}; c.wait()"], timeout_s=2.0)
     with contextlib.suppress(psutil.NoSuchProcess):
-        psutil.Process(int(note.read_text())).wait(timeout=5.0)
+        psutil.Process(int(note.read_text())).wait(PATIENCE_S)
 
 
 def test_what_a_library_prints_is_not_a_result() -> None:

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import psutil
 import pytest
+from patience import PATIENCE_S
 
 from gemini.profile import read_recording
 
@@ -34,7 +35,7 @@ def start_example(
 
 def run_example(name: str, *arguments: str | Path | int) -> str:
     process = start_example(name, *arguments)
-    output, _ = process.communicate(timeout=100)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, output
     return output
 
@@ -113,7 +114,7 @@ def test_interrupted_quickstart_leaves_no_swap_file(tmp_path: Path, quickstart: 
 
         process.send_signal(signal.SIGINT)
 
-        assert process.wait(timeout=30) == 130
+        assert process.wait(PATIENCE_S) == 130
     assert "Interrupted" in (tmp_path / "output").read_text()
     assert "Traceback" not in (tmp_path / "output").read_text()
     assert list(swap.iterdir()) == []
@@ -133,7 +134,7 @@ def test_a_quickstart_that_is_told_to_stop_saves_and_is_resumed_with_the_same_bi
             assert process.poll() is None, (tmp_path / "output").read_text()
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 0
+        assert process.wait(PATIENCE_S) == 0
     match = re.search(r"SIGTERM: saved after step (\d+);", (tmp_path / "output").read_text())
     assert match is not None
     num_steps = int(match[1])
@@ -190,7 +191,7 @@ def start_train_zero(*arguments: str | Path | int) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=100)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, output
     return output
 
@@ -225,7 +226,9 @@ def test_train_tensor_parallel_divides_layers_among_processes(tmp_path: Path) ->
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = ["examples/train_tensor_parallel.py", "--tiny", "--tp", "2", "--steps", "2", "--out", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, timeout=100)
+    done = subprocess.run(
+        [*command, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, timeout=PATIENCE_S
+    )
 
     assert done.returncode == 0, done.stdout + done.stderr
     output = done.stdout.decode()
@@ -254,7 +257,9 @@ sys.path.insert(0, {str(program.parent)!r})
 runpy.run_path({str(program)!r}, run_name="__main__")
 """
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=PATIENCE_S
+    )
 
     assert done.returncode == 1
     assert done.stderr == 'train_ray.py needs Ray Train: pip install "ray[train]", or use train_zero.py\n'

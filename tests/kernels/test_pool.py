@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from gemini._native import ffi, lib
+from patience import PATIENCE_S
 
 from gemini.errors import WorkerError
 from gemini.kernels.cpu import AdamHyper, AdamSegment, AdamTile, GradMode, adam_update, store_gradient
@@ -183,7 +184,7 @@ def test_close_releases_threads_that_wait_for_queued_jobs():
     time.sleep(0.005)
     pool.close()
     for waiter in waiters:
-        waiter.join(timeout=10)
+        waiter.join(PATIENCE_S)
         assert not waiter.is_alive()
     assert len(errors) == 3
 

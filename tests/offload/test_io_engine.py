@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE_S
 
 from gemini import _native
 from gemini.errors import ConfigError, OffloadIOError
@@ -249,7 +250,7 @@ def test_closing_under_load_completes_or_cancels(engine: IoEngine, tmp_path: Pat
     tickets[0].wait()
     engine.close()
     for thread in threads:
-        thread.join(timeout=10)
+        thread.join(PATIENCE_S)
     assert len(outcomes) == 4
     assert set(outcomes) <= {0, errno.ECANCELED}
     assert errno.ECANCELED in outcomes
@@ -266,7 +267,7 @@ def test_closing_twice_and_from_two_threads_is_harmless(engine: IoEngine, tmp_pa
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=10)
+        thread.join(PATIENCE_S)
     engine.close()
     with pytest.raises(OffloadIOError, match="it was closed before"):
         file.write(random_bytes(1), 0)

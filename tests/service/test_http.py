@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from patience import PATIENCE_S
 from prometheus_client.parser import text_string_to_metric_families
 from service_process import MIB, ServiceProcess, running_service, wait_until
 
@@ -47,7 +48,7 @@ def shown() -> Iterator[tuple[ServiceProcess, str]]:
 
 
 def get(address: str, **headers: str) -> str:
-    with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=10) as answer:
+    with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=PATIENCE_S) as answer:
         return answer.read().decode()
 
 
@@ -70,7 +71,7 @@ def test_the_state_is_json(shown):
 def test_nothing_can_be_changed_and_other_names_are_refused(shown):
     request = urllib.request.Request(shown[1] + "/", data=b"x")
     with pytest.raises(urllib.error.HTTPError, match="405"):
-        urllib.request.urlopen(request, timeout=10)
+        urllib.request.urlopen(request, timeout=PATIENCE_S)
     with pytest.raises(urllib.error.HTTPError, match="403"):
         get(shown[1] + "/", Host="attacker.example")
 

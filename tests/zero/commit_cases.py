@@ -133,6 +133,8 @@ def serve_rank(rank: int, world_size: int, rendezvous: Path, parent: Connection,
     """Be a rank, in a process that may be killed; leave what came of it in a file."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(rendezvous), world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=PATIENCE_S))
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=PATIENCE_S)
+    )
     torch.save(go_on(parent=parent, **case), result)
     dist.destroy_process_group()

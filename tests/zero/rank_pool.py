@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from patience import PATIENCE_S
+
 CASE_TIMEOUT_S = 90.0
 GROUP_TIMEOUT_S = 30.0
 AGREED_ERRORS = {"ConfigError", "ModelError", "OffloadIOError"}
@@ -101,7 +103,7 @@ class RankGroup:
         try:
             return connection.recv()
         except EOFError:
-            self.processes[rank].join(5)
+            self.processes[rank].join(PATIENCE_S)
             code = self.processes[rank].exitcode
             return Failure("Died", f"exit code {code}", f"rank {rank} died with exit code {code}")
 

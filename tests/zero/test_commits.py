@@ -165,7 +165,7 @@ def test_ranks_that_are_killed_go_on_together(
             return step, []
 
     steps = [0]
-    step, said = live(NUM_STEPS_A_LIFE, [None] * world_size)
+    _, said = live(NUM_STEPS_A_LIFE, [None] * world_size)
     num_events = min(number for (number,) in said)
     for _ in range(NUM_KILLS):
         fates = [draw_fate(choose, num_events), *[None] * (world_size - 1)]
