@@ -249,6 +249,7 @@ def start_python(directory: Path, then: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_another_process_is_named_and_its_death_frees_the_directory(tmp_path: Path) -> None:
     holder = start_python(tmp_path, "print('ready', flush=True); sys.stdin.read()")
@@ -267,6 +268,7 @@ def test_another_process_is_named_and_its_death_frees_the_directory(tmp_path: Pa
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_a_program_that_ends_without_close_leaves_no_file_and_does_not_hang(tmp_path: Path) -> None:
     directories = [tmp_path / "forgotten", tmp_path / "failed"]
@@ -683,6 +685,7 @@ def test_the_child_of_a_fork_is_told_that_it_has_no_engine() -> None:
         engine(batch())
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_nothing_waits_for_ever_when_a_program_is_interrupted(tmp_path: Path) -> None:
     with start_python(tmp_path, "print('ready', flush=True)\nwhile True: t.train_step(engine, optimizer)") as program:

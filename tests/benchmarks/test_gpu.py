@@ -83,6 +83,7 @@ def test_a_command_names_all_that_its_child_needs() -> None:
     assert "--host-budget" not in run.command(options())
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
@@ -102,6 +103,7 @@ def test_a_child_that_fails_says_why(code: str, reason: str) -> None:
     assert str(caught.value) == reason
 
 
+@pytest.mark.processes
 def test_nothing_that_a_child_started_outlives_it(tmp_path: Path) -> None:
     note = tmp_path / "pid"
     code = f"import subprocess as s; c = s.Popen(['sleep', '60']); open({str(note)!r}, 'w').write(str(c.pid))"

@@ -14,6 +14,9 @@ from saver import KEEP_LAST, SCENARIO, save_again_and_again
 
 from gemini.checkpoint.directory import complete_checkpoints
 
+pytestmark = pytest.mark.processes
+
+
 NUM_KILLS = 50
 NUM_SAVES_A_LIFE = 4
 """Each process is killed within so many."""

@@ -27,6 +27,9 @@ from gemini.checkpoint.directory import CheckpointDirectory, complete_checkpoint
 from gemini.safetensors_file import SafetensorsWriter
 from gemini.weights import read_parts
 
+pytestmark = pytest.mark.processes
+
+
 SCENARIO = Scenario(adam={"max_grad_norm": 0.1})
 KEPT = "step-00000001-save-00001"
 
@@ -294,6 +297,7 @@ def test_a_thread_that_cannot_start_costs_the_checkpoint_alone(tmp_path: Path, m
     assert names(tmp_path / "run") == [KEPT]
 
 
+@pytest.mark.slow
 def test_the_process_ends_when_the_checkpoint_is_complete(tmp_path: Path) -> None:
     """A program that neither waits nor closes the engine loses nothing."""
     program = f"""

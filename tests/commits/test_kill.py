@@ -17,6 +17,9 @@ from fate import Fate, Fated, draw_fate, end_of, receive
 from forking import fork_context
 from training_harness import Run
 
+pytestmark = pytest.mark.processes
+
+
 NUM_KILLS = 50
 NUM_STEPS_A_LIFE = 4
 """Each process is killed within so many."""
@@ -88,6 +91,7 @@ def test_fifty_kills_change_no_bit(place: str, tmp_path: Path, monkeypatch: pyte
     assert_same(load_run(tmp_path), uninterrupted(PLACES[place], tmp_path, steps[-1] + NUM_STEPS_A_LIFE))
 
 
+@pytest.mark.slow
 def test_a_program_goes_on_with_the_descriptor_it_is_given(tmp_path: Path) -> None:
     name, num_steps = "host-next-forward", 20
     command = [sys.executable, committed_runs.__file__]

@@ -19,6 +19,9 @@ from patience import PATIENCE_S
 
 from gemini.profile import read_recording
 
+pytestmark = pytest.mark.processes
+
+
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
@@ -90,6 +93,7 @@ def test_quickstart_leaves_no_swap_file(quickstart: Path) -> None:
     assert list((quickstart / "swap").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_interrupted_quickstart_leaves_no_swap_file(tmp_path: Path, quickstart: Path) -> None:
     with (tmp_path / "output").open("w+") as output:
         out, swap = quickstart, tmp_path / "swap"
@@ -125,6 +129,7 @@ def losses_of(summary: Path) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_a_quickstart_that_is_told_to_stop_saves_and_is_resumed_with_the_same_bits(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ("--tiny", "--dtype", "fp32", "--lr", "3e-3", "--out", out, "--checkpoint", tmp_path / "saved")
@@ -148,6 +153,7 @@ def test_a_quickstart_that_is_told_to_stop_saves_and_is_resumed_with_the_same_bi
     assert losses == losses_of(out / "summary.json")
 
 
+@pytest.mark.slow
 def test_train_hf_trains_a_shape_from_a_config_file_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     config = {
         "model_type": "llama",
@@ -200,6 +206,7 @@ def step_losses(output: str) -> list[str]:
     return re.findall(r"step \d+: loss \S+", output)
 
 
+@pytest.mark.slow
 def test_train_zero_stops_when_one_process_is_told_to_and_is_resumed_with_the_same_bits(tmp_path: Path) -> None:
     arguments = ("--out", tmp_path, "--checkpoint", tmp_path / "saved")
     process = start_train_zero(*arguments, "--steps", 100000, "--save-every", 1)
@@ -222,6 +229,7 @@ def test_train_zero_stops_when_one_process_is_told_to_and_is_resumed_with_the_sa
     assert list((tmp_path / "swap").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_train_tensor_parallel_divides_layers_among_processes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = ["examples/train_tensor_parallel.py", "--tiny", "--tp", "2", "--steps", "2", "--out", str(tmp_path)]

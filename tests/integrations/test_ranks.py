@@ -12,6 +12,9 @@ import pytest
 from patience import PATIENCE_S
 from trainer_runs import is_close
 
+pytestmark = pytest.mark.processes
+
+
 pytest.importorskip("transformers", minversion="5.23", reason="GeminiTrainer was made for transformers 5.23")
 
 HERE = Path(__file__).parent

@@ -23,6 +23,9 @@ from gemini.errors import WorkerError
 from gemini.kernels.cpu import AdamHyper, AdamSegment, AdamTile, GradMode, adam_update, store_gradient
 from gemini.kernels.pool import BACKGROUND_PRIORITY, WorkerPool
 
+pytestmark = pytest.mark.processes
+
+
 BLOCK_NUMEL = 65536
 HYPER = AdamHyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
 # Two blocks and more, so that threads share a job; not a multiple of anything.

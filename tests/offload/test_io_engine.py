@@ -39,6 +39,9 @@ from gemini.offload.io import (
     empty_aligned,
 )
 
+pytestmark = pytest.mark.processes
+
+
 BACKENDS = available_backends()
 READ_WRITE = IoOpenFlag.READ | IoOpenFlag.WRITE | IoOpenFlag.CREATE
 NEW_DIRECT = READ_WRITE | IoOpenFlag.DIRECT

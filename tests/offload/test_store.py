@@ -30,6 +30,9 @@ from gemini.offload.io import available_backends, empty_aligned
 from gemini.offload.store import DiskStore, ExtentTransfer
 from gemini.offload.swap_file import SwapHeader
 
+pytestmark = pytest.mark.processes
+
+
 MIB = 1 << 20
 forks = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 

@@ -12,7 +12,7 @@ from rank_pool import RankPool
 from rank_weights import load_and_save, load_apart, save_to_a_full_drive
 from training_harness import same_bits
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")]
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,8 @@ def test_adapters_are_saved_as_peft_does(
     assert all(value.abs().sum() > 0 for value in adapters)
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_a_signal_ends_the_run_and_resume_goes_on_with_the_same_numbers(
     tmp_path: Path, write_file: Callable[..., Path]
 ) -> None:

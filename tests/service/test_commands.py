@@ -15,6 +15,9 @@ from gemini.__main__ import main
 from gemini.cli.ps import format_age
 from gemini.errors import ServiceError
 
+pytestmark = pytest.mark.processes
+
+
 HOLD = 'lease = connect("job").lease(8 << 20, 1 << 20); lease.keep_file(1 << 20); say("held"); sys.stdin.read()'
 STUBBORN = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + HOLD
 

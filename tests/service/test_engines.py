@@ -29,6 +29,9 @@ from gemini.chunk.sharding import Sharding
 from gemini.errors import CheckpointMismatchError
 from gemini.node_memory import NodeMemory
 
+pytestmark = pytest.mark.processes
+
+
 JOB = Path(engine_job.__file__)
 NUM_STEPS = 4
 NUM_STEPS_A_LIFE = 4
@@ -148,6 +151,7 @@ def memory_file_nbytes(processes: list[subprocess.Popen[str]]) -> int:
     return total
 
 
+@pytest.mark.slow
 def test_jobs_with_one_base_hold_one_copy_of_it(node: ServiceProcess, tmp_path: Path) -> None:
     with (
         job(node, "a", "frozen", tmp_path, "held") as a,

@@ -1,6 +1,6 @@
 """Anything may come over the socket: the service neither ends nor leaks, and others notice nothing.
 
-For longer than the tests do:  python tests/service/test_fuzz.py --seconds 600 --seed 1
+For longer than the tests do:  python tests/service/test_fuzz.py --packets 500000 --seed 1
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
-from patience import PATIENCE_S
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 
+from patience import PATIENCE_S
 from service_process import MIB, ServiceProcess, running_service, wait_until
 
 from gemini.service.messages import (
@@ -32,6 +33,8 @@ from gemini.service.messages import (
     encode_message,
 )
 from gemini.service.packets import BadPacketError, close_all, receive_packet, send_packet
+
+pytestmark = pytest.mark.processes
 
 NUM_PACKETS = 3000
 TYPES = [each for each in get_args(ClientMessage) if each not in (Drain, Evict)]

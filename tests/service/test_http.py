@@ -20,6 +20,9 @@ from service_process import MIB, ServiceProcess, running_service, wait_until
 from gemini.errors import ConfigError
 from gemini.service.http import parse_http_address
 
+pytestmark = pytest.mark.processes
+
+
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 

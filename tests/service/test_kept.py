@@ -10,6 +10,9 @@ from service_process import MIB, client_process, running_service, wait_until
 
 from gemini.errors import ServiceError
 
+pytestmark = pytest.mark.processes
+
+
 COMMIT = """
 client = connect("job")
 lease = client.lease(8 << 20, 4 << 20)

@@ -18,6 +18,9 @@ from service_process import MIB, client_process, running_service, wait_until, wa
 from gemini.errors import OutOfTierMemoryError, ServiceError
 from gemini.service import ServiceClient
 
+pytestmark = pytest.mark.processes
+
+
 HOLD = """
 client = connect(sys.argv[1])
 lease = client.lease(int(sys.argv[2]), int(sys.argv[3]))
@@ -222,6 +225,7 @@ sys.stdin.read()
         wait_until(service.holds_nothing)
 
 
+@pytest.mark.slow
 def test_fifty_kills_at_random_moments_leave_nothing():
     """Each victim leases memory and disk, fills shared chunks and waits, until it is killed."""
     code = """

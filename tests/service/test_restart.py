@@ -16,6 +16,8 @@ from service_process import MIB, ROOT, ServiceProcess, client_process, wait_unti
 
 from gemini.errors import ServiceError
 
+pytestmark = pytest.mark.processes
+
 
 def kill_and_start(service: ServiceProcess, *options: str) -> None:
     service.kill()

@@ -12,6 +12,8 @@ from service_process import MIB, client_process, running_service, wait_until, wa
 
 from gemini.errors import OutOfTierMemoryError, ServiceError
 
+pytestmark = pytest.mark.processes
+
 
 def fill(client, key, content, digest=None):
     with client.shared(key, len(content)) as chunk:

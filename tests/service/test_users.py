@@ -13,7 +13,7 @@ from gemini.errors import ServiceError
 
 OTHER = 54321
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to act as another user")
+pytestmark = [pytest.mark.processes, pytest.mark.skipif(os.geteuid() != 0, reason="needs root to act as another user")]
 
 
 @pytest.fixture

@@ -6,10 +6,11 @@ line, a message, a file, a state), and this is only the end of patience.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 
-PATIENCE_S = 100.0
+PATIENCE_S = 100.0 * int(os.environ.get("GEMINI_TEST_SLOWER", "1"))
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -21,6 +21,9 @@ from service_process import ServiceProcess, running_service
 from gemini import StaticPlacement
 from gemini.offload.commit_file import CommitFile
 
+pytestmark = pytest.mark.processes
+
+
 NUM_STEPS = 5
 NUM_KILLS = 20
 NUM_STEPS_A_LIFE = 3

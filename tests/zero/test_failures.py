@@ -12,6 +12,9 @@ from failing_ranks import build_on_ranks, train_until_fault
 from rank_cases import differ_from_others
 from rank_pool import Failure, RankGroup, RankPool
 
+pytestmark = pytest.mark.processes
+
+
 TIMEOUT_S = 15.0
 """Of groups whose ranks are killed: more than a busy machine may keep a living rank waiting."""
 STALL_TIMEOUT_S = 6.0
@@ -63,6 +66,7 @@ def test_a_stalled_rank_ends_the_others_within_the_timeout(tmp_path):
     assert "no word from rank 1" in failure.message
 
 
+@pytest.mark.slow
 def test_an_engine_that_lost_a_rank_refuses_to_go_on(tmp_path):
     with group_of(2) as group:
         results = group.call(train_until_fault, {"fault": "kill", "when": "step", "directory": tmp_path, "again": True})
@@ -70,6 +74,7 @@ def test_an_engine_that_lost_a_rank_refuses_to_go_on(tmp_path):
     assert "this group has failed before: " in failure.message
 
 
+@pytest.mark.slow
 def test_a_rank_that_closes_its_engine_early_is_named(tmp_path):
     with group_of(3) as group:
         results = group.call(train_until_fault, {"fault": "leave", "when": "", "directory": tmp_path})
@@ -79,6 +84,7 @@ def test_a_rank_that_closes_its_engine_early_is_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_ranks_that_go_different_ways_are_told_where_the_others_were(tmp_path):
     with group_of(2, STALL_TIMEOUT_S) as group:
         results = group.call(train_until_fault, {"fault": "skip", "when": "", "directory": tmp_path})

@@ -23,6 +23,9 @@ from training_harness import same_bits
 from gemini import MemoryTier
 from gemini.offload.memory_file import F_SEAL_FUTURE_WRITE
 
+pytestmark = pytest.mark.processes
+
+
 KIB = 1 << 10
 HOST = MemoryTier.HOST
 

@@ -20,6 +20,8 @@ from training_harness import distance, same_bits
 
 from gemini.tiers import MemoryTier
 
+pytestmark = pytest.mark.processes
+
 
 @STAGES
 @pytest.mark.parametrize("place", ["host", "mixed"])
@@ -97,6 +99,7 @@ def test_replicas_agree_once_a_step_and_exchange_twice_a_chunk(ranks: RankPool):
         assert counts == {"gather_values": 1, "exchange": 2 * num_chunks}
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_all_replicas(tmp_path):
     with group_of(4) as group:
         arguments = {"fault": "kill", "when": "backward", "directory": tmp_path, "mesh": (2, 2)}

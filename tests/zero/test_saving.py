@@ -12,6 +12,8 @@ from training_harness import config_for, hybrid_adam, same_bits
 from gemini import GeminiDDP
 from gemini.checkpoint.directory import complete_checkpoints
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.mark.parametrize(("world_size", "stage", "place"), [(2, 3, "mixed"), (3, 3, "host"), (2, 1, "nvme")])
 def test_a_loaded_checkpoint_goes_on_with_the_same_bits(world_size, stage, place, ranks: RankPool, tmp_path):
