@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -688,10 +687,10 @@ def test_the_child_of_a_fork_is_told_that_it_has_no_engine() -> None:
 @pytest.mark.processes
 @pytest.mark.slow
 def test_nothing_waits_for_ever_when_a_program_is_interrupted(tmp_path: Path) -> None:
-    with start_python(tmp_path, "print('ready', flush=True)\nwhile True: t.train_step(engine, optimizer)") as program:
+    code = "while True: t.train_step(engine, optimizer); print('stepped', flush=True)"
+    with start_python(tmp_path, code) as program:
         assert program.stdout is not None
-        assert program.stdout.readline() == "ready\n"
-        time.sleep(0.3)
+        assert [program.stdout.readline() for _ in range(3)] == ["stepped\n"] * 3
         program.send_signal(signal.SIGINT)
         program.communicate(timeout=PATIENCE_S)
     assert program.returncode != 0

@@ -236,7 +236,7 @@ def test_closing_under_load_completes_or_cancels(engine: IoEngine, tmp_path: Pat
     file = engine.open(tmp_path / "f", NEW_DIRECT)
     source = aligned_bytes(4 << 20)
     tickets = engine.submit(
-        [IoRequest(file=file, operation=IoOperation.WRITE, buffer=source, offset=(i % 16) << 22) for i in range(200)]
+        [IoRequest(file=file, operation=IoOperation.WRITE, buffer=source, offset=(i % 16) << 22) for i in range(2000)]
     )
     outcomes: list[int | None] = []
 
@@ -247,7 +247,7 @@ def test_closing_under_load_completes_or_cancels(engine: IoEngine, tmp_path: Pat
         except OffloadIOError as error:
             outcomes.append(error.errno)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 100, 199, 199)]
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 100, 1999, 1999)]
     for thread in threads:
         thread.start()
     tickets[0].wait()
@@ -259,8 +259,8 @@ def test_closing_under_load_completes_or_cancels(engine: IoEngine, tmp_path: Pat
     assert errno.ECANCELED in outcomes
     tickets[0].wait()
     with pytest.raises(OffloadIOError, match="engine was closed before"):
-        tickets[199].wait()
-    assert tickets[199].is_done()
+        tickets[1999].wait()
+    assert tickets[1999].is_done()
 
 
 def test_closing_twice_and_from_two_threads_is_harmless(engine: IoEngine, tmp_path: Path) -> None:

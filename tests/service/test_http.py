@@ -101,7 +101,8 @@ def test_the_page_works_in_a_browser_and_asks_nobody_else(shown, scheme, tmp_pat
         page.goto(shown[1] + "/")
         page.wait_for_selector("#jobs td")
         text = page.inner_text("body")
-        page.wait_for_timeout(2500)
+        while len(asked) < 4:
+            page.wait_for_timeout(100)
         drawn = page.locator("svg polygon").count(), page.locator("svg polyline").count()
         page.screenshot(path=tmp_path / "page.png", full_page=True)
         browser.close()

