@@ -18,8 +18,8 @@ from typing import Any
 
 from patience import PATIENCE_S
 
-CASE_TIMEOUT_S = 90.0
-GROUP_TIMEOUT_S = 30.0
+CASE_TIMEOUT_S = 0.9 * PATIENCE_S
+GROUP_TIMEOUT_S = 0.3 * PATIENCE_S
 AGREED_ERRORS = {"ConfigError", "ModelError", "OffloadIOError"}
 """What construction raises once all ranks know that one of them cannot go on."""
 

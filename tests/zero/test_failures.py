@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 from failing_ranks import build_on_ranks, train_until_fault
 from fate import receive
+from patience import PATIENCE_S
 from rank_cases import differ_from_others
 from rank_pool import Failure, RankGroup, RankPool
 
 pytestmark = pytest.mark.processes
 
 
-TIMEOUT_S = 15.0
+TIMEOUT_S = 0.15 * PATIENCE_S
 """Of groups whose ranks are killed: more than a busy machine may keep a living rank waiting."""
-STALL_TIMEOUT_S = 6.0
+STALL_TIMEOUT_S = 0.06 * PATIENCE_S
 
 
 @contextmanager
