@@ -111,6 +111,7 @@ def config_nbytes(place: str, directory: Path) -> int:
     return int(budget.removesuffix("MiB")) * MIB
 
 
+@pytest.mark.slow
 def test_a_job_that_does_not_fit_beside_another_waits_for_it(tmp_path: Path) -> None:
     nbytes = config_nbytes("memory", tmp_path)
     with (

@@ -74,6 +74,7 @@ def test_ranks_go_on_where_others_were_closed(
     wait_until(node.holds_nothing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("odd_rank", [0, 1])
 @pytest.mark.parametrize(
     ("ending", "end", "expected_first"),

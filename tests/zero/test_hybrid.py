@@ -44,6 +44,7 @@ def test_a_mesh_with_one_rank_in_a_dimension_trains_alike(mesh, ranks: RankPool)
     assert_trains_alike(agreed(fits), alone("tower", world_size), world_size)
 
 
+@pytest.mark.slow
 def test_one_replica_has_the_bits_of_a_plain_group(ranks: RankPool):
     plain, hybrid = (agreed(ranks.run(3, train_sharded, model="tower", mesh=mesh)) for mesh in (None, (1, 3)))
     assert same_bits(hybrid.weights, plain.weights)
