@@ -77,6 +77,8 @@ def main() -> int:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("arguments", nargs="*", help="for pytest, behind --")
     options = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # in the background a shell lets SIGINT be ignored
+        signal.signal(number, signal.default_int_handler)
     logs = Path(tempfile.mkdtemp(prefix="gemini-stress-"))
     totals: dict[str, list[bool]] = {kind: [] for kind in options.kinds}
     failures: collections.Counter[tuple[str, str]] = collections.Counter()

@@ -64,7 +64,7 @@ def load_of(pid: int) -> list[psutil.Process]:
     return [child for child in psutil.Process(pid).children() if "while True: pass" in child.cmdline()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_load_ends_with_who_started_it(number: signal.Signals, tmp_path: Path) -> None:
     path = tmp_path / "test_waits.py"
     path.write_text("import sys, time, pytest\n@pytest.mark.processes\ndef test_waits(): time.sleep(1000)\n")
