@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-from patience import PATIENCE_S
 from torch import Tensor
 
 from gemini.kernels import device as device_module
@@ -177,7 +176,7 @@ def test_triton_kernels_equal_native_bit_for_bit_in_the_interpreter() -> None:
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=100,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr

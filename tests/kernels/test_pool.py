@@ -172,11 +172,13 @@ def test_close_cancels_queued_jobs_and_finishes_running_ones():
 
 def test_close_releases_threads_that_wait_for_queued_jobs():
     pool = WorkerPool(1)
-    Gate(pool)
+    for _ in range(50):
+        Gate(pool)  # seconds of work, which closing does not wait for
     ticket = pool.submit_gradient(None, torch.ones(10))
-    errors = []
+    errors, all_wait = [], threading.Barrier(4)
 
     def wait():
+        all_wait.wait(PATIENCE_S)
         try:
             ticket.wait()
         except WorkerError as error:
@@ -185,7 +187,7 @@ def test_close_releases_threads_that_wait_for_queued_jobs():
     waiters = [threading.Thread(target=wait) for _ in range(3)]
     for waiter in waiters:
         waiter.start()
-    time.sleep(0.005)
+    all_wait.wait(PATIENCE_S)
     pool.close()
     for waiter in waiters:
         waiter.join(PATIENCE_S)
