@@ -7,13 +7,15 @@ BUILT := .venv/.built
 TOOLS := .venv/.tools
 
 BOOTSTRAP = $(or $(PYTHON),python3) .ci/bootstrap.py $(if $(PYTHON),--python $(PYTHON))
-PACKAGING := pyproject.toml setup.py .ci/bootstrap.py
+PACKAGING := pyproject.toml setup.py constraints.txt .ci/bootstrap.py
+PYTEST_ALL := -m pytest -q -n 2 --dist loadfile
+ROUNDS ?= 20
 NATIVE_SOURCES := $(shell find native -name '*.cpp' -o -name '*.h' -o -name '*.py')
 CPP_SOURCES = $(filter %.cpp %.h,$(NATIVE_SOURCES)) $(wildcard gemini/heap/*.cpp)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test check check-format lint typecheck docstrings docs check-native sanitize format gpu bench clean
+.PHONY: help setup quickstart test test-all test-newest stress constraints check check-format lint typecheck docstrings docs check-native sanitize format gpu bench clean
 
 help:  ## say what can be made (this text)
 	@echo "Gemini: train models far larger than the device's memory. Start with: make quickstart"
@@ -27,11 +29,24 @@ setup: $(BUILT)  ## make .venv and build the native module; keeps a torch that i
 quickstart: $(BUILT)  ## train a model larger than its memory budget, in a few minutes
 	$(PY) examples/quickstart.py
 
-test: $(BUILT)  ## run the tests; those that need a GPU say so and are skipped without one
-	$(PY) -m pytest -q -n 2 --dist loadfile
+test: $(BUILT)  ## run the quick tests, which touch every part, in about six minutes
+	$(PY) $(PYTEST_ALL) -m "not slow"
+
+test-all: $(BUILT)  ## run all tests; those that need a GPU say so and are skipped without one
+	$(PY) $(PYTEST_ALL)
+
+test-newest:  ## run all tests with the newest version of everything, in .venv-newest
+	@$(BOOTSTRAP) --newest
+	.venv-newest/bin/python $(PYTEST_ALL)
+
+stress: $(BUILT)  ## run what uses several processes 20 times: as it is, on one processor, under load; ROUNDS=N
+	$(PY) tests/stress.py --rounds $(ROUNDS)
+
+constraints: $(TOOLS)  ## write constraints.txt: the versions that .venv has now, after its tests were green
+	$(PY) .ci/constraints.py
 
 check: check-format lint typecheck docstrings docs check-native  ## everything that must hold before a commit, tests last
-	@$(MAKE) --no-print-directory test
+	@$(MAKE) --no-print-directory test-all
 
 check-format: $(TOOLS)
 	$(PY) -m ruff format --check .
@@ -69,7 +84,7 @@ bench: $(BUILT)  ## measure what this machine without a GPU can measure
 	$(PY) benchmarks/cpu.py --out benchmarks/results
 
 clean:  ## remove .venv and everything built
-	rm -rf .venv build dist *.egg-info gemini/_native* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest build dist *.egg-info gemini/_native* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # All of it when the packaging changed, only the native module when its sources did.

@@ -6,8 +6,10 @@
 1. The interpreter: one from 3.10 to 3.13 with the C headers, preferring one that already has a suitable torch.
 2. The environment: always .venv. A torch found in the base Python or in an active virtual environment stays visible
    from .venv and is never modified.
-3. torch, if none is visible: `choose_torch` below. Later installs are held to it by a constraints file.
-4. The package itself, editable, built without isolation (isolation would fetch the build tools a second time).
+3. torch, if none is visible: `choose_torch` below. Later installs are held to it.
+4. The versions of everything else: those of constraints.txt, with which all tests were green. What a torch of another
+   version needs is left to that torch. With --newest everything is the newest there is, in .venv-newest.
+5. The package itself, editable, built without isolation (isolation would fetch the build tools a second time).
 
 It uses the standard library only, so that any Python 3.8 or newer can start it; pip keeps its own configuration.
 """
@@ -18,23 +20,27 @@ import argparse
 import glob
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Callable, List, NamedTuple, NoReturn, Optional
+from typing import Callable, Collection, List, NamedTuple, NoReturn, Optional, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / "bin" / "python"
 CONSTRAINTS = VENV / "constraints.txt"
+"""What installs into .venv are held to."""
+NEWEST_VENV = ROOT / ".venv-newest"
+PINS = ROOT / "constraints.txt"
+"""The versions with which all tests were green; see `make constraints`."""
 
 PYTHON_MIN = (3, 10)
 PYTHON_MAX = (3, 13)
 TORCH_MIN = (2, 6)
-TORCH_REQUIREMENTS = ("torch==2.13.0", "torch>=2.6")
-"""What to ask an index for: the version this project is tested with, else any that works."""
+ANY_TORCH = "torch>=2.6"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 """The PyTorch project's own index of builds without CUDA."""
 BUILD_TOOLS = ("pip>=23.2", "setuptools>=77", "wheel", "cffi>=1.17", "packaging")
@@ -94,7 +100,10 @@ def main() -> None:
     only.add_argument("--plan", action="store_true", help="make .venv, say which torch would be installed, and stop")
     only.add_argument("--native", action="store_true", help="only rebuild the native module")
     only.add_argument("--tools", action="store_true", help="only install the developers' tools (the extra `dev`)")
+    only.add_argument("--newest", action="store_true", help="make .venv-newest, with the newest versions of everything")
     options = parser.parse_args()
+    if options.newest:
+        use_newest()
     if options.tools:
         install_tools()
         return
@@ -104,9 +113,10 @@ def main() -> None:
         return
     if options.python or not is_usable_environment():
         make_environment(choose_interpreter(options.python))
-    pip("install", *BUILD_TOOLS)
+    write_constraints([] if options.newest else pins_without_torch())
+    pip("install", "--constraint", str(CONSTRAINTS), *BUILD_TOOLS)
     if not describe(str(VENV_PYTHON)).has_suitable_torch:
-        candidate = choose_torch(has_gpu=has_nvidia_gpu(), probe=probe_torch)
+        candidate = choose_torch(has_gpu=has_nvidia_gpu(), probe=probe_torch, requirements=wanted_torch())
         kind = "CUDA" if candidate.needs_cuda else "CPU"
         say(f"installing torch {candidate.version}, a {kind} build, from {candidate.index or 'where pip looks'}")
         if options.plan:
@@ -118,13 +128,22 @@ def main() -> None:
     say(f"torch {installed.torch} on Python {installed.version[0]}.{installed.version[1]}")
     if options.plan:
         return
-    CONSTRAINTS.write_text(f"torch=={installed.torch}\n")
+    write_constraints([f"torch=={installed.torch}", *([] if options.newest else pins_beside(installed.torch))])
     say("building the package and installing what it and its tests need")
+    upgrade = ("--upgrade", "--upgrade-strategy", "eager") if options.newest else ()
     pip(
-        *("install", "--no-build-isolation", "--constraint", str(CONSTRAINTS)),
+        *("install", "--no-build-isolation", "--constraint", str(CONSTRAINTS), *upgrade),
         *("--editable", f"{ROOT}[test]"),
         env=compiler_environment(installed),
     )
+
+
+def use_newest() -> None:
+    """Let everything happen in .venv-newest, without constraints.txt."""
+    global VENV, VENV_PYTHON, CONSTRAINTS
+    VENV = NEWEST_VENV
+    VENV_PYTHON = VENV / "bin" / "python"
+    CONSTRAINTS = VENV / "constraints.txt"
 
 
 def install_tools() -> None:
@@ -134,7 +153,8 @@ def install_tools() -> None:
     # pip is content with tools that .venv sees in a parent environment, but their programs are in that one's bin.
     missing = [tool for tool in PROGRAMS if not (VENV / "bin" / tool).exists()]
     if missing:
-        pip("install", "--ignore-installed", "--no-deps", *tool_requirements(missing))
+        options = ("--ignore-installed", "--no-deps", "--constraint", str(CONSTRAINTS))
+        pip("install", *options, *tool_requirements(missing))
 
 
 def tool_requirements(tools: List[str]) -> List[str]:
@@ -227,10 +247,78 @@ def make_environment(interpreter: Interpreter) -> None:
             (target / "_parent_environment.pth").write_text("\n".join(interpreter.site_dirs) + "\n")
 
 
+# ---------------------------------------------------------------- versions
+
+
+def pins() -> List[str]:
+    """Return the lines of constraints.txt that are no comments."""
+    lines = PINS.read_text(encoding="ascii").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def name_of(requirement: str) -> str:
+    """Return the package of a line such as "numpy==2.4.6; python_version >= '3.11'", in pip's form."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement)[0]).lower()
+
+
+def pins_without_torch(besides: Collection[str] = ()) -> List[str]:
+    """Return the pins of all packages but torch and some others."""
+    return [line for line in pins() if name_of(line) not in {"torch", *besides}]
+
+
+def pins_beside(torch_version: str) -> List[str]:
+    """Return the pins that hold beside a torch: of another version than the pinned one, not of what it needs."""
+    if torch_version.partition("+")[0] == pinned_torch():
+        return pins_without_torch()
+    say(f"the tests were green with torch {pinned_torch()}: torch {torch_version} takes what it needs as it likes")
+    return pins_without_torch(besides=needs_of_torch())
+
+
+def pinned_torch() -> str:
+    """Return the version of torch that the tests were green with."""
+    (line,) = (line for line in pins() if name_of(line) == "torch")
+    return line.partition(";")[0].partition("==")[2].strip()
+
+
+def wanted_torch() -> List[str]:
+    """Return what to ask an index for, the first first: the tested version, if that is wanted, or any that works."""
+    return [ANY_TORCH] if VENV == NEWEST_VENV else [f"torch=={pinned_torch()}", ANY_TORCH]
+
+
+def write_constraints(lines: List[str]) -> None:
+    CONSTRAINTS.write_text("".join(f"{line}\n" for line in lines))
+
+
+def needs_of_torch() -> List[str]:
+    """Return the packages that the torch in .venv needs, and what these need."""
+    code = """
+import json, sys
+from importlib.metadata import PackageNotFoundError, requires
+from packaging.requirements import Requirement
+found, waiting = set(), json.load(sys.stdin)
+while waiting:
+    try:
+        lines = requires(waiting.pop()) or []
+    except PackageNotFoundError:
+        continue
+    for each in map(Requirement, lines):
+        if (each.marker is None or each.marker.evaluate({"extra": ""})) and each.name not in found:
+            found.add(each.name)
+            waiting.append(each.name)
+print(json.dumps(sorted(found)))
+"""
+    return [name_of(name) for name in ask_environment(code, ["torch"])]
+
+
 # ---------------------------------------------------------------- torch
 
 
-def choose_torch(*, has_gpu: bool, probe: Callable[[str, Optional[str]], Optional[TorchCandidate]]) -> TorchCandidate:
+def choose_torch(
+    *,
+    has_gpu: bool,
+    probe: Callable[[str, Optional[str]], Optional[TorchCandidate]],
+    requirements: Sequence[str],
+) -> TorchCandidate:
     """Choose which torch to install; only metadata has been downloaded by then.
 
     With an NVIDIA GPU the first CUDA build that pip's own indexes offer. Without one the first CPU build, of pip's own
@@ -238,7 +326,7 @@ def choose_torch(*, has_gpu: bool, probe: Callable[[str, Optional[str]], Optiona
     """
     offered = []
     for index in (None,) if has_gpu else (None, CPU_INDEX):
-        for requirement in TORCH_REQUIREMENTS:
+        for requirement in requirements:
             candidate = probe(requirement, index)
             if candidate is None:
                 continue
@@ -291,7 +379,9 @@ def ask_environment(code: str, question: List[str]) -> List[str]:
 
 def install_torch(candidate: TorchCandidate) -> None:
     if candidate.index is None:
-        pip("install", f"torch=={candidate.version}")
+        is_pinned = candidate.version.partition("+")[0] == pinned_torch()  # and so is what it needs
+        held = ("--constraint", str(CONSTRAINTS)) if is_pinned else ()
+        pip("install", *held, f"torch=={candidate.version}")
     else:
         # The rest of what torch needs comes from pip's own indexes, with this package's requirements.
         pip("install", "--no-deps", "--index-url", candidate.index, f"torch=={candidate.version}")
@@ -340,7 +430,8 @@ def pip(*arguments: str, env: Optional[dict] = None) -> None:
     command = [str(VENV_PYTHON), "-m", "pip", "--disable-pip-version-check", "-qq", *arguments]
     run(
         command,
-        hint="the message above says why; often it is the network or pip's configuration (pip config list)",
+        hint="the message above says why; often it is the network or pip's configuration (pip config list), and if a "
+        "version of constraints.txt can no longer be had, `make test-newest` does without",
         env=env,
     )
 

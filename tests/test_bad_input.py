@@ -10,13 +10,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from small_resources import break_writes, mapped_nbytes, truncated_file
 from torch import nn
 
@@ -248,6 +248,7 @@ def start_python(directory: Path, then: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_another_process_is_named_and_its_death_frees_the_directory(tmp_path: Path) -> None:
     holder = start_python(tmp_path, "print('ready', flush=True); sys.stdin.read()")
@@ -266,6 +267,7 @@ def test_another_process_is_named_and_its_death_frees_the_directory(tmp_path: Pa
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_a_program_that_ends_without_close_leaves_no_file_and_does_not_hang(tmp_path: Path) -> None:
     directories = [tmp_path / "forgotten", tmp_path / "failed"]
@@ -274,8 +276,8 @@ def test_a_program_that_ends_without_close_leaves_no_file_and_does_not_hang(tmp_
     forgotten = start_python(directories[0], "engine(t.batch()).sum().backward()")
     failed = start_python(directories[1], "loss = engine(t.batch()).sum(); raise SystemExit(3)")
     with forgotten, failed:
-        forgotten.communicate(timeout=60)
-        failed.communicate(timeout=60)
+        forgotten.communicate(timeout=PATIENCE_S)
+        failed.communicate(timeout=PATIENCE_S)
     assert (forgotten.returncode, failed.returncode) == (0, 3)
     assert [list(directory.iterdir()) for directory in directories] == [[], []]
 
@@ -682,13 +684,14 @@ def test_the_child_of_a_fork_is_told_that_it_has_no_engine() -> None:
         engine(batch())
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_nothing_waits_for_ever_when_a_program_is_interrupted(tmp_path: Path) -> None:
-    with start_python(tmp_path, "print('ready', flush=True)\nwhile True: t.train_step(engine, optimizer)") as program:
+    code = "while True: t.train_step(engine, optimizer); print('stepped', flush=True)"
+    with start_python(tmp_path, code) as program:
         assert program.stdout is not None
-        assert program.stdout.readline() == "ready\n"
-        time.sleep(0.3)
+        assert [program.stdout.readline() for _ in range(3)] == ["stepped\n"] * 3
         program.send_signal(signal.SIGINT)
-        program.communicate(timeout=30)
+        program.communicate(timeout=PATIENCE_S)
     assert program.returncode != 0
     assert list(tmp_path.iterdir()) == []

@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patience import PATIENCE_S
 
 from gemini import HeapUnavailableError, heap
 from gemini.heap.build import build_allocator, cache_dir
@@ -63,7 +64,7 @@ def run_python(code: str, **environment: str) -> Any:
     # A warning is an error there too, but for torch's about forks among threads, which is what one of them is about.
     command = [sys.executable, "-W", "error", "-W", "ignore:This process:DeprecationWarning", "-c", code]
     variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=100, env=variables, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, env=variables, check=False)
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout.splitlines()[-1])
 
@@ -293,7 +294,7 @@ statuses = []
 for _ in range(100):
     child = os.fork()
     if child == 0:
-        signal.alarm(10)
+        signal.alarm(100)  # the end of patience
         block = torch.empty(1 << 20, dtype=torch.uint8)
         os._exit(0 if kept.sum() == 7 << 20 and block.data_ptr() != kept.data_ptr() else 1)
     statuses.append(os.waitpid(child, 0)[1])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from patience import PATIENCE_S
 from torch import nn
 
 from gemini import GeminiConfig, GeminiDDP, HybridAdam, MemoryTier, NVMeConfig, OutOfTierMemoryError, StaticPlacement
@@ -246,7 +247,7 @@ def test_resident_memory_stays_within_the_formula_while_building_and_training(tm
     """60 million parameters, 956 MiB with their state and gradients, pass through little host memory."""
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path), "1"], capture_output=True, text=True, env=env, timeout=100
+        [sys.executable, "-c", MEASURE, str(tmp_path), "1"], capture_output=True, text=True, env=env, timeout=PATIENCE_S
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fake_clock import FakeClock
+from patience import wait_until
 from torch import nn
 
-from gemini import GeminiConfig, GeminiDDP, HybridAdam, NVMeConfig, StaticPlacement
+from gemini import GeminiConfig, GeminiDDP, HybridAdam, NVMeConfig, StaticPlacement, overlap, update_worker
 from gemini.offload.io import IoStats
 from gemini.report import DiskWear, UpdateReport, wear_of
 from gemini.tiers import round_up
@@ -175,21 +176,23 @@ def test_a_mode_that_was_chosen_is_told_from_one_that_was_asked_for() -> None:
 def test_the_update_thread_is_busy_while_it_works_whether_anybody_waits_or_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = TilePipeline.start
+    start, clock = TilePipeline.start, FakeClock()
+    clock.set_in(monkeypatch, update_worker, overlap)
 
     def slow_start(self: TilePipeline, job: UpdateJob, index: int) -> None:
-        time.sleep(0.02)
+        clock.sleep(0.02)
         start(self, job, index)
 
     monkeypatch.setattr(TilePipeline, "start", slow_start)
+    num_tiles = 3 * NUM_CHUNKS
     with GeminiDDP(make_model(), make_config(tmp_path, overlap="next-forward")) as engine:
         optimizer = HybridAdam(engine.parameters())
         train_step(engine, optimizer)
         assert engine.memory_report().updates.busy_s is None
-        time.sleep(1)  # the updates end meanwhile
+        wait_until(lambda: engine.runtime.overlap._worker.busy_s > 0.02 * (num_tiles - 0.5))
+        clock.sleep(1)  # after the updates
         train_step(engine, optimizer)
         updates = engine.memory_report().updates
-    num_tiles = 3 * NUM_CHUNKS
     assert updates.busy_s is not None
     assert updates.step_s is not None
-    assert num_tiles * 0.02 <= updates.busy_s <= updates.step_s - 0.5
+    assert num_tiles * 0.02 <= updates.busy_s + 1e-6 <= updates.step_s - 1 + 2e-6

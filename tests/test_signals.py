@@ -14,6 +14,8 @@ import torch
 import gemini.signals
 from gemini import ConfigError, GeminiConfig, GeminiDDP, StopOnSignals
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture
 def engine() -> Iterator[GeminiDDP]:

@@ -13,6 +13,7 @@ import torch
 
 from gemini.ddp import GeminiDDP
 from gemini.errors import ConfigError, MissingLibraryError
+from gemini.integrations import seams
 from gemini.optimizer import HybridAdam
 from gemini.ownership import runtime_of
 
@@ -249,6 +250,13 @@ class GeminiAccelerator(accelerate.Accelerator):
             self._models, self._optimizers = models, optimizers
 
 
+seams.check_seams(
+    GeminiAccelerator,
+    accelerate.Accelerator,
+    added={"_refuse_double_work", "_check_engine", "_engine_of", "_without_engines"},
+)
+
+
 def _places(engines: list[GeminiDDP], directory: str | os.PathLike[str]) -> Iterator[tuple[Path, GeminiDDP]]:
     return ((Path(directory) / f"gemini_{number}", engine) for number, engine in enumerate(engines))
 
@@ -260,3 +268,6 @@ class _PreparedHybridAdam(AcceleratedOptimizer):
     def step_was_skipped(self) -> bool:
         norm = self.optimizer.last_grad_norm
         return norm is not None and not math.isfinite(norm)
+
+
+seams.check_seams(_PreparedHybridAdam, AcceleratedOptimizer)

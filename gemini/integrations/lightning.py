@@ -11,6 +11,7 @@ import torch
 from gemini.config import GeminiConfig
 from gemini.ddp import GeminiDDP
 from gemini.errors import ConfigError, MissingLibraryError
+from gemini.integrations import seams
 from gemini.integrations.random_numbers import unchanged_random_numbers
 from gemini.offload.resources import device_of
 from gemini.optimizer import HybridAdam
@@ -190,6 +191,9 @@ class GeminiStrategy(SingleDeviceStrategy):
             self.optimizers[0].load_state_dict(state)
 
 
+seams.check_seams(GeminiStrategy, SingleDeviceStrategy)
+
+
 def _check_training(trainer: Any) -> None:
     """Refuse loops in which backward runs inside of forward, and callbacks that read or write weights themselves."""
     if not trainer.lightning_module.automatic_optimization:
@@ -222,3 +226,6 @@ class _GeminiPrecision(Precision):
         raise ConfigError(
             'Trainer.gradient_clip_algorithm: expected "norm": gradients of a GeminiDDP are clipped by their norm alone'
         )
+
+
+seams.check_seams(_GeminiPrecision, Precision)

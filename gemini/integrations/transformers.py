@@ -21,6 +21,7 @@ from gemini.checkpoint import has_checkpoint
 from gemini.config import GeminiConfig
 from gemini.ddp import GeminiDDP
 from gemini.errors import CheckpointError, CheckpointMismatchError, ConfigError, MissingLibraryError
+from gemini.integrations import seams
 from gemini.integrations.accelerate import GeminiAccelerator
 from gemini.integrations.random_numbers import unchanged_random_numbers
 from gemini.integrations.successive import leave, owns, take_over
@@ -29,6 +30,9 @@ from gemini.pretrained import showing_weights
 
 try:
     import transformers
+    from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+    from transformers.training_args import OptimizerNames
 except ImportError as error:
     raise MissingLibraryError(f"{__name__} needs transformers (pip install transformers): {error}") from error
 
@@ -36,12 +40,9 @@ __all__ = ["GeminiTrainer", "GeminiTrainerMixin", "config_for_arguments", "last_
 
 logger = logging.getLogger(__name__)
 
-_STATE_NAME = "trainer_state.json"
-"""What a trainer writes last."""
 _CHECKPOINT_NAME = "gemini"
-_TRAINING_ARGUMENTS_NAME = "training_args.bin"
 
-_ADAMW_NAMES = ("adamw_torch", "adamw_torch_fused")
+_ADAMW_NAMES = (OptimizerNames.ADAMW_TORCH.value, OptimizerNames.ADAMW_TORCH_FUSED.value)
 
 _REFUSED_ARGUMENTS = {
     "deepspeed": "GeminiConfig says where memory comes from; GeminiConfig.from_deepspeed reads such a file",
@@ -117,7 +118,8 @@ def last_complete_checkpoint(directory: Path) -> Path | None:
     """
     if not directory.is_dir():
         return None
-    numbers = {path: path.name.removeprefix("checkpoint-") for path in directory.glob("checkpoint-*")}
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    numbers = {path: path.name.removeprefix(prefix) for path in directory.glob(f"{prefix}*")}
     for path in sorted(
         (path for path, number in numbers.items() if number.isdecimal()), key=lambda p: -int(numbers[p])
     ):
@@ -130,7 +132,7 @@ def last_complete_checkpoint(directory: Path) -> Path | None:
 def _is_complete(checkpoint: Path) -> bool:
     place = checkpoint / _CHECKPOINT_NAME
     try:
-        json.loads((checkpoint / _STATE_NAME).read_text(encoding="utf-8"))
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # what a trainer writes last
     except (OSError, ValueError):
         return False
     return not place.is_dir() or has_checkpoint(place)
@@ -303,7 +305,7 @@ class GeminiTrainerMixin:
         processor = getattr(self, "processing_class", None) or getattr(self.data_collator, "tokenizer", None)
         if processor is not None:
             processor.save_pretrained(directory)
-        torch.save(self.args, directory / _TRAINING_ARGUMENTS_NAME)
+        torch.save(self.args, directory / TRAINING_ARGS_NAME)
 
     def _has_own_save(self) -> bool:
         """Return whether the trainer behind this mixin saves in a way of its own, as that of sentence-transformers."""
@@ -346,6 +348,9 @@ class GeminiTrainerMixin:
         assert self.engine is not None
         with unchanged_random_numbers():
             self.engine.load_checkpoint(Path(self.state.best_model_checkpoint) / _CHECKPOINT_NAME)
+
+
+seams.check_seams(GeminiTrainerMixin, transformers.Trainer, added={"build_engine", "built_engine"})
 
 
 class GeminiTrainer(GeminiTrainerMixin, transformers.Trainer):

@@ -25,6 +25,9 @@ from gemini.nn.linear_cross_entropy import Slicing, check_options, linear_cross_
 __all__ = ["use_plain_loss", "use_sliced_loss"]
 
 _LOSS_NAME = "ForCausalLMLoss"
+LOSS_ARGUMENTS = frozenset({"logits", "labels", "vocab_size", "num_items_in_batch", "ignore_index", "shift_labels"})
+"""What that loss computes with; another name would be of something that is not known here."""
+_ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _REMEDY = "call linear_cross_entropy in a forward of your own"
 
 
@@ -60,6 +63,7 @@ def use_sliced_loss(
         raise ModelError(
             f"{type(inner).__name__}: its loss is {loss_name}, expected transformers' {_LOSS_NAME}; {_REMEDY}"
         )
+    _check_loss_arguments(inner)
     inner.forward = _SlicedLossForward(inner, inner.forward, slicing, slice_size, keep_logits)
 
 
@@ -88,6 +92,17 @@ def _causal_lm_in(model: torch.nn.Module) -> Any:
         if has_parts and module.get_output_embeddings() is not None:  # type: ignore[operator]
             return module
     raise ModelError(f"{type(model).__name__}: expected a causal language model of transformers; {_REMEDY}")
+
+
+def _check_loss_arguments(model: Any) -> None:
+    """Refuse a loss that takes more than is known here, which would be left out without a word."""
+    params = inspect.signature(model.loss_function).parameters.values()
+    unknown = [each.name for each in params if each.kind not in _ANY and each.name not in LOSS_ARGUMENTS]
+    if unknown:
+        raise ModelError(
+            f"{type(model).__name__}: its loss takes {unknown[0]}, which is not known here: this version of "
+            f"transformers is too new; {_REMEDY}"
+        )
 
 
 def _output_layer_of(model: Any) -> Any:

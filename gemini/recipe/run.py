@@ -17,6 +17,7 @@ from transformers.integrations import integration_utils
 from gemini.config import GeminiConfig, NVMeConfig
 from gemini.ddp import GeminiDDP
 from gemini.errors import ConfigError, naming_file
+from gemini.integrations.seams import check_seams
 from gemini.integrations.transformers import GeminiTrainer, last_complete_checkpoint
 from gemini.placement.cost_model import HardwareProfile
 from gemini.profile.recording import RECORDING_NAME
@@ -233,6 +234,9 @@ class _Trainer(GeminiTrainer):
         return loss
 
 
+check_seams(_Trainer, transformers.Trainer, added={"build_engine"})
+
+
 class _StopCallback(transformers.TrainerCallback):
     """Saves and ends after the step in which a signal came, unless that was the last one anyway."""
 
@@ -245,6 +249,9 @@ class _StopCallback(transformers.TrainerCallback):
         if self._stop.should_stop() and state.global_step < state.max_steps:
             self.stopped_by = self._stop.received
             control.should_save = control.should_training_stop = True
+
+
+check_seams(_StopCallback, transformers.TrainerCallback)
 
 
 def _engine_config(settings: Settings, device: torch.device, dtype: torch.dtype) -> GeminiConfig:

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from patience import PATIENCE_S, wait_until
 
 pytest.importorskip("transformers")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -82,6 +83,7 @@ def test_a_command_names_all_that_its_child_needs() -> None:
     assert "--host-budget" not in run.command(options())
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
@@ -92,27 +94,42 @@ def test_a_command_names_all_that_its_child_needs() -> None:
         ),
         ("print('done')", "ended without a result"),
         ("import os; os.kill(os.getpid(), 9)", "killed, most likely for memory"),
-        ("import time; time.sleep(60)", "not done after 2 s"),
     ],
 )
 def test_a_child_that_fails_says_why(code: str, reason: str) -> None:
     with pytest.raises(RuntimeError) as caught:
-        gpu.run_child([sys.executable, "-c", code], timeout_s=2.0)
+        gpu.run_child([sys.executable, "-c", code], timeout_s=PATIENCE_S)
     assert str(caught.value) == reason
 
 
-def test_nothing_that_a_child_started_outlives_it(tmp_path: Path) -> None:
+@pytest.mark.processes
+def test_nothing_that_a_child_started_outlives_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is given up after a while; here, when it has started what is to end with it."""
     note = tmp_path / "pid"
-    code = f"import subprocess as s; c = s.Popen(['sleep', '60']); open({str(note)!r}, 'w').write(str(c.pid))"
-    with pytest.raises(RuntimeError, match="not done after 2 s"):
-        gpu.run_child([sys.executable, "-c", f"{code}; c.wait()"], timeout_s=2.0)
+    code = f"""
+import os, subprocess
+child = subprocess.Popen(['sleep', '1000'])
+open({str(note)!r} + 'new', 'w').write(str(child.pid))
+os.rename({str(note)!r} + 'new', {str(note)!r})
+child.wait()
+"""
+    communicate = subprocess.Popen.communicate
+
+    def give_up(process: subprocess.Popen[str], timeout: float) -> tuple[str, str]:
+        assert timeout == 7.0
+        wait_until(note.exists)
+        return communicate(process, timeout=0.001)
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", give_up)
+    with pytest.raises(RuntimeError, match="^not done after 7 s$"):
+        gpu.run_child([sys.executable, "-c", code], timeout_s=7.0)
     with contextlib.suppress(psutil.NoSuchProcess):
-        psutil.Process(int(note.read_text())).wait(timeout=5.0)
+        psutil.Process(int(note.read_text())).wait(PATIENCE_S)
 
 
 def test_what_a_library_prints_is_not_a_result() -> None:
     code = """print('{"step_s": 1.5}'); print('[2026-01-02 03:04:05] [INFO] done')"""
-    assert gpu.run_child([sys.executable, "-c", code], timeout_s=10.0) == {"step_s": 1.5}
+    assert gpu.run_child([sys.executable, "-c", code], timeout_s=PATIENCE_S) == {"step_s": 1.5}
 
 
 def test_a_failed_run_is_a_missing_row_and_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE_S
 
 from gemini.offload.io import available_backends
 
@@ -26,7 +27,7 @@ def run_benchmark(directory: Path, *arguments: str, **environment: str) -> dict[
         "--passes", "2", "--json", directory / "io.json", *arguments,
     ]  # fmt: skip
     variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment}
-    finished = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=100)
+    finished = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=PATIENCE_S)
     assert finished.returncode == 0, finished.stderr
     assert list(disk.iterdir()) == []
     document: dict[str, Any] = json.loads((directory / "io.json").read_text())

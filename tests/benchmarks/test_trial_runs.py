@@ -17,6 +17,7 @@ TRIALS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", TRIALS)
 def test_a_trial_run_writes_its_rows(script: str, tmp_path: Path) -> None:
     result = tmp_path / "result.json"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE_S
 
 pytest.importorskip("transformers")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -49,7 +50,7 @@ def test_a_run_that_fails_is_a_row_that_says_why(monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("no room")
 
     monkeypatch.setattr(zero_step, "run_child", fail)
-    options = argparse.Namespace(model="tiny", batch=1, seq=8, steps=1, timeout=60)
+    options = argparse.Namespace(model="tiny", batch=1, seq=8, steps=1, timeout=PATIENCE_S)
     row = zero_step.run("torch", 2, options)
     assert row == {"system": "torch ddp", "ranks": 2, "missing": "no room"}
 
@@ -57,7 +58,7 @@ def test_a_run_that_fails_is_a_row_that_says_why(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.slow
 def test_our_ranks_send_what_rings_send_and_keep_half() -> None:
     """Between gathering blocks once and twice; beside it padding, headers, norms and others who use the loopback."""
-    options = argparse.Namespace(model="tiny", batch=1, seq=8, steps=3, timeout=100)
+    options = argparse.Namespace(model="tiny", batch=1, seq=8, steps=3, timeout=PATIENCE_S)
     torch_row, row = (zero_step.run(system, 2, options) for system in ("torch", "gemini-3"))
     zero_step.compare([torch_row, row])
     assert "missing" not in row

@@ -4,34 +4,36 @@ from __future__ import annotations
 
 import multiprocessing
 import random
-import time
 from pathlib import Path
 
 import pytest
+from fate import Fate, draw_fate, end_of, receive
 from forking import fork_context
 from runs import Training, training
-from saver import KEEP_LAST, SCENARIO, save_for_ever
+from saver import KEEP_LAST, SCENARIO, save_again_and_again
 
 from gemini.checkpoint.directory import complete_checkpoints
 
+pytestmark = pytest.mark.processes
+
+
 NUM_KILLS = 50
-FIRST_LONGEST_S = 0.25
-"""A save of this model takes a fifth of that, on a machine that does nothing else."""
+NUM_SAVES_A_LIFE = 4
+"""Each process is killed within so many."""
 
 
-def kill_one(context: multiprocessing.context.ForkServerContext, directory: Path, after_s: float) -> int:
-    """Start a process, kill it a while after it has begun to save, and return the step that it began from."""
+def live(
+    context: multiprocessing.context.ForkServerContext, directory: Path, fate: Fate | None
+) -> tuple[int, int | None]:
+    """Let a process save; return the step it began from, and how many calls and returns its saves took if it lived."""
     ours, theirs = context.Pipe()
-    process = context.Process(target=save_for_ever, args=(directory, theirs))
+    process = context.Process(target=save_again_and_again, args=(directory, theirs, fate, NUM_SAVES_A_LIFE))
     process.start()
     theirs.close()
-    assert ours.poll(60)
-    first = int(ours.recv())
-    time.sleep(after_s)
-    process.kill()
-    process.join()
-    assert process.exitcode == -9
-    return first
+    first = int(receive(ours))
+    said = end_of(process, ours)
+    assert process.exitcode == (0 if fate is None else -9)
+    return first, said[0] if said else None
 
 
 def check(run: Training, directory: Path) -> int:
@@ -45,20 +47,23 @@ def check(run: Training, directory: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_killed_process_leaves_a_complete_checkpoint_always(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    context = fork_context(monkeypatch)
-    delays = random.Random(0)
+    context, choose = fork_context(monkeypatch), random.Random(0)
     directory = tmp_path / "run"
-    last, num_caught, longest_s = 0, 0, FIRST_LONGEST_S
+    num_caught = 0
     with training(SCENARIO, "host", tmp_path) as run:
         run.engine.save_checkpoint(directory, scheduler=run.scheduler, extra={"step": 0})
+        first, num_events = live(context, directory, None)
+        assert first == 0
+        assert num_events is not None
+        last = check(run, directory)
+        assert last == NUM_SAVES_A_LIFE
         for _ in range(NUM_KILLS):
-            assert kill_one(context, directory, delays.uniform(0, longest_s)) == last
+            assert live(context, directory, draw_fate(choose, num_events)) == (last, None)
             num_caught += any(directory.glob(".*"))
             step = check(run, directory)
-            assert step >= last
-            longest_s *= 0.9 if step > last else 2.0  # as long as saves take here, now
+            assert last <= step <= last + NUM_SAVES_A_LIFE
             last = step
         run.engine.save_checkpoint(directory, scheduler=run.scheduler, extra={"step": last}, keep_last=1)
     assert num_caught > NUM_KILLS // 5  # most kills come while something is being written

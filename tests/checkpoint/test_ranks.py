@@ -9,6 +9,8 @@ from rank_pool import RankPool
 from rank_saves import load_apart, save_and_damage, save_apart, save_with_fault
 from training_harness import same_bits
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.mark.parametrize("wait", [True, False])
 @pytest.mark.parametrize("failing_rank", [0, 1])

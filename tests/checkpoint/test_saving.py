@@ -9,7 +9,6 @@ import resource
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from patience import PATIENCE_S
 from runs import Scenario, training
 from torch.optim import lr_scheduler
 from training_harness import PLACEMENTS, config_for, hybrid_adam, same_bits
@@ -26,6 +26,9 @@ from gemini import ConfigError, GeminiDDP, OffloadIOError, has_checkpoint
 from gemini.checkpoint.directory import CheckpointDirectory, complete_checkpoints, find_checkpoint, read_manifest
 from gemini.safetensors_file import SafetensorsWriter
 from gemini.weights import read_parts
+
+pytestmark = pytest.mark.processes
+
 
 SCENARIO = Scenario(adam={"max_grad_norm": 0.1})
 KEPT = "step-00000001-save-00001"
@@ -106,22 +109,37 @@ def test_a_full_drive_is_told_when_the_engine_closes(tmp_path: Path, caplog: pyt
     assert names(tmp_path / "run") == []
 
 
-@pytest.mark.parametrize("place", ["host", "nvme"])
-def test_the_next_step_waits_for_a_slow_save(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    append = SafetensorsWriter.append
+def held_back(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Let saves write nothing until an event is set."""
+    append, go_on = SafetensorsWriter.append, threading.Event()
 
-    def append_slowly(writer: SafetensorsWriter, name: str, values: torch.Tensor) -> None:
-        time.sleep(0.002)
+    def append_when_told(writer: SafetensorsWriter, name: str, values: torch.Tensor) -> None:
+        assert go_on.wait(PATIENCE_S)
         append(writer, name, values)
 
+    monkeypatch.setattr(SafetensorsWriter, "append", append_when_told)
+    return go_on
+
+
+@pytest.mark.parametrize("place", ["host", "nvme"])
+def test_the_next_step_waits_for_a_slow_save(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = held_back(monkeypatch)
     with training(SCENARIO, place, tmp_path) as run:
         run.train(0, 1)
         expected = run.run.weights
-        monkeypatch.setattr(SafetensorsWriter, "append", append_slowly)
         save = run.engine.save_checkpoint(tmp_path / "run", wait=False)
         run.engine(**run.scenario.case.batches(2)[1]).loss.backward()
         assert not save.is_done
+        wait = save.wait
+
+        def let_go() -> Path:
+            assert go_on.is_set() or not save.is_done
+            go_on.set()
+            return wait()
+
+        monkeypatch.setattr(save, "wait", let_go)
         run.optimizer.step()
+        assert go_on.is_set()
         assert save.is_done
         run.optimizer.zero_grad()
         assert not same_bits(run.run.weights, expected)
@@ -294,24 +312,26 @@ def test_a_thread_that_cannot_start_costs_the_checkpoint_alone(tmp_path: Path, m
     assert names(tmp_path / "run") == [KEPT]
 
 
+@pytest.mark.slow
 def test_the_process_ends_when_the_checkpoint_is_complete(tmp_path: Path) -> None:
     """A program that neither waits nor closes the engine loses nothing."""
     program = f"""
 import sys
 sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent / "training")]!r}
 from pathlib import Path
-import time
+import threading
 from gemini import GeminiDDP
 from gemini.safetensors_file import SafetensorsWriter
 from runs import Scenario
 from training_harness import config_for
-append = SafetensorsWriter.append
-def append_slowly(*arguments):
-    time.sleep(0.01)
+append, go_on = SafetensorsWriter.append, threading.Event()
+def append_when_told(*arguments):
+    go_on.wait()
     append(*arguments)
-SafetensorsWriter.append = append_slowly
+SafetensorsWriter.append = append_when_told
 engine = GeminiDDP(Scenario().case.model(), config_for("nvme", Path(sys.argv[1])))
 assert not engine.save_checkpoint(Path(sys.argv[1]) / "run", wait=False).is_done
+go_on.set()
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", program, tmp_path], env=environment, capture_output=True, text=True)
@@ -322,13 +342,7 @@ assert not engine.save_checkpoint(Path(sys.argv[1]) / "run", wait=False).is_done
 
 
 def test_the_child_of_a_fork_leaves_the_save_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    append = SafetensorsWriter.append
-
-    def append_slowly(writer: SafetensorsWriter, name: str, values: torch.Tensor) -> None:
-        time.sleep(0.002)
-        append(writer, name, values)
-
-    monkeypatch.setattr(SafetensorsWriter, "append", append_slowly)
+    go_on = held_back(monkeypatch)
     with training(SCENARIO, "host", tmp_path) as run:
         save = run.engine.save_checkpoint(tmp_path / "run", wait=False)
         child = os.fork()
@@ -336,6 +350,7 @@ def test_the_child_of_a_fork_leaves_the_save_alone(tmp_path: Path, monkeypatch: 
             save.close()
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
+        go_on.set()
         assert save.wait().name == "step-00000000-save-00001"
 
 

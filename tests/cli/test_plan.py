@@ -121,6 +121,7 @@ def test_what_does_not_fit_ends_with_one_and_says_what_would_help(capsys, profil
     assert "It would, if you give it" in out
 
 
+@pytest.mark.slow
 def test_the_savings_that_are_named_are_enough(capsys, profile):
     machine = ["gpt2", "--profile", profile, "--device-memory", "none", "--disk", "6GiB", "--tokens", "512"]
 

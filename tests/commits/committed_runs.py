@@ -1,6 +1,6 @@
 """Runs that commit each step, and go on in another process from what a killed one has left.
 
-As a program: python tests/commits/committed_runs.py DESCRIPTOR SCENARIO DIRECTORY NUM_STEPS
+As a program: python tests/commits/committed_runs.py DESCRIPTOR SCENARIO DIRECTORY NUM_STEPS [held]
 """
 
 from __future__ import annotations
@@ -180,14 +180,18 @@ def uninterrupted(scenario: Scenario, directory: Path, num_steps: int = NUM_STEP
         return training.run
 
 
-def main(descriptor: int, name: str, directory: Path, num_steps: int) -> None:
-    """Go on until a step is committed, and wait to be killed; or, if it is committed already, save what came of it."""
+def main(descriptor: int, name: str, directory: Path, num_steps: int, *options: str) -> None:
+    """Go on up to a step and save what came of it, or, held, wait to be killed there; say each step."""
     torch.set_num_threads(1)
     with attached(scenarios()[name], directory, descriptor) as training:
         print(training.step, flush=True)
-        training.train(num_steps)
+        while training.step < num_steps:
+            training.train(training.step + 1)
+            print(training.step, flush=True)
+        if "held" in options:
+            sys.stdin.read()
         torch.save((training.run.losses, training.run.weights), directory / "run.pt")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
+    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:])

@@ -9,7 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 from trainer_runs import is_close
+
+pytestmark = pytest.mark.processes
+
 
 pytest.importorskip("transformers", minversion="5.23", reason="GeminiTrainer was made for transformers 5.23")
 
@@ -25,7 +29,7 @@ def test_two_ranks_train_save_and_resume_as_with_ddp(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -17,10 +17,14 @@ import numpy as np
 import pytest
 import torch
 from gemini._native import ffi, lib
+from patience import PATIENCE_S
 
 from gemini.errors import WorkerError
 from gemini.kernels.cpu import AdamHyper, AdamSegment, AdamTile, GradMode, adam_update, store_gradient
 from gemini.kernels.pool import BACKGROUND_PRIORITY, WorkerPool
+
+pytestmark = pytest.mark.processes
+
 
 BLOCK_NUMEL = 65536
 HYPER = AdamHyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
@@ -153,8 +157,9 @@ def test_close_cancels_queued_jobs_and_finishes_running_ones():
     while dst[0] == 1:
         time.sleep(0)
     untouched = torch.zeros(10)
+    for _ in range(50):
+        Gate(pool)  # seconds of work that come next, should the copy be done before the pool is closed
     queued = [pool.submit_gradient(untouched, torch.ones(10)) for _ in range(5)]
-    assert not running.is_done()
     pool.close()
     running.wait(timeout_s=0.0)
     assert not dst.any()
@@ -167,11 +172,13 @@ def test_close_cancels_queued_jobs_and_finishes_running_ones():
 
 def test_close_releases_threads_that_wait_for_queued_jobs():
     pool = WorkerPool(1)
-    Gate(pool)
+    for _ in range(50):
+        Gate(pool)  # seconds of work, which closing does not wait for
     ticket = pool.submit_gradient(None, torch.ones(10))
-    errors = []
+    errors, all_wait = [], threading.Barrier(4)
 
     def wait():
+        all_wait.wait(PATIENCE_S)
         try:
             ticket.wait()
         except WorkerError as error:
@@ -180,10 +187,10 @@ def test_close_releases_threads_that_wait_for_queued_jobs():
     waiters = [threading.Thread(target=wait) for _ in range(3)]
     for waiter in waiters:
         waiter.start()
-    time.sleep(0.005)
+    all_wait.wait(PATIENCE_S)
     pool.close()
     for waiter in waiters:
-        waiter.join(timeout=10)
+        waiter.join(PATIENCE_S)
         assert not waiter.is_alive()
     assert len(errors) == 3
 
@@ -322,7 +329,7 @@ def test_a_waiting_thread_can_lift_the_limit_on_background_jobs():
 
 
 def run_in_fork(body):
-    """Return the exit status of a forked child that ran `body`; None if it had to be killed after ten seconds."""
+    """Return the exit status of a forked child that ran `body`; None if it had to be killed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads, which is the point
         child = os.fork()
@@ -333,7 +340,8 @@ def run_in_fork(body):
             status = 0
         finally:
             os._exit(status)
-    for _ in range(1000):
+    until_s = time.monotonic() + PATIENCE_S
+    while time.monotonic() < until_s:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)

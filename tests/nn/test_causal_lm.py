@@ -223,6 +223,18 @@ def test_another_loss_is_refused() -> None:
         gemini.nn.use_sliced_loss(model)
 
 
+def test_a_loss_that_takes_more_than_is_known_is_refused() -> None:
+    """As a next version of transformers may have it: left out, the argument would change the loss unnoticed."""
+
+    def ForCausalLMLoss(logits, labels, vocab_size, label_smoothing=0.1, **kwargs):
+        raise AssertionError
+
+    model = build()
+    model.loss_function = ForCausalLMLoss
+    with pytest.raises(ModelError, match="GPT2LMHeadModel: its loss takes label_smoothing, which is not known here"):
+        gemini.nn.use_sliced_loss(model)
+
+
 @pytest.mark.parametrize(
     ("use", "message"),
     [

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE_S
 
 from gemini import _native
 from gemini.errors import ConfigError, OffloadIOError
@@ -37,6 +38,9 @@ from gemini.offload.io import (
     choose_backend,
     empty_aligned,
 )
+
+pytestmark = pytest.mark.processes
+
 
 BACKENDS = available_backends()
 READ_WRITE = IoOpenFlag.READ | IoOpenFlag.WRITE | IoOpenFlag.CREATE
@@ -232,7 +236,7 @@ def test_closing_under_load_completes_or_cancels(engine: IoEngine, tmp_path: Pat
     file = engine.open(tmp_path / "f", NEW_DIRECT)
     source = aligned_bytes(4 << 20)
     tickets = engine.submit(
-        [IoRequest(file=file, operation=IoOperation.WRITE, buffer=source, offset=(i % 16) << 22) for i in range(200)]
+        [IoRequest(file=file, operation=IoOperation.WRITE, buffer=source, offset=(i % 16) << 22) for i in range(2000)]
     )
     outcomes: list[int | None] = []
 
@@ -243,20 +247,20 @@ def test_closing_under_load_completes_or_cancels(engine: IoEngine, tmp_path: Pat
         except OffloadIOError as error:
             outcomes.append(error.errno)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 100, 199, 199)]
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 100, 1999, 1999)]
     for thread in threads:
         thread.start()
     tickets[0].wait()
     engine.close()
     for thread in threads:
-        thread.join(timeout=10)
+        thread.join(PATIENCE_S)
     assert len(outcomes) == 4
     assert set(outcomes) <= {0, errno.ECANCELED}
     assert errno.ECANCELED in outcomes
     tickets[0].wait()
     with pytest.raises(OffloadIOError, match="engine was closed before"):
-        tickets[199].wait()
-    assert tickets[199].is_done()
+        tickets[1999].wait()
+    assert tickets[1999].is_done()
 
 
 def test_closing_twice_and_from_two_threads_is_harmless(engine: IoEngine, tmp_path: Path) -> None:
@@ -266,7 +270,7 @@ def test_closing_twice_and_from_two_threads_is_harmless(engine: IoEngine, tmp_pa
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=10)
+        thread.join(PATIENCE_S)
     engine.close()
     with pytest.raises(OffloadIOError, match="it was closed before"):
         file.write(random_bytes(1), 0)

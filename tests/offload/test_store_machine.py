@@ -180,3 +180,4 @@ TestStoreAgainstADictionary = StoreMachine.TestCase
 TestStoreAgainstADictionary.settings = settings(
     max_examples=60, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
 )
+TestStoreAgainstADictionary.pytestmark = [pytest.mark.slow]

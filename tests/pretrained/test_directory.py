@@ -43,6 +43,7 @@ def adapters_in(path: Path) -> set[tuple[str, int]]:
     return {(name, int(next(iter(load_file(file).values()))[0])) for name, file in found}
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("older", "newer"),

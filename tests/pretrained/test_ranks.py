@@ -21,7 +21,7 @@ from rank_weights import (
 )
 from training_harness import same_bits
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")]
 
 
 @pytest.mark.parametrize(

@@ -226,6 +226,7 @@ with GeminiDDP(make_model(), config_for("disk", directory)) as engine:
 """
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_a_killed_run_leaves_a_recording_of_its_steps(tmp_path: Path) -> None:
     program = KILLED.format(path=[str(Path(__file__).parent), *sys.path], directory=str(tmp_path))

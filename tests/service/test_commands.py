@@ -6,14 +6,17 @@ import json
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
-from service_process import MIB, ROOT, client_process, wait_until
+from patience import PATIENCE_S
+from service_process import MIB, ROOT, client_process, running_service, wait_until
 
 from gemini.__main__ import main
 from gemini.cli.ps import format_age
 from gemini.errors import ServiceError
+
+pytestmark = pytest.mark.processes
+
 
 HOLD = 'lease = connect("job").lease(8 << 20, 1 << 20); lease.keep_file(1 << 20); say("held"); sys.stdin.read()'
 STUBBORN = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + HOLD
@@ -60,7 +63,7 @@ def test_evict_asks_a_job_to_end_and_keeps_nothing_of_it(service, capsys):
     with client_process(service, HOLD) as process:
         assert process.stdout.readline() == "held\n"
         assert command(service, "evict", "job") == 0
-        assert process.wait(10) == -15
+        assert process.wait(PATIENCE_S) == -15
         wait_until(service.holds_nothing)
 
 
@@ -68,7 +71,7 @@ def test_evict_kills_a_job_that_does_not_end(service, capsys):
     with client_process(service, STUBBORN) as process:
         assert process.stdout.readline() == "held\n"
         assert command(service, "evict", "job", "--timeout", "0.3") == 0
-        assert process.wait(10) == -9
+        assert process.wait(PATIENCE_S) == -9
         wait_until(service.holds_nothing)
 
 
@@ -101,22 +104,22 @@ def test_drain_grants_no_more_and_ends_with_the_last_job(service, capsys):
         drain = subprocess.Popen(
             [sys.executable, "-m", "gemini", "drain", "--socket", str(service.socket)], cwd=ROOT, stderr=subprocess.PIPE
         )
-        waiting.join(10)
+        waiting.join(PATIENCE_S)
         assert len(refused) == 1
         with pytest.raises(ServiceError, match="draining: it takes no new jobs"):
             service.client("new")
         assert service.process.poll() is None
-    _, errors = drain.communicate(timeout=10)
+    _, errors = drain.communicate(timeout=PATIENCE_S)
     assert (drain.returncode, errors) == (0, b"")
-    assert service.process.wait(10) == 0
+    assert service.process.wait(PATIENCE_S) == 0
 
 
 def test_drain_evicts_after_its_timeout(service, capsys):
     with client_process(service, HOLD) as process:
         assert process.stdout.readline() == "held\n"
         assert command(service, "drain", "--timeout", "0.3") == 0
-        assert process.wait(10) == -15
-        assert service.process.wait(10) == 0
+        assert process.wait(PATIENCE_S) == -15
+        assert service.process.wait(PATIENCE_S) == 0
         assert service.files() == []
 
 
@@ -132,12 +135,12 @@ def test_sigterm_leaves_jobs_with_what_they_have_and_a_later_service_finds_them(
         assert [(row.state, row.disk_nbytes) for row in service.rows("job")] == [("running", MIB)]
 
 
-def test_sigterm_without_jobs_ends_at_once_and_leaves_nothing(service):
-    service.client("job").close()
-    begin_s = time.monotonic()
-    service.terminate()
-    assert time.monotonic() - begin_s < 2
-    assert service.files() == []
+def test_sigterm_without_jobs_ends_at_once_and_leaves_nothing():
+    with running_service("--drain-timeout", str(100 * PATIENCE_S)) as service:
+        service.client("job").close()
+        service.terminate()  # and does not wait for jobs, of which there are none
+        assert service.process.returncode == 0
+        assert service.files() == []
 
 
 @pytest.mark.parametrize(
@@ -154,7 +157,7 @@ def test_sigterm_without_jobs_ends_at_once_and_leaves_nothing(service):
 )
 def test_what_is_wrong_with_the_command_line_is_said_in_one_line(tmp_path, words, text):
     serve = [sys.executable, "-m", "gemini", "serve", "--socket", str(tmp_path / "s"), *words]
-    refused = subprocess.run(serve, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
+    refused = subprocess.run(serve, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert refused.returncode == 2
     assert text in refused.stderr
     assert refused.stderr.count("\n") == 1

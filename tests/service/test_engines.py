@@ -9,7 +9,6 @@ import random
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ import engine_job
 import pytest
 import torch
 from committed_runs import Training, uninterrupted
+from patience import PATIENCE_S
 from safetensors.torch import save
 from service_process import MIB, ServiceProcess, running_service, wait_until
 from training_harness import Run
@@ -29,8 +29,12 @@ from gemini.chunk.sharding import Sharding
 from gemini.errors import CheckpointMismatchError
 from gemini.node_memory import NodeMemory
 
+pytestmark = pytest.mark.processes
+
+
 JOB = Path(engine_job.__file__)
 NUM_STEPS = 4
+NUM_STEPS_A_LIFE = 4
 
 
 @pytest.fixture
@@ -107,6 +111,7 @@ def config_nbytes(place: str, directory: Path) -> int:
     return int(budget.removesuffix("MiB")) * MIB
 
 
+@pytest.mark.slow
 def test_a_job_that_does_not_fit_beside_another_waits_for_it(tmp_path: Path) -> None:
     nbytes = config_nbytes("memory", tmp_path)
     with (
@@ -115,7 +120,7 @@ def test_a_job_that_does_not_fit_beside_another_waits_for_it(tmp_path: Path) -> 
     ):
         assert [read_step(first), read_step(first)] == [0, 1]
         with job(service, "second", "memory", tmp_path, "held") as second:
-            wait_until(lambda: [row.state for row in service.rows("second")] == ["waiting"], 60)
+            wait_until(lambda: [row.state for row in service.rows("second")] == ["waiting"])
             assert service.state().host.leased == nbytes
             first.communicate("\n" * NUM_STEPS)
             assert read_step(second) == 0
@@ -147,6 +152,7 @@ def memory_file_nbytes(processes: list[subprocess.Popen[str]]) -> int:
     return total
 
 
+@pytest.mark.slow
 def test_jobs_with_one_base_hold_one_copy_of_it(node: ServiceProcess, tmp_path: Path) -> None:
     with (
         job(node, "a", "frozen", tmp_path, "held") as a,
@@ -262,9 +268,9 @@ def test_a_job_that_does_not_want_what_is_kept_waits_for_room(node: ServiceProce
         waits = threading.Event()
         asking = threading.Thread(target=lambda: client.lease(500 * MIB, 0, on_wait=lambda reason: waits.set()))
         asking.start()
-        assert waits.wait(10)
+        assert waits.wait(PATIENCE_S)
         client.drop_kept()
-        asking.join(10)
+        asking.join(PATIENCE_S)
         assert not asking.is_alive()
 
 
@@ -300,23 +306,24 @@ def test_other_frozen_weights_than_the_kept_ones_need_room(node: ServiceProcess,
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("place", ["memory", "mixed"])
 def test_a_killed_job_goes_on_from_its_last_committed_step(place: str, node: ServiceProcess, tmp_path: Path) -> None:
-    delays = random.Random(1)
-    steps, num_steps = [0], 60
-    while True:
-        with job(node, "job", place, tmp_path, "snapshots", num_steps=num_steps) as process:
-            steps.append(read_step(process))
-            if len(steps) > 6:
-                process.communicate()
-                break
-            for _ in range(delays.randrange(1, 8)):
-                step = read_step(process)
-            time.sleep(delays.uniform(0, 0.05))
-            process.kill()
-            process.wait()
+    """It dies somewhere in its next steps, and the next one goes on."""
+    choose, num_steps = random.Random(1), NUM_STEPS_A_LIFE * 7
+    steps = [0]
+    with job(node, "probe", place, tmp_path, "snapshots", "dies=0", num_steps=NUM_STEPS_A_LIFE) as process:
+        num_events = int(process.communicate()[0].split()[-1])
+    for _ in range(6):
+        fate = f"dies={choose.randrange(1, num_events)}"
+        with job(node, "job", place, tmp_path, "snapshots", fate, num_steps=num_steps) as process:
+            said, _ = process.communicate()
+            assert process.returncode == -9
+        begin, *later = [int(line.split()[1]) for line in said.splitlines()]
+        assert begin in (steps[-1], steps[-1] + 1)  # the last commit may have become complete as the process died
+        steps.append([begin, *later][-1])
         wait_until(lambda: [row.state for row in node.rows("job")] == ["kept"])
         assert not any(path.name.startswith("step-") for path in tmp_path.iterdir())  # no checkpoint anywhere
-        assert steps[-1] < step
-    assert steps == sorted(steps)
+    with job(node, "job", place, tmp_path, "snapshots", num_steps=num_steps) as process:
+        process.communicate()
+    assert 6 < steps[-1] < num_steps
     assert_same(result_of("job", tmp_path), uninterrupted(engine_job.PLACES[place], tmp_path, num_steps))
     wait_until(node.holds_nothing)
 
@@ -357,15 +364,30 @@ def test_another_model_does_not_get_what_is_kept_and_leaves_it(node: ServiceProc
 
 @pytest.mark.slow
 def test_the_service_s_death_under_load_changes_no_bit(node: ServiceProcess, tmp_path: Path) -> None:
-    with job(node, "job", "mixed", tmp_path, "snapshots", num_steps=40) as process:
-        assert [read_step(process) for _ in range(3)] == [0, 1, 2]
+    num_steps = 1
+
+    def step() -> None:
+        nonlocal num_steps
+        process.stdin.write("\n")
+        process.stdin.flush()
+        num_steps += 1
+        assert read_step(process) == num_steps
+
+    def is_back() -> bool:
+        step()
+        return [row.state for row in node.rows("job")] == ["running"]
+
+    with job(node, "job", "mixed", tmp_path, "snapshots", "held", num_steps=1_000_000) as process:
+        assert [read_step(process) for _ in range(2)] == [0, 1]
+        step()
         node.kill()
-        assert read_step(process) == 3
+        step()
         node.start()
-        wait_until(lambda: [row.state for row in node.rows("job")] == ["running"], 30)
+        wait_until(is_back)  # and it trains meanwhile
         assert node.state().disk.leased > 0
-        process.communicate()
-    assert_same(result_of("job", tmp_path), uninterrupted(engine_job.PLACES["mixed"], tmp_path, 40))
+        step()
+        process.communicate("end\n")
+    assert_same(result_of("job", tmp_path), uninterrupted(engine_job.PLACES["mixed"], tmp_path, num_steps))
     wait_until(node.holds_nothing)
 
 

@@ -13,11 +13,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from patience import PATIENCE_S
 from prometheus_client.parser import text_string_to_metric_families
 from service_process import MIB, ServiceProcess, running_service, wait_until
 
 from gemini.errors import ConfigError
 from gemini.service.http import parse_http_address
+
+pytestmark = pytest.mark.processes
+
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -47,7 +51,7 @@ def shown() -> Iterator[tuple[ServiceProcess, str]]:
 
 
 def get(address: str, **headers: str) -> str:
-    with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=10) as answer:
+    with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=PATIENCE_S) as answer:
         return answer.read().decode()
 
 
@@ -70,7 +74,7 @@ def test_the_state_is_json(shown):
 def test_nothing_can_be_changed_and_other_names_are_refused(shown):
     request = urllib.request.Request(shown[1] + "/", data=b"x")
     with pytest.raises(urllib.error.HTTPError, match="405"):
-        urllib.request.urlopen(request, timeout=10)
+        urllib.request.urlopen(request, timeout=PATIENCE_S)
     with pytest.raises(urllib.error.HTTPError, match="403"):
         get(shown[1] + "/", Host="attacker.example")
 
@@ -97,7 +101,8 @@ def test_the_page_works_in_a_browser_and_asks_nobody_else(shown, scheme, tmp_pat
         page.goto(shown[1] + "/")
         page.wait_for_selector("#jobs td")
         text = page.inner_text("body")
-        page.wait_for_timeout(2500)
+        while len(asked) < 4:
+            page.wait_for_timeout(100)
         drawn = page.locator("svg polygon").count(), page.locator("svg polyline").count()
         page.screenshot(path=tmp_path / "page.png", full_page=True)
         browser.close()

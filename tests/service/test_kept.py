@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 
 import pytest
+from patience import PATIENCE_S
 from service_process import MIB, client_process, running_service, wait_until
 
 from gemini.errors import ServiceError
+
+pytestmark = pytest.mark.processes
+
 
 COMMIT = """
 client = connect("job")
@@ -62,7 +66,7 @@ def test_a_successor_may_drop_it(service):
     with service.client("job") as client:
         client.drop_kept()
         assert client.kept is None
-        client.lease(64 * MIB, 64 * MIB, timeout_s=5)
+        client.lease(64 * MIB, 64 * MIB, timeout_s=PATIENCE_S)
 
 
 def test_other_ranks_and_jobs_find_nothing(service):

@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
-from service_process import MIB, ROOT, ServiceProcess, client_process, wait_until
+from patience import PATIENCE_S
+from service_process import MIB, ROOT, ServiceProcess, client_process, wait_until, waits_for
 
 from gemini.errors import ServiceError
+
+pytestmark = pytest.mark.processes
 
 
 def kill_and_start(service: ServiceProcess, *options: str) -> None:
@@ -61,12 +63,11 @@ def test_nobody_gets_what_a_client_holds_that_has_not_come_back_yet(service):
         kill_and_start(service)
         assert [(row.state, row.host_nbytes) for row in service.rows("stopped")] == [("lost", 40 * MIB)]
         with service.client("new") as client:
-            with pytest.raises(ServiceError, match="of which 24.00 MiB are free"):
-                client.lease(30 * MIB, 0, timeout_s=0.3)
+            assert "of which 24.00 MiB are free" in waits_for(client, 30 * MIB)
             os.kill(process.pid, signal.SIGCONT)
             wait_until(lambda: [row.state for row in service.rows("stopped")] == ["running"])
             process.kill()
-            client.lease(64 * MIB, 0, timeout_s=10)
+            client.lease(64 * MIB, 0, timeout_s=PATIENCE_S)
 
 
 def test_shared_chunks_of_clients_that_have_not_come_back_are_counted_and_not_filled_twice(service):
@@ -83,13 +84,13 @@ sys.stdin.read()
         os.kill(process.pid, signal.SIGSTOP)
         kill_and_start(service)
         wait_until(lambda: client.is_connected)
-        with pytest.raises(ServiceError, match="of which 24.00 MiB are free"):
-            client.lease(30 * MIB, 0, timeout_s=0.2)
+        assert "of which 24.00 MiB are free" in waits_for(client, 30 * MIB)
         finding = threading.Thread(target=lambda: found.append(client.shared("weights", 40 * MIB)))
+        before = client.num_messages
         finding.start()
-        time.sleep(0.2)
+        wait_until(lambda: client.num_messages > before)
         os.kill(process.pid, signal.SIGCONT)
-        finding.join(10)
+        finding.join(PATIENCE_S)
         assert found[0].is_filled
         assert service.state().host.shared == 40 * MIB
         assert service.state().host.leased == 0
@@ -104,7 +105,7 @@ def test_shared_chunks_of_clients_that_died_meanwhile_are_free(service):
             process.kill()
             process.wait()
         service.start()
-        client.lease(64 * MIB, 0, timeout_s=10)
+        client.lease(64 * MIB, 0, timeout_s=PATIENCE_S)
 
 
 def test_what_clients_held_that_died_meanwhile_is_freed_with_its_files(service):
@@ -123,8 +124,10 @@ def test_files_that_nobody_knows_of_count_until_the_grace_is_over(service):
     service.kill()
     (service.disk / "gemini-lease-0-0123456789abcdef.swap").write_bytes(bytes(MIB))
     (service.disk / "of-somebody-else").write_bytes(b"x")
-    service.start("--grace", "1")
+    service.start("--grace", "600")
     assert service.state().disk.leased == MIB
+    assert len(service.files()) == 2
+    kill_and_start(service, "--grace", "0")
     wait_until(lambda: service.files() == ["of-somebody-else"])
     assert service.state().disk.leased == 0
 
@@ -136,10 +139,9 @@ def test_a_smaller_budget_grants_nothing_until_leases_fit(service):
         service.start("--host-budget", "32MiB")
         wait_until(lambda: old.is_connected)
         with service.client("new") as new:
-            with pytest.raises(ServiceError, match="not granted within"):
-                new.lease(MIB, 0, timeout_s=0.2)
+            assert waits_for(new, MIB)
             lease.end()
-            new.lease(MIB, 0, timeout_s=5)
+            new.lease(MIB, 0, timeout_s=PATIENCE_S)
 
 
 def test_who_waits_for_a_lease_waits_on_at_the_next_service(service):
@@ -152,7 +154,7 @@ def test_who_waits_for_a_lease_waits_on_at_the_next_service(service):
         kill_and_start(service)
         wait_until(lambda: [row.state for row in service.rows("waits")] == ["waiting"])
         lease.end()
-        waiting.join(10)
+        waiting.join(PATIENCE_S)
         assert granted[0].host_nbytes == 40 * MIB
 
 
@@ -193,7 +195,7 @@ def test_a_manifest_that_cannot_be_read_is_no_manifest(service):
 def test_one_service_at_a_time_has_a_socket_and_a_directory(service):
     for socket, lock in ((service.socket, "socket.lock"), (service.directory / "other", "disk/.gemini-service.lock")):
         command = [sys.executable, "-m", "gemini", "serve", "--socket", str(socket), *service.options]
-        refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
+        refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
         assert refused.returncode == 2
         assert f"{lock} is locked: another service is at work there" in refused.stderr
 
@@ -211,14 +213,14 @@ kept = mmap.mmap(lease.keep_file(1 << 20), 1 << 20)
 weights = mmap.mmap(chunk.fd, 1 << 20, prot=mmap.PROT_READ)
 say("begins")
 step = 0
-while not os.path.exists(sys.argv[2]):
+while step < 30 or not os.path.exists(sys.argv[2]):
     step += 1
     kept[:8] = step.to_bytes(8, "little")
     os.pwrite(lease.disk.fd, kept[:8], 0)
     assert os.pread(lease.disk.fd, 8, 0) == kept[:8]
     assert weights[step % (1 << 20)] == ord("w")
     lease.set_meta(str(step).encode())
-    time.sleep(0.002)
+    time.sleep(0.002)  # leaves the processor to the others
 say(step, int.from_bytes(kept[:8], "little"))
 while not client.is_connected: time.sleep(0.01)
 client.close()
@@ -235,8 +237,8 @@ client.close()
     stop.touch()
     for process in processes:
         steps, last = process.stdout.readline().split()
-        assert int(steps) == int(last) > 20
-        assert process.wait(10) == 0
+        assert int(steps) == int(last) >= 30
+        assert process.wait(PATIENCE_S) == 0
     for worker in workers:
         worker.__exit__(None, None, None)
     wait_until(service.holds_nothing)
@@ -250,5 +252,5 @@ def test_what_was_given_back_while_no_service_was_there_is_free_when_the_job_ask
     client.close()
     service.start()
     with service.client("job") as client:
-        client.lease(40 * MIB, 0, timeout_s=5)
+        client.lease(40 * MIB, 0, timeout_s=PATIENCE_S)
         assert service.state().host.leased == 40 * MIB

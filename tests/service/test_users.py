@@ -6,13 +6,14 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from patience import PATIENCE_S
 from service_process import MIB, ServiceProcess, client_process, running_service, wait_until
 
 from gemini.errors import ServiceError
 
 OTHER = 54321
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to act as another user")
+pytestmark = [pytest.mark.processes, pytest.mark.skipif(os.geteuid() != 0, reason="needs root to act as another user")]
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def open_service() -> Iterator[ServiceProcess]:
 def as_other(service: ServiceProcess, code: str) -> str:
     """Run code as another user; return what it says."""
     with client_process(service, f"os.setgroups([]); os.setgid({OTHER}); os.setuid({OTHER})\n" + code) as process:
-        said, _ = process.communicate(timeout=20)
+        said, _ = process.communicate(timeout=PATIENCE_S)
     return said
 
 
@@ -50,7 +51,7 @@ def test_a_group_can_be_let_in():
         assert as_other(service, REFUSED.format(what='connect("job")')).startswith("NoServiceError")
         code = f"import grp; os.setgroups([grp.getgrnam('nogroup').gr_gid]); os.setgid({OTHER}); os.setuid({OTHER})\n"
         with client_process(service, code + REFUSED.format(what='connect("job")')) as process:
-            assert process.communicate(timeout=20)[0] == "done\n"
+            assert process.communicate(timeout=PATIENCE_S)[0] == "done\n"
 
 
 def test_one_job_name_of_two_users_is_two_jobs(open_service):

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from patience import PATIENCE_S, wait_until
 
 from gemini.errors import ServiceError
 from gemini.service import ServiceClient
@@ -19,15 +21,23 @@ from gemini.service.messages import MemberRow, NodeState
 from gemini.service.visitor import Visitor
 
 MIB = 1 << 20
-START_TIMEOUT_S = 20.0
 ROOT = Path(__file__).parent.parent.parent
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    until_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < until_s, "it has not become so"
-        time.sleep(0.01)
+def waits_for(client: ServiceClient, host_nbytes: int, **options: Any) -> str:
+    """Ask for memory that is not granted; return what the service says is waited for, and withdraw."""
+
+    class Told(Exception):
+        pass
+
+    def withdraw(reason: str) -> None:
+        raise Told(reason)
+
+    try:
+        client.lease(host_nbytes, 0, on_wait=withdraw, **options)
+    except Told as told:
+        return str(told)
+    raise AssertionError("it was granted")
 
 
 class ServiceProcess:
@@ -61,7 +71,7 @@ class ServiceProcess:
                 return False
             return True
 
-        wait_until(answers, START_TIMEOUT_S)
+        wait_until(answers)
         return self.process
 
     def kill(self) -> None:
@@ -71,7 +81,7 @@ class ServiceProcess:
     def terminate(self) -> str:
         """Tell it to end; return what it has logged."""
         self.process.terminate()
-        self.process.wait(20)
+        self.process.wait(PATIENCE_S)
         return self.log.read_text()
 
     def client(self, job: str, **options: int) -> ServiceClient:

@@ -21,6 +21,7 @@ import pytest
 import torch
 from faults import FAILING_DEVICE, FULL_DEVICE, flip_bit, mounted, redirected, run_program
 from model_zoo import Tower, square, vector_batch
+from patience import PATIENCE_S
 from training_harness import Case, config_for, hybrid_adam, same_bits, step, train_gemini
 
 from gemini import (
@@ -276,7 +277,7 @@ def test_a_killed_update_thread_is_reported_and_its_state_declared_lost(overlap:
         with pytest.raises(GeminiError, match="the thread that updates weights has ended") as caught:
             train_two_more(engine, optimizer, second, third)
         assert isinstance(caught.value, (WorkerError, ModelError))
-        thread.join(10)
+        thread.join(PATIENCE_S)
         assert not thread.is_alive()
         with pytest.raises(GeminiError):
             step(engine, optimizer, TOWER, second)

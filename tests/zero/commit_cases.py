@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from fate import Fate, Fated
+from patience import PATIENCE_S
 from rank_cases import case_of, cut_batch, global_batches, sharded
 from training_harness import hybrid_adam
 
@@ -27,7 +29,8 @@ def go_on(
     place: str = "host",
     directory: Path | None = None,
     frozen: str | None = None,
-    started: Connection | None = None,
+    parent: Connection | None = None,
+    fate: Fate | None = None,
     ending: str | None = None,
     odd_rank: int = 0,
     closes: bool = False,
@@ -38,7 +41,8 @@ def go_on(
     Args:
         end: the step.
         num_steps: of the whole training, for its batches.
-        started: is told the step it begins after, and when it has committed another one.
+        parent: is told the step it begins after, and how many calls and returns training takes.
+        fate: where it is killed; it trains on until then. For a rank with a parent.
         ending: how it ends, as if it were killed: "unpublished", all but the odd rank have published the last commit;
             "dropped", the odd rank has dropped it; "all dropped"; "dropped, unpublished", all but the odd rank have
             published another one after that.
@@ -48,14 +52,16 @@ def go_on(
     rank, world_size = dist.get_rank(), dist.get_world_size()
     case = case_of(model, frozen=frozen)
     batches = global_batches(case, num_steps, world_size)
+    fated = None if parent is None else Fated(fate, parent.send, parent.recv)
     with sharded(case, stage=stage, place=place, directory=directory, **fields) as engine:
         torch.manual_seed(2 + rank)
         optimizer = hybrid_adam(engine.parameters())
         first, losses = 0, []
         if engine.recovered is not None:
             first, losses = engine.recover().extra
-        if started is not None:
-            started.send(first)
+        if fated is not None:
+            parent.send(first)
+            fated.begin()
         for step in range(first, end):
             loss = case.loss(engine(**cut_batch(batches[step], rank, world_size)))
             loss.backward()
@@ -67,8 +73,10 @@ def go_on(
                     publish(engine, losses)
             elif engine.runtime.journal is not None:
                 engine.commit(extra=[step + 1, losses])
-            if started is not None and step == first:
-                started.send(step + 1)
+            if fated is not None:
+                fated.end_step()
+        if fated is not None:
+            parent.send(fated.end())
         if ending is not None and "dropped" in ending:
             engine.runtime.finish_updates()
             if rank == odd_rank or "all" in ending or "," in ending:
@@ -121,10 +129,12 @@ def be_interrupted(*, model: str, directory: Path, **fields: Any) -> list[str]:
         return found
 
 
-def serve_rank(rank: int, world_size: int, rendezvous: Path, started: Connection, result: Path, case: Any) -> None:
+def serve_rank(rank: int, world_size: int, rendezvous: Path, parent: Connection, result: Path, case: Any) -> None:
     """Be a rank, in a process that may be killed; leave what came of it in a file."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(rendezvous), world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=20))
-    torch.save(go_on(started=started, **case), result)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=PATIENCE_S)
+    )
+    torch.save(go_on(parent=parent, **case), result)
     dist.destroy_process_group()

@@ -16,8 +16,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-CASE_TIMEOUT_S = 90.0
-GROUP_TIMEOUT_S = 30.0
+from patience import PATIENCE_S
+
+CASE_TIMEOUT_S = 0.9 * PATIENCE_S
+GROUP_TIMEOUT_S = 0.3 * PATIENCE_S
 AGREED_ERRORS = {"ConfigError", "ModelError", "OffloadIOError"}
 """What construction raises once all ranks know that one of them cannot go on."""
 
@@ -101,7 +103,7 @@ class RankGroup:
         try:
             return connection.recv()
         except EOFError:
-            self.processes[rank].join(5)
+            self.processes[rank].join(PATIENCE_S)
             code = self.processes[rank].exitcode
             return Failure("Died", f"exit code {code}", f"rank {rank} died with exit code {code}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import tempfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,15 +12,23 @@ from typing import Any
 import pytest
 import torch
 from commit_cases import Outcome, be_interrupted, go_on, serve_rank
+from fate import Fate, draw_fate, end_of, receive
 from forking import fork_context
+from patience import wait_until
 from rank_pool import RankPool
-from service_process import ServiceProcess, running_service, wait_until
+from service_process import ServiceProcess, running_service
 
 from gemini import StaticPlacement
 from gemini.offload.commit_file import CommitFile
 
+pytestmark = pytest.mark.processes
+
+
 NUM_STEPS = 5
 NUM_KILLS = 20
+NUM_STEPS_A_LIFE = 3
+"""Each group of processes is killed within so many."""
+MOST_STEPS = NUM_STEPS_A_LIFE * (NUM_KILLS + 1) + 2
 MIXED = {"placement": StaticPlacement(param_nvme=0.5, state_nvme=0.7, grad_nvme=0.5), "prefetch_depth": 0}
 
 
@@ -67,6 +74,7 @@ def test_ranks_go_on_where_others_were_closed(
     wait_until(node.holds_nothing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("odd_rank", [0, 1])
 @pytest.mark.parametrize(
     ("ending", "end", "expected_first"),
@@ -127,42 +135,49 @@ def test_a_commit_of_which_a_rank_did_not_hear_the_end_is_its_last(
 def test_ranks_that_are_killed_go_on_together(
     ranks: RankPool, node: ServiceProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One is killed at a random moment, and the others with it, as torchrun does."""
-    num_steps, world_size = 60, 2
+    """One is killed where it was drawn, and the others with it, as torchrun does."""
+    world_size = 2
     context, choose = fork_context(monkeypatch), random.Random(3)
-    case = {"model": "tower", "num_steps": num_steps, "directory": tmp_path, "place": "nvme", **MIXED}
-    steps = [0]
-    for number in range(NUM_KILLS + 1):
+    case = {"model": "tower", "num_steps": MOST_STEPS, "directory": tmp_path, "place": "nvme", **MIXED}
+
+    def live(end: int, fates: list[Fate | None]) -> tuple[int, list[Any]]:
+        """Let ranks train; return the step they began after and what they said then, if they were not killed."""
         with tempfile.TemporaryDirectory() as rendezvous:
             pipes = [context.Pipe() for _ in range(world_size)]
-            arguments = {**case, **served(node), "end": num_steps, "closes": True}
-            processes = [
-                context.Process(
-                    target=serve_rank,
-                    args=(rank, world_size, Path(rendezvous) / "file", theirs, tmp_path / f"{rank}.pt", arguments),
+            processes = []
+            for rank, (_, theirs) in enumerate(pipes):
+                arguments = {**case, **served(node), "end": end, "fate": fates[rank], "closes": end == MOST_STEPS}
+                path = tmp_path / f"{rank}.pt"
+                process = context.Process(
+                    target=serve_rank, args=(rank, world_size, Path(rendezvous) / "file", theirs, path, arguments)
                 )
-                for rank, (_, theirs) in enumerate(pipes)
-            ]
-            for process in processes:
                 process.start()
-            for ours, theirs in pipes:
                 theirs.close()
-                assert ours.poll(60)
-            (step,) = {ours.recv() for ours, _ in pipes}
-            steps.append(step)
-            if number < NUM_KILLS:
-                if number % 3 == 0:
-                    assert [ours.recv() for ours, _ in pipes] == [step + 1] * world_size
-                time.sleep(choose.uniform(0, 0.1))
-                choose.shuffle(processes)
-                for process in processes:
-                    process.kill()
-                    time.sleep(choose.choice((0, 0.005)))
+                processes.append(process)
+            (step,) = {receive(ours) for ours, _ in pipes}
+            victim = next((rank for rank, fate in enumerate(fates) if fate is not None), None)
+            if victim is None:
+                said = [end_of(process, ours) for process, (ours, _) in zip(processes, pipes, strict=True)]
+                assert [process.exitcode for process in processes] == [0] * world_size
+                return step, said
+            end_of(processes[victim], pipes[victim][0])
+            assert processes[victim].exitcode == -9
             for process in processes:
+                process.kill()
                 process.join()
-                assert process.exitcode == (-9 if number < NUM_KILLS else 0)
+                assert process.exitcode != 0  # killed, or it has heard of the other's end before
+            return step, []
+
+    steps = [0]
+    _, said = live(NUM_STEPS_A_LIFE, [None] * world_size)
+    num_events = min(number for (number,) in said)
+    for _ in range(NUM_KILLS):
+        fates = [draw_fate(choose, num_events), *[None] * (world_size - 1)]
+        choose.shuffle(fates)
+        steps.append(live(MOST_STEPS - 1, fates)[0])
+    steps.append(live(MOST_STEPS, [None] * world_size)[0])
     assert steps == sorted(steps)
-    assert 5 < steps[-1] < num_steps
+    assert NUM_KILLS // 3 < steps[-1] < MOST_STEPS
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
-    assert_same(found, ranks.run(world_size, go_on, end=num_steps, **case))
+    assert_same(found, ranks.run(world_size, go_on, end=MOST_STEPS, **case))
     wait_until(node.holds_nothing)

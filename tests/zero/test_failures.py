@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from failing_ranks import build_on_ranks, train_until_fault
+from fate import receive
+from patience import PATIENCE_S
 from rank_cases import differ_from_others
 from rank_pool import Failure, RankGroup, RankPool
 
-TIMEOUT_S = 15.0
+pytestmark = pytest.mark.processes
+
+
+TIMEOUT_S = 0.15 * PATIENCE_S
 """Of groups whose ranks are killed: more than a busy machine may keep a living rank waiting."""
-STALL_TIMEOUT_S = 6.0
+STALL_TIMEOUT_S = 0.06 * PATIENCE_S
 
 
 @contextmanager
@@ -38,9 +42,7 @@ def failures_of(results: list[Any], ranks: list[int]) -> list[Failure]:
 @pytest.mark.parametrize("when", ["forward", "backward", "step"])
 def test_a_killed_rank_ends_the_others(when, tmp_path):
     with group_of(3) as group:
-        start_s = time.monotonic()
         results = group.call(train_until_fault, {"fault": "kill", "when": when, "directory": tmp_path})
-        assert time.monotonic() - start_s < TIMEOUT_S + 6
     assert results[2].type_name == "Died"
     for failure in failures_of(results, [0, 1]):
         assert failure.type_name == "CollectiveError"
@@ -51,18 +53,16 @@ def test_a_killed_rank_ends_the_others(when, tmp_path):
 
 def test_a_stalled_rank_ends_the_others_within_the_timeout(tmp_path):
     with group_of(2, STALL_TIMEOUT_S) as group:
-        start_s = time.monotonic()
         for connection in group.connections:
             connection.send((train_until_fault, {"fault": "stall", "when": "forward", "directory": tmp_path}))
-        assert group.connections[0].poll(STALL_TIMEOUT_S + 6)
-        results = [group.connections[0].recv()]
-        assert time.monotonic() - start_s < STALL_TIMEOUT_S + 6
+        results = [receive(group.connections[0])]  # the other never says anything again
     (failure,) = failures_of(results, [0])
     assert failure.type_name == "CollectiveError"
     assert "all-gather of chunk" in failure.message
     assert "no word from rank 1" in failure.message
 
 
+@pytest.mark.slow
 def test_an_engine_that_lost_a_rank_refuses_to_go_on(tmp_path):
     with group_of(2) as group:
         results = group.call(train_until_fault, {"fault": "kill", "when": "step", "directory": tmp_path, "again": True})
@@ -70,6 +70,7 @@ def test_an_engine_that_lost_a_rank_refuses_to_go_on(tmp_path):
     assert "this group has failed before: " in failure.message
 
 
+@pytest.mark.slow
 def test_a_rank_that_closes_its_engine_early_is_named(tmp_path):
     with group_of(3) as group:
         results = group.call(train_until_fault, {"fault": "leave", "when": "", "directory": tmp_path})
@@ -79,6 +80,7 @@ def test_a_rank_that_closes_its_engine_early_is_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_ranks_that_go_different_ways_are_told_where_the_others_were(tmp_path):
     with group_of(2, STALL_TIMEOUT_S) as group:
         results = group.call(train_until_fault, {"fault": "skip", "when": "", "directory": tmp_path})

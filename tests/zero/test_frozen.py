@@ -16,12 +16,16 @@ from frozen_cases import (
     train_while_the_first_rank_dies,
     write_behind_the_engine,
 )
+from patience import PATIENCE_S
 from rank_cases import case_of, train_sharded
 from rank_pool import RankGroup, RankPool
 from training_harness import same_bits
 
 from gemini import MemoryTier
 from gemini.offload.memory_file import F_SEAL_FUTURE_WRITE
+
+pytestmark = pytest.mark.processes
+
 
 KIB = 1 << 10
 HOST = MemoryTier.HOST
@@ -119,7 +123,7 @@ def test_only_the_rank_that_writes_them_draws_first_values(ranks: RankPool):
 
 
 def test_the_weights_outlive_the_rank_that_made_them():
-    group = RankGroup(2, timeout_s=4.0)
+    group = RankGroup(2, timeout_s=0.15 * PATIENCE_S)
     results = group.call(train_while_the_first_rank_dies, {})
     group.close()
     assert results[0].type_name == "Died"

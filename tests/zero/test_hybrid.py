@@ -20,6 +20,8 @@ from training_harness import distance, same_bits
 
 from gemini.tiers import MemoryTier
 
+pytestmark = pytest.mark.processes
+
 
 @STAGES
 @pytest.mark.parametrize("place", ["host", "mixed"])
@@ -42,6 +44,7 @@ def test_a_mesh_with_one_rank_in_a_dimension_trains_alike(mesh, ranks: RankPool)
     assert_trains_alike(agreed(fits), alone("tower", world_size), world_size)
 
 
+@pytest.mark.slow
 def test_one_replica_has_the_bits_of_a_plain_group(ranks: RankPool):
     plain, hybrid = (agreed(ranks.run(3, train_sharded, model="tower", mesh=mesh)) for mesh in (None, (1, 3)))
     assert same_bits(hybrid.weights, plain.weights)
@@ -97,6 +100,7 @@ def test_replicas_agree_once_a_step_and_exchange_twice_a_chunk(ranks: RankPool):
         assert counts == {"gather_values": 1, "exchange": 2 * num_chunks}
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_all_replicas(tmp_path):
     with group_of(4) as group:
         arguments = {"fault": "kill", "when": "backward", "directory": tmp_path, "mesh": (2, 2)}

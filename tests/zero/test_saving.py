@@ -12,7 +12,10 @@ from training_harness import config_for, hybrid_adam, same_bits
 from gemini import GeminiDDP
 from gemini.checkpoint.directory import complete_checkpoints
 
+pytestmark = pytest.mark.processes
 
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "stage", "place"), [(2, 3, "mixed"), (3, 3, "host"), (2, 1, "nvme")])
 def test_a_loaded_checkpoint_goes_on_with_the_same_bits(world_size, stage, place, ranks: RankPool, tmp_path):
     directory = None if place == "host" else tmp_path
@@ -73,6 +76,7 @@ def test_each_rank_gets_its_own_buffers_back(ranks: RankPool, tmp_path):
     assert ranks.run(2, keep_buffers, directory=tmp_path) == [(True, False)] * 2
 
 
+@pytest.mark.slow
 def test_checkpoints_do_not_depend_on_the_number_of_ranks(ranks: RankPool, tmp_path):
     """Saved by three ranks on disk, loaded by two in host memory in another stage, by one, and by four."""
     fields = {"stage": 3, "directory": tmp_path / "run"}

@@ -49,6 +49,7 @@ def test_llama_trains_as_one_process(stage, place, sizes, ranks: RankPool, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 2), (1, 2)], ids=str)
 def test_partial_gradients_are_summed_over_tensor_ranks(sizes, ranks: RankPool):
     world_size = torch.Size(sizes).numel()
@@ -71,6 +72,7 @@ def test_an_overflow_in_one_part_skips_the_step_on_all(ranks: RankPool):
     assert all(same_bits(result["weights"], results[0]["weights"]) for result in results)
 
 
+@pytest.mark.slow
 def test_checkpoints_are_whole_and_go_on_with_the_same_bits(ranks: RankPool, tmp_path):
     results = ranks.run(4, save_and_load_divided, sizes=(2, 2), directory=tmp_path)
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "saved")  # which the first rank alone writes
@@ -85,6 +87,7 @@ def test_checkpoints_are_whole_and_go_on_with_the_same_bits(ranks: RankPool, tmp
         assert same_bits(engine.master_state_dict(), results[0]["saved"]["model"])
 
 
+@pytest.mark.slow
 def test_checkpoints_do_not_depend_on_how_parameters_are_divided(ranks: RankPool, tmp_path):
     saved = ranks.run(4, save_checkpoint_divided, sizes=(2, 2), directory=tmp_path)
     resumed = ranks.run(4, resume_checkpoint_divided, sizes=(2, 2), directory=tmp_path)

@@ -1,0 +1,40 @@
+"""Whether a library still has what a class of ours overrides: a method under another name would never be called."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from importlib.metadata import PackageNotFoundError, version
+from types import FunctionType
+
+from gemini.errors import MissingLibraryError
+
+__all__ = ["check_seams"]
+
+
+def check_seams(ours: type, theirs: type, *, added: Collection[str] = ()) -> None:
+    """Make sure that every method and property of a class overrides one of another's.
+
+    Args:
+        ours: the class that overrides.
+        theirs: the library's, of which it is or will be a subclass.
+        added: names of methods and properties of ours that the library does not know.
+
+    Raises:
+        MissingLibraryError: the library has no such method or property: it is of a version that is not supported.
+    """
+    kinds = (FunctionType, property, staticmethod, classmethod)
+    names = [name for name, value in vars(ours).items() if isinstance(value, kinds) and name not in added]
+    missing = [name for name in names if not hasattr(theirs, name)]
+    if missing:
+        library = theirs.__module__.partition(".")[0]
+        raise MissingLibraryError(
+            f"{ours.__module__} needs {theirs.__name__}.{missing[0]}, which {library} {_version_of(library)} does not "
+            f"have: install another version of {library}; constraints.txt in the sources names one that works"
+        )
+
+
+def _version_of(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "(of unknown version)"
