@@ -24,6 +24,7 @@ from gemini.errors import (
     OutOfTierMemoryError,
     RecordingError,
     ServiceError,
+    SkippedStepsError,
     WorkerError,
 )
 
@@ -70,6 +71,7 @@ __all__ = [
     "PlacementPlan",
     "RecordingError",
     "ServiceError",
+    "SkippedStepsError",
     "StaticPlacement",
     "StepFlops",
     "StopOnSignals",

@@ -162,8 +162,7 @@ class GeminiDDP(torch.nn.Module):
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Clip the gradients at hand by their global L2 norm, as `torch.nn.utils.clip_grad_norm_` does.
 
-        torch's own function finds no gradients, because they do not wait in `.grad`. The factor is applied by the next
-        optimizer step.
+        torch's own finds no gradients, which do not wait in `.grad`. The next optimizer step applies the factor.
 
         Args:
             max_norm: largest norm allowed.
@@ -181,9 +180,10 @@ class GeminiDDP(torch.nn.Module):
         """Drop the gradients at hand.
 
         Args:
-            set_to_none: accepted for compatibility; gradients never wait in `.grad`.
+            set_to_none: False: as in torch, the next step updates all parameters that have had a gradient since they
+                were last set to None, with zeros where nothing comes.
         """
-        self._runtime.clear_gradients()
+        self._runtime.clear_gradients(set_to_none=set_to_none)
 
     def memory_report(self, *, profile: HardwareProfile | None = None, flops: StepFlops | None = None) -> MemoryReport:
         """Return bytes per tier, formula beside measurement, and what the moves have cost.

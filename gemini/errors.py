@@ -29,6 +29,7 @@ __all__ = [
     "OutOfTierMemoryError",
     "RecordingError",
     "ServiceError",
+    "SkippedStepsError",
     "WorkerError",
     "naming_file",
 ]
@@ -72,6 +73,10 @@ class HeapUnavailableError(GeminiError, RuntimeError):
 
 class MissingLibraryError(GeminiError, ImportError):
     """A library that `gemini.integrations` works with is not installed, or cannot be imported."""
+
+
+class SkippedStepsError(GeminiError, FloatingPointError):
+    """Too many optimizer steps in a row were skipped because their gradients were infinite or NaN."""
 
 
 class CheckpointError(GeminiError, RuntimeError):

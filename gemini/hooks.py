@@ -6,40 +6,35 @@ Hooks sit on the modules of units and on the model itself, so that the user may 
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from types import FrameType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from gemini.chunk.tensor_parallel import is_dtensor
+from gemini.engine_access import EngineAccess
 from gemini.errors import ModelError
 from gemini.gradient_sink import GradientPlace, GradientUse, attach_sink, detach_sink, sink_of
+from gemini.module_calls import disable_compile, is_called_within_itself, is_compiled
 from gemini.outputs import map_tensors
 from gemini.parameter_uses import embedding, separate_use
 from gemini.sliced_call import GradientSums
 
 __all__ = ["HookSet", "RuntimeEvents"]
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
 _LOOKUPS = (torch.nn.Embedding, torch.nn.EmbeddingBag)
-_CALL_CODE = torch.nn.Module._call_impl.__code__
-
-
-def _disable_compile(function: _Function) -> _Function:
-    """Keep a hook out of torch.compile's graphs."""
-    return torch.compiler.disable(function)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class RuntimeEvents(Protocol):
     """What the hooks tell."""
+
+    access: EngineAccess
+    """Held by the thread that runs the model, or a unit of it."""
 
     def begin_forward(self) -> None:
         """Handle the start of the outermost forward of the model."""
@@ -133,9 +128,9 @@ class HookSet:
             unit_modules: module of each unit but the root's.
             params: trainable parameters.
         """
-        self._is_model_compiled = _is_compiled(root)
+        self._is_model_compiled = is_compiled(root)
         self._compiled_units = {
-            unit_id for unit_id, module in unit_modules.items() if any(map(_is_compiled, module.modules()))
+            unit_id for unit_id, module in unit_modules.items() if any(map(is_compiled, module.modules()))
         }
         self._owners = [
             (module, name, param)
@@ -173,7 +168,7 @@ class HookSet:
             self._sinks[param] = sink = _Sink(param, self._events, sums)
             attach_sink(param, sink)
         unwatched = [unit_modules[unit_id] for unit_id in self._compiled_units]
-        unwatched += [module for module in root.modules() if _is_compiled(module)]
+        unwatched += [module for module in root.modules() if is_compiled(module)]
         unseen = {id(param) for module in unwatched for param in module.parameters()}
         num_names = Counter(id(param) for _, _, param in self._owners)
         for param, sink in self._sinks.items():
@@ -183,27 +178,27 @@ class HookSet:
 
     def abort(self) -> None:
         """Undo what a forward that was interrupted has begun; torch runs no hooks for a KeyboardInterrupt."""
-        if not self._depth and not self._entered:
+        if (not self._depth and not self._entered) or not self._events.access.is_ours:
             return
         self._depth = 0
         self._entered.clear()
         self._mode.reset()
         self._events.abort_forward()
+        self._events.access.release()
 
     @contextmanager
     def recomputing(self, unit_id: int) -> Iterator[None]:
         """Keep a unit's weights usable in backward while the context is open, and fetch what comes next."""
-        self._events.enter_unit(unit_id)
-        self._note_moment("enter", unit_id)
-        self._entered.append(unit_id)
-        self._watch()
+        try:
+            self._enter_unit(unit_id)
+        except BaseException:
+            self._release()
+            raise
         try:
             yield
         finally:
             self._mode.pause()
-            self._entered.pop()
-            self._note_moment("leave", unit_id)
-            self._events.exit_unit(unit_id)
+            self._leave_unit(unit_id)
 
     def num_updates_of(self, unit_id: int) -> int:
         """Return how often the optimizer has changed a unit's weights."""
@@ -225,10 +220,12 @@ class HookSet:
 
     # The hooks below are kept out of torch.compile's graphs: a compiled block runs between them.
 
-    @_disable_compile
+    @disable_compile
     def _before_model(self, module: torch.nn.Module, args: Any) -> None:
-        if self._depth == 0 or not _is_called_within_itself(module):
+        self._events.access.claim("a forward")
+        if self._depth == 0 or not is_called_within_itself(module):
             self.abort()
+            self._events.access.claim("a forward")
         if self._depth == 0:
             self._mode.pause()
             self._check_owners()
@@ -238,9 +235,10 @@ class HookSet:
         self._depth += 1
         self._watch()
 
-    @_disable_compile
+    @disable_compile
     def _after_model(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
-        if self._depth == 0:  # the pre-hook failed before it had begun anything
+        if self._depth == 0 or not self._events.access.is_ours:  # the pre-hook failed before it had begun anything
+            self._release()
             return None
         self._depth -= 1
         if self._depth:
@@ -250,26 +248,41 @@ class HookSet:
         output = self._events.wrap_outputs(self._own_outputs(output))
         self._events.end_forward()
         self._note_moment("leave", 0)
+        self._release()
         return output
 
-    def _unit_hooks(self, unit_id: int, *, reads_weights: bool) -> tuple[Callable[..., None], Callable[..., Any]]:
-        @_disable_compile
-        def before(module: torch.nn.Module, args: Any) -> None:
-            self._mode.pause()  # first, or it would see the engine itself handle parameters
-            self._events.enter_unit(unit_id)
-            self._note_moment("enter", unit_id)
-            self._entered.append(unit_id)
-            self._watch()
+    def _enter_unit(self, unit_id: int) -> None:
+        self._events.access.claim("a forward")
+        self._mode.pause()  # or it would see the engine itself handle parameters
+        self._events.enter_unit(unit_id)
+        self._note_moment("enter", unit_id)
+        self._entered.append(unit_id)
+        self._watch()
 
-        @_disable_compile
+    def _leave_unit(self, unit_id: int) -> None:
+        self._entered.pop()
+        self._note_moment("leave", unit_id)
+        self._events.exit_unit(unit_id)
+        self._release()
+
+    def _release(self) -> None:
+        """Let other threads use the engine if nothing of it is running here."""
+        if not self._depth and not self._entered and self._events.access.is_ours:
+            self._events.access.release()
+
+    def _unit_hooks(self, unit_id: int, *, reads_weights: bool) -> tuple[Callable[..., None], Callable[..., Any]]:
+        @disable_compile
+        def before(module: torch.nn.Module, args: Any) -> None:
+            self._enter_unit(unit_id)
+
+        @disable_compile
         def after(module: torch.nn.Module, args: Any, output: Any) -> Any:
-            if not self._entered or self._entered[-1] != unit_id:
+            if not self._entered or self._entered[-1] != unit_id or not self._events.access.is_ours:
+                self._release()
                 return None  # the pre-hook failed before it had entered the unit
             self._mode.pause()
             output = self._own_outputs(output)
-            self._entered.pop()
-            self._note_moment("leave", unit_id)
-            self._events.exit_unit(unit_id)
+            self._leave_unit(unit_id)
             self._watch_backward(unit_id, output, reads_weights=reads_weights)
             self._watch()
             return output
@@ -474,18 +487,3 @@ class _ForeignUseMode(TorchFunctionMode):
         if func.__name__ == "__get__":
             return getattr(func.__self__, "__name__", "") in self._VIEW_PROPERTIES
         return func.__name__ not in self._METADATA
-
-
-def _is_compiled(module: torch.nn.Module) -> bool:
-    """Return whether torch.compile runs a module, in either of its two forms."""
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-
-
-def _is_called_within_itself(module: torch.nn.Module) -> bool:
-    """Return whether an outer call of a module that is being called is still running, rather than interrupted."""
-    frame: FrameType | None = sys._getframe()
-    num_calls = 0
-    while frame is not None and num_calls < 2:
-        num_calls += frame.f_code is _CALL_CODE and frame.f_locals["self"] is module
-        frame = frame.f_back
-    return num_calls == 2

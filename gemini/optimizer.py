@@ -147,7 +147,8 @@ class HybridAdam(torch.optim.Optimizer):
             OffloadIOError: state could not be read or written. Or a checkpoint, which was being saved since the last
                 step: then nothing has happened, and another call goes on.
             CheckpointError: such a checkpoint was lost on another rank.
-            ModelError: the engine was closed.
+            ModelError: the engine was closed, or is in use by another thread.
+            SkippedStepsError: too many steps in a row had gradients that are not finite.
             ConfigError: a group's hyper-parameters are out of range, or another rank's differ, or a newer optimizer has
                 taken the engine over.
         """
@@ -163,6 +164,11 @@ class HybridAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             _check_group(group)
         runtime.check_usable()
+        with runtime.access.using("optimizer.step()"):
+            self._take_step(runtime)
+        return loss
+
+    def _take_step(self, runtime: Runtime) -> None:
         runtime.saving.finish()  # before gradients are scaled, which happens once
         params = [(group, p) for group in self.param_groups for p in group["params"]]
         if runtime.sharding is not None:
@@ -170,10 +176,8 @@ class HybridAdam(torch.optim.Optimizer):
         norm = runtime.gradient_norm([self._slots[id(p)] for _, p in params])
         self.last_grad_norm = norm
         if not math.isfinite(norm):
-            runtime.skip_update(
-                "a gradient is infinite or NaN, as it is if the loss reads weights outside of the model's forward"
-            )
-            return loss
+            runtime.skip_update()
+            return
         if self.max_grad_norm is not None:
             runtime.clip(norm, self.max_grad_norm)
         with_gradient = runtime.gradients.names()
@@ -181,7 +185,6 @@ class HybridAdam(torch.optim.Optimizer):
         runtime.update(self._segments(updated))
         for _, param in updated:
             self.state[param]["step"] = self._next_step_of(param)
-        return loss
 
     def expected_segments(self, chunk_id: int) -> tuple[AdamSegment, ...]:
         """Return what the next step will do to a chunk, if all its parameters get a gradient; see StepPlanner."""
@@ -216,9 +219,10 @@ class HybridAdam(torch.optim.Optimizer):
         """Drop the gradients at hand.
 
         Args:
-            set_to_none: accepted for compatibility; gradients never wait in `.grad`.
+            set_to_none: False: as in torch, the next step updates all parameters that have had a gradient since they
+                were last set to None, with zeros where nothing comes.
         """
-        self.runtime.clear_gradients()
+        self.runtime.clear_gradients(set_to_none=set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in torch.optim.AdamW's form: `step`, `exp_avg` and `exp_avg_sq` per parameter.
