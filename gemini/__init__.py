@@ -18,6 +18,7 @@ from gemini.errors import (
     GeminiError,
     HeapUnavailableError,
     IllegalTransitionError,
+    MissingCheckpointError,
     MissingLibraryError,
     ModelError,
     OffloadIOError,
@@ -25,6 +26,7 @@ from gemini.errors import (
     RecordingError,
     ServiceError,
     SkippedStepsError,
+    TensorError,
     WorkerError,
 )
 
@@ -63,6 +65,7 @@ __all__ = [
     "LoadingReport",
     "MemoryReport",
     "MemoryTier",
+    "MissingCheckpointError",
     "MissingLibraryError",
     "ModelError",
     "NVMeConfig",
@@ -72,6 +75,7 @@ __all__ = [
     "RecordingError",
     "ServiceError",
     "SkippedStepsError",
+    "TensorError",
     "StaticPlacement",
     "StepFlops",
     "StopOnSignals",

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from gemini.chunk.layout import ChunkLayout
 from gemini.config import GeminiConfig
+from gemini.engine_access import EngineAccess
 from gemini.errors import ModelError
 from gemini.gradient_sink import GradientPlace
 from gemini.hooks import HookSet
@@ -159,6 +160,7 @@ class _Events:
         *,
         is_written_in_place: bool,
     ) -> None:
+        self.access = EngineAccess()
         self._waits_in_float32 = config.gradient_accumulation or config.dtype is torch.float32
         self._waiting: Mapping[int, torch.Tensor] = {}
         if is_written_in_place:

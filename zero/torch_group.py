@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
 from gemini.chunk.sharding import ChunkShard, RankAxis, RankGrid
-from gemini.errors import CollectiveError
+from gemini.errors import CollectiveError, GeminiError
 from gemini.offload.swap_file import remove_abandoned
 from gemini.offload.transfer import Move
 from zero.sharding import shard_of
@@ -271,7 +271,7 @@ class TorchGroup:
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, CollectiveError):
+            if isinstance(error, GeminiError):
                 raise
             self.check()
             reason = str(error).splitlines()[0].split(". This ")[0]
