@@ -13,6 +13,7 @@ from gemini.agreement import agree_on_loading, fingerprint_of
 from gemini.chunk.layout import ParamSlot
 from gemini.config_deepspeed import adam_arguments
 from gemini.errors import CheckpointMismatchError, ConfigError
+from gemini.guards import GradScalerAttribute
 from gemini.kernels.adam_tile import AdamHyper, AdamSegment
 from gemini.ownership import runtime_of
 from gemini.runtime import Runtime
@@ -42,6 +43,10 @@ class HybridAdam(torch.optim.Optimizer):
 
     Source: Kingma & Ba 2015; Loshchilov & Hutter 2019, algorithm 2; the order of operations is gn_adam_update's.
     """
+
+    knows_engines = True
+    """Other optimizers are refused; see gemini.guards."""
+    _step_supports_amp_scaling = GradScalerAttribute()
 
     def __init__(
         self,

@@ -8,9 +8,10 @@ import torch
 
 from gemini.chunk.layout import ParamSlot
 from gemini.errors import ModelError
+from gemini.guards import OptimizerGuard
 from gemini.runtime import Runtime
 
-__all__ = ["check_unchanged", "disown", "own", "refuse_owned", "runtime_of"]
+__all__ = ["check_unchanged", "disown", "is_trained_by_engine", "own", "refuse_owned", "runtime_of"]
 
 _OWNER_ATTRIBUTE = "_gemini_runtime"
 
@@ -21,8 +22,19 @@ def runtime_of(param: torch.Tensor) -> Runtime | None:
     return runtime
 
 
+def is_trained_by_engine(param: torch.Tensor) -> bool:
+    """Return whether an engine keeps a parameter's gradient and updates it."""
+    runtime = runtime_of(param)
+    slot = None if runtime is None else runtime.slot_of(param)
+    return slot is not None and slot.spec.is_trainable
+
+
+_guard = OptimizerGuard(is_trained_by_engine, lambda optimizer: getattr(optimizer, "knows_engines", False))
+
+
 def own(model: torch.nn.Module, runtime: Runtime) -> None:
-    """Let a runtime manage all parameters of a model."""
+    """Let a runtime manage all parameters of a model, and refuse other optimizers of them."""
+    _guard.install()
     for param in model.parameters():
         setattr(param, _OWNER_ATTRIBUTE, runtime)
 
