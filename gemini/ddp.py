@@ -37,6 +37,7 @@ from gemini.runtime import Runtime
 from gemini.slicing import BatchSlicer
 from gemini.state_hooks import install_state_hooks
 from gemini.tiers import MemoryTier
+from gemini.tracers import check_untraced, refuse_scripting
 from gemini.weights import load_masters, read_master, read_working
 
 __all__ = ["GeminiDDP"]
@@ -75,6 +76,8 @@ class GeminiDDP(torch.nn.Module):
         OutOfTierMemoryError: the budgets cannot hold the model; says which tier is short by how much.
         OffloadIOError: the swap file cannot be made, claimed or filled.
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self,
@@ -134,6 +137,7 @@ class GeminiDDP(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; arguments and result are the model's own."""
+        check_untraced()
         self._runtime.check_usable()  # the hooks are gone once it is closed
         try:
             return self.module(*args, **kwargs)
@@ -148,14 +152,11 @@ class GeminiDDP(torch.nn.Module):
         loss.backward()  # type: ignore[no-untyped-call]
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Change nothing: for loops that ask torch's DistributedDataParallel to put exchanges off.
+        """Return a context that does nothing: for loops that ask torch's DistributedDataParallel to put exchanges off.
 
         With one rank, and in stage 1, none are exchanged before the step, inside of the context or not. Stages 2 and 3
         have no room for whole gradients and exchange in every backward, here too. Either way the step takes the mean
         over all ranks of all that was accumulated, even if every backward was inside.
-
-        Returns:
-            A context that does nothing; the same bits come out with it and without.
         """
         return nullcontext()
 
@@ -180,8 +181,7 @@ class GeminiDDP(torch.nn.Module):
         """Drop the gradients at hand.
 
         Args:
-            set_to_none: False: as in torch, the next step updates all parameters that have had a gradient since they
-                were last set to None, with zeros where nothing comes.
+            set_to_none: False: the next step updates, as in torch, all that have had a gradient, if need be with zeros.
         """
         self._runtime.clear_gradients(set_to_none=set_to_none)
 

@@ -24,6 +24,7 @@ from gemini.module_calls import disable_compile, is_called_within_itself, is_com
 from gemini.outputs import map_tensors
 from gemini.parameter_uses import embedding, separate_use
 from gemini.sliced_call import GradientSums
+from gemini.tracers import check_untraced
 
 __all__ = ["HookSet", "RuntimeEvents"]
 
@@ -223,6 +224,7 @@ class HookSet:
     @disable_compile
     def _before_model(self, module: torch.nn.Module, args: Any) -> None:
         self._events.access.claim("a forward")
+        check_untraced()
         if self._depth == 0 or not is_called_within_itself(module):
             self.abort()
             self._events.access.claim("a forward")
@@ -253,6 +255,7 @@ class HookSet:
 
     def _enter_unit(self, unit_id: int) -> None:
         self._events.access.claim("a forward")
+        check_untraced()
         self._mode.pause()  # or it would see the engine itself handle parameters
         self._events.enter_unit(unit_id)
         self._note_moment("enter", unit_id)
@@ -299,7 +302,8 @@ class HookSet:
             if module._parameters.get(name) is not param:
                 raise ModelError(
                     f"parameter {name} of a {type(module).__name__} was replaced after GeminiDDP(...), which manages "
-                    "the one it found; change the model before wrapping it"
+                    "the one it found; change the model before wrapping it, and call torch.func.functional_call, which "
+                    "replaces parameters for a while, on a plain copy of it"
                 )
 
     def _watch(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 
@@ -10,10 +11,13 @@ from gemini.chunk.layout import ParamSlot
 from gemini.errors import ModelError
 from gemini.guards import OptimizerGuard
 from gemini.runtime import Runtime
+from gemini.tracers import refuse_scripting
 
 __all__ = ["check_unchanged", "disown", "is_trained_by_engine", "own", "refuse_owned", "runtime_of"]
 
 _OWNER_ATTRIBUTE = "_gemini_runtime"
+_SCRIPTED = "__prepare_scriptable__"
+"""What torch.jit.script calls."""
 
 
 def runtime_of(param: torch.Tensor) -> Runtime | None:
@@ -35,12 +39,14 @@ _guard = OptimizerGuard(is_trained_by_engine, lambda optimizer: getattr(optimize
 def own(model: torch.nn.Module, runtime: Runtime) -> None:
     """Let a runtime manage all parameters of a model, and refuse other optimizers of them."""
     _guard.install()
+    model.__dict__[_SCRIPTED] = partial(refuse_scripting, model)
     for param in model.parameters():
         setattr(param, _OWNER_ATTRIBUTE, runtime)
 
 
 def disown(model: torch.nn.Module, runtime: Runtime) -> None:
     """Let nobody manage those that the runtime has managed; idempotent."""
+    model.__dict__.pop(_SCRIPTED, None)
     for param in model.parameters():
         if runtime_of(param) is runtime:
             delattr(param, _OWNER_ATTRIBUTE)

@@ -199,8 +199,10 @@ def test_an_enabled_grad_scaler_is_refused(engine: GeminiDDP) -> None:
     with pytest.raises(ConfigError, match=r"GradScaler around HybridAdam: leave it out.*enabled=False"):
         train_scaled(torch.amp.GradScaler("cpu"), engine, optimizer)
     assert all(torch.equal(weight, before[name]) for name, weight in engine.master_state_dict().items())
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(engine(X).square().mean()).backward()
     with pytest.raises(ConfigError, match="GradScaler around HybridAdam"):
-        torch.amp.GradScaler("cpu").step(optimizer)
+        scaler.step(optimizer)
 
 
 def test_a_disabled_grad_scaler_changes_nothing(engine: GeminiDDP) -> None:
