@@ -147,6 +147,9 @@ class GeminiConfig:
     forward and backward run on the CPU and it can be had."""
     initial_loss_scale: float = 2.0**16
     """First loss scale for float16; a power of two."""
+    max_skipped_steps: int | None = 20
+    """Steps in a row that may be skipped, because a gradient is infinite or NaN, before `optimizer.step()` raises
+    SkippedStepsError. Those by which float16 finds its loss scale do not count. None: any number."""
     service: str | None = None
     """Address of the node's memory service, such as "unix:/run/user/1000/gemini.sock", which then grants host memory
     and disk and shares frozen weights among jobs (docs/service.md). None: the engine is alone."""
@@ -182,6 +185,8 @@ class GeminiConfig:
         _check_bool("GeminiConfig.share_frozen", self.share_frozen)
         _check_int("GeminiConfig.seed", self.seed, 0, 2**32 - 1)
         _check_int("GeminiConfig.priority", self.priority, -100, 100)
+        if self.max_skipped_steps is not None:
+            _check_int("GeminiConfig.max_skipped_steps", self.max_skipped_steps, 1, 1 << 40)
         for name in ("service", "job"):
             _check_word(f"GeminiConfig.{name}", getattr(self, name))
         _check_bool("GeminiConfig.snapshots", self.snapshots)

@@ -38,6 +38,7 @@ from gemini.runtime import Runtime
 from gemini.slicing import BatchSlicer
 from gemini.state_hooks import install_state_hooks
 from gemini.tiers import MemoryTier
+from gemini.tracers import check_untraced, refuse_scripting
 from gemini.weight_access import WeightAccess
 from gemini.weights import read_master, read_working
 
@@ -78,6 +79,8 @@ class GeminiDDP(torch.nn.Module):
         OffloadIOError: the swap file cannot be made, claimed or filled.
     """
 
+    __prepare_scriptable__ = refuse_scripting
+
     def __init__(
         self,
         module: torch.nn.Module,
@@ -109,7 +112,7 @@ class GeminiDDP(torch.nn.Module):
             [param for param in module.parameters() if param.requires_grad],
         )
         self._access = WeightAccess(self._runtime, self._hooks.uses.call)
-        own(self._access)
+        own(module, self._access)
         self._slicer = self._slice_blocks(unit_names)
         self._state_hooks = install_state_hooks(module, self._runtime)
         module.zero_grad = self.zero_grad  # type: ignore[method-assign]
@@ -136,6 +139,7 @@ class GeminiDDP(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; arguments and result are the model's own."""
+        check_untraced()
         self._runtime.check_usable()  # the hooks are gone once it is closed
         try:
             return self.module(*args, **kwargs)
@@ -150,22 +154,18 @@ class GeminiDDP(torch.nn.Module):
         loss.backward()  # type: ignore[no-untyped-call]
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Change nothing: for loops that ask torch's DistributedDataParallel to put exchanges off.
+        """Return a context that does nothing: for loops that ask torch's DistributedDataParallel to put exchanges off.
 
         With one rank, and in stage 1, none are exchanged before the step, inside of the context or not. Stages 2 and 3
         have no room for whole gradients and exchange in every backward, here too. Either way the step takes the mean
         over all ranks of all that was accumulated, even if every backward was inside.
-
-        Returns:
-            A context that does nothing; the same bits come out with it and without.
         """
         return nullcontext()
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Clip the gradients at hand by their global L2 norm, as `torch.nn.utils.clip_grad_norm_` does.
 
-        torch's own function finds no gradients, because they do not wait in `.grad`. The factor is applied by the next
-        optimizer step.
+        torch's own finds no gradients, which do not wait in `.grad`. The next optimizer step applies the factor.
 
         Args:
             max_norm: largest norm allowed.
@@ -183,9 +183,9 @@ class GeminiDDP(torch.nn.Module):
         """Drop the gradients at hand.
 
         Args:
-            set_to_none: accepted for compatibility; gradients never wait in `.grad`.
+            set_to_none: False: the next step updates, as in torch, all that have had a gradient, if need be with zeros.
         """
-        self._runtime.clear_gradients()
+        self._runtime.clear_gradients(set_to_none=set_to_none)
 
     def memory_report(self, *, profile: HardwareProfile | None = None, flops: StepFlops | None = None) -> MemoryReport:
         """Return bytes per tier, formula beside measurement, and what the moves have cost.

@@ -22,6 +22,7 @@ __all__ = [
     "GeminiError",
     "HeapUnavailableError",
     "IllegalTransitionError",
+    "MissingCheckpointError",
     "MissingLibraryError",
     "MissingRateError",
     "ModelError",
@@ -29,6 +30,8 @@ __all__ = [
     "OutOfTierMemoryError",
     "RecordingError",
     "ServiceError",
+    "SkippedStepsError",
+    "TensorError",
     "WorkerError",
     "naming_file",
 ]
@@ -50,8 +53,8 @@ class ModelError(GeminiError, RuntimeError):
     """The wrapped model, or one of its parameters, is not in the state the engine needs."""
 
 
-class OutOfTierMemoryError(GeminiError, MemoryError):
-    """A memory tier cannot hold what has to live there."""
+class OutOfTierMemoryError(GeminiError, MemoryError, RuntimeError):
+    """A memory tier cannot hold what has to live there; a RuntimeError too, as torch's own lack of memory is."""
 
 
 class IllegalTransitionError(GeminiError, RuntimeError):
@@ -74,12 +77,27 @@ class MissingLibraryError(GeminiError, ImportError):
     """A library that `gemini.integrations` works with is not installed, or cannot be imported."""
 
 
+class SkippedStepsError(GeminiError, FloatingPointError):
+    """Too many optimizer steps in a row were skipped because their gradients were infinite or NaN."""
+
+
 class CheckpointError(GeminiError, RuntimeError):
     """A checkpoint is missing, incomplete, damaged or of a later version."""
 
 
-class CheckpointMismatchError(GeminiError, ValueError):
-    """Saved state does not fit the model or optimizer it is loaded into."""
+class MissingCheckpointError(CheckpointError, FileNotFoundError):
+    """There is no checkpoint where one was expected."""
+
+
+class CheckpointMismatchError(GeminiError, ValueError, RuntimeError):
+    """Saved state does not fit the model or optimizer it is loaded into.
+
+    For models torch raises RuntimeError then, for optimizers ValueError.
+    """
+
+
+class TensorError(GeminiError, ValueError, RuntimeError):
+    """DiskOffloader cannot write a tensor, or read it back; a RuntimeError too, as TensorNVMe's errors are."""
 
 
 class RecordingError(GeminiError, ValueError):
@@ -90,8 +108,8 @@ class ServiceError(GeminiError, RuntimeError):
     """The node's memory service is not there, or does not do what it was asked."""
 
 
-class OffloadIOError(GeminiError, OSError):
-    """A read or write of offloaded bytes failed; carries where and why.
+class OffloadIOError(GeminiError, OSError, RuntimeError):
+    """A read or write of offloaded bytes failed; carries where and why. A RuntimeError too, as TensorNVMe's errors are.
 
     Args:
         operation: what was attempted, a verb such as "read", "write" or "open".
@@ -176,7 +194,7 @@ def naming_file(operation: str, path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OffloadIOError:
+    except GeminiError:  # some are OSErrors
         raise
     except OSError as error:
         raise OffloadIOError(operation, str(path), error.errno or errno.EIO) from error

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
@@ -23,38 +22,18 @@ from gemini.chunk.layout import ChunkSpec
 from gemini.grad_chunk import GradChunk
 from gemini.gradient_listener import ArrivedGradients, GradientListener, second_gradient_error
 from gemini.gradient_sink import GradientPlace
+from gemini.gradient_slots import Departure, GradientSlot
 from gemini.kernels.cpu import GradMode
 from gemini.kernels.device import DeviceKernels
 from gemini.kernels.pool import GradTicket
 from gemini.offload.home import TiledHome
-from gemini.offload.io import IoTicket
 from gemini.offload.resources import Resources
-from gemini.offload.transfer import Move
 from gemini.tiers import MemoryTier
 
 __all__ = ["GradientStore"]
 
 MAX_JOBS_IN_FLIGHT = 4
 """Gradients whose autograd buffers may be alive at once while the worker pool stores them."""
-
-
-@dataclass(eq=False)
-class _Slot:
-    buffer: torch.Tensor
-    busy: IoTicket | None = None
-    reader: int | None = None
-    """The chunk whose gradients somebody may be reading here."""
-
-
-@dataclass
-class _Departure:
-    """A chunk's gradients travelling from a device slot to a host slot."""
-
-    chunk: GradChunk
-    positions: list[int]
-    device_slot: _Slot
-    host_slot: _Slot
-    move: Move
 
 
 class GradientStore:
@@ -93,21 +72,23 @@ class GradientStore:
         self.accumulators = GradientAccumulators(resources.transfers, device_kernels)
         self._pass = BackwardPass()
         self._jobs: list[GradTicket] = []
-        self._device_slots: list[_Slot] = []
-        self._staging_slots: list[_Slot] = []
-        self._disk_slots: list[_Slot] = []
+        self._device_slots: list[GradientSlot] = []
+        self._staging_slots: list[GradientSlot] = []
+        self._disk_slots: list[GradientSlot] = []
         if device_slot_nbytes:
             allocate = resources.transfers.allocate
-            self._device_slots = [_Slot(allocate(device_slot_nbytes, "gradient slots")) for _ in range(num_slots)]
+            self._device_slots = [
+                GradientSlot(allocate(device_slot_nbytes, "gradient slots")) for _ in range(num_slots)
+            ]
             self._staging_slots = self._host_slots(num_slots, device_slot_nbytes)
         if disk_slot_nbytes:
             self._disk_slots = self._host_slots(num_slots, disk_slot_nbytes)
-        self._on_device: OrderedDict[int, tuple[_Slot, list[int]]] = OrderedDict()
-        self._departures: list[_Departure] = []
-        self._in_disk_slot: OrderedDict[int, _Slot] = OrderedDict()
+        self._on_device: OrderedDict[int, tuple[GradientSlot, list[int]]] = OrderedDict()
+        self._departures: list[Departure] = []
+        self._in_disk_slot: OrderedDict[int, GradientSlot] = OrderedDict()
 
-    def _host_slots(self, count: int, nbytes: int) -> list[_Slot]:
-        return [_Slot(self._resources.arena.allocate(nbytes, "gradient slots")) for _ in range(count)]
+    def _host_slots(self, count: int, nbytes: int) -> list[GradientSlot]:
+        return [GradientSlot(self._resources.arena.allocate(nbytes, "gradient slots")) for _ in range(count)]
 
     def add_chunk(self, spec: ChunkSpec, home: TiledHome, tier: MemoryTier) -> None:
         """Take charge of a trainable chunk's gradients; `tier` is their home's."""
@@ -211,9 +192,7 @@ class GradientStore:
 
     def _begin_delivery(self, chunk_id: int, position: int) -> GradChunk:
         self._end_failed_pass()
-        if not self._pass.is_open:
-            self.num_backwards += 1
-            self._pass.begin(self.end_backward)
+        self.num_backwards += self._pass.join(self.end_backward)
         chunk = self._chunks[chunk_id]
         self._check_accumulation(chunk, position)
         self._announce_change(chunk_id)
@@ -224,6 +203,25 @@ class GradientStore:
         """Begin a backward pass that the caller ends; else the first gradient begins it and autograd ends it."""
         self.num_backwards += 1
         self._pass.begin(None)
+
+    def add(self, gradients: Sequence[tuple[int, int, torch.Tensor]]) -> None:
+        """Take gradients that no backward pass delivers, as if one did; what they are is as for `put`."""
+        self._end_failed_pass()
+        self.begin_backward()
+        for chunk_id, position, grad in gradients:
+            self.put(chunk_id, position, grad)
+        self.end_backward()
+
+    def add_zeros(self, places: Sequence[tuple[int, int]], zeros: Callable[[int, int], torch.Tensor]) -> None:
+        """Give gradients of zeros, which `zeros` makes, to parameters that have none."""
+        for place in places:  # one after another: only some have to be in memory
+            self.add([(*place, zeros(*place))])
+        self.num_backwards -= len(places)
+
+    def has(self, chunk_id: int, position: int) -> bool:
+        """Return whether there has been a gradient of a parameter since gradients were last cleared."""
+        chunk = self._chunks[chunk_id]
+        return position in chunk.delivered or position in chunk.earlier
 
     def reach_unit(self, chunk_ids: Sequence[int], urgency: Callable[[int], int]) -> None:
         """Do nothing: gradients go where they wait as they come; see ShardedGradients.reach_unit."""
@@ -293,7 +291,7 @@ class GradientStore:
         if len(positions) == len(chunk.spec.slots):
             self._depart(chunk_id)
 
-    def _claim_device_slot(self) -> _Slot:
+    def _claim_device_slot(self) -> GradientSlot:
         if len(self._on_device) == len(self._device_slots):
             self._depart(next(iter(self._on_device)))
         in_use = [id(slot) for slot, _ in self._on_device.values()]
@@ -315,9 +313,9 @@ class GradientStore:
         part = slice(min(place.begin for place in places), max(place.end for place in places))
         staged, waiting = (each.buffer.view(chunk.spec.dtype)[part] for each in (host_slot, slot))
         move = self._resources.transfers.download(staged, waiting, record=chunk.spec.name)
-        self._departures.append(_Departure(chunk, positions, slot, host_slot, move))
+        self._departures.append(Departure(chunk, positions, slot, host_slot, move))
 
-    def _arrive(self, departure: _Departure) -> None:
+    def _arrive(self, departure: Departure) -> None:
         departure.move.wait_on_host()
         spec = departure.chunk.spec
         staged = departure.host_slot.buffer.view(spec.dtype)
@@ -440,12 +438,10 @@ class GradientStore:
         """Return the positions that have a gradient, in the layout's order; call `finish` first."""
         return sorted(self._chunks[chunk_id].sumsq)
 
-    def has(self, chunk_id: int, position: int) -> bool:
-        """Return whether a parameter has a gradient that can be read; not while backward is under way."""
-        chunk = self._chunks.get(chunk_id)
-        if chunk is None or (self._pass.is_open and not self._pass.has_failed):
-            return False
-        return position in chunk.sumsq or any(d.chunk is chunk and position in d.positions for d in self._departures)
+    @property
+    def is_in_backward(self) -> bool:
+        """Whether a backward pass is under way, so that gradients cannot be read."""
+        return self._pass.is_open and not self._pass.has_failed
 
     def discard(self, chunk_id: int, position: int) -> None:
         """Forget one parameter's gradient."""

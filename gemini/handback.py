@@ -46,7 +46,7 @@ class OriginalTensors:
             access: of the engine.
             values: from `read_back`.
         """
-        disown(access)
+        disown(model, access)
         with torch.no_grad():
             for weight in access.weights:
                 weight.param.grad = None

@@ -6,40 +6,36 @@ Hooks sit on the modules of units and on the model itself, so that the user may 
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from types import FrameType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 
 from gemini.autograd.managed_parameter import hide, is_placeless, show
 from gemini.autograd.shared_uses import SharedUses
 from gemini.chunk.tensor_parallel import is_dtensor
+from gemini.engine_access import EngineAccess
 from gemini.errors import ModelError
 from gemini.forward_inputs import cast_floats
 from gemini.gradient_sink import GradientPlace, GradientUse, attach_sink, detach_sink
+from gemini.module_calls import disable_compile, is_called_within_itself, is_compiled
 from gemini.outputs import map_tensors
 from gemini.sliced_call import GradientSums
+from gemini.tracers import check_untraced
 
 __all__ = ["HookSet", "RuntimeEvents"]
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
 _LOOKUPS = (torch.nn.Embedding, torch.nn.EmbeddingBag)
-_CALL_CODE = torch.nn.Module._call_impl.__code__
-
-
-def _disable_compile(function: _Function) -> _Function:
-    """Keep a hook out of torch.compile's graphs."""
-    return torch.compiler.disable(function)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class RuntimeEvents(Protocol):
     """What the hooks tell."""
+
+    access: EngineAccess
+    """Held by the thread that runs the model, or a unit of it."""
 
     def begin_forward(self) -> None:
         """Handle the start of the outermost forward of the model."""
@@ -135,10 +131,10 @@ class HookSet:
             params: trainable parameters.
         """
         compiled_units = {
-            unit_id for unit_id, module in unit_modules.items() if any(map(_is_compiled, module.modules()))
+            unit_id for unit_id, module in unit_modules.items() if any(map(is_compiled, module.modules()))
         }
         self._hidden_by = {unit_id: list(unit_modules[unit_id].parameters()) for unit_id in compiled_units}
-        if _is_compiled(root):
+        if is_compiled(root):
             self._hidden_by[0] = list(root.parameters())
         self._owners = [
             (module, name, param)
@@ -178,7 +174,7 @@ class HookSet:
             self._sinks[param] = sink = _Sink(param, self._events, sums)
             attach_sink(param, sink)
         unwatched = [unit_modules[unit_id] for unit_id in compiled_units]
-        unwatched += [module for module in root.modules() if _is_compiled(module)]
+        unwatched += [module for module in root.modules() if is_compiled(module)]
         unseen = {id(param) for module in unwatched for param in module.parameters()}
         num_names = Counter(id(param) for _, _, param in self._owners)
         for param, sink in self._sinks.items():
@@ -188,26 +184,27 @@ class HookSet:
 
     def abort(self) -> None:
         """Undo what a forward that was interrupted has begun; torch runs no hooks for a KeyboardInterrupt."""
-        if not self._depth and not self._entered:
+        if (not self._depth and not self._entered) or not self._events.access.is_ours:
             return
         self._depth = 0
         self._entered.clear()
         for unit_id in self._hidden_by:
             self._show(unit_id)
         self._events.abort_forward()
+        self._events.access.release()
 
     @contextmanager
     def recomputing(self, unit_id: int) -> Iterator[None]:
         """Keep a unit's weights usable in backward while the context is open, and fetch what comes next."""
-        self._events.enter_unit(unit_id)
-        self._note_moment("enter", unit_id)
-        self._entered.append(unit_id)
+        try:
+            self._enter_unit(unit_id)
+        except BaseException:
+            self._release()
+            raise
         try:
             yield
         finally:
-            self._entered.pop()
-            self._note_moment("leave", unit_id)
-            self._events.exit_unit(unit_id)
+            self._leave_unit(unit_id)
 
     def num_updates_of(self, unit_id: int) -> int:
         """Return how often the optimizer has changed a unit's weights."""
@@ -229,10 +226,13 @@ class HookSet:
 
     # The hooks below are kept out of torch.compile's graphs: a compiled block runs between them.
 
-    @_disable_compile
+    @disable_compile
     def _before_model(self, module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if self._depth == 0 or not _is_called_within_itself(module):
+        self._events.access.claim("a forward")
+        check_untraced()
+        if self._depth == 0 or not is_called_within_itself(module):
             self.abort()
+            self._events.access.claim("a forward")
         if self._depth == 0:
             self._check_owners()
             self.uses.is_model_trained = torch.is_grad_enabled()
@@ -245,9 +245,10 @@ class HookSet:
             return inputs
         return None
 
-    @_disable_compile
+    @disable_compile
     def _after_model(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
-        if self._depth == 0:  # the pre-hook failed before it had begun anything
+        if self._depth == 0 or not self._events.access.is_ours:  # the pre-hook failed before it had begun anything
+            self._release()
             return None
         self._depth -= 1
         if self._depth:
@@ -257,25 +258,41 @@ class HookSet:
         output = self._events.wrap_outputs(self._own_outputs(output))
         self._events.end_forward()
         self._note_moment("leave", 0)
+        self._release()
         return output
 
-    def _unit_hooks(self, unit_id: int, *, reads_weights: bool) -> tuple[Callable[..., None], Callable[..., Any]]:
-        @_disable_compile
-        def before(module: torch.nn.Module, args: Any) -> None:
-            self._events.enter_unit(unit_id)
-            self._note_moment("enter", unit_id)
-            self._entered.append(unit_id)
-            self._hide(unit_id)
+    def _enter_unit(self, unit_id: int) -> None:
+        self._events.access.claim("a forward")
+        check_untraced()
+        self._events.enter_unit(unit_id)
+        self._note_moment("enter", unit_id)
+        self._entered.append(unit_id)
+        self._hide(unit_id)
 
-        @_disable_compile
+    def _leave_unit(self, unit_id: int) -> None:
+        self._show(unit_id)
+        self._entered.pop()
+        self._note_moment("leave", unit_id)
+        self._events.exit_unit(unit_id)
+        self._release()
+
+    def _release(self) -> None:
+        """Let other threads use the engine if nothing of it is running here."""
+        if not self._depth and not self._entered and self._events.access.is_ours:
+            self._events.access.release()
+
+    def _unit_hooks(self, unit_id: int, *, reads_weights: bool) -> tuple[Callable[..., None], Callable[..., Any]]:
+        @disable_compile
+        def before(module: torch.nn.Module, args: Any) -> None:
+            self._enter_unit(unit_id)
+
+        @disable_compile
         def after(module: torch.nn.Module, args: Any, output: Any) -> Any:
-            if not self._entered or self._entered[-1] != unit_id:
+            if not self._entered or self._entered[-1] != unit_id or not self._events.access.is_ours:
+                self._release()
                 return None  # the pre-hook failed before it had entered the unit
-            self._show(unit_id)
             output = self._own_outputs(output)
-            self._entered.pop()
-            self._note_moment("leave", unit_id)
-            self._events.exit_unit(unit_id)
+            self._leave_unit(unit_id)
             self._watch_backward(unit_id, output, reads_weights=reads_weights)
             return output
 
@@ -291,7 +308,8 @@ class HookSet:
             if module._parameters.get(name) is not param:
                 raise ModelError(
                     f"parameter {name} of a {type(module).__name__} was replaced after GeminiDDP(...), which manages "
-                    "the one it found; change the model before wrapping it"
+                    "the one it found; change the model before wrapping it, and call torch.func.functional_call, which "
+                    "replaces parameters for a while, on a plain copy of it"
                 )
 
     def _hide(self, unit_id: int) -> None:
@@ -371,18 +389,3 @@ class _Sink:
         param = self._param_ref()
         assert param is not None, "the parameter is gone but its graph is not"
         return param
-
-
-def _is_compiled(module: torch.nn.Module) -> bool:
-    """Return whether torch.compile runs a module, in either of its two forms."""
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-
-
-def _is_called_within_itself(module: torch.nn.Module) -> bool:
-    """Return whether an outer call of a module that is being called is still running, rather than interrupted."""
-    frame: FrameType | None = sys._getframe()
-    num_calls = 0
-    while frame is not None and num_calls < 2:
-        num_calls += frame.f_code is _CALL_CODE and frame.f_locals["self"] is module
-        frame = frame.f_back
-    return num_calls == 2

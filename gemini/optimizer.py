@@ -13,6 +13,7 @@ from gemini.agreement import agree_on_loading, fingerprint_of
 from gemini.chunk.layout import ParamSlot
 from gemini.config_deepspeed import adam_arguments
 from gemini.errors import CheckpointMismatchError, ConfigError
+from gemini.guards import GradScalerAttribute
 from gemini.kernels.adam_tile import AdamHyper, AdamSegment
 from gemini.ownership import runtime_of
 from gemini.runtime import Runtime
@@ -42,6 +43,10 @@ class HybridAdam(torch.optim.Optimizer):
 
     Source: Kingma & Ba 2015; Loshchilov & Hutter 2019, algorithm 2; the order of operations is gn_adam_update's.
     """
+
+    knows_engines = True
+    """Other optimizers are refused; see gemini.guards."""
+    _step_supports_amp_scaling = GradScalerAttribute()
 
     def __init__(
         self,
@@ -147,7 +152,8 @@ class HybridAdam(torch.optim.Optimizer):
             OffloadIOError: state could not be read or written. Or a checkpoint, which was being saved since the last
                 step: then nothing has happened, and another call goes on.
             CheckpointError: such a checkpoint was lost on another rank.
-            ModelError: the engine was closed.
+            ModelError: the engine was closed, or is in use by another thread.
+            SkippedStepsError: too many steps in a row had gradients that are not finite.
             ConfigError: a group's hyper-parameters are out of range, or another rank's differ, or a newer optimizer has
                 taken the engine over.
         """
@@ -163,18 +169,20 @@ class HybridAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             _check_group(group)
         runtime.check_usable()
+        with runtime.access.using("optimizer.step()"):
+            self._take_step(runtime)
+        return loss
+
+    def _take_step(self, runtime: Runtime) -> None:
         runtime.saving.finish()  # before gradients are scaled, which happens once
         params = [(group, p) for group in self.param_groups for p in group["params"]]
-        _take_given_gradients(runtime, [param for _, param in params if param.grad is not None])
         if runtime.sharding is not None:
             runtime.gradients.hyper_fingerprint = self._fingerprint()
         norm = runtime.gradient_norm([self._slots[id(p)] for _, p in params])
         self.last_grad_norm = norm
         if not math.isfinite(norm):
-            runtime.skip_update(
-                "a gradient is infinite or NaN, as it is if the loss reads weights outside of the model's forward"
-            )
-            return loss
+            runtime.skip_update()
+            return
         if self.max_grad_norm is not None:
             runtime.clip(norm, self.max_grad_norm)
         with_gradient = runtime.gradients.names()
@@ -182,7 +190,6 @@ class HybridAdam(torch.optim.Optimizer):
         runtime.update(self._segments(updated))
         for _, param in updated:
             self._note_steps(param, self._next_step_of(param))
-        return loss
 
     def expected_segments(self, chunk_id: int) -> tuple[AdamSegment, ...]:
         """Return what the next step will do to a chunk, if all its parameters get a gradient; see StepPlanner."""
@@ -224,12 +231,10 @@ class HybridAdam(torch.optim.Optimizer):
         """Drop the gradients at hand.
 
         Args:
-            set_to_none: accepted for compatibility; gradients never wait in `.grad`.
+            set_to_none: False: as in torch, the next step updates all parameters that have had a gradient since they
+                were last set to None, with zeros where nothing comes.
         """
-        self.runtime.clear_gradients()
-        for group in self.param_groups:
-            for param in group["params"]:
-                param.grad = None  # put there by hand
+        self.runtime.clear_gradients(set_to_none=set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in torch.optim.AdamW's form: `step`, `exp_avg` and `exp_avg_sq` per parameter.
@@ -331,17 +336,6 @@ class HybridAdam(torch.optim.Optimizer):
     def _index_of_params(self) -> dict[int, int]:
         params = (param for group in self.param_groups for param in group["params"])
         return {id(param): index for index, param in enumerate(params)}
-
-
-def _take_given_gradients(runtime: Runtime, params: list[Any]) -> None:
-    """Take gradients that were put into `.grad` by hand, as those of one backward pass."""
-    if not params:
-        return
-    scale = 1.0 if runtime.scaler is None else runtime.scaler.scale
-    given = [param.grad * scale for param in params]
-    for param in params:
-        param.grad = None
-    torch.autograd.backward(params, given)
 
 
 def _hyper_of(group: dict[str, Any]) -> AdamHyper:

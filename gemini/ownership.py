@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 
@@ -10,10 +11,15 @@ from gemini.autograd.managed_parameter import manage, release, weight_of
 from gemini.chunk.layout import ParamSlot
 from gemini.chunk.plain_names import named_params
 from gemini.errors import ModelError
+from gemini.guards import OptimizerGuard
 from gemini.runtime import Runtime
+from gemini.tracers import refuse_scripting
 from gemini.weight_access import ParamWeight, WeightAccess
 
-__all__ = ["check_unchanged", "disown", "own", "refuse_owned", "runtime_of"]
+__all__ = ["check_unchanged", "disown", "is_trained_by_engine", "own", "refuse_owned", "runtime_of"]
+
+_SCRIPTED = "__prepare_scriptable__"
+"""What torch.jit.script calls."""
 
 
 def runtime_of(param: torch.Tensor) -> Runtime | None:
@@ -22,14 +28,27 @@ def runtime_of(param: torch.Tensor) -> Runtime | None:
     return weight.access.runtime if isinstance(weight, ParamWeight) and weight.param is param else None
 
 
-def own(access: WeightAccess) -> None:
-    """Let an engine manage all its parameters."""
+def is_trained_by_engine(param: torch.Tensor) -> bool:
+    """Return whether an engine keeps a parameter's gradient and updates it."""
+    runtime = runtime_of(param)
+    slot = None if runtime is None else runtime.slot_of(param)
+    return slot is not None and slot.spec.is_trainable
+
+
+_guard = OptimizerGuard(is_trained_by_engine, lambda optimizer: getattr(optimizer, "knows_engines", False))
+
+
+def own(model: torch.nn.Module, access: WeightAccess) -> None:
+    """Let an engine manage all parameters of its model, and refuse other optimizers of them."""
+    _guard.install()
+    model.__dict__[_SCRIPTED] = partial(refuse_scripting, model)
     for weight in access.weights:
         manage(weight.param, weight)
 
 
-def disown(access: WeightAccess) -> None:
+def disown(model: torch.nn.Module, access: WeightAccess) -> None:
     """Let nobody manage those that the engine has managed; idempotent."""
+    model.__dict__.pop(_SCRIPTED, None)
     for weight in access.weights:
         if weight_of(weight.param) is weight:
             release(weight.param)

@@ -20,6 +20,7 @@ from gemini.autograd.shared_uses import SharedUses
 from gemini.chunk.layout import ChunkLayout
 from gemini.chunk.plain_names import named_params
 from gemini.config import GeminiConfig
+from gemini.engine_access import EngineAccess
 from gemini.errors import ModelError
 from gemini.gradient_sink import GradientPlace
 from gemini.hooks import HookSet
@@ -168,6 +169,7 @@ class _Events:
         *,
         is_written_in_place: bool,
     ) -> None:
+        self.access = EngineAccess()
         self._accumulates = config.gradient_accumulation
         self._waiting: Mapping[int, torch.Tensor] = {}
         if is_written_in_place:

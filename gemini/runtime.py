@@ -2,14 +2,11 @@
 
 All decisions are asked of gemini.placement, all bytes moved by gemini.chunk and gemini.offload. One runtime serves
 one engine; it is driven from the thread that trains and, on CUDA, from autograd's device thread, never from
-both at once.
+both at once; see engine_access.
 """
 
 from __future__ import annotations
 
-import logging
-import math
-import os
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -24,9 +21,12 @@ from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import ChunkLayout, ParamSlot
 from gemini.chunk.sharding import Sharding
 from gemini.chunk.tensor_parallel import local_part, take_local_gradient
+from gemini.clipping import Clipping
 from gemini.commit_record import CommittedStep
 from gemini.config import GeminiConfig
+from gemini.engine_access import EngineAccess
 from gemini.errors import GeminiError, ModelError
+from gemini.grad_attributes import GradAttributes
 from gemini.gradient_sink import GradientPlace
 from gemini.gradients import GradientStore
 from gemini.kernels.adam_tile import AdamSegment
@@ -43,13 +43,12 @@ from gemini.save_slot import SaveSlot
 from gemini.saved import SavedWeights
 from gemini.scaler import LossScaler, scale_gradients_of
 from gemini.sharded_gradients import ShardedGradients
+from gemini.skipped_steps import SkippedSteps
 from gemini.step_clock import StepClock
 from gemini.update_journal import UpdateJournal
 from gemini.update_worker import UpdateWorker
 
 __all__ = ["Runtime"]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -112,8 +111,10 @@ class Runtime:
         self.recovered = recovered
         self.probe = MemoryProbe(resources.transfers.device, resources.ledger)
         self.scaler = LossScaler(config.initial_loss_scale) if config.dtype is torch.float16 else None
+        self.grad_attributes = GradAttributes(core.chunks, gradients, is_scaled=self.scaler is not None)
         self.optimizer: weakref.ref[StepPlanner] | None = None
         """The optimizer that may update the parameters; the newest one made of them."""
+        self.access = EngineAccess()
         self.num_steps = 0
         self.num_skipped_steps = 0
         asked = None if config.overlap == "auto" else OverlapMode(config.overlap)
@@ -128,11 +129,10 @@ class Runtime:
             for position, param in enumerate(chunk.params)
         }
         self._has_pushed_for_model = False
-        self._clip_factor = 1.0
+        self._clipping = Clipping()
+        self._skipped = SkippedSteps(self.scaler, most_in_a_row=config.max_skipped_steps)
         self._clock = StepClock()
         self.saving = SaveSlot()
-        self._is_closed = False
-        self._pid = os.getpid()
         self._adaptation: Adaptation | None = None
         if shape.has_device and config.placement == "auto" and isinstance(gradients, GradientStore):
             self._adaptation = Adaptation(core, gradients, demands, shape, settle=self.overlap.settle_all)
@@ -163,6 +163,8 @@ class Runtime:
             self._clock.begin_step()
         for chunk in self.core.chunks:
             chunk.check_params()
+        if torch._C._current_graph_task_id() == -1:  # else a backward pass is running this forward
+            self._collect_gradients()
         self._drop_leftovers()
         self.lookahead.gather_now(self.layout.root.own_chunk_ids)  # used anywhere, without notice
         if torch.is_grad_enabled() and not self.lookahead.is_in_step:
@@ -252,6 +254,7 @@ class Runtime:
         anything that came before it in forward.
         """
         self.check_usable()
+        self.access.check_thread("a backward")
         self.gradients.reach_unit(self.layout.units[unit_id].own_chunk_ids, self.lookahead.urgency)
         for chunk_id in self.layout.units[unit_id].chunk_ids if reads_weights else ():
             self.core.ensure(chunk_id)
@@ -260,8 +263,9 @@ class Runtime:
 
     def take_gradient(self, param: torch.nn.Parameter) -> None:
         """Take a gradient from autograd."""
+        self.access.check_thread("a backward")
         grad = take_local_gradient(param)
-        self._check_not_clipped()
+        self._clipping.check_open()
         place = self._place_of_param[id(param)]
         self.gradients.fulfil_all(*place)
         self.gradients.put(*place, grad)
@@ -280,26 +284,19 @@ class Runtime:
 
     def put_gradient(self, param: torch.nn.Parameter, gradient: torch.Tensor) -> None:
         """Take the gradient of one use of a parameter."""
-        self._check_not_clipped()
+        self._clipping.check_open()
         place = self._place_of_param[id(param)]
         self.gradients.fulfil(*place)
         self.gradients.put(*place, gradient)
 
     def write_gradient(self, param: torch.nn.Parameter) -> AbstractContextManager[GradientPlace] | None:
         """Open the memory of a parameter's gradient to one of its uses; None where it must be put."""
-        self._check_not_clipped()
+        self._clipping.check_open()
         place = self._place_of_param[id(param)]
         if not self.gradients.can_write(place[0]):
             return None
         self.gradients.fulfil(*place)
         return self.gradients.writing(*place)
-
-    def _check_not_clipped(self) -> None:
-        if self._clip_factor != 1.0:
-            raise ModelError(
-                "a gradient arrived after clip_grad_norm_, whose factor would apply to it too: clip once, after the "
-                "last backward before optimizer.step()"
-            )
 
     def _weights_in_backward(self, chunk: Chunk) -> torch.Tensor:
         self.check_usable()
@@ -320,26 +317,17 @@ class Runtime:
         return None if place is None else self.layout.chunks[place[0]].slots[place[1]]
 
     def gradient_norm(self, slots: Sequence[ParamSlot]) -> float:
-        """Compute the exact L2 norm of some parameters' gradients, loss scale taken out.
-
-        The sum over parameters is correctly rounded, so it depends neither on their order nor on the layout.
-
-        Args:
-            slots: the parameters; those without a gradient count as zero.
-
-        Returns:
-            The norm, after whatever `clip` has been asked for since the last update; NaN if a gradient is not finite.
-        """
+        """Compute the exact L2 norm of some parameters' gradients, loss scale taken out; see Clipping.norm_of."""
         self.check_usable()
-        sums = self.gradients.sums_of_squares()
-        values = [sums[slot.spec.name] for slot in slots if slot.spec.name in sums]
-        if not all(map(math.isfinite, values)):
-            return math.nan
-        return math.sqrt(math.fsum(values)) / self._loss_scale * self._clip_factor
+        self.access.check_thread("a norm of gradients")
+        self._collect_gradients()
+        self.grad_attributes.add_zeros()
+        names = (slot.spec.name for slot in slots)
+        return self._clipping.norm_of(self.gradients.sums_of_squares(), names, loss_scale=self._loss_scale)
 
     def clip(self, norm: float, max_norm: float) -> None:
         """Scale the gradients at hand so that a norm becomes at most `max_norm`, as torch's clip_grad_norm_ does."""
-        self._clip_factor *= min(1.0, max_norm / (norm + 1e-6))
+        self._clipping.clip(norm, max_norm)
 
     def update(self, segments: Mapping[int, tuple[AdamSegment, ...]]) -> None:
         """Update parameters and consume all gradients; depending on the overlap, the work goes on after the return.
@@ -354,14 +342,15 @@ class Runtime:
             ModelError: the engine is closed or its state was lost, or someone looks at weights that will move.
         """
         self.check_usable()
-        scale = self._clip_factor / self._loss_scale
+        scale = self._clipping.factor / self._loss_scale
         wishes = {chunk_id: StepWish(parts, scale) for chunk_id, parts in segments.items()}
         start = self.overlap.take_step if self.journal is None else self.overlap.hold
         start(wishes, kept=self.lookahead.needed_soon(self.plan.num_slots))
         if self.scaler is not None:
             self.scaler.update(found_overflow=False)
+        self._skipped.note_taken()
         self.num_steps += 1
-        self._end_step(is_clipped=self._clip_factor != 1.0)
+        self._end_step(is_clipped=self._clipping.factor != 1.0)
         if self.sharding is None and self.journal is None:  # else it would wait for updates
             self.lookahead.fetch_ahead()
 
@@ -369,31 +358,47 @@ class Runtime:
         optimizer = None if self.optimizer is None else self.optimizer()
         if optimizer is None:
             return None
-        return StepWish(optimizer.expected_segments(chunk_id), self._clip_factor / self._loss_scale)
+        return StepWish(optimizer.expected_segments(chunk_id), self._clipping.factor / self._loss_scale)
 
-    def skip_update(self, reason: str) -> None:
-        """Drop the gradients of a step whose norm is not finite."""
-        if self.scaler is not None:
-            logger.info("step skipped: %s; the loss scale falls from %g", reason, self.scaler.scale)
-            self.scaler.update(found_overflow=True)
-        else:
-            level = logging.DEBUG if self.num_skipped_steps else logging.WARNING
-            logger.log(level, "step skipped and nothing changed: %s (said once)", reason)
+    def skip_update(self) -> None:
+        """Drop the gradients of a step whose norm is not finite.
+
+        Raises:
+            SkippedStepsError: it was one too many; it has been skipped nevertheless.
+        """
+        self._skipped.note_skipped()
         if self.journal is not None:
             self.overlap.hold({}, kept=())
         self.num_skipped_steps += 1
         self._end_step(is_clipped=True)
+        self._skipped.check()
 
-    def clear_gradients(self) -> None:
+    def has_gradients(self) -> bool:
+        """Return whether gradients wait for a step."""
+        self._collect_gradients()
+        return self.gradients.num_backwards > 0
+
+    def clear_gradients(self, *, set_to_none: bool = True) -> None:
         """Forget the gradients at hand.
+
+        Args:
+            set_to_none: False: keep zeros for the parameters that have had one, which the next step then updates.
 
         Raises:
             ModelError: the engine is closed or its state was lost.
         """
         self.check_usable()
+        self.access.check_thread("zero_grad()")
+        self.grad_attributes.clear(set_to_none=set_to_none)
+        self._drop_gradients()
+
+    def _collect_gradients(self) -> None:
+        self.grad_attributes.collect(on_found=self._clipping.check_open)
+
+    def _drop_gradients(self) -> None:
         self.overlap.discard()
         self.gradients.clear()
-        self._clip_factor = 1.0
+        self._clipping.factor = 1.0
 
     def finish_updates(self) -> None:
         """Block until the last step has happened, every byte of it, and nothing has been made of the next.
@@ -404,6 +409,7 @@ class Runtime:
             ModelError: the engine is closed or its state was lost.
         """
         self.check_usable()
+        self.access.check_thread("reading or loading weights")
         self.overlap.check_released()
         self.saving.finish()
         self.overlap.settle_all()
@@ -416,7 +422,8 @@ class Runtime:
     def _end_step(self, *, is_clipped: bool) -> None:
         self.overlap.end_step(is_clipped=is_clipped)
         self.gradients.expected_backwards = self.gradients.num_backwards
-        self.clear_gradients()
+        self.grad_attributes.end_step()
+        self._drop_gradients()
         if self.lookahead.is_in_step:
             self._clock.end_step()
             self.probe.end_step()
@@ -428,7 +435,7 @@ class Runtime:
     @property
     def gradient_scale(self) -> float:
         """What gradients that wait must be multiplied by to be the loss's: clipping and loss scale."""
-        return self._clip_factor / self._loss_scale
+        return self._clipping.factor / self._loss_scale
 
     @property
     def _loss_scale(self) -> float:
@@ -445,21 +452,11 @@ class Runtime:
     @property
     def is_closed(self) -> bool:
         """Whether `close` was called."""
-        return self._is_closed
+        return self.access.is_closed
 
     def check_usable(self) -> None:
         """Raise ModelError if the engine is closed, its state was lost, or it belongs to the parent of this process."""
-        if os.getpid() != self._pid:
-            raise ModelError(
-                "this GeminiDDP belongs to the parent process: a fork has neither its weights nor its threads"
-            )
-        if self._is_closed:
-            raise ModelError("this GeminiDDP has been closed; wrap the model again to go on")
-        if self.overlap.failure is not None:
-            raise ModelError(
-                f"the optimizer state was lost: {self.overlap.failure}; some parameters were updated and some were "
-                "not, so load a checkpoint into a new GeminiDDP"
-            )
+        self.access.check(self.overlap.failure)
         if self.sharding is not None:
             self.sharding.group.check()
 
@@ -470,9 +467,9 @@ class Runtime:
 
     def close(self, *, keep: bool = False) -> None:
         """Wait for what is under way and give everything back, but, with `keep`, what was committed; idempotent."""
-        if self._is_closed:
+        if self.access.is_closed:
             return
-        self._is_closed = True
+        self.access.is_closed = True
         self.saving.close()
         self.overlap.close()
         self.gradients.close()

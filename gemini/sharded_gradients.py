@@ -134,10 +134,9 @@ class ShardedGradients:
         """
         if self._pass.has_failed:
             self.end_backward()
-        if self._pass.is_open:
+        if not self._pass.join(self.end_backward):
             return
         self.num_backwards += 1
-        self._pass.begin(self.end_backward)
         self._end_means()
         exchanged = [chunk for chunk in self._chunks.values() if chunk.kept is None]
         self._order = sorted(exchanged, key=lambda chunk: (-urgency(chunk.spec.chunk_id), -chunk.spec.chunk_id))
@@ -176,20 +175,64 @@ class ShardedGradients:
         """
         self.begin_backward(lambda chunk_id: chunk_id)
         chunk = self._chunks[chunk_id]
-        dtype = self.dtype_of(chunk_id)
-        if (position in chunk.earlier or chunk.has_gone) and dtype is not torch.float32:
-            raise second_gradient_error(chunk.spec.slots[position].spec.name, dtype)
-        self._agreed_sums = None
-        chunk.delivered.add(position)
-        flat = (grad.to_dense() if grad.is_sparse else grad).detach().reshape(-1)
+        self._check_accumulation(chunk, position, has_gradient=position in chunk.earlier)
+        flat = self._note(chunk, position, grad)
         if chunk.has_gone:
-            late = chunk.late.get(position)
-            chunk.late[position] = flat.to(torch.float32, copy=True) if late is None else late.add_(flat)
+            self._keep_late(chunk, position, flat)
         elif chunk.kept is not None or self._has_slot(chunk):
             self._fill(chunk, position, flat)
         else:
             waiting = chunk.waiting.get(position)
             chunk.waiting[position] = flat if waiting is None else waiting + flat
+
+    def add(self, gradients: Sequence[tuple[int, int, torch.Tensor]]) -> None:
+        """Take gradients that no backward pass delivers; they are exchanged in the step, whichever ranks have some.
+
+        Args:
+            gradients: chunk, position in its layout and gradient, as for `put`.
+
+        Raises:
+            ModelError: as `put`.
+        """
+        self.num_backwards += 1
+        for chunk_id, position, grad in gradients:
+            chunk = self._chunks[chunk_id]
+            self._check_accumulation(chunk, position, has_gradient=position in chunk.delivered)
+            flat = self._note(chunk, position, grad)
+            if chunk.kept is not None:
+                self._fill(chunk, position, flat)
+            else:
+                self._keep_late(chunk, position, flat)
+
+    def add_zeros(self, places: Sequence[tuple[int, int]], zeros: Callable[[int, int], torch.Tensor]) -> None:
+        """Give gradients of zeros, which `zeros` makes, to parameters of which this rank has none."""
+        for chunk_id, position in places:
+            chunk = self._chunks[chunk_id]
+            if chunk.has_gone:  # with zeros for what this rank had not got
+                chunk.delivered.add(position)
+                self._agreed_sums = None
+            else:
+                self.add([(chunk_id, position, zeros(chunk_id, position))])
+                self.num_backwards -= 1
+
+    def has(self, chunk_id: int, position: int) -> bool:
+        """Return whether this rank has had a gradient of a parameter since gradients were last cleared."""
+        return position in self._chunks[chunk_id].delivered
+
+    def _note(self, chunk: _Chunk, position: int, grad: torch.Tensor) -> torch.Tensor:
+        """Note that a gradient has come; return its values, 1D and dense."""
+        self._agreed_sums = None
+        chunk.delivered.add(position)
+        return (grad.to_dense() if grad.is_sparse else grad).detach().reshape(-1)
+
+    def _keep_late(self, chunk: _Chunk, position: int, flat: torch.Tensor) -> None:
+        late = chunk.late.get(position)
+        chunk.late[position] = flat.to(torch.float32, copy=True) if late is None else late.add_(flat)
+
+    def _check_accumulation(self, chunk: _Chunk, position: int, *, has_gradient: bool) -> None:
+        dtype = self.dtype_of(chunk.spec.chunk_id)
+        if (has_gradient or chunk.has_gone) and dtype is not torch.float32:
+            raise second_gradient_error(chunk.spec.slots[position].spec.name, dtype)
 
     def _has_passed(self, chunk: _Chunk) -> bool:
         """Return whether backward has reached a chunk's unit as often as it probably will."""
@@ -334,12 +377,10 @@ class ShardedGradients:
         assert self._agreed_sums is not None
         return self._agreed_sums
 
-    def has(self, chunk_id: int, position: int) -> bool:
-        """Return whether this rank has had a gradient of a parameter that can be read; as of GradientStore."""
-        chunk = self._chunks.get(chunk_id)
-        if chunk is None or (self._pass.is_open and not self._pass.has_failed):
-            return False
-        return position in chunk.delivered
+    @property
+    def is_in_backward(self) -> bool:
+        """Whether a backward pass is under way, so that gradients cannot be read."""
+        return self._pass.is_open and not self._pass.has_failed
 
     def discard(self, chunk_id: int, position: int) -> None:
         """Refuse: ranks have exchanged the gradient, in part or in whole."""

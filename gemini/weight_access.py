@@ -197,7 +197,9 @@ class ParamWeight:
             return gradient
 
     def _has_gradient(self) -> bool:
-        return self.access.runtime.gradients.has(self.chunk.spec.chunk_id, self.position)
+        gradients = self.access.runtime.gradients
+        is_readable = self.chunk.spec.is_trainable and not gradients.is_in_backward
+        return is_readable and gradients.has(self.chunk.spec.chunk_id, self.position)
 
     def read_gradient(self) -> torch.Tensor | None:
         """Return the gradient that waits, of the parameter's dtype; None if none does.
@@ -212,6 +214,20 @@ class ParamWeight:
             waiting = read_gradient(runtime, self.slot) * runtime.gradient_scale
         return waiting.to(self.slot.spec.dtype).to(runtime.resources.transfers.device)
 
+    def add_gradient(self, gradient: torch.Tensor) -> None:
+        """Add to the gradient that waits.
+
+        Args:
+            gradient: of the parameter's shape and dtype.
+
+        Raises:
+            ModelError: the gradient carries a loss scale, or gradients are not kept as float32.
+        """
+        runtime = self.access.runtime
+        if runtime.scaler is not None:
+            gradient = gradient * runtime.scaler.scale
+        runtime.gradients.add([(self.chunk.spec.chunk_id, self.position, gradient)])
+
     def set_gradient(self, gradient: torch.Tensor | None) -> None:
         """Let a gradient take the place of the one that waits; it waits in `.grad`, where the optimizer takes it from.
 
@@ -219,6 +235,8 @@ class ParamWeight:
             gradient: of the parameter's shape; None: there is none any more.
         """
         if isinstance(gradient, WaitingGradient):
+            if weight_of(gradient) is self:  # `param.grad += other` has added already
+                return
             gradient = gradient.clone()
         if self._has_gradient():
             self.access.runtime.gradients.discard(self.chunk.spec.chunk_id, self.position)
@@ -266,6 +284,7 @@ class WeightAccess:
         runtime, chunk = self.runtime, weight.chunk
         chunk_id = chunk.spec.chunk_id
         runtime.check_usable()
+        runtime.access.check_thread("using a parameter")
         runtime.overlap.check_released()
         if writes:
             runtime.saving.finish()

@@ -5,22 +5,32 @@ from __future__ import annotations
 import errno
 import inspect
 import pickle
+from pathlib import Path
 
 import pytest
 
 from gemini import errors
-from gemini.errors import GeminiError, OffloadIOError
+from gemini.errors import GeminiError, MissingCheckpointError, OffloadIOError, naming_file
 
 
 @pytest.mark.parametrize(
     ("name", "builtin"),
     [
-        ("CheckpointMismatchError", ValueError),
+        ("CheckpointMismatchError", ValueError),  # as of torch's optimizers
+        ("CheckpointMismatchError", RuntimeError),  # as of torch's modules
         ("ConfigError", ValueError),
         ("IllegalTransitionError", RuntimeError),
         ("ModelError", RuntimeError),
+        ("MissingCheckpointError", FileNotFoundError),  # as of torch.load
+        ("MissingCheckpointError", OSError),  # as of from_pretrained
+        ("MissingCheckpointError", RuntimeError),  # as all of CheckpointError
         ("OffloadIOError", OSError),
+        ("OffloadIOError", RuntimeError),  # as of TensorNVMe
         ("OutOfTierMemoryError", MemoryError),
+        ("OutOfTierMemoryError", RuntimeError),  # as of torch
+        ("SkippedStepsError", FloatingPointError),
+        ("TensorError", ValueError),
+        ("TensorError", RuntimeError),  # as of TensorNVMe
         ("WorkerError", RuntimeError),
     ],
 )
@@ -28,6 +38,11 @@ def test_each_error_is_a_gemini_error_and_python_s_own_kind(name: str, builtin: 
     kind = getattr(errors, name)
     assert issubclass(kind, GeminiError)
     assert issubclass(kind, builtin)
+
+
+def test_a_file_being_named_does_not_hide_what_is_missing() -> None:
+    with pytest.raises(MissingCheckpointError), naming_file("read", Path("/checkpoint")):
+        raise MissingCheckpointError("no checkpoint")
 
 
 def test_every_error_of_the_module_is_public_and_documented() -> None:

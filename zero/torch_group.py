@@ -16,23 +16,24 @@ from __future__ import annotations
 import ctypes
 import logging
 import time
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
 from gemini.chunk.sharding import ChunkShard, RankAxis, RankGrid
-from gemini.errors import CollectiveError
+from gemini.errors import CollectiveError, GeminiError
 from gemini.offload.swap_file import remove_abandoned
 from gemini.offload.transfer import Move
+from zero.own_groups import Line, alone, forget, line_of
 from zero.sharding import shard_of
+from zero.watch import LOOK_S, Request, Trail
 
 __all__ = ["TorchGroup"]
 
@@ -41,27 +42,12 @@ logger = logging.getLogger(__name__)
 _num_groups: Counter[tuple[int, ...]] = Counter()
 """Groups that this process has made of the same ranks: each has a board of its own."""
 
+_SAME_WAY = (
+    "all ranks must run the same units in the same order, evaluation, reading (state_dict and the like), saving and "
+    "loading included"
+)
 REPORT_S = 2.0
 """Seconds in which other ranks may report the same failure before they are called silent."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Line:
-    """The ranks of one axis through this rank."""
-
-    group: dist.ProcessGroup | None
-    """None: all processes."""
-    place: int
-    """This rank's, from 0."""
-    ranks: tuple[int, ...]
-    """Their numbers among all processes."""
-
-    @property
-    def num_ranks(self) -> int:
-        return len(self.ranks)
-
-
-_ALONE = _Line(None, 0, (0,))
 
 
 class TorchGroup:
@@ -89,21 +75,21 @@ class TorchGroup:
         tensor_ranks: dist.ProcessGroup | None = None,
         swap_directory: Path | None = None,
     ) -> None:
-        self._lines = {RankAxis.SHARD: _line_of(shards)}
+        self._lines = {RankAxis.SHARD: line_of(shards)}
         if replicas is not None:
-            self._lines[RankAxis.REPLICA] = _line_of(replicas)
+            self._lines[RankAxis.REPLICA] = line_of(replicas)
         if tensor_ranks is not None:
-            self._lines[RankAxis.TENSOR] = _line_of(tensor_ranks)
+            self._lines[RankAxis.TENSOR] = line_of(tensor_ranks)
         self._swap_directory = swap_directory
         self._rank = dist.get_rank()
         self._values_device = torch.device("cpu") if dist.get_backend(shards) == "gloo" else device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._trail = 0  # checksum of all collectives so far
-        self._num_collectives = 0
+        self._trail = Trail()
         self._failure: str | None = None
         self._board = f"zero-new-{self._rank}"  # where ranks tell one another of failures
         own = torch.tensor([self._rank])
-        self._ranks = tuple(self._collect(self._lines, own, "numbers of ranks")[:, 0].tolist())
+        request = Request(0, 0, "all-gather of numbers of ranks")
+        self._ranks = tuple(self._collect(self._lines, own, request)[:, 0].tolist())
         self._board = f"zero-{self._ranks}-{_num_groups[self._ranks]}"
         _num_groups[self._ranks] += 1
 
@@ -115,7 +101,7 @@ class TorchGroup:
     @property
     def grid(self) -> RankGrid:
         """How the ranks are arranged."""
-        replicas, tensor_ranks = (self._lines.get(axis, _ALONE) for axis in (RankAxis.REPLICA, RankAxis.TENSOR))
+        replicas, tensor_ranks = (self._lines.get(axis, alone()) for axis in (RankAxis.REPLICA, RankAxis.TENSOR))
         return RankGrid(
             num_shards=self._lines[RankAxis.SHARD].num_ranks,
             num_replicas=replicas.num_ranks,
@@ -153,12 +139,12 @@ class TorchGroup:
         Raises:
             CollectiveError: the group has failed.
         """
-        line, what = self._lines[axis], self._note("all-gather", name)
+        line, request = self._lines[axis], self._note("all-gather", name)
         nbytes = whole.numel() // line.num_ranks
         alias = alias_of(whole)
         own = alias[line.place * nbytes : (line.place + 1) * nbytes]
-        with self._failing(what, line), self._behind(after):
-            return _PendingCollective(self, what, line, _start_all_gather(alias, own, line.group))
+        with self._failing(request, line), self._behind(after):
+            return _PendingCollective(self, request, line, _start_all_gather(alias, own, line.data))
 
     def exchange(
         self, sent: torch.Tensor, received: torch.Tensor, *, name: str, axis: RankAxis = RankAxis.SHARD
@@ -177,10 +163,10 @@ class TorchGroup:
         Raises:
             CollectiveError: the group has failed.
         """
-        line, what = self._lines[axis], self._note("all-to-all", name)
-        with self._failing(what, line), self._behind(()):
-            work = dist.all_to_all_single(alias_of(received), alias_of(sent), group=line.group, async_op=True)
-            return _PendingCollective(self, what, line, work)
+        line, request = self._lines[axis], self._note("all-to-all", name)
+        with self._failing(request, line), self._behind(()):
+            work = dist.all_to_all_single(alias_of(received), alias_of(sent), group=line.data, async_op=True)
+            return _PendingCollective(self, request, line, work)
 
     def gather_values(self, values: torch.Tensor, *, name: str) -> torch.Tensor:
         """Return everyone's values, and make sure that all ranks have come the same way; blocks.
@@ -214,39 +200,68 @@ class TorchGroup:
         return self._gather_in_step(axes, values, name)
 
     def _gather_in_step(self, axes: Iterable[RankAxis], values: torch.Tensor, name: str) -> torch.Tensor:
-        """Return the values of the ranks along some axes, after checking their trails."""
-        what = self._note("all-gather", name)
-        trail = torch.tensor([self._rank, self._num_collectives, self._trail], dtype=torch.int64)
-        message = torch.cat([trail.view(torch.uint8), values.contiguous().view(torch.uint8)])
-        rows = self._collect(axes, message, what)
-        trails = rows[:, : trail.nbytes].contiguous().view(torch.int64)
-        others = [int(other[0]) for other in trails if not torch.equal(other[1:], trail[1:])]
-        if others:
-            counts = ", ".join(f"rank {rank} {count}" for rank, count, _ in trails.tolist())
-            self._failure = (
-                f"{what}: rank {self._rank} and rank {others[0]} have not asked for the same collectives (so far: "
-                f"{counts}): all ranks must run the same units in the same order, evaluation and saving included"
-            )
-            raise CollectiveError(self._failure)
-        return rows[:, trail.nbytes :].contiguous().view(values.dtype)
+        """Return the values of the ranks along some axes, after checking that all have come the same way to the same.
 
-    def _collect(self, axes: Iterable[RankAxis], values: torch.Tensor, what: str) -> torch.Tensor:
+        The check goes first, in messages of one size: what follows may be taken for nothing else.
+        """
+        request = self._note("all-gather", name)
+        own = torch.tensor([self._rank, request.number, request.checksum, values.nbytes], dtype=torch.int64)
+        found = own.view(1, -1)
+        for axis in axes:
+            found = self._collect([axis], found.reshape(-1), request).view(-1, own.numel())
+            others = [int(other[0]) for other in found if not torch.equal(other[1:], own[1:])]
+            if others:
+                counts = ", ".join(f"rank {rank} {count}" for rank, count, *_ in found.tolist())
+                self._fail(
+                    request,
+                    f"rank {self._rank} and rank {others[0]} have not asked for the same collectives (so far: "
+                    f"{counts}): {_SAME_WAY}",
+                )
+        rows = self._collect(axes, values.contiguous().view(torch.uint8), request)
+        return rows.contiguous().view(values.dtype)
+
+    def _collect(self, axes: Iterable[RankAxis], values: torch.Tensor, request: Request) -> torch.Tensor:
         """Return what the ranks along some axes have, [num_ranks, n], the first axis running fastest."""
         rows = values.view(1, -1)
         for line in [self._lines[axis] for axis in axes]:
             gathered = rows.new_empty(line.num_ranks * rows.numel(), device=self._values_device)
-            with self._failing(what, line):
-                _start_all_gather(gathered, rows.view(-1).to(self._values_device), line.group).wait()
+            with self._failing(request, line):
+                work = _start_all_gather(gathered, rows.view(-1).to(self._values_device), line.control)
+                self._wait(work, request, line)
                 rows = gathered.cpu().view(-1, values.numel())
         return rows
 
-    def _note(self, kind: str, name: str) -> str:
-        """Add a collective to the trail; return what to call it."""
+    def _note(self, kind: str, name: str) -> Request:
+        """Add a collective to the trail."""
         self.check()
-        what = f"{kind} of {name}"
-        self._trail = zlib.crc32(what.encode(), self._trail)
-        self._num_collectives += 1
-        return what
+        return self._trail.add(f"{kind} of {name}")
+
+    def _wait(self, work: dist.Work, request: Request, line: Line) -> None:
+        """Wait for a collective, and look now and then whether the others will come at all."""
+        if not line.is_own:
+            work.wait()
+            return
+        while True:
+            try:
+                work.wait(timedelta(seconds=LOOK_S))
+                return
+            except RuntimeError:
+                if work.is_completed():
+                    raise
+            peers = [rank for rank in line.ranks if rank != self._rank]
+            cause = self._trail.find_divergence(request, self._open_store(), self._rank, peers)
+            if cause is not None:
+                self._fail(request, f"rank {self._rank} waits for others that will not come: {cause}: {_SAME_WAY}")
+
+    def _fail(self, request: Request, reason: str) -> NoReturn:
+        """Refuse to go on, and let other ranks know."""
+        self._failure = f"{request.what}: {reason}"
+        self._forget_groups()
+        with suppress(RuntimeError):  # the process that holds the store is gone
+            store = self._open_store()
+            store.set(f"{self._rank}", request.what)
+            store.set(f"cause {self._rank}", f"rank {self._rank} has failed before, in the {request.what}")
+        raise CollectiveError(self._failure)
 
     @contextmanager
     def _behind(self, moves: Sequence[Move]) -> Iterator[None]:
@@ -266,23 +281,28 @@ class TorchGroup:
             raise CollectiveError(f"this group has failed before: {self._failure}")
 
     @contextmanager
-    def _failing(self, what: str, line: _Line) -> Iterator[None]:
+    def _failing(self, request: Request, line: Line) -> Iterator[None]:
         """Turn a backend's error into one that names the collective and the ranks."""
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, CollectiveError):
+            if isinstance(error, GeminiError):
                 raise
             self.check()
             reason = str(error).splitlines()[0].split(". This ")[0]
-            cause = self._find_cause(what, line)
+            cause = self._find_cause(request.what, line)
             self._failure = (
-                f"{what} failed on rank {self._rank} of {dist.get_world_size()}: {cause}; the backend says: {reason}. "
-                "Start all ranks again, from what was committed or a checkpoint"
+                f"{request.what} failed on rank {self._rank} of {dist.get_world_size()}: {cause}; "
+                f"the backend says: {reason}. Start all ranks again, from what was committed or a checkpoint"
             )
+            self._forget_groups()
             raise CollectiveError(self._failure) from error
 
-    def _find_cause(self, what: str, line: _Line) -> str:
+    def _forget_groups(self) -> None:
+        for line in self._lines.values():
+            forget(line)
+
+    def _find_cause(self, what: str, line: Line) -> str:
         """Tell the others of a failure through the store, and return who of a line does not tell of one."""
         peers = [rank for rank in line.ranks if rank != self._rank]
         try:
@@ -293,7 +313,7 @@ class TorchGroup:
             if closed:
                 cause = f"rank {', '.join(closed)} has closed its engine"
             elif silent:
-                cause = f"no word from rank {', '.join(silent)}, which has died or stalled"
+                cause = f"no word from rank {', '.join(silent)}, which has died or stalled, or waits elsewhere"
             elif peers and not _missing(store, [f"cause {peers[0]}"]):
                 cause = store.get(f"cause {peers[0]}").decode()
             else:
@@ -323,9 +343,9 @@ class TorchGroup:
 class _PendingCollective:
     """One collective under way."""
 
-    def __init__(self, group: TorchGroup, what: str, line: _Line, work: dist.Work) -> None:
+    def __init__(self, group: TorchGroup, request: Request, line: Line, work: dist.Work) -> None:
         self._group = group
-        self._what = what
+        self._request = request
         self._line = line
         self._work: dist.Work | None = work
 
@@ -337,8 +357,8 @@ class _PendingCollective:
         """
         work, self._work = self._work, None
         if work is not None:
-            with self._group._failing(self._what, self._line):
-                work.wait()
+            with self._group._failing(self._request, self._line):
+                self._group._wait(work, self._request, self._line)
 
 
 class _CudaMemory:
@@ -386,20 +406,6 @@ def _missing(store: PrefixStore, keys: list[str]) -> list[str]:
         keys = [key for key in keys if not store.check([key])]
         time.sleep(0.05)
     return keys
-
-
-def _line_of(group: dist.ProcessGroup | None) -> _Line:
-    if group is not None:
-        _shorten_timeout(group)
-    return _Line(group, dist.get_rank(group), tuple(dist.get_process_group_ranks(group)))
-
-
-def _shorten_timeout(group: dist.ProcessGroup) -> None:
-    """Let a group wait no longer than the default group; a mesh makes its groups with half an hour on gloo."""
-    groups = (group, dist.distributed_c10d._get_default_group())
-    backends = [each._get_backend(device) for each in groups for device in each._device_types]
-    timeout = min(backend.options._timeout for backend in backends)
-    dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def _start_all_gather(gathered: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup | None) -> dist.Work:

@@ -113,6 +113,9 @@ class Weight(Protocol):
     def read_gradient(self) -> torch.Tensor | None:
         """Return the gradient that waits, of the parameter's dtype; None if none does."""
 
+    def add_gradient(self, gradient: torch.Tensor) -> None:
+        """Add to the gradient that waits."""
+
     def set_gradient(self, gradient: torch.Tensor | None) -> None:
         """Let a gradient take the place of the one that waits."""
 
@@ -302,7 +305,7 @@ class GraphView(torch.Tensor):
 
 
 class WaitingGradient(torch.Tensor):
-    """The gradient of a weight, where it waits for the optimizer's step: may be read, not changed."""
+    """The gradient of a weight, where it waits for the optimizer's step: may be read and added to, not changed."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -311,6 +314,8 @@ class WaitingGradient(torch.Tensor):
         if kind is FunctionKind.METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if func is torch.Tensor.__iadd__ or func is torch.Tensor.add_:
+            return _add_gradient(*args, **kwargs)
         if writes_values(func, args, kwargs) or kind in (FunctionKind.DATA_SET, FunctionKind.GRAD_SET):
             raise refuse(
                 next(w for w in map(weight_of, _flat(args, kwargs)) if w is not None),
@@ -329,6 +334,17 @@ class WaitingGradient(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.clone().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+def _add_gradient(waiting: torch.Tensor, other: Any, *, alpha: float = 1) -> torch.Tensor:
+    """Add to a gradient that waits, as `param.grad += other` does in plain torch."""
+    weight = weight_of(waiting)
+    assert weight is not None
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        added = torch.zeros(waiting.shape, dtype=waiting.dtype, device=waiting.device)
+        added.add_(_gradient_value(other), alpha=alpha)
+    weight.add_gradient(added)
+    return waiting
 
 
 class WeightCopy(torch.Tensor):

@@ -116,7 +116,7 @@ def _is_in_graph(tensor: torch.Tensor) -> bool:
 def _shares_memory(tensor: torch.Tensor, values: torch.Tensor) -> bool:
     """Return whether a tensor is made of the same storage as a weight's values."""
     local = getattr(tensor, "_local_tensor", tensor)
-    if local.layout is not torch.strided:
+    if local.layout is not torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(local):
         return False
     return bool(local.untyped_storage()._cdata == values.untyped_storage()._cdata)
 

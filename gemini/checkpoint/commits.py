@@ -46,7 +46,7 @@ def commit_step(runtime: Runtime, participants: Participants, *, extra: Any) -> 
             "engine.commit: this engine has no commit file: set GeminiConfig(service=..., job=..., snapshots=True), or "
             "pass GeminiDDP(..., commits=CommitFile)"
         )
-    if runtime.gradients.num_backwards:
+    if runtime.has_gradients():
         raise ConfigError(
             "engine.commit: gradients wait for a step and would be lost: call it after optimizer.step(), or drop them "
             "with optimizer.zero_grad()"

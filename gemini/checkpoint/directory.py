@@ -18,7 +18,7 @@ from pathlib import Path
 
 from gemini.checkpoint.manifest import Manifest
 from gemini.directory_lock import DirectoryLock
-from gemini.errors import CheckpointError, ConfigError, OffloadIOError, naming_file
+from gemini.errors import CheckpointError, ConfigError, MissingCheckpointError, OffloadIOError, naming_file
 
 __all__ = [
     "CheckpointDirectory",
@@ -168,7 +168,7 @@ def find_checkpoint(path: Path) -> Path:
         `path` itself, or the complete checkpoint in it that was saved last.
 
     Raises:
-        CheckpointError: there is none.
+        MissingCheckpointError: there is none.
         OffloadIOError: the directory cannot be read.
     """
     with naming_file("read", path):
@@ -176,7 +176,7 @@ def find_checkpoint(path: Path) -> Path:
         if not found and (path / MANIFEST).is_file():
             return path
     if not found:
-        raise CheckpointError(
+        raise MissingCheckpointError(
             f"{path}: no complete checkpoint here; expected a directory that engine.save_checkpoint was given, or one "
             "of the step-... directories in it"
         )

@@ -60,7 +60,7 @@ def save_checkpoint(
     """Start saving; see GeminiDDP.save_checkpoint."""
     if keep_last is not None and (type(keep_last) is not int or keep_last < 1):
         raise ConfigError(f"save_checkpoint: keep_last: expected at least 1, or None for all, got {keep_last!r}")
-    if runtime.gradients.num_backwards:
+    if runtime.has_gradients():
         raise ConfigError(
             "save_checkpoint: gradients wait for a step and would be lost: call it after optimizer.step(), or drop "
             "them with optimizer.zero_grad()"

@@ -20,7 +20,13 @@ import torch
 from gemini.checkpoint import has_checkpoint
 from gemini.config import GeminiConfig
 from gemini.ddp import GeminiDDP
-from gemini.errors import CheckpointError, CheckpointMismatchError, ConfigError, MissingLibraryError
+from gemini.errors import (
+    CheckpointError,
+    CheckpointMismatchError,
+    ConfigError,
+    MissingCheckpointError,
+    MissingLibraryError,
+)
 from gemini.integrations import seams
 from gemini.integrations.accelerate import GeminiAccelerator
 from gemini.integrations.random_numbers import unchanged_random_numbers
@@ -278,7 +284,9 @@ class GeminiTrainerMixin:
         if resume_from_checkpoint is True:
             found = last_complete_checkpoint(Path(self.args.output_dir))
             if found is None:
-                raise CheckpointError(f"GeminiTrainer: there is no complete checkpoint in {self.args.output_dir}")
+                raise MissingCheckpointError(
+                    f"GeminiTrainer: there is no complete checkpoint in {self.args.output_dir}"
+                )
             resume_from_checkpoint = str(found)
         if isinstance(resume_from_checkpoint, (str, Path)):
             path = Path(resume_from_checkpoint)

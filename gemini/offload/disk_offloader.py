@@ -35,7 +35,7 @@ from types import TracebackType
 
 import torch
 
-from gemini.errors import ConfigError, OffloadIOError
+from gemini.errors import ConfigError, OffloadIOError, TensorError
 from gemini.offload.extents import Extent, ExtentAllocator
 from gemini.offload.io import IoEngine, IoFile, IoOpenFlag, IoOperation, IoRequest, IoTicket, choose_backend
 from gemini.tiers import IO_ALIGNMENT_NBYTES, round_up
@@ -139,7 +139,7 @@ class DiskOffloader:
             tensors: CPU, contiguous, each covering its whole storage, none of them twice.
 
         Raises:
-            ValueError: a tensor cannot be parked; nothing was done.
+            TensorError: a tensor cannot be parked; nothing was done.
             OffloadIOError: a write failed; all the tensors keep their memory, bytes and earlier records.
         """
         with self._lock:
@@ -152,7 +152,7 @@ class DiskOffloader:
             tensors: written before, by any call; bytes they hold now are overwritten.
 
         Raises:
-            ValueError: a tensor was never written, or its length changed; nothing was done.
+            TensorError: a tensor was never written, or its length changed; nothing was done.
             OffloadIOError: a read failed; tensors that had no memory before have none again, so that the read can be
                 tried once more.
         """
@@ -168,7 +168,7 @@ class DiskOffloader:
                 if a write failed.
 
         Raises:
-            ValueError: a tensor cannot be parked; nothing was done.
+            TensorError: a tensor cannot be parked; nothing was done.
             OffloadIOError: the offloader is closed. Failures of the write itself are raised by sync_write_events.
         """
         with self._lock:
@@ -184,7 +184,7 @@ class DiskOffloader:
                 failed.
 
         Raises:
-            ValueError: a tensor was never written, or its length changed; nothing was done.
+            TensorError: a tensor was never written, or its length changed; nothing was done.
             OffloadIOError: the offloader is closed. Failures of the read itself are raised by sync_read_events.
         """
         with self._lock:
@@ -247,7 +247,7 @@ class DiskOffloader:
         self._prepare(tensors)
         for tensor in tensors:
             if tensor.untyped_storage().nbytes() != _nbytes_of(tensor):
-                raise ValueError(f"cannot write {_describe(tensor)}: its memory is freed; read it back first")
+                raise TensorError(f"cannot write {_describe(tensor)}: its memory is freed; read it back first")
         extents: list[Extent | None] = []
         try:
             for tensor in tensors:
@@ -289,7 +289,7 @@ class DiskOffloader:
             _check(tensor)
         storages = {tensor.untyped_storage()._cdata for tensor in tensors}
         if len(storages) != len(tensors):
-            raise ValueError(f"expected {len(tensors)} different storages in one call, got {len(storages)}")
+            raise TensorError(f"expected {len(tensors)} different storages in one call, got {len(storages)}")
         for operation in [*self._operations]:
             if any(tensor.untyped_storage()._cdata in storages for tensor in operation.tensors):
                 self._finish_noting(operation)
@@ -299,9 +299,9 @@ class DiskOffloader:
     def _find_record(self, tensor: torch.Tensor) -> _Record:
         record = self._records.get(id(tensor))
         if record is None or record.tensor_ref() is not tensor:
-            raise ValueError(f"cannot read {_describe(tensor)}: it was never written through this offloader")
+            raise TensorError(f"cannot read {_describe(tensor)}: it was never written through this offloader")
         if record.nbytes != _nbytes_of(tensor):
-            raise ValueError(f"cannot read {_describe(tensor)}: {record.nbytes} bytes of it were written")
+            raise TensorError(f"cannot read {_describe(tensor)}: {record.nbytes} bytes of it were written")
         return record
 
     def _drop_record(self, key: int) -> None:
@@ -399,19 +399,19 @@ def _describe(tensor: torch.Tensor) -> str:
 
 def _check(tensor: torch.Tensor) -> None:
     if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"expected a tensor, got {type(tensor).__name__}")
+        raise TensorError(f"expected a tensor, got {type(tensor).__name__}")
     if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
-        raise ValueError(f"expected a dense CPU tensor, got {_describe(tensor)}, {tensor.layout}; copy it first")
+        raise TensorError(f"expected a dense CPU tensor, got {_describe(tensor)}, {tensor.layout}; copy it first")
     if not tensor.is_contiguous():
-        raise ValueError(f"expected a contiguous tensor, got {_describe(tensor)}, stride {tensor.stride()}")
+        raise TensorError(f"expected a contiguous tensor, got {_describe(tensor)}, stride {tensor.stride()}")
     storage = tensor.untyped_storage()
     if tensor.storage_offset() != 0 or storage.nbytes() not in (0, _nbytes_of(tensor)):
-        raise ValueError(
+        raise TensorError(
             f"expected a tensor that covers its storage, got a view: {_describe(tensor)} at element "
             f"{tensor.storage_offset()} of {storage.nbytes()} bytes; .clone() it first"
         )
     if not storage.resizable():
-        raise ValueError(f"expected memory that torch can free, got {_describe(tensor)} on borrowed memory; clone it")
+        raise TensorError(f"expected memory that torch can free, got {_describe(tensor)} on borrowed memory; clone it")
 
 
 def _release(tensors: Sequence[torch.Tensor]) -> None:

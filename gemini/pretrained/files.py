@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gemini.errors import CheckpointError, naming_file
+from gemini.errors import CheckpointError, MissingCheckpointError, naming_file
 from gemini.safetensors_file import SafetensorsReader, TensorEntry
 
 __all__ = [
@@ -51,7 +51,7 @@ def check_directory(path: Path) -> None:
 
 def _check_directory(path: Path) -> None:
     if not path.is_dir():
-        raise CheckpointError(
+        raise MissingCheckpointError(
             f"{path} is not a directory; expected one with {SINGLE_FILE}, or {INDEX} and the files it names. "
             "huggingface_hub.snapshot_download(NAME) returns that of a model of the hub"
         )
@@ -70,7 +70,7 @@ def _check_directory(path: Path) -> None:
         )
     elif (path / SAVING).is_dir():
         remedy = f"its first save is under way or was interrupted; the files in {SAVING} are not complete: save again"
-    raise CheckpointError(f"{path} is no checkpoint that can be loaded: {remedy}")
+    raise MissingCheckpointError(f"{path} is no checkpoint that can be loaded: {remedy}")
 
 
 def _refuse_quantized(path: Path) -> None:

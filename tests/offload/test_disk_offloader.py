@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemini.errors import ConfigError, OffloadIOError
+from gemini.errors import ConfigError, OffloadIOError, TensorError
 from gemini.offload.disk_offloader import DiskOffloader
 from gemini.offload.io import available_backends
 
@@ -166,7 +166,7 @@ def test_rewriting_frees_the_former_place(offloader: DiskOffloader) -> None:
 def test_reused_identity_is_not_mistaken(offloader: DiskOffloader) -> None:
     for _ in range(50):
         tensor = torch.ones(10)
-        with pytest.raises(ValueError, match="never written"):
+        with pytest.raises(TensorError, match="never written"):
             offloader.sync_read(tensor)
         offloader.sync_write(tensor)
         del tensor
@@ -218,7 +218,7 @@ def refused_tensors() -> dict[str, torch.Tensor]:
 def test_unsuitable_tensor_is_refused_before_anything_happens(offloader: DiskOffloader, message: str) -> None:
     good, bad = torch.ones(3), refused_tensors()[message]
     for call in (offloader.sync_writev, offloader.async_writev, offloader.sync_readv, offloader.async_readv):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(TensorError, match=message):
             call([good, bad])
     assert held_nbytes(good) == 12
     assert offloader._engine.stats().nbytes_written == 0
@@ -227,7 +227,7 @@ def test_unsuitable_tensor_is_refused_before_anything_happens(offloader: DiskOff
 def test_writing_what_is_not_in_memory_is_refused(offloader: DiskOffloader) -> None:
     tensor = torch.ones(3)
     offloader.sync_write(tensor)
-    with pytest.raises(ValueError, match="its memory is freed; read it back first"):
+    with pytest.raises(TensorError, match="its memory is freed; read it back first"):
         offloader.sync_write(tensor)
     offloader.sync_read(tensor)
     assert tensor.sum() == 3
@@ -235,7 +235,7 @@ def test_writing_what_is_not_in_memory_is_refused(offloader: DiskOffloader) -> N
 
 def test_same_storage_twice_in_a_list_is_refused(offloader: DiskOffloader) -> None:
     tensor = torch.ones(3)
-    with pytest.raises(ValueError, match="different storages"):
+    with pytest.raises(TensorError, match="different storages"):
         offloader.sync_writev([tensor, tensor.view(3, 1)])
 
 

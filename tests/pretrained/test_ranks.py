@@ -91,4 +91,4 @@ def test_ranks_that_see_different_weights_load_nothing(ranks: RankPool, tmp_path
     (tmp_path / "1" / "model.safetensors").unlink()
     first, second = ranks.run(2, load_apart, directory=tmp_path)
     assert first == ("CheckpointMismatchError", "rank 1 cannot load what it was given and says why; nothing was loaded")
-    assert second[0] == "CheckpointError"
+    assert second[0] == "MissingCheckpointError"

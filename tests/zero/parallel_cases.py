@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,33 @@ from rank_cases import case_of, cut_batch, global_batches
 from torch import nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
 from training_harness import config_for, hybrid_adam
 
 import zero
 from gemini import GeminiDDP
 
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+ZERO_BUBBLES = {"interleaved": ScheduleInterleavedZeroBubble, "zbv": ScheduleZBVZeroBubble}
 NUM_HEADS = 2
 
 
 class TowerStage(nn.Module):
-    """Half of a tower, its parameters under the names they have in the whole."""
+    """A part of a tower, its parameters under the names they have in the whole."""
 
-    def __init__(self, tower: Tower, index: int) -> None:
+    def __init__(self, tower: Tower, index: int, num_stages: int = 2) -> None:
         super().__init__()
-        self.blocks = nn.ModuleDict({str(i): tower.blocks[i] for i in (2 * index, 2 * index + 1)})
-        self.head = tower.head if index == 1 else nn.Identity()
+        num_blocks = len(tower.blocks) // num_stages
+        self.blocks = nn.ModuleDict(
+            {str(i): tower.blocks[i] for i in range(len(tower.blocks)) if i // num_blocks == index}
+        )
+        self.head = tower.head if index == num_stages - 1 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks.values():
@@ -64,6 +75,48 @@ def train_pipeline(
             optimizer.step()
             optimizer.zero_grad()
         return engine.master_state_dict()
+
+
+def train_zero_bubble(
+    *, schedule: str, place: str, directory: Path, num_micro: int, stage: int | None = None, num_steps: int = 3
+) -> dict[str, torch.Tensor]:
+    """Train the tower as a pipeline of four stages on two ranks, of which each has two; return their weights.
+
+    With `stage` each pipeline has a twin, and `zero.shard` shares each part between the two.
+    """
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "pipeline"))
+    rank, replica = mesh["pipeline"].get_local_rank(), mesh["data"].get_local_rank()
+    num_replicas = mesh["data"].size()
+    case = case_of("tower")
+    indices = {"zbv": (rank, 3 - rank), "interleaved": (rank, rank + 2)}[schedule]
+    with ExitStack() as stack:
+        engines = []
+        for index in indices:
+            own = directory / f"stage{index}"
+            own.mkdir(exist_ok=True)
+            part, config = TowerStage(case.model(), index, 4), config_for(place, own)
+            engine = (
+                GeminiDDP(part, config) if stage is None else zero.shard(part, config, mesh=mesh["data"], stage=stage)
+            )
+            engines.append(stack.enter_context(engine))
+        optimizers = [hybrid_adam(engine.parameters()) for engine in engines]
+        group = mesh["pipeline"].get_group()
+        stages = [
+            PipelineStage(engine, index, 4, torch.device("cpu"), group=group)
+            for engine, index in zip(engines, indices, strict=True)
+        ]
+        pipeline = ZERO_BUBBLES[schedule](
+            stages, num_micro, loss_fn=lambda output, _: square(output) / num_micro, scale_grads=False
+        )
+        for batch in global_batches(case, num_steps, num_replicas * num_micro):
+            rows = torch.stack([cut_batch(micro, replica, num_replicas)["x"] for micro in _micros(batch, num_micro)])
+            whole = rows.flatten(0, 1)
+            pipeline.step(*((whole,) if 0 in indices else ()), **({"target": whole} if 3 in indices else {}))
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        assert all(param.grad is None for engine in engines for param in engine.parameters())
+        return {name: weight for engine in engines for name, weight in engine.master_state_dict().items()}
 
 
 def _micros(batch: dict[str, Any], num_micro: int) -> list[dict[str, Any]]:

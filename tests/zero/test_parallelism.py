@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from comparison import FLOAT32_TOLERANCE, alone
-from parallel_cases import train_pipeline, train_sequences, train_sequences_alone
+from parallel_cases import train_pipeline, train_sequences, train_sequences_alone, train_zero_bubble
 from rank_pool import RankPool
 from training_harness import distance, same_bits
 
@@ -26,6 +26,24 @@ def test_pipeline_stages_are_shared_by_ranks(place, ranks: RankPool, tmp_path):
     assert same_bits(stages[0], stages[2])
     assert same_bits(stages[1], stages[3])
     assert distance(joined(stages), alone("tower", 2, num_micro=2).weights) < FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize("place", ["host", "nvme", "device"])
+@pytest.mark.parametrize("schedule", ["interleaved", "zbv"])
+def test_zero_bubble_stages_train_as_one_process(schedule, place, ranks: RankPool, tmp_path):
+    """These schedules write the gradients of weights to .grad by themselves."""
+    stages = ranks.run(2, train_zero_bubble, schedule=schedule, place=place, directory=tmp_path, num_micro=4)
+    assert distance(joined(stages), alone("tower", 1, num_micro=4).weights) < FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize(("stage", "place"), [(1, "host"), (2, "nvme"), (3, "nvme")])
+@pytest.mark.parametrize("schedule", ["interleaved", "zbv"])
+def test_zero_bubble_stages_are_shared_by_ranks(schedule, stage, place, ranks: RankPool, tmp_path):
+    fields = {"schedule": schedule, "place": place, "directory": tmp_path, "num_micro": 4, "stage": stage}
+    stages = ranks.run(4, train_zero_bubble, **fields)
+    assert same_bits(stages[0], stages[2])
+    assert same_bits(stages[1], stages[3])
+    assert distance(joined(stages[:2]), alone("tower", 2, num_micro=4).weights) < FLOAT32_TOLERANCE
 
 
 def test_gradients_are_not_for_a_schedule_to_scale(ranks: RankPool, tmp_path):

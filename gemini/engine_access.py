@@ -1,0 +1,106 @@
+"""Who may use an engine now: the process that built it, one thread at a time, until it is closed or its state is lost.
+
+[Note: One thread at a time]
+Slots, leases and the trace belong to the one forward that is running. So its thread holds the engine from the start of
+the outermost forward, of a unit that is called by itself, or of a step, until its end. There is no lock: the claim is
+one atomic operation on a dictionary, and who comes second is refused rather than made to wait, as it may well be
+waiting for the first. Autograd's own threads work for the thread that called backward, and are let through. Threads of
+the engine itself (updates, saving) take no part in this.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from gemini.errors import ModelError
+
+__all__ = ["EngineAccess", "is_autograd_thread"]
+
+
+class EngineAccess:
+    """Refuses those who may not use an engine; belongs to the process that makes it."""
+
+    def __init__(self) -> None:
+        self.is_closed = False
+        self._pid = os.getpid()
+        self._holder: dict[str, tuple[int, str]] = {}  # at most one entry: thread, and what it is doing
+
+    def check(self, failure: str | None) -> None:
+        """Raise ModelError if the engine belongs to the parent of this process, is closed, or lost its state.
+
+        Args:
+            failure: how the state was lost; None: it was not.
+        """
+        if os.getpid() != self._pid:
+            raise ModelError(
+                "this GeminiDDP belongs to the parent process: a fork has neither its weights nor its threads"
+            )
+        if self.is_closed:
+            raise ModelError("this GeminiDDP has been closed; wrap the model again to go on")
+        if failure is not None:
+            raise ModelError(
+                f"the optimizer state was lost: {failure}; some parameters were updated and some were not, so load a "
+                "checkpoint into a new GeminiDDP"
+            )
+
+    def claim(self, action: str) -> None:
+        """Let this thread hold the engine until `release`; again and again changes nothing.
+
+        Args:
+            action: what it is about to do, for messages.
+
+        Raises:
+            ModelError: another thread holds it.
+        """
+        if not self._is_ours(self._holder.setdefault("thread", (threading.get_ident(), action))):
+            self.check_thread(action)
+            self._holder["thread"] = (threading.get_ident(), action)  # of a thread that has ended meanwhile
+
+    def release(self) -> None:
+        """Let any thread hold the engine; the one that holds it calls this."""
+        self._holder.clear()
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether no other thread holds the engine."""
+        holder = self._holder.get("thread")
+        return holder is None or self._is_ours(holder)
+
+    def check_thread(self, action: str) -> None:
+        """Raise ModelError if another thread holds the engine; `action` is what this one is about to do."""
+        holder = self._holder.get("thread")
+        if holder is None or self._is_ours(holder):
+            return
+        other = next((thread for thread in threading.enumerate() if thread.ident == holder[0]), None)
+        if other is not None:
+            raise ModelError(
+                f"{action} in thread {threading.current_thread().name}, while {holder[1]} of the same GeminiDDP is "
+                f"under way in thread {other.name}: one thread at a time may use an engine, whose weights are fetched "
+                "for one forward; let threads take turns with a lock of yours, or hand their batches to one of them"
+            )
+
+    @contextmanager
+    def using(self, action: str) -> Iterator[None]:
+        """Hold the engine while the context is open, unless this thread does so already."""
+        is_outermost = not self._holder
+        self.claim(action)
+        try:
+            yield
+        finally:
+            if is_outermost:
+                self.release()
+
+    def _is_ours(self, holder: tuple[int, str]) -> bool:
+        return holder[0] == threading.get_ident() or is_autograd_thread()
+
+
+def is_autograd_thread() -> bool:
+    """Return whether this is a thread of autograd's, which runs a part of somebody's backward."""
+    # Python has not started these threads, and knows them by what it calls dummies.
+    is_running_backward = torch._C._current_graph_task_id() != -1
+    return is_running_backward and isinstance(threading.current_thread(), threading._DummyThread)

@@ -1,0 +1,55 @@
+"""Refuses what runs a model to record or transform it: tracers, exporters and function transforms.
+
+[Note: Tracers]
+A recording of an engine would hold weights at the addresses they had for a moment, and the hooks that fetch them are in
+none. Function transforms do not support hooks on saved tensors, by which backward finds weights that have moved. So
+they are refused where the engine's hooks begin, whatever placement would have let through; within a model's forward
+(attention masks are made with vmap) they are the model's own affair.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NoReturn
+
+import torch
+import torch.fx
+
+from gemini.errors import ModelError
+
+__all__ = ["check_untraced", "refuse_scripting"]
+
+_INSTEAD = (
+    "the weights of a GeminiDDP come and go while it runs; load engine.state_dict() into a plain copy of the model and "
+    "{verb} that"
+)
+
+
+def check_untraced() -> None:
+    """Raise ModelError if the call that is beginning is recorded or transformed rather than run."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise ModelError(
+            "torch.func (grad, vmap, jvp, jacrev, vjp, functionalize) over a GeminiDDP: transforms do not work with "
+            "weights that come and go; call torch.autograd.grad, or torch.autograd.functional.jacobian or jvp, which "
+            "do, or load engine.state_dict() into a plain copy of the model and transform that"
+        )
+    if torch._C._is_tracing():
+        raise _refusal("torch.jit.trace", "trace")
+    if torch.compiler.is_exporting():
+        raise _refusal("torch.export", "export")
+    if torch.fx._symbolic_trace._is_fx_tracing_flag or _is_making_fx():
+        raise _refusal("torch.fx (symbolic_trace, make_fx)", "trace")
+
+
+def refuse_scripting(module: Any) -> NoReturn:
+    """Raise ModelError; torch.jit.script calls this of whatever it is given and of what that holds."""
+    raise _refusal("torch.jit.script", "script")
+
+
+def _is_making_fx() -> bool:
+    module = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return module is not None and module.get_proxy_mode() is not None
+
+
+def _refusal(tracer: str, verb: str) -> ModelError:
+    return ModelError(f"{tracer} of a GeminiDDP: {_INSTEAD.format(verb=verb)}")

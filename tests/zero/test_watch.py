@@ -1,0 +1,56 @@
+"""Who has gone another way is found by what was asked for, never by how long it takes."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from zero.watch import Trail
+
+
+def trails(*names: str) -> Trail:
+    trail = Trail()
+    for name in names:
+        trail.add(name)
+    return trail
+
+
+def look(trail: Trail, request: object, store: dist.Store, rank: int) -> str | None:
+    return trail.find_divergence(request, store, rank, [1 - rank])  # type: ignore[arg-type]
+
+
+def test_ranks_that_have_asked_for_the_same_are_not_accused_however_long_they_wait() -> None:
+    store = dist.HashStore()
+    ahead, behind = trails("a", "b"), trails("a")
+    ahead_at, behind_at = ahead.add("c"), behind.add("b")
+    for _ in range(3):
+        assert look(ahead, ahead_at, store, 0) is None
+        assert look(behind, behind_at, store, 1) is None
+    assert look(behind, behind.add("c"), store, 1) is None
+
+
+def test_whoever_can_tell_says_so_and_the_other_hears_of_it() -> None:
+    store = dist.HashStore()
+    first, second = trails("a"), trails("a")
+    first_at, second_at = first.add("state"), second.add("chunk 3")
+    second.add("chunk 4")
+    assert look(first, first_at, store, 0) is None  # nothing is written yet
+    assert look(second, second_at, store, 1) == "rank 0 is in the state"
+    assert look(first, first_at, store, 0) == "rank 1 is in the chunk 3"
+
+
+def test_one_that_is_ahead_cannot_be_judged_and_judges() -> None:
+    store = dist.HashStore()
+    behind, ahead = trails("x"), trails("y", "z")
+    behind_at, ahead_at = behind.add("b"), ahead.add("c")
+    assert look(ahead, ahead_at, store, 1) is None
+    assert look(behind, behind_at, store, 0) is None
+    assert look(ahead, ahead_at, store, 1) == "rank 0 is in the b"
+    store.set("cause 1", "rank 1 has failed before")
+    assert look(behind, behind_at, store, 0) == "rank 1 has failed before"
+
+
+def test_a_checksum_that_is_no_longer_kept_proves_nothing() -> None:
+    trail = trails("a")
+    assert trail.differs_at(1, 0)
+    assert not trail.differs_at(2, 0)
+    assert not trail.differs_at(-1, 0)
