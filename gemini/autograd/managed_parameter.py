@@ -36,6 +36,7 @@ __all__ = [
     "Weight",
     "WeightAlias",
     "WeightCopy",
+    "gradient_value",
     "hide",
     "is_placeless",
     "manage",
@@ -323,8 +324,7 @@ class WaitingGradient(torch.Tensor):
                 "clip with HybridAdam(max_grad_norm=...) or engine.clip_grad_norm_, drop gradients with zero_grad(), "
                 "change them with param.register_hook, or assign a new tensor to .grad",
             )
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*map(_gradient_value, args), **{name: _gradient_value(each) for name, each in kwargs.items()})
+        return func(*map(gradient_value, args), **{name: gradient_value(each) for name, each in kwargs.items()})
 
     def __repr__(self) -> str:  # type: ignore[override]
         return repr(self.clone())
@@ -340,10 +340,11 @@ def _add_gradient(waiting: torch.Tensor, other: Any, *, alpha: float = 1) -> tor
     """Add to a gradient that waits, as `param.grad += other` does in plain torch."""
     weight = weight_of(waiting)
     assert weight is not None
-    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-        added = torch.zeros(waiting.shape, dtype=waiting.dtype, device=waiting.device)
-        added.add_(_gradient_value(other), alpha=alpha)
-    weight.add_gradient(added)
+    with torch.no_grad():
+        if alpha == 1:
+            weight.add_gradient(torch.zeros_like(waiting).add_(gradient_value(other)))
+        else:
+            weight.set_gradient(torch.add(gradient_value(waiting), gradient_value(other), alpha=alpha))
     return waiting
 
 
@@ -392,9 +393,10 @@ def _written(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return out if out is not None else (args[0] if args else next(iter(kwargs.values()), None))
 
 
-def _gradient_value(value: Any) -> Any:
+def gradient_value(value: Any) -> Any:
+    """Return an argument with the values of gradients that wait in their place; lists and tuples are looked into."""
     if type(value) in (list, tuple):
-        return type(value)(map(_gradient_value, value))
+        return type(value)(map(gradient_value, value))
     if not isinstance(value, WaitingGradient):
         return value
     weight = weight_of(value)

@@ -14,8 +14,10 @@ from gemini.autograd.managed_parameter import (
     Geometry,
     GraphView,
     OpenWeight,
+    WaitingGradient,
     Weight,
     WeightAlias,
+    gradient_value,
     refuse,
     stand_in,
     weight_of,
@@ -52,6 +54,8 @@ def _with_edges(value: Any) -> Any:
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     found = [*_tensors_of(args), *_tensors_of(kwargs.values())]
+    if any(isinstance(tensor, WaitingGradient) for tensor, _ in found):
+        return func(*map(gradient_value, args), **{name: gradient_value(value) for name, value in kwargs.items()})
     weights = {id(weight): weight for _, weight in found}
     writes = writes_values(func, args, kwargs)
     first = found[0][1]

@@ -358,7 +358,7 @@ class GeminiTrainerMixin:
             self.engine.load_checkpoint(Path(self.state.best_model_checkpoint) / _CHECKPOINT_NAME)
 
 
-seams.check_seams(GeminiTrainerMixin, transformers.Trainer, added={"build_engine", "built_engine"})
+seams.check_seams(GeminiTrainerMixin, transformers.Trainer, added={"build_engine", "built_engine", "_has_own_save"})
 
 
 class GeminiTrainer(GeminiTrainerMixin, transformers.Trainer):
