@@ -29,6 +29,11 @@ class BackwardPass:
         """That runs it; None: not known, as only threads of autograd's have been seen."""
 
     @property
+    def is_running(self) -> bool:
+        """Whether a pass is under way, as far as is known."""
+        return self.is_open and not self.has_failed
+
+    @property
     def has_failed(self) -> bool:
         """Whether the open pass is over without having called back."""
         return self.is_open and self._callback is not None and self._callback() is None

@@ -26,12 +26,12 @@ from gemini.extra_states import extra_states
 from gemini.handback import OriginalTensors, read_back
 from gemini.hooks import HookSet
 from gemini.initialise import InitFn
-from gemini.model_state import INSIDE_OF_MODULE, load_model_state, named_param_values, named_values
+from gemini.model_state import INSIDE_OF_MODULE, load_model_state, named_values
 from gemini.offload.commit_file import CommitFile
 from gemini.offload.io import IoStats
 from gemini.ownership import check_unchanged, own
 from gemini.placement.cost_model import HardwareProfile, StepFlops, StepPrediction
-from gemini.pretrained import DEFAULT_SHARD_SIZE, is_shown, open_pretrained, save_pretrained
+from gemini.pretrained import DEFAULT_SHARD_SIZE, open_pretrained, save_pretrained
 from gemini.report import MemoryReport, check_prediction, make_report
 from gemini.run_recorder import RunRecorder, record_run
 from gemini.runtime import Runtime
@@ -240,16 +240,7 @@ class GeminiDDP(torch.nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Yield the wrapped model's parameters under the names that they have in `state_dict`.
-
-        Args:
-            prefix: goes before each name.
-            recurse: whether the wrapped model counts; the engine has none besides.
-            remove_duplicate: whether of tied names only the first counts.
-
-        Yields:
-            Name and parameter.
-        """
+        """Yield the wrapped model's parameters, as torch does, under the names that they have in `state_dict`."""
         for name, param in named_params(self.module, remove_duplicate=remove_duplicate) if recurse else ():
             yield f"{prefix}.{name}" if prefix else name, param
 
@@ -284,12 +275,6 @@ class GeminiDDP(torch.nn.Module):
         """Return as `state_dict`, without extra state and with trainable parameters as their float32 masters."""
         self._check_model()
         return dict(named_values(self._runtime, self.module, read_master))
-
-    def _named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        if is_shown(self.module):  # what is there now is to be saved
-            return
-        self._check_model()
-        yield from named_param_values(self._runtime, self.module, read_working)
 
     def _check_model(self) -> None:
         self._runtime.check_usable()

@@ -70,7 +70,7 @@ class GradientStore:
         self.hyper_fingerprint = 0
         """For ShardedGradients alone."""
         self.accumulators = GradientAccumulators(resources.transfers, device_kernels)
-        self._pass = BackwardPass()
+        self.backward_pass = BackwardPass()
         self._jobs: list[GradTicket] = []
         self._device_slots: list[GradientSlot] = []
         self._staging_slots: list[GradientSlot] = []
@@ -192,7 +192,7 @@ class GradientStore:
 
     def _begin_delivery(self, chunk_id: int, position: int) -> GradChunk:
         self._end_failed_pass()
-        self.num_backwards += self._pass.join(self.end_backward)
+        self.num_backwards += self.backward_pass.join(self.end_backward)
         chunk = self._chunks[chunk_id]
         self._check_accumulation(chunk, position)
         self._announce_change(chunk_id)
@@ -202,7 +202,7 @@ class GradientStore:
     def begin_backward(self) -> None:
         """Begin a backward pass that the caller ends; else the first gradient begins it and autograd ends it."""
         self.num_backwards += 1
-        self._pass.begin(None)
+        self.backward_pass.begin(None)
 
     def add(self, gradients: Sequence[tuple[int, int, torch.Tensor]]) -> None:
         """Take gradients that no backward pass delivers, as if one did; what they are is as for `put`."""
@@ -228,7 +228,7 @@ class GradientStore:
 
     def end_backward(self) -> None:
         """Send off what waits in device slots; called by autograd when a backward pass has ended."""
-        self._pass.end()
+        self.backward_pass.end()
         while self._on_device:
             self._depart(next(iter(self._on_device)))
         for chunk in self._chunks.values():
@@ -239,7 +239,7 @@ class GradientStore:
 
     def _end_failed_pass(self) -> None:
         """Drop what only some uses of a parameter have delivered to a pass that has failed: autograd has none of it."""
-        if not self._pass.has_failed:
+        if not self.backward_pass.has_failed:
             return
         partial = {chunk_id: chunk.unfinished - chunk.earlier for chunk_id, chunk in self._chunks.items()}
         self.end_backward()
@@ -438,11 +438,6 @@ class GradientStore:
         """Return the positions that have a gradient, in the layout's order; call `finish` first."""
         return sorted(self._chunks[chunk_id].sumsq)
 
-    @property
-    def is_in_backward(self) -> bool:
-        """Whether a backward pass is under way, so that gradients cannot be read."""
-        return self._pass.is_open and not self._pass.has_failed
-
     def discard(self, chunk_id: int, position: int) -> None:
         """Forget one parameter's gradient."""
         self.finish()
@@ -459,15 +454,10 @@ class GradientStore:
         Infinite or NaN where a gradient is not finite. Scaled by the square of the loss scale, if there is one.
         """
         self.finish()
-        sums: dict[str, float] = {}
-        on_device: list[tuple[str, torch.Tensor]] = []
-        for chunk in self._chunks.values():
-            for position, value in chunk.sumsq.items():
-                name = chunk.spec.slots[position].spec.name
-                if isinstance(value, GradTicket):
-                    sums[name] = value.sumsq()
-                else:
-                    on_device.append((name, value))
+        chunks = self._chunks.values()
+        all_sums = {chunk.spec.slots[i].spec.name: value for chunk in chunks for i, value in chunk.sumsq.items()}
+        sums = {name: value.sumsq() for name, value in all_sums.items() if isinstance(value, GradTicket)}
+        on_device = [(name, value) for name, value in all_sums.items() if isinstance(value, torch.Tensor)]
         if on_device:
             values = torch.stack([value for _, value in on_device]).tolist()
             sums.update(zip((name for name, _ in on_device), values, strict=True))

@@ -16,7 +16,7 @@ from gemini.model_names import canonical_buffers, canonical_names, compare_names
 from gemini.runtime import Runtime
 from gemini.weights import load_masters
 
-__all__ = ["INSIDE_OF_MODULE", "ReadValue", "load_model_state", "named_param_values", "named_values"]
+__all__ = ["INSIDE_OF_MODULE", "ReadValue", "load_model_state", "named_values"]
 
 ReadValue = Callable[[Runtime, ParamSlot], torch.Tensor]
 """Returns a parameter's values, a CPU copy in its shape: `read_working` or `read_master` of gemini.weights."""
@@ -33,8 +33,10 @@ INSIDE_OF_MODULE = _InsideOfModule({"": "module"})
 """What torch.distributed.checkpoint.state_dict asks modules for whose state dicts leave a child's name out."""
 
 
-def named_param_values(runtime: Runtime, model: torch.nn.Module, read: ReadValue) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield CPU copies of all parameters; tied names share one. With several ranks all must take all of them.
+def named_values(runtime: Runtime, model: torch.nn.Module, read: ReadValue) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield CPU copies of all parameters and persistent buffers; tied names share one.
+
+    With several ranks all must take all of them.
 
     Args:
         runtime: the engine's.
@@ -51,11 +53,6 @@ def named_param_values(runtime: Runtime, model: torch.nn.Module, read: ReadValue
         if canonical not in values:
             values[canonical] = read(runtime, slots[canonical])
         yield name, values[canonical]
-
-
-def named_values(runtime: Runtime, model: torch.nn.Module, read: ReadValue) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield as `named_param_values`, and then copies of the persistent buffers, likewise."""
-    yield from named_param_values(runtime, model, read)
     buffers = {name: local_part(buffer).detach().cpu().clone() for name, buffer in persistent_buffers(model).items()}
     for name, canonical in canonical_buffers(model).items():
         yield name, buffers[canonical]

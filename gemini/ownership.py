@@ -16,8 +16,18 @@ from gemini.runtime import Runtime
 from gemini.tracers import refuse_scripting
 from gemini.weight_access import ParamWeight, WeightAccess
 
-__all__ = ["check_unchanged", "disown", "is_trained_by_engine", "own", "refuse_owned", "runtime_of"]
+__all__ = [
+    "SHOWN_ATTRIBUTE",
+    "check_unchanged",
+    "disown",
+    "is_shown",
+    "is_trained_by_engine",
+    "own",
+    "refuse_owned",
+    "runtime_of",
+]
 
+SHOWN_ATTRIBUTE = "_gemini_shown"
 _SCRIPTED = "__prepare_scriptable__"
 """What torch.jit.script calls."""
 
@@ -52,6 +62,11 @@ def disown(model: torch.nn.Module, access: WeightAccess) -> None:
     for weight in access.weights:
         if weight_of(weight.param) is weight:
             release(weight.param)
+
+
+def is_shown(model: torch.nn.Module) -> bool:
+    """Return whether plain tensors stand in for a wrapped model's parameters now, so that it can save itself."""
+    return SHOWN_ATTRIBUTE in vars(model)
 
 
 def refuse_owned(model: torch.nn.Module) -> None:

@@ -121,7 +121,7 @@ class Runtime:
         self.overlap = Overlap(asked, core=core, states=states, gradients=gradients, worker=worker, kernels=kernels)
         num_slots, is_sharded = plan.num_slots, sharding is not None
         self.lookahead = Lookahead(core, depth=config.prefetch_depth, num_slots=num_slots, is_sharded=is_sharded)
-        self.saved = SavedWeights(core.chunk_in, core.absent_in, self._weights_in_backward)
+        self.saved = SavedWeights(core.chunk_in, core.absent.get, self._weights_in_backward)
         self._entered: list[_Entry] = []
         self._place_of_param: dict[int, tuple[int, int]] = {
             id(param): (chunk.spec.chunk_id, position)

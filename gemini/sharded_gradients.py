@@ -101,7 +101,7 @@ class ShardedGradients:
         )
         self._order: list[_Chunk] = []
         self._num_gone = 0
-        self._pass = BackwardPass()
+        self.backward_pass = BackwardPass()
         self._is_taking_means = False
         self._agreed_sums: dict[str, float] | None = None
 
@@ -132,9 +132,9 @@ class ShardedGradients:
         Args:
             urgency: how soon forward uses a chunk, lower is sooner; the same on all ranks.
         """
-        if self._pass.has_failed:
+        if self.backward_pass.has_failed:
             self.end_backward()
-        if not self._pass.join(self.end_backward):
+        if not self.backward_pass.join(self.end_backward):
             return
         self.num_backwards += 1
         self._end_means()
@@ -240,7 +240,7 @@ class ShardedGradients:
 
     def end_backward(self) -> None:
         """Exchange what has not been; called by autograd when a backward pass has ended."""
-        self._pass.end()
+        self.backward_pass.end()
         while self._num_gone < len(self._order):
             self._exchange_next()
         if self._group.grid.num_replicas > 1:  # sums over replicas start here or in backward, never in `clear`
@@ -377,11 +377,6 @@ class ShardedGradients:
         assert self._agreed_sums is not None
         return self._agreed_sums
 
-    @property
-    def is_in_backward(self) -> bool:
-        """Whether a backward pass is under way, so that gradients cannot be read."""
-        return self._pass.is_open and not self._pass.has_failed
-
     def discard(self, chunk_id: int, position: int) -> None:
         """Refuse: ranks have exchanged the gradient, in part or in whole."""
         name = self._chunks[chunk_id].spec.slots[position].spec.name
@@ -396,7 +391,7 @@ class ShardedGradients:
 
     def clear(self) -> None:
         """Forget all gradients; starts nothing that other ranks must take part in."""
-        self._pass.end()
+        self.backward_pass.end()
         self._order, self._num_gone = [], 0  # of a backward pass that failed, some may not have gone
         self._exchange.abandon()
         self._end_means()

@@ -9,6 +9,7 @@ import torch
 
 from gemini.autograd.managed_parameter import WeightCopy, weight_of
 from gemini.errors import ModelError
+from gemini.ownership import check_unchanged, is_shown
 from gemini.runtime import Runtime
 from gemini.weight_access import ParamWeight
 from gemini.weights import read_working
@@ -29,6 +30,8 @@ def install_state_hooks(module: torch.nn.Module, runtime: Runtime) -> list[Any]:
     copies: dict[int, dict[int, torch.Tensor]] = {}  # of each state dict being made: by parameter
 
     def fill(owner: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        if owner is module and not is_shown(module):
+            check_unchanged(module, runtime, runtime.layout.slot_by_name)
         for name, param in owner._parameters.items():
             weight = weight_of(param)
             if not isinstance(weight, ParamWeight) or state.get(prefix + name, param) is param:  # keep_vars
@@ -50,7 +53,7 @@ def install_state_hooks(module: torch.nn.Module, runtime: Runtime) -> list[Any]:
 
     handles: list[Any] = []
     for owner in module.modules():
-        if owner._parameters:
+        if owner._parameters or owner is module:
             handles.append(owner.register_state_dict_post_hook(fill))  # type: ignore[no-untyped-call]
             handles.append(owner.register_load_state_dict_pre_hook(refuse_assignment))  # type: ignore[no-untyped-call]
     return handles

@@ -34,19 +34,15 @@ from gemini.weights import (
     loading,
     read_gradient,
     read_own_working,
+    same_bits,
     store_master,
     store_written,
 )
 
-__all__ = ["ParamWeight", "WeightAccess", "same_bits"]
+__all__ = ["ParamWeight", "WeightAccess"]
 
 SharedCall = Callable[[Callable[..., Any], Any, Any, Sequence[torch.Tensor]], Any]
 """Calls a function that uses parameters, so that gradients of shared ones may be delivered use by use."""
-
-
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Return whether two contiguous tensors of one shape and dtype hold the same bits."""
-    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
 @dataclass(slots=True, eq=False)
@@ -198,7 +194,7 @@ class ParamWeight:
 
     def _has_gradient(self) -> bool:
         gradients = self.access.runtime.gradients
-        is_readable = self.chunk.spec.is_trainable and not gradients.is_in_backward
+        is_readable = self.chunk.spec.is_trainable and not gradients.backward_pass.is_running
         return is_readable and gradients.has(self.chunk.spec.chunk_id, self.position)
 
     def read_gradient(self) -> torch.Tensor | None:

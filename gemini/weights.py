@@ -40,6 +40,7 @@ __all__ = [
     "read_parts",
     "read_working",
     "reset_moments",
+    "same_bits",
     "store_master",
     "store_written",
     "working_runs",
@@ -104,16 +105,17 @@ def read_working(runtime: Runtime, slot: ParamSlot) -> torch.Tensor:
 
 def read_own_working(runtime: Runtime, slot: ParamSlot) -> torch.Tensor:
     """Return the working weights of this rank's part of a parameter, a CPU copy in its shape."""
-    if slot.spec.split is not None:
-        slot = dataclasses.replace(slot, spec=dataclasses.replace(slot.spec, split=None))
-    return read_working(runtime, slot)
+    return read_working(runtime, _without_split(slot))
+
+
+def _without_split(slot: ParamSlot) -> ParamSlot:
+    return dataclasses.replace(slot, spec=dataclasses.replace(slot.spec, split=None))
 
 
 def read_gradient(runtime: Runtime, slot: ParamSlot) -> torch.Tensor:
     """Return the gradient that waits of this rank's part of a parameter, a float32 CPU copy, loss scale included."""
     runtime.gradients.finish()
-    if slot.spec.split is not None:
-        slot = dataclasses.replace(slot, spec=dataclasses.replace(slot.spec, split=None))
+    slot = _without_split(slot)
     home, dtype = runtime.gradients.home_of(slot.chunk_id), runtime.gradients.dtype_of(slot.chunk_id)
 
     def runs() -> Iterator[torch.Tensor]:
@@ -268,7 +270,7 @@ def store_written(runtime: Runtime, slot: ParamSlot, values: torch.Tensor, old: 
     old_flat = None if old is None else _own_piece(chunk, slot, old)
     for part in _parts(runtime, piece) if chunk.home.is_writable else ():
         new = new_flat[part.in_param]
-        if old_flat is not None and _is_unchanged(new, old_flat[part.in_param]):
+        if old_flat is not None and same_bits(new, old_flat[part.in_param]):
             continue
         with _tile(runtime, chunk.home, part.tile, write=True) as tile:
             working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
@@ -279,14 +281,15 @@ def store_written(runtime: Runtime, slot: ParamSlot, values: torch.Tensor, old: 
                 _store_changed(record, part, slot.spec.dtype, new, before)
 
 
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two contiguous tensors of one shape and dtype hold the same bits."""
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+
+
 def _own_piece(chunk: Chunk, slot: ParamSlot, values: torch.Tensor) -> torch.Tensor:
     """Return what lives here of this rank's part of a parameter, flat on the CPU."""
     flat = values.detach().to("cpu").reshape(-1)
     return flat if chunk.shard is None else flat[piece_of(slot, chunk.shard)]
-
-
-def _is_unchanged(new: torch.Tensor, old: torch.Tensor) -> bool:
-    return torch.equal(new.contiguous().view(torch.uint8), old.contiguous().view(torch.uint8))
 
 
 def _store_changed(
@@ -296,24 +299,17 @@ def _store_changed(
     master = record_views(record, part.length, dtype)[0]
     assert master is not None
     rest = master[part.in_tile]
+    changed = new.view(torch.int16) != before.view(torch.int16)
     if master.dtype is torch.int16:
-        changed = new.view(torch.int16) != before.view(torch.int16)
         residual = torch.empty_like(rest)
         split_master(torch.empty_like(new), residual, new.to(torch.float32))
-        rest.copy_(torch.where(changed, residual, rest))
     else:
-        changed = before.view(torch.int16) != new.view(torch.int16)
-        rest.copy_(torch.where(changed, new.to(torch.float32), rest))
+        residual = new.to(torch.float32)
+    rest.copy_(torch.where(changed, residual, rest))
 
 
 def store_master(runtime: Runtime, slot: ParamSlot, values: torch.Tensor) -> None:
-    """Set the masters of a half-precision parameter whose working weights hold the same values, rounded.
-
-    Args:
-        runtime: the engine's.
-        slot: the parameter.
-        values: the whole parameter, or what broadcasts to it, of a wider float dtype.
-    """
+    """Set the masters of a half-precision parameter to values of a wider float dtype, which broadcast to its shape."""
     chunk, piece = _chunk_and_piece(runtime, slot)
     state = runtime.states[slot.chunk_id]
     flat = _cut(chunk, slot, values.detach().to("cpu", torch.float32).expand(slot.spec.full_shape))

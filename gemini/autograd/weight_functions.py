@@ -76,7 +76,19 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
             for weight in opened.values():
                 weight.become_copy()
             result = _call(func, args, kwargs, found, opened)
-        return _hand_out(result, func, found, [(weights[key], each) for key, each in opened.items()])
+        result = _hand_out(result, func, found, [(weights[key], each) for key, each in opened.items()])
+    if func is torch.Tensor.copy_ and args[0] is first.param:
+        _keep_precision(first, args, kwargs)
+    return result
+
+
+def _keep_precision(weight: Weight, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Let a weight's master keep what values that were copied into it have beyond the weight's own dtype."""
+    source = args[1] if len(args) > 1 else kwargs.get("src", kwargs.get("other"))
+    own = args[0].dtype
+    is_wider = isinstance(source, torch.Tensor) and source.is_floating_point() and source.element_size() > own.itemsize
+    if is_wider and own.is_floating_point:
+        weight.load(source)
 
 
 def _call(

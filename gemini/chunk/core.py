@@ -60,7 +60,7 @@ class ChunkCore:
         self._num_protected = num_protected
         self._recent: list[int] = []
         self._staging = Staging(staging)
-        self._absent: dict[int, Chunk] = {}  # by address of the placeholders
+        self.absent: dict[int, Chunk] = {}  # all chunks, by the address of their placeholders
         self._group = group
 
     # ---------------------------------------------------------------- registering
@@ -90,9 +90,8 @@ class ChunkCore:
         assert spec.chunk_id == len(self.chunks)
         missing = placeholders(spec.dtype, self.resources.transfers.device, len(params))
         chunk = Chunk(spec, params, home, missing, is_resident=is_resident, shard=shard)
-        chunk.remember_versions()
         chunk.unbind()
-        self._absent[chunk.missing_address] = chunk
+        self.absent[chunk.missing_address] = chunk
         self.chunks.append(chunk)
         return chunk
 
@@ -319,16 +318,11 @@ class ChunkCore:
         slot = self._slots.find(storage_address)
         return slot.chunk if slot is not None else self._residents.get(storage_address)
 
-    def absent_in(self, storage_address: int) -> Chunk | None:
-        """Return the chunk whose placeholders a storage holds, None if it holds none."""
-        return self._absent.get(storage_address)
-
     def has_room(self, chunk_id: int) -> bool:
         """Return whether a chunk can be made usable without taking anything from anybody who uses it."""
         chunk = self.chunks[chunk_id]
-        if chunk.is_resident or chunk.compute is not None or chunk.fetch is not None:
-            return True
-        return self._slots.num_free() > 0 or bool(self.evictable() or self._slots.chunks(ChunkState.FETCHING))
+        is_here = chunk.is_resident or chunk.compute is not None or chunk.fetch is not None
+        return is_here or bool(self._slots.num_free() or self.evictable() or self._slots.chunks(ChunkState.FETCHING))
 
     def is_slot(self, storage_address: int) -> bool:
         """Return whether a storage is a slot, that is, memory that is refilled."""

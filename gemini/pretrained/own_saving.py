@@ -16,15 +16,15 @@ import torch
 
 from gemini.chunk.plain_names import named_params
 from gemini.errors import CheckpointError, GeminiError, naming_file
+from gemini.ownership import SHOWN_ATTRIBUTE
 from gemini.pretrained.state_names import has_adapters
 
-__all__ = ["has_own_saving", "is_shown", "save_by_itself", "showing"]
+__all__ = ["has_own_saving", "save_by_itself", "showing"]
 
 _KNOWN_OWNERS = ("transformers.modeling_utils", "peft.peft_model")
 """Modules whose `save_pretrained` is streamed."""
 _HARMLESS_HOOKS = ("gemini.", "torch.distributed.algorithms._checkpoint.")
 """Where hooks of state dicts come from that leave them what they would be: ours, and torch's wrapper of activations."""
-_SHOWN = "_gemini_shown"
 
 
 def has_own_saving(model: torch.nn.Module) -> bool:
@@ -84,7 +84,7 @@ def showing(model: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> Itera
                 if id(param) not in shown:
                     value = values[name_of[id(param)]]
                     shown[id(param)] = torch.nn.Parameter(value, requires_grad=param.requires_grad)
-    object.__setattr__(model, _SHOWN, True)
+    object.__setattr__(model, SHOWN_ATTRIBUTE, True)
     try:
         for module, key, param in places:
             module._parameters[key] = shown[id(param)]
@@ -92,12 +92,7 @@ def showing(model: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> Itera
     finally:
         for module, key, param in places:
             module._parameters[key] = param
-        model.__dict__.pop(_SHOWN, None)
-
-
-def is_shown(model: torch.nn.Module) -> bool:
-    """Return whether a model's parameters are plain tensors now, inside `showing`."""
-    return _SHOWN in vars(model)
+        model.__dict__.pop(SHOWN_ATTRIBUTE, None)
 
 
 def save_by_itself(model: Any, place: Path, *, max_shard_size: int | str | None) -> None:

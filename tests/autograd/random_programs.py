@@ -151,7 +151,9 @@ def read_whole(world: World, index: int, seed: int) -> Any:
     if how == 8:
         return param.float().double() + 1
     if how == 9:
-        return torch.frombuffer(bytearray(bytes(param.detach().cpu().contiguous().untyped_storage())), dtype=param.dtype)
+        return torch.frombuffer(
+            bytearray(bytes(param.detach().cpu().contiguous().untyped_storage())), dtype=param.dtype
+        )
     if how == 10:
         return [row.sum() for row in param] if param.dim() else param.item()
     return 1.0 - param

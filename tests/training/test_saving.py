@@ -13,7 +13,7 @@ import torch
 import transformers
 from model_zoo import HF_CASES
 from torch import nn
-from training_harness import config_for, engine_and_twin, same_bits
+from training_harness import PLACEMENTS, config_for, engine_and_twin, same_bits
 
 from gemini import GeminiDDP, ModelError
 
@@ -34,12 +34,19 @@ def test_save_pretrained_writes_what_from_pretrained_reads(tmp_path):
     assert same_bits(loaded.state_dict(), twin.state_dict())
 
 
-def test_loading_into_the_wrapped_model_is_refused(tmp_path):
-    with (
-        engine_and_twin(GPT2, config_for("host", tmp_path)) as (engine, twin),
-        pytest.raises(ModelError, match=r"call engine\.load_state_dict"),
-    ):
-        engine.module.load_state_dict(twin.state_dict())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("place", PLACEMENTS)
+def test_the_wrapped_model_and_its_modules_load_as_the_engine_does(place, dtype, tmp_path):
+    given = GPT2.model(seed=1).state_dict()
+    with GeminiDDP(GPT2.model(), config_for(place, tmp_path, dtype=dtype)) as engine:
+        engine.module.load_state_dict(given)
+        assert same_bits(engine.master_state_dict(), given)
+        blocks = GPT2.model(seed=2).transformer.h.state_dict()
+        engine.module.transformer.h.load_state_dict(blocks)
+        masters = engine.master_state_dict()
+        assert same_bits({name: masters[f"transformer.h.{name}"] for name in blocks}, blocks)
+        with pytest.raises(RuntimeError, match="would take its parameters out of their chunks"):
+            engine.module.load_state_dict(given, assign=True)
 
 
 @pytest.mark.parametrize("of", [lambda engine: engine, lambda engine: engine.module], ids=["engine", "model"])
@@ -79,11 +86,10 @@ def test_a_module_that_is_there_twice_keeps_all_names_of_its_buffers() -> None:
     [
         lambda model: setattr(model.transformer.ln_f, "weight", nn.Parameter(torch.ones(32))),
         lambda model: model.add_module("probe", nn.Linear(2, 2)),
-        lambda model: model.resize_token_embeddings(model.config.vocab_size + 3, mean_resizing=False),
         lambda model: model.transformer.h.pop(1),
         lambda model: model.transformer.add_module("last", model.transformer._modules.pop("ln_f")),
     ],
-    ids=["replaced", "added", "resized", "removed", "renamed"],
+    ids=["replaced", "added", "removed", "renamed"],
 )
 @pytest.mark.parametrize(
     "save",
@@ -103,3 +109,11 @@ def test_a_model_that_was_changed_is_not_saved_as_what_it_was(
         with pytest.raises(ModelError, match="parameter .* was added, removed, replaced or resized"):
             save(engine, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrapped_model_is_not_resized() -> None:
+    with (
+        GeminiDDP(GPT2.model(), config_for("host")) as engine,
+        pytest.raises(ModelError, match=r"replaced by a tensor of .* change the model before wrapping it"),
+    ):
+        engine.module.resize_token_embeddings(engine.module.config.vocab_size + 3, mean_resizing=False)

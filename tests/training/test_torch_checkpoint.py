@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from training_harness import config_for, distance, hybrid_adam, plain_adamw, same_bits
 
-from gemini import GeminiDDP, ModelError
+from gemini import GeminiDDP
 
 # dcp warns that there is no process group, and that a storage class of torch's will go.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -171,12 +171,13 @@ def test_plain_dcp_of_an_engines_state_dict(tmp_path: Path) -> None:
     assert same_bits(loaded, expected)
 
 
-def test_setting_the_wrapped_model_itself_says_what_to_set_instead() -> None:
-    with (
-        GeminiDDP(build(), config_for("host")) as engine,
-        pytest.raises(ModelError, match=r"call engine\.load_state_dict"),
-    ):
-        set_model_state_dict(engine.module, build().state_dict())
+@pytest.mark.parametrize("place", ["host", "nvme", "mixed"])
+def test_the_wrapped_model_itself_can_be_set(place: str, tmp_path: Path) -> None:
+    given = {name: value + 1 if torch.is_tensor(value) else value for name, value in build().state_dict().items()}
+    with GeminiDDP(build(), config_for(place, tmp_path)) as engine:
+        set_model_state_dict(engine.module, given)
+        found = engine.master_state_dict()
+    assert all(torch.equal(found[name], value) for name, value in given.items() if torch.is_tensor(value))
 
 
 @pytest.mark.parametrize("place", ["host", "nvme", "mixed"])
