@@ -1,13 +1,11 @@
 """Weights in Hugging Face's layout, streamed between a directory and wherever they live."""
 
-from gemini.pretrained.own_saving import is_shown
 from gemini.pretrained.saving import DEFAULT_SHARD_SIZE, save_pretrained, showing_weights
 from gemini.pretrained.source import LoadingReport, open_pretrained
 
 __all__ = [
     "DEFAULT_SHARD_SIZE",
     "LoadingReport",
-    "is_shown",
     "open_pretrained",
     "save_pretrained",
     "showing_weights",
