@@ -55,11 +55,10 @@ def admit(model: object, *, has_weights: bool) -> None:
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(f"GeminiDDP: expected a torch.nn.Module, got {type(model).__name__}")
     refuse_foreign(model, has_weights=has_weights)
-    refuse_owned(model)
 
 
 def refuse_foreign(model: torch.nn.Module, *, has_weights: bool) -> None:
-    """Refuse a model that another library manages, or with parameters of a kind that chunks cannot hold.
+    """Refuse a model that an engine or another library manages, or with parameters that chunks cannot hold.
 
     Args:
         model: on any device.
@@ -68,6 +67,7 @@ def refuse_foreign(model: torch.nn.Module, *, has_weights: bool) -> None:
     Raises:
         ModelError: it is one; names the module or parameter, and what to do.
     """
+    refuse_owned(model)
     modules = list(model.named_modules())
     for name, module in modules:
         _refuse_wrapper(_named(name), module)

@@ -40,7 +40,7 @@ def install_state_hooks(module: torch.nn.Module, runtime: Runtime) -> list[Any]:
             if id(param) not in known:
                 runtime.finish_updates()
                 copy: WeightCopy = read_working(runtime, weight.slot).as_subclass(WeightCopy)
-                copy.name = prefix + name
+                copy.what = f"{prefix + name} in a state dict"
                 known[id(param)] = copy
             state[prefix + name] = known[id(param)]
 

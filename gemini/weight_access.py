@@ -285,6 +285,8 @@ class WeightAccess:
         if writes:
             runtime.saving.finish()
             runtime.overlap.weights_change(chunk_id)
+        else:
+            runtime.overlap.settle(chunk_id)
         is_lasting = chunk.is_leased
         is_leased = is_lasting or self._lease(chunk_id)
         try:
@@ -292,11 +294,11 @@ class WeightAccess:
                 opened = self._open(weight, loans, is_leased=is_leased, is_lasting=is_lasting)
                 if writes:
                     opened.old = opened.values.clone()
-                version = chunk.version_of(weight.position)
+                versions = chunk.version_of(weight.position), opened.values._version
                 try:
                     yield opened
                 finally:
-                    self._keep_write(opened, version)
+                    self._keep_write(opened, versions)
         finally:
             if is_leased and not is_lasting:
                 runtime.core.release(chunk_id)
@@ -323,12 +325,12 @@ class WeightAccess:
             runtime.lookahead.record(chunk_id)
         return True
 
-    def _keep_write(self, opened: _Open, version: int) -> None:
-        """Bring home what a function has written, if it has."""
+    def _keep_write(self, opened: _Open, versions: tuple[int, int]) -> None:
+        """Bring home what a function has written, if it has; `versions` were those of parameter and values before."""
         weight, values = opened.weight, opened.values
         chunk = weight.chunk
         if opened.old is None:
-            if chunk.version_of(weight.position) == version and values._version == 0:
+            if (chunk.version_of(weight.position), values._version) == versions:
                 return
         elif same_bits(opened.old, values):
             chunk.remember_versions()

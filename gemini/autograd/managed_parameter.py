@@ -317,6 +317,8 @@ class WaitingGradient(torch.Tensor):
                 return func(*args, **kwargs)
         if func is torch.Tensor.__iadd__ or func is torch.Tensor.add_:
             return _add_gradient(*args, **kwargs)
+        if kind is FunctionKind.DATA_GET or func is torch.Tensor.detach:
+            return args[0]
         if writes_values(func, args, kwargs) or kind in (FunctionKind.DATA_SET, FunctionKind.GRAD_SET):
             raise refuse(
                 next(w for w in map(weight_of, _flat(args, kwargs)) if w is not None),
@@ -324,7 +326,12 @@ class WaitingGradient(torch.Tensor):
                 "clip with HybridAdam(max_grad_norm=...) or engine.clip_grad_norm_, drop gradients with zero_grad(), "
                 "change them with param.register_hook, or assign a new tensor to .grad",
             )
-        return func(*map(gradient_value, args), **{name: gradient_value(each) for name, each in kwargs.items()})
+        values = [gradient_value(each) for each in args]
+        result = func(*values, **{name: gradient_value(each) for name, each in kwargs.items()})
+        for value, each in zip(values, args, strict=True):
+            if isinstance(each, cls):
+                result = _mark_views(result, value, f"a view of the gradient of {_name_of(each)}")
+        return result
 
     def __repr__(self) -> str:  # type: ignore[override]
         return repr(self.clone())
@@ -349,9 +356,10 @@ def _add_gradient(waiting: torch.Tensor, other: Any, *, alpha: float = 1) -> tor
 
 
 class WeightCopy(torch.Tensor):
-    """A weight in a state dict of torch's: a copy, although plain torch would show the weight itself, so read only."""
+    """A copy where plain torch would show the thing itself, such as a weight in a state dict; so it is read only."""
 
-    name = ""
+    what = ""
+    """What it is, for messages."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -359,17 +367,14 @@ class WeightCopy(torch.Tensor):
         copies = [value for value in _flat(args, kwargs) if isinstance(value, cls)]
         if writes_values(func, args, kwargs) and isinstance(_written(args, kwargs), cls):
             raise ModelError(
-                f"{copies[0].name} in a state dict of a model in a GeminiDDP was written in place; it is a copy, so "
-                "the weight would not change: write the parameter itself under torch.no_grad(), call "
-                "engine.load_state_dict, or clone the tensor to change the copy"
+                f"{copies[0].what} of a model in a GeminiDDP was written in place; it is a copy, so the model would "
+                "not change: write the parameter itself under torch.no_grad(), call engine.load_state_dict, or clone "
+                "the tensor to change the copy"
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
             for copy in copies:
-                if type(result) is torch.Tensor and _is_same_storage(result, copy):  # a view
-                    view: WeightCopy = result.as_subclass(cls)
-                    view.name = copy.name
-                    return view
+                result = _mark_views(result, copy, copy.what)
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
@@ -383,8 +388,20 @@ class WeightCopy(torch.Tensor):
             return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
-def _is_same_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
+def _mark_views(result: Any, copy: torch.Tensor, what: str) -> Any:
+    """Return a function's result, read only where it is a view of a copy."""
+    if type(result) is not torch.Tensor or result.layout is not torch.strided:
+        return result
+    if result.untyped_storage()._cdata != copy.untyped_storage()._cdata:
+        return result
+    view: WeightCopy = result.as_subclass(WeightCopy)
+    view.what = what
+    return view
+
+
+def _name_of(tensor: torch.Tensor) -> str:
+    weight = weight_of(tensor)
+    return "a parameter" if weight is None else weight.name
 
 
 def _written(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -5,6 +5,9 @@ what the program has kept) and returns what it has seen. Both worlds must see th
 statement by a GeminiError instead, which ends the program. Only the optimizer's step is compared within rounding, for
 torch's AdamW rounds otherwise; then the plain weights continue from the engine's.
 
+In half precision plain PyTorch has no float32 masters. There the other world is an engine with everything in memory,
+and the optimizer's step must give the same bits too.
+
     python tests/autograd/random_programs.py --programs 10000
 """
 
@@ -17,6 +20,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 
 from training_harness import PLACEMENTS, config_for
 
-from gemini import GeminiDDP, GeminiError, HybridAdam
+from gemini import GeminiConfig, GeminiDDP, GeminiError, HybridAdam
 
 WIDTH = 6
 VOCABULARY = 12
@@ -114,8 +118,8 @@ class World:
         return params[index % len(params)]
 
 
-Statement = tuple[str, int, int]
-"""Name of the function, a number that chooses a parameter, and a seed."""
+Function = Callable[["World", int, int], Any]
+"""A kind of statement, given a number that chooses a parameter and a seed."""
 
 
 def _ids(seed: int) -> torch.Tensor:
@@ -123,7 +127,7 @@ def _ids(seed: int) -> torch.Tensor:
 
 
 def _like(param: torch.Tensor, seed: int) -> torch.Tensor:
-    return torch.randn(tuple(param.shape), generator=torch.Generator().manual_seed(seed))
+    return torch.randn(tuple(param.shape), generator=torch.Generator().manual_seed(seed)).to(param.dtype)
 
 
 # ---------------------------------------------------------------- reads
@@ -139,7 +143,7 @@ def read_whole(world: World, index: int, seed: int) -> Any:
     if how == 2:
         return param.reshape(-1)[seed % param.numel()]
     if how == 3:
-        return torch.from_numpy(param.detach().numpy().copy())
+        return param.detach().cpu().float().numpy().tolist()
     if how == 4:
         return torch.tensor(param.tolist())
     if how == 5:
@@ -147,13 +151,11 @@ def read_whole(world: World, index: int, seed: int) -> Any:
     if how == 6:
         return param.t().contiguous() if param.dim() == 2 else param * 2
     if how == 7:
-        return torch.equal(param, param.data), param.is_contiguous(), param.stride(), param.storage_offset()
+        return torch.equal(param, param.data), param.is_contiguous(), param.stride()
     if how == 8:
         return param.float().double() + 1
     if how == 9:
-        return torch.frombuffer(
-            bytearray(bytes(param.detach().cpu().contiguous().untyped_storage())), dtype=param.dtype
-        )
+        return param.detach().numpy().tobytes() if param.dtype is torch.float32 else None
     if how == 10:
         return [row.sum() for row in param] if param.dim() else param.item()
     return 1.0 - param
@@ -273,7 +275,7 @@ def train(world: World, index: int, seed: int) -> Any:
     if how == 2:
         loss = loss + world.trained(index).view(-1).abs().mean()
     if how == 3:
-        loss = loss + world.model.blocks[0].parts(torch.ones(2, WIDTH)).sum()
+        loss = loss + world.model.blocks[0].parts(torch.ones(2, WIDTH, dtype=world.model.head.weight.dtype)).sum()
     loss.backward()
     return loss.detach()
 
@@ -326,7 +328,7 @@ def load(world: World, index: int, seed: int) -> Any:
     return None
 
 
-STATEMENTS: dict[Callable[[World, int, int], Any], int] = {
+STATEMENTS: dict[Function, int] = {
     read_whole: 6,
     read_many: 1,
     read_state: 2,
@@ -356,7 +358,7 @@ class Program:
     seed: int
     place: str
     fields: dict[str, Any]
-    statements: tuple[tuple[Callable[[World, int, int], Any], int, int], ...]
+    statements: tuple[tuple[Function, int, int], ...]
 
     @classmethod
     def of(cls, seed: int) -> Program:
@@ -364,6 +366,7 @@ class Program:
         length = generator.randint(3, 14)
         functions = generator.choices(list(STATEMENTS), list(STATEMENTS.values()), k=length)
         fields: dict[str, Any] = {"num_threads": 1}
+        fields["dtype"] = generator.choice([torch.float32] * 3 + [torch.bfloat16, torch.float16])
         if generator.random() < 0.5:
             fields["tile_numel"] = generator.choice([4096, 8192])
         if generator.random() < 0.3:
@@ -379,6 +382,11 @@ class Program:
             tuple((function, generator.randrange(1000), generator.randrange(10**6)) for function in functions),
         )
 
+    @property
+    def is_half(self) -> bool:
+        """Whether weights have half precision."""
+        return self.fields["dtype"] is not torch.float32
+
     def __str__(self) -> str:
         lines = [f"    {function.__name__}({index}, {seed})" for function, index, seed in self.statements]
         return "\n".join([f"program {self.seed} on {self.place} {self.fields}", *lines])
@@ -388,7 +396,8 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor):
         if not isinstance(other, torch.Tensor) or one.shape != other.shape or one.dtype != other.dtype:
             return False
-        return torch.equal(one.detach().clone(), other.detach().clone())
+        bits = [value.detach().clone().contiguous().reshape(-1).view(torch.uint8) for value in (one, other)]
+        return torch.equal(*bits)
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(_same, one, other))
     return bool(one == other)
@@ -411,40 +420,66 @@ def run(program: Program, folder: Path) -> str | None:
     Raises:
         Divergence: the worlds differ.
     """
-    torch.manual_seed(program.seed)
-    plain_model = Model(random.Random(program.seed))
-    model = Model(random.Random(program.seed))
-    model.load_state_dict(plain_model.state_dict())
-    plain = World(plain_model, plain_model, torch.optim.AdamW(_trained(plain_model), **HYPER))
-    config = config_for(program.place, folder, **program.fields)
-    with GeminiDDP(model, config) as engine:
-        ours = World(model, engine, HybridAdam(engine.parameters(), **HYPER), engine)
+    with ExitStack() as stack:
+        model, ours = _world(program, stack, config_for(program.place, folder, **program.fields))
+        if program.is_half:
+            _, other = _world(program, stack, config_for("host", **program.fields))
+        else:
+            plain = _model(program)
+            other = World(plain, plain, torch.optim.AdamW(_trained(plain), **HYPER))
         for place, (function, index, seed) in enumerate(program.statements):
-            try:
-                right: Any = function(plain, index, seed)
-            except RuntimeError as error:
-                right = error
-            try:
-                seen = function(ours, index, seed)
-            except GeminiError as error:
-                return f"{function.__name__}: {error}"
-            except RuntimeError as error:
-                if isinstance(right, RuntimeError):
-                    return f"{function.__name__}: both: {error}"
-                raise Divergence(f"{program}\nstatement {place}, {function.__name__}: {error!r}") from error
-            if isinstance(right, RuntimeError):
-                raise Divergence(f"{program}\nstatement {place}, {function.__name__}: plain torch refuses: {right}")
-            if not _same(right, seen):
-                raise Divergence(f"{program}\nstatement {place}, {function.__name__}: right {right}\nseen {seen}")
-            if function is step:
-                _compare_step(program, plain, engine)
-        right, seen = plain_model.state_dict(), engine.master_state_dict()
+            refusal = _run_statement(program, place, function, (other, ours), index, seed)
+            if refusal is not None:
+                return refusal
+            if function is step and not program.is_half:
+                _compare_step(program, other, ours)
+        right, seen = (_masters(world) for world in (other, ours))
         for name, value in right.items():
             if not _same(value, seen[name]):
                 raise Divergence(f"{program}\nat the end, {name}: right {value}\nseen {seen[name]}")
     for name, param in model.named_parameters():  # handed back
-        if type(param) is not nn.Parameter or not _same(right[name], param):
+        if type(param) is not nn.Parameter or not _same(right[name].to(param.dtype), param):
             raise Divergence(f"{program}\nafter close, {name}: right {right[name]}\nseen {param}")
+    return None
+
+
+def _model(program: Program) -> Model:
+    torch.manual_seed(program.seed)
+    return Model(random.Random(program.seed))
+
+
+def _world(program: Program, stack: ExitStack, config: GeminiConfig) -> tuple[Model, World]:
+    model = _model(program)
+    engine = stack.enter_context(GeminiDDP(model, config))
+    return model, World(model, engine, HybridAdam(engine.parameters(), **HYPER), engine)
+
+
+def _masters(world: World) -> dict[str, torch.Tensor]:
+    return world.model.state_dict() if world.engine is None else world.engine.master_state_dict()
+
+
+def _run_statement(
+    program: Program, place: int, function: Function, worlds: tuple[World, World], index: int, seed: int
+) -> str | None:
+    """Run a statement in both worlds and compare; return why the engine, or both worlds, have refused it."""
+    results: list[Any] = []
+    for world in worlds:
+        try:
+            results.append(function(world, index, seed))
+        except (RuntimeError, GeminiError) as error:
+            results.append(error)
+    right, seen = results
+    where = f"{program}\nstatement {place}, {function.__name__}:"
+    if isinstance(seen, GeminiError):
+        return f"{function.__name__}: {seen}"
+    if isinstance(seen, RuntimeError) and isinstance(right, RuntimeError):
+        return f"{function.__name__}: both: {seen}"
+    if isinstance(seen, RuntimeError):
+        raise Divergence(f"{where} {seen!r}") from seen
+    if isinstance(right, RuntimeError):
+        raise Divergence(f"{where} the other world refuses: {right}")
+    if not _same(right, seen):
+        raise Divergence(f"{where} right {right}\nseen {seen}")
     return None
 
 
@@ -452,9 +487,9 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [param for param in model.parameters() if param.requires_grad]
 
 
-def _compare_step(program: Program, plain: World, engine: GeminiDDP) -> None:
+def _compare_step(program: Program, plain: World, ours: World) -> None:
     """Compare weights after a step within rounding, and let the plain ones continue from the engine's."""
-    masters = engine.master_state_dict()
+    masters = _masters(ours)
     with torch.no_grad():
         for name, param in plain.model.named_parameters():
             if not torch.allclose(param, masters[name], rtol=1e-5, atol=1e-6):
