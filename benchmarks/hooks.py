@@ -93,7 +93,8 @@ def main() -> None:
     options = parse_arguments()
     torch.set_num_threads(1)
     rows = [row for place in PLACEMENTS for row in measure(place, options.layers, options.repeats)]
-    write_results("hooks", rows, COLUMNS, path=options.json, settings={"layers": options.layers})
+    settings = {"layers": options.layers, "repeats": options.repeats}
+    write_results(options.json, rows, COLUMNS, settings=settings)
 
 
 if __name__ == "__main__":
