@@ -19,11 +19,12 @@ import random
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 from training_harness import PLACEMENTS, config_for
 
 from gemini import GeminiConfig, GeminiDDP, GeminiError, HybridAdam
+from gemini.update import UpdateJob
+from gemini.update_worker import UpdateWorker
 
 WIDTH = 6
 VOCABULARY = 12
@@ -306,6 +309,14 @@ def step(world: World, index: int, seed: int) -> Any:
     return None
 
 
+def step_train_write(world: World, index: int, seed: int) -> Any:
+    """Write where an update may have run ahead of the next step."""
+    world.optimizer.step()
+    world.optimizer.zero_grad()
+    train(world, index, 5 * seed)
+    write(world, index, seed)
+
+
 def zero_grad(world: World, index: int, seed: int) -> Any:
     world.optimizer.zero_grad()
     return None
@@ -328,6 +339,8 @@ def load(world: World, index: int, seed: int) -> Any:
     return None
 
 
+STEPS = (step, step_train_write)
+
 STATEMENTS: dict[Function, int] = {
     read_whole: 6,
     read_many: 1,
@@ -344,6 +357,7 @@ STATEMENTS: dict[Function, int] = {
     change_gradient: 1,
     differentiate: 1,
     step: 5,
+    step_train_write: 2,
     zero_grad: 1,
     save: 1,
     load: 1,
@@ -358,6 +372,8 @@ class Program:
     seed: int
     place: str
     fields: dict[str, Any]
+    is_lazy: bool
+    """Whether updates begin as late as they may."""
     statements: tuple[tuple[Function, int, int], ...]
 
     @classmethod
@@ -369,8 +385,8 @@ class Program:
         fields["dtype"] = generator.choice([torch.float32] * 3 + [torch.bfloat16, torch.float16])
         if generator.random() < 0.5:
             fields["tile_numel"] = generator.choice([4096, 8192])
-        if generator.random() < 0.3:
-            fields["overlap"] = generator.choice(["off", "next-forward"])
+        if generator.random() < 0.6:
+            fields["overlap"] = generator.choice(["off", "next-forward", "speculative", "speculative"])
         if generator.random() < 0.3:
             fields["prefetch_depth"] = generator.randint(0, 3)
         if generator.random() < 0.3:
@@ -379,6 +395,7 @@ class Program:
             seed,
             generator.choice(PLACEMENTS),
             fields,
+            generator.random() < 0.5,
             tuple((function, generator.randrange(1000), generator.randrange(10**6)) for function in functions),
         )
 
@@ -389,7 +406,7 @@ class Program:
 
     def __str__(self) -> str:
         lines = [f"    {function.__name__}({index}, {seed})" for function, index, seed in self.statements]
-        return "\n".join([f"program {self.seed} on {self.place} {self.fields}", *lines])
+        return "\n".join([f"program {self.seed} on {self.place} {self.fields}, lazy {self.is_lazy}", *lines])
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -427,11 +444,15 @@ def run(program: Program, folder: Path) -> str | None:
         else:
             plain = _model(program)
             other = World(plain, plain, torch.optim.AdamW(_trained(plain), **HYPER))
+        if program.is_lazy:
+            stack.enter_context(lazy_updates())
         for place, (function, index, seed) in enumerate(program.statements):
+            if function in STEPS and _is_skipped(other):
+                return None
             refusal = _run_statement(program, place, function, (other, ours), index, seed)
             if refusal is not None:
                 return refusal
-            if function is step and not program.is_half:
+            if function in STEPS and not program.is_half:
                 _compare_step(program, other, ours)
         right, seen = (_masters(world) for world in (other, ours))
         for name, value in right.items():
@@ -441,6 +462,39 @@ def run(program: Program, folder: Path) -> str | None:
         if type(param) is not nn.Parameter or not _same(right[name].to(param.dtype), param):
             raise Divergence(f"{program}\nafter close, {name}: right {right[name]}\nseen {param}")
     return None
+
+
+def _is_skipped(plain: World) -> bool:
+    """Return whether an engine skips the coming step, which plain PyTorch takes."""
+    gradients = [param.grad for param in plain.model.parameters() if plain.engine is None and param.grad is not None]
+    return not all(bool(gradient.isfinite().all()) for gradient in gradients)
+
+
+@contextmanager
+def lazy_updates() -> Iterator[None]:
+    """Let updates begin only when somebody waits for them, so that code which does not wait sees what it should not."""
+    put_off: dict[int, Callable[[], None]] = {}
+    submit = UpdateWorker.submit
+
+    def later(self: UpdateWorker, job: UpdateJob, *, urgency: int) -> None:
+        self.start()
+        put_off[id(job)] = lambda: submit(self, job, urgency=urgency)
+
+    def beginning(method: Any) -> Any:
+        def wrapped(self: UpdateWorker, job: UpdateJob, *args: Any, **kwargs: Any) -> Any:
+            put_off.pop(id(job), lambda: None)()
+            return method(self, job, *args, **kwargs)
+
+        return wrapped
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(UpdateWorker, "submit", later))
+        for name in ("wait", "adjust", "cancel", "release_gradients"):
+            stack.enter_context(patch.object(UpdateWorker, name, beginning(getattr(UpdateWorker, name))))
+        is_updated = UpdateWorker.is_updated
+        known = lambda self, job: id(job) not in put_off and is_updated(self, job)  # noqa: E731
+        stack.enter_context(patch.object(UpdateWorker, "is_updated", known))
+        yield
 
 
 def _model(program: Program) -> Model:
@@ -489,7 +543,9 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
 
 def _compare_step(program: Program, plain: World, ours: World) -> None:
     """Compare weights after a step within rounding, and let the plain ones continue from the engine's."""
-    masters = _masters(ours)
+    named = list(ours.model.named_parameters())
+    random.Random(program.seed).shuffle(named)
+    masters = {name: param.detach().clone() for name, param in named}
     with torch.no_grad():
         for name, param in plain.model.named_parameters():
             if not torch.allclose(param, masters[name], rtol=1e-5, atol=1e-6):
