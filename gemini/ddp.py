@@ -455,6 +455,12 @@ class GeminiDDP(torch.nn.Module):
 
     # ---------------------------------------------------------------- life
 
+    def __getattr__(self, name: str) -> Any:
+        model = self.__dict__.get("_modules", {}).get("module")
+        if model is not None and (name in model._modules or name in model._parameters):
+            return getattr(model, name)  # parameters and modules have the same names in the engine and in the model
+        return super().__getattr__(name)
+
     def __getstate__(self) -> object:
         return self._runtime.__getstate__()  # raises, saying what to do
 
@@ -479,6 +485,7 @@ class GeminiDDP(torch.nn.Module):
     def _close(self, *, keep: bool, hands_back: bool) -> None:
         values = None
         if hands_back and not self._runtime.is_closed:
+            self._runtime.saving.close()
             values = read_back(self._access, self._originals)
         self._hooks.remove()
         if self._slicer is not None:

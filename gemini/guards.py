@@ -67,11 +67,12 @@ class OptimizerGuard:
         self._passed[optimizer] = seen
 
 
-def foreign_write_error(function_name: str) -> ConfigError | ModelError:
-    """Return the error for code that changes in place a gradient which the engine only shows.
+def foreign_write_error(function_name: str, param_name: str) -> ConfigError | ModelError:
+    """Return the error for code that changes in place a gradient which waits for the optimizer's step.
 
     Args:
         function_name: torch's, such as "_foreach_mul_"; tells clipping from loss scaling.
+        param_name: whose gradient it is.
 
     Returns:
         What to raise.
@@ -79,9 +80,10 @@ def foreign_write_error(function_name: str) -> ConfigError | ModelError:
     if function_name in _IN_PLACE_OF_SCALERS:
         return grad_scaler_error()
     return ModelError(
-        f"torch.{function_name} would change a gradient of a GeminiDDP in place, but .grad only shows it: clip with "
-        "HybridAdam(..., max_grad_norm=...) or engine.clip_grad_norm_, not with torch.nn.utils.clip_grad_norm_ or "
-        "clip_grad_value_; scale the loss, not gradients; change single ones with parameter.register_hook"
+        f"torch.{function_name} would change the gradient of {param_name} in place, but .grad only shows where it "
+        "waits: clip with HybridAdam(..., max_grad_norm=...) or engine.clip_grad_norm_, not with torch.nn.utils' "
+        "functions; drop gradients with zero_grad(); scale the loss, not gradients (of torch's pipeline schedules: "
+        "scale_grads=False); change single ones with parameter.register_hook, or assign a new tensor to .grad"
     )
 
 

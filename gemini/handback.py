@@ -12,7 +12,7 @@ import torch
 from gemini.chunk.plain_names import named_buffers, named_params
 from gemini.errors import GeminiError
 from gemini.ownership import disown
-from gemini.weight_access import WeightAccess
+from gemini.weight_access import ParamWeight, WeightAccess
 from gemini.weights import read_master, read_working
 
 __all__ = ["OriginalTensors", "read_back"]
@@ -37,6 +37,10 @@ class OriginalTensors:
             {name: (param.dtype, _lasting(param.device)) for name, param in named_params(model)},
             {name: (buffer.dtype, _lasting(buffer.device)) for name, buffer in named_buffers(model)},
         )
+
+    def of_weight(self, weight: ParamWeight) -> tuple[torch.dtype, torch.device]:
+        """Return a parameter's; of one that was made when the model was wrapped, where the engine has it."""
+        return self.params.get(weight.name, (weight.slot.spec.dtype, torch.device("cpu")))
 
     def hand_back(self, model: torch.nn.Module, access: WeightAccess, values: Mapping[str, torch.Tensor]) -> None:
         """Let a model's parameters be plain ones with values of their own.
@@ -80,7 +84,7 @@ def read_back(access: WeightAccess, originals: OriginalTensors) -> dict[str, tor
         cannot be read any more.
     """
     runtime = access.runtime
-    nbytes = sum(weight.slot.spec.numel * originals.params[weight.name][0].itemsize for weight in access.weights)
+    nbytes = sum(weight.slot.spec.numel * originals.of_weight(weight)[0].itemsize for weight in access.weights)
     memory = psutil.virtual_memory()
     reason = None
     if runtime.sharding is not None:
@@ -92,7 +96,7 @@ def read_back(access: WeightAccess, originals: OriginalTensors) -> dict[str, tor
             runtime.finish_updates()
             values = {}
             for weight in access.weights:
-                dtype, device = originals.params[weight.name]
+                dtype, device = originals.of_weight(weight)
                 read = read_master if dtype is torch.float32 else read_working
                 values[weight.name] = read(runtime, weight.slot).to(device, dtype)
             return values

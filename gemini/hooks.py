@@ -182,6 +182,11 @@ class HookSet:
                 self.uses.sinks[id(param)] = sink
                 sink.has_other_uses = id(param) in unseen
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the model, or a unit of it, is being run."""
+        return self._depth > 0 or bool(self._entered)
+
     def abort(self) -> None:
         """Undo what a forward that was interrupted has begun; torch runs no hooks for a KeyboardInterrupt."""
         if (not self._depth and not self._entered) or not self._events.access.is_ours:

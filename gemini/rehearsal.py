@@ -16,7 +16,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from gemini.autograd.shared_uses import SharedUses
 from gemini.chunk.layout import ChunkLayout
 from gemini.chunk.plain_names import named_params
 from gemini.config import GeminiConfig
@@ -79,7 +78,7 @@ def rehearse(
         checkpoints = _Checkpoints()
         with ExitStack() as stack:
             stack.callback(hooks.remove)
-            stack.enter_context(_SharedUseMode(hooks.uses))
+            stack.enter_context(_SharedUseMode(hooks))
             if config.num_batch_slices > 1:
                 slicer = BatchSlicer(
                     model,
@@ -230,14 +229,15 @@ class _Events:
 class _SharedUseMode(TorchFunctionMode):
     """Calls functions that are given parameters as an engine does, whose parameters see to that themselves."""
 
-    def __init__(self, uses: SharedUses) -> None:
+    def __init__(self, hooks: HookSet) -> None:
         super().__init__()
-        self._uses = uses
+        self._hooks = hooks
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         params = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.nn.Parameter)]
-        return self._uses.call(func, args, kwargs, params) if params else func(*args, **kwargs)
+        is_use = bool(params) and self._hooks.is_running
+        return self._hooks.uses.call(func, args, kwargs, params) if is_use else func(*args, **kwargs)
 
 
 class _Checkpoints:

@@ -247,4 +247,4 @@ def test_the_attribute_that_scalers_read_is_harmless_elsewhere(engine: GeminiDDP
 )
 def test_writes_to_shown_gradients_say_what_to_do_instead(function: str, kind: type, message: str) -> None:
     with pytest.raises(kind, match=message):
-        raise foreign_write_error(function)
+        raise foreign_write_error(function, "head.weight")

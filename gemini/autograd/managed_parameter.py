@@ -25,6 +25,7 @@ import torch
 
 from gemini.autograd.functions import FunctionKind, kind_of, writes_values
 from gemini.errors import ModelError
+from gemini.guards import foreign_write_error
 
 __all__ = [
     "WEIGHT_ATTRIBUTE",
@@ -320,12 +321,8 @@ class WaitingGradient(torch.Tensor):
         if kind is FunctionKind.DATA_GET or func is torch.Tensor.detach:
             return args[0]
         if writes_values(func, args, kwargs) or kind in (FunctionKind.DATA_SET, FunctionKind.GRAD_SET):
-            raise refuse(
-                next(w for w in map(weight_of, _flat(args, kwargs)) if w is not None),
-                "its gradient waits for the optimizer's step and was changed in place through .grad",
-                "clip with HybridAdam(max_grad_norm=...) or engine.clip_grad_norm_, drop gradients with zero_grad(), "
-                "change them with param.register_hook, or assign a new tensor to .grad",
-            )
+            changed = next(weight for weight in map(weight_of, _flat(args, kwargs)) if weight is not None)
+            raise foreign_write_error(func.__name__, changed.name)
         values = [gradient_value(each) for each in args]
         result = func(*values, **{name: gradient_value(each) for name, each in kwargs.items()})
         for value, each in zip(values, args, strict=True):

@@ -223,7 +223,8 @@ def _hand_out(
 
 
 def _graph_view(view: torch.Tensor, weight: Weight, stamp: object) -> GraphView:
-    seen: GraphView = view.as_subclass(GraphView)
+    view.__class__ = GraphView  # as_subclass would put a node between the view and what it is a view of
+    seen: GraphView = view  # type: ignore[assignment]
     seen.__dict__[WEIGHT_ATTRIBUTE] = weight
     seen._stamp = stamp
     return seen

@@ -16,6 +16,7 @@ from training_harness import config_for, hybrid_adam
 
 import zero
 from gemini import CollectiveError, GeminiDDP, MemoryTier
+from zero.own_groups import line_of
 
 MODEL = "adapted"
 FROZEN = "blocks.1.base.0.weight"
@@ -55,6 +56,7 @@ def train_two_steps(engine: GeminiDDP) -> None:
 
 def measure_sharing(*, stage: int, place: str, directory: Path | None = None, **fields: Any) -> dict[str, Any]:
     """Train two steps; return what was gathered and what the frozen weights take."""
+    line_of(dist.group.WORLD)  # process groups of the engine's own stay for the next one
     num_descriptors = len(os.listdir("/proc/self/fd"))
     with sharded(case_of(MODEL), stage=stage, place=place, directory=directory, **fields) as engine:
         with gathered_names(engine) as names:
@@ -79,16 +81,13 @@ def measure_sharing(*, stage: int, place: str, directory: Path | None = None, **
     return result
 
 
-def write_behind_the_engine() -> dict[str, Any]:
-    """Let the last rank overwrite a frozen weight, and all load the old one again; return what each sees."""
+def overwrite_and_restore() -> dict[str, Any]:
+    """Let all ranks overwrite a frozen weight, and load the old one again; return what each sees."""
     with sharded(case_of(MODEL), stage=3, place="host", directory=None) as engine:
         weight = engine.get_parameter(f"module.{FROZEN}")
         saved = engine.state_dict()
-        dist.barrier()
-        if dist.get_rank() == dist.get_world_size() - 1:
-            weight.data.fill_(7.0)
-        dist.barrier()
-        seen = weight.data.clone()
+        weight.data.fill_(7.0)
+        seen = engine.state_dict()[FROZEN]
         engine.load_state_dict(saved)
         return {"saved": saved[FROZEN], "seen": seen, "restored": weight.data.clone()}
 
@@ -149,7 +148,8 @@ def train_while_the_first_rank_dies() -> dict[str, Any]:
                 case.loss(engine(**batch)).backward()
         except CollectiveError as error:
             message = str(error)
-        frozen = engine.get_parameter(f"module.{FROZEN}").clone()
+        with torch._C.DisableTorchFunctionSubclass():  # the engine itself refuses to be used any more
+            frozen = engine.get_parameter(f"module.{FROZEN}").detach().clone()
     return {"message": message, "num_mapped": num_mapped, "num_left": len(shared_mappings()), "frozen": frozen}
 
 
