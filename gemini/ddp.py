@@ -50,9 +50,9 @@ class GeminiDDP(torch.nn.Module):
 
     The model's parameters are moved, chunk by chunk, to where the plan wants them: the float32 value each has now
     becomes its master. From here on call the engine (or `engine.module`, or methods such as
-    `engine.module.generate`), `loss.backward()` and a HybridAdam's `step()` as usual. Between uses a parameter may
-    be away: its `.data` then shows NaN; read weights with `state_dict()` or `master_state_dict()`, or save the model
-    with `save_pretrained`.
+    `engine.module.generate`), `loss.backward()` and a HybridAdam's `step()` as usual. A parameter reads as
+    its value wherever that lives, and may be written in place under `torch.no_grad()`; see docs/weights.md. Whole
+    models are read with `state_dict()` or `master_state_dict()`, and saved with `save_pretrained`.
 
     Args:
         module: the model; on the CPU, or on the meta device, in which case it is initialised unit by unit straight
@@ -165,7 +165,7 @@ class GeminiDDP(torch.nn.Module):
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Clip the gradients at hand by their global L2 norm, as `torch.nn.utils.clip_grad_norm_` does.
 
-        torch's own finds no gradients, which do not wait in `.grad`. The next optimizer step applies the factor.
+        torch's own would change `.grad` in place, which is refused. The next optimizer step applies the factor.
 
         Args:
             max_norm: largest norm allowed.
