@@ -21,13 +21,14 @@ from gemini.chunk.flat_values import FlatValues
 from gemini.chunk.layout import ChunkSpec, layout_summary
 from gemini.chunk.sharding import Sharding, cut_spec, cut_values
 from gemini.config import GeminiConfig
-from gemini.errors import ServiceError
+from gemini.errors import ModelError, ServiceError
 from gemini.gradients import GradientStore
 from gemini.heap import serve_cpu_memory
 from gemini.initialise import InitFn, Initialiser, WeightSource, find_init_fn, place_buffers
 from gemini.kept_state import KeptState
 from gemini.kernels.device import DeviceKernels, select_device_kernels
 from gemini.materialize import write_home
+from gemini.module_calls import is_compiled
 from gemini.node_memory import ASKING, NodeMemory, SharedPart, SharedWeights, find_shared_parts
 from gemini.offload.arena import MemorySource
 from gemini.offload.commit_file import CommitFile
@@ -116,6 +117,7 @@ def _assemble(
     budgets = None if node is None else node.budgets(sharding)
     with nullcontext() if node is None else node.explaining_budget():
         blueprint = draw_blueprint(model, config, sharding=sharding, budgets=budgets, has_commits=has_commits)
+    _check_compiled(model, blueprint)
     logger.info("%s", layout_summary(blueprint.layout))
     serve_cpu_memory(config.cpu_allocator, is_compute_on_cpu=not blueprint.shape.has_device)
     disk_nbytes = blueprint.memory.total(MemoryTier.NVME)
@@ -146,6 +148,17 @@ def _assemble(
         resources.close(keep=kept is not None and kept.step is not None)
         raise
     return runtime
+
+
+def _check_compiled(model: torch.nn.Module, blueprint: Blueprint) -> None:
+    """Refuse a model that is compiled as a whole, unless all weights stay where its code can read them unannounced."""
+    stay = all(homes.is_resident for homes in blueprint.plan.chunks) and not any(blueprint.shards)
+    if is_compiled(model) and not stay:
+        raise ModelError(
+            "the model is compiled as a whole, and some of its weights are not always in compute memory: compiled code "
+            "that reads a weight outside of its module would find none; compile its blocks instead, such as "
+            "`for block in model.blocks: block.compile()`"
+        )
 
 
 @dataclass(frozen=True, slots=True)

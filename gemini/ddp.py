@@ -122,15 +122,10 @@ class GeminiDDP(torch.nn.Module):
         if config.num_batch_slices == 1:
             return None
         has_device = resources.transfers.compute_tier is MemoryTier.DEVICE
-        return BatchSlicer(
-            self.module,
-            unit_names,
-            num_slices=config.num_batch_slices,
-            scope=self._hooks,
-            batch_arguments=config.batch_arguments,
-            shared_arguments=config.shared_arguments,
-            keep=ActivationCheckpoints(resources).keeping if has_device else None,
-        )
+        keep = ActivationCheckpoints(resources).keeping if has_device else None
+        names = {"batch_arguments": config.batch_arguments, "shared_arguments": config.shared_arguments}
+        num_slices = config.num_batch_slices
+        return BatchSlicer(self.module, unit_names, num_slices=num_slices, scope=self._hooks, keep=keep, **names)
 
     @property
     def runtime(self) -> Runtime:
@@ -500,8 +495,6 @@ class GeminiDDP(torch.nn.Module):
     def __enter__(self) -> GeminiDDP:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
         is_interrupted = kind is not None and not issubclass(kind, Exception)
         self._close(keep=kind is not None, hands_back=not is_interrupted)

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from gemini.autograd.functions import FunctionKind, kind_of
 from gemini.chunk.layout import ChunkLayout
 from gemini.chunk.plain_names import named_params
 from gemini.config import GeminiConfig
@@ -236,7 +237,7 @@ class _SharedUseMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         params = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.nn.Parameter)]
-        is_use = bool(params) and self._hooks.is_running
+        is_use = bool(params) and self._hooks.is_running and kind_of(func) is FunctionKind.VALUES
         return self._hooks.uses.call(func, args, kwargs, params) if is_use else func(*args, **kwargs)
 
 

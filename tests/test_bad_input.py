@@ -331,29 +331,18 @@ def test_an_engine_cannot_be_moved_or_cast(engine: GeminiDDP) -> None:
 @pytest.mark.parametrize(
     ("touch", "message"),
     [
-        (
-            nn.Module.half,
-            r"^parameter 0.up.weight had .* torch.float32, 'cpu'\) when .* has \(True, torch.float16, 'cpu'\) now; set",
-        ),
+        (nn.Module.half, r"^parameter 0.up.weight of a GeminiDDP: its .data was replaced .* torch.float16, 'cpu'\)"),
         (
             nn.Module.double,
-            r"^parameter 0.up.weight had .* has \(True, torch.float64, 'cpu'\) now; .* instead of calling .to\(\)",
+            r"^parameter 0.up.weight of .* torch.float64, 'cpu'\), expected .* instead of calling .to\(\)",
         ),
         (lambda m: m.to("meta"), r"^parameter weight of a Linear was replaced after GeminiDDP\(...\), which manages"),
         (lambda m: setattr(m[1].up, "bias", nn.Parameter(torch.ones(WIDTH))), r"^parameter bias of a Linear was repl"),
-        (lambda m: m.half().float(), r"^parameter 0.up.weight no longer shows its chunk: .* engine.load_state_dict"),
         (
             lambda m: m.requires_grad_(False),
-            r"^parameter 0.up.weight had .*\(True, torch.* has \(False, torch.* now; set requires_grad before",
+            r"^parameter 0.up.weight had requires_grad=True when .* False now, in a forward with gradients; set requir",
         ),
-        (
-            lambda m: m[2].down.bias.requires_grad_(False),
-            r"^parameter 2.down.bias had .*\(True, torch.* has \(False, torch",
-        ),
-        (
-            lambda m: setattr(m[1].up.bias, "data", torch.zeros(WIDTH)),
-            r"^parameter 1.up.bias no longer shows its chunk",
-        ),
+        (lambda m: m[2].down.bias.requires_grad_(False), r"^parameter 2.down.bias had requires_grad=True"),
     ],
 )
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -363,9 +352,13 @@ def test_a_model_touched_after_wrapping_is_refused(
     with GeminiDDP(make_model(), make_config(tmp_path if on_disk else None)) as engine:
         optimizer = HybridAdam(engine.parameters())
         train_step(engine, optimizer)
-        touch(engine.module)
-        with pytest.raises(ModelError, match=message):
+
+        def touch_and_run() -> None:
+            touch(engine.module)
             engine(batch())
+
+        with pytest.raises(ModelError, match=message):
+            touch_and_run()
 
 
 def test_a_flag_set_back_is_forgiven(engine: GeminiDDP) -> None:
@@ -518,15 +511,15 @@ def test_every_use_after_close_says_so(on_disk: bool, tmp_path: Path) -> None:
             use()
     with pytest.raises(ConfigError, match="belongs to no GeminiDDP"):
         HybridAdam(engine.parameters())
-    assert all(param.isnan().all() for param in engine.parameters())
+    assert all(type(param) is nn.Parameter and param.isfinite().all() for param in engine.parameters())
 
 
-def test_a_forward_after_close_says_so_or_shows_nan() -> None:
+def test_a_forward_after_close_says_so_and_the_model_runs() -> None:
     engine = GeminiDDP(make_model(), make_config())
     engine.close()
     with pytest.raises(ModelError, match=r"^this GeminiDDP has been closed; wrap the model again to go on$"):
         engine(batch())
-    assert engine.module(batch()).isnan().all()
+    assert engine.module(batch()).isfinite().all()
 
 
 @pytest.mark.parametrize("device", ["cpu", "simulated"])

@@ -25,7 +25,7 @@ from training_harness import (
     train_plain,
 )
 
-from gemini import GeminiDDP
+from gemini import GeminiDDP, ModelError
 
 TOWER = Case(Tower, vector_batch, square)
 
@@ -283,3 +283,10 @@ def test_changing_a_saved_tensor_in_place_is_refused(config):
     case = Case(Spoils, vector_batch, square)
     with GeminiDDP(case.model(), config) as engine, pytest.raises(RuntimeError, match="modified in place"):
         square(engine(**case.batches(1)[0])).backward()
+
+
+@pytest.mark.parametrize("compiled", [torch.compile, lambda model: model.compile() or model], ids=["wrapper", "method"])
+def test_a_model_that_is_compiled_as_a_whole_is_refused_unless_its_weights_stay(compiled, tmp_path) -> None:
+    with pytest.raises(ModelError, match="compiled as a whole, and some of its weights are not always in compute mem"):
+        GeminiDDP(compiled(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))), config_for("nvme", tmp_path))
+    GeminiDDP(compiled(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))), config_for("host")).close()
