@@ -198,11 +198,7 @@ class ParamWeight:
         return is_readable and gradients.has(self.chunk.spec.chunk_id, self.position)
 
     def read_gradient(self) -> torch.Tensor | None:
-        """Return the gradient that waits, of the parameter's dtype; None if none does.
-
-        Raises:
-            OffloadIOError: it cannot be read.
-        """
+        """Return the gradient that waits, of the parameter's dtype; None if none does."""
         if not self._has_gradient():
             return None
         runtime = self.access.runtime

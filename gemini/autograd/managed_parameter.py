@@ -245,6 +245,9 @@ class WeightAlias(torch.Tensor):
     def check_current(self, *, writes: bool) -> None:
         """Refuse to be used once the parameter's `.data` has been replaced: plain torch would show the old memory.
 
+        Args:
+            writes: whether the view is about to be written.
+
         Raises:
             ModelError: it has been.
         """
@@ -281,6 +284,9 @@ class GraphView(torch.Tensor):
 
     def check_current(self, *, writes: bool) -> None:
         """Refuse to be written, and to be read once the weight has changed.
+
+        Args:
+            writes: whether the view is about to be written.
 
         Raises:
             ModelError: the one or the other.
