@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-__all__ = ["FunctionKind", "kind_of", "returns_new_tensors", "writes_values"]
+__all__ = ["FunctionKind", "kind_of", "returns_new_tensors", "written_arguments"]
 
 
 class FunctionKind(enum.Enum):
@@ -84,6 +84,9 @@ _NEW_TENSORS = frozenset(
 )
 """Functions on the hot path whose results never share memory with a weight."""
 
+_RENORMALISING = {F.embedding: 3, F.embedding_bag: 4}
+"""Functions that write their second argument, a table, if given a `max_norm`, and the latter's place."""
+
 
 @lru_cache(maxsize=4096)
 def kind_of(func: Any) -> FunctionKind:
@@ -123,12 +126,13 @@ def _is_in_place(func: Any) -> bool:
     return name.endswith("_") and not name.endswith("__") and name not in _NOT_IN_PLACE
 
 
-def writes_values(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a call may write one of its arguments, so that old values have to be kept."""
-    if _is_in_place(func) or kwargs.get("out") is not None or kwargs.get("inplace"):
-        return True
-    if func is F.embedding:
-        return kwargs.get("max_norm") is not None or (len(args) > 3 and args[3] is not None)
-    if func is F.embedding_bag:
-        return kwargs.get("max_norm") is not None or (len(args) > 4 and args[4] is not None)
-    return False
+def written_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Return the arguments, tensors or lists of them, that a call may write, so that old values have to be kept."""
+    written = [] if kwargs.get("out") is None else [kwargs["out"]]
+    if _is_in_place(func) or kwargs.get("inplace"):
+        written.append(args[0] if args else next(iter(kwargs.values()), None))
+    if func in _RENORMALISING:
+        place = _RENORMALISING[func]
+        if kwargs.get("max_norm") is not None or (len(args) > place and args[place] is not None):
+            written.append(args[1] if len(args) > 1 else kwargs.get("weight"))
+    return written

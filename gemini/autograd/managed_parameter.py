@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import torch
 
-from gemini.autograd.functions import FunctionKind, kind_of, writes_values
+from gemini.autograd.functions import FunctionKind, kind_of, written_arguments
 from gemini.errors import ModelError
 from gemini.guards import foreign_write_error
 
@@ -326,7 +326,8 @@ class WaitingGradient(torch.Tensor):
             return _add_gradient(*args, **kwargs)
         if kind is FunctionKind.DATA_GET or func is torch.Tensor.detach:
             return args[0]
-        if writes_values(func, args, kwargs) or kind in (FunctionKind.DATA_SET, FunctionKind.GRAD_SET):
+        is_written = any(isinstance(each, cls) for each in _flat(written_arguments(func, args, kwargs), {}))
+        if is_written or kind in (FunctionKind.DATA_SET, FunctionKind.GRAD_SET):
             changed = next(weight for weight in map(weight_of, _flat(args, kwargs)) if weight is not None)
             raise foreign_write_error(func.__name__, changed.name)
         values = [gradient_value(each) for each in args]
@@ -368,7 +369,7 @@ class WeightCopy(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         copies = [value for value in _flat(args, kwargs) if isinstance(value, cls)]
-        if writes_values(func, args, kwargs) and isinstance(_written(args, kwargs), cls):
+        if any(isinstance(each, cls) for each in _flat(written_arguments(func, args, kwargs), {})):
             raise ModelError(
                 f"{copies[0].what} of a model in a GeminiDDP was written in place; it is a copy, so the model would "
                 "not change: write the parameter itself under torch.no_grad(), call engine.load_state_dict, or clone "
@@ -405,12 +406,6 @@ def _mark_views(result: Any, copy: torch.Tensor, what: str) -> Any:
 def _name_of(tensor: torch.Tensor) -> str:
     weight = weight_of(tensor)
     return "a parameter" if weight is None else weight.name
-
-
-def _written(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Return the argument that a function which writes one would write."""
-    out = kwargs.get("out")
-    return out if out is not None else (args[0] if args else next(iter(kwargs.values()), None))
 
 
 def gradient_value(value: Any) -> Any:

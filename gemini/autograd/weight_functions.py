@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gemini.autograd.functions import FunctionKind, kind_of, returns_new_tensors, writes_values
+from gemini.autograd.functions import FunctionKind, kind_of, returns_new_tensors, written_arguments
 from gemini.autograd.managed_parameter import (
     WEIGHT_ATTRIBUTE,
     Geometry,
@@ -57,24 +57,24 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     if any(isinstance(tensor, WaitingGradient) for tensor, _ in found):
         return func(*map(gradient_value, args), **{name: gradient_value(value) for name, value in kwargs.items()})
     weights = {id(weight): weight for _, weight in found}
-    writes = writes_values(func, args, kwargs)
+    written = {id(weight) for _, weight in _tensors_of(written_arguments(func, args, kwargs))}
     first = found[0][1]
-    if not writes and returns_new_tensors(func) and all(w.is_held and t is w.param for t, w in found):
+    if not written and returns_new_tensors(func) and all(w.is_held and t is w.param for t, w in found):
         with torch._C.DisableTorchFunctionSubclass(), first.saving():
             return first.call_shared(func, args, kwargs, [tensor for tensor, _ in found])
     if len(weights) > 1 and getattr(func, "__name__", "").startswith("_foreach_"):
         return _run_one_by_one(func, args, kwargs)
     with ExitStack() as stack:
-        for tensor, _ in found:
+        for tensor, weight in found:
             if isinstance(tensor, (GraphView, WeightAlias)):
-                tensor.check_current(writes=writes)
-        opened = {key: stack.enter_context(weight.opened(writes=writes)) for key, weight in weights.items()}
+                tensor.check_current(writes=id(weight) in written)
+        opened = {key: stack.enter_context(each.opened(writes=key in written)) for key, each in weights.items()}
         stack.enter_context(torch._C.DisableTorchFunctionSubclass())
         stack.enter_context(first.saving())
         result = _call(func, args, kwargs, found, opened)
         if any(_needs_own_memory(tensor, opened.values()) for tensor in _plain_tensors_in(result)):
-            for weight in opened.values():
-                weight.become_copy()
+            for each in opened.values():
+                each.become_copy()
             result = _call(func, args, kwargs, found, opened)
         result = _hand_out(result, func, found, [(weights[key], each) for key, each in opened.items()])
     if func is torch.Tensor.copy_ and args[0] is first.param:
