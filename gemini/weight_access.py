@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from gemini.autograd.managed_parameter import WaitingGradient, refuse, stand_in, weight_of
+from gemini.autograd.managed_parameter import WEIGHT_ATTRIBUTE, WaitingGradient, refuse, weight_of
 from gemini.autograd.weight_functions import run_function
 from gemini.chunk.chunk import Chunk
 from gemini.chunk.layout import ParamSlot
@@ -189,7 +189,10 @@ class ParamWeight:
             stray: torch.Tensor | None = self.param.grad
             if stray is not None or not self._has_gradient():
                 return stray
-            gradient: WaitingGradient = stand_in(WaitingGradient, self, self.param)
+            values = self.read_gradient()
+            assert values is not None
+            gradient: WaitingGradient = values.as_subclass(WaitingGradient)
+            gradient.__dict__[WEIGHT_ATTRIBUTE] = self
             return gradient
 
     def _has_gradient(self) -> bool:

@@ -40,12 +40,12 @@ _PROPERTIES = {"data": (FunctionKind.DATA_GET, FunctionKind.DATA_SET), "grad": (
 _VALUE_PROPERTIES = frozenset({"T", "mT", "H", "mH", "real", "imag", "_base"})
 _METADATA = frozenset(
     {
-        *("__len__", "size", "dim", "numel", "ndimension", "nelement", "element_size", "__hash__", "type"),
+        *("__len__", "size", "dim", "numel", "ndimension", "nelement", "element_size", "__hash__"),
         *("is_floating_point", "is_complex", "is_signed", "is_conj", "is_neg", "is_inference", "is_same_size"),
         *("requires_grad_", "retain_grad", "register_hook", "register_post_accumulate_grad_hook", "get_device"),
         *("dim_order", "is_shared", "is_pinned", "is_set_to", "is_coalesced", "has_names", "_is_view"),
         *("result_type", "can_cast", "ones_like", "zeros_like", "empty_like", "rand_like", "randn_like", "full_like"),
-        *("randint_like", "new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "_dimI", "_dimV"),
+        *("randint_like", "new_empty", "new_zeros", "new_ones", "new_full", "_dimI", "_dimV"),
     }
 )
 _GEOMETRY = frozenset({"stride", "is_contiguous", "storage_offset", "is_non_overlapping_and_dense"})

@@ -322,7 +322,7 @@ class WaitingGradient(torch.Tensor):
         if kind is FunctionKind.METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func is torch.Tensor.__iadd__ or func is torch.Tensor.add_:
+        if func in (torch.Tensor.__iadd__, torch.Tensor.add_) and isinstance(args[0], cls):
             return _add_gradient(*args, **kwargs)
         if kind is FunctionKind.DATA_GET or func is torch.Tensor.detach:
             return args[0]
@@ -417,8 +417,9 @@ def gradient_value(value: Any) -> Any:
     weight = weight_of(value)
     assert weight is not None
     gradient = weight.read_gradient()
-    if gradient is None:
-        raise refuse(weight, "its gradient is read after the step has used it up", "read .grad before optimizer.step()")
+    if gradient is None:  # used up by a step, or dropped: what it was
+        with torch._C.DisableTorchFunctionSubclass():
+            return value.as_subclass(torch.Tensor)
     return gradient
 
 

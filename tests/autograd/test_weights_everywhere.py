@@ -479,3 +479,30 @@ def test_linear_layers_and_losses_outside_of_forward_train(place: str, tmp_path:
 
     right = trained(ReadsItself, place=None, folder=tmp_path, call=call)
     assert_close(trained(ReadsItself, place=place, folder=tmp_path, call=call), right)
+
+
+def test_a_gradient_is_read_by_any_code(place: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(W, W))
+    x = torch.randn(2, W)
+    plain(x).square().sum().backward()
+    right = plain[0].weight.grad
+    with GeminiDDP(copy.deepcopy(plain), config_for(place, tmp_path)) as engine:
+        engine(x).square().sum().backward()
+        gradient = engine.module[0].weight.grad
+        other = torch.zeros(W, W)
+        other.data = gradient
+        for seen in (
+            gradient.detach().clone(),
+            gradient.type(torch.float64).float(),
+            gradient.as_subclass(torch.Tensor),
+            torch.zeros(W, W).add_(gradient),
+            torch.from_dlpack(gradient.clone()),
+            other + 0,
+            torch.as_tensor(gradient) + 0,
+        ):
+            assert torch.equal(seen, right)
+        engine(x).square().sum().backward()
+        assert torch.equal(gradient + 0, 2 * right)  # what waits now
+        HybridAdam(engine.parameters()).step()
+        assert gradient.isfinite().all()
