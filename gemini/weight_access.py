@@ -166,6 +166,8 @@ class ParamWeight:
         with torch.no_grad():
             self.param.data.copy_(values.clone() if weight_of(values) is self else values)
         self.num_bindings += 1
+        torch.autograd.graph.increment_version(self.param)  # graphs have saved the old values, which are gone
+        self.chunk.remember_versions()
 
     def load(self, values: torch.Tensor) -> None:
         """Write values of a wider dtype, which the master keeps; they have been written to the weight already."""
@@ -197,6 +199,8 @@ class ParamWeight:
 
     def _has_gradient(self) -> bool:
         gradients = self.access.runtime.gradients
+        if self.access.runtime.is_closed:
+            return False
         is_readable = self.chunk.spec.is_trainable and not gradients.backward_pass.is_running
         return is_readable and gradients.has(self.chunk.spec.chunk_id, self.position)
 

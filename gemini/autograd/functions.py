@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-__all__ = ["FunctionKind", "kind_of", "returns_new_tensors", "written_arguments"]
+__all__ = ["FunctionKind", "kind_of", "reshapes_in_place", "returns_new_tensors", "written_arguments"]
 
 
 class FunctionKind(enum.Enum):
@@ -77,7 +77,7 @@ _NOT_IN_PLACE = frozenset({"requires_grad_", "retain_grad_"})
 
 _NEW_TENSORS = frozenset(
     {
-        *(F.linear, F.layer_norm, F.group_norm, F.batch_norm, F.conv1d, F.conv2d, F.conv3d, torch.matmul, torch.addmm),
+        *(F.linear, F.layer_norm, F.group_norm, F.conv1d, F.conv2d, F.conv3d, torch.matmul, torch.addmm),
         *(torch.mm, torch.bmm, torch.nn.functional.embedding, torch.nn.functional.rms_norm, torch.mul, torch.add),
         *(torch.Tensor.matmul, torch.Tensor.mul, torch.Tensor.add, torch.Tensor.mm, torch.Tensor.addmm),
     }
@@ -86,6 +86,15 @@ _NEW_TENSORS = frozenset(
 
 _RENORMALISING = {F.embedding: 3, F.embedding_bag: 4}
 """Functions that write their second argument, a table, if given a `max_norm`, and the latter's place."""
+
+_WITH_STATISTICS = frozenset({F.batch_norm, F.instance_norm})
+"""Functions that write the running statistics they are given, their second and third argument."""
+_RESHAPING = frozenset(
+    {
+        *("t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_", "as_strided_", "resize_"),
+        *("resize_as_", "share_memory_", "requires_grad_"),
+    }
+)
 
 
 @lru_cache(maxsize=4096)
@@ -120,10 +129,22 @@ def returns_new_tensors(func: Any) -> bool:
 
 @lru_cache(maxsize=4096)
 def _is_in_place(func: Any) -> bool:
-    name = getattr(func, "__name__", "")
+    name = getattr(func, "__name__", "").partition(".")[0]  # of overloads such as aten.mul_.Tensor
     if name in _IN_PLACE_OPERATORS:
         return True
     return name.endswith("_") and not name.endswith("__") and name not in _NOT_IN_PLACE
+
+
+@lru_cache(maxsize=4096)
+def _has_mutable_schema(func: Any) -> bool:
+    """Return whether an operator of torch.ops declares that it writes an argument."""
+    overloads = [getattr(func, name) for name in func.overloads()] if hasattr(func, "overloads") else [func]
+    return any(getattr(getattr(each, "_schema", None), "is_mutable", False) for each in overloads)
+
+
+def reshapes_in_place(func: Any) -> bool:
+    """Return whether a function changes a tensor's shape, strides, storage or flags rather than its values."""
+    return getattr(func, "__name__", "") in _RESHAPING
 
 
 def written_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -131,6 +152,10 @@ def written_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any
     written = [] if kwargs.get("out") is None else [kwargs["out"]]
     if _is_in_place(func) or kwargs.get("inplace"):
         written.append(args[0] if args else next(iter(kwargs.values()), None))
+    if _has_mutable_schema(func):
+        return [*args, *kwargs.values()]
+    if func in _WITH_STATISTICS:
+        written += [*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")]
     if func in _RENORMALISING:
         place = _RENORMALISING[func]
         if kwargs.get("max_norm") is not None or (len(args) > place and args[place] is not None):

@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 
-from gemini.autograd.functions import FunctionKind, kind_of, returns_new_tensors, written_arguments
+from gemini.autograd.functions import (
+    FunctionKind,
+    kind_of,
+    reshapes_in_place,
+    returns_new_tensors,
+    written_arguments,
+)
 from gemini.autograd.managed_parameter import (
     WEIGHT_ATTRIBUTE,
     Geometry,
@@ -30,6 +36,8 @@ __all__ = ["run_function"]
 def run_function(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Run a function of torch's that was given a managed parameter, or a view of one."""
     kind = kind_of(func)
+    if reshapes_in_place(func):
+        _check_reshaping(func, args, kwargs)
     if kind is FunctionKind.METADATA:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -38,6 +46,22 @@ def run_function(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     if kind is FunctionKind.DIFFERENTIATE:
         return func(*_with_edges(args), **_with_edges(kwargs))
     return _look_at(kind, func, args, kwargs)
+
+
+def _check_reshaping(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse to change in place what is no value; a parameter's own requires_grad is compared before each forward."""
+    tensor = args[0]
+    weight = weight_of(tensor)
+    is_flag = func.__name__ == "requires_grad_"
+    if weight is None or (is_flag and (tensor is weight.param or not all((*args[1:], *kwargs.values())))):
+        return
+    if is_flag:
+        raise refuse(weight, "gradients were asked for of a view that is in no graph", "clone it first")
+    raise refuse(
+        weight,
+        f"{func.__name__} would change its shape, strides or storage in place",
+        "use the function without the underscore, or change the model before wrapping it",
+    )
 
 
 def _with_edges(value: Any) -> Any:
@@ -62,7 +86,8 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     if not written and returns_new_tensors(func) and all(w.is_held and t is w.param for t, w in found):
         with torch._C.DisableTorchFunctionSubclass(), first.saving():
             return first.call_shared(func, args, kwargs, [tensor for tensor, _ in found])
-    if len(weights) > 1 and getattr(func, "__name__", "").startswith("_foreach_"):
+    num_elements = max((len(each) for each in (*args, *kwargs.values()) if isinstance(each, (list, tuple))), default=0)
+    if len(weights) > 1 and num_elements > 1 and getattr(func, "__name__", "").startswith("_foreach_"):
         return _run_one_by_one(func, args, kwargs)
     with ExitStack() as stack:
         for tensor, weight in found:
@@ -213,7 +238,7 @@ def _hand_out(
             continue
         if _is_in_graph(result):
             return result if each.is_lasting else _graph_view(result, weight, weight.stamp())
-        if type(result) is not torch.Tensor:  # a DTensor
+        if type(result) is not torch.Tensor or result.is_conj() or result.is_neg():  # a DTensor, or lazily computed
             return result.clone()
         return _alias(weight, result, each.values, keeps_version=False)
     for tensor, weight in found:

@@ -506,3 +506,68 @@ def test_a_gradient_is_read_by_any_code(place: str, tmp_path: Path) -> None:
         assert torch.equal(gradient + 0, 2 * right)  # what waits now
         HybridAdam(engine.parameters()).step()
         assert gradient.isfinite().all()
+
+
+def _double_by_an_operator(param: torch.Tensor) -> None:
+    torch.ops.aten.mul_.Tensor(param.data, torch.tensor(2.0))
+
+
+def _double_by_lists(param: torch.Tensor) -> None:
+    torch._foreach_add_([param, param.data[:0]], [param.detach().clone(), param.data[:0]])
+
+
+@pytest.mark.parametrize("double", [_double_by_an_operator, _double_by_lists])
+def test_operators_under_other_names_write_too(double: Any, place: str, tmp_path: Path) -> None:
+    with GeminiDDP(nn.Sequential(*(nn.Linear(W, W) for _ in range(4))), config_for(place, tmp_path)) as engine:
+        before = engine.state_dict()["0.weight"]
+        with torch.no_grad():
+            double(engine.module[0].weight)
+            engine(torch.ones(1, W))
+        assert torch.equal(engine.state_dict()["0.weight"], 2 * before)
+
+
+def test_running_statistics_that_are_parameters_are_kept(place: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))).requires_grad_(False)
+    x = torch.randn(8, 4)
+    with GeminiDDP(copy.deepcopy(plain), config_for(place, tmp_path)) as engine:
+        for model in (plain, engine.module):
+            F.batch_norm(x, model[0].bias, model[1].bias, training=True)
+            model[3](x)
+        engine(x)
+        for name, value in plain.state_dict().items():
+            assert torch.equal(engine.state_dict()[name], value)
+
+
+def test_what_cannot_be_honoured_is_refused_at_that_line(place: str, tmp_path: Path) -> None:
+    with GeminiDDP(nn.Sequential(nn.Linear(W, W), nn.Linear(W, W)), config_for(place, tmp_path)) as engine:
+        weight = engine.module[0].weight
+        for use in (
+            lambda: weight.detach().requires_grad_(),
+            lambda: nn.Parameter(weight.data),
+            lambda: weight.t_(),
+            lambda: weight.data.transpose_(0, 1),
+            lambda: weight.share_memory_(),
+        ):
+            with torch.no_grad(), pytest.raises(ModelError, match=r"parameter 0\.weight of a GeminiDDP"):
+                use()
+        nn.Parameter(weight.data, requires_grad=False)
+        loss = engine(torch.ones(1, W, requires_grad=True)).sum()
+        engine.module[1].weight.data = engine.module[1].weight.data * 2
+        with pytest.raises(ModelError, match=r"1\.weight was written in place between the forward"):
+            loss.backward()
+
+
+def test_other_tensors_are_written_with_gradients(place: str, tmp_path: Path) -> None:
+    with GeminiDDP(nn.Sequential(nn.Linear(W, W)), config_for(place, tmp_path)) as engine:
+        engine(torch.ones(1, W)).square().sum().backward()
+        gradient = engine.module[0].weight.grad
+        right = gradient.clone()
+        momentum = torch.zeros(W, W)
+        momentum.mul_(0.9).add_(gradient)
+        momentum.copy_(gradient)
+        momentum.lerp_(gradient, 0.5)
+        torch._foreach_add_([momentum], [gradient])
+        momentum += gradient
+        assert torch.equal(momentum, 3 * right)
+    assert gradient.isfinite().all()  # after close, too
