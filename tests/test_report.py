@@ -195,4 +195,5 @@ def test_the_update_thread_is_busy_while_it_works_whether_anybody_waits_or_not(
         updates = engine.memory_report().updates
     assert updates.busy_s is not None
     assert updates.step_s is not None
-    assert num_tiles * 0.02 <= updates.busy_s + 1e-6 <= updates.step_s - 1 + 2e-6
+    straddling = 0.02  # a tile that began in the step before is busy in this one
+    assert num_tiles * 0.02 <= updates.busy_s + 1e-6 <= updates.step_s - 1 + straddling + 2e-6
