@@ -138,6 +138,11 @@ class ParamWeight:
         """Wait until nobody is writing the weight."""
         self.access.runtime.overlap.settle(self.chunk.spec.chunk_id)
 
+    def count_write(self) -> None:
+        """Let graphs that have saved the parameter know that it was written, as torch's version counter does."""
+        torch.autograd.graph.increment_version(self.param)
+        self.chunk.remember_versions()
+
     def stamp(self) -> object:
         """Return something that is unequal once the values may have changed."""
         return self.chunk.num_updates, self.chunk.num_writes
@@ -166,8 +171,7 @@ class ParamWeight:
         with torch.no_grad():
             self.param.data.copy_(values.clone() if weight_of(values) is self else values)
         self.num_bindings += 1
-        torch.autograd.graph.increment_version(self.param)  # graphs have saved the old values, which are gone
-        self.chunk.remember_versions()
+        self.count_write()  # graphs have saved the old values, which are gone
 
     def load(self, values: torch.Tensor) -> None:
         """Write values of a wider dtype, which the master keeps; they have been written to the weight already."""

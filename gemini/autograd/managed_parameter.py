@@ -94,6 +94,9 @@ class Weight(Protocol):
     def settle(self) -> None:
         """Wait until nobody is writing the weight."""
 
+    def count_write(self) -> None:
+        """Let graphs that have saved the parameter know that it was written, as torch's version counter does."""
+
     def stamp(self) -> object:
         """Return something that is unequal once the values may have changed."""
 
@@ -227,7 +230,27 @@ class Geometry:
     """First byte of the view, from the first byte of the values."""
 
 
-class WeightAlias(torch.Tensor):
+class _View(torch.Tensor):
+    """A view of a weight; copies and saved forms of it are plain tensors."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(args, kwargs or {}, func)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return repr(self.clone())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        if id(self) not in memo:
+            memo[id(self)] = self.clone()
+        copied: torch.Tensor = memo[id(self)]
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.detach().clone().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+class WeightAlias(_View):
     """A view of a weight that needs no gradient. It holds no memory: whatever uses it finds the weight's values.
 
     Writes through it change the weight, as they do with everything in memory.
@@ -235,12 +258,9 @@ class WeightAlias(torch.Tensor):
 
     _geometry: Geometry
     _keeps_version: bool
+    """Whether writes through it do not count as the parameter's, as those through `.data` do not."""
     _binding: int
     _pinned: torch.Tensor | None = None
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(args, kwargs or {}, func)
 
     def check_current(self, *, writes: bool) -> None:
         """Refuse to be used once the parameter's `.data` has been replaced: plain torch would show the old memory.
@@ -260,27 +280,11 @@ class WeightAlias(torch.Tensor):
                 "take the view anew, from the parameter, or write with copy_ instead of replacing .data",
             )
 
-    def __repr__(self) -> str:  # type: ignore[override]
-        return repr(self.clone())
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        if id(self) not in memo:
-            memo[id(self)] = self.clone()
-        copied: torch.Tensor = memo[id(self)]
-        return copied
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.clone().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
-
-
-class GraphView(torch.Tensor):
+class GraphView(_View):
     """A view of a weight in the graph, on memory of its own."""
 
     _stamp: object
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(args, kwargs or {}, func)
 
     def check_current(self, *, writes: bool) -> None:
         """Refuse to be written, and to be read once the weight has changed.
@@ -301,15 +305,6 @@ class GraphView(torch.Tensor):
                 "a view of it in the graph is read after the weight has changed",
                 "take the view anew, from the parameter",
             )
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        return repr(self.clone())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        return self.clone()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.detach().clone().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 class WaitingGradient(torch.Tensor):

@@ -102,6 +102,9 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
                 each.become_copy()
             result = _call(func, args, kwargs, found, opened)
         result = _hand_out(result, func, found, [(weights[key], each) for key, each in opened.items()])
+    for tensor, weight in found:
+        if isinstance(tensor, WeightAlias) and id(weight) in written and not tensor._keeps_version:
+            weight.count_write()
     if func is torch.Tensor.copy_ and args[0] is first.param:
         _keep_precision(first, args, kwargs)
     return result
@@ -240,7 +243,8 @@ def _hand_out(
             return result if each.is_lasting else _graph_view(result, weight, weight.stamp())
         if type(result) is not torch.Tensor or result.is_conj() or result.is_neg():  # a DTensor, or lazily computed
             return result.clone()
-        return _alias(weight, result, each.values, keeps_version=False)
+        sources = [tensor for tensor, owner in found if owner is weight and isinstance(tensor, WeightAlias)]
+        return _alias(weight, result, each.values, keeps_version=any(tensor._keeps_version for tensor in sources))
     for tensor, weight in found:
         if isinstance(tensor, GraphView) and _shares_memory(result, tensor):
             return _graph_view(result, weight, tensor._stamp)

@@ -239,12 +239,6 @@ class Chunk:
         """Return the position of the parameter that an element of the chunk belongs to."""
         return bisect_right(self._begins, element) - 1
 
-    def position_shown_by(self, tensor: torch.Tensor) -> int | None:
-        """Return the position of the absent parameter whose placeholder a tensor shows; None: it shows none."""
-        if tensor.untyped_storage().data_ptr() != self._missing.untyped_storage().data_ptr():
-            return None
-        return int(tensor.storage_offset())
-
     @property
     def missing_address(self) -> int:
         """Address of the placeholders; identifies their storage."""

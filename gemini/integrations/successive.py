@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from gemini.chunk.plain_names import named_params
 from gemini.ddp import GeminiDDP
 from gemini.ownership import runtime_of
 
@@ -30,9 +29,9 @@ def leave(engine: GeminiDDP) -> None:
 
 
 def take_over(model: torch.nn.Module) -> None:
-    """Close the engine that an earlier trainer has left on a model, and give the model its weights back.
+    """Close the engine that an earlier trainer has left on a model, which then holds its weights again.
 
-    All weights are in memory once, as in a plain model. An engine that was not built by a trainer stays.
+    An engine that was not built by a trainer stays.
 
     Args:
         model: managed by an engine or not.
@@ -40,9 +39,5 @@ def take_over(model: torch.nn.Module) -> None:
     runtime = next((found for found in map(runtime_of, model.parameters()) if found is not None), None)
     reference: Any = getattr(runtime, _LEFT, None)
     engine: GeminiDDP | None = None if reference is None else reference()
-    if engine is None or engine.module is not model:
-        return
-    values = engine.master_state_dict()
-    engine.close()
-    for name, param in named_params(model):
-        param.data = values[name]
+    if engine is not None and engine.module is model:
+        engine.close()

@@ -397,6 +397,12 @@ def test_a_weight_written_between_forward_and_its_backward_is_refused_as_by_torc
         with pytest.raises(ModelError, match=r"1\.weight was written in place between the forward"):
             loss.backward()
         engine.zero_grad()
+        for write in (lambda param: param.detach().mul_(2), lambda param: param.detach()[0].zero_()):
+            loss = engine(torch.ones(2, W, requires_grad=True)).sum()
+            write(engine.module[1].weight)
+            with pytest.raises(ModelError, match=r"1\.weight was written in place between the forward"):
+                loss.backward()
+            engine.zero_grad()
         engine(torch.ones(2, W)).sum().backward()
 
 
