@@ -240,7 +240,7 @@ def _wait_mark(bar: Bar, step: Step) -> Figure:
 
 def _color_of(label: str) -> str:
     """Return the colour of what is done, or else of what it is done to: the last word of the label."""
-    return LABEL_COLORS.get(label) or CONTENT_COLORS.get(label.split()[-1], LINE_COLOR)
+    return LABEL_COLORS.get(label) or CONTENT_COLORS.get(label.rpartition(" ")[2], LINE_COLOR)
 
 
 def _describe(bar: Bar, recording: Recording, why: dict[tuple[int, int], ExplainedStall]) -> str:

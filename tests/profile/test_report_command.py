@@ -102,6 +102,16 @@ def test_a_loss_that_is_no_number_is_no_reason_for_an_empty_page(
     assert loss["figure"]["data"][0]["y"][1] is None
 
 
+@pytest.mark.parametrize("label", ["", " ", "nobody's"])
+def test_work_under_an_unknown_name_is_drawn(run: Path, label: str, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in (run / "rank0.jsonl").read_text().splitlines()]
+    for line in lines:
+        if isinstance(line, list) and line[0] == "work":
+            line[1] = label
+    (tmp_path / "rank0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["report", str(tmp_path), "--json", str(tmp_path / "r.json")]) == 0
+
+
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_whatever_is_damaged_is_drawn_or_refused(
