@@ -48,8 +48,8 @@ def check(run: Training, directory: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_killed_process_leaves_a_complete_checkpoint_always(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    context, choose = fork_context(monkeypatch), random.Random(0)
+def test_a_killed_process_leaves_a_complete_checkpoint_always(tmp_path: Path) -> None:
+    context, choose = fork_context(), random.Random(0)
     directory = tmp_path / "run"
     num_caught = 0
     with training(SCENARIO, "host", tmp_path) as run:

@@ -64,8 +64,8 @@ def assert_same(found: Run, expected: Run) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("place", PLACES)
-def test_fifty_kills_change_no_bit(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    context, choose = fork_context(monkeypatch), random.Random(0)
+def test_fifty_kills_change_no_bit(place: str, tmp_path: Path) -> None:
+    context, choose = fork_context(), random.Random(0)
     steps = []
     with memory_file(PLACES[place], tmp_path) as descriptor:
 

@@ -23,9 +23,9 @@ OLD, NEW = 1, 2
 
 
 @pytest.fixture
-def processes(monkeypatch: pytest.MonkeyPatch) -> ForkServerContext:
+def processes() -> ForkServerContext:
     """Processes that begin quickly: one has imported everything, and forks the rest."""
-    return fork_context(monkeypatch)
+    return fork_context()
 
 
 def model_in(path: Path) -> set[tuple[str, int]]:

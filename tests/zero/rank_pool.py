@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import tempfile
 import traceback
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from forking import fork_context
 from patience import PATIENCE_S
 
 CASE_TIMEOUT_S = 0.9 * PATIENCE_S
@@ -75,7 +75,7 @@ class RankGroup:
     """
 
     def __init__(self, world_size: int, *, timeout_s: float = GROUP_TIMEOUT_S) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = fork_context()
         self._stack = ExitStack()
         directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="ranks-")))
         self.processes: list[BaseProcess] = []

@@ -50,6 +50,7 @@ def assert_same(found: list[Outcome], expected: list[Outcome]) -> None:
             assert torch.equal(weights[name], value), name
 
 
+@pytest.mark.quick_cases(5)
 @pytest.mark.parametrize(
     ("world_size", "fields"),
     [
@@ -98,6 +99,7 @@ def test_ranks_go_on_from_what_all_have(
     assert_same(found, expected)
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("keeps_file", [False, True])
 def test_ranks_of_which_one_has_nothing_begin_afresh(
     keeps_file: bool, ranks: RankPool, node: ServiceProcess, tmp_path: Path
@@ -132,12 +134,10 @@ def test_a_commit_of_which_a_rank_did_not_hear_the_end_is_its_last(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_ranks_that_are_killed_go_on_together(
-    ranks: RankPool, node: ServiceProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_that_are_killed_go_on_together(ranks: RankPool, node: ServiceProcess, tmp_path: Path) -> None:
     """One is killed where it was drawn, and the others with it, as torchrun does."""
     world_size = 2
-    context, choose = fork_context(monkeypatch), random.Random(3)
+    context, choose = fork_context(), random.Random(3)
     case = {"model": "tower", "num_steps": MOST_STEPS, "directory": tmp_path, "place": "nvme", **MIXED}
 
     def live(end: int, fates: list[Fate | None]) -> tuple[int, list[Any]]:
