@@ -5,6 +5,7 @@ What a shell hands down to its background jobs, which is to ignore Ctrl-C, is no
 
 from __future__ import annotations
 
+import collections
 import os
 import signal
 import sys
@@ -35,7 +36,23 @@ def _one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(num_threads)
 
 
+def mark_cases_beyond_the_quick_ones(items: list[pytest.Item]) -> None:
+    """Mark a test's cases as slow, but for as many as its `quick_cases` names, which lie evenly in their list."""
+    cases: dict[str, list[pytest.Item]] = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("quick_cases") is not None:
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for of_a_test in cases.values():
+        num_quick = of_a_test[0].get_closest_marker("quick_cases").args[0]
+        quick = {round(index * (len(of_a_test) - 1) / max(num_quick - 1, 1)) for index in range(num_quick)}
+        for index, item in enumerate(of_a_test):
+            if index not in quick:
+                item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at `-m "not slow"`
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    mark_cases_beyond_the_quick_ones(items)
     if SLOWER > 1:
         usual_s = float(config.getini("timeout"))
         for item in items:

@@ -162,6 +162,7 @@ class _HalfWay(Exception):
     pass
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 def test_an_initialisation_that_fails_half_way_leaves_nothing(tmp_path: Path, device: str) -> None:
     calls = []
@@ -291,6 +292,7 @@ def test_another_engine_of_this_process_is_refused(tmp_path: Path) -> None:
         train_step(engine, HybridAdam(engine.parameters()))
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 def test_an_engine_nobody_holds_gives_everything_back(tmp_path: Path, device: str) -> None:
     def use() -> None:
@@ -522,6 +524,7 @@ def test_a_forward_after_close_says_so_and_the_model_runs() -> None:
     assert engine.module(batch()).isfinite().all()
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
 @pytest.mark.parametrize("work", ["forward", "backward", "step", "prefetch"])
 def test_close_with_work_under_way_leaves_nothing(tmp_path: Path, device: str, work: str) -> None:

@@ -123,6 +123,7 @@ def test_threads_never_share_a_block() -> None:
     assert read().live_nbytes == before.live_nbytes
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.usefixtures("pool")
 @pytest.mark.parametrize("nbytes", [1, 100, 256 * KIB - 1, 256 * KIB, 256 * KIB + 1, 3 * MIB + 7])
 def test_blocks_are_aligned_as_torchs_are(nbytes: int) -> None:
@@ -405,6 +406,7 @@ print(json.dumps([shape, heap.statistics(), refusal, [line for line in open("log
 """
 
 
+@pytest.mark.slow
 def test_everything_works_without_a_compiler(tmp_path: Path) -> None:
     program = f"import os; os.chdir({str(tmp_path)!r})\n" + WITHOUT_COMPILER
     shape, statistics, refusal, log = run_python(program, PATH="", TORCH_HOME=str(tmp_path / "cache"))

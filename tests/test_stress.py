@@ -35,6 +35,7 @@ def some_tests(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_what_fails_is_named_with_its_rounds(some_tests: Path) -> None:
     command = [sys.executable, str(STRESS), "--rounds", "3", "--kinds", "plain", "--", str(some_tests)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -35,6 +35,7 @@ def run_benchmark(directory: Path, *arguments: str, **environment: str) -> dict[
     return document
 
 
+@pytest.mark.slow
 def test_our_engines_have_a_row_for_every_mode(tmp_path: Path) -> None:
     document = run_benchmark(tmp_path, "--systems", "gemini")
     measured = [row for row in document["rows"] if "missing" not in row]
@@ -61,6 +62,7 @@ def test_fio_is_the_measure_where_it_is_installed(tmp_path: Path) -> None:
         assert [row["of_fio"] for row in ours] == [row["gb_per_s"] / best for row in ours]
 
 
+@pytest.mark.slow
 def test_who_is_not_installed_is_said_to_be_missing(tmp_path: Path) -> None:
     (tmp_path / "deepspeed.py").write_text("raise ImportError('nothing here')")
     (tmp_path / "bin").mkdir()

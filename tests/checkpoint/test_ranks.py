@@ -12,6 +12,7 @@ from training_harness import same_bits
 pytestmark = pytest.mark.processes
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("wait", [True, False])
 @pytest.mark.parametrize("failing_rank", [0, 1])
 def test_a_rank_whose_drive_is_full_lets_all_ranks_go_on(
@@ -37,6 +38,7 @@ def test_a_rank_whose_drive_is_full_lets_all_ranks_go_on(
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000002-save-00001"]
 
 
+@pytest.mark.slow
 def test_what_the_first_rank_cannot_keep_is_refused_on_all(ranks: RankPool, tmp_path: Path) -> None:
     results = ranks.run(2, save_with_fault, directory=tmp_path / "run", fault="extra", failing_rank=0, wait=False)
 

@@ -68,6 +68,7 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Halves]:
     return {name: Halves(straight[name], saved[name], resumed[name]) for name in straight}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", scenarios())
 def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(name: str, halves: dict[str, Halves]) -> None:
     found = halves[name]
@@ -76,6 +77,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(name: str, halves:
     assert same_bits(found.resumed.weights, found.straight.weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", scenarios())
 def test_saving_changes_no_bit(name: str, halves: dict[str, Halves]) -> None:
     found = halves[name]

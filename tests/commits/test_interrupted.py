@@ -121,6 +121,7 @@ def finish(scenario: Scenario, directory: Path, descriptor: int) -> Run:
         return training.run
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize("stop", JournalStop)
 @pytest.mark.parametrize("place", [place for place in PLACES if place != "disk"])
 def test_an_update_that_ended_in_a_block_is_finished(place: str, stop: JournalStop, tmp_path: Path) -> None:

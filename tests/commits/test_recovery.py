@@ -19,6 +19,7 @@ def assert_same(found: Run, expected: Run) -> None:
         assert torch.equal(found.weights[name], value), name
 
 
+@pytest.mark.quick_cases(8)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_an_engine_goes_on_where_another_was_closed(name: str, tmp_path: Path) -> None:
     """Closing drops updates that have not begun; the next engine, which begins with other weights, finishes them."""

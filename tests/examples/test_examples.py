@@ -72,12 +72,14 @@ def test_quickstart_records_what_it_is_asked_to_and_says_how_to_see_it(quickstar
     assert f"python -m gemini report {quickstart / 'recording'}" in (quickstart / "output").read_text()
 
 
+@pytest.mark.slow
 def test_options_of_several_ranks_say_their_defaults() -> None:
     text = " ".join(run_example("train_zero.py", "--help").split())
     for default in ("first weights and batches (0)", "all processes together (2400MiB)", "optimizer steps (10)"):
         assert default in text
 
 
+@pytest.mark.slow
 def test_quickstart_summary_has_what_readers_look_for(quickstart: Path) -> None:
     summary = json.loads((quickstart / "summary.json").read_text())
 
@@ -89,6 +91,7 @@ def test_quickstart_summary_has_what_readers_look_for(quickstart: Path) -> None:
     assert set(summary["versions"]) == {"python", "torch", "transformers"}
 
 
+@pytest.mark.slow
 def test_quickstart_leaves_no_swap_file(quickstart: Path) -> None:
     assert list((quickstart / "swap").iterdir()) == []
 

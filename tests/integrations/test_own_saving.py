@@ -79,6 +79,7 @@ def files_in(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir() if path.is_file()}
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("place", ["host", "nvme"])
 @pytest.mark.parametrize(
     ("kinds", "build"),
@@ -122,6 +123,7 @@ def test_a_model_without_save_pretrained_is_saved_by_its_state_dict(tmp_path: Pa
     assert same_bits(*saved)
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("kind", ["prompt", "prefix", "p-tuning", "vera"])
 def test_prompts_and_shared_projections_are_saved_and_gone_on_from(kind: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")

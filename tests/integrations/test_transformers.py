@@ -63,6 +63,7 @@ def plain_trainer(directory: Path, model: Any = None, **fields: Any) -> Any:
 # ---------------------------------------------------------------- training
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("place", "fields"),
     [
@@ -302,6 +303,7 @@ def test_half_precision_is_the_engines_and_not_autocasts(tmp_path: Path, flag: s
         assert logged(found, key) == pytest.approx(logged(plain, key), rel=0.02)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("place", ["host", "nvme", "mixed"])
 def test_a_second_trainer_goes_on_from_the_first_ones_model(tmp_path: Path, place: str) -> None:
     def train_twice(kind: Any, **fields: Any) -> list[float]:

@@ -102,6 +102,7 @@ def run(cls: Any, config: Any, directory: Path, fields: dict[str, Any], **given:
     return trainer
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("place", ["nvme", "mixed"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_are_switched_off_for_the_reference(kind: str, place: str, tmp_path: Path) -> None:

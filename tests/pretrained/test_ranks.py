@@ -24,6 +24,7 @@ from training_harness import same_bits
 pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")]
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("name", "stage", "on_disk", "frozen"),
     [
@@ -80,6 +81,7 @@ def test_a_drive_that_is_full_is_noticed_by_all_ranks(ranks: RankPool, tmp_path:
     assert same_bits(tensors_in(tmp_path / "saved"), tensors_in(tmp_path / "stored"))
 
 
+@pytest.mark.slow
 def test_ranks_that_see_different_weights_load_nothing(ranks: RankPool, tmp_path: Path) -> None:
     for rank in range(2):
         plain_model("gpt2").save_pretrained(tmp_path / str(rank))

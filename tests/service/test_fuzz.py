@@ -160,6 +160,7 @@ def check(*, num_packets: int, seed: int) -> None:
         assert "Traceback" not in service.terminate()
 
 
+@pytest.mark.slow
 def test_nothing_that_comes_over_the_socket_ends_the_service_or_leaks():
     check(num_packets=NUM_PACKETS, seed=0)
 

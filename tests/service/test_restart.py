@@ -200,6 +200,7 @@ def test_one_service_at_a_time_has_a_socket_and_a_directory(service):
         assert f"{lock} is locked: another service is at work there" in refused.stderr
 
 
+@pytest.mark.quick_cases(1)
 def test_training_survives_kills_of_the_service_under_load(service):
     """Six clients work in shared and leased memory and the service is killed five times; their bytes stay right."""
     code = """

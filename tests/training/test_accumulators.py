@@ -191,6 +191,7 @@ def test_a_sum_on_its_way_is_left_alone_until_it_has_left():
     assert host.view(torch.float32).tolist() == [2.0, 3.0, 4.0]
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("host_kib", [430, 600])
 @pytest.mark.parametrize("overlap", ["off", "next-forward", "speculative"])
 def test_overlapped_updates_change_no_bit(overlap, host_kib, tmp_path):
@@ -247,6 +248,7 @@ def fail_half_way(engine: GeminiDDP, optimizer: HybridAdam, num_steps: int, inde
     optimizer.zero_grad()
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize("host_kib", [None, 430])
 @pytest.mark.parametrize("disturb", [evaluate, drop, poison, clip_by_hand, fail_half_way])
 def test_what_happens_between_passes_changes_no_bit(disturb, host_kib, tmp_path):

@@ -336,6 +336,7 @@ def run_restricted(program: str, *arguments: object) -> str:
     return printed
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize(
     ("moment", "message"),
     [
@@ -364,6 +365,7 @@ print(json.dumps(t.train_gemini(t.TOWER, config).losses))
 """
 
 
+@pytest.mark.slow
 def test_without_asynchronous_io_of_the_kernel_training_gives_the_same_bits(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     warning, *_, losses = run_restricted(WITHOUT_KERNEL_IO, tmp_path / "other").splitlines()

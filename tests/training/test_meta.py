@@ -32,6 +32,7 @@ def in_host(name: str) -> Run:
     return train_gemini(on_meta(CASES[name]), config_for("host", min_unit_nbytes=1 << 20))  # the coarsest layout
 
 
+@pytest.mark.quick_cases(5)
 @pytest.mark.parametrize("name", CASES)
 def test_a_meta_model_trains_the_same_for_every_placement_and_layout(name, tmp_path):
     run = train_gemini(on_meta(CASES[name]), config_for("mixed", tmp_path))
@@ -39,6 +40,7 @@ def test_a_meta_model_trains_the_same_for_every_placement_and_layout(name, tmp_p
     assert same_bits(run.weights, in_host(name).weights)
 
 
+@pytest.mark.quick_cases(5)
 @pytest.mark.parametrize("name", CASES)
 def test_a_meta_model_has_the_buffers_and_the_spread_of_one_built_as_usual(name):
     usual = CASES[name].model()

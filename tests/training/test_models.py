@@ -27,6 +27,7 @@ def test_every_model_trains_as_in_plain_torch(name):
     assert distance(in_host(name).weights, plain(name).weights) < 1e-6
 
 
+@pytest.mark.quick_cases(20)
 @pytest.mark.parametrize("name", ZOO)
 def test_every_placement_gives_a_model_the_same_bits(name, tmp_path):
     for place in ("nvme", "device", "resident"):  # the fourth, "mixed", below
@@ -35,6 +36,7 @@ def test_every_placement_gives_a_model_the_same_bits(name, tmp_path):
         assert same_bits(run.weights, in_host(name).weights), place
 
 
+@pytest.mark.quick_cases(8)
 @pytest.mark.parametrize("name", ZOO)
 def test_every_layout_gives_a_model_the_same_bits(name, tmp_path):
     run = train_gemini(ZOO[name], config_for("mixed", tmp_path))

@@ -214,6 +214,7 @@ def test_a_step_ends_fetches_that_nobody_will_use(tmp_path: Path, depth: int) ->
     assert same_bits(found.weights, expected.weights)
 
 
+@pytest.mark.quick_cases(10)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize("place", ["nvme", "mixed"])
@@ -233,6 +234,7 @@ def test_no_mode_changes_a_bit(tmp_path: Path, place: str, name: str, mode: str)
         assert stats.num_redone > 0
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("place", ["host", "device", "resident"])
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_without_a_disk_change_no_bit(tmp_path: Path, place: str, mode: str) -> None:
@@ -242,6 +244,7 @@ def test_modes_without_a_disk_change_no_bit(tmp_path: Path, place: str, mode: st
     assert same_bits(found.weights, expected.weights)
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("accumulation", [False, True])
 def test_half_precision_changes_no_bit(tmp_path: Path, dtype: torch.dtype, accumulation: bool) -> None:

@@ -96,6 +96,7 @@ UNDIVIDED = {"bloom"}
 RANDOM = {"gpt2_dropout"}
 
 
+@pytest.mark.quick_cases(8)
 @pytest.mark.parametrize("name", sorted(set(ZOO) - set(REFUSED) - UNDIVIDED - RANDOM))
 def test_every_kind_of_model_trains_as_in_plain_torch(name):
     assert_trains_as_in_plain_torch(without_cache(ZOO[name]), config_for("device", num_batch_slices=2), num_steps=2)
@@ -112,6 +113,7 @@ def test_a_tensor_that_nobody_can_divide_ends_the_step():
         train_gemini(without_cache(ZOO["bloom"]), config_for("host", num_batch_slices=2), 1)
 
 
+@pytest.mark.quick_cases(12)
 @pytest.mark.parametrize("case", [TOWER, LLAMA, GPT2], ids=["tower", "llama", "gpt2"])
 @pytest.mark.parametrize("num_batch_slices", [2, 4, 6, 9])
 @pytest.mark.parametrize("place", ["host", "nvme", "device", "mixed", "resident"])
@@ -146,6 +148,7 @@ def gradients_of(engine: GeminiDDP, loss: torch.Tensor) -> dict[str, torch.Tenso
     return found
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("place", ["nvme", "device", "mixed", "resident"])
 def test_placement_changes_no_bit(place, dtype, tmp_path):

@@ -11,6 +11,7 @@ from comparison import STAGES
 from rank_pool import RankPool
 
 
+@pytest.mark.quick_cases(6)
 @STAGES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("world_size", "place"), [(2, "host"), (2, "nvme"), (2, "device"), (4, "mixed")])

@@ -28,6 +28,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize(("lonely", "meanwhile"), PAIRS)
 def test_what_one_rank_does_alone_ends_all_in_time(lonely, meanwhile, stage, ranks: RankPool, tmp_path) -> None:
@@ -38,6 +39,7 @@ def test_what_one_rank_does_alone_ends_all_in_time(lonely, meanwhile, stage, ran
         assert seconds < NOTICED_S < GROUP_TIMEOUT_S
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theirs", ["barrier", "all_reduce"])
 def test_a_collective_of_the_users_never_meets_ours(theirs, tmp_path) -> None:
     group = RankGroup(2, timeout_s=8.0)

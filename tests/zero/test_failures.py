@@ -39,6 +39,7 @@ def failures_of(results: list[Any], ranks: list[int]) -> list[Failure]:
     return found
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("when", ["forward", "backward", "step"])
 def test_a_killed_rank_ends_the_others(when, tmp_path):
     with group_of(3) as group:
@@ -51,6 +52,7 @@ def test_a_killed_rank_ends_the_others(when, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_stalled_rank_ends_the_others_within_the_timeout(tmp_path):
     with group_of(2, STALL_TIMEOUT_S) as group:
         for connection in group.connections:

@@ -31,6 +31,7 @@ KIB = 1 << 10
 HOST = MemoryTier.HOST
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize(
     ("world_size", "place", "stage"),
     [
@@ -120,6 +121,7 @@ def test_only_the_rank_that_writes_them_draws_first_values(ranks: RankPool):
     assert num_filled_by_other < num_filled / 2
 
 
+@pytest.mark.slow
 def test_the_weights_outlive_the_rank_that_made_them():
     group = RankGroup(2, timeout_s=0.15 * PATIENCE_S)
     results = group.call(train_while_the_first_rank_dies, {})
@@ -133,6 +135,7 @@ def test_the_weights_outlive_the_rank_that_made_them():
         assert torch.equal(result["frozen"], expected)
 
 
+@pytest.mark.slow
 def test_each_machine_has_a_copy_of_its_own(ranks: RankPool):
     results = ranks.run(4, measure_on_machines, machines=["a", "b", "b", "a"])
     inodes = [result["inodes"] for result in results]
@@ -145,6 +148,7 @@ def test_each_machine_has_a_copy_of_its_own(ranks: RankPool):
         assert not any("base" in name for name in result["gathered"])
 
 
+@pytest.mark.slow
 def test_nobody_shares_if_a_rank_is_alone_on_its_machine(ranks: RankPool):
     for result in ranks.run(3, measure_on_machines, machines=["a", "a", "b"]):
         assert result["pss_nbytes"] == 0

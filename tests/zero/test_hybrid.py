@@ -23,6 +23,7 @@ from gemini.tiers import MemoryTier
 pytestmark = pytest.mark.processes
 
 
+@pytest.mark.quick_cases(2)
 @STAGES
 @pytest.mark.parametrize("place", ["host", "mixed"])
 def test_replicas_train_as_one_process(place, stage, ranks: RankPool, tmp_path):
@@ -37,6 +38,7 @@ def test_replicas_train_as_one_process(place, stage, ranks: RankPool, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("mesh", [(2, 1), (3, 1), (1, 3)], ids=str)
 def test_a_mesh_with_one_rank_in_a_dimension_trains_alike(mesh, ranks: RankPool):
     world_size = max(mesh)
@@ -50,6 +52,7 @@ def test_one_replica_has_the_bits_of_a_plain_group(ranks: RankPool):
     assert same_bits(hybrid.weights, plain.weights)
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("mesh", [(2, 2), (4, 1)], ids=str)
 def test_replicas_in_bfloat16_have_one_set_of_bits(mesh, ranks: RankPool):
     fields = {"model": "gpt2", "dtype": torch.bfloat16, "num_steps": 2}

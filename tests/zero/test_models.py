@@ -22,6 +22,7 @@ AWKWARD = [
 ]
 
 
+@pytest.mark.quick_cases(8)
 @STAGES
 @pytest.mark.parametrize("model", [*AWKWARD, "checkpointed_reentrant"])
 def test_awkward_models_train_as_in_one_process(model, stage, ranks: RankPool):
@@ -36,6 +37,7 @@ def test_ranks_that_lack_gradients_do_not_hold_up_others(depth, ranks: RankPool)
     assert_trains_alike(agreed(fits), alone(world_size=2, **fields), 2)
 
 
+@pytest.mark.slow
 def test_more_ranks_than_a_chunk_has_blocks(ranks: RankPool):
     fits = ranks.run(4, train_sharded, model="tiny", place="host")
     assert_trains_alike(agreed(fits), alone("tiny", 4), 4)

@@ -28,6 +28,7 @@ def test_pipeline_stages_are_shared_by_ranks(place, ranks: RankPool, tmp_path):
     assert distance(joined(stages), alone("tower", 2, num_micro=2).weights) < FLOAT32_TOLERANCE
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("place", ["host", "nvme", "device"])
 @pytest.mark.parametrize("schedule", ["interleaved", "zbv"])
 def test_zero_bubble_stages_train_as_one_process(schedule, place, ranks: RankPool, tmp_path):
@@ -36,6 +37,7 @@ def test_zero_bubble_stages_train_as_one_process(schedule, place, ranks: RankPoo
     assert distance(joined(stages), alone("tower", 1, num_micro=4).weights) < FLOAT32_TOLERANCE
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(("stage", "place"), [(1, "host"), (2, "nvme"), (3, "nvme")])
 @pytest.mark.parametrize("schedule", ["interleaved", "zbv"])
 def test_zero_bubble_stages_are_shared_by_ranks(schedule, stage, place, ranks: RankPool, tmp_path):
@@ -52,6 +54,7 @@ def test_gradients_are_not_for_a_schedule_to_scale(ranks: RankPool, tmp_path):
         ranks.run(2, train_pipeline, **fields, scale_grads=True)
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("has_own_group", [True, False])
 @pytest.mark.parametrize(("stage", "place"), [(1, "host"), (2, "nvme"), (3, "host"), (3, "nvme")])
 def test_parts_of_sequences_train_as_whole_ones(stage, place, has_own_group, ranks: RankPool, tmp_path):

@@ -43,6 +43,7 @@ def test_evaluation_sees_the_weights_of_the_last_step(stage, place, ranks: RankP
     assert len(second) == len(first)
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("wait", [True, False])
 @pytest.mark.parametrize(("world_size", "stage", "place"), [(2, 3, "mixed"), (3, 3, "host"), (2, 1, "nvme")])
 def test_ranks_resume_with_the_same_bits(world_size, stage, place, wait, ranks: RankPool, tmp_path):
@@ -55,6 +56,7 @@ def test_ranks_resume_with_the_same_bits(world_size, stage, place, wait, ranks: 
         assert same_bits(result["through"].weights, fit.weights)
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("world_size", "fields"),
     [(2, {"frozen": "h."}), (2, {"frozen": "blocks", "share_frozen": False}), (4, {"mesh": (2, 2)})],

@@ -27,6 +27,7 @@ def assert_close(found: Fit, expected: Fit) -> None:
     assert found.norms == pytest.approx(expected.norms, rel=1e-6)
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("stage", "place", "sizes"),
     [

@@ -22,6 +22,7 @@ from gemini.gradient_exchange import copy_piece, mean_of_sum
 from gemini.replica_sums import sum_of_parts
 
 
+@pytest.mark.quick_cases(5)
 @STAGES
 @pytest.mark.parametrize(
     ("world_size", "place"),
@@ -34,6 +35,7 @@ def test_ranks_train_as_one_process(world_size, place, stage, ranks: RankPool, t
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_prefetching_changes_no_bit(depth, ranks: RankPool, tmp_path):
     fits = ranks.run(2, train_sharded, model="tower", place="mixed", directory=tmp_path, prefetch_depth=depth)
@@ -65,6 +67,7 @@ def test_gradients_accumulate(stage, ranks: RankPool):
     assert agreed(fits).norms == pytest.approx(expected.norms, rel=1e-6)
 
 
+@pytest.mark.quick_cases(2)
 @STAGES
 @pytest.mark.parametrize("no_sync", ["but-last", "all"])
 def test_accumulation_in_no_sync_changes_no_bit(no_sync, stage, ranks: RankPool):
@@ -75,6 +78,7 @@ def test_accumulation_in_no_sync_changes_no_bit(no_sync, stage, ranks: RankPool)
     assert (found.losses, found.norms) == (expected.losses, expected.norms)
 
 
+@pytest.mark.quick_cases(2)
 @STAGES
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_clipping_uses_the_norm_over_all_ranks(world_size, stage, ranks: RankPool):
@@ -96,6 +100,7 @@ def test_frozen_parameters_keep_their_bits(stage, ranks: RankPool):
     assert distance(found, expected.weights) < FLOAT32_TOLERANCE
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("place", ["host", "mixed", "resident"])
 @pytest.mark.parametrize("stage", [1, 3])
 def test_stage_and_placement_change_no_bit_in_bfloat16(stage, place, ranks: RankPool, tmp_path):
@@ -133,6 +138,7 @@ def test_backward_gathers_no_weights_for_a_lookup(ranks: RankPool):
         assert counts == [1, 1, 1]
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("stage", [1, 3])
 def test_exchanging_in_pieces_changes_no_bit(stage, world_size, ranks: RankPool):
