@@ -10,14 +10,17 @@ they are refused where the engine's hooks begin, whatever placement would have l
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 import torch.fx
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from gemini.errors import ModelError
 
-__all__ = ["check_untraced", "refuse_scripting"]
+__all__ = ["check_untraced", "is_transforming", "outside_transforms", "refuse_scripting"]
 
 _INSTEAD = (
     "the weights of a GeminiDDP come and go while it runs; load engine.state_dict() into a plain copy of the model and "
@@ -25,9 +28,27 @@ _INSTEAD = (
 )
 
 
+def is_transforming() -> bool:
+    """Return whether one of torch.func's transforms is running."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+@contextmanager
+def outside_transforms() -> Iterator[None]:
+    """Let code run, while the context is open, as if no transform of torch.func were running."""
+    message = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    with temporarily_clear_interpreter_stack():
+        torch._C._autograd._saved_tensors_hooks_enable()
+        try:
+            yield
+        finally:
+            if message is not None:
+                torch._C._autograd._saved_tensors_hooks_disable(message)
+
+
 def check_untraced() -> None:
     """Raise ModelError if the call that is beginning is recorded or transformed rather than run."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_transforming():
         raise ModelError(
             "torch.func (grad, vmap, jvp, jacrev, vjp, functionalize) over a GeminiDDP: transforms do not work with "
             "weights that come and go; call torch.autograd.grad, or torch.autograd.functional.jacobian or jvp, which "

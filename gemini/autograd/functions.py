@@ -14,7 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-__all__ = ["FunctionKind", "kind_of", "reshapes_in_place", "returns_new_tensors", "written_arguments"]
+__all__ = [
+    "FunctionKind",
+    "copied_arguments",
+    "kind_of",
+    "reshapes_in_place",
+    "returns_new_tensors",
+    "written_arguments",
+]
 
 
 class FunctionKind(enum.Enum):
@@ -161,3 +168,15 @@ def written_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any
         if kwargs.get("max_norm") is not None or (len(args) > place and args[place] is not None):
             written.append(args[1] if len(args) > 1 else kwargs.get("weight"))
     return written
+
+
+def copied_arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """Return, for a call that copies values into all elements of tensors, each tensor and what is copied into it."""
+    source = args[1] if len(args) > 1 else kwargs.get("src", kwargs.get("other"))
+    if func is torch.Tensor.copy_:
+        return [(args[0], source)]
+    if func is torch._foreach_copy_ and isinstance(source, (list, tuple)):
+        return list(zip(args[0], source, strict=True))
+    if func is torch.Tensor.__setitem__ and (args[1] is Ellipsis or args[1] == slice(None)):
+        return [(args[0], args[2])]
+    return []

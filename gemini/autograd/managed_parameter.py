@@ -37,6 +37,7 @@ __all__ = [
     "Weight",
     "WeightAlias",
     "WeightCopy",
+    "alias_of",
     "gradient_value",
     "hide",
     "is_placeless",
@@ -253,7 +254,8 @@ class _View(torch.Tensor):
 class WeightAlias(_View):
     """A view of a weight that needs no gradient. It holds no memory: whatever uses it finds the weight's values.
 
-    Writes through it change the weight, as they do with everything in memory.
+    Writes through it change the weight, as they do with everything in memory. What goes past torch's functions, such as
+    torch.vmap or torch.tensor, ends in torch's dispatcher, which asks this class as well.
     """
 
     _geometry: Geometry
@@ -261,6 +263,11 @@ class WeightAlias(_View):
     """Whether writes through it do not count as the parameter's, as those through `.data` do not."""
     _binding: int
     _pinned: torch.Tensor | None = None
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        with torch.no_grad():  # what comes here has been through autograd
+            return _run(args, kwargs or {}, func)
 
     def check_current(self, *, writes: bool) -> None:
         """Refuse to be used once the parameter's `.data` has been replaced: plain torch would show the old memory.
@@ -307,6 +314,9 @@ class GraphView(_View):
             )
 
 
+_INSTEAD_OF_A_VIEW = "set the parameter's .grad to the values it shall have, or clone the tensor to change the copy"
+
+
 class WaitingGradient(torch.Tensor):
     """The gradient of a weight, where it waits for the optimizer's step: may be read and added to, not changed."""
 
@@ -319,7 +329,7 @@ class WaitingGradient(torch.Tensor):
                 return func(*args, **kwargs)
         if func in (torch.Tensor.__iadd__, torch.Tensor.add_) and isinstance(args[0], cls):
             return _add_gradient(*args, **kwargs)
-        if kind is FunctionKind.DATA_GET or func is torch.Tensor.detach:
+        if kind is FunctionKind.DATA_GET or func in (torch.Tensor.detach, torch.Tensor.detach_):
             return args[0]
         is_written = any(isinstance(each, cls) for each in _flat(written_arguments(func, args, kwargs), {}))
         if is_written or kind in (FunctionKind.DATA_SET, FunctionKind.GRAD_SET):
@@ -327,9 +337,11 @@ class WaitingGradient(torch.Tensor):
             raise foreign_write_error(func.__name__, changed.name)
         values = [gradient_value(each) for each in args]
         result = func(*values, **{name: gradient_value(each) for name, each in kwargs.items()})
+        if kind is FunctionKind.ADDRESS and hasattr(result, "flags"):
+            result.flags.writeable = False  # an array, through which a write would be lost
         for value, each in zip(values, args, strict=True):
             if isinstance(each, cls):
-                result = _mark_views(result, value, f"a view of the gradient of {_name_of(each)}")
+                result = _mark_views(result, value, f"a view of the gradient of {_name_of(each)}", _INSTEAD_OF_A_VIEW)
         return result
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -359,6 +371,11 @@ class WeightCopy(torch.Tensor):
 
     what = ""
     """What it is, for messages."""
+    instead = (
+        "write the parameter itself under torch.no_grad(), call engine.load_state_dict, or clone the tensor to change "
+        "the copy"
+    )
+    """What to do."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -367,13 +384,12 @@ class WeightCopy(torch.Tensor):
         if any(isinstance(each, cls) for each in _flat(written_arguments(func, args, kwargs), {})):
             raise ModelError(
                 f"{copies[0].what} of a model in a GeminiDDP was written in place; it is a copy, so the model would "
-                "not change: write the parameter itself under torch.no_grad(), call engine.load_state_dict, or clone "
-                "the tensor to change the copy"
+                f"not change: {copies[0].instead}"
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
             for copy in copies:
-                result = _mark_views(result, copy, copy.what)
+                result = _mark_views(result, copy, copy.what, copy.instead)
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
@@ -387,14 +403,14 @@ class WeightCopy(torch.Tensor):
             return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
-def _mark_views(result: Any, copy: torch.Tensor, what: str) -> Any:
+def _mark_views(result: Any, copy: torch.Tensor, what: str, instead: str) -> Any:
     """Return a function's result, read only where it is a view of a copy."""
     if type(result) is not torch.Tensor or result.layout is not torch.strided:
         return result
     if result.untyped_storage()._cdata != copy.untyped_storage()._cdata:
         return result
     view: WeightCopy = result.as_subclass(WeightCopy)
-    view.what = what
+    view.what, view.instead = what, instead
     return view
 
 
@@ -425,9 +441,30 @@ def _flat(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     return flat
 
 
+def alias_of(weight: Weight, geometry: Geometry, device: torch.device, *, keeps_version: bool) -> WeightAlias:
+    """Return a view of a weight without memory.
+
+    Args:
+        weight: whose.
+        geometry: where its elements lie in the weight.
+        device: that it seems to be on.
+        keeps_version: whether writes through it do not count as the parameter's.
+
+    Returns:
+        The view.
+    """
+    like = torch.empty((), dtype=geometry.dtype, device=device).expand(geometry.size)
+    alias: WeightAlias = stand_in(WeightAlias, weight, like)
+    alias._geometry = geometry
+    alias._keeps_version = keeps_version
+    alias._binding = weight.num_bindings
+    return alias
+
+
 def stand_in(kind: type, weight: Weight, like: torch.Tensor) -> Any:
     """Return a tensor of a class, with a tensor's size, dtype and device and no memory."""
     empty = torch.full((), float("nan") if like.dtype.is_floating_point else 0, dtype=like.dtype, device=like.device)
+    torch._C._set_throw_on_mutable_data_ptr(empty)
     made: Any = empty.expand(like.size()).as_subclass(kind)
     setattr(made, _WEIGHT, weight)
     return made

@@ -10,6 +10,7 @@ import torch
 
 from gemini.autograd.functions import (
     FunctionKind,
+    copied_arguments,
     kind_of,
     reshapes_in_place,
     returns_new_tensors,
@@ -23,12 +24,13 @@ from gemini.autograd.managed_parameter import (
     WaitingGradient,
     Weight,
     WeightAlias,
+    alias_of,
     gradient_value,
     refuse,
-    stand_in,
     weight_of,
 )
 from gemini.chunk.tensor_parallel import is_dtensor
+from gemini.tracers import is_transforming, outside_transforms
 
 __all__ = ["run_function"]
 
@@ -42,7 +44,7 @@ def run_function(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
     if kind is FunctionKind.VALUES:
-        return _run(func, args, kwargs)
+        return _run_transformed(func, args, kwargs) if is_transforming() else _run(func, args, kwargs)
     if kind is FunctionKind.DIFFERENTIATE:
         return func(*_with_edges(args), **_with_edges(kwargs))
     return _look_at(kind, func, args, kwargs)
@@ -105,18 +107,40 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     for tensor, weight in found:
         if isinstance(tensor, WeightAlias) and id(weight) in written and not tensor._keeps_version:
             weight.count_write()
-    if func is torch.Tensor.copy_ and args[0] is first.param:
-        _keep_precision(first, args, kwargs)
+    for target, source in copied_arguments(func, args, kwargs):
+        _keep_precision(target, source)
     return result
 
 
-def _keep_precision(weight: Weight, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Let a weight's master keep what values that were copied into it have beyond the weight's own dtype."""
-    source = args[1] if len(args) > 1 else kwargs.get("src", kwargs.get("other"))
-    own = args[0].dtype
-    is_wider = isinstance(source, torch.Tensor) and source.is_floating_point() and source.element_size() > own.itemsize
-    if is_wider and own.is_floating_point:
-        weight.load(source)
+def _run_transformed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run a function within a transform of torch.func, on copies of the weights made outside of it; refuse writes."""
+    for _, weight in _tensors_of(written_arguments(func, args, kwargs)):
+        raise refuse(
+            weight, "written in place within a transform of torch.func", "return the values and write them outside"
+        )
+    with outside_transforms():
+        copies = {id(tensor): tensor.clone() for tensor, _ in (*_tensors_of(args), *_tensors_of(kwargs.values()))}
+    return func(
+        *(_replaced(value, copies) for value in args),
+        **{name: _replaced(value, copies) for name, value in kwargs.items()},
+    )
+
+
+def _keep_precision(target: Any, source: Any) -> None:
+    """Let a weight's master keep what values that were copied into all of it have beyond the weight's own dtype."""
+    weight = weight_of(target)
+    if weight is None or not isinstance(source, torch.Tensor) or not source.is_floating_point():
+        return
+    own = target.dtype
+    if own.is_floating_point and source.element_size() > own.itemsize and _is_whole(target, weight):
+        weight.load(source.expand(target.shape))
+
+
+def _is_whole(tensor: torch.Tensor, weight: Weight) -> bool:
+    """Return whether a managed parameter, or a view of one, shows the weight as it is."""
+    return tensor is weight.param or (
+        isinstance(tensor, WeightAlias) and tensor._geometry == _full_geometry(weight.param)
+    )
 
 
 def _call(
@@ -203,14 +227,6 @@ def _geometry_of(view: torch.Tensor, values: torch.Tensor) -> Geometry:
     return Geometry(view.dtype, view.size(), view.stride(), int(begin))
 
 
-def _alias(weight: Weight, view: torch.Tensor, values: torch.Tensor, *, keeps_version: bool) -> WeightAlias:
-    alias: WeightAlias = stand_in(WeightAlias, weight, view)
-    alias._geometry = _geometry_of(view, values)
-    alias._keeps_version = keeps_version
-    alias._binding = weight.num_bindings
-    return alias
-
-
 def _resolve(tensor: torch.Tensor, opened: OpenWeight) -> torch.Tensor:
     """Return a tensor that shows, in an opened weight's memory, what a parameter or a view of it stands for."""
     if isinstance(tensor, WeightAlias):
@@ -244,7 +260,8 @@ def _hand_out(
         if type(result) is not torch.Tensor or result.is_conj() or result.is_neg():  # a DTensor, or lazily computed
             return result.clone()
         sources = [tensor for tensor, owner in found if owner is weight and isinstance(tensor, WeightAlias)]
-        return _alias(weight, result, each.values, keeps_version=any(tensor._keeps_version for tensor in sources))
+        keeps_version = any(tensor._keeps_version for tensor in sources)
+        return alias_of(weight, _geometry_of(result, each.values), result.device, keeps_version=keeps_version)
     for tensor, weight in found:
         if isinstance(tensor, GraphView) and _shares_memory(result, tensor):
             return _graph_view(result, weight, tensor._stamp)
@@ -312,11 +329,7 @@ def _data_of(tensor: torch.Tensor, weight: Weight) -> torch.Tensor:
                 "its .data was taken, and it is divided among ranks",
                 "read it with .detach() and write it in place under torch.no_grad()",
             )
-        alias: WeightAlias = stand_in(WeightAlias, weight, tensor)
-    alias._geometry = geometry
-    alias._keeps_version = True
-    alias._binding = weight.num_bindings
-    return alias
+        return alias_of(weight, geometry, tensor.device, keeps_version=True)
 
 
 def _address(tensor: torch.Tensor, weight: Weight, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
