@@ -50,9 +50,10 @@ PROGRAMS = ("ruff", "pydoclint", "clang-format")
 
 DESCRIBE = """
 import json, os, site, sys, sysconfig
+from importlib.metadata import version
 try:
     import torch
-    torch_version = torch.__version__
+    torch_version = version("torch")
 except Exception:
     torch_version = None
 print(json.dumps({
@@ -78,6 +79,7 @@ class Interpreter(NamedTuple):
     site_dirs: List[str]
     compiler: str
     torch: Optional[str]
+    """The version pip knows it by, which need not have what `torch.__version__` ends in, such as +cu132."""
 
     @property
     def has_suitable_torch(self) -> bool:

@@ -84,6 +84,16 @@ def test_a_torch_from_2_6_on_is_suitable(bootstrap, version, suitable) -> None:
     assert interpreter.has_suitable_torch is suitable
 
 
+@pytest.mark.parametrize(("imported", "installed"), [("2.15.0+cu132", "2.15.0"), ("2.13.0+cpu", "2.13.0+cpu")])
+def test_a_torch_that_is_there_has_the_version_pip_knows(bootstrap, imported, installed, tmp_path, monkeypatch) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(f"__version__ = {imported!r}")
+    (tmp_path / f"torch-{installed}.dist-info").mkdir()
+    (tmp_path / f"torch-{installed}.dist-info" / "METADATA").write_text(f"Name: torch\nVersion: {installed}\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert bootstrap.describe(sys.executable).torch == installed
+
+
 def test_a_tool_whose_program_is_in_a_parent_environment_is_installed(bootstrap, tmp_path, monkeypatch) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "ruff").touch()
