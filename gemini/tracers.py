@@ -58,7 +58,7 @@ def check_untraced() -> None:
         raise _refusal("torch.jit.trace", "trace")
     if torch.compiler.is_exporting():
         raise _refusal("torch.export", "export")
-    if torch.fx._symbolic_trace._is_fx_tracing_flag or _is_making_fx():
+    if torch.fx._symbolic_trace.is_fx_symbolic_tracing() or _is_making_fx():
         raise _refusal("torch.fx (symbolic_trace, make_fx)", "trace")
 
 

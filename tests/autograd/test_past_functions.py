@@ -48,7 +48,7 @@ def away(engine: GeminiDDP) -> torch.Tensor:
     return engine.module[0].weight
 
 
-@pytest.mark.filterwarnings("ignore:To copy construct:UserWarning", "ignore:.*jit.script:DeprecationWarning")  # torch's
+@pytest.mark.filterwarnings("ignore:To copy construct:UserWarning", "ignore:.*jit.script")  # torch's
 @pytest.mark.parametrize("read", READS)
 def test_a_view_is_its_values_to_any_code(read: str, place: str, tmp_path: Path) -> None:
     right = READS[read](model()[0].weight.detach())
