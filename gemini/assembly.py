@@ -188,7 +188,7 @@ class _Builder:
             tile_numel=shape.tile_numel,
             ring_depth=shape.ring_depth,
             ring_nbytes=buffers["update ring"],
-            journal=None if self.kept is None else self.kept.journal,
+            log=None if self.kept is None else self.kept.journal,
         )
         states: dict[int, TiledHome] = {}
         dtypes = {name: slot.spec.dtype for name, slot in blueprint.layout.slot_by_name.items()}

@@ -26,7 +26,8 @@ from gemini.offload.home import TiledHome
 from gemini.offload.swap_file import KeptSwap
 from gemini.redo import redo_updates
 from gemini.sharded_gradients import ShardedGradients
-from gemini.update import TilePipeline, UpdateJob, tiles_of
+from gemini.update import TilePipeline, tiles_of
+from gemini.update_job import UpdateJob
 from gemini.update_journal import UpdateJournal
 
 __all__ = ["KeptState", "common_sequence"]

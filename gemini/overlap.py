@@ -34,7 +34,8 @@ from gemini.placement.overlap import OverlapMode, choose_overlap, smoothed_rate,
 from gemini.profile.recorder import Recorder
 from gemini.sharded_gradients import ShardedGradients
 from gemini.tiers import MemoryTier
-from gemini.update import UpdateJob, clip_segments, tiles_of, update_on_device
+from gemini.update import clip_segments, tiles_of, update_on_device
+from gemini.update_job import UpdateJob
 from gemini.update_worker import UpdateWorker
 
 __all__ = ["HeldStep", "Overlap", "OverlapStats", "StepPlanner", "StepWish", "UpdateTimes"]

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from gemini.kernels.journal import BLOCK_NUMEL
-from gemini.update import TilePipeline, UpdateJob
+from gemini.update import TilePipeline
+from gemini.update_job import UpdateJob
 from gemini.update_journal import TileStage, UpdateJournal
 
 __all__ = ["redo_updates"]

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from gemini.chunk.layout import ChunkSpec
 from gemini.errors import GeminiError
 from gemini.kernels.adam_tile import AdamSegment, AdamTile, state_format_of
 from gemini.kernels.device import DeviceKernels, DeviceTile
@@ -22,11 +21,11 @@ from gemini.kernels.pool import Ticket
 from gemini.offload.home import TiledHome
 from gemini.offload.io import IoTicket
 from gemini.offload.resources import Resources
-from gemini.offload.transfer import Mark, Move
+from gemini.offload.transfer import Move
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, round_up
-from gemini.update_journal import UpdateJournal
+from gemini.update_job import NoProgressLog, ProgressLog, UpdateJob
 
-__all__ = ["TilePipeline", "UpdateJob", "clip_segments", "record_views", "tiles_of", "update_on_device"]
+__all__ = ["TilePipeline", "clip_segments", "record_views", "tiles_of", "update_on_device"]
 
 MAX_TILES_COMPUTING = 8
 """Tiles given to the worker pool at once; enough that no worker waits, few enough to bound the queue."""
@@ -78,39 +77,6 @@ def tiles_of(segments: Sequence[AdamSegment], tile_numel: int) -> tuple[int, ...
     for segment in segments:
         touched.update(dict.fromkeys(range(segment.begin // tile_numel, -(-segment.end // tile_numel))))
     return tuple(touched)
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class UpdateJob:
-    """The update of some tiles of one chunk."""
-
-    spec: ChunkSpec
-    """Of what the homes hold."""
-    working: TiledHome
-    state: TiledHome
-    grad: TiledHome
-    grad_dtype: torch.dtype
-    segments: tuple[AdamSegment, ...]
-    """Runs of elements to update, in the coordinates of `spec`, sorted; the rest is left alone."""
-    grad_scale: float
-    tiles: tuple[int, ...]
-    """What to update; each holds part of a segment."""
-    sequence: int = 0
-    """Of the commit whose updates these are; 0: nothing is committed."""
-    arrivals: tuple[Ticket, ...] = ()
-    """What must be complete before gradients may be read."""
-    grad_slot: torch.Tensor | None = None
-    """The chunk's gradients, uint8, while they are in host memory on their way to their home on disk."""
-    refreshes: torch.Tensor | None = None
-    """The chunk's copy in compute memory that is to show the new weights, of the chunk's dtype."""
-    readers: Mark | None = None
-    """What may still read the old weights there; taken in the thread that computes."""
-    refreshing: list[Ticket | Move] = field(default_factory=list)
-    """Copies to `refreshes` under way; compute waits for them before it uses the weights."""
-
-    def goes_ahead(self, tile: int) -> bool:
-        """Return whether a tile's results go to its spare place, so that until `flip` the update has not happened."""
-        return self.state.has_spare(tile)
 
 
 @dataclass
@@ -170,7 +136,7 @@ class TilePipeline:
         tile_numel: elements in a tile.
         ring_depth: buffers in the ring.
         ring_nbytes: bytes of a buffer; 0 if nothing that is updated lives on disk.
-        journal: told how far each tile is, and where the ring lies; None: nothing outlives the process.
+        log: told how far each tile is; says where the ring lies.
     """
 
     def __init__(
@@ -180,12 +146,12 @@ class TilePipeline:
         tile_numel: int,
         ring_depth: int,
         ring_nbytes: int,
-        journal: UpdateJournal | None = None,
+        log: ProgressLog | None = None,
     ) -> None:
         self.tile_numel = tile_numel
         self._resources = resources
-        self._journal = journal
-        source = None if journal is None else journal.file
+        self._log = NoProgressLog() if log is None else log
+        source = self._log.memory
         num_buffers = ring_depth if ring_nbytes else 0
         self._ring = [resources.arena.allocate(ring_nbytes, "update ring", source=source) for _ in range(num_buffers)]
         self._free = list(range(num_buffers))
@@ -356,7 +322,7 @@ class TilePipeline:
         tile = self._reading[0]
         for ticket in tile.needs:
             ticket.wait()
-        journal = None if self._journal is None else self._journal.begin(tile.job, tile.index, tile.ring)
+        journal = self._log.begin(tile.job, tile.index, tile.ring)
         tile.adam = self._resources.pool.submit_adam(
             AdamTile(**_tile_fields(tile)), journal=journal, record=tile.job.spec.name
         )
@@ -367,8 +333,7 @@ class TilePipeline:
         if tile.adam is not None:
             tile.adam.wait()
         job, index = tile.job, tile.index
-        if self._journal is not None:
-            self._journal.end(job, index, tile.ring)
+        self._log.end(job, index, tile.ring)
         ahead = job.goes_ahead(index)
         if job.state.tiers[index] is MemoryTier.NVME:
             tile.leaving.append(job.state.write_tile(index, tile.record, ahead=ahead))
@@ -392,8 +357,7 @@ class TilePipeline:
     def _retire(self) -> None:
         tile = self._leaving[0]
         tile.wait_until_left()
-        if self._journal is not None:
-            self._journal.settle(tile.job, tile.index, tile.ring)
+        self._log.settle(tile.job, tile.index, tile.ring)
         self._leaving.popleft()
         if tile.ring is not None:
             self._free.append(tile.ring)

@@ -23,14 +23,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING
 
 from gemini.kernels.journal import BLOCK_NUMEL, SCRATCH_NBYTES, ScratchImage, TileJournal, read_scratch
+from gemini.offload.arena import MemorySource
 from gemini.offload.commit_file import CommitFile
 from gemini.tiers import MemoryTier
-
-if TYPE_CHECKING:
-    from gemini.update import UpdateJob
+from gemini.update_job import UpdateJob
 
 __all__ = ["InterruptedBlock", "TileNote", "TileStage", "UpdateJournal"]
 
@@ -90,6 +88,11 @@ class UpdateJournal:
             self._first_block[chunk_id], self._first_word[chunk_id] = num_blocks, num_words
             num_blocks += -(-numel // BLOCK_NUMEL)
             num_words += -(-numel // tile_numel)
+
+    @property
+    def memory(self) -> MemorySource:
+        """Where the ring's buffers lie."""
+        return self.file
 
     def begin(self, job: UpdateJob, tile: int, ring: int | None) -> TileJournal | None:
         """Note that a tile is about to be updated in memory, all its parts being there.

@@ -17,7 +17,8 @@ import torch
 
 from gemini.errors import GeminiError, ModelError, WorkerError
 from gemini.profile.recorder import Recorder
-from gemini.update import TilePipeline, UpdateJob
+from gemini.update import TilePipeline
+from gemini.update_job import UpdateJob
 
 __all__ = ["UpdateWorker"]
 

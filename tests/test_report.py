@@ -17,7 +17,8 @@ from gemini import GeminiConfig, GeminiDDP, HybridAdam, NVMeConfig, StaticPlacem
 from gemini.offload.io import IoStats
 from gemini.report import DiskWear, UpdateReport, wear_of
 from gemini.tiers import round_up
-from gemini.update import TilePipeline, UpdateJob
+from gemini.update import TilePipeline
+from gemini.update_job import UpdateJob
 
 TILE_NUMEL = 4096
 WIDTH = 96

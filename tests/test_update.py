@@ -26,7 +26,8 @@ from gemini.offload.resources import Resources
 from gemini.offload.slots import FixedSlots
 from gemini.offload.transfer import CpuTransfers
 from gemini.tiers import MemoryTier, round_up
-from gemini.update import TilePipeline, UpdateJob, clip_segments, record_views, tiles_of, update_on_device
+from gemini.update import TilePipeline, clip_segments, record_views, tiles_of, update_on_device
+from gemini.update_job import UpdateJob
 from gemini.update_worker import UpdateWorker
 
 DEVICE, HOST, NVME = MemoryTier.DEVICE, MemoryTier.HOST, MemoryTier.NVME

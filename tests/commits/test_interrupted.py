@@ -18,7 +18,8 @@ from gemini.kernels.adam_tile import AdamTile
 from gemini.kernels.journal import JournalStop, TileJournal, adam_update_partly
 from gemini.offload.commit_file import CommitFile, CommitLayout
 from gemini.tiers import MemoryTier
-from gemini.update import TilePipeline, UpdateJob, _Tile, _tile_fields, tiles_of
+from gemini.update import TilePipeline, _Tile, _tile_fields, tiles_of
+from gemini.update_job import UpdateJob
 from gemini.update_journal import TileStage
 
 NUM_STEPS = 4
