@@ -10,7 +10,8 @@ import pytest
 import torch
 from small_resources import break_writes, small_resources
 
-from gemini.chunk.layout import ChunkSpec, ParamSlot, ParamSpec
+from gemini.chunk.layout import ChunkSpec, ParamSlot
+from gemini.chunk.params import ParamSpec
 from gemini.errors import ModelError, OffloadIOError
 from gemini.gradients import GradientStore
 from gemini.kernels.cpu import GradMode, store_gradient

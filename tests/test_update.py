@@ -15,7 +15,8 @@ from small_resources import break_writes, small_resources, truncated_file
 from torch import Tensor
 
 from gemini.chunk.core import ChunkCore
-from gemini.chunk.layout import ChunkSpec, ParamSlot, ParamSpec
+from gemini.chunk.layout import ChunkSpec, ParamSlot
+from gemini.chunk.params import ParamSpec
 from gemini.errors import OffloadIOError, WorkerError
 from gemini.kernels.adam_tile import AdamHyper, AdamSegment, AdamTile, state_format_of
 from gemini.kernels.cpu import adam_update

@@ -8,16 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 
-from gemini.chunk.tensor_parallel import TensorSplit
+from gemini.chunk.module_tree import ModuleTree
+from gemini.chunk.params import ParamSpec
 from gemini.chunk.units import choose_units, reachable_param_names, root_param_names
 from gemini.tiers import format_nbytes, round_up
-
-if TYPE_CHECKING:
-    from gemini.chunk.module_tree import ModuleTree
 
 __all__ = [
     "DEFAULT_MAX_SMALL_NBYTES",
@@ -25,7 +22,6 @@ __all__ = [
     "ChunkLayout",
     "ChunkSpec",
     "ParamSlot",
-    "ParamSpec",
     "UnitSpec",
     "build_layout",
     "layout_summary",
@@ -36,36 +32,6 @@ DEFAULT_MAX_SMALL_NBYTES = 2**20
 
 SLOT_ALIGNMENT_NUMEL = 64
 """Every parameter starts at a multiple of this many elements: at least 64 bytes for every working dtype."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParamSpec:
-    """What packing needs to know of one parameter."""
-
-    name: str
-    """Fully qualified name: the first one `named_parameters` meets."""
-    index: int
-    """Position in the model's parameter order."""
-    shape: tuple[int, ...]
-    """Of what this rank holds."""
-    dtype: torch.dtype
-    """Dtype of the working weight."""
-    is_trainable: bool
-    split: TensorSplit | None = None
-    """Which part of the parameter that is, with tensor parallelism; None: all of it."""
-
-    @property
-    def full_shape(self) -> tuple[int, ...]:
-        """Shape of the whole parameter."""
-        return self.shape if self.split is None else self.split.full_shape(self.shape)
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        numel = 1
-        for extent in self.shape:
-            numel *= extent
-        return numel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,8 @@ import torch
 
 from gemini.chunk.chunk import Chunk
 from gemini.chunk.core import ChunkCore
-from gemini.chunk.layout import SLOT_ALIGNMENT_NUMEL, ChunkSpec, ParamSlot, ParamSpec
+from gemini.chunk.layout import SLOT_ALIGNMENT_NUMEL, ChunkSpec, ParamSlot
+from gemini.chunk.params import ParamSpec
 from gemini.config import GeminiConfig
 from gemini.errors import ConfigError, IllegalTransitionError, OutOfTierMemoryError
 from gemini.offload.home import TiledHome

@@ -12,8 +12,8 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from gemini.chunk.layout import ParamSpec
 from gemini.chunk.parameter_kinds import check_kind, is_cast_dtype
+from gemini.chunk.params import ParamSpec
 from gemini.chunk.plain_names import named_params
 from gemini.chunk.tensor_parallel import local_part, split_of
 from gemini.errors import ModelError

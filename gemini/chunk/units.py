@@ -19,10 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from gemini.chunk.module_tree import ModuleNode, ModuleTree
+from gemini.chunk.module_tree import ModuleNode, ModuleTree
 
 __all__ = ["choose_units", "reachable_param_names", "root_param_names"]
 

@@ -10,7 +10,8 @@ import torch
 from small_resources import break_writes, small_resources, truncated_file
 
 from gemini.chunk.core import ChunkCore
-from gemini.chunk.layout import ChunkSpec, ParamSlot, ParamSpec
+from gemini.chunk.layout import ChunkSpec, ParamSlot
+from gemini.chunk.params import ParamSpec
 from gemini.chunk.state import ChunkState
 from gemini.errors import IllegalTransitionError, OffloadIOError, OutOfTierMemoryError
 from gemini.offload.home import TiledHome
