@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from gemini.config_deepspeed import disk_arguments, engine_arguments
 from gemini.errors import ConfigError
 from gemini.placement.plan import PlacementPlan
 from gemini.placement.policy import StaticPlacement
@@ -255,9 +256,13 @@ class GeminiConfig:
         Raises:
             ConfigError: a key has no counterpart or is not known; says what to do about it.
         """
-        from gemini.config_deepspeed import engine_config
-
-        return engine_config(deepspeed, device_budget=device_budget, host_budget=host_budget, nvme_budget=nvme_budget)
+        arguments, disk = engine_arguments(deepspeed), disk_arguments(deepspeed, nvme_budget)
+        return cls(
+            **arguments,
+            device_budget=device_budget,
+            host_budget=host_budget,
+            nvme=None if disk is None else NVMeConfig(**disk),
+        )
 
 
 def parse_endurance(endurance: str | int) -> int:

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-from gemini.config import GeminiConfig, NVMeConfig
 from gemini.errors import ConfigError
 
-__all__ = ["adam_arguments", "engine_config"]
+__all__ = ["adam_arguments", "disk_arguments", "engine_arguments"]
 
 logger = logging.getLogger(__name__)
 
@@ -134,14 +133,8 @@ _ADAM_DEFAULTS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8
 """DeepSpeed's own."""
 
 
-def engine_config(
-    deepspeed: Mapping[str, Any],
-    *,
-    device_budget: str | int | None,
-    host_budget: str | int | None,
-    nvme_budget: str | int | None,
-) -> GeminiConfig:
-    """Return what a DeepSpeed configuration means here; see GeminiConfig.from_deepspeed."""
+def engine_arguments(deepspeed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of GeminiConfig that a DeepSpeed configuration sets, but for its disk."""
     values = dict(_flat(deepspeed))
     _check_keys(values)
     for path in _READ & values.keys() - {"gradient_accumulation_steps"}:
@@ -150,15 +143,37 @@ def engine_config(
     stage = values.get("zero_optimization.stage", 0)
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"from_deepspeed: zero_optimization.stage: expected 0, 1, 2 or 3, got {stage!r}")
-    return GeminiConfig(
-        dtype=_dtype_of(values),
-        device_budget=device_budget,
-        host_budget=host_budget,
-        nvme=_nvme_of(values, nvme_budget),
-        gradient_accumulation=values.get("gradient_accumulation_steps") != 1,
-        cast_forward_inputs=bool(values.get("fp16.auto_cast", True)),
-        initial_loss_scale=2.0 ** values.get("fp16.initial_scale_power", 16),
-    )
+    return {
+        "dtype": _dtype_of(values),
+        "gradient_accumulation": values.get("gradient_accumulation_steps") != 1,
+        "cast_forward_inputs": bool(values.get("fp16.auto_cast", True)),
+        "initial_loss_scale": 2.0 ** values.get("fp16.initial_scale_power", 16),
+    }
+
+
+def disk_arguments(deepspeed: Mapping[str, Any], budget: str | int | None) -> dict[str, Any] | None:
+    """Return the arguments of NVMeConfig that a DeepSpeed configuration sets; None if it offloads nothing to a disk."""
+    values = dict(_flat(deepspeed))
+    paths = {}
+    for section in ("offload_optimizer", "offload_param"):
+        prefix = f"zero_optimization.{section}"
+        device = values.get(f"{prefix}.device") or "none"
+        if device not in ("none", "cpu", "nvme"):
+            raise ConfigError(f'from_deepspeed: {prefix}.device: expected "none", "cpu" or "nvme", got {device!r}')
+        if device == "nvme":
+            paths[f"{prefix}.nvme_path"] = values.get(f"{prefix}.nvme_path")
+    if not paths:
+        return None
+    (name, path), *others = paths.items()
+    if not path or any(other != path for _, other in others):
+        raise ConfigError(f"from_deepspeed: {name}: expected one directory for the swap file, got {paths}")
+    if budget is None:
+        try:
+            budget = shutil.disk_usage(path).free * 9 // 10
+        except OSError as error:
+            raise ConfigError(f"from_deepspeed: {name}: expected a directory that exists, got {path!r}") from error
+    depth = {"queue_depth": values["aio.queue_depth"]} if "aio.queue_depth" in values else {}
+    return {"path": path, "budget": budget, **depth}
 
 
 def adam_arguments(deepspeed: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,26 +235,3 @@ def _dtype_of(values: Mapping[str, Any]) -> torch.dtype:
     if is_bfloat16 and is_float16:
         raise ConfigError("from_deepspeed: fp16.enabled: expected false, because bf16.enabled is true")
     return torch.bfloat16 if is_bfloat16 else torch.float16 if is_float16 else torch.float32
-
-
-def _nvme_of(values: Mapping[str, Any], budget: str | int | None) -> NVMeConfig | None:
-    paths = {}
-    for section in ("offload_optimizer", "offload_param"):
-        prefix = f"zero_optimization.{section}"
-        device = values.get(f"{prefix}.device") or "none"
-        if device not in ("none", "cpu", "nvme"):
-            raise ConfigError(f'from_deepspeed: {prefix}.device: expected "none", "cpu" or "nvme", got {device!r}')
-        if device == "nvme":
-            paths[f"{prefix}.nvme_path"] = values.get(f"{prefix}.nvme_path")
-    if not paths:
-        return None
-    (name, path), *others = paths.items()
-    if not path or any(other != path for _, other in others):
-        raise ConfigError(f"from_deepspeed: {name}: expected one directory for the swap file, got {paths}")
-    if budget is None:
-        try:
-            budget = shutil.disk_usage(path).free * 9 // 10
-        except OSError as error:
-            raise ConfigError(f"from_deepspeed: {name}: expected a directory that exists, got {path!r}") from error
-    depth = {"queue_depth": values["aio.queue_depth"]} if "aio.queue_depth" in values else {}
-    return NVMeConfig(path=path, budget=budget, **depth)
