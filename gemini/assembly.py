@@ -17,9 +17,10 @@ import torch
 from gemini.agreement import on_all_ranks
 from gemini.blueprint import Blueprint, draw_blueprint
 from gemini.chunk.core import ChunkCore
+from gemini.chunk.cut import cut_spec, cut_values
 from gemini.chunk.flat_values import FlatValues
 from gemini.chunk.layout import ChunkSpec, layout_summary
-from gemini.chunk.sharding import Sharding, cut_spec, cut_values
+from gemini.chunk.sharding import Sharding
 from gemini.config import GeminiConfig
 from gemini.errors import ModelError, ServiceError
 from gemini.gradients import GradientStore

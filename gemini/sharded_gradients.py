@@ -28,8 +28,9 @@ import torch
 
 from gemini.accumulators import GradientAccumulators
 from gemini.backward_pass import BackwardPass
+from gemini.chunk.cut import cut_spec
 from gemini.chunk.layout import ChunkSpec
-from gemini.chunk.sharding import ChunkShard, ShardGroup, cut_spec
+from gemini.chunk.sharding import ChunkShard, ShardGroup
 from gemini.errors import ConfigError, ModelError
 from gemini.gradient_exchange import ExchangeSlot, GradientExchange
 from gemini.gradient_listener import GradientListener, second_gradient_error

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 
 from gemini.chunk.chunk import Chunk
+from gemini.chunk.cut import piece_of
 from gemini.chunk.layout import ParamSlot
-from gemini.chunk.sharding import RankAxis, piece_of
+from gemini.chunk.sharding import RankAxis
 from gemini.kernels.cpu import cast, join_master, split_master
 from gemini.offload.home import TiledHome
 from gemini.offload.io import empty_aligned

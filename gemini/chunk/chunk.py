@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from gemini.chunk.cut import cut_spec
 from gemini.chunk.fetch import Fetch
 from gemini.chunk.layout import ChunkSpec, ParamSlot
-from gemini.chunk.sharding import ChunkShard, cut_spec
+from gemini.chunk.sharding import ChunkShard
 from gemini.chunk.state import ChunkState, check_transition
 from gemini.chunk.tensor_parallel import local_part, show_values
 from gemini.errors import ModelError

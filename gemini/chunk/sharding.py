@@ -7,15 +7,13 @@ whole chunks. How shards are cut and how bytes reach other ranks is for an imple
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
 import torch
 
-from gemini.chunk.flat_values import FlatPiece, FlatValues
-from gemini.chunk.layout import ChunkSpec, ParamSlot
 from gemini.offload.memory_file import MemoryFile
 from gemini.offload.transfer import Move
 
@@ -26,9 +24,6 @@ __all__ = [
     "RankGrid",
     "ShardGroup",
     "Sharding",
-    "cut_spec",
-    "cut_values",
-    "piece_of",
 ]
 
 
@@ -221,44 +216,3 @@ class Sharding:
     def keeps_whole_gradients(self) -> bool:
         """Whether compute memory holds all of this rank's gradients until the step."""
         return self.stage < 2
-
-
-def piece_of(slot: ParamSlot, shard: ChunkShard) -> slice:
-    """Return which of a parameter's elements lie in a shard; may be empty."""
-    begin = min(max(shard.begin - slot.begin, 0), slot.spec.numel)
-    return slice(begin, max(begin, min(shard.end - slot.begin, slot.spec.numel)))
-
-
-def cut_spec(spec: ChunkSpec, shard: ChunkShard) -> ChunkSpec:
-    """Return the layout of a shard: the pieces of parameters in it, flat, under the parameters' names.
-
-    Args:
-        spec: layout of the whole chunk.
-        shard: which shard.
-
-    Returns:
-        A layout of `shard.numel` elements; parameters of which nothing lies in the shard are left out.
-    """
-    slots = []
-    for slot in spec.slots:
-        piece = piece_of(slot, shard)
-        if piece.start < piece.stop:
-            param = dataclasses.replace(slot.spec, shape=(piece.stop - piece.start,), split=None)
-            slots.append(dataclasses.replace(slot, spec=param, begin=slot.begin + piece.start - shard.begin))
-    return dataclasses.replace(spec, slots=tuple(slots), numel=shard.numel)
-
-
-def cut_values(spec: ChunkSpec, shard: ChunkShard, values: Iterable[FlatValues]) -> Iterator[FlatValues]:
-    """Yield the pieces of parameters' values that lie in a shard, in the order of `cut_spec`.
-
-    Args:
-        spec: layout of the whole chunk.
-        shard: which shard.
-        values: of those parameters, whole, in the layout's order, of which a piece lies in the shard.
-
-    Yields:
-        Pieces of the values; of tensors, views.
-    """
-    pieces = (piece_of(slot, shard) for slot in spec.slots)
-    for piece, value in zip((p for p in pieces if p.start < p.stop), values, strict=True):
-        yield value[piece] if isinstance(value, torch.Tensor) else FlatPiece(value, piece.start)

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gemini.chunk.cut import cut_spec, cut_values, piece_of
 from gemini.chunk.layout import ChunkSpec, ParamSlot
 from gemini.chunk.params import ParamSpec
-from gemini.chunk.sharding import cut_spec, cut_values, piece_of
 from gemini.tiers import round_up
 from zero.sharding import shard_of
 
