@@ -21,9 +21,9 @@ from gemini.engine_access import EngineAccess
 from gemini.errors import ModelError
 from gemini.forward_inputs import cast_floats
 from gemini.gradient_sink import GradientPlace, GradientUse, attach_sink, detach_sink
+from gemini.gradient_sums import GradientSums
 from gemini.module_calls import disable_compile, is_called_within_itself, is_compiled
 from gemini.outputs import map_tensors
-from gemini.sliced_call import GradientSums
 from gemini.tracers import check_untraced
 
 __all__ = ["HookSet", "RuntimeEvents"]

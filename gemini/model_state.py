@@ -11,8 +11,9 @@ from gemini.agreement import agree_on_loading
 from gemini.chunk.layout import ParamSlot
 from gemini.chunk.plain_names import named_buffers
 from gemini.chunk.tensor_parallel import local_part
-from gemini.extra_states import load_extra_states
-from gemini.model_names import canonical_buffers, canonical_names, compare_names, persistent_buffers
+from gemini.errors import CheckpointMismatchError
+from gemini.extra_states import compare_extra_states, load_extra_states
+from gemini.model_names import canonical_buffers, canonical_names, persistent_buffers
 from gemini.runtime import Runtime
 from gemini.weights import load_masters
 
@@ -76,7 +77,7 @@ def load_model_state(
         CheckpointMismatchError: names or shapes do not match, here or on another rank; nothing has been loaded.
     """
     slots = runtime.layout.slot_by_name
-    missing, unexpected, mismatch = compare_names(model, slots, state_dict, strict=strict)
+    missing, unexpected, mismatch = _compare_names(model, slots, state_dict, strict=strict)
     agree_on_loading(runtime.sharding, mismatch, state_dict)
     params, buffers = canonical_names(model), dict(named_buffers(model))
     runtime.finish_updates()
@@ -86,3 +87,43 @@ def load_model_state(
             local_part(buffers[name]).copy_(value)
     load_extra_states(model, state_dict)
     return missing, unexpected
+
+
+def _compare_names(
+    model: torch.nn.Module, slots: Mapping[str, ParamSlot], state_dict: Mapping[str, Any], *, strict: bool
+) -> tuple[list[str], list[str], CheckpointMismatchError | None]:
+    """Compare a state dict with what a model's engine holds.
+
+    Args:
+        model: the wrapped one.
+        slots: where its parameters are, by name.
+        state_dict: to be loaded.
+        strict: whether names must match exactly.
+
+    Returns:
+        Missing names, unexpected names, and why the rest cannot be loaded, if it cannot.
+    """
+    params = canonical_names(model)
+    buffers = dict(named_buffers(model))
+    canonical = params | canonical_buffers(model)
+    given = {canonical.get(name, name) for name in state_dict}
+    expected = dict.fromkeys(canonical.values())
+    extra = compare_extra_states(model, state_dict)
+    missing = [name for name in expected if name not in given] + extra.missing
+    unexpected = [
+        name for name in state_dict if name not in params and name not in buffers and name not in extra.loadable
+    ]
+    if strict and (missing or unexpected):
+        what = f"load_state_dict: missing {missing}, unexpected {unexpected}"
+        return missing, unexpected, CheckpointMismatchError(what)
+    for name, value in state_dict.items():
+        if name in unexpected or name in extra.loadable:
+            continue
+        shape = slots[params[name]].spec.full_shape if name in params else buffers[name].shape
+        if not isinstance(value, torch.Tensor):
+            what = f"load_state_dict: {name} is a {type(value).__name__}, expected a tensor of shape {tuple(shape)}"
+            return missing, unexpected, CheckpointMismatchError(what)
+        if tuple(value.shape) != tuple(shape):
+            what = f"load_state_dict: {name} has shape {tuple(value.shape)}, expected {tuple(shape)}"
+            return missing, unexpected, CheckpointMismatchError(what)
+    return missing, unexpected, None

@@ -23,51 +23,9 @@ from torch.utils._pytree import tree_leaves
 
 from gemini.batch_rows import BlockCall, JoinedOutputs, slice_bounds
 from gemini.errors import ModelError
+from gemini.gradient_sums import GradientSums, summand
 
-__all__ = ["GradientSums", "SlicedBlock", "UnitScope", "run_in_slices"]
-
-
-class GradientSums:
-    """Gradients of one block's parameters, summed over slices while open."""
-
-    def __init__(self) -> None:
-        self._sums: dict[int, tuple[nn.Parameter, torch.Tensor]] | None = None
-
-    @property
-    def is_open(self) -> bool:
-        """Whether gradients that arrive now belong to a slice."""
-        return self._sums is not None
-
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        """Collect while the context is open; what nobody has taken by its end is dropped."""
-        self._sums = {}
-        try:
-            yield
-        finally:
-            self._sums = None
-
-    def add(self, param: nn.Parameter) -> None:
-        """Move `param.grad` into the parameter's sum, float32 for half precision."""
-        assert self._sums is not None
-        grad, param.grad = param.grad, None
-        assert grad is not None
-        grad = grad.to_dense() if grad.is_sparse else grad
-        if id(param) in self._sums:
-            self._sums[id(param)][1].add_(grad)
-        else:
-            self._sums[id(param)] = (param, _summand(grad))
-
-    def take(self, param: nn.Parameter) -> torch.Tensor | None:
-        """Return a parameter's sum, rounded once to its dtype; None if no slice has given it a gradient."""
-        assert self._sums is not None
-        entry = self._sums.pop(id(param), None)
-        return None if entry is None else entry[1].to(param.dtype)
-
-    def take_all(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
-        """Return the parameters whose sums have not been taken, and these as `take` does."""
-        assert self._sums is not None
-        return [(param, total.to(param.dtype)) for param, total in self._sums.values()]
+__all__ = ["SlicedBlock", "UnitScope", "run_in_slices"]
 
 
 class UnitScope(Protocol):
@@ -213,7 +171,7 @@ class _SlicedCall:
     ) -> torch.Tensor:
         """Add one slice's gradient of an argument to that of the whole argument."""
         if not self._call.is_sliced[place]:
-            return _summand(grad) if total is None else total.add_(grad)
+            return summand(grad) if total is None else total.add_(grad)
         if total is None:
             total = grad.new_zeros(self._call.num_rows, *grad.shape[1:])
         total[begin:end] = grad
@@ -262,11 +220,6 @@ class _SlicedFunction(torch.autograd.Function):
             )
         tensors = ctx.saved_tensors
         return (None, None, *ctx.sliced.backward(tensors, ctx.needs_input_grad[2 : 2 + len(tensors)], grads))
-
-
-def _summand(grad: torch.Tensor) -> torch.Tensor:
-    """Return a gradient as something that others may be added to in place: in float32 for half precision."""
-    return grad.float() if grad.dtype.itemsize < 4 else grad
 
 
 @contextmanager
