@@ -4,33 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from torch.profiler import record_function
 
-from gemini.ddp import GeminiDDP
-from gemini.hooks import MomentListener
+from gemini.runtime import Runtime
 
 __all__ = ["annotate"]
 
 
+class Engine(Protocol):
+    """What annotate asks of a GeminiDDP."""
+
+    @property
+    def runtime(self) -> Runtime:
+        """Its state."""
+
+
 class _Annotator:
-    """Opens and closes ranges as moments pass, and passes them on.
+    """Opens and closes ranges as moments pass.
 
     Args:
         units: module names by unit id.
-        listener: who followed the moments before; None: nobody.
     """
 
-    def __init__(self, units: tuple[str, ...], listener: MomentListener | None) -> None:
+    def __init__(self, units: tuple[str, ...]) -> None:
         self._units = units
-        self._listener = listener
         self._open: list[tuple[int, Any]] = []
 
     def moment(self, kind: str, unit_id: int) -> None:
         """Follow a moment; see MomentListener."""
-        if self._listener is not None:
-            self._listener.moment(kind, unit_id)
         if kind == "enter":
             entered = record_function(f"gemini::forward {self._units[unit_id] or 'model'}")
             entered.__enter__()  # type: ignore[no-untyped-call]
@@ -55,24 +58,23 @@ class _Annotator:
 
 
 @contextmanager
-def annotate(engine: GeminiDDP) -> Iterator[None]:
+def annotate(engine: Engine) -> Iterator[None]:
     """Name what the engine does for torch.profiler and, inside `torch.autograd.profiler.emit_nvtx()`, for Nsight.
 
     Costs a few microseconds a unit while the context is open, and nothing outside. Can be used together with
-    `engine.record`: enter that context first.
+    `engine.record`.
 
     Args:
-        engine: whose units are named.
+        engine: the GeminiDDP whose units are named.
 
     Yields:
         Nothing.
     """
-    hooks = engine._hooks
-    before = hooks.moments
-    annotator = _Annotator(tuple(unit.module_name for unit in engine.runtime.layout.units), before)
-    hooks.moments = annotator
+    runtime = engine.runtime
+    annotator = _Annotator(tuple(unit.module_name for unit in runtime.layout.units))
+    runtime.moments.add(annotator)
     try:
         yield
     finally:
+        runtime.moments.remove(annotator)
         annotator.close()
-        hooks.moments = before

@@ -224,7 +224,7 @@ class GeminiDDP(torch.nn.Module):
             ConfigError: the engine is being recorded already.
         """
         expected = (predicted, activation_nbytes)
-        return record_run(self._runtime, self._hooks, Path(directory), steps=steps, expected=expected)
+        return record_run(self._runtime, Path(directory), steps=steps, expected=expected)
 
     def trace_memory(self) -> AbstractContextManager[None]:
         """Measure activations and temporaries of what runs inside the context; slow on the CPU, free on CUDA."""

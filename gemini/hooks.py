@@ -10,15 +10,15 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from gemini.autograd.managed_parameter import hide, is_placeless, show
 from gemini.autograd.shared_uses import SharedUses
 from gemini.chunk.tensor_parallel import is_dtensor
-from gemini.engine_access import EngineAccess
 from gemini.errors import ModelError
+from gemini.events import RuntimeEvents
 from gemini.forward_inputs import cast_floats
 from gemini.gradient_sink import GradientPlace, GradientUse, attach_sink, detach_sink
 from gemini.gradient_sums import GradientSums
@@ -26,68 +26,9 @@ from gemini.module_calls import disable_compile, is_called_within_itself, is_com
 from gemini.outputs import map_tensors
 from gemini.tracers import check_untraced
 
-__all__ = ["HookSet", "RuntimeEvents"]
+__all__ = ["HookSet"]
 
 _LOOKUPS = (torch.nn.Embedding, torch.nn.EmbeddingBag)
-
-
-class RuntimeEvents(Protocol):
-    """What the hooks tell."""
-
-    access: EngineAccess
-    """Held by the thread that runs the model, or a unit of it."""
-
-    def begin_forward(self) -> None:
-        """Handle the start of the outermost forward of the model."""
-
-    def end_forward(self) -> None:
-        """Handle the end of the outermost forward, by return or exception."""
-
-    def abort_forward(self) -> None:
-        """Undo what a forward that was interrupted has begun."""
-
-    def enter_unit(self, unit_id: int) -> None:
-        """Make a unit's weights usable and keep them until `exit_unit`."""
-
-    def exit_unit(self, unit_id: int) -> None:
-        """Give back what `enter_unit` took."""
-
-    def enter_backward(self, unit_id: int, *, reads_weights: bool) -> None:
-        """Handle that backward has reached a unit's outputs; make its weights usable if it reads any."""
-
-    def num_updates_of(self, unit_id: int) -> int:
-        """Return how often the optimizer has changed a unit's weights."""
-
-    def take_gradient(self, param: torch.nn.Parameter) -> None:
-        """Take the gradient autograd has just accumulated into `param.grad`."""
-
-    def finish_gradient(self, param: torch.nn.Parameter) -> None:
-        """Handle that all uses of a parameter in this backward pass have delivered by themselves."""
-
-    def expect_gradient(self, param: torch.nn.Parameter) -> None:
-        """Expect that a use of a parameter will deliver its gradient by itself, if it may then."""
-
-    def takes_gradients_apart(self, param: torch.nn.Parameter, num_uses: int) -> bool:
-        """Return whether uses of a parameter, of which backward may run so many, may deliver by themselves."""
-
-    def put_gradient(self, param: torch.nn.Parameter, gradient: torch.Tensor) -> None:
-        """Take the gradient of one use of a parameter."""
-
-    def write_gradient(self, param: torch.nn.Parameter) -> AbstractContextManager[GradientPlace] | None:
-        """Open the memory of a parameter's gradient to one of its uses; None where that cannot be."""
-
-    def is_borrowed(self, tensor: torch.Tensor) -> bool:
-        """Return whether a tensor lies in memory that will be refilled with other weights."""
-
-    def wrap_outputs(self, output: Any) -> Any:
-        """Prepare what the model returns for backward (loss scaling)."""
-
-
-class MomentListener(Protocol):
-    """Who follows the moments of a step."""
-
-    def moment(self, kind: str, unit_id: int) -> None:
-        """Note that a unit, or with number 0 the model, is entered ("enter"), left ("leave") or reached by backward."""
 
 
 class HookSet:
@@ -101,9 +42,6 @@ class HookSet:
     def __init__(self, events: RuntimeEvents, input_dtype: torch.dtype | None = None) -> None:
         self.slice_sums = GradientSums()
         """Takes the gradients that arrive while it is open."""
-        self.moments: MomentListener | None = None
-        """Told of every moment: of a unit's after its weights are there and before they may go, of the model's before
-        and after everything else; None: nobody is."""
         self._events = events
         self._input_dtype = input_dtype
         self._handles: list[Any] = []
@@ -304,8 +242,7 @@ class HookSet:
         return before, after
 
     def _note_moment(self, kind: str, unit_id: int) -> None:
-        if self.moments is not None:
-            self.moments.moment(kind, unit_id)
+        self._events.moments.note(kind, unit_id)
 
     def _check_owners(self) -> None:
         """Refuse parameters that were replaced by others, which nobody would fetch or train."""

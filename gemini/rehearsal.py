@@ -22,6 +22,7 @@ from gemini.chunk.plain_names import named_params
 from gemini.config import GeminiConfig
 from gemini.engine_access import EngineAccess
 from gemini.errors import ModelError
+from gemini.events import Moments
 from gemini.gradient_sink import GradientPlace
 from gemini.hooks import HookSet
 from gemini.memory_probe import StorageCounter, tensors_in
@@ -152,7 +153,7 @@ def _fake_parameter(param: torch.nn.Parameter, fakes: FakeTensorMode, dtype: tor
 
 
 class _Events:
-    """What the hooks tell, of which only gradients matter here; see gemini.hooks.RuntimeEvents.
+    """What the hooks tell, of which only gradients matter here; see gemini.events.RuntimeEvents.
 
     Args:
         params: those that are trained.
@@ -170,6 +171,7 @@ class _Events:
         is_written_in_place: bool,
     ) -> None:
         self.access = EngineAccess()
+        self.moments = Moments()
         self._accumulates = config.gradient_accumulation
         self._waiting: Mapping[int, torch.Tensor] = {}
         if is_written_in_place:

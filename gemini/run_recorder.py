@@ -12,7 +12,6 @@ import torch
 
 from gemini.errors import ConfigError
 from gemini.heap import statistics
-from gemini.hooks import HookSet
 from gemini.kernels.spans import SpanSource
 from gemini.offload.home import TiledHome
 from gemini.offload.io import IoStats
@@ -35,23 +34,19 @@ class RunRecorder:
 
     Args:
         runtime: the engine's.
-        hooks: the engine's.
         writer: of the recording; closed with this.
         steps: those whose moves are recorded, counted from now on; None: all.
     """
 
-    def __init__(
-        self, runtime: Runtime, hooks: HookSet, writer: RecordingWriter, *, steps: Collection[int] | None
-    ) -> None:
+    def __init__(self, runtime: Runtime, writer: RecordingWriter, *, steps: Collection[int] | None) -> None:
         self._runtime = runtime
-        self._hooks = hooks
         self._steps = steps
         self._recorder = Recorder(writer, self._sample_memory)
         self._number = 0
         self._begin_ns: int | None = None  # of the step under way, if one is
         self._is_detailed = False
         self._counted = self._count()
-        hooks.moments = self
+        runtime.moments.add(self)
         runtime.overlap.step_ended = self._end_step
 
     def log(self, **values: float | torch.Tensor) -> None:
@@ -73,7 +68,8 @@ class RunRecorder:
 
     def close(self) -> None:
         """Write what is left; nothing is recorded any more."""
-        self._hooks.moments = self._runtime.overlap.step_ended = None
+        self._runtime.moments.remove(self)
+        self._runtime.overlap.step_ended = None
         if self._is_detailed:
             self._tell(None)
         self._recorder.close()
@@ -173,7 +169,6 @@ def _other_nbytes(runtime: Runtime) -> int | None:
 @contextmanager
 def record_run(
     runtime: Runtime,
-    hooks: HookSet,
     directory: Path,
     *,
     steps: Collection[int] | None,
@@ -183,7 +178,6 @@ def record_run(
 
     Args:
         runtime: the engine's.
-        hooks: the engine's.
         directory: for the recording.
         steps: those whose moves are recorded; None: all.
         expected: as for `describe_run`.
@@ -196,10 +190,10 @@ def record_run(
         OffloadIOError: the file cannot be made.
     """
     runtime.check_usable()
-    if hooks.moments is not None:
+    if any(isinstance(listener, RunRecorder) for listener in runtime.moments.listeners):
         raise ConfigError("GeminiDDP.record: the engine is being recorded already; leave that context first")
     with RecordingWriter(directory, describe_run(runtime, *expected)) as writer:
-        recorder = RunRecorder(runtime, hooks, writer, steps=steps)
+        recorder = RunRecorder(runtime, writer, steps=steps)
         logger.info("recording to %s", directory)
         try:
             yield recorder

@@ -26,6 +26,7 @@ from gemini.commit_record import CommittedStep
 from gemini.config import GeminiConfig
 from gemini.engine_access import EngineAccess
 from gemini.errors import GeminiError, ModelError
+from gemini.events import Moments
 from gemini.grad_attributes import GradAttributes
 from gemini.gradient_sink import GradientPlace
 from gemini.gradients import GradientStore
@@ -107,6 +108,7 @@ class Runtime:
         self.states = states
         self.gradients = gradients
         self.sharding = sharding
+        self.moments = Moments()
         self.journal = journal
         self.recovered = recovered
         self.probe = MemoryProbe(resources.transfers.device, resources.ledger)

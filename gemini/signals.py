@@ -7,17 +7,25 @@ import threading
 import time
 from collections.abc import Sequence
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from gemini.ddp import GeminiDDP
 from gemini.errors import ConfigError
+from gemini.runtime import Runtime
 
 __all__ = ["StopOnSignals"]
 
 REPEATED_S = 1.0
 """Seconds in which a second signal is taken for the first."""
+
+
+class Engine(Protocol):
+    """What StopOnSignals asks of a GeminiDDP."""
+
+    @property
+    def runtime(self) -> Runtime:
+        """Its state."""
 
 
 class StopOnSignals:
@@ -28,14 +36,14 @@ class StopOnSignals:
     terminal and by torchrun. A signal that nobody was told of is raised when the context ends.
 
     Args:
-        engine: whose training is to be stopped, on all its ranks.
+        engine: the GeminiDDP whose training is to be stopped, on all its ranks.
         signals: which to remember.
 
     Raises:
         ConfigError: entered in another thread than the main one, where Python lets nobody handle signals.
     """
 
-    def __init__(self, engine: GeminiDDP, signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT)) -> None:
+    def __init__(self, engine: Engine, signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT)) -> None:
         self._engine = engine
         self._signals = tuple(signals)
         self._before: dict[int, Any] = {}
