@@ -130,7 +130,7 @@ def _assemble(
             swap_file, kept_file = node.claim(blueprint, parts.values())
         commits = kept_file or commits
     with nullcontext() if node is None else node.explaining():
-        kept = None if commits is None else KeptState.claim(commits, blueprint, sharding)
+        kept = None if commits is None else KeptState.claim(commits, blueprint.commit_content(), sharding)
     resources = open_resources(
         config,
         blueprint.budgets,

@@ -13,7 +13,7 @@ from gemini.chunk.layout import ChunkLayout, ChunkSpec, build_layout
 from gemini.chunk.module_tree import describe_model
 from gemini.chunk.sharding import ChunkShard, Sharding
 from gemini.chunk.tensor_parallel import is_dtensor, local_part
-from gemini.commit_plan import lay_out_buffers, lay_out_overhead, refuse_device_homes
+from gemini.commit_plan import CommitContent, lay_out_buffers, lay_out_overhead, refuse_device_homes
 from gemini.config import GeminiConfig
 from gemini.errors import ConfigError, ModelError, OutOfTierMemoryError
 from gemini.kernels.adam_tile import state_format_of
@@ -49,6 +49,18 @@ class Blueprint:
     chunks_at_once: int
     commits: CommitLayout | None
     """What lies in the commit file, whose `nbytes` is the length it must have; None: there is none."""
+
+    def commit_content(self) -> CommitContent:
+        """Return what the commit file holds; there is one."""
+        assert self.commits is not None
+        return CommitContent(
+            layout=self.layout,
+            shards=self.shards,
+            plan=self.plan,
+            shape=self.shape,
+            commits=self.commits,
+            numels={demand.chunk_id: demand.numel for demand in self.demands if demand.is_trainable},
+        )
 
 
 def draw_blueprint(

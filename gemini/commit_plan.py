@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from gemini.chunk.layout import ChunkLayout
 from gemini.chunk.sharding import ChunkShard
@@ -13,7 +14,7 @@ from gemini.offload.commit_file import CommitLayout
 from gemini.placement.plan import ChunkDemand, ChunkPlacement, PlacementPlan, RuntimeShape, largest_buffers
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, format_nbytes, round_up
 
-__all__ = ["describe_content", "fingerprint_content", "lay_out_buffers", "lay_out_overhead", "refuse_device_homes"]
+__all__ = ["CommitContent", "lay_out_buffers", "lay_out_overhead", "refuse_device_homes"]
 
 BASE_RECORD_NBYTES = 1 << 20
 """For random numbers, the scheduler, and what the user gives to be kept."""
@@ -88,26 +89,36 @@ def _lives_on_device(homes: ChunkPlacement) -> bool:
     return MemoryTier.DEVICE in (*homes.working, *homes.state, homes.grad)
 
 
-def fingerprint_content(
-    layout: ChunkLayout,
-    shards: Sequence[ChunkShard | None],
-    plan: PlacementPlan,
-    shape: RuntimeShape,
-    commits: CommitLayout,
-) -> str:
-    """Return what differs between engines that would find different things in the same file: 64 hexadecimal digits."""
-    homes = [(chunk.working, chunk.state, chunk.grad) for chunk in plan.chunks]
-    numbers = (shape.tile_numel, shape.ring_depth, shape.grad_itemsize)
-    return hashlib.sha256(repr((layout.chunks, tuple(shards), homes, numbers, commits)).encode()).hexdigest()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitContent:
+    """What an engine keeps in its commit file, and in the swap file that belongs to it."""
 
+    layout: ChunkLayout
+    shards: tuple[ChunkShard | None, ...]
+    """The shard of each chunk that lives here, by chunk id; None: all of it."""
+    plan: PlacementPlan
+    shape: RuntimeShape
+    commits: CommitLayout
+    numels: Mapping[int, int]
+    """Elements of each trained chunk's homes, by chunk id."""
 
-def describe_content(layout: ChunkLayout, plan: PlacementPlan, shape: RuntimeShape, commits: CommitLayout) -> str:
-    """Return the same in words."""
-    numel = sum(chunk.numel for chunk, homes in zip(layout.chunks, plan.chunks, strict=True) if homes.grad is not None)
-    tiers = [tier for homes in plan.chunks for tier in homes.state]
-    on_disk = tiers.count(MemoryTier.NVME) / max(len(tiers), 1)
-    dtypes = ", ".join(sorted({str(chunk.dtype).removeprefix("torch.") for chunk in layout.chunks}))
-    return (
-        f"{numel} trained elements in {len(layout.chunks)} chunks, {dtypes}, tiles of {shape.tile_numel}, "
-        f"{on_disk:.0%} of the state on disk, {format_nbytes(commits.buffer_nbytes)} in the file"
-    )
+    def fingerprint(self) -> str:
+        """Return what differs between engines that would find different things in one file: 64 hexadecimal digits."""
+        homes = [(chunk.working, chunk.state, chunk.grad) for chunk in self.plan.chunks]
+        numbers = (self.shape.tile_numel, self.shape.ring_depth, self.shape.grad_itemsize)
+        described = (self.layout.chunks, self.shards, homes, numbers, self.commits)
+        return hashlib.sha256(repr(described).encode()).hexdigest()
+
+    def describe(self) -> str:
+        """Return the same in words."""
+        chunks = self.layout.chunks
+        numel = sum(
+            chunk.numel for chunk, homes in zip(chunks, self.plan.chunks, strict=True) if homes.grad is not None
+        )
+        tiers = [tier for homes in self.plan.chunks for tier in homes.state]
+        on_disk = tiers.count(MemoryTier.NVME) / max(len(tiers), 1)
+        dtypes = ", ".join(sorted({str(chunk.dtype).removeprefix("torch.") for chunk in chunks}))
+        return (
+            f"{numel} trained elements in {len(chunks)} chunks, {dtypes}, tiles of {self.shape.tile_numel}, "
+            f"{on_disk:.0%} of the state on disk, {format_nbytes(self.commits.buffer_nbytes)} in the file"
+        )

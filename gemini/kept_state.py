@@ -14,10 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gemini.agreement import agree, on_all_ranks
-from gemini.blueprint import Blueprint
 from gemini.chunk.core import ChunkCore
 from gemini.chunk.sharding import Sharding
-from gemini.commit_plan import describe_content, fingerprint_content
+from gemini.commit_plan import CommitContent
 from gemini.commit_record import CommittedStep, decode_record
 from gemini.errors import CheckpointMismatchError
 from gemini.gradients import GradientStore
@@ -48,12 +47,12 @@ class KeptState:
     """The swap file that belongs to it."""
 
     @staticmethod
-    def claim(file: CommitFile, blueprint: Blueprint, sharding: Sharding | None) -> KeptState:
+    def claim(file: CommitFile, content: CommitContent, sharding: Sharding | None) -> KeptState:
         """Claim a commit file for an engine, see [Note: Commits of several ranks]; with several ranks all call.
 
         Args:
             file: open.
-            blueprint: of the engine.
+            content: of the engine.
             sharding: the ranks that have a file each; None: there are no others.
 
         Returns:
@@ -65,20 +64,13 @@ class KeptState:
             CollectiveError: a rank did not take part.
             ConfigError, OutOfTierMemoryError: as for CommitFile.claim.
         """
-        layout, plan, shape, commits = blueprint.layout, blueprint.plan, blueprint.shape, blueprint.commits
-        assert commits is not None
         with on_all_ranks(sharding, what=WHAT):
-            file.claim(
-                commits,
-                fingerprint=fingerprint_content(layout, blueprint.shards, plan, shape, commits),
-                text=describe_content(layout, plan, shape, commits),
-            )
+            file.claim(content.commits, fingerprint=content.fingerprint(), text=content.describe())
         sequence = common_sequence(sharding, file)
         with on_all_ranks(sharding, what=WHAT):
             record = file.resume(sequence)
-        numels = {demand.chunk_id: demand.numel for demand in blueprint.demands if demand.is_trainable}
         return KeptState(
-            journal=UpdateJournal(file, numels, tile_numel=shape.tile_numel),
+            journal=UpdateJournal(file, content.numels, tile_numel=content.shape.tile_numel),
             step=None if record is None else decode_record(record.content),
             swap=KeptSwap(identity=file.identity, has_content=record is not None),
         )

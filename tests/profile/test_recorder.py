@@ -200,7 +200,7 @@ def test_a_full_drive_ends_the_recording_and_not_the_training(tmp_path: Path, ca
             full = os.open("/dev/full", os.O_WRONLY)
             os.dup2(full, writer._file.fileno())
             os.close(full)
-            recorder = RunRecorder(engine.runtime, engine._hooks, writer, steps=None)
+            recorder = RunRecorder(engine.runtime, writer, steps=None)
             for _ in range(2):
                 train_step(engine, optimizer)
             recorder.close()
