@@ -34,7 +34,7 @@ from resident_memory import resident_nbytes
 from results_file import missing_row, write_results
 from step import faster_dtype
 
-from gemini.blueprint import Blueprint, draw_blueprint
+from gemini.assembly.blueprint import Blueprint, draw_blueprint
 from gemini.errors import OutOfTierMemoryError
 from gemini.tiers import format_nbytes, parse_nbytes
 

@@ -20,7 +20,7 @@ from step_systems import DTYPES, LR, build_model, make_deepspeed, make_plain, sh
 from training_step import Step, training_step
 
 from gemini import GeminiConfig, GeminiDDP, HybridAdam, NVMeConfig
-from gemini.blueprint import draw_blueprint
+from gemini.assembly.blueprint import draw_blueprint
 from gemini.nn import use_sliced_loss
 from gemini.tiers import MemoryTier
 

@@ -30,10 +30,10 @@ from results_file import spread_of, write_results
 from step_systems import DTYPES, LR, NUM_WARM_UPS, SHAPES, build_model
 
 from gemini import GeminiConfig, GeminiDDP, HybridAdam, NVMeConfig, StaticPlacement
-from gemini.blueprint import draw_blueprint
+from gemini.assembly.blueprint import draw_blueprint
+from gemini.commits.file import CommitFile
 from gemini.kernels import AdamHyper, AdamSegment, AdamTile, TileJournal, WorkerPool
 from gemini.kernels.journal import BLOCK_NUMEL, SCRATCH_NBYTES
-from gemini.offload.commit_file import CommitFile
 from gemini.tiers import MemoryTier
 
 COLUMNS = ("system", "step_s", "step_s_min", "step_s_max", "ratio", "overhead_bytes", "file_bytes", "attach_s")

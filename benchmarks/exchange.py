@@ -22,8 +22,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 from results_file import spread_of, write_results
 
-from gemini.gradient_exchange import mean_of_sum
-from gemini.replica_sums import sum_of_parts
+from gemini.gradients.exchange import mean_of_sum
+from gemini.gradients.replica_sums import sum_of_parts
 
 COLUMNS = ("system", "num_ranks", "ms", "ms_min", "ms_max")
 

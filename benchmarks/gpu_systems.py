@@ -127,7 +127,7 @@ def make_torch(options: argparse.Namespace) -> System:
 
 def random_init(model: torch.nn.Module) -> Callable[[torch.nn.Module], None]:
     """Return an init_fn that is quick for billions of parameters: matrices repeat one block of random numbers."""
-    from gemini.initialise import find_init_fn
+    from gemini.assembly.first_values import find_init_fn
 
     block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02
     usual = find_init_fn(model)
@@ -177,7 +177,7 @@ def gemini_config(options: argparse.Namespace) -> Any:
 def keep_state_on_host(model: torch.nn.Module, config: Any) -> Any:
     """Return a configuration that keeps all state in host memory, and all the weights on the GPU that fit there."""
     from gemini import StaticPlacement
-    from gemini.blueprint import draw_blueprint
+    from gemini.assembly.blueprint import draw_blueprint
     from gemini.errors import OutOfTierMemoryError
 
     for percent in range(100, -1, -5):

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from results_file import spread_of, write_results
 
-from gemini.memory_probe import MemoryProbe
 from gemini.nn import linear_cross_entropy
+from gemini.runtime.memory_probe import MemoryProbe
 from gemini.tiers import TierLedger
 
 COLUMNS = ("system", "slice_size", "seconds", "seconds_min", "seconds_max", "peak_bytes", "loss")

@@ -22,9 +22,9 @@ from results_file import spread_of, write_results
 from step_systems import SHAPES, build_model
 
 from gemini import GeminiDDP, HybridAdam
-from gemini.hardware import HardwareProfile, measure_hardware
 from gemini.placement.cost_model import StepFlops
-from gemini.planner import MachineMemory, TrainingPlan, plan_step, plan_training
+from gemini.planning.hardware import HardwareProfile, measure_hardware
+from gemini.planning.training_plan import MachineMemory, TrainingPlan, plan_step, plan_training
 from gemini.tiers import MemoryTier
 
 COLUMNS = (

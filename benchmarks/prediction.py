@@ -24,7 +24,7 @@ from step_systems import SHAPES, build_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from gemini import GeminiConfig, GeminiDDP, HybridAdam, NVMeConfig, StaticPlacement, StepFlops, transformer_flops
-from gemini.hardware import HardwareProfile, measure_hardware
+from gemini.planning.hardware import HardwareProfile, measure_hardware
 
 COLUMNS = (
     "system",

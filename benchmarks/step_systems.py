@@ -88,7 +88,7 @@ def make_plain(options: argparse.Namespace) -> tuple[Step, Callable[[], dict[str
 def make_gemini(options: argparse.Namespace) -> tuple[Step, Callable[[], dict[str, Any]]]:
     """Return a step of GeminiDDP."""
     from gemini import GeminiConfig, GeminiDDP, HybridAdam, NVMeConfig
-    from gemini.blueprint import draw_blueprint
+    from gemini.assembly.blueprint import draw_blueprint
     from gemini.errors import OutOfTierMemoryError
     from gemini.nn import use_sliced_loss
 

@@ -27,7 +27,7 @@ from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gemini import ConfigError, GeminiDDP, GeminiError, MemoryReport, StopOnSignals
-from gemini.run_recorder import RunRecorder
+from gemini.observe.run_recorder import RunRecorder
 from gemini.tiers import format_nbytes
 
 __all__ = [

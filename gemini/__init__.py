@@ -32,20 +32,20 @@ from gemini.errors import (
 
 if TYPE_CHECKING:
     from gemini import nn as nn
-    from gemini.annotations import annotate
     from gemini.checkpoint import has_checkpoint
+    from gemini.checkpoint.signals import StopOnSignals
     from gemini.chunk.manager import ChunkManager
     from gemini.config import GeminiConfig, NVMeConfig
     from gemini.ddp import GeminiDDP
-    from gemini.hardware import HardwareProfile, measure_hardware
+    from gemini.observe.annotations import annotate
+    from gemini.observe.report import MemoryReport
     from gemini.optimizer import HybridAdam
     from gemini.placement.cost_model import StepFlops, transformer_flops
     from gemini.placement.plan import PlacementPlan
     from gemini.placement.policy import StaticPlacement
+    from gemini.planning.hardware import HardwareProfile, measure_hardware
     from gemini.pretrained import LoadingReport
     from gemini.pretrained_model import load_pretrained
-    from gemini.report import MemoryReport
-    from gemini.signals import StopOnSignals
     from gemini.tiers import MemoryTier
 
 __all__ = [
@@ -88,20 +88,20 @@ __all__ = [
 ]
 
 _NAMES_OF_MODULE = {
-    "gemini.annotations": ("annotate",),
+    "gemini.observe.annotations": ("annotate",),
     "gemini.checkpoint": ("has_checkpoint",),
     "gemini.chunk.manager": ("ChunkManager",),
     "gemini.config": ("GeminiConfig", "NVMeConfig"),
     "gemini.ddp": ("GeminiDDP",),
-    "gemini.hardware": ("HardwareProfile", "measure_hardware"),
+    "gemini.planning.hardware": ("HardwareProfile", "measure_hardware"),
     "gemini.optimizer": ("HybridAdam",),
     "gemini.placement.cost_model": ("StepFlops", "transformer_flops"),
     "gemini.placement.plan": ("PlacementPlan",),
     "gemini.placement.policy": ("StaticPlacement",),
     "gemini.pretrained": ("LoadingReport",),
     "gemini.pretrained_model": ("load_pretrained",),
-    "gemini.report": ("MemoryReport",),
-    "gemini.signals": ("StopOnSignals",),
+    "gemini.observe.report": ("MemoryReport",),
+    "gemini.checkpoint.signals": ("StopOnSignals",),
     "gemini.tiers": ("MemoryTier",),
 }
 _MODULE_OF_NAME = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names}

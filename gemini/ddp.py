@@ -11,36 +11,36 @@ from typing import Any
 
 import torch
 
-from gemini.activations import ActivationCheckpoints
-from gemini.admission import admit
-from gemini.assembly import assemble
+from gemini.assembly.admission import admit
+from gemini.assembly.assemble import assemble
+from gemini.assembly.first_values import InitFn
+from gemini.autograd.module_hooks import HookSet
+from gemini.autograd.tracers import check_untraced, refuse_scripting
 from gemini.checkpoint.commits import Recovered, commit_step, recover_step
 from gemini.checkpoint.loading import LoadedCheckpoint, load_checkpoint
 from gemini.checkpoint.participants import CheckpointedOptimizer, Stateful, participants_of
 from gemini.checkpoint.saving import PendingSave, save_checkpoint
-from gemini.chunk.plain_names import named_params
-from gemini.chunk.sharding import Sharding
+from gemini.commits.file import CommitFile
 from gemini.config import GeminiConfig
 from gemini.errors import ConfigError, ModelError
-from gemini.extra_states import extra_states
-from gemini.handback import OriginalTensors, read_back
-from gemini.hooks import HookSet
-from gemini.initialise import InitFn
-from gemini.model_state import INSIDE_OF_MODULE, load_model_state, named_values
-from gemini.offload.commit_file import CommitFile
+from gemini.model.extra_states import extra_states
+from gemini.model.plain_names import named_params
+from gemini.observe.report import MemoryReport, check_prediction, make_report
+from gemini.observe.run_recorder import RunRecorder, record_run
 from gemini.offload.io import IoStats
-from gemini.ownership import check_unchanged, own
 from gemini.placement.cost_model import HardwareProfile, StepFlops, StepPrediction
 from gemini.pretrained import DEFAULT_SHARD_SIZE, open_pretrained, save_pretrained
-from gemini.report import MemoryReport, check_prediction, make_report
-from gemini.run_recorder import RunRecorder, record_run
-from gemini.runtime import Runtime
-from gemini.slicing import BatchSlicer
-from gemini.state_hooks import install_state_hooks
+from gemini.ranks.sharding import Sharding
+from gemini.runtime.runtime import Runtime
+from gemini.slicing.activation_checkpoints import ActivationCheckpoints
+from gemini.slicing.slicer import BatchSlicer
 from gemini.tiers import MemoryTier
-from gemini.tracers import check_untraced, refuse_scripting
-from gemini.weight_access import WeightAccess
-from gemini.weights import read_master, read_working
+from gemini.weights.access import WeightAccess
+from gemini.weights.handback import OriginalTensors, read_back
+from gemini.weights.ownership import check_unchanged, own
+from gemini.weights.state_dict import INSIDE_OF_MODULE, load_model_state, named_values
+from gemini.weights.state_dict_hooks import install_state_hooks
+from gemini.weights.values import read_master, read_working
 
 __all__ = ["GeminiDDP"]
 
@@ -215,7 +215,7 @@ class GeminiDDP(torch.nn.Module):
             directory: for the recording; made if it is not there.
             steps: whose every move is recorded, counted from here on, from 0; of others what they cost. None: all.
             predicted: shown beside what is measured; such as `memory_report(profile=..., flops=...).predicted`.
-            activation_nbytes: shown so too: the peak that is expected, as of gemini.rehearsal.
+            activation_nbytes: shown so too: the peak that is expected, as of gemini.planning.rehearsal.
 
         Returns:
             A context that yields the recorder; tell its `log(loss=..., tokens=...)` what the engine does not know.

@@ -9,15 +9,15 @@ from typing import Any, overload
 
 import torch
 
-from gemini.agreement import agree_on_loading, fingerprint_of
+from gemini.autograd.guards import GradScalerAttribute
 from gemini.chunk.layout import ParamSlot
 from gemini.config_deepspeed import adam_arguments
 from gemini.errors import CheckpointMismatchError, ConfigError
-from gemini.guards import GradScalerAttribute
 from gemini.kernels.adam_tile import AdamHyper, AdamSegment
-from gemini.ownership import runtime_of
-from gemini.runtime import Runtime
-from gemini.weights import drop_commit, load_moments, read_moments, reset_moments
+from gemini.ranks.agreement import agree_on_loading, fingerprint_of
+from gemini.runtime.runtime import Runtime
+from gemini.weights.ownership import runtime_of
+from gemini.weights.values import drop_commit, load_moments, read_moments, reset_moments
 
 __all__ = ["HybridAdam"]
 
@@ -45,7 +45,7 @@ class HybridAdam(torch.optim.Optimizer):
     """
 
     knows_engines = True
-    """Other optimizers are refused; see gemini.guards."""
+    """Other optimizers are refused; see gemini.autograd.guards."""
     _step_supports_amp_scaling = GradScalerAttribute()
 
     def __init__(

@@ -18,47 +18,32 @@ LIBRARY = ("gemini", "zero")
 PROGRAMS = ("examples", "benchmarks")
 MAX_MODULE_LINES = 500
 
-LAYERS = (
+FLOORS = (
     ("examples", "benchmarks"),
-    ("gemini.cli", "gemini.__main__"),
-    ("gemini.recipe",),
-    ("zero",),
-    ("gemini.__init__", "gemini.integrations"),
-    (
-        "gemini.annotations",
-        "gemini.ddp",
-        "gemini.optimizer",
-        "gemini.checkpoint",
-        "gemini.planner",
-        "gemini.pretrained",
-        "gemini.pretrained_model",
-        "gemini.report",
-        "gemini.signals",
-    ),
-    ("gemini",),  # every other module directly in gemini: runtime, hooks, update, materialize ...
-    ("gemini.chunk", "gemini.placement", "gemini.offload"),
-    ("gemini.profile",),
-    ("gemini.kernels",),
-    ("gemini._native", "gemini.service"),
+    ("__main__", "cli"),
+    ("__init__", "recipe"),
+    ("zero", "integrations", "pretrained_model"),
+    ("ddp",),
+    ("planning", "pretrained"),
+    ("observe", "assembly", "optimizer", "checkpoint"),
+    ("weights",),
+    ("runtime",),
+    ("commits",),
+    ("update",),
+    ("gradients",),
+    ("chunk",),
+    ("slicing", "ranks", "files"),
+    ("offload",),
+    ("config", "nn"),
+    ("config_deepspeed", "placement", "profile", "autograd", "service"),
+    ("kernels", "heap", "tiers", "model"),
+    ("errors", "_native"),
 )
-"""Top to bottom: a module may import from its own layer and those below. The longest matching prefix counts."""
+"""The rooms, top to bottom: packages of gemini, and modules at its root. A module may import from its own room and from
+floors below, whether it does so when it is imported, in a function or for type checkers only."""
 
-ONLY_IMPORTS = {
-    "gemini.errors": set(),
-    "gemini.tiers": {"gemini.errors"},
-    "gemini.config_deepspeed": {"gemini.errors"},
-    "gemini.config": {
-        "gemini.errors",
-        "gemini.tiers",
-        "gemini.placement.plan",
-        "gemini.placement.policy",
-        "gemini.config_deepspeed",
-    },
-}
-"""Leaves: all that they may import of ours. Every module may import them, except where a layer below says otherwise."""
-
-LEAF_READERS_REFUSED = {"gemini.config": ("gemini.placement", "gemini.kernels")}
-"""Who may not import a leaf: what config itself is made of, and what takes plain numbers only."""
+OFFERED_LATER = "gemini.__init__"
+"""Imports what it offers when that is first used; the modules below it may import it, which loads errors only."""
 
 
 @dataclass(frozen=True)
@@ -139,11 +124,16 @@ def is_within(module: str, package: str) -> bool:
     return module == package or module.startswith(f"{package}.")
 
 
-def layer_of(module: str) -> int:
-    matches = [
-        (len(prefix), number) for number, layer in enumerate(LAYERS) for prefix in layer if is_within(module, prefix)
-    ]
-    return max(matches)[1]
+def room_of(module: str) -> str:
+    """Return the room of one of our modules."""
+    top, *inside = module.split(".")
+    return inside[0] if top == "gemini" else top
+
+
+def floor_of(module: str) -> int:
+    """Return the number of a module's floor, from the top; a room without a floor is an error."""
+    (floor,) = [number for number, floor in enumerate(FLOORS) if room_of(module) in floor]
+    return floor
 
 
 def is_ours(module: str) -> bool:
@@ -151,13 +141,11 @@ def is_ours(module: str) -> bool:
 
 
 def is_allowed(each: Import) -> bool:
-    if not is_ours(each.target):
+    if not is_ours(each.target) or each.target == OFFERED_LATER:
         return True
-    if each.source in ONLY_IMPORTS:
-        return each.target in ONLY_IMPORTS[each.source]
-    if each.target in ONLY_IMPORTS:
-        return not any(is_within(each.source, package) for package in LEAF_READERS_REFUSED.get(each.target, ()))
-    return layer_of(each.source) <= layer_of(each.target)
+    if each.source == OFFERED_LATER and not each.runs_at_import:
+        return True
+    return room_of(each.source) == room_of(each.target) or floor_of(each.source) < floor_of(each.target)
 
 
 @cache
@@ -170,6 +158,19 @@ def reachable(module: str) -> dict[str, Import | None]:
         for each in imports_of(current) if current in modules() else ():
             if each.runs_at_import and each.target not in found:
                 found[each.target] = each
+                waiting.append(each.target)
+    return found
+
+
+@cache
+def reachable_ever(module: str) -> set[str]:
+    """Return all of our modules that this one may ever import: in functions and for type checkers too."""
+    found, waiting = {module}, [module]
+    while waiting:
+        current = waiting.pop()
+        for each in imports_of(current) if current in modules() and current != OFFERED_LATER else ():
+            if each.target not in found:
+                found.add(each.target)
                 waiting.append(each.target)
     return found
 
@@ -194,7 +195,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
         str(each)
         for module in modules()
         for each in imports_of(module)
-        if each.runs_at_import and each.target != module and module in reachable(each.target)
+        if each.target not in (module, OFFERED_LATER) and module in reachable_ever(each.target)
     ]
     assert circles == []
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from gemini.chunk.sharding import ShardGroup
-from gemini.chunk.tensor_parallel import local_part, split_of
 from gemini.config import GeminiConfig
 from gemini.errors import ConfigError, ModelError
+from gemini.model.tensor_parallel import local_part, split_of
 from gemini.offload.resources import MAX_DEFAULT_THREADS, budgets_of
+from gemini.ranks.sharding import ShardGroup
 from gemini.tiers import MemoryTier
 
 __all__ = ["check_same_config", "check_same_model", "find_node_ranks", "share_node"]

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from gemini.chunk.sharding import ShardGroup
 from gemini.offload.memory_file import MemoryFile, MemoryFileAddress
+from gemini.ranks.sharding import ShardGroup
 
 __all__ = ["open_frozen_file"]
 

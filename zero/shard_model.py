@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from gemini.admission import refuse_foreign
-from gemini.chunk.sharding import ShardGroup, Sharding
+from gemini.assembly.admission import refuse_foreign
+from gemini.assembly.first_values import InitFn
 from gemini.config import GeminiConfig
 from gemini.ddp import GeminiDDP
 from gemini.errors import ConfigError, GeminiError, OutOfTierMemoryError
-from gemini.initialise import InitFn
 from gemini.offload.resources import device_of
+from gemini.ranks.sharding import ShardGroup, Sharding
 from zero.agreement import check_all_built, check_same_config, check_same_model, find_node_ranks, share_node
 from zero.frozen import open_frozen_file
 from zero.tensor_mesh import check_grid, find_tensor_mesh

@@ -7,7 +7,7 @@ may own padding and nothing else.
 
 from __future__ import annotations
 
-from gemini.chunk.sharding import ChunkShard
+from gemini.ranks.sharding import ChunkShard
 from gemini.tiers import IO_ALIGNMENT_NBYTES, round_up
 
 __all__ = ["shard_of"]

@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from gemini.chunk.sharding import ShardGroup
-from gemini.chunk.tensor_parallel import is_dtensor, split_of
 from gemini.errors import ConfigError, ModelError
+from gemini.model.tensor_parallel import is_dtensor, split_of
+from gemini.ranks.sharding import ShardGroup
 
 __all__ = ["check_grid", "find_tensor_mesh"]
 

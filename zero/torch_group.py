@@ -1,4 +1,4 @@
-"""The ranks of torch.distributed process groups, as gemini.chunk.sharding.ShardGroup wants them.
+"""The ranks of torch.distributed process groups, as gemini.ranks.sharding.ShardGroup wants them.
 
 Two collectives are used: an all-gather for weights and values, and an all-to-all for gradients, which the receiver adds
 up itself. Everything travels as bytes. There is a process group for each axis of the grid of ranks; what all ranks must
@@ -27,10 +27,10 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
-from gemini.chunk.sharding import ChunkShard, RankAxis, RankGrid
 from gemini.errors import CollectiveError, GeminiError
 from gemini.offload.swap_file import remove_abandoned
 from gemini.offload.transfer import Move
+from gemini.ranks.sharding import ChunkShard, RankAxis, RankGrid
 from zero.own_groups import Line, alone, forget, line_of
 from zero.sharding import shard_of
 from zero.watch import LOOK_S, Request, Trail

@@ -8,7 +8,7 @@ would let memory out of sight is not handed out. A view that needs no gradient (
 gradients) becomes a `WeightAlias`, which holds no memory and finds the weight whenever it is used; a view in the graph
 shows a copy, and refuses to be read once the weight is another. `.grad` shows the gradient that waits and refuses to
 be changed. What compiled code, and kernels that are given addresses, do with weights is not seen here: version
-counters are compared wherever weights leave their memory (gemini.weight_access).
+counters are compared wherever weights leave their memory (gemini.weights.access).
 
 The classes here carry data. What a function does with them is decided in gemini.autograd.weight_functions, which the
 weight behind them calls.
@@ -24,8 +24,8 @@ from typing import Any, Protocol
 import torch
 
 from gemini.autograd.functions import FunctionKind, kind_of, written_arguments
+from gemini.autograd.guards import foreign_write_error
 from gemini.errors import ModelError
-from gemini.guards import foreign_write_error
 
 __all__ = [
     "WEIGHT_ATTRIBUTE",

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from gemini.gradient_sink import sink_of
-from gemini.parameter_uses import embedding, separate_use
+from gemini.autograd.gradient_sink import sink_of
+from gemini.autograd.parameter_uses import embedding, separate_use
 
 __all__ = ["CountingSink", "SharedUses"]
 
@@ -32,7 +32,7 @@ class SharedUses:
         """Whether the forward that is running began with gradients."""
 
     def call(self, func: Callable[..., Any], args: Any, kwargs: Any, params: Sequence[torch.Tensor]) -> Any:
-        """Call a function; embeddings, and linear layers that share a parameter, as in gemini.parameter_uses.
+        """Call a function; embeddings, and linear layers that share a parameter, as in gemini.autograd.parameter_uses.
 
         Without gradients no use is announced: there a reentrant checkpoint may be running, whose backward is a pass of
         its own.

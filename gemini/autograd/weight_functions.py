@@ -29,8 +29,8 @@ from gemini.autograd.managed_parameter import (
     refuse,
     weight_of,
 )
-from gemini.chunk.tensor_parallel import is_dtensor
-from gemini.tracers import is_transforming, outside_transforms
+from gemini.autograd.tracers import is_transforming, outside_transforms
+from gemini.model.tensor_parallel import is_dtensor
 
 __all__ = ["run_function"]
 

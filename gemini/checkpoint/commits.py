@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from gemini.agreement import on_all_ranks
 from gemini.checkpoint.participants import Participants
 from gemini.checkpoint.run_state import (
     check_run_state,
@@ -19,9 +18,10 @@ from gemini.checkpoint.run_state import (
     restore_rng,
     restore_run_state,
 )
-from gemini.commit_record import CommittedStep, encode_record
+from gemini.commits.record import CommittedStep, encode_record
 from gemini.errors import CollectiveError, ConfigError
-from gemini.runtime import Runtime
+from gemini.ranks.agreement import on_all_ranks
+from gemini.runtime.runtime import Runtime
 
 __all__ = ["Recovered", "commit_step", "recover_step"]
 

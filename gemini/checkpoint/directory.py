@@ -17,8 +17,8 @@ import shutil
 from pathlib import Path
 
 from gemini.checkpoint.manifest import Manifest
-from gemini.directory_lock import DirectoryLock
 from gemini.errors import CheckpointError, ConfigError, MissingCheckpointError, OffloadIOError, naming_file
+from gemini.files.directory_lock import DirectoryLock
 
 __all__ = [
     "CheckpointDirectory",

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from gemini.agreement import agree, on_all_ranks
 from gemini.checkpoint.directory import find_checkpoint, read_manifest
 from gemini.checkpoint.manifest import Division, FileRecord, Manifest, entry_name, find_pieces, run_state_name
 from gemini.checkpoint.participants import Participants, division_of, rank_of, world_size_of
@@ -30,9 +29,10 @@ from gemini.checkpoint.run_state import (
 )
 from gemini.chunk.layout import ParamSlot
 from gemini.errors import CheckpointError, CheckpointMismatchError, naming_file
-from gemini.runtime import Runtime
-from gemini.safetensors_file import SafetensorsReader, checksum_of
-from gemini.weights import FROZEN_KINDS, kinds_of, loading, write_parts
+from gemini.files.safetensors import SafetensorsReader, checksum_of
+from gemini.ranks.agreement import agree, on_all_ranks
+from gemini.runtime.runtime import Runtime
+from gemini.weights.values import FROZEN_KINDS, kinds_of, loading, write_parts
 
 __all__ = ["LoadedCheckpoint", "load_checkpoint"]
 

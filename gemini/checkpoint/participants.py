@@ -11,10 +11,10 @@ import torch
 
 from gemini.checkpoint.manifest import WHOLE, Division
 from gemini.chunk.layout import ParamSlot
-from gemini.chunk.tensor_parallel import local_part
 from gemini.errors import ConfigError
-from gemini.model_names import persistent_buffers
-from gemini.runtime import Runtime
+from gemini.model.names import persistent_buffers
+from gemini.model.tensor_parallel import local_part
+from gemini.runtime.runtime import Runtime
 
 __all__ = [
     "CheckpointedOptimizer",

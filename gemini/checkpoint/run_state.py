@@ -14,8 +14,8 @@ import torch
 
 from gemini.checkpoint.participants import Participants, Stateful, rank_of
 from gemini.errors import CheckpointError, CheckpointMismatchError, ConfigError
-from gemini.extra_states import extra_states, load_extra_states, takers_of_extra_state
-from gemini.runtime import Runtime
+from gemini.model.extra_states import extra_states, load_extra_states, takers_of_extra_state
+from gemini.runtime.runtime import Runtime
 
 __all__ = [
     "check_buffers",

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 
-from gemini.agreement import agree, on_all_ranks
 from gemini.checkpoint.directory import CheckpointDirectory, name_of, write_durably
 from gemini.checkpoint.manifest import (
     FileRecord,
@@ -38,10 +37,11 @@ from gemini.checkpoint.participants import Participants, division_of, has_copy_e
 from gemini.checkpoint.run_state import collect_run_state, encode_run_state
 from gemini.chunk.layout import ParamSlot
 from gemini.errors import ConfigError, GeminiError
-from gemini.runtime import Runtime
-from gemini.safetensors_file import SafetensorsWriter
+from gemini.files.safetensors import SafetensorsWriter
+from gemini.ranks.agreement import agree, on_all_ranks
+from gemini.runtime.runtime import Runtime
 from gemini.tiers import MemoryTier
-from gemini.weights import kinds_of, owned_run, read_parts
+from gemini.weights.values import kinds_of, owned_run, read_parts
 
 __all__ = ["PendingSave", "save_checkpoint"]
 

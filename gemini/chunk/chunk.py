@@ -11,12 +11,12 @@ import torch
 from gemini.chunk.cut import cut_spec
 from gemini.chunk.fetch import Fetch
 from gemini.chunk.layout import ChunkSpec, ParamSlot
-from gemini.chunk.sharding import ChunkShard
 from gemini.chunk.state import ChunkState, check_transition
-from gemini.chunk.tensor_parallel import local_part, show_values
 from gemini.errors import ModelError
+from gemini.model.tensor_parallel import local_part, show_values
 from gemini.offload.home import TiledHome
 from gemini.profile.recorder import Recorder
+from gemini.ranks.sharding import ChunkShard
 
 __all__ = ["Chunk", "Slot", "count_holders", "param_view", "placeholders", "viewed_error"]
 

@@ -14,7 +14,6 @@ import torch
 from gemini.chunk.chunk import Chunk, Slot, count_holders, placeholders, viewed_error
 from gemini.chunk.fetch import Fetch, Gather, MoveStats
 from gemini.chunk.layout import ChunkSpec
-from gemini.chunk.sharding import ChunkShard, ShardGroup
 from gemini.chunk.slot_table import SlotTable
 from gemini.chunk.staging import Staging
 from gemini.chunk.state import ChunkState, PendingUpdates, check_transition
@@ -23,6 +22,7 @@ from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources
 from gemini.offload.slots import SlotSource
 from gemini.placement.eviction import farthest_next_use
+from gemini.ranks.sharding import ChunkShard, ShardGroup
 from gemini.tiers import MemoryTier
 
 __all__ = ["ChunkCore"]

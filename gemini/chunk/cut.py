@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from gemini.chunk.flat_values import FlatPiece, FlatValues
 from gemini.chunk.layout import ChunkSpec, ParamSlot
-from gemini.chunk.sharding import ChunkShard
+from gemini.model.flat_values import FlatPiece, FlatValues
+from gemini.ranks.sharding import ChunkShard
 
 __all__ = ["cut_spec", "cut_values", "piece_of"]
 

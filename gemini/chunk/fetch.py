@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from gemini.chunk.sharding import Collective
 from gemini.errors import GeminiError, OffloadIOError
 from gemini.kernels.pool import Ticket, WorkerPool
 from gemini.offload.home import TiledHome, TileRun
 from gemini.offload.io import IoTicket
 from gemini.offload.transfer import Move, Transfers
 from gemini.profile.recorder import Recorder
+from gemini.ranks.sharding import Collective
 from gemini.tiers import MemoryTier
 
 __all__ = ["Fetch", "Gather", "MoveStats"]

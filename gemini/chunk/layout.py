@@ -11,9 +11,9 @@ from functools import cached_property
 
 import torch
 
-from gemini.chunk.module_tree import ModuleTree
-from gemini.chunk.params import ParamSpec
 from gemini.chunk.units import choose_units, reachable_param_names, root_param_names
+from gemini.model.module_tree import ModuleTree
+from gemini.model.params import ParamSpec
 from gemini.tiers import format_nbytes, round_up
 
 __all__ = [

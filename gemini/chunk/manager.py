@@ -11,9 +11,9 @@ import torch
 from gemini.chunk.chunk import Chunk
 from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import SLOT_ALIGNMENT_NUMEL, ChunkSpec, ParamSlot
-from gemini.chunk.params import ParamSpec
 from gemini.config import GeminiConfig
 from gemini.errors import ConfigError, IllegalTransitionError, OutOfTierMemoryError
+from gemini.model.params import ParamSpec
 from gemini.offload.home import TiledHome
 from gemini.offload.io import empty_aligned
 from gemini.offload.resources import budgets_of, open_resources

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 
-from gemini.chunk.module_tree import ModuleNode, ModuleTree
+from gemini.model.module_tree import ModuleNode, ModuleTree
 
 __all__ = ["choose_units", "reachable_param_names", "root_param_names"]
 

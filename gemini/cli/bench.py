@@ -12,8 +12,8 @@ from rich.table import Table
 
 from gemini.cli.profiles import cache_path
 from gemini.errors import naming_file
-from gemini.hardware import HardwareProfile, measure_hardware, save_profile
-from gemini.machine import MachineDescription, describe_machine
+from gemini.planning.hardware import HardwareProfile, measure_hardware, save_profile
+from gemini.planning.machine import MachineDescription, describe_machine
 from gemini.tiers import format_nbytes
 
 __all__ = ["add_arguments", "run"]

@@ -16,7 +16,7 @@ import torch
 from gemini.errors import ConfigError, GeminiError
 from gemini.nn import use_sliced_loss
 from gemini.nn.sliced_head import default_slice_size
-from gemini.rehearsal import LossFn
+from gemini.planning.rehearsal import LossFn
 
 __all__ = ["SHAPES", "causal_lm_loss", "describe_model_names", "load_model", "naming_model", "slice_loss"]
 

@@ -16,15 +16,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from gemini.blueprint import draw_layout
+from gemini.assembly.blueprint import draw_layout
 from gemini.cli.models import causal_lm_loss, describe_model_names, load_model, naming_model, slice_loss
 from gemini.cli.profiles import cached_profile
 from gemini.config import GeminiConfig, NVMeConfig
 from gemini.errors import ConfigError, MissingRateError, ModelError, OutOfTierMemoryError
-from gemini.hardware import HardwareProfile, load_profile
-from gemini.machine import MachineDescription, describe_machine, load_machine
-from gemini.planner import PROCESS_NBYTES, MachineMemory, TrainingPlan, plan_training, remedies
-from gemini.rehearsal import Rehearsal, rehearse
+from gemini.planning.hardware import HardwareProfile, load_profile
+from gemini.planning.machine import MachineDescription, describe_machine, load_machine
+from gemini.planning.rehearsal import Rehearsal, rehearse
+from gemini.planning.training_plan import PROCESS_NBYTES, MachineMemory, TrainingPlan, plan_training, remedies
 from gemini.tiers import MemoryTier, format_nbytes, parse_nbytes
 
 __all__ = ["add_arguments", "run"]

@@ -7,8 +7,8 @@ import platform
 from pathlib import Path
 
 from gemini.errors import ConfigError
-from gemini.hardware import HardwareProfile, load_profile
-from gemini.machine import MachineDescription, describe_machine
+from gemini.planning.hardware import HardwareProfile, load_profile
+from gemini.planning.machine import MachineDescription, describe_machine
 
 __all__ = ["cache_path", "cached_profile"]
 

@@ -15,7 +15,7 @@ from gemini.ddp import GeminiDDP
 from gemini.errors import ConfigError, MissingLibraryError
 from gemini.integrations import seams
 from gemini.optimizer import HybridAdam
-from gemini.ownership import runtime_of
+from gemini.weights.ownership import runtime_of
 
 try:
     import accelerate

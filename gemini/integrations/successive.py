@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gemini.ddp import GeminiDDP
-from gemini.ownership import runtime_of
+from gemini.weights.ownership import runtime_of
 
 __all__ = ["leave", "owns", "take_over"]
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
+from gemini.autograd.gradient_sink import use_of
 from gemini.errors import ConfigError
-from gemini.gradient_sink import use_of
 from gemini.nn.sliced_head import LogitsFn, SlicedHead, TargetLogProbs, default_slice_size
 
 __all__ = [

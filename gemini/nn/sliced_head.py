@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from gemini.autograd.gradient_sink import GradientPlace, GradientUse
 from gemini.errors import ConfigError
-from gemini.gradient_sink import GradientPlace, GradientUse
 
 __all__ = ["LogitsFn", "SlicedHead", "TargetLogProbs", "default_slice_size"]
 

@@ -16,8 +16,8 @@ import re
 import shutil
 from pathlib import Path
 
-from gemini.directory_lock import DirectoryLock
 from gemini.errors import OffloadIOError, naming_file
+from gemini.files.directory_lock import DirectoryLock
 from gemini.pretrained.files import ADAPTER_FILE, INDEX, SAVED, SAVING, SINGLE_FILE
 
 __all__ = ["NewFiles"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gemini.errors import CheckpointError, MissingCheckpointError, naming_file
-from gemini.safetensors_file import SafetensorsReader, TensorEntry
+from gemini.files.safetensors import SafetensorsReader, TensorEntry
 
 __all__ = [
     "ADAPTER_FILE",

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from gemini.chunk.plain_names import named_params
 from gemini.errors import CheckpointError, GeminiError, naming_file
-from gemini.ownership import SHOWN_ATTRIBUTE
+from gemini.model.plain_names import named_params
 from gemini.pretrained.state_names import has_adapters
+from gemini.weights.ownership import SHOWN_ATTRIBUTE
 
 __all__ = ["has_own_saving", "save_by_itself", "showing"]
 

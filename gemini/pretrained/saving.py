@@ -18,23 +18,23 @@ from typing import Any
 
 import torch
 
-from gemini.agreement import on_all_ranks
 from gemini.checkpoint.participants import rank_of
-from gemini.chunk.parameter_kinds import is_cast_dtype
-from gemini.chunk.tensor_parallel import local_part
 from gemini.errors import ConfigError, GeminiError, naming_file
-from gemini.model_names import canonical_buffers, canonical_names, persistent_buffers
-from gemini.ownership import check_unchanged
+from gemini.files.safetensors import SafetensorsWriter
+from gemini.model.names import canonical_buffers, canonical_names, persistent_buffers
+from gemini.model.parameter_kinds import is_cast_dtype
+from gemini.model.tensor_parallel import local_part
 from gemini.pretrained.adapters import Adapters, find_adapters, write_adapter_configs
 from gemini.pretrained.conversions import Conversion, is_transformers_model, save_conversions
 from gemini.pretrained.directory import NewFiles
 from gemini.pretrained.files import INDEX, SINGLE_FILE
 from gemini.pretrained.own_saving import has_own_saving, save_by_itself, showing
 from gemini.pretrained.state_names import has_adapters
-from gemini.runtime import Runtime
-from gemini.safetensors_file import SafetensorsWriter
+from gemini.ranks.agreement import on_all_ranks
+from gemini.runtime.runtime import Runtime
 from gemini.tiers import parse_nbytes
-from gemini.weights import master_runs, read_master, read_working, working_runs
+from gemini.weights.ownership import check_unchanged
+from gemini.weights.values import master_runs, read_master, read_working, working_runs
 
 __all__ = ["DEFAULT_SHARD_SIZE", "save_pretrained", "showing_weights"]
 

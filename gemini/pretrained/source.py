@@ -16,12 +16,11 @@ from types import TracebackType
 
 import torch
 
-from gemini.agreement import agree_on_loading
-from gemini.chunk.flat_values import FlatValues
-from gemini.chunk.plain_names import named_buffers, named_modules, named_params
-from gemini.chunk.sharding import Sharding
 from gemini.errors import CheckpointMismatchError
-from gemini.model_names import canonical_buffers, canonical_names
+from gemini.files.safetensors import TensorEntry, checksum_of
+from gemini.model.flat_values import FlatValues
+from gemini.model.names import canonical_buffers, canonical_names
+from gemini.model.plain_names import named_buffers, named_modules, named_params
 from gemini.pretrained.conversions import (
     Conversion,
     ignored_names,
@@ -31,7 +30,8 @@ from gemini.pretrained.conversions import (
 )
 from gemini.pretrained.files import CheckpointFiles
 from gemini.pretrained.state_names import base_model_of, state_names
-from gemini.safetensors_file import TensorEntry, checksum_of
+from gemini.ranks.agreement import agree_on_loading
+from gemini.ranks.sharding import Sharding
 
 __all__ = ["LoadingReport", "PretrainedWeights", "open_pretrained"]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from gemini.chunk.plain_names import named_modules, named_params
-from gemini.model_names import canonical_buffers, plain_name
+from gemini.model.names import canonical_buffers, plain_name
+from gemini.model.plain_names import named_modules, named_params
 
 __all__ = ["base_model_of", "has_adapters", "state_names"]
 

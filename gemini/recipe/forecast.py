@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-from gemini.blueprint import draw_layout
+from gemini.assembly.blueprint import draw_layout
 from gemini.config import GeminiConfig
 from gemini.ddp import GeminiDDP
 from gemini.errors import MissingRateError
 from gemini.placement.cost_model import HardwareProfile, StepPrediction
-from gemini.rehearsal import Rehearsal, rehearse
+from gemini.planning.rehearsal import Rehearsal, rehearse
 
 __all__ = ["Forecast", "forecast_batch", "predict_step"]
 

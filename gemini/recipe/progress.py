@@ -19,8 +19,8 @@ from rich.table import Column
 
 from gemini.ddp import GeminiDDP
 from gemini.errors import naming_file
-from gemini.report import MemoryReport
-from gemini.run_recorder import RunRecorder
+from gemini.observe.report import MemoryReport
+from gemini.observe.run_recorder import RunRecorder
 from gemini.tiers import format_nbytes
 
 __all__ = ["Pace", "ProgressCallback", "Snapshot", "Utilization", "pace_between"]

@@ -14,11 +14,14 @@ import transformers
 from rich.console import Console
 from transformers.integrations import integration_utils
 
+from gemini.checkpoint.signals import StopOnSignals
 from gemini.config import GeminiConfig, NVMeConfig
 from gemini.ddp import GeminiDDP
 from gemini.errors import ConfigError, naming_file
 from gemini.integrations.seams import check_seams
 from gemini.integrations.transformers import GeminiTrainer, last_complete_checkpoint
+from gemini.observe.report import MemoryReport
+from gemini.observe.run_recorder import RunRecorder
 from gemini.placement.cost_model import HardwareProfile
 from gemini.profile.recording import RECORDING_NAME
 from gemini.recipe.data import Collator, load_rows
@@ -28,9 +31,6 @@ from gemini.recipe.model import build_model, find_model, read_config, read_token
 from gemini.recipe.output import LOG_NAME, MODEL_NAME, Start, claimed, find_start, keep_settings
 from gemini.recipe.progress import ProgressCallback, Utilization
 from gemini.recipe.settings import MemorySettings, Settings
-from gemini.report import MemoryReport
-from gemini.run_recorder import RunRecorder
-from gemini.signals import StopOnSignals
 
 __all__ = ["FinishedRun", "train"]
 

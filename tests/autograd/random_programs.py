@@ -36,8 +36,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 from training_harness import PLACEMENTS, config_for
 
 from gemini import GeminiConfig, GeminiDDP, GeminiError, HybridAdam
-from gemini.update_job import UpdateJob
-from gemini.update_worker import UpdateWorker
+from gemini.update.job import UpdateJob
+from gemini.update.worker import UpdateWorker
 
 WIDTH = 6
 VOCABULARY = 12

@@ -465,7 +465,7 @@ def test_a_model_that_no_memory_could_take_back_refuses_to_be_used(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = nn.Sequential(nn.Linear(W, W))
-    monkeypatch.setattr("gemini.handback.KEPT_FREE", 1.0)
+    monkeypatch.setattr("gemini.weights.handback.KEPT_FREE", 1.0)
     with GeminiDDP(model, config_for(place, tmp_path)):
         pass
     for use in (lambda: model(torch.ones(1, W)), lambda: model[0].weight.sum(), lambda: model[0].weight.data.clone()):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import torch as library
 
 from gemini.errors import CheckpointError, OffloadIOError
-from gemini.safetensors_file import SafetensorsReader, SafetensorsWriter, checksum_of
+from gemini.files.safetensors import SafetensorsReader, SafetensorsWriter, checksum_of
 
 DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,

@@ -24,8 +24,8 @@ from training_harness import PLACEMENTS, config_for, hybrid_adam, same_bits
 
 from gemini import ConfigError, GeminiDDP, OffloadIOError, has_checkpoint
 from gemini.checkpoint.directory import CheckpointDirectory, complete_checkpoints, find_checkpoint, read_manifest
-from gemini.safetensors_file import SafetensorsWriter
-from gemini.weights import read_parts
+from gemini.files.safetensors import SafetensorsWriter
+from gemini.weights.values import read_parts
 
 pytestmark = pytest.mark.processes
 
@@ -321,7 +321,7 @@ sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent / 
 from pathlib import Path
 import threading
 from gemini import GeminiDDP
-from gemini.safetensors_file import SafetensorsWriter
+from gemini.files.safetensors import SafetensorsWriter
 from runs import Scenario
 from training_harness import config_for
 append, go_on = SafetensorsWriter.append, threading.Event()

@@ -11,9 +11,9 @@ from small_resources import break_writes, small_resources, truncated_file
 
 from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import ChunkSpec, ParamSlot
-from gemini.chunk.params import ParamSpec
 from gemini.chunk.state import ChunkState
 from gemini.errors import IllegalTransitionError, OffloadIOError, OutOfTierMemoryError
+from gemini.model.params import ParamSpec
 from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources
 from gemini.offload.slots import FixedSlots

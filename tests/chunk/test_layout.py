@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gemini.chunk.layout import SLOT_ALIGNMENT_NUMEL, ChunkLayout, build_layout, layout_summary
-from gemini.chunk.module_tree import ModuleNode, ModuleTree, ParamEntry, describe_model
-from gemini.chunk.params import ParamSpec
+from gemini.model.module_tree import ModuleNode, ModuleTree, ParamEntry, describe_model
+from gemini.model.params import ParamSpec
 from gemini.tiers import round_up
 
 BF16 = torch.bfloat16

@@ -14,8 +14,8 @@ import transformers as hf
 from torch import nn
 
 from gemini.chunk.layout import ChunkLayout, UnitSpec, build_layout
-from gemini.chunk.module_tree import ModuleTree, describe_model
 from gemini.chunk.units import choose_units, reachable_param_names
+from gemini.model.module_tree import ModuleTree, describe_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 

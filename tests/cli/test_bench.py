@@ -8,8 +8,8 @@ import pytest
 
 from gemini.__main__ import main
 from gemini.cli.profiles import cache_path, cached_profile
-from gemini.hardware import load_profile
-from gemini.machine import describe_machine, load_machine
+from gemini.planning.hardware import load_profile
+from gemini.planning.machine import describe_machine, load_machine
 
 
 def test_what_is_measured_is_shown_kept_and_found_again(tmp_path, capsys):

@@ -12,8 +12,8 @@ import pytest
 
 from gemini.__main__ import main
 from gemini.cli.models import SHAPES
-from gemini.hardware import HardwareProfile, save_profile
-from gemini.machine import MachineDescription
+from gemini.planning.hardware import HardwareProfile, save_profile
+from gemini.planning.machine import MachineDescription
 
 GIB = 1 << 30
 ROOT = Path(__file__).parents[2]

@@ -21,8 +21,8 @@ from model_zoo import ZOO
 from training_harness import Case, Run, config_for, hybrid_adam
 
 from gemini import GeminiConfig, GeminiDDP, HybridAdam, StaticPlacement
-from gemini.blueprint import draw_blueprint
-from gemini.offload.commit_file import CommitFile
+from gemini.assembly.blueprint import draw_blueprint
+from gemini.commits.file import CommitFile
 
 NUM_STEPS = 6
 DISK_MIXTURES = {

@@ -13,14 +13,14 @@ from committed_runs import DISK_MIXTURES, Scenario, Training, attached, commit_n
 from training_harness import Run
 
 from gemini import GeminiDDP
+from gemini.commits.file import CommitFile, CommitLayout
+from gemini.commits.journal import TileStage
 from gemini.errors import CheckpointError, CheckpointMismatchError, ConfigError, ModelError, OffloadIOError
 from gemini.kernels.adam_tile import AdamTile
 from gemini.kernels.journal import JournalStop, TileJournal, adam_update_partly
-from gemini.offload.commit_file import CommitFile, CommitLayout
 from gemini.tiers import MemoryTier
-from gemini.update import TilePipeline, _Tile, _tile_fields, tiles_of
-from gemini.update_job import UpdateJob
-from gemini.update_journal import TileStage
+from gemini.update.job import UpdateJob
+from gemini.update.pipeline import TilePipeline, _Tile, _tile_fields, tiles_of
 
 NUM_STEPS = 4
 TILE = {"tile_numel": 8192, "overlap": "next-forward"}

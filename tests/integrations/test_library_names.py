@@ -24,7 +24,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from gemini import MissingLibraryError, batch_rows
+from gemini import MissingLibraryError
 from gemini.integrations import seams
 from gemini.integrations import transformers as trainer_integration
 from gemini.nn import causal_lm
@@ -32,6 +32,7 @@ from gemini.pretrained import files
 from gemini.pretrained.conversions import is_transformers_model
 from gemini.pretrained.directory import _SHARD
 from gemini.pretrained_model import GENERATION_CONFIG
+from gemini.slicing import batch_rows
 
 
 class Base:

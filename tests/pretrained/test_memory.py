@@ -13,7 +13,7 @@ import torch
 import transformers as hf
 from faults import run_program
 
-from gemini.safetensors_file import SafetensorsReader
+from gemini.files.safetensors import SafetensorsReader
 
 LOADING_NBYTES = 128 << 20
 SAVING_NBYTES = 32 << 20

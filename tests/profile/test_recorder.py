@@ -17,12 +17,12 @@ from recorded import NUM_LAYERS, NUM_STEPS, WIDTH, config_for, make_model, recor
 
 import zero
 from gemini import ConfigError, GeminiDDP, HybridAdam
+from gemini.observe.run_recorder import RunRecorder, describe_run
 from gemini.profile.events import Work
 from gemini.profile.lanes import LANES, bars_of_step
 from gemini.profile.recording import Recording, RecordingWriter, read_recording
 from gemini.profile.series import run_series
 from gemini.profile.stalls import stalls_of_step
-from gemini.run_recorder import RunRecorder, describe_run
 
 PLACES = ("disk", "three tiers")
 

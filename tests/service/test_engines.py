@@ -25,9 +25,9 @@ from service_process import MIB, ServiceProcess, running_service, wait_until
 from training_harness import Run
 
 from gemini import ConfigError, GeminiConfig, GeminiDDP, MemoryTier, OutOfTierMemoryError, ServiceError
-from gemini.chunk.sharding import Sharding
+from gemini.assembly.node_memory import NodeMemory
 from gemini.errors import CheckpointMismatchError
-from gemini.node_memory import NodeMemory
+from gemini.ranks.sharding import Sharding
 
 pytestmark = pytest.mark.processes
 

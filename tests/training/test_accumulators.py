@@ -16,11 +16,11 @@ from torch import nn
 from training_harness import Case, config_for, hybrid_adam, same_bits
 
 from gemini import GeminiDDP, HybridAdam, MemoryReport
-from gemini.accumulators import GradientAccumulators
-from gemini.blueprint import draw_blueprint
+from gemini.assembly.blueprint import draw_blueprint
 from gemini.chunk.layout import ChunkSpec, ParamSlot
-from gemini.chunk.params import ParamSpec
+from gemini.gradients.accumulators import GradientAccumulators
 from gemini.kernels.device import select_device_kernels
+from gemini.model.params import ParamSpec
 from gemini.offload.transfer import CpuTransfers, SimulatedTransfers
 from gemini.placement.accumulators import choose_accumulators
 from gemini.placement.plan import ChunkDemand, ChunkPlacement, PlacementPlan

@@ -14,7 +14,7 @@ from model_zoo import HF_CASES
 from training_harness import Case, Run, config_for, distance, hybrid_adam, plain_adamw, same_bits, step, train_gemini
 
 from gemini import GeminiConfig, GeminiDDP, NVMeConfig, OutOfTierMemoryError, StaticPlacement
-from gemini.blueprint import draw_blueprint
+from gemini.assembly.blueprint import draw_blueprint
 from gemini.kernels.cpu import supported_isas
 from gemini.tiers import MemoryTier
 

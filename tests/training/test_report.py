@@ -10,7 +10,8 @@ import torch
 from fake_clock import FakeClock
 from torch import nn
 
-from gemini import ConfigError, GeminiConfig, GeminiDDP, HardwareProfile, HybridAdam, StepFlops, step_clock
+from gemini import ConfigError, GeminiConfig, GeminiDDP, HardwareProfile, HybridAdam, StepFlops
+from gemini.runtime import step_clock
 
 PROFILE = HardwareProfile(matrix_rates={"float32": 1e4}, host_memory_rate=1e6)
 FLOPS = StepFlops(forward=1e4, backward=2e4)

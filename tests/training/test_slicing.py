@@ -35,9 +35,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from gemini import ConfigError, GeminiDDP, ModelError, OutOfTierMemoryError
-from gemini.blueprint import draw_blueprint
+from gemini.assembly.blueprint import draw_blueprint
 from gemini.nn import use_sliced_loss
-from gemini.slicing import find_repeated
+from gemini.slicing.slicer import find_repeated
 from gemini.tiers import MemoryTier
 
 SEQ = 8

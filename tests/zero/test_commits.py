@@ -19,7 +19,7 @@ from rank_pool import RankPool
 from service_process import ServiceProcess, running_service
 
 from gemini import StaticPlacement
-from gemini.offload.commit_file import CommitFile
+from gemini.commits.file import CommitFile
 
 pytestmark = pytest.mark.processes
 

@@ -14,7 +14,7 @@ from training_harness import Run, config_for, hybrid_adam, same_bits, step
 
 import zero
 from gemini import ConfigError, GeminiConfig, GeminiDDP
-from gemini.chunk.sharding import Sharding
+from gemini.ranks.sharding import Sharding
 from zero.torch_group import TorchGroup
 
 CASE = ZOO["gpt2"]

@@ -18,8 +18,8 @@ from rank_cases import (
 from rank_pool import RankPool
 from training_harness import distance, same_bits
 
-from gemini.gradient_exchange import copy_piece, mean_of_sum
-from gemini.replica_sums import sum_of_parts
+from gemini.gradients.exchange import copy_piece, mean_of_sum
+from gemini.gradients.replica_sums import sum_of_parts
 
 
 @pytest.mark.quick_cases(5)

@@ -1,0 +1,3 @@
+"""From a model and a configuration to a run."""
+
+__all__: list[str] = []

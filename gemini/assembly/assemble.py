@@ -1,0 +1,421 @@
+"""Put an engine together as its blueprint says: claim memory and disk, bring the weights home.
+
+Whatever fails here leaves nothing behind: the model is untouched until memory and disk have been claimed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from gemini.assembly.blueprint import Blueprint, draw_blueprint
+from gemini.assembly.first_values import InitFn, Initialiser, WeightSource, find_init_fn, place_buffers
+from gemini.assembly.homes import write_home
+from gemini.assembly.node_memory import ASKING, NodeMemory, SharedPart, SharedWeights, find_shared_parts
+from gemini.chunk.core import ChunkCore
+from gemini.chunk.cut import cut_spec, cut_values
+from gemini.chunk.layout import ChunkSpec, layout_summary
+from gemini.commits.file import CommitFile
+from gemini.commits.recovery import KeptState
+from gemini.config import GeminiConfig
+from gemini.errors import ModelError, ServiceError
+from gemini.gradients.sharded import ShardedGradients
+from gemini.gradients.store import GradientStore
+from gemini.heap import serve_cpu_memory
+from gemini.kernels.device import DeviceKernels, select_device_kernels
+from gemini.model.flat_values import FlatValues
+from gemini.model.module_calls import is_compiled
+from gemini.offload.arena import MemorySource
+from gemini.offload.home import TiledHome
+from gemini.offload.memory_file import SharedBuffer
+from gemini.offload.resources import Resources, open_resources
+from gemini.offload.slots import FixedSlots
+from gemini.offload.transfer import CpuTransfers
+from gemini.placement.plan import (
+    ChunkDemand,
+    ChunkPlacement,
+    RuntimeShape,
+    has_shared_home,
+    largest_buffers,
+)
+from gemini.ranks.agreement import on_all_ranks
+from gemini.ranks.sharding import Sharding
+from gemini.runtime.runtime import Runtime
+from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, round_up
+from gemini.update.pipeline import TilePipeline
+from gemini.update.worker import UpdateWorker
+
+__all__ = ["assemble"]
+
+logger = logging.getLogger(__name__)
+
+
+def assemble(
+    model: torch.nn.Module,
+    config: GeminiConfig,
+    *,
+    init_fn: InitFn | None,
+    weights: WeightSource | None = None,
+    sharding: Sharding | None = None,
+    commits: CommitFile | None = None,
+) -> Runtime:
+    """Build the runtime for a model and move its weights into it.
+
+    Args:
+        model: changed in place: its parameters become views of chunks.
+        config: what the user asked for.
+        init_fn: gives modules on the meta device their first values; None: the model's own way.
+        weights: first values that take the place of those the model has or would be given; None: there are none.
+        sharding: the ranks that share the model; None: there are no others.
+        commits: keeps the state of what is trained beyond the end of the process, and may hold it already; closed with
+            the runtime. None: nothing does.
+
+    Returns:
+        The runtime, ready for the first step.
+
+    Raises:
+        CheckpointMismatchError: `commits` holds the state of another engine.
+        CheckpointError: `commits` is damaged.
+        ConfigError: the configuration contradicts itself or the machine.
+        ModelError: the model has parameters or buffers that cannot be placed.
+        OutOfTierMemoryError: the budgets, the machine or the memory service cannot hold the model.
+        OffloadIOError: the swap file cannot be made, claimed or filled, or `weights` cannot be read.
+        ServiceError: there is no memory service, or it refuses.
+    """
+    node = None
+    try:
+        if config.service is not None:
+            with on_all_ranks(sharding, what=ASKING, error_type=ServiceError):
+                node = NodeMemory.connect(config, sharding)
+        runtime = _assemble(model, config, init_fn, weights, sharding, commits, node)
+        if node is not None:
+            node.settle()
+        return runtime
+    except BaseException:
+        if commits is not None:
+            commits.close()
+        if node is not None:
+            node.abandon()
+        raise
+
+
+def _assemble(
+    model: torch.nn.Module,
+    config: GeminiConfig,
+    init_fn: InitFn | None,
+    weights: WeightSource | None,
+    sharding: Sharding | None,
+    commits: CommitFile | None,
+    node: NodeMemory | None,
+) -> Runtime:
+    has_commits = commits is not None or config.snapshots
+    budgets = None if node is None else node.budgets(sharding)
+    with nullcontext() if node is None else node.explaining_budget():
+        blueprint = draw_blueprint(model, config, sharding=sharding, budgets=budgets, has_commits=has_commits)
+    _check_compiled(model, blueprint)
+    logger.info("%s", layout_summary(blueprint.layout))
+    serve_cpu_memory(config.cpu_allocator, is_compute_on_cpu=not blueprint.shape.has_device)
+    disk_nbytes = blueprint.memory.total(MemoryTier.NVME)
+    rank = 0 if sharding is None else sharding.group.rank
+    parts = {} if node is None else find_shared_parts(blueprint, model, weights)
+    swap_file = None
+    if node is not None:
+        with on_all_ranks(sharding, what=ASKING, error_type=ServiceError):
+            swap_file, kept_file = node.claim(blueprint, parts.values())
+        commits = kept_file or commits
+    with nullcontext() if node is None else node.explaining():
+        kept = None if commits is None else KeptState.claim(commits, blueprint.commit_content(), sharding)
+    resources = open_resources(
+        config,
+        blueprint.budgets,
+        disk_nbytes=disk_nbytes,
+        rank=rank,
+        kept=None if kept is None else kept.swap,
+        given=swap_file,
+        landlord=node,
+    )
+    try:
+        if kept is not None:
+            resources.ledger.charge(MemoryTier.HOST, "commits", blueprint.shape.commits_nbytes)
+        builder = _Builder(config, blueprint, resources, sharding, weights, kept, node, parts)
+        runtime = builder.build(model, init_fn or find_init_fn(model))
+    except BaseException:
+        resources.close(keep=kept is not None and kept.step is not None)
+        raise
+    return runtime
+
+
+def _check_compiled(model: torch.nn.Module, blueprint: Blueprint) -> None:
+    """Refuse a model that is compiled as a whole, unless all weights stay where its code can read them unannounced."""
+    stay = all(homes.is_resident for homes in blueprint.plan.chunks) and not any(blueprint.shards)
+    if is_compiled(model) and not stay:
+        raise ModelError(
+            "the model is compiled as a whole, and some of its weights are not always in compute memory: compiled code "
+            "that reads a weight outside of its module would find none; compile its blocks instead, such as "
+            "`for block in model.blocks: block.compile()`"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Builder:
+    """Carries a blueprint out."""
+
+    config: GeminiConfig
+    blueprint: Blueprint
+    resources: Resources
+    sharding: Sharding | None
+    weights: WeightSource | None
+    kept: KeptState | None
+    node: NodeMemory | None
+    parts: Mapping[int, SharedPart]
+    """What other jobs may have too, by chunk id."""
+
+    def build(self, model: torch.nn.Module, init_fn: InitFn) -> Runtime:
+        """Claim memory and disk and bring the weights home."""
+        blueprint, device = self.blueprint, self.resources.transfers.device
+        shape, plan = blueprint.shape, blueprint.plan
+        buffers = largest_buffers(blueprint.demands, plan, shape)
+        kernels = select_device_kernels(device)
+        core = self._make_core(fetch_slot_nbytes=buffers["fetch slots"])
+        gradients = self._make_gradients(kernels, buffers)
+        pipeline = TilePipeline(
+            self.resources,
+            tile_numel=shape.tile_numel,
+            ring_depth=shape.ring_depth,
+            ring_nbytes=buffers["update ring"],
+            log=None if self.kept is None else self.kept.journal,
+        )
+        states: dict[int, TiledHome] = {}
+        dtypes = {name: slot.spec.dtype for name, slot in blueprint.layout.slot_by_name.items()}
+        first_values = Initialiser(
+            model, init_fn, weights=self.weights, device=device, dtypes=dtypes, seed=self.config.seed
+        )
+        with first_values as initialiser:
+            initialiser.fill_buffers()
+            self._lay_out_shared_weights()
+            for homes in plan.chunks:
+                self._add_chunk(homes, core, gradients, states, initialiser)
+        if self.kept is not None:
+            self.kept.redo(core, states, gradients, pipeline)
+        for homes in plan.chunks:
+            if homes.is_resident:
+                core.settle(homes.chunk_id)
+        place_buffers(model, device, blueprint.buffer_dtypes)
+        return Runtime(
+            self.config,
+            layout=blueprint.layout,
+            plan=plan,
+            demands=blueprint.demands,
+            shape=shape,
+            resources=self.resources,
+            core=core,
+            states=states,
+            gradients=gradients,
+            worker=UpdateWorker(pipeline),
+            kernels=kernels,
+            sharding=self.sharding,
+            journal=None if self.kept is None else self.kept.journal,
+            recovered=None if self.kept is None else self.kept.step,
+        )
+
+    def _make_core(self, *, fetch_slot_nbytes: int) -> ChunkCore:
+        plan, transfers = self.blueprint.plan, self.resources.transfers
+        return ChunkCore(
+            self.resources,
+            slots=FixedSlots(transfers, num_slots=plan.num_slots, slot_nbytes=plan.slot_nbytes, purpose="slots"),
+            staging=FixedSlots(
+                CpuTransfers(self.resources.arena),
+                num_slots=self.blueprint.shape.num_fetch_slots if fetch_slot_nbytes else 0,
+                slot_nbytes=fetch_slot_nbytes,
+                purpose="fetch slots",
+            ),
+            num_protected=max(1, min(self.blueprint.chunks_at_once, plan.num_slots - 1)),
+            group=None if self.sharding is None else self.sharding.group,
+        )
+
+    def _make_gradients(self, kernels: DeviceKernels, buffers: dict[str, int]) -> GradientStore | ShardedGradients:
+        num_slots = self.blueprint.shape.num_grad_slots
+        store = GradientStore(
+            self.resources,
+            device_kernels=kernels,
+            grad_dtype_of=lambda spec: torch.float32 if self.config.gradient_accumulation else spec.dtype,
+            num_slots=num_slots,
+            device_slot_nbytes=buffers["device gradient slots"],
+            disk_slot_nbytes=buffers["disk gradient slots"],
+        )
+        if self.sharding is None:
+            return store
+        return ShardedGradients(
+            store,
+            self.sharding.group,
+            self.resources.transfers,
+            num_slots=num_slots,
+            slot_nbytes=buffers["exchange slots"] // 2,
+        )
+
+    def _lay_out_shared_weights(self) -> None:
+        """Say how much the ranks of this machine will keep in their common file."""
+        blueprint = self.blueprint
+        pairs = zip(blueprint.demands, blueprint.plan.chunks, strict=True)
+        nbytes = sum(demand.compute_nbytes for demand, homes in pairs if has_shared_home(demand, homes.working))
+        if self.sharding is not None and self.sharding.frozen_file is not None:
+            self.sharding.frozen_file.lay_out(nbytes, is_read_in_place=not blueprint.shape.has_device)
+
+    def _add_shared_chunk(self, homes: ChunkPlacement, core: ChunkCore, initialiser: Initialiser) -> None:
+        """Take a frozen chunk's part of the common file; the rank that writes it brings the weights home."""
+        blueprint, arena = self.blueprint, self.resources.arena
+        spec, demand = blueprint.layout.chunks[homes.chunk_id], blueprint.demands[homes.chunk_id]
+        tile_numel = blueprint.shape.tile_numel
+        padded = dataclasses.replace(demand, numel=demand.num_ranks * demand.numel)
+        tile_nbytes = [padded.working_tile_nbytes(tile, tile_numel) for tile in range(padded.num_tiles(tile_numel))]
+        assert self.sharding is not None
+        assert self.sharding.frozen_file is not None
+        home = TiledHome(
+            (MemoryTier.HOST,) * len(tile_nbytes),
+            tile_nbytes,
+            arena=arena,
+            store=None,
+            shared=arena.take_shared(self.sharding.frozen_file, demand.compute_nbytes, "shared weights"),
+            purpose="shared weights",
+        )
+        if home.is_writable:
+            values = (initialiser.values_of(slot.spec.name) for slot in spec.slots)
+            self._write(dataclasses.replace(spec, numel=padded.numel), values, home, None)
+            home.refresh()
+        params = [initialiser.params[slot.spec.name] for slot in spec.slots]
+        core.add(spec, params, home, is_resident=homes.is_resident)
+
+    def _write_shared(
+        self, spec: ChunkSpec, demand: ChunkDemand, initialiser: Initialiser, memory: torch.Tensor
+    ) -> None:
+        """Write a frozen chunk's weights to memory that other jobs will read, uint8 [its bytes]."""
+        tile_numel = self.blueprint.shape.tile_numel
+        tile_nbytes = [
+            round_up(demand.working_tile_nbytes(tile, tile_numel), IO_ALIGNMENT_NBYTES)
+            for tile in range(demand.num_tiles(tile_numel))
+        ]
+        home = TiledHome(
+            (MemoryTier.HOST,) * len(tile_nbytes),
+            tile_nbytes,
+            arena=self.resources.arena,
+            store=None,
+            shared=SharedBuffer(view=memory, writer=memory, mappings=(), offset=0),
+            purpose="shared weights",
+        )
+        self._write(spec, (initialiser.values_of(slot.spec.name) for slot in spec.slots), home, None)
+
+    def _write(
+        self, spec: ChunkSpec, values: Iterable[FlatValues], working: TiledHome, state: TiledHome | None
+    ) -> None:
+        write_home(
+            spec,
+            values,
+            working,
+            state,
+            tile_numel=self.blueprint.shape.tile_numel,
+            transfers=self.resources.transfers,
+            isa=self.resources.isa,
+        )
+
+    def _add_chunk(
+        self,
+        homes: ChunkPlacement,
+        core: ChunkCore,
+        gradients: GradientStore | ShardedGradients,
+        states: dict[int, TiledHome],
+        initialiser: Initialiser,
+    ) -> None:
+        chunk_id, blueprint = homes.chunk_id, self.blueprint
+        spec, shard, demand = blueprint.layout.chunks[chunk_id], blueprint.shards[chunk_id], blueprint.demands[chunk_id]
+        if has_shared_home(demand, homes.working):
+            self._add_shared_chunk(homes, core, initialiser)
+            return
+        kept = self.kept if demand.is_trainable else None
+        source: MemorySource | None = None if kept is None else kept.journal.file
+        part = self.parts.get(chunk_id)
+        if part is not None:
+            assert self.node is not None
+            source = SharedWeights(self.node, part, partial(self._write_shared, spec, demand, initialiser))
+        working, state, grad = _open_homes(demand, homes, blueprint.shape, self.resources, source, name=spec.name)
+        if part is None and (kept is None or kept.step is None):
+            home_spec = spec if shard is None else cut_spec(spec, shard)
+            values = (initialiser.values_of(slot.spec.name) for slot in home_spec.slots)
+            own_values = values if shard is None else cut_values(spec, shard, values)
+            self._write(home_spec, own_values, working, state)
+        params = [initialiser.params[slot.spec.name] for slot in spec.slots]
+        core.add(spec, params, working, is_resident=homes.is_resident, shard=shard)
+        if state is None or grad is None or homes.grad is None:
+            return
+        states[chunk_id] = state
+        if isinstance(gradients, ShardedGradients):
+            assert shard is not None
+            gradients.add_chunk(spec, shard, grad, homes.grad, is_kept_whole=demand.keeps_whole_gradient)
+        else:
+            gradients.add_chunk(spec, grad, homes.grad)
+
+
+def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:
+    """Bring buffers to a device; one that several modules have stays one."""
+    moved: dict[torch.Tensor, torch.Tensor] = {}
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                if buffer not in moved:
+                    moved[buffer] = buffer.to(device)
+                module._buffers[name] = moved[buffer]
+
+
+def _open_homes(
+    demand: ChunkDemand,
+    homes: ChunkPlacement,
+    shape: RuntimeShape,
+    resources: Resources,
+    source: MemorySource | None,
+    *,
+    name: str,
+) -> tuple[TiledHome, TiledHome | None, TiledHome | None]:
+    """Claim memory and disk for a chunk's working weights, state and gradients."""
+    tiles = range(demand.num_tiles(shape.tile_numel))
+
+    spare_tiles = homes.spare_tiles() if shape.has_spares else ()
+
+    def open_home(
+        tiers: tuple[MemoryTier, ...], tile_nbytes: list[int], purpose: str, spare_tiles: tuple[int, ...] = ()
+    ) -> TiledHome:
+        on_device = sum(n for t, n in zip(tiers, tile_nbytes, strict=True) if t is MemoryTier.DEVICE)
+        return TiledHome(
+            tiers,
+            tile_nbytes,
+            arena=resources.arena,
+            store=resources.store,
+            device_buffer=resources.transfers.allocate(on_device, purpose) if on_device else None,
+            source=source,
+            spare_tiles=spare_tiles,
+            purpose=purpose,
+            record=f"{'weights' if purpose == 'working' else purpose} of {name}",
+        )
+
+    def aligned(nbytes: int) -> int:
+        return round_up(nbytes, IO_ALIGNMENT_NBYTES)
+
+    working = open_home(
+        homes.working,
+        [aligned(demand.working_tile_nbytes(t, shape.tile_numel)) for t in tiles],
+        "working",
+        spare_tiles,
+    )
+    if homes.grad is None:
+        return working, None, None
+    state = open_home(homes.state, [demand.state_tile_nbytes(t, shape.tile_numel) for t in tiles], "state", spare_tiles)
+    grad_nbytes = [aligned(demand.tile_length(t, shape.tile_numel) * demand.grad_itemsize(shape)) for t in tiles]
+    grad = open_home((homes.grad,) * len(tiles), grad_nbytes, "gradients")
+    for home in (state, grad):
+        if home.host_buffer is not None and source is None:
+            home.host_buffer.zero_()  # touch the pages now, not in the first step
+    return working, state, grad

@@ -1,0 +1,118 @@
+"""Bring first weights into their homes, tile by tile; the float32 value a parameter has becomes its master, exactly."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from gemini.chunk.layout import ChunkSpec, ParamSlot
+from gemini.kernels.cpu import Isa, cast, split_master
+from gemini.model.flat_values import FlatValues
+from gemini.offload.home import TiledHome
+from gemini.offload.io import empty_aligned
+from gemini.offload.transfer import Transfers
+from gemini.tiers import MemoryTier
+from gemini.update.pipeline import record_views
+
+__all__ = ["write_home"]
+
+MAX_WRITES_IN_FLIGHT = 2
+"""Tiles of a home on their way to disk while the next one is put together."""
+
+
+def write_home(
+    spec: ChunkSpec,
+    sources: Iterable[FlatValues],
+    working: TiledHome,
+    state: TiledHome | None,
+    *,
+    tile_numel: int,
+    transfers: Transfers,
+    isa: Isa,
+) -> None:
+    """Write a chunk's first weights, and zero moments, to their homes.
+
+    Args:
+        spec: the chunk.
+        sources: the parameters' values, in the order of the layout's slots. Each is taken when its first tile is put
+            together and dropped after its last, so that a generator keeps few of them in memory; of each a tile's worth
+            is asked for at a time.
+        working: home of the working weights.
+        state: home of the optimizer state; None for frozen chunks.
+        tile_numel: elements in a tile.
+        transfers: reaches homes on the device.
+        isa: instruction set of the kernels.
+    """
+    values = _Values(spec, sources)
+    for tile in range(len(working.tiers)):
+        begin = tile * tile_numel
+        length = min(tile_numel, spec.numel - begin)
+        weights = empty_aligned(working.tile_nbytes[tile], torch.uint8).zero_()
+        typed = weights[: length * spec.dtype.itemsize].view(spec.dtype)
+        if state is None:
+            for part, into in values.within(begin, begin + length):
+                typed[into].copy_(part)
+        else:
+            record = empty_aligned(state.tile_nbytes[tile], torch.uint8).zero_()
+            master = torch.zeros(length, dtype=torch.float32)
+            for part, into in values.within(begin, begin + length):
+                master[into].copy_(part)
+            residual, _, _ = record_views(record, length, spec.dtype)
+            if residual is None:
+                typed.copy_(master)
+            elif residual.dtype is torch.int16:
+                split_master(typed, residual, master, isa=isa)
+            else:
+                residual.copy_(master)
+                cast(typed, master, isa=isa)
+            _put_tile(state, tile, record, transfers)
+        _put_tile(working, tile, weights, transfers)
+    for home in (working, state):
+        if home is not None:
+            home.finish_writes()
+
+
+class _Values:
+    """A chunk's parameters, looked at from its begin to its end.
+
+    Args:
+        spec: the chunk.
+        sources: the parameters' values, in the order of the layout's slots.
+    """
+
+    def __init__(self, spec: ChunkSpec, sources: Iterable[FlatValues]) -> None:
+        self._coming = deque(spec.slots)
+        self._sources = iter(sources)
+        self._held: deque[tuple[ParamSlot, FlatValues]] = deque()
+
+    def within(self, begin: int, end: int) -> Iterator[tuple[torch.Tensor, slice]]:
+        """Yield the part of each parameter in a range, flat, and where in the range it goes.
+
+        Args:
+            begin: first element, of the chunk; where the last range ended.
+            end: element after the last.
+
+        Yields:
+            A parameter's values in the range, 1D, and their place in it.
+        """
+        while self._held and self._held[0][0].end <= begin:
+            self._held.popleft()
+        while self._coming and self._coming[0].begin < end:
+            self._held.append((self._coming.popleft(), next(self._sources)))
+        for slot, flat in self._held:
+            low, high = max(slot.begin, begin), min(slot.end, end)
+            yield flat[low - slot.begin : high - slot.begin], slice(low - begin, high - begin)
+
+
+def _put_tile(home: TiledHome, tile: int, content: torch.Tensor, transfers: Transfers) -> None:
+    tier = home.tiers[tile]
+    if tier is MemoryTier.NVME:
+        home.write_tile(tile, content)
+        while len(home.writes) > MAX_WRITES_IN_FLIGHT:
+            home.writes.pop(0)[1].wait()
+    elif tier is MemoryTier.HOST:
+        home.tile(tile).copy_(content)
+    else:
+        transfers.upload(home.tile(tile), content).wait_on_host()

@@ -1,0 +1,431 @@
+"""What an engine has of the node's memory service: a lease, a file on its disk, frozen weights that all jobs read.
+
+[Note: Frozen weights of several jobs]
+A frozen chunk whose tiles all live in host memory is asked for by a key made of where its values come from: the files
+of a checkpoint (which, how long, of when) and the tensors' names there, or the values that the model has. Whoever asks
+first writes the chunk into a memory file, tells the SHA-256 of its bytes and seals it; all others map it and read
+nothing. It is mapped copy-on-write, so a page that a program writes to becomes that process's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import mmap
+import os
+import secrets
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from gemini.assembly.blueprint import Blueprint
+from gemini.assembly.first_values import WeightSource
+from gemini.chunk.layout import ChunkSpec
+from gemini.commits.file import CommitFile
+from gemini.commits.recovery import common_sequence
+from gemini.config import GeminiConfig
+from gemini.errors import (
+    CheckpointError,
+    CheckpointMismatchError,
+    ConfigError,
+    MissingLibraryError,
+    OutOfTierMemoryError,
+    ServiceError,
+)
+from gemini.model.plain_names import named_params
+from gemini.offload.resources import budgets_of
+from gemini.offload.swap_file import HEADER_NBYTES, GivenFile
+from gemini.ranks.agreement import agree, on_all_ranks
+from gemini.ranks.sharding import Sharding
+from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, format_nbytes, round_up
+
+if TYPE_CHECKING:
+    from gemini.service import KeptState, Lease, ServiceClient
+
+__all__ = ["Grant", "NodeMemory", "SharedPart", "SharedWeights", "find_shared_parts", "shared_key"]
+
+logger = logging.getLogger(__name__)
+
+ASKING = "asking the memory service"
+NO_BUDGET = -1
+"""Among numbers: a tier of which there is no budget."""
+MAX_PARTS = 1024
+"""Chunks that the service takes from one lease."""
+HASHED_NBYTES = 16 << 20
+"""Bytes of a chunk that are hashed at a time; other threads run meanwhile."""
+
+
+class SharedPart(NamedTuple):
+    """A chunk of frozen weights as the service knows it."""
+
+    key: str
+    nbytes: int
+
+
+class Grant(NamedTuple):
+    """What the service has granted an engine beside plain host memory."""
+
+    swap_file: GivenFile | None
+    commits: CommitFile | None
+    """Keeps the engine's state beyond the process, and may hold a predecessor's."""
+
+
+class NodeMemory:
+    """One engine's dealings with the service, from `connect` to `close`.
+
+    Args:
+        client: connected; closed with this.
+        config: of the engine.
+        num_ranks: of the job.
+    """
+
+    def __init__(self, client: ServiceClient, config: GeminiConfig, *, num_ranks: int) -> None:
+        self.client = client
+        self._config = config
+        self._num_ranks = num_ranks
+        self._kept: KeptState | None = None
+        """What was taken over of a predecessor."""
+        self._commits: CommitFile | None = None
+        """The predecessor's; this engine's if it goes on from there."""
+        self._meta = b""
+        """What describes the state that is kept: the host budget, and a digest of which frozen weights it goes with."""
+        self._finalizer = weakref.finalize(self, _close_soon, client)
+        self._finalizer.atexit = False  # the end of the process ends the connection
+
+    @staticmethod
+    def connect(config: GeminiConfig, sharding: Sharding | None) -> NodeMemory:
+        """Connect to the service that a configuration names.
+
+        Args:
+            config: of the engine; names a service.
+            sharding: the ranks that share the model; those on this machine are one job of its service.
+
+        Returns:
+            The engine's part of the node's memory, of which nothing is leased yet.
+
+        Raises:
+            ConfigError: several ranks share the model and the job has no name.
+            MissingLibraryError: the client's library is not installed.
+            ServiceError: no service is there, or it refuses.
+        """
+        assert config.service is not None
+        rank, num_ranks = 0, 1
+        if sharding is not None:
+            rank, num_ranks = sharding.node_ranks.index(sharding.group.rank), len(sharding.node_ranks)
+        if config.job is None and num_ranks > 1:
+            raise ConfigError(
+                f"GeminiConfig.job: expected a name that the {num_ranks} ranks have in common, by which the memory "
+                "service grants them what they need together; got None"
+            )
+        try:
+            from gemini.service import ServiceClient
+        except ModuleNotFoundError as error:
+            raise MissingLibraryError(
+                f"GeminiConfig.service needs {error.name}: pip install 'gemini-memory[service]'"
+            ) from error
+        job = config.job or default_job()
+        client = ServiceClient.connect(
+            config.service, job=job, rank=rank, num_ranks=num_ranks, priority=config.priority
+        )
+        if client.kept is not None and not config.snapshots:
+            logger.warning(
+                "the memory service keeps the state of a job %s that was killed: GeminiConfig(snapshots=True) goes on "
+                "from it, `python -m gemini evict %s` drops it",
+                job,
+                job,
+            )
+        return NodeMemory(client, config, num_ranks=num_ranks)
+
+    def budgets(self, sharding: Sharding | None) -> dict[MemoryTier, int | None]:
+        """Return the bytes per tier to plan with: the configuration's, within what the service has to grant.
+
+        Args:
+            sharding: the ranks that share the model, all of which call, and get the same.
+
+        Returns:
+            As `budgets_of`. Of host memory, what a predecessor was granted whose state is kept; else, where the
+            configuration gives no budget, a fair share of the node's.
+
+        Raises:
+            CheckpointError: what was kept is damaged.
+            CheckpointMismatchError: what was kept of the ranks is not of one run.
+            CollectiveError: a rank did not take part.
+            ConfigError: as `budgets_of`.
+            ServiceError: the service is gone.
+        """
+        with self.explaining():
+            with on_all_ranks(sharding, what=ASKING, error_type=ServiceError):
+                self._take_kept()
+            if common_sequence(sharding, self._commits) == 0:
+                self._drop_kept()
+        with on_all_ranks(sharding, what=ASKING, error_type=ServiceError):
+            budgets = self._own_budgets()
+        numbers = [NO_BUDGET if nbytes is None else nbytes for nbytes in budgets.values()]
+        columns = zip(*agree(sharding, None, numbers, what="sharing memory"), strict=True)
+        least = [None if min(column) == NO_BUDGET else min(column) for column in columns]
+        return dict(zip(budgets, least, strict=True))
+
+    def _own_budgets(self) -> dict[MemoryTier, int | None]:
+        """Return what this rank would plan with."""
+        budgets, node = budgets_of(self._config), self.client.budget()
+        kept = self._kept_budget()
+        if kept is not None:
+            if self._config.host_budget is not None and budgets[MemoryTier.HOST] != kept:
+                logger.warning(
+                    "job %s goes on within the host budget of %s that it had when it was killed",
+                    self._config.job,
+                    format_nbytes(kept),
+                )
+            budgets[MemoryTier.HOST] = kept
+        elif self._config.host_budget is None:
+            budgets[MemoryTier.HOST] = node.host_share
+        nvme_nbytes = budgets[MemoryTier.NVME]
+        if nvme_nbytes is not None:
+            if node.disk_total == 0:
+                logger.warning("the memory service has no disk, so nothing will live there: serve --nvme DIR:BYTES")
+            budgets[MemoryTier.NVME] = min(nvme_nbytes, max(0, node.disk_total // self._num_ranks - HEADER_NBYTES))
+        return budgets
+
+    def _take_kept(self) -> None:
+        """Take over what the service keeps of a predecessor, if anything."""
+        if self.client.kept is not None and self._config.snapshots:
+            self._kept = self.client.take_kept()
+            self._commits = CommitFile.open(self._kept.fd)
+
+    def _drop_kept(self) -> None:
+        """Give back what was taken over: there is no step in it that all ranks have committed."""
+        if self._commits is not None:
+            self._commits.close()
+        if self._kept is not None:
+            self._kept.lease.end()
+        self._kept = self._commits = None
+
+    def _kept_budget(self) -> int | None:
+        return int(self._kept.meta.split()[0]) if self._kept is not None and self._kept.meta else None
+
+    def claim(self, blueprint: Blueprint, shared: Iterable[SharedPart]) -> Grant:
+        """Wait until the service grants what an engine takes, or take over what it keeps of a predecessor.
+
+        Args:
+            blueprint: says how much.
+            shared: chunks that the engine will ask for; in the blueprint's host budget, counted once for all jobs.
+
+        Returns:
+            What the engine takes beside plain host memory.
+
+        Raises:
+            OutOfTierMemoryError: the node does not have that much.
+            ServiceError: the service refuses.
+        """
+        nbytes_of_key = {part.key: part.nbytes for part in shared}
+        host_nbytes, disk_nbytes = blueprint.budgets[MemoryTier.HOST], blueprint.memory.total(MemoryTier.NVME)
+        assert host_nbytes is not None
+        frozen = hashlib.sha256("".join(nbytes_of_key).encode()).hexdigest().encode()
+        self._meta = b"%d %s" % (host_nbytes, frozen)
+        if self._kept is not None:
+            if self._kept.meta.split()[1:] != [frozen]:
+                logger.warning(
+                    "job %s goes on from its last commit, but its frozen weights come from other files, or from files "
+                    "that were changed since: what it has learnt may not fit them",
+                    self._config.job,
+                )
+            return Grant(_swap_file(self._kept.lease), self._commits)
+        lease = self.client.lease(
+            max(0, host_nbytes - sum(nbytes_of_key.values())),
+            disk_nbytes + HEADER_NBYTES if disk_nbytes else 0,
+            shared=nbytes_of_key,
+            on_wait=lambda reason: logger.warning("waiting for the memory service: %s", reason),
+        )
+        if blueprint.commits is None:
+            return Grant(_swap_file(lease), None)
+        nbytes = blueprint.commits.nbytes
+        commits = CommitFile.create(lease.keep_file(nbytes), nbytes)
+        lease.set_meta(self._meta)
+        return Grant(_swap_file(lease), commits)
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Say in an error raised inside, of another's or a damaged state, where that comes from and how to drop it."""
+        try:
+            yield
+        except (CheckpointError, CheckpointMismatchError) as error:
+            raise type(error)(
+                f"{error}. The memory service keeps it for job {self._config.job}: `python -m gemini evict "
+                f"{self._config.job}` drops it"
+            ) from error
+
+    @contextmanager
+    def explaining_budget(self) -> Iterator[None]:
+        """Say in an error raised inside, of a budget that is too small, where that comes from."""
+        try:
+            yield
+        except OutOfTierMemoryError as error:
+            if self._config.host_budget is not None:
+                raise
+            raise OutOfTierMemoryError(
+                f"{error}. The host budget is this rank's fair part of what the memory service has to grant (serve "
+                "--host-budget), unless host_budget says less"
+            ) from error
+
+    def shared(self, part: SharedPart, fill: Callable[[torch.Tensor], None]) -> torch.Tensor:
+        """Return a chunk of frozen weights that all jobs read; see [Note: Frozen weights of several jobs].
+
+        Args:
+            part: which one.
+            fill: writes it, if nobody has yet, to uint8 [part.nbytes], zero.
+
+        Returns:
+            uint8 [part.nbytes], page aligned, with a storage of its own; what is written to it stays in this process.
+
+        Raises:
+            OutOfTierMemoryError: there is no room for it.
+            OSError: the machine has no memory.
+            ServiceError: the service refuses.
+        """
+        try:
+            found = self.client.shared(part.key, part.nbytes)
+        except OutOfTierMemoryError as error:  # only who has taken over what was kept has not asked for it before
+            raise OutOfTierMemoryError(
+                f"host tier: no room for {format_nbytes(part.nbytes)} of frozen weights now, which are granted "
+                f"apart from what is kept of job {self._config.job}: start it again when other jobs have ended; what "
+                "it committed is kept meanwhile"
+            ) from error
+        with found as chunk:
+            if not chunk.is_filled:
+                chunk.fill_done(_fill(chunk.fd, part.nbytes, fill))
+            mapping = mmap.mmap(chunk.fd, part.nbytes, flags=mmap.MAP_PRIVATE)
+        return torch.frombuffer(mapping, dtype=torch.uint8)
+
+    def close(self, *, keep: bool = False) -> None:
+        """Give everything back. Idempotent.
+
+        Args:
+            keep: whether the service keeps what was committed, as if this process had been killed.
+        """
+        self._finalizer.detach()
+        self.client.close(keep=keep)
+
+    def settle(self) -> None:
+        """Say that the engine has come to be: of what was kept for it, it needs nothing but what it has asked for."""
+        if self._kept is not None:
+            self._kept.lease.set_meta(self._meta)
+
+    def abandon(self) -> None:
+        """Give everything back because no engine came to be; what a predecessor left is kept."""
+        if self._commits is not None:
+            self._commits.close()
+        self.close(keep=self._kept is not None)
+
+
+def _close_soon(client: ServiceClient) -> None:
+    """Give back what an engine had that nobody has closed, but what it committed; takes no lock in this thread."""
+    threading.Thread(target=client.close, kwargs={"keep": True}, daemon=True).start()
+
+
+@dataclass(frozen=True, slots=True)
+class SharedWeights:
+    """A chunk of frozen weights from the service, as a source of memory."""
+
+    node: NodeMemory
+    part: SharedPart
+    fill: Callable[[torch.Tensor], None]
+    """Writes it, if nobody has yet."""
+    is_lockable: bool = False
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """Return the weights, uint8 [nbytes]."""
+        assert nbytes == self.part.nbytes
+        return self.node.shared(self.part, self.fill)
+
+
+def _swap_file(lease: Lease) -> GivenFile | None:
+    return None if lease.disk is None else GivenFile(path=lease.disk.path, fd=lease.disk.fd)
+
+
+def find_shared_parts(
+    blueprint: Blueprint, model: torch.nn.Module, weights: WeightSource | None
+) -> dict[int, SharedPart]:
+    """Return which chunks of an engine other jobs may have too, by chunk id.
+
+    Args:
+        blueprint: of the engine; where several ranks share a model, they share frozen weights among themselves.
+        model: whose values count where `weights` has none.
+        weights: as for `shared_key`.
+
+    Returns:
+        The frozen chunks that live in host memory, whole, and whose values are known before they are made.
+    """
+    params = dict(named_params(model))
+    parts = {}
+    for chunk, shard, homes in zip(blueprint.layout.chunks, blueprint.shards, blueprint.plan.chunks, strict=True):
+        if chunk.is_trainable or shard is not None or set(homes.working) != {MemoryTier.HOST}:
+            continue
+        nbytes = round_up(chunk.working_nbytes, IO_ALIGNMENT_NBYTES)
+        key = shared_key(chunk, nbytes=nbytes, params=params, weights=weights)
+        if key is not None:
+            parts[chunk.chunk_id] = SharedPart(key, nbytes)
+    largest = sorted(parts, key=lambda chunk_id: parts[chunk_id].nbytes, reverse=True)[:MAX_PARTS]
+    return {chunk_id: parts[chunk_id] for chunk_id in sorted(largest)}
+
+
+def _fill(descriptor: int, nbytes: int, fill: Callable[[torch.Tensor], None]) -> str:
+    """Let a memory file be written; return the digest of its content. Nothing maps it any more then."""
+    os.posix_fallocate(descriptor, 0, nbytes)  # a shortage is an error here, and a signal in the first write
+    with mmap.mmap(descriptor, nbytes) as mapping:
+        memory = torch.frombuffer(mapping, dtype=torch.uint8)
+        fill(memory)
+        del memory
+        digest = hashlib.sha256()
+        with memoryview(mapping) as content:
+            for begin in range(0, nbytes, HASHED_NBYTES):
+                with content[begin : begin + HASHED_NBYTES] as part:
+                    digest.update(part)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def default_job() -> str:
+    """Return the name of a job that was given none, another each time: the program's, the process's number, a token."""
+    program = "".join(c for c in Path(sys.argv[0]).stem if c.isascii() and (c.isalnum() or c in "-_.")) or "python"
+    return f"{program[:64]}-{os.getpid()}-{secrets.token_hex(2)}"
+
+
+def shared_key(
+    chunk: ChunkSpec,
+    *,
+    nbytes: int,
+    params: Mapping[str, torch.Tensor],
+    weights: WeightSource | None,
+) -> str | None:
+    """Return the key of a frozen chunk, the same for all jobs in which it will have the same bytes.
+
+    Args:
+        chunk: its layout.
+        nbytes: length of its home.
+        params: the model's parameters, by canonical name; on the meta device if they have no values.
+        weights: values that go before those; None: there are none.
+
+    Returns:
+        The key; None if it is not known before the values are made.
+    """
+    key = hashlib.sha256(repr((1, str(chunk.dtype), nbytes)).encode())
+    for slot in chunk.slots:
+        identity = None if weights is None else weights.identity_of(slot.spec.name)
+        if identity is None:
+            param = params[slot.spec.name]
+            if param.is_meta or slot.spec.split is not None:
+                return None
+            identity = _digest_of(param.detach())
+        key.update(repr((slot.begin, slot.spec.shape, identity)).encode())
+    return f"frozen:{key.hexdigest()[:32]}"
+
+
+def _digest_of(values: torch.Tensor) -> str:
+    flat = values.cpu().contiguous().view(-1).view(torch.uint8)
+    return f"{values.dtype}:{hashlib.sha256(flat.numpy().data).hexdigest()}"

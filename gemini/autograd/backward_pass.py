@@ -1,0 +1,85 @@
+"""Whether a backward pass is under way, has ended or has failed. Knows nothing of gradients."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+
+import torch
+
+from gemini.autograd.engine_access import is_autograd_thread
+from gemini.errors import ModelError
+
+__all__ = ["BackwardPass"]
+
+
+class BackwardPass:
+    """The backward pass that an engine has seen last.
+
+    Autograd calls back at the end of a pass that succeeds. Of one that fails it only forgets the callback, which nobody
+    else holds: it is gone then.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = False
+        """Whether a pass has begun and `end` has not been called since."""
+        self._callback: weakref.ref[Callable[[], None]] | None = None
+        self._thread: int | None = None
+        """That runs it; None: not known, as only threads of autograd's have been seen."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a pass is under way, as far as is known."""
+        return self.is_open and not self.has_failed
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the open pass is over without having called back."""
+        return self.is_open and self._callback is not None and self._callback() is None
+
+    def join(self, at_end: Callable[[], None]) -> bool:
+        """Note that a gradient arrives, of the open pass or the first of a new one.
+
+        Args:
+            at_end: as for `begin`.
+
+        Returns:
+            Whether a pass begins.
+
+        Raises:
+            ModelError: another thread is running the open pass.
+        """
+        is_new = not self.is_open
+        if is_new:
+            self.begin(at_end)
+        elif not is_autograd_thread():
+            if self._thread not in (None, threading.get_ident()):
+                raise ModelError(
+                    f"a backward in thread {threading.current_thread().name}, while another thread runs one of this "
+                    "GeminiDDP: one thread at a time may use an engine; let threads take turns with a lock of yours"
+                )
+            self._thread = threading.get_ident()
+        return is_new
+
+    def begin(self, at_end: Callable[[], None] | None) -> None:
+        """Note that a backward pass has begun.
+
+        Args:
+            at_end: called when it has succeeded; then this must be called from within the pass. None: whoever calls
+                this calls `end`, and knows if the pass fails.
+        """
+        self.is_open, self._callback = True, None
+        self._thread = None if is_autograd_thread() else threading.get_ident()
+        if at_end is None:
+            return
+
+        def callback() -> None:
+            at_end()
+
+        self._callback = weakref.ref(callback)
+        torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+    def end(self) -> None:
+        """Note that the pass is over."""
+        self.is_open, self._callback = False, None

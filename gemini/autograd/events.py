@@ -1,0 +1,100 @@
+"""What the hooks of an engine tell, and whom."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+
+from gemini.autograd.engine_access import EngineAccess
+from gemini.autograd.gradient_sink import GradientPlace
+
+__all__ = ["MomentListener", "Moments", "RuntimeEvents"]
+
+
+class MomentListener(Protocol):
+    """Who follows the moments of a step."""
+
+    def moment(self, kind: str, unit_id: int) -> None:
+        """Note that a unit, or with number 0 the model, is entered ("enter"), left ("leave") or reached by backward."""
+
+
+class Moments:
+    """Passes the moments of a step on to all who follow them."""
+
+    def __init__(self) -> None:
+        self._listeners: list[MomentListener] = []
+
+    @property
+    def listeners(self) -> tuple[MomentListener, ...]:
+        """Who follows, in the order in which they are told."""
+        return tuple(self._listeners)
+
+    def add(self, listener: MomentListener) -> None:
+        """Tell a listener of every moment from now on."""
+        self._listeners.append(listener)
+
+    def remove(self, listener: MomentListener) -> None:
+        """Tell a listener no more."""
+        self._listeners.remove(listener)
+
+    def note(self, kind: str, unit_id: int) -> None:
+        """Tell all listeners of a moment; see MomentListener."""
+        for listener in self._listeners:
+            listener.moment(kind, unit_id)
+
+
+class RuntimeEvents(Protocol):
+    """What the hooks tell."""
+
+    access: EngineAccess
+    """Held by the thread that runs the model, or a unit of it."""
+    moments: Moments
+    """Told of every moment: of a unit's after its weights are there and before they may go, of the model's before and
+    after everything else."""
+
+    def begin_forward(self) -> None:
+        """Handle the start of the outermost forward of the model."""
+
+    def end_forward(self) -> None:
+        """Handle the end of the outermost forward, by return or exception."""
+
+    def abort_forward(self) -> None:
+        """Undo what a forward that was interrupted has begun."""
+
+    def enter_unit(self, unit_id: int) -> None:
+        """Make a unit's weights usable and keep them until `exit_unit`."""
+
+    def exit_unit(self, unit_id: int) -> None:
+        """Give back what `enter_unit` took."""
+
+    def enter_backward(self, unit_id: int, *, reads_weights: bool) -> None:
+        """Handle that backward has reached a unit's outputs; make its weights usable if it reads any."""
+
+    def num_updates_of(self, unit_id: int) -> int:
+        """Return how often the optimizer has changed a unit's weights."""
+
+    def take_gradient(self, param: torch.nn.Parameter) -> None:
+        """Take the gradient autograd has just accumulated into `param.grad`."""
+
+    def finish_gradient(self, param: torch.nn.Parameter) -> None:
+        """Handle that all uses of a parameter in this backward pass have delivered by themselves."""
+
+    def expect_gradient(self, param: torch.nn.Parameter) -> None:
+        """Expect that a use of a parameter will deliver its gradient by itself, if it may then."""
+
+    def takes_gradients_apart(self, param: torch.nn.Parameter, num_uses: int) -> bool:
+        """Return whether uses of a parameter, of which backward may run so many, may deliver by themselves."""
+
+    def put_gradient(self, param: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+        """Take the gradient of one use of a parameter."""
+
+    def write_gradient(self, param: torch.nn.Parameter) -> AbstractContextManager[GradientPlace] | None:
+        """Open the memory of a parameter's gradient to one of its uses; None where that cannot be."""
+
+    def is_borrowed(self, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor lies in memory that will be refilled with other weights."""
+
+    def wrap_outputs(self, output: Any) -> Any:
+        """Prepare what the model returns for backward (loss scaling)."""

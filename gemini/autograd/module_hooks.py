@@ -1,0 +1,333 @@
+"""Module and autograd hooks that turn what torch does into calls on the runtime. No policy here.
+
+Hooks sit on the modules of units and on the model itself, so that the user may call the model, a method such as
+`generate`, or the engine; all come through here.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+
+from gemini.autograd.events import RuntimeEvents
+from gemini.autograd.gradient_sink import GradientPlace, GradientUse, attach_sink, detach_sink
+from gemini.autograd.gradient_sums import GradientSums
+from gemini.autograd.managed_parameter import hide, is_placeless, show
+from gemini.autograd.shared_uses import SharedUses
+from gemini.autograd.tracers import check_untraced
+from gemini.errors import ModelError
+from gemini.model.forward_inputs import cast_floats
+from gemini.model.module_calls import disable_compile, is_called_within_itself, is_compiled
+from gemini.model.outputs import map_tensors
+from gemini.model.tensor_parallel import is_dtensor
+
+__all__ = ["HookSet"]
+
+_LOOKUPS = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+
+
+class HookSet:
+    """All hooks of one engine; `remove` takes them off.
+
+    Args:
+        events: told of everything.
+        input_dtype: to which the outermost forward's floating-point tensors are cast; None: they are not.
+    """
+
+    def __init__(self, events: RuntimeEvents, input_dtype: torch.dtype | None = None) -> None:
+        self.slice_sums = GradientSums()
+        """Takes the gradients that arrive while it is open."""
+        self._events = events
+        self._input_dtype = input_dtype
+        self._handles: list[Any] = []
+        self._owners: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
+        self._sinks: dict[torch.nn.Parameter, _Sink] = {}
+        self.uses = SharedUses()
+        """The parameters whose gradients may go past autograd; functions that are given parameters are called by it."""
+        self._depth = 0
+        self._entered: list[int] = []
+        self._hidden_by: dict[int, list[torch.nn.Parameter]] = {}
+        """Parameters of what torch.compile runs, which must not be asked for their functions meanwhile: by unit, or 0
+        for the model."""
+
+    def install(
+        self,
+        root: torch.nn.Module,
+        unit_modules: dict[int, torch.nn.Module],
+        params: list[torch.nn.Parameter],
+    ) -> None:
+        """Put the hooks on.
+
+        Args:
+            root: the user's model.
+            unit_modules: module of each unit but the root's.
+            params: trainable parameters.
+        """
+        compiled_units = {
+            unit_id for unit_id, module in unit_modules.items() if any(map(is_compiled, module.modules()))
+        }
+        self._hidden_by = {unit_id: list(unit_modules[unit_id].parameters()) for unit_id in compiled_units}
+        if is_compiled(root):
+            self._hidden_by[0] = list(root.parameters())
+        self._owners = [
+            (module, name, param)
+            for module in root.modules()
+            for name, param in module._parameters.items()
+            if param is not None
+        ]
+        self._handles.append(root.register_forward_pre_hook(self._before_model, prepend=True, with_kwargs=True))
+        self._handles.append(root.register_forward_hook(self._after_model, always_call=True))
+        for unit_id, module in unit_modules.items():
+            # A lookup's backward needs the rows that were looked up, and no weights.
+            before, after = self._unit_hooks(unit_id, reads_weights=type(module) not in _LOOKUPS)
+            self._handles.append(module.register_forward_pre_hook(before, prepend=True))
+            self._handles.append(module.register_forward_hook(after, always_call=True))
+        # torch keeps these where the garbage collector cannot follow, so they must not keep the engine alive.
+        events_ref = weakref.ref(self._events)
+        sums = self.slice_sums
+
+        def take_gradient(param: torch.nn.Parameter) -> None:
+            with torch._C.DisableTorchFunctionSubclass():
+                has_gradient = param.grad is not None
+                if has_gradient and sums.is_open:
+                    sums.add(param)
+                    return
+                events = events_ref()
+                assert events is not None, "the engine is gone but its graph is not"
+                if has_gradient:
+                    events.take_gradient(param)
+                else:  # no node of the graph had one to give, but perhaps to a sink
+                    events.finish_gradient(param)
+
+        for param in params:
+            handle = param.register_post_accumulate_grad_hook(take_gradient)  # type: ignore[no-untyped-call]
+            self._handles.append(handle)
+            if is_dtensor(param):  # its gradient may have to be summed over ranks first
+                continue
+            self._sinks[param] = sink = _Sink(param, self._events, sums)
+            attach_sink(param, sink)
+        unwatched = [unit_modules[unit_id] for unit_id in compiled_units]
+        unwatched += [module for module in root.modules() if is_compiled(module)]
+        unseen = {id(param) for module in unwatched for param in module.parameters()}
+        num_names = Counter(id(param) for _, _, param in self._owners)
+        for param, sink in self._sinks.items():
+            if num_names[id(param)] > 1:
+                self.uses.sinks[id(param)] = sink
+                sink.has_other_uses = id(param) in unseen
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the model, or a unit of it, is being run."""
+        return self._depth > 0 or bool(self._entered)
+
+    def abort(self) -> None:
+        """Undo what a forward that was interrupted has begun; torch runs no hooks for a KeyboardInterrupt."""
+        if (not self._depth and not self._entered) or not self._events.access.is_ours:
+            return
+        self._depth = 0
+        self._entered.clear()
+        for unit_id in self._hidden_by:
+            self._show(unit_id)
+        self._events.abort_forward()
+        self._events.access.release()
+
+    @contextmanager
+    def recomputing(self, unit_id: int) -> Iterator[None]:
+        """Keep a unit's weights usable in backward while the context is open, and fetch what comes next."""
+        try:
+            self._enter_unit(unit_id)
+        except BaseException:
+            self._release()
+            raise
+        try:
+            yield
+        finally:
+            self._leave_unit(unit_id)
+
+    def num_updates_of(self, unit_id: int) -> int:
+        """Return how often the optimizer has changed a unit's weights."""
+        return self._events.num_updates_of(unit_id)
+
+    def hand_over(self, param: torch.nn.Parameter) -> None:
+        """Give the complete gradient in `param.grad` to the runtime."""
+        self._events.take_gradient(param)
+
+    def remove(self) -> None:
+        """Take all hooks off."""
+        self.abort()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for param in self._sinks:
+            detach_sink(param)
+        self._sinks.clear()
+
+    # The hooks below are kept out of torch.compile's graphs: a compiled block runs between them.
+
+    @disable_compile
+    def _before_model(self, module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        self._events.access.claim("a forward")
+        check_untraced()
+        if self._depth == 0 or not is_called_within_itself(module):
+            self.abort()
+            self._events.access.claim("a forward")
+        if self._depth == 0:
+            self._check_owners()
+            self.uses.is_model_trained = torch.is_grad_enabled()
+            self._note_moment("enter", 0)
+            self._events.begin_forward()
+            self._hide(0)
+        self._depth += 1
+        if self._depth == 1 and self._input_dtype is not None:
+            inputs: tuple[Any, Any] = cast_floats(self._input_dtype, (args, kwargs))
+            return inputs
+        return None
+
+    @disable_compile
+    def _after_model(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
+        if self._depth == 0 or not self._events.access.is_ours:  # the pre-hook failed before it had begun anything
+            self._release()
+            return None
+        self._depth -= 1
+        if self._depth:
+            return None
+        self.uses.is_model_trained = False
+        self._show(0)
+        output = self._events.wrap_outputs(self._own_outputs(output))
+        self._events.end_forward()
+        self._note_moment("leave", 0)
+        self._release()
+        return output
+
+    def _enter_unit(self, unit_id: int) -> None:
+        self._events.access.claim("a forward")
+        check_untraced()
+        self._events.enter_unit(unit_id)
+        self._note_moment("enter", unit_id)
+        self._entered.append(unit_id)
+        self._hide(unit_id)
+
+    def _leave_unit(self, unit_id: int) -> None:
+        self._show(unit_id)
+        self._entered.pop()
+        self._note_moment("leave", unit_id)
+        self._events.exit_unit(unit_id)
+        self._release()
+
+    def _release(self) -> None:
+        """Let other threads use the engine if nothing of it is running here."""
+        if not self._depth and not self._entered and self._events.access.is_ours:
+            self._events.access.release()
+
+    def _unit_hooks(self, unit_id: int, *, reads_weights: bool) -> tuple[Callable[..., None], Callable[..., Any]]:
+        @disable_compile
+        def before(module: torch.nn.Module, args: Any) -> None:
+            self._enter_unit(unit_id)
+
+        @disable_compile
+        def after(module: torch.nn.Module, args: Any, output: Any) -> Any:
+            if not self._entered or self._entered[-1] != unit_id or not self._events.access.is_ours:
+                self._release()
+                return None  # the pre-hook failed before it had entered the unit
+            output = self._own_outputs(output)
+            self._leave_unit(unit_id)
+            self._watch_backward(unit_id, output, reads_weights=reads_weights)
+            return output
+
+        return before, after
+
+    def _note_moment(self, kind: str, unit_id: int) -> None:
+        self._events.moments.note(kind, unit_id)
+
+    def _check_owners(self) -> None:
+        """Refuse parameters that were replaced by others, which nobody would fetch or train."""
+        for module, name, param in self._owners:
+            if module._parameters.get(name) is not param:
+                raise ModelError(
+                    f"parameter {name} of a {type(module).__name__} was replaced after GeminiDDP(...), which manages "
+                    "the one it found; change the model before wrapping it, and call torch.func.functional_call, which "
+                    "replaces parameters for a while, on a plain copy of it"
+                )
+
+    def _hide(self, unit_id: int) -> None:
+        for param in self._hidden_by.get(unit_id, ()):
+            hide(param)
+
+    def _show(self, unit_id: int) -> None:
+        for param in self._hidden_by.get(unit_id, ()):
+            show(param)
+
+    def _watch_backward(self, unit_id: int, output: Any, *, reads_weights: bool) -> None:
+        """Report when backward is about to run a unit.
+
+        transformers checkpoints `forward` inside `__call__`: its recomputation uses the weights and fires no hook.
+        """
+        if not torch.is_grad_enabled():
+            return
+
+        def reached(gradient: torch.Tensor) -> None:
+            self._events.enter_backward(unit_id, reads_weights=reads_weights)
+            self._note_moment("backward", unit_id)
+
+        def watch(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.requires_grad:
+                tensor.register_hook(reached)  # type: ignore[no-untyped-call]
+            return tensor
+
+        map_tensors(watch, output)
+
+    def _own_outputs(self, output: Any) -> Any:
+        """Copy outputs that are views of borrowed weights: the memory will hold other weights soon."""
+
+        def own(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.clone() if is_placeless(tensor) or self._events.is_borrowed(tensor) else tensor
+
+        return own(output) if isinstance(output, torch.Tensor) else map_tensors(own, output)
+
+
+class _Sink:
+    """Gives gradients of one parameter's uses to the runtime; see [Note: Gradients past autograd].
+
+    Closed while slices of a batch are being added up, and for a parameter that has been used in other ways too, whose
+    gradients autograd must add up in its order.
+    """
+
+    def __init__(self, param: torch.nn.Parameter, events: RuntimeEvents, sums: GradientSums) -> None:
+        # The graph keeps sinks where the garbage collector cannot follow.
+        self._param_ref, self._events_ref = weakref.ref(param), weakref.ref(events)
+        self._sums = sums
+        self._uses: weakref.WeakSet[GradientUse] = weakref.WeakSet()  # of the graphs that still exist
+        self.num_announced = 0
+        self.has_other_uses = False
+
+    def expect(self, use: GradientUse) -> None:
+        self._uses.add(use)
+        self.num_announced += 1
+        self._events().expect_gradient(self._param())
+
+    def is_open(self) -> bool:
+        if self.has_other_uses or self._sums.is_open:
+            return False
+        num_uses = sum(use.may_run() for use in self._uses)
+        return self._events().takes_gradients_apart(self._param(), num_uses)
+
+    def put(self, gradient: torch.Tensor) -> None:
+        self._events().put_gradient(self._param(), gradient)
+
+    def write(self) -> AbstractContextManager[GradientPlace] | None:
+        return self._events().write_gradient(self._param())
+
+    def _events(self) -> RuntimeEvents:
+        events = self._events_ref()
+        assert events is not None, "the engine is gone but its graph is not"
+        return events
+
+    def _param(self) -> torch.nn.Parameter:
+        param = self._param_ref()
+        assert param is not None, "the parameter is gone but its graph is not"
+        return param

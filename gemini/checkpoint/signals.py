@@ -1,0 +1,103 @@
+"""Signals that ask a training to stop: the step under way ends, and there is time to save."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from types import FrameType, TracebackType
+from typing import Any, Protocol
+
+import torch
+
+from gemini.errors import ConfigError
+from gemini.runtime.runtime import Runtime
+
+__all__ = ["StopOnSignals"]
+
+REPEATED_S = 1.0
+"""Seconds in which a second signal is taken for the first."""
+
+
+class Engine(Protocol):
+    """What StopOnSignals asks of a GeminiDDP."""
+
+    @property
+    def runtime(self) -> Runtime:
+        """Its state."""
+
+
+class StopOnSignals:
+    """Remembers a signal until training asks for it between two steps; a context manager.
+
+    Inside the context the first SIGTERM or SIGINT (Ctrl-C) is remembered. One that comes a second later does what it
+    did before: it ends the process, or interrupts it, at once; one that comes sooner is the same, told twice, as by a
+    terminal and by torchrun. A signal that nobody was told of is raised when the context ends.
+
+    Args:
+        engine: the GeminiDDP whose training is to be stopped, on all its ranks.
+        signals: which to remember.
+
+    Raises:
+        ConfigError: entered in another thread than the main one, where Python lets nobody handle signals.
+    """
+
+    def __init__(self, engine: Engine, signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT)) -> None:
+        self._engine = engine
+        self._signals = tuple(signals)
+        self._before: dict[int, Any] = {}
+        self._received = 0
+        self._received_s = 0.0
+        self._is_told = False
+
+    def should_stop(self) -> bool:
+        """Return whether a signal has come; with several ranks all call, and agree: on some rank."""
+        sharding = self._engine.runtime.sharding
+        if sharding is not None:
+            received = sharding.group.gather_values(torch.tensor([self._received]), name="signals")
+            self._remember_once(int(received.max()))
+        self._is_told = self._received != 0
+        return self._is_told
+
+    @property
+    def received(self) -> signal.Signals | None:
+        """The signal that has come; of another rank's, after `should_stop` has said so."""
+        self._is_told |= self._received != 0
+        return signal.Signals(self._received) if self._received else None
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self._received and time.monotonic() - self._received_s > REPEATED_S:
+            self._restore()
+            signal.raise_signal(number)
+        self._remember_once(number)
+
+    def _remember_once(self, number: int) -> None:
+        if number and not self._received:
+            self._received, self._received_s = number, time.monotonic()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not Python's
+        self._before.clear()
+
+    def __enter__(self) -> StopOnSignals:
+        if threading.current_thread() is not threading.main_thread():
+            raise ConfigError("StopOnSignals: expected the main thread: Python handles signals in no other")
+        if self._before:
+            raise ConfigError("StopOnSignals: this one has been entered already")
+        self._received, self._is_told = 0, False
+        try:
+            for number in self._signals:
+                self._before[number] = signal.signal(number, self._remember)
+        except (OSError, TypeError, ValueError) as error:
+            self._restore()
+            raise ConfigError(f"StopOnSignals: signals: {number!r} cannot be handled: {error}") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._restore()
+        if error is None and self._received and not self._is_told:
+            signal.raise_signal(self._received)

@@ -1,0 +1,3 @@
+"""Steps that survive the process."""
+
+__all__: list[str] = []

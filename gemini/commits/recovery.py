@@ -1,0 +1,131 @@
+"""What of an engine outlives its process: claim it, and bring what another process has left to its last commit.
+
+[Note: Commits of several ranks]
+Each rank publishes a record of its own, and begins with what it says once all have published theirs. So ranks that are
+killed leave records of one step, or of two that follow each other; of the newer step nothing has begun then, and it is
+withdrawn. With the older one, which is still there, and with state of that step, all go on. Before weights or state are
+changed otherwise the last commit is dropped, which is published and agreed in the same way.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gemini.chunk.core import ChunkCore
+from gemini.commits.file import CommitFile
+from gemini.commits.journal import UpdateJournal
+from gemini.commits.layout import CommitContent
+from gemini.commits.record import CommittedStep, decode_record
+from gemini.commits.redo import redo_updates
+from gemini.errors import CheckpointMismatchError
+from gemini.gradients.sharded import ShardedGradients
+from gemini.gradients.store import GradientStore
+from gemini.offload.home import TiledHome
+from gemini.offload.swap_file import KeptSwap
+from gemini.ranks.agreement import agree, on_all_ranks
+from gemini.ranks.sharding import Sharding
+from gemini.update.job import UpdateJob
+from gemini.update.pipeline import TilePipeline, tiles_of
+
+__all__ = ["KeptState", "common_sequence"]
+
+logger = logging.getLogger(__name__)
+
+WHAT = "claiming the commit files"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptState:
+    """A claimed commit file."""
+
+    journal: UpdateJournal
+    step: CommittedStep | None
+    """What was committed last; None: nothing, so that the engine begins with its first weights."""
+    swap: KeptSwap
+    """The swap file that belongs to it."""
+
+    @staticmethod
+    def claim(file: CommitFile, content: CommitContent, sharding: Sharding | None) -> KeptState:
+        """Claim a commit file for an engine, see [Note: Commits of several ranks]; with several ranks all call.
+
+        Args:
+            file: open.
+            content: of the engine.
+            sharding: the ranks that have a file each; None: there are no others.
+
+        Returns:
+            What all ranks have committed.
+
+        Raises:
+            CheckpointMismatchError: ranks have committed other steps, or a file is another engine's.
+            CheckpointError: a file is damaged.
+            CollectiveError: a rank did not take part.
+            ConfigError, OutOfTierMemoryError: as for CommitFile.claim.
+        """
+        with on_all_ranks(sharding, what=WHAT):
+            file.claim(content.commits, fingerprint=content.fingerprint(), text=content.describe())
+        sequence = common_sequence(sharding, file)
+        with on_all_ranks(sharding, what=WHAT):
+            record = file.resume(sequence)
+        return KeptState(
+            journal=UpdateJournal(file, content.numels, tile_numel=content.shape.tile_numel),
+            step=None if record is None else decode_record(record.content),
+            swap=KeptSwap(identity=file.identity, has_content=record is not None),
+        )
+
+    def redo(
+        self,
+        core: ChunkCore,
+        states: Mapping[int, TiledHome],
+        gradients: GradientStore | ShardedGradients,
+        pipeline: TilePipeline,
+    ) -> None:
+        """Finish the updates of the last commit, if there is one; see gemini.commits.redo."""
+        if self.step is None:
+            return
+        jobs = [
+            UpdateJob(
+                spec=core.chunks[chunk_id].home_spec,
+                working=core.chunks[chunk_id].home,
+                state=states[chunk_id],
+                grad=gradients.home_of(chunk_id),
+                grad_dtype=gradients.dtype_of(chunk_id),
+                segments=wish.segments,
+                grad_scale=wish.grad_scale,
+                tiles=tiles_of(wish.segments, pipeline.tile_numel),
+                sequence=self.journal.file.sequence,
+            )
+            for chunk_id, wish in self.step.wishes.items()
+        ]
+        redo_updates(jobs, pipeline, self.journal, sequence=self.journal.file.sequence)
+
+
+def common_sequence(sharding: Sharding | None, file: CommitFile | None) -> int:
+    """Return with which of their commits all ranks go on; with several ranks all call.
+
+    Args:
+        sharding: the ranks; None: there are no others.
+        file: this rank's; None: it has none.
+
+    Returns:
+        The record's sequence; 0: there is none that all have.
+
+    Raises:
+        CheckpointMismatchError: the ranks' commits are not of one run.
+        CollectiveError: a rank did not take part.
+    """
+    own = [0, False] if file is None else [file.sequence, file.has_record]
+    table = agree(sharding, None, own, what=WHAT)
+    sequences = [sequence for sequence, _ in table]
+    oldest, newest = min(sequences), max(sequences)
+    found = ", ".join(f"{sequence} on the {i + 1}." for i, sequence in enumerate(sequences))
+    if oldest > 0 and newest - oldest > 1:
+        raise CheckpointMismatchError(
+            f"the ranks' commit files are not of one run (commits so far: {found} rank): give all ranks the files of "
+            "one run, or new ones"
+        )
+    if oldest == 0 and newest > 1:
+        logger.warning("what some ranks have committed is dropped, as others have nothing of it (%s rank)", found)
+    return oldest if all(has_record for sequence, has_record in table if sequence == oldest) else 0

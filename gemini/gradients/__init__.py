@@ -1,0 +1,3 @@
+"""Gradients, from autograd's hands to the update's."""
+
+__all__: list[str] = []

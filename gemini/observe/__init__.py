@@ -1,0 +1,3 @@
+"""What an engine says about itself."""
+
+__all__: list[str] = []

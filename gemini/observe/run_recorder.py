@@ -1,0 +1,269 @@
+"""Records one engine: describes it, tells everything that acts of the recorder, and follows the steps."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from gemini.errors import ConfigError
+from gemini.heap import statistics
+from gemini.kernels.spans import SpanSource
+from gemini.offload.home import TiledHome
+from gemini.offload.io import IoStats
+from gemini.offload.transfer import CudaTransfers
+from gemini.placement.cost_model import StepPrediction
+from gemini.profile.description import ChunkDescription, Prediction, RunDescription, TierDescription
+from gemini.profile.events import MemorySample, Step
+from gemini.profile.recorder import Recorder
+from gemini.profile.recording import RecordingWriter
+from gemini.runtime.runtime import Runtime
+from gemini.tiers import MemoryTier
+
+__all__ = ["RunRecorder", "describe_run", "record_run"]
+
+logger = logging.getLogger(__name__)
+
+
+class RunRecorder:
+    """Follows the steps of one engine while it is recorded; `gemini.GeminiDDP.record` makes it.
+
+    Args:
+        runtime: the engine's.
+        writer: of the recording; closed with this.
+        steps: those whose moves are recorded, counted from now on; None: all.
+    """
+
+    def __init__(self, runtime: Runtime, writer: RecordingWriter, *, steps: Collection[int] | None) -> None:
+        self._runtime = runtime
+        self._steps = steps
+        self._recorder = Recorder(writer, self._sample_memory)
+        self._number = 0
+        self._begin_ns: int | None = None  # of the step under way, if one is
+        self._is_detailed = False
+        self._counted = self._count()
+        runtime.moments.add(self)
+        runtime.overlap.step_ended = self._end_step
+
+    def log(self, **values: float | torch.Tensor) -> None:
+        """Report numbers about the step under way, or between steps about the last one.
+
+        Args:
+            **values: numbers by name; the report knows `loss`, and `tokens`, of which it makes a rate. Tensors have one
+                element.
+        """
+        step = self._number if self._begin_ns is not None else max(self._number - 1, 0)
+        self._recorder.log(step, {name: _number(value) for name, value in values.items()})
+
+    def moment(self, kind: str, unit_id: int) -> None:
+        """Follow a moment; see MomentListener."""
+        if kind == "enter" and self._begin_ns is None and torch.is_grad_enabled():
+            self._begin_step()
+        if self._is_detailed:
+            self._recorder.moment(kind, unit_id)
+
+    def close(self) -> None:
+        """Write what is left; nothing is recorded any more."""
+        self._runtime.moments.remove(self)
+        self._runtime.overlap.step_ended = None
+        if self._is_detailed:
+            self._tell(None)
+        self._recorder.close()
+
+    def _begin_step(self) -> None:
+        self._begin_ns = time.perf_counter_ns()
+        wants_details = self._steps is None or self._number in self._steps
+        if wants_details is not self._is_detailed:
+            self._tell(self._recorder if wants_details else None)
+
+    def _end_step(self) -> None:
+        if self._begin_ns is None:  # its forward came before the recording
+            return
+        counted = self._count()
+        spent = {name: counted[name] - before for name, before in self._counted.items()}
+        step = Step(
+            number=self._number,
+            begin_ns=self._begin_ns,
+            end_ns=time.perf_counter_ns(),
+            is_detailed=self._is_detailed,
+            weights_stall_s=spent["weights_stall_s"],
+            update_stall_s=spent["update_stall_s"],
+            num_fetches=int(spent["num_fetches"]),
+            num_misses=int(spent["num_misses"]),
+            fetched_nbytes=int(spent["fetched_nbytes"]),
+            nvme_read_nbytes=int(spent["nvme_read_nbytes"]),
+            nvme_written_nbytes=int(spent["nvme_written_nbytes"]),
+        )
+        self._counted, self._begin_ns = counted, None
+        self._number += 1
+        self._recorder.add(step)
+
+    def _tell(self, recorder: Recorder | None) -> None:
+        """Let everything that acts tell the recorder, or nobody."""
+        runtime = self._runtime
+        self._is_detailed = recorder is not None
+        runtime.core.stats.recorder = recorder
+        runtime.overlap.record_to(recorder)
+        for chunk in runtime.core.chunks:
+            chunk.recorder = recorder
+            if recorder is not None:
+                recorder.chunk_became(chunk.spec.chunk_id, chunk.state.value)
+        if recorder is None:
+            self._recorder.detach()
+        else:
+            recorder.attach(_sources_of(runtime))
+
+    def _count(self) -> dict[str, float]:
+        """Return counters that only grow, under the names of Step's fields."""
+        stats, store = self._runtime.core.stats, self._runtime.resources.store
+        disk = IoStats(nbytes_read=0, nbytes_written=0) if store is None else store.stats()
+        return {
+            "weights_stall_s": stats.stall_s,
+            "update_stall_s": self._runtime.overlap.stall_s,
+            "num_fetches": stats.num_fetches,
+            "num_misses": stats.num_misses,
+            "fetched_nbytes": stats.fetched_nbytes,
+            "nvme_read_nbytes": disk.nbytes_read,
+            "nvme_written_nbytes": disk.nbytes_written,
+        }
+
+    def _sample_memory(self) -> Iterator[MemorySample]:
+        now_ns, resources = time.perf_counter_ns(), self._runtime.resources
+        for tier in (MemoryTier.DEVICE, MemoryTier.HOST):
+            other = _other_nbytes(self._runtime) if tier is resources.transfers.compute_tier else None
+            held = resources.ledger.by_purpose(tier)
+            if held or other is not None:
+                yield MemorySample(now_ns, tier.value, held, other)
+        if resources.store is not None:
+            yield MemorySample(now_ns, MemoryTier.NVME.value, {"swap file": resources.store.held_nbytes}, None)
+
+
+def _number(value: float | torch.Tensor) -> float:
+    return float(value.detach() if isinstance(value, torch.Tensor) else value)
+
+
+def _sources_of(runtime: Runtime) -> list[SpanSource]:
+    resources = runtime.resources
+    sources: list[SpanSource] = [resources.pool]
+    if resources.store is not None:
+        sources.append(resources.store.span_source)
+    if isinstance(resources.transfers, CudaTransfers):  # copies of the others are the pool's
+        sources.append(resources.transfers)
+    return sources
+
+
+def _other_nbytes(runtime: Runtime) -> int | None:
+    """Return the bytes in compute memory that are none of the engine's, None where nobody counts them."""
+    transfers = runtime.resources.transfers
+    if transfers.device.type == "cuda":
+        held = runtime.resources.ledger.held_nbytes(MemoryTier.DEVICE)
+        return max(0, torch.cuda.memory_allocated(transfers.device) - held)
+    heap = statistics()
+    return None if heap is None else heap.live_nbytes
+
+
+@contextmanager
+def record_run(
+    runtime: Runtime,
+    directory: Path,
+    *,
+    steps: Collection[int] | None,
+    expected: tuple[StepPrediction | None, int | None],
+) -> Iterator[RunRecorder]:
+    """Record an engine while the context is open; see gemini.GeminiDDP.record.
+
+    Args:
+        runtime: the engine's.
+        directory: for the recording.
+        steps: those whose moves are recorded; None: all.
+        expected: as for `describe_run`.
+
+    Yields:
+        The recorder.
+
+    Raises:
+        ConfigError: the engine is being recorded already.
+        OffloadIOError: the file cannot be made.
+    """
+    runtime.check_usable()
+    if any(isinstance(listener, RunRecorder) for listener in runtime.moments.listeners):
+        raise ConfigError("GeminiDDP.record: the engine is being recorded already; leave that context first")
+    with RecordingWriter(directory, describe_run(runtime, *expected)) as writer:
+        recorder = RunRecorder(runtime, writer, steps=steps)
+        logger.info("recording to %s", directory)
+        try:
+            yield recorder
+        finally:
+            recorder.close()
+
+
+def describe_run(
+    runtime: Runtime, predicted: StepPrediction | None, activation_nbytes: int | None = None
+) -> RunDescription:
+    """Describe an engine for the head of a recording.
+
+    Args:
+        runtime: the engine's.
+        predicted: what the cost model expects of a step, if it was asked.
+        activation_nbytes: what activations and temporaries are expected to take at their peak, if somebody knows.
+
+    Returns:
+        The description, of the plan in force now.
+    """
+    plan, layout, demand = runtime.plan, runtime.layout, runtime.demand
+    ledger = runtime.resources.ledger
+    prediction = None
+    if predicted is not None:
+        prediction = Prediction(
+            step_s=predicted.step_s,
+            seconds={channel.value: seconds for channel, seconds in predicted.seconds.items()},
+            bottleneck=predicted.bottleneck.value,
+            overlap=predicted.overlap,
+        )
+    tiers = tuple(
+        TierDescription(
+            tier=tier.value, budget_nbytes=ledger.budget_nbytes(tier), planned_nbytes=dict(demand.by_purpose[tier])
+        )
+        for tier in MemoryTier
+    )
+    return RunDescription(
+        rank=0 if runtime.sharding is None else runtime.sharding.group.rank,
+        began_ns=time.perf_counter_ns(),
+        began_unix_s=time.time(),
+        compute_tier=runtime.resources.transfers.compute_tier.value,
+        dtype=str(runtime.config.dtype).removeprefix("torch."),
+        overlap=runtime.overlap.mode.value,
+        num_params=sum(slot.spec.numel for slot in layout.slot_by_name.values()),
+        num_slots=plan.num_slots,
+        slot_nbytes=plan.slot_nbytes,
+        units=tuple(unit.module_name for unit in layout.units),
+        chunks=tuple(_describe_chunk(runtime, chunk_id) for chunk_id in range(len(layout.chunks))),
+        tiers=tiers,
+        predicted=prediction,
+        predicted_activation_nbytes=activation_nbytes,
+    )
+
+
+def _describe_chunk(runtime: Runtime, chunk_id: int) -> ChunkDescription:
+    chunk, state = runtime.core.chunks[chunk_id], runtime.states.get(chunk_id)
+    homes = {"weights": _nbytes_by_tier(chunk.home)}
+    if state is not None:
+        homes["state"] = _nbytes_by_tier(state)
+        homes["gradients"] = _nbytes_by_tier(runtime.gradients.home_of(chunk_id))
+    return ChunkDescription(
+        chunk_id=chunk_id,
+        name=chunk.name,
+        unit_id=chunk.spec.unit_id,
+        nbytes=chunk.slot_nbytes,
+        is_trainable=chunk.spec.is_trainable,
+        is_resident=chunk.is_resident,
+        homes=homes,
+    )
+
+
+def _nbytes_by_tier(home: TiledHome) -> dict[str, int]:
+    return {tier.value: home.nbytes(tier) for tier in MemoryTier if home.nbytes(tier)}

@@ -1,0 +1,445 @@
+"""Which update runs when: in the step, behind the next forward, or ahead of the step while backward goes on.
+
+An update ahead of the step assumes that nothing will be clipped or skipped and that hyper-parameters stay. It reads
+what everybody reads and writes to spare places nobody reads. `take_step` compares what it assumed with what the step
+wants: equal, and the places are exchanged; else it is dropped and done again, from the same weights and gradients. So
+no mode changes a bit, and until `take_step` nothing has happened.
+
+After `take_step` a chunk is UPDATING until `settle`, which whoever needs it calls first.
+
+Where steps are committed nothing runs ahead: `hold` decides about a step, and `release` lets its updates go once the
+decision is where it outlives the process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from gemini.chunk.core import ChunkCore
+from gemini.errors import GeminiError, ModelError
+from gemini.gradients.arrivals import ArrivedGradients
+from gemini.gradients.sharded import ShardedGradients
+from gemini.gradients.store import GradientStore
+from gemini.kernels.adam_tile import AdamSegment
+from gemini.kernels.device import DeviceKernels
+from gemini.kernels.pool import Ticket
+from gemini.offload.home import TiledHome
+from gemini.offload.transfer import Mark
+from gemini.placement.overlap import OverlapMode, choose_overlap, smoothed_rate, why_not_ahead
+from gemini.profile.recorder import Recorder
+from gemini.tiers import MemoryTier
+from gemini.update.job import UpdateJob
+from gemini.update.pipeline import clip_segments, tiles_of, update_on_device
+from gemini.update.worker import UpdateWorker
+
+__all__ = ["HeldStep", "Overlap", "OverlapStats", "StepPlanner", "StepWish", "UpdateTimes"]
+
+
+class StepPlanner(Protocol):
+    """An optimizer, as far as the runtime knows one."""
+
+    def expected_segments(self, chunk_id: int) -> tuple[AdamSegment, ...]:
+        """Return what the next step will do to a chunk all of whose gradients have arrived, sorted."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepWish:
+    """What an optimizer step does to one chunk."""
+
+    segments: tuple[AdamSegment, ...]
+    """Runs of elements to update, in chunk coordinates, sorted."""
+    grad_scale: float
+    """Gradients are multiplied by this: clipping and loss scale."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldStep:
+    """A step whose updates wait for its commit."""
+
+    wishes: Mapping[int, StepWish]
+    """What to do to the home of each chunk, in the home's coordinates."""
+    kept: frozenset[int]
+    """Chunks that may keep their slot."""
+
+
+@dataclass(slots=True)
+class OverlapStats:
+    """Updates of chunks since construction."""
+
+    num_updates: int = 0
+    num_ahead: int = 0
+    """Updates that were started ahead of the step."""
+    num_redone: int = 0
+    """Those of them that did not count."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateTimes:
+    """Seconds since three clocks were started, or between two readings of them."""
+
+    elapsed_s: float
+    stall_s: float
+    """Training waited for updates."""
+    busy_s: float
+    """The update thread had something to read, compute or write."""
+
+    def __sub__(self, earlier: UpdateTimes) -> UpdateTimes:
+        return UpdateTimes(
+            elapsed_s=self.elapsed_s - earlier.elapsed_s,
+            stall_s=self.stall_s - earlier.stall_s,
+            busy_s=self.busy_s - earlier.busy_s,
+        )
+
+
+class Overlap:
+    """The updates of one engine.
+
+    Args:
+        asked: the user's mode; None: choose by measurement.
+        core: chunks and slots; asks this object for chunks that are being updated.
+        states: home of each trainable chunk's optimizer state, by chunk id.
+        gradients: tells this object what arrives.
+        worker: updates what lives in host memory and on disk; closed here.
+        kernels: update what lives on the device.
+    """
+
+    def __init__(
+        self,
+        asked: OverlapMode | None,
+        *,
+        core: ChunkCore,
+        states: Mapping[int, TiledHome],
+        gradients: GradientStore | ShardedGradients,
+        worker: UpdateWorker,
+        kernels: DeviceKernels,
+    ) -> None:
+        self.stats = OverlapStats()
+        self.mode = OverlapMode.OFF if asked is OverlapMode.OFF else OverlapMode.NEXT_FORWARD
+        """The mode of the step under way."""
+        self.predict: Callable[[int], StepWish | None] = lambda chunk_id: None
+        """What the coming step will probably ask of a chunk; the runtime puts its optimizer's answer here."""
+        self.urgency: Callable[[int], int] = lambda chunk_id: chunk_id
+        """How soon the next forward needs a chunk, lower is sooner; the runtime puts its trace here."""
+        self.failure: str | None = None
+        """Why weights and state are no longer those of any one step; None while they are."""
+        self.last_step: UpdateTimes | None = None
+        """The last step's, from the end of the one before it to its own; None before the second."""
+        self.held: HeldStep | None = None
+        """The step whose updates wait for `release`; None: no step does."""
+        self.step_ended: Callable[[], None] | None = None
+        """Called at the end of each step."""
+        self._asked = asked
+        self._core = core
+        self._states = states
+        self._gradients = gradients
+        self._worker = worker
+        self._kernels = kernels
+        self._ahead: dict[int, UpdateJob] = {}
+        self._pending: dict[int, list[UpdateJob]] = {}
+        self._grad_slots: dict[int, torch.Tensor] = {}
+        self._backwards_per_step = 0
+        self._clip_rate: float | None = None
+        self._times_before: UpdateTimes | None = None
+        has_device = core.resources.transfers.compute_tier is MemoryTier.DEVICE
+        self._has_traffic = has_device or any(
+            home.is_on_disk for chunk_id in states for home in (states[chunk_id], core.chunks[chunk_id].home)
+        )
+        self._has_spares = any(state.has_spare(tile) for state in states.values() for tile in range(len(state.tiers)))
+        core.updates = self
+        gradients.listener = self
+        self._choose_mode()
+
+    # ---------------------------------------------------------------- during backward
+
+    def gradients_complete(self, chunk_id: int, arrived: ArrivedGradients) -> bool:
+        """Update a chunk ahead of the step, as far as that can be taken back; see GradientListener."""
+        if arrived.slot is not None:
+            self._grad_slots[chunk_id] = arrived.slot
+        is_last_backward = self._gradients.num_backwards >= self._backwards_per_step > 0
+        if self.mode is OverlapMode.SPECULATIVE and is_last_backward:
+            wish = self.predict(chunk_id)
+            if wish is not None:
+                self._start_ahead(chunk_id, self._at_home(chunk_id, wish), arrived.tickets)
+        return arrived.slot is not None
+
+    def _start_ahead(self, chunk_id: int, wish: StepWish, arrivals: tuple[Ticket, ...]) -> None:
+        chunk, state = self._core.chunks[chunk_id], self._states[chunk_id]
+        touched = tiles_of(wish.segments, self._worker.tile_numel)
+        tiles = tuple(tile for tile in touched if state.has_spare(tile))
+        if not tiles or (chunk.is_resident and chunk.slot is not None):  # whose copy shows the old weights until then
+            return
+        job = self._job(chunk_id, wish, tiles, arrivals)
+        self._ahead[chunk_id] = job
+        self.stats.num_ahead += 1
+        self._worker.submit(job, urgency=self.urgency(chunk_id))
+
+    def gradients_change(self, chunk_id: int) -> None:
+        """Drop what was made of a chunk's gradients ahead of the step; see GradientListener."""
+        self.check_released()
+        self.settle(chunk_id)
+        self._drop(chunk_id)
+        self.leave_gradient_slot(chunk_id)
+
+    def leave_gradient_slot(self, chunk_id: int) -> None:
+        """Read a chunk's gradients from disk from here on; see GradientListener."""
+        self._grad_slots.pop(chunk_id, None)
+        for job in (*self._pending.get(chunk_id, ()), *filter(None, [self._ahead.get(chunk_id)])):
+            self._worker.release_gradients(job)
+
+    def weights_change(self, chunk_id: int) -> None:
+        """Settle a chunk whose weights somebody is about to write, and drop what was made of the old ones."""
+        self.settle(chunk_id)
+        self._drop(chunk_id)
+
+    def discard(self) -> None:
+        """Drop everything that was updated ahead: there will be no step, or weights or state are about to change."""
+        for chunk_id in list(self._ahead):
+            self._drop(chunk_id)
+
+    def _drop(self, chunk_id: int) -> None:
+        job = self._ahead.pop(chunk_id, None)
+        if job is not None:
+            self.stats.num_redone += 1
+            self._worker.cancel(job)
+
+    # ---------------------------------------------------------------- the step
+
+    def take_step(self, wishes: Mapping[int, StepWish], *, kept: Collection[int]) -> None:
+        """Make a step's updates happen: those made ahead count now, the others run now or behind the next forward.
+
+        Args:
+            wishes: what to do to each chunk; all gradients have arrived.
+            kept: chunks that may keep their slot, because they are needed again soon.
+
+        Raises:
+            OffloadIOError: state could not be read or written; `failure` says so too.
+            IllegalTransitionError: a chunk is leased; nothing has happened.
+            ModelError: someone looks at a slot that will show other weights; nothing has happened.
+            WorkerError: the thread for updates cannot be started; nothing has happened.
+        """
+        wishes = {chunk_id: self._at_home(chunk_id, wish) for chunk_id, wish in wishes.items()}
+        for chunk_id, job in list(self._ahead.items()):
+            wish = wishes.get(chunk_id)
+            if wish is None or (job.segments, job.grad_scale) != (wish.segments, wish.grad_scale):
+                self._drop(chunk_id)
+        self._check_updatable(wishes)
+        self._start_updates(wishes, kept=kept)
+
+    def hold(self, wishes: Mapping[int, StepWish], *, kept: Collection[int]) -> None:
+        """Decide about a step whose updates must not begin yet; arguments and errors as for `take_step`."""
+        self.check_released()
+        at_home = {chunk_id: self._at_home(chunk_id, wish) for chunk_id, wish in wishes.items()}
+        self._check_updatable(at_home)
+        self.held = HeldStep(at_home, frozenset(kept))
+
+    def check_released(self) -> None:
+        """Raise ModelError if a step's updates are held."""
+        if self.held is not None:
+            raise ModelError(
+                "the last step's updates wait to be committed: call engine.commit(...) after every optimizer.step(), "
+                "and after scheduler.step() if there is one"
+            )
+
+    def prepare_release(self) -> HeldStep:
+        """Make sure that `release` will succeed, and that everything before the held step is where it belongs.
+
+        Returns:
+            The held step, or one that does nothing.
+
+        Raises:
+            OffloadIOError: an earlier update, or a gradient, could not be written.
+            IllegalTransitionError: a chunk is leased.
+            ModelError: someone looks at a slot that will show other weights.
+            WorkerError: the thread for updates cannot be started.
+        """
+        self.settle_all()
+        for chunk_id, state in self._states.items():
+            for home in (state, self._core.chunks[chunk_id].home, self._gradients.home_of(chunk_id)):
+                home.finish_writes()
+        held = self.held or HeldStep({}, frozenset())
+        self._check_updatable(held.wishes)
+        return held
+
+    def release(self, sequence: int) -> None:
+        """Let the held updates go, as `take_step`, once they are published under a sequence."""
+        held, self.held = self.held, None
+        if held is not None:
+            self._start_updates(held.wishes, kept=held.kept, sequence=sequence)
+
+    def _check_updatable(self, wishes: Mapping[int, StepWish]) -> None:
+        """Make sure that updates can start, while nothing has happened yet."""
+        for chunk_id in wishes:
+            self._core.check_updatable(chunk_id)
+        if any(MemoryTier.DEVICE not in self._states[chunk_id].tiers for chunk_id in wishes):
+            self._worker.start()
+
+    def _start_updates(self, wishes: Mapping[int, StepWish], *, kept: Collection[int], sequence: int = 0) -> None:
+        if self._worker.recorder is not None:
+            self._worker.recorder.moment("update", None)
+        try:
+            readers = self._core.resources.transfers.mark()
+            for chunk_id in sorted(wishes, key=self.urgency):
+                keeps_slot = chunk_id in kept
+                self._update_chunk(
+                    chunk_id, wishes[chunk_id], keeps_slot=keeps_slot, readers=readers, sequence=sequence
+                )
+            if self.mode is OverlapMode.OFF:
+                self.settle_all()
+        except BaseException as error:
+            self.failure = f"an optimizer step failed half way ({error})"
+            raise
+
+    def _update_chunk(self, chunk_id: int, wish: StepWish, *, keeps_slot: bool, readers: Mark, sequence: int) -> None:
+        state, chunk = self._states[chunk_id], self._core.chunks[chunk_id]
+        tiles = tiles_of(wish.segments, self._worker.tile_numel)
+        urgency = self.urgency(chunk_id)
+        self.stats.num_updates += 1
+        if MemoryTier.DEVICE in state.tiers:
+            self._core.begin_update(chunk_id, keeps_slot=False)
+            update_on_device(self._job(chunk_id, wish, tiles), self._worker.tile_numel, self._kernels)
+            self._core.end_update(chunk_id)
+            return
+        job = self._ahead.get(chunk_id)
+        may_refresh = (keeps_slot or chunk.is_resident) and chunk.shard is None
+        copy = chunk.compute if may_refresh else None
+        if job is not None:
+            job.readers = readers
+            if not self._worker.adjust(job, urgency=urgency, refreshes=copy):
+                copy = None  # tiles that have gone by will not refresh it
+        self._core.begin_update(chunk_id, keeps_slot=copy is not None)
+        refreshes = copy if chunk.slot is not None else None
+        jobs = self._pending[chunk_id] = [] if job is None else [job]
+        self._ahead.pop(chunk_id, None)
+        rest = tuple(tile for tile in tiles if job is None or tile not in job.tiles)
+        if rest:
+            jobs.append(self._job(chunk_id, wish, rest, refreshes=refreshes, readers=readers, sequence=sequence))
+            self._worker.submit(jobs[-1], urgency=urgency)
+
+    def _job(
+        self,
+        chunk_id: int,
+        wish: StepWish,
+        tiles: tuple[int, ...],
+        arrivals: tuple[Ticket, ...] = (),
+        refreshes: torch.Tensor | None = None,
+        readers: Mark | None = None,
+        sequence: int = 0,
+    ) -> UpdateJob:
+        return UpdateJob(
+            spec=self._core.chunks[chunk_id].home_spec,
+            working=self._core.chunks[chunk_id].home,
+            state=self._states[chunk_id],
+            grad=self._gradients.home_of(chunk_id),
+            grad_dtype=self._gradients.dtype_of(chunk_id),
+            segments=wish.segments,
+            grad_scale=wish.grad_scale,
+            tiles=tiles,
+            sequence=sequence,
+            arrivals=arrivals,
+            grad_slot=self._grad_slots.get(chunk_id),
+            refreshes=refreshes,
+            readers=readers,
+        )
+
+    def _at_home(self, chunk_id: int, wish: StepWish) -> StepWish:
+        """Return what a wish does to the part of a chunk that its home holds, in the home's coordinates."""
+        shard = self._core.chunks[chunk_id].shard
+        if shard is None:
+            return wish
+        return dataclasses.replace(wish, segments=clip_segments(wish.segments, shard.begin, shard.end))
+
+    def end_step(self, *, is_clipped: bool) -> None:
+        """Learn from a step, taken or skipped, and choose the mode of the next.
+
+        Args:
+            is_clipped: whether its gradients were clipped or not finite, so that nothing made ahead could count.
+        """
+        self.discard()
+        self._backwards_per_step = self._gradients.num_backwards
+        self._clip_rate = smoothed_rate(self._clip_rate, is_clipped)
+        worker = self._worker
+        now = UpdateTimes(elapsed_s=time.perf_counter(), stall_s=worker.stall_s, busy_s=worker.busy_s)
+        if self._times_before is not None:
+            self.last_step = now - self._times_before
+        self._times_before = now
+        self._choose_mode()
+        if self.step_ended is not None:
+            self.step_ended()
+
+    @property
+    def why_not_ahead(self) -> str | None:
+        """Why updates do not run ahead of the step although they were asked to."""
+        return why_not_ahead(self._asked, has_spares=self._has_spares, clip_rate=self._clip_rate)
+
+    def _choose_mode(self) -> None:
+        last = self.last_step
+        self.mode = choose_overlap(
+            self._asked,
+            has_traffic=self._has_traffic,
+            has_spares=self._has_spares,
+            clip_rate=self._clip_rate,
+            is_speculating=self.mode is OverlapMode.SPECULATIVE,
+            stall_s=None if last is None else last.stall_s,
+            step_s=None if last is None else last.elapsed_s,
+        )
+
+    # ---------------------------------------------------------------- after the step
+
+    def is_settled(self, chunk_id: int) -> bool:
+        """Return whether `settle` would return at once."""
+        return all(self._worker.is_updated(job) for job in self._pending.get(chunk_id, ()))
+
+    def settle(self, chunk_id: int) -> None:
+        """Wait until a chunk's update is complete, and let its new weights count.
+
+        Args:
+            chunk_id: the chunk; one that is not being updated is left alone.
+
+        Raises:
+            OffloadIOError: the update failed; the engine's state is lost.
+        """
+        jobs = self._pending.get(chunk_id)
+        if jobs is None:
+            return
+        try:
+            for job in jobs:
+                self._worker.wait(job)
+        except GeminiError as error:
+            self.failure = f"an optimizer step failed half way ({error})"
+            raise
+        del self._pending[chunk_id]
+        chunk = self._core.chunks[chunk_id]
+        for job in jobs:
+            for copy in job.refreshing:
+                copy.wait() if isinstance(copy, Ticket) else copy.wait_on_compute()
+            job.refreshes = None  # nobody but the chunk may look at its slot
+            ahead = [tile for tile in job.tiles if job.goes_ahead(tile)]
+            job.state.flip(ahead)
+            chunk.home.flip(ahead)
+        self._core.end_update(chunk_id)
+
+    def settle_all(self) -> None:
+        """Wait until no update is under way; as `settle`."""
+        for chunk_id in sorted(self._pending, key=self.urgency):
+            self.settle(chunk_id)
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds that training has waited for updates."""
+        return self._worker.stall_s
+
+    def record_to(self, recorder: Recorder | None) -> None:
+        """Tell a recorder when updates begin and who waits for them; None: nobody any more."""
+        self._worker.recorder = recorder
+
+    def close(self) -> None:
+        """Drop what has not begun, wait for the rest, end the thread."""
+        self._worker.close()
+        self._pending.clear()
+        self._ahead.clear()

@@ -1,0 +1,387 @@
+"""The values of an engine's parameters, for any code that reads or writes them; see [Note: Managed parameters].
+
+A weight whose chunk is in compute memory, or can be brought there without taking anything from anybody, is shown in its
+chunk. Otherwise, and where a view of it must not be overwritten later, it is shown on memory of its own, a copy that
+lives as long as the function that uses it.
+
+[Note: Writes]
+What is written in place must reach the home, and the master there. Values and master are the same in float32; in half
+precision the master of an element follows only if the element's bits have changed, so that elements which a write
+leaves alone keep what the half-precision weight does not show. So a function that may write is given the weight, and
+the old values are kept for its length. Writes that no function announced (compiled code, kernels that were given an
+address) are noticed by version counters when the weight leaves its memory, and compared with the home instead.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gemini.autograd.managed_parameter import WEIGHT_ATTRIBUTE, WaitingGradient, refuse, stand_in, weight_of
+from gemini.autograd.weight_functions import run_function
+from gemini.chunk.chunk import Chunk
+from gemini.chunk.layout import ParamSlot
+from gemini.errors import ModelError, OutOfTierMemoryError
+from gemini.model.tensor_parallel import local_part
+from gemini.runtime.runtime import Runtime
+from gemini.weights.values import (
+    drop_commit,
+    loading,
+    read_gradient,
+    read_own_working,
+    same_bits,
+    store_master,
+    store_written,
+)
+
+__all__ = ["ParamWeight", "WeightAccess"]
+
+SharedCall = Callable[[Callable[..., Any], Any, Any, Sequence[torch.Tensor]], Any]
+"""Calls a function that uses parameters, so that gradients of shared ones may be delivered use by use."""
+
+
+@dataclass(slots=True, eq=False)
+class _Open:
+    """A weight that a function is using; see OpenWeight."""
+
+    weight: ParamWeight
+    values: torch.Tensor
+    is_lasting: bool
+    is_copy: bool
+    loans: ExitStack
+    old: torch.Tensor | None = None
+    """The values before the function, if it may write."""
+
+    def become_copy(self) -> None:
+        if not self.is_copy:
+            with torch.inference_mode(False), torch.no_grad():
+                self.show_copy(self.values.clone())
+
+    def show_copy(self, values: torch.Tensor) -> None:
+        """Let the parameter show values in memory of their own until the weight is closed."""
+        weight, chunk = self.weight, self.weight.chunk
+        self.values, self.is_copy = values, True
+        self.loans.enter_context(weight.access.runtime.saved.loan(values, chunk, weight.position))
+        self.loans.callback(chunk.show, weight.position)
+        chunk.show(weight.position, values)
+
+
+class ParamWeight:
+    """One parameter of an engine; see gemini.autograd.Weight.
+
+    Args:
+        access: of the engine.
+        param: the parameter.
+        chunk: where its values lie.
+        slot: its place there.
+        position: its position in the chunk's layout.
+    """
+
+    __slots__ = ("__weakref__", "_pinned", "access", "chunk", "num_bindings", "param", "position", "slot")
+
+    def __init__(
+        self, access: WeightAccess, param: torch.nn.Parameter, chunk: Chunk, slot: ParamSlot, position: int
+    ) -> None:
+        self.access = access
+        self.param = param
+        self.chunk = chunk
+        self.slot = slot
+        self.position = position
+        self.num_bindings = 0
+        self._pinned: tuple[weakref.ref[torch.Tensor], object] | None = None
+
+    @property
+    def name(self) -> str:
+        """The parameter's."""
+        return self.slot.spec.name
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the parameter shows its values now, and will at least until the next function."""
+        chunk = self.chunk
+        return chunk.is_leased or (chunk.is_resident and chunk.is_ready)
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run a function of torch's that was given the parameter, or a view of it."""
+        return run_function(func, args, kwargs)
+
+    def opened(self, *, writes: bool) -> AbstractContextManager[_Open]:
+        """Let the parameter show its values while the context is open; what was written reaches the home at its end.
+
+        Args:
+            writes: whether the values may be written meanwhile.
+
+        Returns:
+            The context.
+
+        Raises:
+            ModelError: the engine is closed, its state was lost, a step waits for its commit, or what was written
+                cannot be honoured.
+            OffloadIOError: the values cannot be read or written.
+        """
+        return self.access.opened(self, writes=writes)
+
+    def saving(self) -> AbstractContextManager[None]:
+        """Let what autograd saves of weights, while the context is open, be found again in backward."""
+        return self.access.saving()
+
+    def call_shared(self, func: Callable[..., Any], args: Any, kwargs: Any, params: Sequence[torch.Tensor]) -> Any:
+        """Call a function that uses parameters, so that gradients of shared ones may be delivered use by use."""
+        return self.access.call_shared(func, args, kwargs, params)
+
+    def settle(self) -> None:
+        """Wait until nobody is writing the weight."""
+        self.access.runtime.overlap.settle(self.chunk.spec.chunk_id)
+
+    def count_write(self) -> None:
+        """Let graphs that have saved the parameter know that it was written, as torch's version counter does."""
+        torch.autograd.graph.increment_version(self.param)
+        self.chunk.remember_versions()
+
+    def stamp(self) -> object:
+        """Return something that is unequal once the values may have changed."""
+        return self.chunk.num_updates, self.chunk.num_writes
+
+    def assign(self, values: torch.Tensor) -> None:
+        """Write values as `.data = values` would.
+
+        Args:
+            values: of the parameter's shape, dtype and device.
+
+        Raises:
+            ModelError: they are of another.
+        """
+        if values is self.param:
+            return
+        with torch._C.DisableTorchFunctionSubclass():
+            own = (tuple(self.param.shape), self.param.dtype, self.param.device.type)
+        given = (tuple(values.shape), values.dtype, values.device.type)
+        if given != own:
+            raise refuse(
+                self,
+                f"its .data was replaced by a tensor of (shape, dtype, device) = {given}, expected {own}",
+                "change the model before wrapping it, and set device and dtype in GeminiConfig instead of calling "
+                ".to(), .cuda() or .half()",
+            )
+        with torch.no_grad():
+            self.param.data.copy_(values.clone() if weight_of(values) is self else values)
+        self.num_bindings += 1
+        self.count_write()  # graphs have saved the old values, which are gone
+
+    def load(self, values: torch.Tensor) -> None:
+        """Write values of a wider dtype, which the master keeps; they have been written to the weight already."""
+        if self.chunk.spec.is_trainable:
+            store_master(self.access.runtime, self.slot, values)
+
+    def pinned(self) -> torch.Tensor:
+        """Return a copy of the values, the same one as long as somebody holds it, brought up to date."""
+        held = None if self._pinned is None else self._pinned[0]()
+        stamp = self.stamp()
+        if held is not None and self._pinned is not None and self._pinned[1] == stamp:
+            return held
+        with self.opened(writes=False) as opened, torch.no_grad():
+            held = opened.values.clone() if held is None else held.copy_(opened.values)
+        self._pinned = weakref.ref(held), self.stamp()
+        return held
+
+    def gradient(self) -> torch.Tensor | None:
+        """Return the tensor that stands for the gradient that waits, None if none does."""
+        with torch._C.DisableTorchFunctionSubclass():
+            stray: torch.Tensor | None = self.param.grad
+            if stray is not None or not self._has_gradient():
+                return stray
+            if self.access.runtime.sharding is not None:  # reading is a collective, which a look must not be
+                waiting: WaitingGradient = stand_in(WaitingGradient, self, self.param)
+                return waiting
+            values = self.read_gradient()
+            assert values is not None
+            gradient: WaitingGradient = values.as_subclass(WaitingGradient)
+            gradient.__dict__[WEIGHT_ATTRIBUTE] = self
+            return gradient
+
+    def _has_gradient(self) -> bool:
+        gradients = self.access.runtime.gradients
+        if self.access.runtime.is_closed:
+            return False
+        is_readable = self.chunk.spec.is_trainable and not gradients.backward_pass.is_running
+        return is_readable and gradients.has(self.chunk.spec.chunk_id, self.position)
+
+    def read_gradient(self) -> torch.Tensor | None:
+        """Return the gradient that waits, of the parameter's dtype; None if none does."""
+        if not self._has_gradient():
+            return None
+        runtime = self.access.runtime
+        with torch.no_grad():
+            waiting = read_gradient(runtime, self.slot) * runtime.gradient_scale
+        return waiting.to(self.slot.spec.dtype).to(runtime.resources.transfers.device)
+
+    def add_gradient(self, gradient: torch.Tensor) -> None:
+        """Add to the gradient that waits.
+
+        Args:
+            gradient: of the parameter's shape and dtype.
+
+        Raises:
+            ModelError: the gradient carries a loss scale, or gradients are not kept as float32.
+        """
+        runtime = self.access.runtime
+        if runtime.scaler is not None:
+            gradient = gradient * runtime.scaler.scale
+        runtime.gradients.add([(self.chunk.spec.chunk_id, self.position, gradient)])
+
+    def set_gradient(self, gradient: torch.Tensor | None) -> None:
+        """Let a gradient take the place of the one that waits; it waits in `.grad`, where the optimizer takes it from.
+
+        Args:
+            gradient: of the parameter's shape; None: there is none any more.
+        """
+        if isinstance(gradient, WaitingGradient):
+            if weight_of(gradient) is self:  # `param.grad += other` has added already
+                return
+            gradient = gradient.clone()
+        if self._has_gradient():
+            self.access.runtime.gradients.discard(self.chunk.spec.chunk_id, self.position)
+        with torch._C.DisableTorchFunctionSubclass():
+            self.param.grad = gradient
+
+
+class WeightAccess:
+    """Shows and keeps the weights of one engine.
+
+    Args:
+        runtime: the engine's.
+        call_shared: as ParamWeight.call_shared.
+    """
+
+    def __init__(self, runtime: Runtime, call_shared: SharedCall) -> None:
+        self.runtime = runtime
+        self.call_shared = call_shared
+        self.weights = [
+            ParamWeight(self, param, chunk, slot, position)  # type: ignore[arg-type]
+            for chunk in runtime.core.chunks
+            for position, (slot, param) in enumerate(zip(chunk.spec.slots, chunk.params, strict=True))
+        ]
+        self._by_place = {(weight.chunk.spec.chunk_id, weight.position): weight for weight in self.weights}
+        for chunk in runtime.core.chunks:
+            chunk.keep_write = self._keep_unseen_write
+
+    def saving(self) -> AbstractContextManager[None]:
+        """Let what autograd saves of weights, while the context is open, be found again in backward."""
+        if not torch.is_grad_enabled() or self.runtime.saved.is_on_top:
+            return nullcontext()
+        return self._saving()
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        self.runtime.saved.push()
+        try:
+            yield
+        finally:
+            self.runtime.saved.pop()
+
+    @contextmanager
+    def opened(self, weight: ParamWeight, *, writes: bool) -> Iterator[_Open]:
+        """Show a weight while the context is open; see ParamWeight.opened."""
+        runtime, chunk = self.runtime, weight.chunk
+        chunk_id = chunk.spec.chunk_id
+        runtime.check_usable()
+        runtime.access.check_thread("using a parameter")
+        runtime.overlap.check_released()
+        if writes:
+            runtime.saving.finish()
+            runtime.overlap.weights_change(chunk_id)
+        else:
+            runtime.overlap.settle(chunk_id)
+        is_lasting = chunk.is_leased
+        is_leased = is_lasting or self._lease(chunk_id)
+        try:
+            with ExitStack() as loans:
+                opened = self._open(weight, loans, is_leased=is_leased, is_lasting=is_lasting)
+                if writes:
+                    opened.old = opened.values.clone()
+                versions = chunk.version_of(weight.position), opened.values._version
+                try:
+                    yield opened
+                finally:
+                    self._keep_write(opened, versions)
+        finally:
+            if is_leased and not is_lasting:
+                runtime.core.release(chunk_id)
+
+    def _open(self, weight: ParamWeight, loans: ExitStack, *, is_leased: bool, is_lasting: bool) -> _Open:
+        with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            values = local_part(weight.param).data
+            opened = _Open(weight, values, is_lasting=is_lasting, is_copy=False, loans=loans)
+            if not is_leased:
+                values = read_own_working(self.runtime, weight.slot)
+                opened.show_copy(values.to(self.runtime.resources.transfers.device))
+            return opened
+
+    def _lease(self, chunk_id: int) -> bool:
+        """Lease a chunk for the length of a function; return whether there was room for it."""
+        runtime = self.runtime
+        if not runtime.core.has_room(chunk_id):
+            return False
+        try:
+            runtime.core.access(chunk_id)
+        except OutOfTierMemoryError:
+            return False
+        if runtime.lookahead.is_in_step:
+            runtime.lookahead.record(chunk_id)
+        return True
+
+    def _keep_write(self, opened: _Open, versions: tuple[int, int]) -> None:
+        """Bring home what a function has written, if it has; `versions` were those of parameter and values before."""
+        weight, values = opened.weight, opened.values
+        chunk = weight.chunk
+        if opened.old is None:
+            if (chunk.version_of(weight.position), values._version) == versions:
+                return
+        elif same_bits(opened.old, values):
+            chunk.remember_versions()
+            return
+        self._store(weight, values, opened.old)
+        chunk.remember_versions()
+
+    def _keep_unseen_write(self, chunk: Chunk, position: int) -> None:
+        """Bring home what was written to a weight that still shows it; see Chunk.keep_write."""
+        weight = self._by_place[chunk.spec.chunk_id, position]
+        self.runtime.overlap.weights_change(chunk.spec.chunk_id)
+        with torch._C.DisableTorchFunctionSubclass():
+            values = local_part(weight.param).data
+        self._store(weight, values, None)
+
+    def _store(self, weight: ParamWeight, values: torch.Tensor, old: torch.Tensor | None) -> None:
+        """Make written values those of the home.
+
+        Args:
+            weight: whose.
+            values: this rank's part, in compute memory.
+            old: what they were; None: not known, and the home is asked.
+
+        Raises:
+            ModelError: neither knows.
+        """
+        runtime, chunk = self.runtime, weight.chunk
+        chunk.num_writes += 1
+        is_home = chunk.compute is not None and chunk.slot is None and not chunk.home.is_shared
+        if is_home and (not chunk.spec.is_trainable or chunk.spec.dtype is torch.float32):
+            return  # the home itself was written, and it is the master
+        if is_home and old is None and chunk.spec.dtype is torch.bfloat16:
+            raise ModelError(
+                f"parameter {weight.name} was written in place by code that its class does not see, such as a compiled "
+                "graph: what is left of its float32 master cannot be told; write it outside of the compiled code, "
+                "under torch.no_grad()"
+            )
+        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+            if chunk.home.is_shared:
+                with loading(runtime):
+                    store_written(runtime, weight.slot, values, old)
+            else:
+                drop_commit(runtime)
+                store_written(runtime, weight.slot, values, old)

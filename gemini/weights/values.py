@@ -1,0 +1,500 @@
+"""Read and write single parameters and their state in their homes, wherever these are.
+
+With several ranks a home holds a shard; with tensor parallelism, of what is this rank's. What is read is put together
+from all ranks' pieces, so all ranks must read the same parameters in the same order, and each gets everything. Of a
+value to be written each rank writes its piece; what ranks share is written by one of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from gemini.chunk.chunk import Chunk
+from gemini.chunk.cut import piece_of
+from gemini.chunk.layout import ParamSlot
+from gemini.kernels.cpu import cast, join_master, split_master
+from gemini.offload.home import TiledHome
+from gemini.offload.io import empty_aligned
+from gemini.ranks.sharding import RankAxis
+from gemini.runtime.runtime import Runtime
+from gemini.tiers import MemoryTier
+from gemini.update.pipeline import record_views
+
+__all__ = [
+    "FROZEN_KINDS",
+    "STATE_KINDS",
+    "kinds_of",
+    "load_masters",
+    "drop_commit",
+    "load_moments",
+    "master_runs",
+    "owned_run",
+    "read_gradient",
+    "read_master",
+    "read_moments",
+    "read_own_working",
+    "read_parts",
+    "read_working",
+    "reset_moments",
+    "same_bits",
+    "store_master",
+    "store_written",
+    "working_runs",
+    "write_parts",
+]
+
+STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
+"""What there is of a trainable parameter: its master, momentum and variance, under torch.optim.AdamW's names."""
+FROZEN_KINDS = ("weight",)
+"""What there is of a frozen one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A parameter's share of one tile."""
+
+    tile: int
+    length: int
+    """Elements in the tile."""
+    in_tile: slice
+    in_param: slice
+
+
+def working_runs(runtime: Runtime, slot: ParamSlot) -> Iterator[torch.Tensor]:
+    """Yield what lives here of a parameter's working weights, in order, a tile's worth at a time.
+
+    Args:
+        runtime: the engine's.
+        slot: the parameter.
+
+    Yields:
+        1D, on the CPU; to be read before the next one is asked for.
+    """
+    chunk, piece = _chunk_and_piece(runtime, slot)
+    for part in _parts(runtime, piece):
+        with _tile(runtime, chunk.home, part.tile, write=False) as tile:
+            yield _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
+
+
+def master_runs(runtime: Runtime, slot: ParamSlot) -> Iterator[torch.Tensor]:
+    """Yield what lives here of a parameter's float32 master as `working_runs` does; frozen parameters as they are."""
+    state = runtime.states.get(slot.chunk_id)
+    if state is None:
+        yield from working_runs(runtime, slot)
+        return
+    chunk, piece = _chunk_and_piece(runtime, slot)
+    for part in _parts(runtime, piece):
+        with (
+            _tile(runtime, chunk.home, part.tile, write=False) as tile,
+            _tile(runtime, state, part.tile, write=False) as record,
+        ):
+            working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
+            master = torch.empty(working.numel(), dtype=torch.float32)
+            _join(master, working, record, part, slot.spec.dtype)
+            yield master
+
+
+def read_working(runtime: Runtime, slot: ParamSlot) -> torch.Tensor:
+    """Return a parameter's working weights, a CPU copy in its shape."""
+    return _collect(runtime, slot, working_runs(runtime, slot), slot.spec.dtype)
+
+
+def read_own_working(runtime: Runtime, slot: ParamSlot) -> torch.Tensor:
+    """Return the working weights of this rank's part of a parameter, a CPU copy in its shape."""
+    return read_working(runtime, _without_split(slot))
+
+
+def _without_split(slot: ParamSlot) -> ParamSlot:
+    return dataclasses.replace(slot, spec=dataclasses.replace(slot.spec, split=None))
+
+
+def read_gradient(runtime: Runtime, slot: ParamSlot) -> torch.Tensor:
+    """Return the gradient that waits of this rank's part of a parameter, a float32 CPU copy, loss scale included."""
+    runtime.gradients.finish()
+    slot = _without_split(slot)
+    home, dtype = runtime.gradients.home_of(slot.chunk_id), runtime.gradients.dtype_of(slot.chunk_id)
+
+    def runs() -> Iterator[torch.Tensor]:
+        for part in _parts(runtime, _chunk_and_piece(runtime, slot)[1]):
+            with _tile(runtime, home, part.tile, write=False) as tile:
+                yield _typed(tile, part.length, dtype)[part.in_tile].to(torch.float32)
+
+    return _collect(runtime, slot, runs(), torch.float32)
+
+
+def read_master(runtime: Runtime, slot: ParamSlot) -> torch.Tensor:
+    """Return a parameter's float32 master, a CPU copy in its shape; frozen parameters as they are."""
+    dtype = torch.float32 if slot.chunk_id in runtime.states else slot.spec.dtype
+    return _collect(runtime, slot, master_runs(runtime, slot), dtype)
+
+
+def _collect(runtime: Runtime, slot: ParamSlot, runs: Iterable[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Return a parameter's values in its shape, given what lives here of them."""
+    flat = torch.empty(_chunk_and_piece(runtime, slot)[1].spec.numel, dtype=dtype)
+    done = 0
+    for run in runs:
+        flat[done : done + run.numel()] = run
+        done += run.numel()
+    return _make_whole(runtime, slot, flat)
+
+
+def _join(found: torch.Tensor, working: torch.Tensor, record: torch.Tensor, part: _Part, dtype: torch.dtype) -> None:
+    """Put a master together from its working weights and the rest in a tile's record."""
+    rest = record_views(record, part.length, dtype)[0]
+    if rest is None:
+        found.copy_(working)
+    elif rest.dtype is torch.int16:
+        join_master(found, working, rest[part.in_tile])
+    else:
+        found.copy_(rest[part.in_tile])
+
+
+def load_masters(runtime: Runtime, values: Iterable[tuple[ParamSlot, torch.Tensor]]) -> None:
+    """Make values of any float dtype the masters and working weights of parameters.
+
+    Copies in compute memory are brought up to date. Of weights that ranks share, one rank's value counts.
+
+    Args:
+        runtime: the engine's.
+        values: parameters and their values, of the same shape, on any device.
+
+    Raises:
+        CollectiveError: see `loading`.
+    """
+    with loading(runtime):
+        for slot, value in values:
+            _load_master(runtime, slot, value)
+
+
+@contextmanager
+def loading(runtime: Runtime) -> Iterator[None]:
+    """Let homes be written inside, those that ranks share among them.
+
+    With shared homes all ranks must come here: they meet before, so that none still uses what changes, and after.
+
+    Args:
+        runtime: the engine's.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        CollectiveError: a rank did not come; from then on weights are in part the old ones.
+    """
+    drop_commit(runtime)
+    shared = [chunk.home for chunk in runtime.core.chunks if chunk.home.is_shared]
+    if shared:
+        runtime.resources.transfers.synchronize()
+        _await_ranks(runtime, name="readiness to load shared weights")
+    yield
+    if shared:
+        _await_ranks(runtime, name="end of loading shared weights")
+        for home in shared:
+            home.refresh()
+
+
+def drop_commit(runtime: Runtime) -> None:
+    """Let there be no committed step any more, before weights or state change otherwise; with several ranks all call.
+
+    Args:
+        runtime: the engine's.
+
+    Raises:
+        CollectiveError: a rank did not come; nothing has changed.
+    """
+    if runtime.journal is not None and runtime.journal.file.has_record:
+        runtime.journal.file.drop()
+        if runtime.sharding is not None:
+            _await_ranks(runtime, name="ends of what was committed")
+
+
+def _await_ranks(runtime: Runtime, *, name: str) -> None:
+    assert runtime.sharding is not None
+    runtime.sharding.group.gather_values(torch.zeros(1), name=name)
+
+
+def _load_master(runtime: Runtime, slot: ParamSlot, value: torch.Tensor) -> None:
+    chunk = runtime.core.begin_update(slot.chunk_id)
+    state = runtime.states.get(slot.chunk_id)
+    piece = _chunk_and_piece(runtime, slot)[1]
+    flat = _cut(chunk, slot, value)
+    try:
+        for part in _parts(runtime, piece) if chunk.home.is_writable else ():
+            with _tile(runtime, chunk.home, part.tile, write=True) as tile:
+                working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
+                if state is None:
+                    working.copy_(flat[part.in_param])
+                else:
+                    source = flat[part.in_param].to(torch.float32).contiguous()
+                    with _tile(runtime, state, part.tile, write=True) as record:
+                        _store(record, part, slot.spec.dtype, working, source)
+        _refresh(runtime, chunk, slot)
+    finally:
+        runtime.core.end_update(slot.chunk_id)
+
+
+def _refresh(runtime: Runtime, chunk: Chunk, slot: ParamSlot) -> None:
+    """Bring a parameter's copy in compute memory up to date, if there is one that is not gathered anew anyway."""
+    if chunk.slot is not None and not chunk.is_common:
+        copy = chunk.slot.buffer[: chunk.spec.working_nbytes].view(chunk.spec.dtype)
+        copy[slot.begin : slot.end].copy_(read_working(runtime, slot).reshape(-1))
+
+
+def _store(record: torch.Tensor, part: _Part, dtype: torch.dtype, working: torch.Tensor, source: torch.Tensor) -> None:
+    master = record_views(record, part.length, dtype)[0]
+    if master is None:
+        working.copy_(source)
+    elif master.dtype is torch.int16:
+        split_master(working, master[part.in_tile], source)
+    else:
+        master[part.in_tile] = source
+        cast(working, source)
+
+
+def store_written(runtime: Runtime, slot: ParamSlot, values: torch.Tensor, old: torch.Tensor | None) -> None:
+    """Bring home working weights that were written in compute memory; masters follow where bits have changed.
+
+    Args:
+        runtime: the engine's.
+        slot: the parameter.
+        values: this rank's part of it, in its shape and dtype, on any device.
+        old: what it was before; None: what the home has.
+    """
+    chunk, piece = _chunk_and_piece(runtime, slot)
+    state = runtime.states.get(slot.chunk_id)
+    new_flat = _own_piece(chunk, slot, values)
+    old_flat = None if old is None else _own_piece(chunk, slot, old)
+    for part in _parts(runtime, piece) if chunk.home.is_writable else ():
+        new = new_flat[part.in_param]
+        if old_flat is not None and same_bits(new, old_flat[part.in_param]):
+            continue
+        with _tile(runtime, chunk.home, part.tile, write=True) as tile:
+            working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
+            before = working.clone() if old_flat is None else old_flat[part.in_param]
+            working.copy_(new)
+        if state is not None and slot.spec.dtype is not torch.float32:
+            with _tile(runtime, state, part.tile, write=True) as record:
+                _store_changed(record, part, slot.spec.dtype, new, before)
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two contiguous tensors of one shape and dtype hold the same bits."""
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+
+
+def _own_piece(chunk: Chunk, slot: ParamSlot, values: torch.Tensor) -> torch.Tensor:
+    """Return what lives here of this rank's part of a parameter, flat on the CPU."""
+    flat = values.detach().to("cpu").reshape(-1)
+    return flat if chunk.shard is None else flat[piece_of(slot, chunk.shard)]
+
+
+def _store_changed(
+    record: torch.Tensor, part: _Part, dtype: torch.dtype, new: torch.Tensor, before: torch.Tensor
+) -> None:
+    """Let masters of half-precision weights follow where the weights' bits have changed."""
+    master = record_views(record, part.length, dtype)[0]
+    assert master is not None
+    rest = master[part.in_tile]
+    changed = new.view(torch.int16) != before.view(torch.int16)
+    if master.dtype is torch.int16:
+        residual = torch.empty_like(rest)
+        split_master(torch.empty_like(new), residual, new.to(torch.float32))
+    else:
+        residual = new.to(torch.float32)
+    rest.copy_(torch.where(changed, residual, rest))
+
+
+def store_master(runtime: Runtime, slot: ParamSlot, values: torch.Tensor) -> None:
+    """Set the masters of a half-precision parameter to values of a wider float dtype, which broadcast to its shape."""
+    chunk, piece = _chunk_and_piece(runtime, slot)
+    state = runtime.states[slot.chunk_id]
+    flat = _cut(chunk, slot, values.detach().to("cpu", torch.float32).expand(slot.spec.full_shape))
+    for part in _parts(runtime, piece):
+        with (
+            _tile(runtime, chunk.home, part.tile, write=True) as tile,
+            _tile(runtime, state, part.tile, write=True) as record,
+        ):
+            working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
+            _store(record, part, slot.spec.dtype, working, flat[part.in_param].contiguous())
+
+
+def read_moments(runtime: Runtime, slot: ParamSlot) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a trainable parameter's momentum and variance, float32 CPU copies in its shape."""
+    piece = _chunk_and_piece(runtime, slot)[1]
+    momentum = torch.empty(piece.spec.numel, dtype=torch.float32)
+    variance = torch.empty(piece.spec.numel, dtype=torch.float32)
+    for part in _parts(runtime, piece):
+        with _tile(runtime, runtime.states[slot.chunk_id], part.tile, write=False) as record:
+            _, first, second = record_views(record, part.length, slot.spec.dtype)
+            momentum[part.in_param] = first[part.in_tile]
+            variance[part.in_param] = second[part.in_tile]
+    return _make_whole(runtime, slot, momentum), _make_whole(runtime, slot, variance)
+
+
+def load_moments(runtime: Runtime, slot: ParamSlot, momentum: torch.Tensor, variance: torch.Tensor) -> None:
+    """Set a trainable parameter's moments, after `drop_commit`; same shape, any float dtype and device."""
+    chunk, piece = _chunk_and_piece(runtime, slot)
+    flat_momentum, flat_variance = _cut(chunk, slot, momentum), _cut(chunk, slot, variance)
+    for part in _parts(runtime, piece):
+        with _tile(runtime, runtime.states[slot.chunk_id], part.tile, write=True) as record:
+            _, first, second = record_views(record, part.length, slot.spec.dtype)
+            first[part.in_tile] = flat_momentum[part.in_param]
+            second[part.in_tile] = flat_variance[part.in_param]
+
+
+def owned_run(runtime: Runtime, slot: ParamSlot) -> slice:
+    """Return which elements of this rank's part of a parameter live here, in row-major order: all, unless sharded."""
+    shard = runtime.core.chunks[slot.chunk_id].shard
+    return slice(0, slot.spec.numel) if shard is None else piece_of(slot, shard)
+
+
+def kinds_of(runtime: Runtime, slot: ParamSlot) -> tuple[str, ...]:
+    """Return what `read_parts` gives of a parameter: `STATE_KINDS` if it is trainable, else `FROZEN_KINDS`."""
+    return STATE_KINDS if slot.chunk_id in runtime.states else FROZEN_KINDS
+
+
+def read_parts(runtime: Runtime, slot: ParamSlot) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield what lives here of a parameter, in order, a tile at a time: 1D CPU copies, by kind.
+
+    Trainable parameters come as float32, frozen ones in their working dtype.
+    """
+    chunk, piece = _chunk_and_piece(runtime, slot)
+    state = runtime.states.get(slot.chunk_id)
+    for part in _parts(runtime, piece):
+        with _tile(runtime, chunk.home, part.tile, write=False) as tile:
+            working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
+            if state is None:
+                yield {"weight": working.clone()}
+                continue
+            with _tile(runtime, state, part.tile, write=False) as record:
+                _, momentum, variance = record_views(record, part.length, slot.spec.dtype)
+                master = torch.empty(working.numel(), dtype=torch.float32)
+                _join(master, working, record, part, slot.spec.dtype)
+                moments = (momentum[part.in_tile].clone(), variance[part.in_tile].clone())
+        yield dict(zip(STATE_KINDS, (master, *moments), strict=True))
+
+
+def write_parts(runtime: Runtime, slot: ParamSlot, read: Callable[[str, int, int], torch.Tensor]) -> None:
+    """Set what lives here of a parameter, a tile at a time, inside `loading`. Copies in compute memory follow.
+
+    Args:
+        runtime: the engine's.
+        slot: the parameter.
+        read: returns elements [begin, end) of this rank's part of the parameter, in row-major order, of a kind from
+            `kinds_of`.
+    """
+    chunk, piece = runtime.core.begin_update(slot.chunk_id), _chunk_and_piece(runtime, slot)[1]
+    state = runtime.states.get(slot.chunk_id)
+    first = owned_run(runtime, slot).start
+    try:
+        for part in _parts(runtime, piece) if chunk.home.is_writable else ():
+            run = (first + part.in_param.start, first + part.in_param.stop)
+            values = [read(kind, *run) for kind in kinds_of(runtime, slot)]
+            with _tile(runtime, chunk.home, part.tile, write=True) as tile:
+                working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
+                if state is None:
+                    working.copy_(values[0])
+                    continue
+                with _tile(runtime, state, part.tile, write=True) as record:
+                    _store(record, part, slot.spec.dtype, working, values[0])
+                    _, momentum, variance = record_views(record, part.length, slot.spec.dtype)
+                    momentum[part.in_tile] = values[1]
+                    variance[part.in_tile] = values[2]
+        _refresh(runtime, chunk, slot)
+    finally:
+        runtime.core.end_update(slot.chunk_id)
+
+
+def reset_moments(runtime: Runtime) -> None:
+    """Set the momentum and variance of every parameter to zero; with several ranks all must call."""
+    drop_commit(runtime)
+    for chunk_id, state in runtime.states.items():
+        spec = runtime.core.chunks[chunk_id].home_spec
+        for tile in range(len(state.tiers)):
+            length = min(runtime.config.tile_numel, spec.numel - tile * runtime.config.tile_numel)
+            with _tile(runtime, state, tile, write=True) as record:
+                _, momentum, variance = record_views(record, length, spec.dtype)
+                momentum.zero_()
+                variance.zero_()
+
+
+def _chunk_and_piece(runtime: Runtime, slot: ParamSlot) -> tuple[Chunk, ParamSlot]:
+    """Return a parameter's chunk, and the piece of the parameter that lives here, in its place at home."""
+    chunk = runtime.core.chunks[slot.chunk_id]
+    if chunk.shard is None:
+        return chunk, slot
+    piece = piece_of(slot, chunk.shard)
+    spec = dataclasses.replace(slot.spec, shape=(piece.stop - piece.start,), split=None)
+    return chunk, dataclasses.replace(slot, spec=spec, begin=slot.begin + piece.start - chunk.shard.begin)
+
+
+def _cut(chunk: Chunk, slot: ParamSlot, value: torch.Tensor) -> torch.Tensor:
+    """Return the piece of a parameter's value that lives here, flat on the CPU."""
+    whole = value.detach().to("cpu")
+    flat = (whole if slot.spec.split is None else slot.spec.split.cut(whole)).reshape(-1)
+    return flat if chunk.shard is None else flat[piece_of(slot, chunk.shard)]
+
+
+def _make_whole(runtime: Runtime, slot: ParamSlot, flat: torch.Tensor) -> torch.Tensor:
+    """Return a parameter, or as many values, of all ranks' pieces, in its shape; with several ranks all must call."""
+    shard = runtime.core.chunks[slot.chunk_id].shard
+    if shard is None or runtime.sharding is None:
+        return flat.view(slot.spec.shape)
+    if not slot.spec.numel:
+        return flat.view(slot.spec.full_shape)
+    split = slot.spec.split
+    pieces = [piece_of(slot, shard.of_rank(rank)) for rank in range(shard.num_ranks)]
+    padded = flat.new_zeros(max(piece.stop - piece.start for piece in pieces))
+    padded[: flat.numel()] = flat
+    axes = (RankAxis.SHARD,) if split is None else (RankAxis.SHARD, RankAxis.TENSOR)
+    gathered = runtime.sharding.group.gather_along(axes, padded, name=slot.spec.name)
+    parts = []
+    for rows in gathered.view(-1, shard.num_ranks, padded.numel()):
+        whole = [values[: piece.stop - piece.start] for values, piece in zip(rows, pieces, strict=True)]
+        parts.append(torch.cat(whole).view(slot.spec.shape))
+    return parts[0] if split is None else split.join(parts)
+
+
+def _parts(runtime: Runtime, slot: ParamSlot) -> Iterator[_Part]:
+    tile_numel = runtime.config.tile_numel
+    numel = runtime.core.chunks[slot.chunk_id].home_spec.numel
+    if slot.spec.numel == 0:
+        return
+    for tile in range(slot.begin // tile_numel, -(-slot.end // tile_numel)):
+        begin = tile * tile_numel
+        length = min(tile_numel, numel - begin)
+        low, high = max(slot.begin, begin), min(slot.end, begin + length)
+        yield _Part(tile, length, slice(low - begin, high - begin), slice(low - slot.begin, high - slot.begin))
+
+
+def _typed(tile: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
+    return tile[: length * dtype.itemsize].view(dtype)
+
+
+@contextmanager
+def _tile(runtime: Runtime, home: TiledHome, tile: int, *, write: bool) -> Iterator[torch.Tensor]:
+    """Yield a tile as uint8 host memory; with `write`, changes reach the home when the context closes."""
+    tier = home.tiers[tile]
+    assert not write or runtime.journal is None or not runtime.journal.file.has_record
+    if tier is MemoryTier.HOST:
+        yield home.tile(tile)
+        return
+    if tier is MemoryTier.NVME:
+        buffer = empty_aligned(home.tile_nbytes[tile], torch.uint8)
+        home.read_tile(tile, buffer).wait()
+        yield buffer
+        if write:
+            home.write_tile(tile, buffer).wait()
+            home.finish_writes()
+        return
+    buffer = empty_aligned(home.tile_nbytes[tile], torch.uint8)
+    transfers = runtime.resources.transfers
+    transfers.download(buffer, home.tile(tile)).wait_on_host()
+    yield buffer
+    if write:
+        transfers.upload(home.tile(tile), buffer).wait_on_host()
