@@ -26,13 +26,8 @@ from results_file import spread_of
 from gemini.config import GeminiConfig
 from gemini.kernels.adam_tile import AdamHyper, AdamSegment
 from gemini.kernels.cpu import GradMode
-from gemini.kernels.device import (
-    DeviceKernels,
-    DeviceTile,
-    device_adam_update,
-    device_store_gradient,
-    select_device_kernels,
-)
+from gemini.kernels.device import DeviceKernels, device_adam_update, device_store_gradient, select_device_kernels
+from gemini.kernels.device_tile import DeviceTile
 from gemini.offload.resources import Resources, budgets_of, open_resources
 
 HYPER = AdamHyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, is_decoupled=True)

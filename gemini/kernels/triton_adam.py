@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemini.kernels.adam_tile import AdamSegment
-from gemini.kernels.device import DeviceTile
+from gemini.kernels.device_tile import DeviceTile
 
 __all__ = ["adam_kernel", "as_float32", "pass_bits", "triton_adam_update"]
 

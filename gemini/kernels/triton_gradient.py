@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gemini.kernels.cpu import GradMode
-from gemini.kernels.device import SUM_BLOCK_NUMEL, check_gradient, fold_halves, new_block_sums
+from gemini.kernels.device_tile import SUM_BLOCK_NUMEL, check_gradient, fold_halves, new_block_sums
 from gemini.kernels.triton_adam import as_float32, pass_bits
 
 __all__ = ["gradient_kernel", "triton_store_gradient"]

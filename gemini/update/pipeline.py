@@ -16,7 +16,8 @@ import torch
 
 from gemini.errors import GeminiError
 from gemini.kernels.adam_tile import AdamSegment, AdamTile, state_format_of
-from gemini.kernels.device import DeviceKernels, DeviceTile
+from gemini.kernels.device import DeviceKernels
+from gemini.kernels.device_tile import DeviceTile
 from gemini.kernels.pool import Ticket
 from gemini.offload.home import TiledHome
 from gemini.offload.io import IoTicket

@@ -22,13 +22,8 @@ from torch import Tensor
 
 from gemini.kernels import device as device_module
 from gemini.kernels.cpu import AdamHyper, AdamSegment, AdamTile, GradMode, adam_update, store_gradient
-from gemini.kernels.device import (
-    DeviceKernels,
-    DeviceTile,
-    device_adam_update,
-    device_store_gradient,
-    select_device_kernels,
-)
+from gemini.kernels.device import DeviceKernels, device_adam_update, device_store_gradient, select_device_kernels
+from gemini.kernels.device_tile import DeviceTile
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 37, 1024, 5001)
