@@ -8,14 +8,11 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from gemini.service.messages import AskState, Drain, Evict, MemberRow, NodeState, SharedRow, TierState
 from gemini.service.node_ledger import JobKey, Member
 from gemini.service.session import Session
-
-if TYPE_CHECKING:
-    from gemini.service.node_service import NodeService
+from gemini.service.state import ServiceState
 
 __all__ = ["Administration"]
 
@@ -29,15 +26,15 @@ class Administration:
     """Answers `ps`, `evict` and `drain`.
 
     Args:
-        service: whose.
+        state: of the service.
         stop: ends it.
     """
 
-    def __init__(self, service: NodeService, stop: Callable[[], None]) -> None:
+    def __init__(self, state: ServiceState, stop: Callable[[], None]) -> None:
         self.is_draining = False
         self.is_ending = False
         """Whether connections that end now are the service's doing, and leave what they hold as it is."""
-        self._service, self._stop = service, stop
+        self._state, self._stop = state, stop
         self._drain_evicts_after_s: float | None = None
 
     def may_administer(self, user: int) -> bool:
@@ -65,18 +62,18 @@ class Administration:
             timeout_s: seconds after which jobs are evicted; None: never.
         """
         self.is_draining = True
-        self._service.desk.refuse_all("the service is draining: it grants nothing more")
+        self._state.desk.refuse_all("the service is draining: it grants nothing more")
         if timeout_s is not None:
             asyncio.get_running_loop().call_later(timeout_s, self._evict_all, timeout_s)
         self.check_drained()
 
     def check_drained(self) -> None:
         """Stop the service if it is draining and no job is left."""
-        if self.is_draining and all(session.member is None for session in self._service.sessions):
+        if self.is_draining and all(session.member is None for session in self._state.sessions):
             self._stop()
 
     def _evict_all(self, timeout_s: float) -> None:
-        for job in {session.member.job for session in self._service.sessions if session.member is not None}:
+        for job in {session.member.job for session in self._state.sessions if session.member is not None}:
             self.evict(job, timeout_s)
 
     def _evict_asked(self, session: Session, message: Evict) -> None:
@@ -97,7 +94,7 @@ class Administration:
         Returns:
             Whether there is such a job.
         """
-        service = self._service
+        service = self._state
         sessions = [each for each in service.sessions if each.member is not None and each.member.job == job]
         kept = [member for member in service.desk.kept if member.job == job]
         for member in kept:
@@ -144,7 +141,7 @@ class Administration:
 
     def host_state(self) -> TierState:
         """Return what host memory is taken by."""
-        ledger, kept = self._service.ledger, self._kept_nbytes()[0]
+        ledger, kept = self._state.ledger, self._kept_nbytes()[0]
         warm = ledger.warm_nbytes()
         return TierState(
             total=ledger.budget.host,
@@ -156,16 +153,16 @@ class Administration:
 
     def disk_state(self) -> TierState:
         """Return what disk is taken by."""
-        ledger, kept = self._service.ledger, self._kept_nbytes()[1]
+        ledger, kept = self._state.ledger, self._kept_nbytes()[1]
         return TierState(total=ledger.budget.disk, leased=ledger.held().disk - kept, kept=kept, shared=0, warm=0)
 
     def _kept_nbytes(self) -> tuple[int, int]:
-        amounts = [kept.record.amount for kept in self._service.desk.kept.values()]
+        amounts = [kept.record.amount for kept in self._state.desk.kept.values()]
         return sum(each.host for each in amounts), sum(each.disk for each in amounts)
 
     def member_rows(self, user: int | None = None) -> list[MemberRow]:
         """Return all ranks that are here, kept or expected; of one user, or of all."""
-        service, now_s = self._service, time.monotonic()
+        service, now_s = self._state, time.monotonic()
         rows = [self._session_row(each, each.member, now_s) for each in service.sessions if each.member is not None]
         for member, kept in service.desk.kept.items():
             amount = kept.record.amount
@@ -205,10 +202,10 @@ class Administration:
         return sorted((row for row in rows if user in (None, row.user)), key=lambda row: (row.user, row.job, row.rank))
 
     def _session_row(self, session: Session, member: Member, now_s: float) -> MemberRow:
-        ledger = self._service.ledger
+        ledger = self._state.ledger
         amounts = [record.amount for record in session.leases.values()]
-        waits_for = self._service.desk.reason_of(session)
-        chunk = self._service.shelf.waits_for(session)
+        waits_for = self._state.desk.reason_of(session)
+        chunk = self._state.shelf.waits_for(session)
         if waits_for is None and chunk:
             waits_for = f"another process, which fills shared chunk {chunk}"
         shared = [hold.nbytes for hold in ledger.shared.values() if member in hold.holders]
@@ -240,6 +237,6 @@ class Administration:
                 num_users=len(hold.holders),
                 idle_s=0.0 if hold.holders else now_s - hold.idle_since_s,
             )
-            for (whose, key), hold in sorted(self._service.ledger.shared.items())
+            for (whose, key), hold in sorted(self._state.ledger.shared.items())
             if user in (None, whose)
         ]

@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from gemini.errors import ServiceError
-from gemini.service.channel import ConnectionLostError
-from gemini.service.messages import MAX_META_NBYTES, FileGiven, KeepFile, LeaseGranted, SetMeta, SharedGiven
+from gemini.service.channel import Answer, ConnectionLostError
+from gemini.service.messages import (
+    MAX_META_NBYTES,
+    ClientMessage,
+    FileGiven,
+    KeepFile,
+    LeaseGranted,
+    SetMeta,
+    SharedGiven,
+)
 from gemini.service.packets import close_all
-
-if TYPE_CHECKING:
-    from gemini.service.client import ServiceClient
 
 __all__ = ["DiskLease", "KeptState", "Lease", "NodeBudget", "SharedChunk"]
 
 logger = logging.getLogger(__name__)
+
+
+class Holder(Protocol):
+    """What a holding asks of the client that it belongs to; see ServiceClient."""
+
+    def ask(self, message_of: Callable[[int], ClientMessage]) -> Answer:
+        """Ask what the service answers at once."""
+
+    def take_back(self, lease: Lease) -> bool:
+        """End a lease; return whether it is for the caller to close its descriptors."""
+
+    def release_shared(self, chunk: SharedChunk) -> None:
+        """Say that a shared chunk is no longer used here, and close its descriptor."""
+
+    def finish_filling(self, chunk: SharedChunk, digest: str) -> None:
+        """Seal a chunk and say that it is filled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +89,7 @@ class Lease:
         descriptors: of the disk file, if there is one, and of the kept file, if there is one; closed with this.
     """
 
-    def __init__(self, client: ServiceClient, granted: LeaseGranted, descriptors: tuple[int, ...]) -> None:
+    def __init__(self, client: Holder, granted: LeaseGranted, descriptors: tuple[int, ...]) -> None:
         self.host_nbytes = granted.host_nbytes
         self.disk: DiskLease | None = None
         self.keep_fd: int | None = None
@@ -150,7 +172,7 @@ class SharedChunk:
         fd: closed with this.
     """
 
-    def __init__(self, client: ServiceClient, key: str, given: SharedGiven, fd: int) -> None:
+    def __init__(self, client: Holder, key: str, given: SharedGiven, fd: int) -> None:
         self.key = key
         self.nbytes = given.nbytes
         self.digest = given.digest

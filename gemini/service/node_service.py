@@ -64,6 +64,7 @@ from gemini.service.node_ledger import JobKey, Member, NodeLedger
 from gemini.service.packets import close_all
 from gemini.service.session import Session
 from gemini.service.shared_shelf import SharedShelf
+from gemini.service.state import ServiceState
 
 __all__ = ["NodeService", "ServiceOptions"]
 
@@ -128,7 +129,10 @@ class NodeService:
         self._manifest = ManifestWriter(self._manifest_path, self._manifest_now)
         self.shelf = SharedShelf(self.ledger, self._manifest.changed)
         self.desk = LeaseDesk(self.ledger, self.shelf.forget, self._manifest.changed)
-        self.administration = Administration(self, self._stopped.set)
+        state = ServiceState(
+            ledger=self.ledger, desk=self.desk, shelf=self.shelf, sessions=self.sessions, started_s=self.started_s
+        )
+        self.administration = Administration(state, self._stopped.set)
 
     @property
     def _manifest_path(self) -> Path:
