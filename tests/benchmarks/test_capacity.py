@@ -57,17 +57,35 @@ def test_a_search_ends_between_what_does_and_what_does_not(
     assert [row["layers"] for row in rows] == expected
 
 
+def imported_mib() -> int:
+    """Return the memory that a process takes which has imported the libraries; builds of torch differ by a lot."""
+    program = (
+        "import torch, transformers.models.gpt2.modeling_gpt2, gemini.ddp; print(open('/proc/self/status').read())"
+    )
+    status = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    return int(status.partition("VmHWM:")[2].split()[0]) >> 10
+
+
 @pytest.mark.slow
 def test_a_search_ends_with_three_steps_within_the_memory(tmp_path: Path) -> None:
-    target = tmp_path / "capacity.json"
-    command = [sys.executable, BENCHMARKS / "capacity.py", "--ram", "800MiB", "--max-layers", "4", "--tokens", "2"]
+    target, ram_mib = tmp_path / "capacity.json", imported_mib() + 415
+    command = [
+        sys.executable,
+        BENCHMARKS / "capacity.py",
+        "--ram",
+        f"{ram_mib}MiB",
+        "--max-layers",
+        "4",
+        "--tokens",
+        "2",
+    ]
     command += ["--systems", "gemini", "--swap", tmp_path, "--json", target]
     subprocess.run(command, check=True, capture_output=True)
     first, *missing = json.loads(target.read_text())["rows"]
     assert first["system"] == "gemini nvme"
     assert first["ok"] is True
     assert first["params"] == 4 * (12 * 320**2 + 13 * 320) + (50257 + 64 + 2) * 320
-    assert 300 << 20 < first["peak_rss_bytes"] <= 800 << 20
+    assert 300 << 20 < first["peak_rss_bytes"] <= ram_mib << 20
     assert first["step_s"] > 0
     assert len(first["losses"]) == 3
     assert [row["missing"] for row in missing] == ["not asked for"] * 2
