@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -188,6 +189,40 @@ def named(paths_and_lines: Iterator[tuple[Path, int]]) -> list[str]:
 def test_imports_point_down() -> None:
     refused = [str(each) for module in modules() for each in imports_of(module) if not is_allowed(each)]
     assert refused == []
+
+
+def test_the_page_on_architecture_says_what_each_room_imports() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    said = dict(re.findall(r"^\*\*(\w+)\.\*\* .*?^\*Imports\* (.*?)\.$", page, re.MULTILINE | re.DOTALL))
+    found: dict[str, set[str]] = {room: set() for room in said}
+    for module in modules():
+        for each in imports_of(module):
+            if room_of(module) in said and is_ours(each.target) and each.target != OFFERED_LATER:
+                found[room_of(module)].add(room_of(each.target))
+    wrong = {
+        room: ", ".join(sorted(rooms - {room, "errors", "_native"})) or "nothing"
+        for room, rooms in found.items()
+        if (", ".join(sorted(rooms - {room, "errors", "_native"})) or "nothing") != said[room]
+    }
+    assert wrong == {}
+    packages = {path.name for path in (ROOT / "gemini").iterdir() if (path / "__init__.py").exists()}
+    assert packages <= set(said)
+
+
+def test_the_root_of_gemini_holds_faces_and_leaves_only() -> None:
+    assert {path.stem for path in (ROOT / "gemini").glob("*.py")} == {
+        *(
+            "__init__",
+            "__main__",
+            "config",
+            "config_deepspeed",
+            "ddp",
+            "errors",
+            "optimizer",
+            "pretrained_model",
+            "tiers",
+        )
+    }
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:

@@ -1,6 +1,6 @@
 """Finishes the updates of the last committed step, which another process has begun.
 
-See [Note: Redo] in update_journal.
+See [Note: Redo] in gemini.commits.journal.
 """
 
 from __future__ import annotations

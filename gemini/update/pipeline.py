@@ -1,7 +1,7 @@
 """The optimizer's pass over chunks, tile by tile: one is read while another is updated and a third is written.
 
 State is updated where it lives: on the device by its kernel, in host memory by the worker pool, from disk
-through a ring of host buffers. Which chunk comes next, and in which thread all this runs, is update_worker's.
+through a ring of host buffers. Which chunk comes next, and in which thread all this runs, is gemini.update.worker's.
 """
 
 from __future__ import annotations
