@@ -104,7 +104,7 @@ class GeminiDDP(torch.nn.Module):
         self.loading_report = None if source is None else source.report
         store = self._runtime.resources.store
         self._disk_at_start = store.stats() if store is not None else IoStats(nbytes_read=0, nbytes_written=0)
-        self._hooks = HookSet(self._runtime, self._runtime.config.input_dtype)
+        self._hooks = HookSet(self._runtime.passes, self._runtime.config.input_dtype)
         unit_names = {unit.unit_id: unit.module_name for unit in self._runtime.layout.units if unit.module_name}
         self._hooks.install(
             module,
@@ -169,9 +169,9 @@ class GeminiDDP(torch.nn.Module):
             The norm before clipping, float32 [] on the CPU; NaN if a gradient is not finite, and then the next
             optimizer step is skipped.
         """
-        norm = self._runtime.gradient_norm(list(self._runtime.layout.slot_by_name.values()))
+        norm = self._runtime.steps.gradient_norm(list(self._runtime.layout.slot_by_name.values()))
         if norm == norm:
-            self._runtime.clip(norm, max_norm)
+            self._runtime.steps.clip(norm, max_norm)
         return torch.tensor(norm, dtype=torch.float32)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -180,7 +180,7 @@ class GeminiDDP(torch.nn.Module):
         Args:
             set_to_none: False: the next step updates, as in torch, all that have had a gradient, if need be with zeros.
         """
-        self._runtime.clear_gradients(set_to_none=set_to_none)
+        self._runtime.steps.clear_gradients(set_to_none=set_to_none)
 
     def memory_report(self, *, profile: HardwareProfile | None = None, flops: StepFlops | None = None) -> MemoryReport:
         """Return bytes per tier, formula beside measurement, and what the moves have cost.

@@ -117,10 +117,10 @@ class HybridAdam(torch.optim.Optimizer):
             raise ConfigError("HybridAdam: the parameters belong to different GeminiDDPs; use one optimizer for each")
         if self._runtime is None:
             self._runtime = runtime
-            if runtime.optimizer is not None:
+            if runtime.coming.optimizer is not None:
                 runtime.finish_updates()
                 reset_moments(runtime)  # another optimizer's
-            runtime.optimizer = weakref.ref(self)
+            runtime.coming.optimizer = weakref.ref(self)
         slot = runtime.slot_of(param)
         if slot is not None:
             self._slots[id(param)] = slot
@@ -162,7 +162,7 @@ class HybridAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         runtime = self.runtime
-        if runtime.optimizer is None or runtime.optimizer() is not self:
+        if runtime.coming.optimizer is None or runtime.coming.optimizer() is not self:
             raise ConfigError(
                 "HybridAdam: a newer one has taken over this GeminiDDP; use one optimizer with several parameter groups"
             )
@@ -178,16 +178,16 @@ class HybridAdam(torch.optim.Optimizer):
         params = [(group, p) for group in self.param_groups for p in group["params"]]
         if runtime.sharding is not None:
             runtime.gradients.hyper_fingerprint = self._fingerprint()
-        norm = runtime.gradient_norm([self._slots[id(p)] for _, p in params])
+        norm = runtime.steps.gradient_norm([self._slots[id(p)] for _, p in params])
         self.last_grad_norm = norm
         if not math.isfinite(norm):
-            runtime.skip_update()
+            runtime.steps.skip_update()
             return
         if self.max_grad_norm is not None:
-            runtime.clip(norm, self.max_grad_norm)
+            runtime.steps.clip(norm, self.max_grad_norm)
         with_gradient = runtime.gradients.names()
         updated = [(group, p) for group, p in params if self._slots[id(p)].spec.name in with_gradient]
-        runtime.update(self._segments(updated))
+        runtime.steps.update(self._segments(updated))
         for _, param in updated:
             self._note_steps(param, self._next_step_of(param))
 
@@ -234,7 +234,7 @@ class HybridAdam(torch.optim.Optimizer):
             set_to_none: False: as in torch, the next step updates all parameters that have had a gradient since they
                 were last set to None, with zeros where nothing comes.
         """
-        self.runtime.clear_gradients(set_to_none=set_to_none)
+        self.runtime.steps.clear_gradients(set_to_none=set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in torch.optim.AdamW's form: `step`, `exp_avg` and `exp_avg_sq` per parameter.

@@ -315,7 +315,7 @@ def test_a_model_keeps_its_engine_alive(tmp_path: Path) -> None:
     gc.collect()
     model(batch()).square().mean().backward()
     optimizer.step()
-    assert optimizer.runtime.num_steps == 1
+    assert optimizer.runtime.steps.num_steps == 1
     optimizer.runtime.close()
 
 
@@ -455,7 +455,7 @@ def test_a_bad_hyper_parameter_is_refused_at_once_and_later(
     assert all(torch.equal(tensor, before[name]) for name, tensor in engine.state_dict().items())
     optimizer.param_groups[0][field] = good
     optimizer.step()
-    assert optimizer.runtime.num_steps == 1
+    assert optimizer.runtime.steps.num_steps == 1
 
 
 @pytest.mark.parametrize("value", [0, -1.0, float("nan")])
@@ -651,7 +651,7 @@ def test_a_step_inside_forward_is_refused_and_changes_nothing(tmp_path: Path) ->
         handle.remove()
         assert all(torch.equal(tensor, before[name]) for name, tensor in engine.state_dict().items())
         optimizer.step()
-        assert optimizer.runtime.num_steps == 1
+        assert optimizer.runtime.steps.num_steps == 1
         assert int(optimizer.state_dict()["state"][0]["step"]) == 1
 
 

@@ -46,7 +46,7 @@ def commit_step(runtime: Runtime, participants: Participants, *, extra: Any) -> 
             "engine.commit: this engine has no commit file: set GeminiConfig(service=..., job=..., snapshots=True), or "
             "pass GeminiDDP(..., commits=CommitFile)"
         )
-    if runtime.has_gradients():
+    if runtime.steps.has_gradients():
         raise ConfigError(
             "engine.commit: gradients wait for a step and would be lost: call it after optimizer.step(), or drop them "
             "with optimizer.zero_grad()"
@@ -59,7 +59,7 @@ def commit_step(runtime: Runtime, participants: Participants, *, extra: Any) -> 
             held = runtime.overlap.prepare_release()
             own = collect_run_state(runtime, participants, extra, is_for_all=False)
             run_state = encode_run_state(own, what="engine.commit")
-            step = CommittedStep(num_steps=runtime.num_steps, wishes=held.wishes, run_state=run_state)
+            step = CommittedStep(num_steps=runtime.steps.num_steps, wishes=held.wishes, run_state=run_state)
             file.publish(encode_record(step))
     except CollectiveError:
         raise  # others may have seen this rank's record and gone on; they are asked when the file is opened again
@@ -85,8 +85,8 @@ def recover_step(runtime: Runtime, participants: Participants) -> Recovered:
         check_run_state(state, participants, source=f"engine.recover: {SOURCE}")
         if participants.scheduler is not None:
             load_scheduler(participants.scheduler, state["scheduler"], source=f"engine.recover: {SOURCE}")
-    runtime.clear_gradients()
+    runtime.steps.clear_gradients()
     restore_run_state(runtime, participants, state, state)
-    runtime.num_steps = found.num_steps
+    runtime.steps.num_steps = found.num_steps
     restore_rng(state)
     return Recovered(found.num_steps, state["extra"])

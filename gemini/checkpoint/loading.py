@@ -75,7 +75,7 @@ def load_checkpoint(runtime: Runtime, path: Path, participants: Participants, *,
         with on_all_ranks(runtime.sharding):
             if participants.scheduler is not None:
                 load_scheduler(participants.scheduler, state["scheduler"], source=f"load_checkpoint: {path}")
-        runtime.clear_gradients()
+        runtime.steps.clear_gradients()
         try:
             with loading(runtime), on_all_ranks(runtime.sharding):
                 _load_params(runtime, files, manifest)
@@ -83,7 +83,7 @@ def load_checkpoint(runtime: Runtime, path: Path, participants: Participants, *,
         except BaseException as error:
             runtime.overlap.failure = f"loading {path} failed half way ({error or type(error).__name__})"
             raise
-    runtime.num_steps = manifest.step
+    runtime.steps.num_steps = manifest.step
     if own is not None:
         restore_rng(own)
     return LoadedCheckpoint(path, manifest.step, state["extra"])

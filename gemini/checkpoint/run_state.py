@@ -54,9 +54,9 @@ def collect_run_state(runtime: Runtime, participants: Participants, extra: Any, 
     return {
         **own,
         "extra": extra,
-        "num_skipped_steps": runtime.num_skipped_steps,
+        "num_skipped_steps": runtime.steps.num_skipped_steps,
         "optimizer": None if optimizer is None else optimizer.hyper_state_dict(),
-        "scaler": None if runtime.scaler is None else runtime.scaler.state_dict(),
+        "scaler": None if runtime.coming.scaler is None else runtime.coming.scaler.state_dict(),
         "scheduler": None if scheduler is None else scheduler.state_dict(),
         "trace": runtime.lookahead.state_dict(),
     }
@@ -158,10 +158,10 @@ def restore_run_state(
         buffer.copy_(of_rank["buffers"][name])
     if participants.optimizer is not None:
         participants.optimizer.load_hyper_state_dict(state["optimizer"])
-    if runtime.scaler is not None and state["scaler"] is not None:
-        runtime.scaler.load_state_dict(state["scaler"])
+    if runtime.coming.scaler is not None and state["scaler"] is not None:
+        runtime.coming.scaler.load_state_dict(state["scaler"])
     runtime.lookahead.load_state_dict(state["trace"])
-    runtime.num_skipped_steps = state["num_skipped_steps"]
+    runtime.steps.num_skipped_steps = state["num_skipped_steps"]
     load_extra_states(participants.model, of_rank["modules"] or {})
 
 

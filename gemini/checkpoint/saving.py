@@ -60,7 +60,7 @@ def save_checkpoint(
     """Start saving; see GeminiDDP.save_checkpoint."""
     if keep_last is not None and (type(keep_last) is not int or keep_last < 1):
         raise ConfigError(f"save_checkpoint: keep_last: expected at least 1, or None for all, got {keep_last!r}")
-    if runtime.has_gradients():
+    if runtime.steps.has_gradients():
         raise ConfigError(
             "save_checkpoint: gradients wait for a step and would be lost: call it after optimizer.step(), or drop "
             "them with optimizer.zero_grad()"
@@ -87,7 +87,7 @@ class PendingSave:
         self._runtime = runtime
         self._directory = directory
         self._keep_last = keep_last
-        self._step = runtime.num_steps
+        self._step = runtime.steps.num_steps
         self._rank = rank_of(runtime)
         slots = runtime.layout.slot_by_name.values()
         self._slots = [slot for slot in slots if with_frozen or slot.chunk_id in runtime.states]

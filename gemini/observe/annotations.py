@@ -72,9 +72,9 @@ def annotate(engine: Engine) -> Iterator[None]:
     """
     runtime = engine.runtime
     annotator = _Annotator(tuple(unit.module_name for unit in runtime.layout.units))
-    runtime.moments.add(annotator)
+    runtime.passes.moments.add(annotator)
     try:
         yield
     finally:
-        runtime.moments.remove(annotator)
+        runtime.passes.moments.remove(annotator)
         annotator.close()

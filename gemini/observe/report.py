@@ -238,15 +238,15 @@ def make_report(
     store = resources.store
     disk = store.stats() if store is not None else disk_at_start
     nvme = runtime.config.nvme
-    num_steps = runtime.num_steps + runtime.num_skipped_steps
+    num_steps = runtime.steps.num_steps + runtime.steps.num_skipped_steps
     moved = disk - disk_at_start
     wear = None
     if num_steps and store is not None and nvme is not None and nvme.endurance_nbytes is not None:
         wear = wear_of(nvme.endurance_nbytes, written_nbytes_per_step=moved.nbytes_written / num_steps)
     return MemoryReport(
         tiers=tuple(_tier_report(runtime, runtime.demand, tier) for tier in MemoryTier),
-        num_steps=runtime.num_steps,
-        num_skipped_steps=runtime.num_skipped_steps,
+        num_steps=runtime.steps.num_steps,
+        num_skipped_steps=runtime.steps.num_skipped_steps,
         num_params=sum(slot.spec.numel for slot in runtime.layout.slot_by_name.values()),
         num_chunks=len(core.chunks),
         num_resident_chunks=sum(chunk.is_resident for chunk in core.chunks),
@@ -271,7 +271,7 @@ def make_report(
         io_engine=store.backend.name.lower() if store is not None else None,
         is_direct_io=store.is_direct if store is not None else None,
         instruction_set=resources.isa.name.lower(),
-        step_s=runtime.step_s,
+        step_s=runtime.steps.step_s,
         predicted=_predict(runtime, profile, flops) if profile is not None and flops is not None else None,
     )
 

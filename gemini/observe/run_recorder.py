@@ -46,7 +46,7 @@ class RunRecorder:
         self._begin_ns: int | None = None  # of the step under way, if one is
         self._is_detailed = False
         self._counted = self._count()
-        runtime.moments.add(self)
+        runtime.passes.moments.add(self)
         runtime.overlap.step_ended = self._end_step
 
     def log(self, **values: float | torch.Tensor) -> None:
@@ -68,7 +68,7 @@ class RunRecorder:
 
     def close(self) -> None:
         """Write what is left; nothing is recorded any more."""
-        self._runtime.moments.remove(self)
+        self._runtime.passes.moments.remove(self)
         self._runtime.overlap.step_ended = None
         if self._is_detailed:
             self._tell(None)
@@ -190,7 +190,7 @@ def record_run(
         OffloadIOError: the file cannot be made.
     """
     runtime.check_usable()
-    if any(isinstance(listener, RunRecorder) for listener in runtime.moments.listeners):
+    if any(isinstance(listener, RunRecorder) for listener in runtime.passes.moments.listeners):
         raise ConfigError("GeminiDDP.record: the engine is being recorded already; leave that context first")
     with RecordingWriter(directory, describe_run(runtime, *expected)) as writer:
         recorder = RunRecorder(runtime, writer, steps=steps)

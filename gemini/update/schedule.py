@@ -107,6 +107,8 @@ class Overlap:
         gradients: tells this object what arrives.
         worker: updates what lives in host memory and on disk; closed here.
         kernels: update what lives on the device.
+        predict: returns what the coming step will probably ask of a chunk; None if nobody knows.
+        urgency: returns how soon the next forward needs a chunk, lower is sooner.
     """
 
     def __init__(
@@ -118,14 +120,12 @@ class Overlap:
         gradients: GradientStore | ShardedGradients,
         worker: UpdateWorker,
         kernels: DeviceKernels,
+        predict: Callable[[int], StepWish | None] = lambda chunk_id: None,
+        urgency: Callable[[int], int] = lambda chunk_id: chunk_id,
     ) -> None:
         self.stats = OverlapStats()
         self.mode = OverlapMode.OFF if asked is OverlapMode.OFF else OverlapMode.NEXT_FORWARD
         """The mode of the step under way."""
-        self.predict: Callable[[int], StepWish | None] = lambda chunk_id: None
-        """What the coming step will probably ask of a chunk; the runtime puts its optimizer's answer here."""
-        self.urgency: Callable[[int], int] = lambda chunk_id: chunk_id
-        """How soon the next forward needs a chunk, lower is sooner; the runtime puts its trace here."""
         self.failure: str | None = None
         """Why weights and state are no longer those of any one step; None while they are."""
         self.last_step: UpdateTimes | None = None
@@ -140,6 +140,8 @@ class Overlap:
         self._gradients = gradients
         self._worker = worker
         self._kernels = kernels
+        self._predict = predict
+        self._urgency = urgency
         self._ahead: dict[int, UpdateJob] = {}
         self._pending: dict[int, list[UpdateJob]] = {}
         self._grad_slots: dict[int, torch.Tensor] = {}
@@ -163,7 +165,7 @@ class Overlap:
             self._grad_slots[chunk_id] = arrived.slot
         is_last_backward = self._gradients.num_backwards >= self._backwards_per_step > 0
         if self.mode is OverlapMode.SPECULATIVE and is_last_backward:
-            wish = self.predict(chunk_id)
+            wish = self._predict(chunk_id)
             if wish is not None:
                 self._start_ahead(chunk_id, self._at_home(chunk_id, wish), arrived.tickets)
         return arrived.slot is not None
@@ -177,7 +179,7 @@ class Overlap:
         job = self._job(chunk_id, wish, tiles, arrivals)
         self._ahead[chunk_id] = job
         self.stats.num_ahead += 1
-        self._worker.submit(job, urgency=self.urgency(chunk_id))
+        self._worker.submit(job, urgency=self._urgency(chunk_id))
 
     def gradients_change(self, chunk_id: int) -> None:
         """Drop what was made of a chunk's gradients ahead of the step; see GradientListener."""
@@ -284,7 +286,7 @@ class Overlap:
             self._worker.recorder.moment("update", None)
         try:
             readers = self._core.resources.transfers.mark()
-            for chunk_id in sorted(wishes, key=self.urgency):
+            for chunk_id in sorted(wishes, key=self._urgency):
                 keeps_slot = chunk_id in kept
                 self._update_chunk(
                     chunk_id, wishes[chunk_id], keeps_slot=keeps_slot, readers=readers, sequence=sequence
@@ -298,7 +300,7 @@ class Overlap:
     def _update_chunk(self, chunk_id: int, wish: StepWish, *, keeps_slot: bool, readers: Mark, sequence: int) -> None:
         state, chunk = self._states[chunk_id], self._core.chunks[chunk_id]
         tiles = tiles_of(wish.segments, self._worker.tile_numel)
-        urgency = self.urgency(chunk_id)
+        urgency = self._urgency(chunk_id)
         self.stats.num_updates += 1
         if MemoryTier.DEVICE in state.tiers:
             self._core.begin_update(chunk_id, keeps_slot=False)
@@ -426,7 +428,7 @@ class Overlap:
 
     def settle_all(self) -> None:
         """Wait until no update is under way; as `settle`."""
-        for chunk_id in sorted(self._pending, key=self.urgency):
+        for chunk_id in sorted(self._pending, key=self._urgency):
             self.settle(chunk_id)
 
     @property

@@ -66,7 +66,7 @@ class _Open:
         """Let the parameter show values in memory of their own until the weight is closed."""
         weight, chunk = self.weight, self.weight.chunk
         self.values, self.is_copy = values, True
-        self.loans.enter_context(weight.access.runtime.saved.loan(values, chunk, weight.position))
+        self.loans.enter_context(weight.access.runtime.passes.saved.loan(values, chunk, weight.position))
         self.loans.callback(chunk.show, weight.position)
         chunk.show(weight.position, values)
 
@@ -217,7 +217,7 @@ class ParamWeight:
             return None
         runtime = self.access.runtime
         with torch.no_grad():
-            waiting = read_gradient(runtime, self.slot) * runtime.gradient_scale
+            waiting = read_gradient(runtime, self.slot) * runtime.coming.gradient_scale
         return waiting.to(self.slot.spec.dtype).to(runtime.resources.transfers.device)
 
     def add_gradient(self, gradient: torch.Tensor) -> None:
@@ -230,8 +230,8 @@ class ParamWeight:
             ModelError: the gradient carries a loss scale, or gradients are not kept as float32.
         """
         runtime = self.access.runtime
-        if runtime.scaler is not None:
-            gradient = gradient * runtime.scaler.scale
+        if runtime.coming.scaler is not None:
+            gradient = gradient * runtime.coming.scaler.scale
         runtime.gradients.add([(self.chunk.spec.chunk_id, self.position, gradient)])
 
     def set_gradient(self, gradient: torch.Tensor | None) -> None:
@@ -272,17 +272,17 @@ class WeightAccess:
 
     def saving(self) -> AbstractContextManager[None]:
         """Let what autograd saves of weights, while the context is open, be found again in backward."""
-        if not torch.is_grad_enabled() or self.runtime.saved.is_on_top:
+        if not torch.is_grad_enabled() or self.runtime.passes.saved.is_on_top:
             return nullcontext()
         return self._saving()
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
-        self.runtime.saved.push()
+        self.runtime.passes.saved.push()
         try:
             yield
         finally:
-            self.runtime.saved.pop()
+            self.runtime.passes.saved.pop()
 
     @contextmanager
     def opened(self, weight: ParamWeight, *, writes: bool) -> Iterator[_Open]:

@@ -51,7 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Training]:
 
 
 def state_of(run: Training) -> dict[str, torch.Tensor]:
-    numbers = [run.engine.runtime.num_steps, run.scheduler.last_epoch, run.optimizer.param_groups[0]["lr"]]
+    numbers = [run.engine.runtime.steps.num_steps, run.scheduler.last_epoch, run.optimizer.param_groups[0]["lr"]]
     return run.run.weights | {"rng": torch.get_rng_state(), "numbers": torch.tensor(numbers)}
 
 

@@ -90,7 +90,7 @@ def test_scenarios_do_what_they_are_named_for(tmp_path: Path) -> None:
     every = scenarios()
     with training(every["fp16-host"], "host", tmp_path) as overflowing:
         overflowing.train(0, NUM_SAVED)
-        assert 0 < overflowing.engine.runtime.num_skipped_steps < NUM_SAVED
+        assert 0 < overflowing.engine.runtime.steps.num_skipped_steps < NUM_SAVED
     with training(every["clipped"], "nvme", tmp_path) as clipped:
         clipped.train(0, NUM_SAVED)
         assert min(norm for norm in clipped.norms if norm is not None) > 0.1
@@ -152,4 +152,4 @@ def test_a_loaded_engine_counts_on_from_the_step(tmp_path: Path) -> None:
         found = run.engine.load_checkpoint(tmp_path / "saved")
         assert found.step == 2
         assert found.path.name == "step-00000002-save-00001"
-        assert run.engine.runtime.num_steps == 2
+        assert run.engine.runtime.steps.num_steps == 2

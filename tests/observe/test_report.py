@@ -80,7 +80,7 @@ def test_a_step_reads_the_state_once_and_writes_it_once(
         for _ in range(2):
             before = traffic(engine)
             train_step(engine, optimizer)
-            assert engine.runtime.num_skipped_steps == 0
+            assert engine.runtime.steps.num_skipped_steps == 0
             nbytes = state_nbytes(master_itemsize)
             assert traffic(engine) - before == IoStats(nbytes_read=nbytes, nbytes_written=nbytes)
 

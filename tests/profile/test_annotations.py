@@ -42,4 +42,4 @@ def test_an_interrupted_forward_leaves_no_range_open(tmp_path: Path) -> None:
             with pytest.raises(RuntimeError, match=refusal_of(lambda: torch.ones(1, 2) @ torch.ones(3, 4))):
                 engine(torch.ones(8, WIDTH + 1))
             engine(torch.ones(8, WIDTH))
-        assert engine.runtime.moments.listeners == ()
+        assert engine.runtime.passes.moments.listeners == ()

@@ -205,7 +205,7 @@ def test_a_full_drive_ends_the_recording_and_not_the_training(tmp_path: Path, ca
                 train_step(engine, optimizer)
             recorder.close()
         train_step(engine, optimizer)
-    assert engine.runtime.num_steps == 3
+    assert engine.runtime.steps.num_steps == 3
     (told,) = [record.getMessage() for record in caplog.records if "has ended" in record.getMessage()]
     assert "rank0.jsonl has ended, and training goes on: [Errno 28] No space left on device" in told
 

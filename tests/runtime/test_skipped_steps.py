@@ -78,7 +78,7 @@ def test_a_loss_that_stays_nan_stops_the_training_with_weights_as_they_were() ->
             train(engine, optimizer, math.nan)
         assert all(torch.equal(weight, before[name]) for name, weight in engine.master_state_dict().items())
         train(engine, optimizer, 1.0)
-        assert (engine.runtime.num_steps, engine.runtime.num_skipped_steps) == (2, 3)
+        assert (engine.runtime.steps.num_steps, engine.runtime.steps.num_skipped_steps) == (2, 3)
 
 
 @pytest.mark.parametrize(("dtype", "num_allowed"), [(torch.float32, 19), (torch.float16, 16 + 19)])
@@ -96,7 +96,7 @@ def test_any_number_may_be_skipped_if_asked_for() -> None:
         optimizer = HybridAdam(engine.parameters())
         for _ in range(25):
             train(engine, optimizer, math.nan)
-        assert engine.runtime.num_skipped_steps == 25
+        assert engine.runtime.steps.num_skipped_steps == 25
 
 
 def test_it_is_caught_as_what_other_libraries_raise() -> None:

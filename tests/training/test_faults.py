@@ -312,7 +312,7 @@ except t.WorkerError as error:
     print(error)
 if moment == "step":
     assert t.same_bits(engine.master_state_dict(), before)
-    assert optimizer.runtime.num_steps == 0
+    assert optimizer.runtime.steps.num_steps == 0
     t.TOWER.loss(engine(**batch))
     engine.close()
 assert len(os.listdir("/proc/self/task")) <= num_tasks

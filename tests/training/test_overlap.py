@@ -140,7 +140,7 @@ def skipping(engine: GeminiDDP, optimizer: HybridAdam, case: Case, batches: list
         losses.append(one_step(engine, optimizer, case, batch))
         if handle is not None:
             handle.remove()
-    assert optimizer.runtime.num_skipped_steps == NUM_STEPS // 2
+    assert optimizer.runtime.steps.num_skipped_steps == NUM_STEPS // 2
     return losses
 
 

@@ -127,7 +127,7 @@ HALF = Case(TOWER.build, lambda generator: {"x": vector_batch(generator)["x"].ha
 def test_float16_overflow_skips_the_step_halves_the_scale_and_recovers(place, tmp_path):
     config = config_for(place, tmp_path, dtype=torch.float16, initial_loss_scale=2.0**30)
     with GeminiDDP(HALF.model(), config) as engine:
-        optimizer, scaler = hybrid_adam(engine.parameters()), engine.runtime.scaler
+        optimizer, scaler = hybrid_adam(engine.parameters()), engine.runtime.coming.scaler
         before = engine.master_state_dict()
         step(engine, optimizer, HALF, HALF.batches(1)[0])
         assert math.isnan(optimizer.last_grad_norm)
@@ -137,7 +137,7 @@ def test_float16_overflow_skips_the_step_halves_the_scale_and_recovers(place, tm
         for batch in HALF.batches(20):
             step(engine, optimizer, HALF, batch)
         assert math.isfinite(optimizer.last_grad_norm)
-        assert engine.runtime.num_steps + engine.runtime.num_skipped_steps == 21
+        assert engine.runtime.steps.num_steps + engine.runtime.steps.num_skipped_steps == 21
         assert distance(engine.master_state_dict(), before) > 1e-4
 
 

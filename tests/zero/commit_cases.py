@@ -100,7 +100,9 @@ def publish(engine: Any, losses: list[float]) -> None:
 
 
 def participants(engine: Any) -> Any:
-    return commits.Participants(model=engine.module, buffers={}, optimizer=engine.runtime.optimizer(), scheduler=None)
+    return commits.Participants(
+        model=engine.module, buffers={}, optimizer=engine.runtime.coming.optimizer(), scheduler=None
+    )
 
 
 def be_interrupted(*, model: str, directory: Path, **fields: Any) -> list[str]:

@@ -93,7 +93,7 @@ def fit(
         optimizer.zero_grad()
         losses.append(loss_sum)
         norms.append(optimizer.last_grad_norm)
-    return Fit(losses, norms, engine.master_state_dict(), engine.runtime.num_skipped_steps)
+    return Fit(losses, norms, engine.master_state_dict(), engine.runtime.steps.num_skipped_steps)
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def train_alone(
             optimizer.zero_grad()
             losses.append(loss_sum)
             norms.append(optimizer.last_grad_norm)
-        return Fit(losses, norms, engine.master_state_dict(), engine.runtime.num_skipped_steps)
+        return Fit(losses, norms, engine.master_state_dict(), engine.runtime.steps.num_skipped_steps)
 
 
 def overflow_on_last_rank(*, mesh: tuple[int, ...] | None = None) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def overflow_on_last_rank(*, mesh: tuple[int, ...] | None = None) -> dict[str, A
     batches = [cut_batch(batch, rank, world_size) for batch in global_batches(case, 3, world_size)]
     with sharded(case, stage=3, place="device", directory=None, mesh=mesh, dtype=torch.float16) as engine:
         optimizer = hybrid_adam(engine.parameters())
-        scaler = engine.runtime.scaler
+        scaler = engine.runtime.coming.scaler
         assert scaler is not None
         scales, before = [scaler.scale], engine.master_state_dict()
         for i, batch in enumerate(batches):
@@ -222,7 +222,7 @@ def overflow_on_last_rank(*, mesh: tuple[int, ...] | None = None) -> dict[str, A
             if i == 0:
                 kept_weights = same_bits(engine.master_state_dict(), before)
         return {
-            "num_skipped": engine.runtime.num_skipped_steps,
+            "num_skipped": engine.runtime.steps.num_skipped_steps,
             "scales": scales[:3],
             "kept_weights": kept_weights,
             "weights": engine.master_state_dict(),

@@ -155,11 +155,11 @@ def overflow_on_last_tensor_rank(*, sizes: tuple[int, ...]) -> dict[str, Any]:
             if i == 0 and is_last:
                 handle.remove()
             kept.append(same_bits(engine.master_state_dict(), before))
-        assert engine.runtime.scaler is not None
+        assert engine.runtime.coming.scaler is not None
         return {
-            "num_skipped": engine.runtime.num_skipped_steps,
+            "num_skipped": engine.runtime.steps.num_skipped_steps,
             "kept": kept,
-            "scale": engine.runtime.scaler.scale,
+            "scale": engine.runtime.coming.scaler.scale,
             "weights": engine.master_state_dict(),
         }
 

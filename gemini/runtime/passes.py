@@ -1,0 +1,246 @@
+"""What the hooks report of forward and backward, turned into leases, fetches and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gemini.autograd.engine_access import EngineAccess
+from gemini.autograd.events import Moments
+from gemini.autograd.gradient_sink import GradientPlace
+from gemini.autograd.loss_scale import scale_gradients_of
+from gemini.chunk.chunk import Chunk
+from gemini.chunk.core import ChunkCore
+from gemini.chunk.layout import ChunkLayout
+from gemini.errors import GeminiError
+from gemini.gradients.sharded import ShardedGradients
+from gemini.gradients.store import GradientStore
+from gemini.model.tensor_parallel import local_part, take_local_gradient
+from gemini.placement.tracer import Phase
+from gemini.runtime.lookahead import Lookahead
+from gemini.runtime.never_copied import NeverCopied
+from gemini.runtime.saved_weights import SavedWeights
+from gemini.runtime.step import StepControl
+
+__all__ = ["Passes"]
+
+
+@dataclass
+class _Entry:
+    """A unit that is running."""
+
+    unit_id: int
+    has_pushed_hooks: bool
+
+
+class Passes(NeverCopied):
+    """Forward and backward passes of one engine; see gemini.autograd.events.RuntimeEvents.
+
+    Args:
+        layout: units and chunks.
+        core: chunks and slots.
+        gradients: take what backward makes.
+        lookahead: is told of uses, and fetches ahead.
+        steps: the steps that the passes belong to.
+        access: held by the thread that runs the model.
+        check_usable: raises ModelError if the engine is not.
+        place_of_param: chunk and position of each parameter, by its id.
+        is_sharded: whether several ranks own the chunks.
+    """
+
+    def __init__(
+        self,
+        layout: ChunkLayout,
+        *,
+        core: ChunkCore,
+        gradients: GradientStore | ShardedGradients,
+        lookahead: Lookahead,
+        steps: StepControl,
+        access: EngineAccess,
+        check_usable: Callable[[], None],
+        place_of_param: Mapping[int, tuple[int, int]],
+        is_sharded: bool,
+    ) -> None:
+        self.access = access
+        self.moments = Moments()
+        self.saved = SavedWeights(core.chunk_in, core.absent.get, self._weights_in_backward)
+        self._layout = layout
+        self._core = core
+        self._gradients = gradients
+        self._lookahead = lookahead
+        self._steps = steps
+        self._check_usable = check_usable
+        self._place_of_param = place_of_param
+        self._is_sharded = is_sharded
+        self._entered: list[_Entry] = []
+        self._has_pushed_for_model = False
+
+    # ---------------------------------------------------------------- forward
+
+    def begin_forward(self) -> None:
+        """Start the outermost forward.
+
+        Raises:
+            ModelError: the engine is closed, its state was lost, or a parameter was moved or re-flagged.
+        """
+        self._check_usable()
+        self._steps.check_released()
+        begins_step = torch.is_grad_enabled() and not self._lookahead.is_in_step
+        if begins_step:
+            self._steps.begin()
+        for chunk in self._core.chunks:
+            chunk.check_params()
+        if torch._C._current_graph_task_id() == -1:  # else a backward pass is running this forward
+            self._steps.collect_gradients()
+        self._drop_leftovers()
+        self._lookahead.gather_now(self._layout.root.own_chunk_ids)  # used anywhere, without notice
+        if begins_step:
+            self._steps.begin_probe()
+        self._lookahead.begin_forward(Phase.TRAIN if torch.is_grad_enabled() else Phase.INFERENCE)
+        self._has_pushed_for_model = torch.is_grad_enabled()
+        if self._has_pushed_for_model:
+            self.saved.push()
+
+    def end_forward(self) -> None:
+        """End the outermost forward, by return or exception."""
+        if self._has_pushed_for_model:
+            self.saved.pop()
+            self._has_pushed_for_model = False
+        self._lookahead.end_forward()
+
+    def abort_forward(self) -> None:
+        """Undo what a forward has begun that was interrupted, and so has neither left its units nor ended."""
+        self.saved.drop(sum(entry.has_pushed_hooks for entry in self._entered) + self._has_pushed_for_model)
+        self._has_pushed_for_model = False
+        self._drop_leftovers()
+        self.end_forward()
+
+    def enter_unit(self, unit_id: int) -> None:
+        """Lease a unit's chunks and start fetching what comes next.
+
+        Args:
+            unit_id: the unit.
+
+        Raises:
+            OutOfTierMemoryError: no slot can be freed.
+            OffloadIOError: weights cannot be read.
+            ModelError: the engine is closed or its state was lost.
+        """
+        self._check_usable()
+        unit = self._layout.units[unit_id]
+        leased: list[int] = []
+        try:
+            for chunk_id in unit.chunk_ids:
+                self._core.access(chunk_id)
+                leased.append(chunk_id)
+            for chunk_id in unit.chunk_ids:
+                self._lookahead.record(chunk_id)
+            self._lookahead.fetch_ahead()
+        except GeminiError:
+            for chunk_id in leased:
+                self._core.release(chunk_id)
+            raise
+        is_grad_enabled = torch.is_grad_enabled()
+        if is_grad_enabled:
+            self.saved.push()
+        self._entered.append(_Entry(unit_id, is_grad_enabled))
+
+    def exit_unit(self, unit_id: int) -> None:
+        """Give a unit's leases back."""
+        entry = self._entered.pop()
+        assert entry.unit_id == unit_id, f"left unit {unit_id} while in unit {entry.unit_id}"
+        if entry.has_pushed_hooks:
+            self.saved.pop()
+        for chunk_id in self._layout.units[unit_id].chunk_ids:
+            self._core.release(chunk_id)
+        for chunk_id in self._layout.units[unit_id].own_chunk_ids:
+            self._core.chunks[chunk_id].check_written()
+
+    def num_updates_of(self, unit_id: int) -> int:
+        """Return how often the optimizer has changed a unit's weights."""
+        chunks = [self._core.chunks[chunk_id] for chunk_id in self._layout.units[unit_id].chunk_ids]
+        return sum(chunk.num_updates + chunk.num_writes for chunk in chunks)
+
+    def wrap_outputs(self, output: Any) -> Any:
+        """Scale the gradients that will enter the model through its outputs, if float16 needs it."""
+        if self._steps.coming.scaler is None or not torch.is_grad_enabled():
+            return output
+        return scale_gradients_of(output, self._steps.coming.scaler.scale)
+
+    def is_borrowed(self, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor lies in a slot."""
+        local = local_part(tensor)
+        return type(local) is torch.Tensor and self._core.is_slot(local.untyped_storage().data_ptr())
+
+    # ---------------------------------------------------------------- backward
+
+    def enter_backward(self, unit_id: int, *, reads_weights: bool) -> None:
+        """Make a unit's weights usable before backward runs it, for recomputation that fires no hooks.
+
+        Needs no lease: the chunks of the unit used last are never evicted, and autograd runs all of a unit before
+        anything that came before it in forward.
+        """
+        self._check_usable()
+        self.access.check_thread("a backward")
+        self._gradients.reach_unit(self._layout.units[unit_id].own_chunk_ids, self._lookahead.urgency)
+        for chunk_id in self._layout.units[unit_id].chunk_ids if reads_weights else ():
+            self._core.ensure(chunk_id)
+            self._lookahead.record(chunk_id)
+        self._lookahead.fetch_ahead()
+
+    def take_gradient(self, param: torch.nn.Parameter) -> None:
+        """Take a gradient from autograd."""
+        self.access.check_thread("a backward")
+        grad = take_local_gradient(param)
+        self._steps.coming.clipping.check_open()
+        place = self._place_of_param[id(param)]
+        self._gradients.fulfil_all(*place)
+        self._gradients.put(*place, grad)
+
+    def finish_gradient(self, param: torch.nn.Parameter) -> None:
+        """Handle that all uses of a parameter in this backward pass have delivered by themselves."""
+        self._gradients.finish_uses(*self._place_of_param[id(param)])
+
+    def expect_gradient(self, param: torch.nn.Parameter) -> None:
+        """Expect that a use of a parameter will deliver its gradient by itself, if it may then."""
+        self._gradients.expect(*self._place_of_param[id(param)])
+
+    def takes_gradients_apart(self, param: torch.nn.Parameter, num_uses: int) -> bool:
+        """Return whether uses of a parameter, of which backward may run so many, may deliver by themselves."""
+        return self._gradients.takes_apart(*self._place_of_param[id(param)], num_uses=num_uses)
+
+    def put_gradient(self, param: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+        """Take the gradient of one use of a parameter."""
+        self._steps.coming.clipping.check_open()
+        place = self._place_of_param[id(param)]
+        self._gradients.fulfil(*place)
+        self._gradients.put(*place, gradient)
+
+    def write_gradient(self, param: torch.nn.Parameter) -> AbstractContextManager[GradientPlace] | None:
+        """Open the memory of a parameter's gradient to one of its uses; None where it must be put."""
+        self._steps.coming.clipping.check_open()
+        place = self._place_of_param[id(param)]
+        if not self._gradients.can_write(place[0]):
+            return None
+        self._gradients.fulfil(*place)
+        return self._gradients.writing(*place)
+
+    def _weights_in_backward(self, chunk: Chunk) -> torch.Tensor:
+        self._check_usable()
+        if self._is_sharded and chunk.compute is not None and not chunk.is_resident:
+            self._core.protect(chunk.spec.chunk_id)  # and no more: ranks may use more of a unit, or less, than others
+        elif not chunk.is_resident:
+            self._core.ensure(chunk.spec.chunk_id)
+            self._lookahead.record(chunk.spec.chunk_id)
+            self._lookahead.fetch_ahead()
+        assert chunk.compute is not None
+        return chunk.compute
+
+    def _drop_leftovers(self) -> None:
+        """Forget what an exception in an earlier forward or backward may have left behind."""
+        self._entered.clear()
+        self._core.drop_leases()

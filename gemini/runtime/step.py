@@ -1,0 +1,219 @@
+"""The optimizer's step: norm, clipping, update or skip, and what ends with it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+
+from gemini.autograd.engine_access import EngineAccess
+from gemini.autograd.loss_scale import LossScaler
+from gemini.chunk.layout import ParamSlot
+from gemini.gradients.grad_attributes import GradAttributes
+from gemini.gradients.sharded import ShardedGradients
+from gemini.gradients.store import GradientStore
+from gemini.kernels.adam_tile import AdamSegment
+from gemini.placement.plan import PlacementPlan
+from gemini.runtime.adaptation import Adaptation
+from gemini.runtime.clipping import Clipping
+from gemini.runtime.lookahead import Lookahead
+from gemini.runtime.memory_probe import MemoryProbe
+from gemini.runtime.skipped_steps import SkippedSteps
+from gemini.runtime.step_clock import StepClock
+from gemini.update.schedule import Overlap, StepPlanner, StepWish
+
+__all__ = ["ComingStep", "StepControl"]
+
+
+class ComingStep:
+    """What is known of the step that the gradients at hand are for.
+
+    Args:
+        scaler: of the loss; None: it is not scaled.
+    """
+
+    def __init__(self, scaler: LossScaler | None) -> None:
+        self.scaler = scaler
+        self.clipping = Clipping()
+        self.optimizer: weakref.ref[StepPlanner] | None = None
+        """The optimizer that may update the parameters; the newest one made of them."""
+
+    @property
+    def loss_scale(self) -> float:
+        """What gradients carry of the loss scale."""
+        return self.scaler.scale if self.scaler is not None else 1.0
+
+    @property
+    def gradient_scale(self) -> float:
+        """What gradients that wait must be multiplied by to be the loss's: clipping and loss scale."""
+        return self.clipping.factor / self.loss_scale
+
+    def wish_for(self, chunk_id: int) -> StepWish | None:
+        """Return what the step will ask of a chunk if nothing changes before it; None if nobody knows."""
+        optimizer = None if self.optimizer is None else self.optimizer()
+        if optimizer is None:
+            return None
+        return StepWish(optimizer.expected_segments(chunk_id), self.gradient_scale)
+
+
+class StepControl:
+    """The steps of one engine.
+
+    Args:
+        coming: what is known of the coming step.
+        plan: homes of all chunks.
+        gradients: what the step consumes.
+        grad_attributes: what other code leaves in `.grad`.
+        overlap: runs updates.
+        lookahead: knows what is used next.
+        adaptation: changes the plan as steps are measured; None: nobody does.
+        probe: measures what is not the engine's.
+        access: held by the thread that trains.
+        check_usable: raises ModelError if the engine is not.
+        has_commits: whether updates wait for `overlap.release`.
+        is_sharded: whether several ranks own the chunks.
+        max_skipped_steps: how many steps may be skipped in a row; None: any number.
+    """
+
+    def __init__(
+        self,
+        coming: ComingStep,
+        plan: PlacementPlan,
+        *,
+        gradients: GradientStore | ShardedGradients,
+        grad_attributes: GradAttributes,
+        overlap: Overlap,
+        lookahead: Lookahead,
+        adaptation: Adaptation | None,
+        probe: MemoryProbe,
+        access: EngineAccess,
+        check_usable: Callable[[], None],
+        has_commits: bool,
+        is_sharded: bool,
+        max_skipped_steps: int | None,
+    ) -> None:
+        self.coming = coming
+        self.plan = plan
+        """The plan in force."""
+        self.num_steps = 0
+        self.num_skipped_steps = 0
+        self._gradients = gradients
+        self._grad_attributes = grad_attributes
+        self._overlap = overlap
+        self._lookahead = lookahead
+        self._adaptation = adaptation
+        self._probe = probe
+        self._access = access
+        self._check_usable = check_usable
+        self._has_commits = has_commits
+        self._is_sharded = is_sharded
+        self._skipped = SkippedSteps(coming.scaler, most_in_a_row=max_skipped_steps)
+        self._clock = StepClock()
+
+    @property
+    def step_s(self) -> float | None:
+        """Median seconds of the newest steps, from the start of forward to the end of the update; None before two."""
+        return self._clock.step_s
+
+    def check_released(self) -> None:
+        """Raise ModelError if a step waits for its commit."""
+        self._overlap.check_released()
+
+    def begin(self) -> None:
+        """Begin to time a step."""
+        self._clock.begin_step()
+
+    def begin_probe(self) -> None:
+        """Begin to measure the memory of a step."""
+        self._probe.begin_step()
+
+    def gradient_norm(self, slots: Sequence[ParamSlot]) -> float:
+        """Compute the exact L2 norm of some parameters' gradients, loss scale taken out; see Clipping.norm_of."""
+        self._check_usable()
+        self._access.check_thread("a norm of gradients")
+        self.collect_gradients()
+        self._grad_attributes.add_zeros()
+        names = (slot.spec.name for slot in slots)
+        return self.coming.clipping.norm_of(self._gradients.sums_of_squares(), names, loss_scale=self.coming.loss_scale)
+
+    def clip(self, norm: float, max_norm: float) -> None:
+        """Scale the gradients at hand so that a norm becomes at most `max_norm`, as torch's clip_grad_norm_ does."""
+        self.coming.clipping.clip(norm, max_norm)
+
+    def update(self, segments: Mapping[int, tuple[AdamSegment, ...]]) -> None:
+        """Update parameters and consume all gradients; depending on the overlap, the work goes on after the return.
+
+        With commits the work waits for `overlap.release`.
+
+        Args:
+            segments: by chunk id, what to do to its elements, sorted; all of them have a gradient.
+
+        Raises:
+            OffloadIOError: state could not be read or written; the engine refuses to go on.
+            ModelError: the engine is closed or its state was lost, or someone looks at weights that will move.
+        """
+        self._check_usable()
+        scale = self.coming.gradient_scale
+        wishes = {chunk_id: StepWish(parts, scale) for chunk_id, parts in segments.items()}
+        start = self._overlap.hold if self._has_commits else self._overlap.take_step
+        start(wishes, kept=self._lookahead.needed_soon(self.plan.num_slots))
+        if self.coming.scaler is not None:
+            self.coming.scaler.update(found_overflow=False)
+        self._skipped.note_taken()
+        self.num_steps += 1
+        self._end_step(is_clipped=self.coming.clipping.factor != 1.0)
+        if not self._is_sharded and not self._has_commits:  # else it would wait for updates
+            self._lookahead.fetch_ahead()
+
+    def skip_update(self) -> None:
+        """Drop the gradients of a step whose norm is not finite.
+
+        Raises:
+            SkippedStepsError: it was one too many; it has been skipped nevertheless.
+        """
+        self._skipped.note_skipped()
+        if self._has_commits:
+            self._overlap.hold({}, kept=())
+        self.num_skipped_steps += 1
+        self._end_step(is_clipped=True)
+        self._skipped.check()
+
+    def has_gradients(self) -> bool:
+        """Return whether gradients wait for a step."""
+        self.collect_gradients()
+        return self._gradients.num_backwards > 0
+
+    def clear_gradients(self, *, set_to_none: bool = True) -> None:
+        """Forget the gradients at hand.
+
+        Args:
+            set_to_none: False: keep zeros for the parameters that have had one, which the next step then updates.
+
+        Raises:
+            ModelError: the engine is closed or its state was lost.
+        """
+        self._check_usable()
+        self._access.check_thread("zero_grad()")
+        self._grad_attributes.clear(set_to_none=set_to_none)
+        self._drop_gradients()
+
+    def collect_gradients(self) -> None:
+        """Take what other code has left in `.grad`."""
+        self._grad_attributes.collect(on_found=self.coming.clipping.check_open)
+
+    def _drop_gradients(self) -> None:
+        self._overlap.discard()
+        self._gradients.clear()
+        self.coming.clipping.factor = 1.0
+
+    def _end_step(self, *, is_clipped: bool) -> None:
+        self._overlap.end_step(is_clipped=is_clipped)
+        self._gradients.expected_backwards = self._gradients.num_backwards
+        self._grad_attributes.end_step()
+        self._drop_gradients()
+        if self._lookahead.is_in_step:
+            self._clock.end_step()
+            self._probe.end_step()
+            peak = self._probe.non_model_peak_nbytes
+            if self._adaptation is not None and peak is not None:
+                self.plan = self._adaptation.after_step(self.plan, peak_nbytes=peak)
+        self._lookahead.end_step()
