@@ -25,6 +25,7 @@ from gemini.commits.file import CommitFile
 from gemini.commits.recovery import KeptState
 from gemini.config import GeminiConfig
 from gemini.errors import ModelError, ServiceError
+from gemini.gradients.arrivals import Gradients
 from gemini.gradients.sharded import ShardedGradients
 from gemini.gradients.store import GradientStore
 from gemini.heap import serve_cpu_memory
@@ -239,7 +240,7 @@ class _Builder:
             group=None if self.sharding is None else self.sharding.group,
         )
 
-    def _make_gradients(self, kernels: DeviceKernels, buffers: dict[str, int]) -> GradientStore | ShardedGradients:
+    def _make_gradients(self, kernels: DeviceKernels, buffers: dict[str, int]) -> Gradients:
         num_slots = self.blueprint.shape.num_grad_slots
         store = GradientStore(
             self.resources,
@@ -327,7 +328,7 @@ class _Builder:
         self,
         homes: ChunkPlacement,
         core: ChunkCore,
-        gradients: GradientStore | ShardedGradients,
+        gradients: Gradients,
         states: dict[int, TiledHome],
         initialiser: Initialiser,
     ) -> None:
@@ -353,11 +354,7 @@ class _Builder:
         if state is None or grad is None or homes.grad is None:
             return
         states[chunk_id] = state
-        if isinstance(gradients, ShardedGradients):
-            assert shard is not None
-            gradients.add_chunk(spec, shard, grad, homes.grad, is_kept_whole=demand.keeps_whole_gradient)
-        else:
-            gradients.add_chunk(spec, grad, homes.grad)
+        gradients.add_chunk(spec, grad, homes.grad, shard=shard, is_kept_whole=demand.keeps_whole_gradient)
 
 
 def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:

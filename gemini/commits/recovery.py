@@ -20,8 +20,7 @@ from gemini.commits.layout import CommitContent
 from gemini.commits.record import CommittedStep, decode_record
 from gemini.commits.redo import redo_updates
 from gemini.errors import CheckpointMismatchError
-from gemini.gradients.sharded import ShardedGradients
-from gemini.gradients.store import GradientStore
+from gemini.gradients.arrivals import Gradients
 from gemini.offload.home import TiledHome
 from gemini.offload.swap_file import KeptSwap
 from gemini.ranks.agreement import agree, on_all_ranks
@@ -79,7 +78,7 @@ class KeptState:
         self,
         core: ChunkCore,
         states: Mapping[int, TiledHome],
-        gradients: GradientStore | ShardedGradients,
+        gradients: Gradients,
         pipeline: TilePipeline,
     ) -> None:
         """Finish the updates of the last commit, if there is one; see gemini.commits.redo."""

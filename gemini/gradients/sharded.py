@@ -21,13 +21,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
 
 from gemini.autograd.backward_pass import BackwardPass
-from gemini.autograd.gradient_sink import GradientPlace
 from gemini.chunk.cut import cut_spec
 from gemini.chunk.layout import ChunkSpec
 from gemini.errors import ConfigError, ModelError
@@ -107,17 +105,24 @@ class ShardedGradients:
         self._agreed_sums: dict[str, float] | None = None
 
     def add_chunk(
-        self, spec: ChunkSpec, shard: ChunkShard, home: TiledHome, tier: MemoryTier, *, is_kept_whole: bool
+        self,
+        spec: ChunkSpec,
+        home: TiledHome,
+        tier: MemoryTier,
+        *,
+        shard: ChunkShard | None = None,
+        is_kept_whole: bool = False,
     ) -> None:
         """Take charge of a trainable chunk's gradients.
 
         Args:
             spec: layout of the whole chunk.
-            shard: this rank's shard.
             home: where the shard's gradients wait.
             tier: the home's.
+            shard: this rank's shard.
             is_kept_whole: whether they are exchanged only in the step.
         """
+        assert shard is not None
         self._shards.add_chunk(cut_spec(spec, shard), home, tier)
         kept = None
         if is_kept_whole:
@@ -422,13 +427,13 @@ class ShardedGradients:
     # ---------------------------------------------------------------- as with one rank
 
     @property
-    def listener(self) -> GradientListener | None:
-        """Who wants to know when gradients of shards come and go."""
-        return self._shards.listener
+    def direct(self) -> None:
+        """None: autograd adds up the gradients of all uses."""
+        return None
 
-    @listener.setter
-    def listener(self, listener: GradientListener | None) -> None:
-        self._shards.listener = listener
+    def follow(self, listener: GradientListener) -> None:
+        """Tell a listener of gradients of shards that come and go; there is one."""
+        self._shards.follow(listener)
 
     @property
     def accumulators(self) -> GradientAccumulators:
@@ -442,23 +447,6 @@ class ShardedGradients:
     def home_of(self, chunk_id: int) -> TiledHome:
         """Return where the gradients of a chunk's shard wait."""
         return self._shards.home_of(chunk_id)
-
-    def expect(self, chunk_id: int, position: int) -> None:
-        """Do nothing: autograd adds up the gradients of all uses."""
-
-    fulfil = fulfil_all = finish_uses = expect
-
-    def takes_apart(self, chunk_id: int, position: int, *, num_uses: int) -> bool:
-        """Return False: autograd adds up the gradients of all uses."""
-        return False
-
-    def can_write(self, chunk_id: int) -> bool:
-        """Return False: gradients come with `put` alone."""
-        return False
-
-    def writing(self, chunk_id: int, position: int) -> AbstractContextManager[GradientPlace]:
-        """Never called."""
-        raise AssertionError("gradients of sharded chunks come with put alone")
 
 
 def _exact_sum(values: Sequence[float]) -> float:

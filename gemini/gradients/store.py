@@ -10,7 +10,6 @@ Gradients are consumed by the update: after `clear` there are none.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -20,18 +19,22 @@ from gemini.autograd.backward_pass import BackwardPass
 from gemini.autograd.gradient_sink import GradientPlace
 from gemini.chunk.layout import ChunkSpec
 from gemini.gradients.accumulators import GradientAccumulators
-from gemini.gradients.arrivals import ArrivedGradients, GradientListener, second_gradient_error
+from gemini.gradients.arrivals import ArrivedGradients, DirectGradients, GradientListener, second_gradient_error
 from gemini.gradients.chunk_gradients import GradChunk
-from gemini.gradients.disk_slots import Departure, GradientSlot
+from gemini.gradients.device_route import DeviceRoute
+from gemini.gradients.disk_slots import DiskSlots
 from gemini.kernels.cpu import GradMode
 from gemini.kernels.device import DeviceKernels
 from gemini.kernels.pool import GradTicket
 from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources
+from gemini.ranks.sharding import ChunkShard
 from gemini.tiers import MemoryTier
 
 __all__ = ["GradientStore"]
 
+PURPOSE = "gradient slots"
+"""What their memory is for, in reports."""
 MAX_JOBS_IN_FLIGHT = 4
 """Gradients whose autograd buffers may be alive at once while the worker pool stores them."""
 
@@ -68,30 +71,44 @@ class GradientStore:
         self.expected_backwards = 1
         """Backward passes of the last step that was taken; the coming one probably has as many."""
         self.hyper_fingerprint = 0
-        """For ShardedGradients alone."""
+        """Nobody else's to compare with."""
         self.accumulators = GradientAccumulators(resources.transfers, device_kernels)
         self.backward_pass = BackwardPass()
         self._jobs: list[GradTicket] = []
-        self._device_slots: list[GradientSlot] = []
-        self._staging_slots: list[GradientSlot] = []
-        self._disk_slots: list[GradientSlot] = []
+        transfers, device_slots, host_slots = resources.transfers, [], []
         if device_slot_nbytes:
-            allocate = resources.transfers.allocate
-            self._device_slots = [
-                GradientSlot(allocate(device_slot_nbytes, "gradient slots")) for _ in range(num_slots)
-            ]
-            self._staging_slots = self._host_slots(num_slots, device_slot_nbytes)
-        if disk_slot_nbytes:
-            self._disk_slots = self._host_slots(num_slots, disk_slot_nbytes)
-        self._on_device: OrderedDict[int, tuple[GradientSlot, list[int]]] = OrderedDict()
-        self._departures: list[Departure] = []
-        self._in_disk_slot: OrderedDict[int, GradientSlot] = OrderedDict()
+            device_slots = [transfers.allocate(device_slot_nbytes, PURPOSE) for _ in range(num_slots)]
+            host_slots = self._allocate_on_host(num_slots, device_slot_nbytes)
+        disk_slots = self._allocate_on_host(num_slots, disk_slot_nbytes) if disk_slot_nbytes else []
+        self._buffers_on_device, self._buffers_on_host = device_slots, host_slots + disk_slots
+        self._route = DeviceRoute(
+            transfers, device_slots, host_slots, arrive=self._put_on_host, announce_change=self._announce_change
+        )
+        self._disk_slots = DiskSlots(disk_slots, wait_for_sums=self.accumulators.wait, leave=self._leave_slot)
 
-    def _host_slots(self, count: int, nbytes: int) -> list[GradientSlot]:
-        return [GradientSlot(self._resources.arena.allocate(nbytes, "gradient slots")) for _ in range(count)]
+    def _allocate_on_host(self, count: int, nbytes: int) -> list[torch.Tensor]:
+        return [self._resources.arena.allocate(nbytes, PURPOSE) for _ in range(count)]
 
-    def add_chunk(self, spec: ChunkSpec, home: TiledHome, tier: MemoryTier) -> None:
-        """Take charge of a trainable chunk's gradients; `tier` is their home's."""
+    @property
+    def direct(self) -> DirectGradients:
+        """Takes gradients that uses deliver by themselves."""
+        return self
+
+    def follow(self, listener: GradientListener) -> None:
+        """Tell a listener of gradients that come and go; there is one."""
+        self.listener = listener
+
+    def add_chunk(
+        self,
+        spec: ChunkSpec,
+        home: TiledHome,
+        tier: MemoryTier,
+        *,
+        shard: ChunkShard | None = None,
+        is_kept_whole: bool = False,
+    ) -> None:
+        """Take charge of a trainable chunk's gradients; `tier` is their home's. Shards are for ShardedGradients."""
+        assert shard is None
         self._chunks[spec.chunk_id] = GradChunk(spec=spec, home=home, tier=tier)
 
     # ---------------------------------------------------------------- during backward
@@ -116,7 +133,7 @@ class GradientStore:
         elif self.expected_backwards > 1 and chunk_id in self.accumulators:
             self._accumulate(chunk, position, grad.reshape(-1))
         elif not self.can_write(chunk_id):
-            self._put_in_device_slot(chunk, position, grad.reshape(-1))
+            self._route.put(chunk, position, grad.reshape(-1))
         elif grad.is_contiguous():
             self._put_on_host(chunk, position, grad.view(-1))
         else:
@@ -229,8 +246,7 @@ class GradientStore:
     def end_backward(self) -> None:
         """Send off what waits in device slots; called by autograd when a backward pass has ended."""
         self.backward_pass.end()
-        while self._on_device:
-            self._depart(next(iter(self._on_device)))
+        self._route.depart_all()
         for chunk in self._chunks.values():
             chunk.earlier |= chunk.delivered
             chunk.delivered.clear()
@@ -243,8 +259,7 @@ class GradientStore:
             return
         partial = {chunk_id: chunk.unfinished - chunk.earlier for chunk_id, chunk in self._chunks.items()}
         self.end_backward()
-        while self._departures:
-            self._arrive(self._departures.pop(0))
+        self._route.arrive_all()
         for chunk_id, positions in partial.items():
             for position in positions:
                 self._drop(self._chunks[chunk_id], position)
@@ -258,7 +273,7 @@ class GradientStore:
         chunk.earlier.discard(position)
 
     def _check_accumulation(self, chunk: GradChunk, position: int) -> None:
-        again = position in chunk.sumsq or any(d.chunk is chunk and position in d.positions for d in self._departures)
+        again = position in chunk.sumsq or self._route.has_sent(chunk, position)
         if again and self._dtype_of(chunk.spec) is not torch.float32:
             raise second_gradient_error(chunk.spec.slots[position].spec.name, self._dtype_of(chunk.spec))
 
@@ -272,59 +287,9 @@ class GradientStore:
         """Send a chunk's sums home."""
         chunk_id, buffer = chunk.spec.chunk_id, chunk.home.host_buffer
         if chunk.tier is MemoryTier.NVME:
-            self._claim_disk_slot(chunk)
-            buffer = self._in_disk_slot[chunk_id].buffer
+            buffer = self._disk_slots.claim(chunk).buffer
         assert buffer is not None
         self.accumulators.send(chunk_id, buffer)
-
-    def _put_in_device_slot(self, chunk: GradChunk, position: int, flat: torch.Tensor) -> None:
-        chunk_id = chunk.spec.chunk_id
-        if chunk_id in self._on_device and position in self._on_device[chunk_id][1]:
-            self._depart(chunk_id)  # of another use, or a backward that failed; the sum is taken on arrival
-        if chunk_id not in self._on_device:
-            self._on_device[chunk_id] = (self._claim_device_slot(), [])
-            self._announce_change(chunk_id)  # again: claiming a slot may have brought the rest of the chunk home
-        slot, positions = self._on_device[chunk_id]
-        place = chunk.spec.slots[position]
-        slot.buffer.view(chunk.spec.dtype)[place.begin : place.end].copy_(flat)
-        positions.append(position)
-        if len(positions) == len(chunk.spec.slots):
-            self._depart(chunk_id)
-
-    def _claim_device_slot(self) -> GradientSlot:
-        if len(self._on_device) == len(self._device_slots):
-            self._depart(next(iter(self._on_device)))
-        in_use = [id(slot) for slot, _ in self._on_device.values()]
-        slot = next(slot for slot in self._device_slots if id(slot) not in in_use)
-        # The slot's last download starts after compute submitted before it; compute submitted now must not
-        # overwrite what that download still reads.
-        for departure in [d for d in self._departures if d.device_slot is slot]:
-            departure.move.wait_on_compute()
-        return slot
-
-    def _depart(self, chunk_id: int) -> None:
-        chunk = self._chunks[chunk_id]
-        if len(self._departures) == len(self._staging_slots):
-            self._arrive(self._departures.pop(0))
-        slot, positions = self._on_device.pop(chunk_id)
-        in_use = [id(departure.host_slot) for departure in self._departures]
-        host_slot = next(slot for slot in self._staging_slots if id(slot) not in in_use)
-        places = [chunk.spec.slots[position] for position in positions]
-        part = slice(min(place.begin for place in places), max(place.end for place in places))
-        staged, waiting = (each.buffer.view(chunk.spec.dtype)[part] for each in (host_slot, slot))
-        move = self._resources.transfers.download(staged, waiting, record=chunk.spec.name)
-        self._departures.append(Departure(chunk, positions, slot, host_slot, move))
-
-    def _arrive(self, departure: Departure) -> None:
-        departure.move.wait_on_host()
-        spec = departure.chunk.spec
-        staged = departure.host_slot.buffer.view(spec.dtype)
-        tickets = []
-        for position in departure.positions:
-            place = spec.slots[position]
-            tickets.append(self._put_on_host(departure.chunk, position, staged[place.begin : place.end]))
-        for ticket in tickets:
-            ticket.wait()
 
     def _put_on_host(self, chunk: GradChunk, position: int, flat: torch.Tensor) -> GradTicket:
         mode = GradMode.STORE if self._claim_on_host(chunk, position) is None else GradMode.ADD
@@ -337,7 +302,7 @@ class GradientStore:
     def _claim_on_host(self, chunk: GradChunk, position: int) -> GradTicket | None:
         """Make a gradient's place in host memory ready for writing; return the job that filled it, None if empty."""
         if chunk.tier is MemoryTier.NVME:
-            self._claim_disk_slot(chunk)
+            self._disk_slots.claim(chunk)
         previous = chunk.sumsq.get(position)
         if previous is None:
             return None
@@ -352,8 +317,8 @@ class GradientStore:
         if len(self._jobs) > MAX_JOBS_IN_FLIGHT:
             self._jobs.pop(0).wait()
         chunk.arrived.add(position)
-        is_travelling = chunk.spec.chunk_id in self._on_device or any(d.chunk is chunk for d in self._departures)
-        if len(chunk.arrived) == len(chunk.spec.slots) and not any(chunk.num_expected.values()) and not is_travelling:
+        is_complete = len(chunk.arrived) == len(chunk.spec.slots) and not any(chunk.num_expected.values())
+        if is_complete and not self._route.carries(chunk):
             self._announce(chunk)
 
     def _announce_change(self, chunk_id: int) -> None:
@@ -361,14 +326,18 @@ class GradientStore:
         if self.listener is not None:
             self.listener.gradients_change(chunk_id)
 
+    def _leave_slot(self, chunk_id: int) -> None:
+        assert self.listener is not None
+        self.listener.leave_gradient_slot(chunk_id)
+
     def _announce(self, chunk: GradChunk) -> None:
         """Tell the listener that a chunk's gradients are all here."""
         if self.listener is None:
             return
         chunk_id = chunk.spec.chunk_id
-        slot = self._in_disk_slot.get(chunk_id)
+        slot = self._disk_slots.slot_of(chunk)
         if slot is not None:
-            self._write_out(chunk_id)  # kept, in case what the listener makes of them must be done again
+            self._disk_slots.write_out(chunk)  # kept, in case what the listener makes of them must be done again
         tickets = tuple(ticket for ticket in chunk.sumsq.values() if isinstance(ticket, GradTicket))
         arrived = ArrivedGradients(tickets, None if slot is None else slot.buffer)
         if self.listener.gradients_complete(chunk_id, arrived) and slot is not None:
@@ -376,47 +345,13 @@ class GradientStore:
 
     def _view(self, chunk: GradChunk, position: int) -> torch.Tensor:
         """Return a gradient's place in its home or, on the way to disk, in its slot; 1D, of the waiting dtype."""
-        slot = self._in_disk_slot.get(chunk.spec.chunk_id)
+        slot = self._disk_slots.slot_of(chunk)
         buffer = slot.buffer if slot is not None else chunk.home.device_buffer
         if buffer is None:
             buffer = chunk.home.host_buffer
         assert buffer is not None
         place = chunk.spec.slots[position]
         return buffer.view(self._dtype_of(chunk.spec))[place.begin : place.end]
-
-    def _claim_disk_slot(self, chunk: GradChunk) -> None:
-        chunk_id = chunk.spec.chunk_id
-        if chunk_id in self._in_disk_slot:
-            self._in_disk_slot.move_to_end(chunk_id)
-            return
-        if len(self._in_disk_slot) == len(self._disk_slots):
-            self._write_out(next(iter(self._in_disk_slot)))
-        in_use = [id(slot) for slot in self._in_disk_slot.values()]
-        slot = next(slot for slot in self._disk_slots if id(slot) not in in_use)
-        self._disk_slots.remove(slot)  # the one left longest ago comes first
-        self._disk_slots.append(slot)
-        if slot.reader is not None:
-            assert self.listener is not None
-            self.listener.leave_gradient_slot(slot.reader)
-            slot.reader = None
-        busy, slot.busy = slot.busy, None
-        if busy is not None:
-            busy.wait()
-        if chunk.has_left:
-            (run,) = chunk.home.runs()
-            chunk.home.read_run(run, slot.buffer[: run.nbytes]).wait()
-        self._in_disk_slot[chunk_id] = slot
-
-    def _write_out(self, chunk_id: int) -> None:
-        slot = self._in_disk_slot.pop(chunk_id)
-        chunk = self._chunks[chunk_id]
-        self.accumulators.wait(chunk_id)
-        for ticket in chunk.sumsq.values():
-            if isinstance(ticket, GradTicket):
-                ticket.wait()
-        (run,) = chunk.home.runs()
-        slot.busy = chunk.home.write_run(run, slot.buffer[: run.nbytes])
-        chunk.has_left = True
 
     # ---------------------------------------------------------------- between backward and update
 
@@ -426,12 +361,10 @@ class GradientStore:
         self.end_backward()
         for chunk_id in self.accumulators.unsent():
             self._send_sums(self._chunks[chunk_id])
-        while self._departures:
-            self._arrive(self._departures.pop(0))
+        self._route.arrive_all()
         while self._jobs:
             self._jobs.pop(0).wait()
-        for chunk_id in list(self._in_disk_slot):
-            self._write_out(chunk_id)
+        self._disk_slots.write_all()
         self.accumulators.wait_all()
 
     def arrived(self, chunk_id: int) -> Sequence[int]:
@@ -483,16 +416,13 @@ class GradientStore:
 
     def close(self) -> None:
         """Give slots and homes back."""
-        self._on_device.clear()
-        for departure in self._departures:
-            departure.move.wait_on_host()
-        self._departures.clear()
+        self._route.close()
         self.accumulators.close()
-        for slot in self._device_slots:
-            self._resources.transfers.free(slot.buffer, "gradient slots")
-        for slot in self._staging_slots + self._disk_slots:
-            self._resources.arena.free(slot.buffer)
+        for buffer in self._buffers_on_device:
+            self._resources.transfers.free(buffer, PURPOSE)
+        for buffer in self._buffers_on_host:
+            self._resources.arena.free(buffer)
         for chunk in self._chunks.values():
             chunk.home.close()
-        self._device_slots, self._staging_slots, self._disk_slots = [], [], []
+        self._buffers_on_device, self._buffers_on_host = [], []
         self._chunks.clear()

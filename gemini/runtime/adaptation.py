@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from gemini.chunk.core import ChunkCore
-from gemini.gradients.store import GradientStore
+from gemini.gradients.arrivals import Gradients
 from gemini.placement.accumulators import choose_accumulators
 from gemini.placement.plan import ChunkDemand, PlacementPlan, RuntimeShape, memory_demand
 from gemini.placement.residency import adapt_residency
@@ -34,7 +34,7 @@ class Adaptation:
     def __init__(
         self,
         core: ChunkCore,
-        gradients: GradientStore,
+        gradients: Gradients,
         chunks: Sequence[ChunkDemand],
         shape: RuntimeShape,
         *,

@@ -17,8 +17,7 @@ from gemini.chunk.chunk import Chunk
 from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import ChunkLayout
 from gemini.errors import GeminiError
-from gemini.gradients.sharded import ShardedGradients
-from gemini.gradients.store import GradientStore
+from gemini.gradients.arrivals import Gradients
 from gemini.model.tensor_parallel import local_part, take_local_gradient
 from gemini.placement.tracer import Phase
 from gemini.runtime.lookahead import Lookahead
@@ -57,7 +56,7 @@ class Passes(NeverCopied):
         layout: ChunkLayout,
         *,
         core: ChunkCore,
-        gradients: GradientStore | ShardedGradients,
+        gradients: Gradients,
         lookahead: Lookahead,
         steps: StepControl,
         access: EngineAccess,
@@ -71,6 +70,7 @@ class Passes(NeverCopied):
         self._layout = layout
         self._core = core
         self._gradients = gradients
+        self._direct = gradients.direct
         self._lookahead = lookahead
         self._steps = steps
         self._check_usable = check_usable
@@ -198,36 +198,42 @@ class Passes(NeverCopied):
         grad = take_local_gradient(param)
         self._steps.coming.clipping.check_open()
         place = self._place_of_param[id(param)]
-        self._gradients.fulfil_all(*place)
+        if self._direct is not None:
+            self._direct.fulfil_all(*place)
         self._gradients.put(*place, grad)
 
     def finish_gradient(self, param: torch.nn.Parameter) -> None:
         """Handle that all uses of a parameter in this backward pass have delivered by themselves."""
-        self._gradients.finish_uses(*self._place_of_param[id(param)])
+        if self._direct is not None:
+            self._direct.finish_uses(*self._place_of_param[id(param)])
 
     def expect_gradient(self, param: torch.nn.Parameter) -> None:
         """Expect that a use of a parameter will deliver its gradient by itself, if it may then."""
-        self._gradients.expect(*self._place_of_param[id(param)])
+        if self._direct is not None:
+            self._direct.expect(*self._place_of_param[id(param)])
 
     def takes_gradients_apart(self, param: torch.nn.Parameter, num_uses: int) -> bool:
         """Return whether uses of a parameter, of which backward may run so many, may deliver by themselves."""
-        return self._gradients.takes_apart(*self._place_of_param[id(param)], num_uses=num_uses)
+        if self._direct is None:
+            return False
+        return self._direct.takes_apart(*self._place_of_param[id(param)], num_uses=num_uses)
 
     def put_gradient(self, param: torch.nn.Parameter, gradient: torch.Tensor) -> None:
         """Take the gradient of one use of a parameter."""
         self._steps.coming.clipping.check_open()
         place = self._place_of_param[id(param)]
-        self._gradients.fulfil(*place)
+        if self._direct is not None:
+            self._direct.fulfil(*place)
         self._gradients.put(*place, gradient)
 
     def write_gradient(self, param: torch.nn.Parameter) -> AbstractContextManager[GradientPlace] | None:
         """Open the memory of a parameter's gradient to one of its uses; None where it must be put."""
         self._steps.coming.clipping.check_open()
         place = self._place_of_param[id(param)]
-        if not self._gradients.can_write(place[0]):
+        if self._direct is None or not self._direct.can_write(place[0]):
             return None
-        self._gradients.fulfil(*place)
-        return self._gradients.writing(*place)
+        self._direct.fulfil(*place)
+        return self._direct.writing(*place)
 
     def _weights_in_backward(self, chunk: Chunk) -> torch.Tensor:
         self._check_usable()

@@ -18,9 +18,8 @@ from gemini.chunk.layout import ChunkLayout, ParamSlot
 from gemini.commits.journal import UpdateJournal
 from gemini.commits.record import CommittedStep
 from gemini.config import GeminiConfig
+from gemini.gradients.arrivals import Gradients
 from gemini.gradients.grad_attributes import GradAttributes
-from gemini.gradients.sharded import ShardedGradients
-from gemini.gradients.store import GradientStore
 from gemini.kernels.device import DeviceKernels
 from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources
@@ -71,7 +70,7 @@ class Runtime(NeverCopied):
         resources: Resources,
         core: ChunkCore,
         states: Mapping[int, TiledHome],
-        gradients: GradientStore | ShardedGradients,
+        gradients: Gradients,
         worker: UpdateWorker,
         kernels: DeviceKernels,
         sharding: Sharding | None = None,
@@ -109,7 +108,7 @@ class Runtime(NeverCopied):
             urgency=self.lookahead.urgency,
         )
         adaptation: Adaptation | None = None
-        if shape.has_device and config.placement == "auto" and isinstance(gradients, GradientStore):
+        if shape.has_device and config.placement == "auto" and sharding is None:
             adaptation = Adaptation(core, gradients, demands, shape, settle=self.overlap.settle_all)
         self.steps = StepControl(
             self.coming,

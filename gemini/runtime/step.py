@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from gemini.autograd.engine_access import EngineAccess
 from gemini.autograd.loss_scale import LossScaler
 from gemini.chunk.layout import ParamSlot
+from gemini.gradients.arrivals import Gradients
 from gemini.gradients.grad_attributes import GradAttributes
-from gemini.gradients.sharded import ShardedGradients
-from gemini.gradients.store import GradientStore
 from gemini.kernels.adam_tile import AdamSegment
 from gemini.placement.plan import PlacementPlan
 from gemini.runtime.adaptation import Adaptation
@@ -79,7 +78,7 @@ class StepControl:
         coming: ComingStep,
         plan: PlacementPlan,
         *,
-        gradients: GradientStore | ShardedGradients,
+        gradients: Gradients,
         grad_attributes: GradAttributes,
         overlap: Overlap,
         lookahead: Lookahead,

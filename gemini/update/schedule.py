@@ -23,9 +23,7 @@ import torch
 
 from gemini.chunk.core import ChunkCore
 from gemini.errors import GeminiError, ModelError
-from gemini.gradients.arrivals import ArrivedGradients
-from gemini.gradients.sharded import ShardedGradients
-from gemini.gradients.store import GradientStore
+from gemini.gradients.arrivals import ArrivedGradients, Gradients
 from gemini.kernels.adam_tile import AdamSegment
 from gemini.kernels.device import DeviceKernels
 from gemini.kernels.pool import Ticket
@@ -117,7 +115,7 @@ class Overlap:
         *,
         core: ChunkCore,
         states: Mapping[int, TiledHome],
-        gradients: GradientStore | ShardedGradients,
+        gradients: Gradients,
         worker: UpdateWorker,
         kernels: DeviceKernels,
         predict: Callable[[int], StepWish | None] = lambda chunk_id: None,
@@ -154,7 +152,7 @@ class Overlap:
         )
         self._has_spares = any(state.has_spare(tile) for state in states.values() for tile in range(len(state.tiers)))
         core.updates = self
-        gradients.listener = self
+        gradients.follow(self)
         self._choose_mode()
 
     # ---------------------------------------------------------------- during backward

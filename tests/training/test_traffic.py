@@ -58,8 +58,9 @@ def config_with(**fields: Any) -> GeminiConfig:
 def count_copies(engine: GeminiDDP, run: Callable[[], object]) -> tuple[Counter[int], Counter[int]]:
     """Return how often each chunk's weights went up, and how many bytes of each chunk's gradients came down."""
     runtime = engine.runtime
-    transfers, gradients = runtime.resources.transfers, runtime.gradients
-    upload, depart = transfers.upload, gradients._depart
+    transfers = runtime.resources.transfers
+    upload, download = transfers.upload, transfers.download
+    ids = {chunk.name: chunk_id for chunk_id, chunk in enumerate(runtime.core.chunks)}
     uploaded: Counter[int] = Counter()
     downloaded: Counter[int] = Counter()
 
@@ -76,14 +77,14 @@ def count_copies(engine: GeminiDDP, run: Callable[[], object]) -> tuple[Counter[
         uploaded[chunk_at(src)] += src.nbytes
         return upload(dst, src, **fields)
 
-    def count_departure(chunk_id: int) -> None:
-        before = transfers.traffic.downloaded_nbytes
-        depart(chunk_id)
-        downloaded[chunk_id] += transfers.traffic.downloaded_nbytes - before
+    def count_download(dst: torch.Tensor, src: torch.Tensor, **fields: Any) -> Any:
+        if fields["record"] in ids:  # a chunk's gradients, under the chunk's name
+            downloaded[ids[fields["record"]]] += src.nbytes
+        return download(dst, src, **fields)
 
-    transfers.upload, gradients._depart = count_upload, count_departure  # type: ignore[method-assign]
+    transfers.upload, transfers.download = count_upload, count_download  # type: ignore[method-assign]
     run()
-    transfers.upload, gradients._depart = upload, depart  # type: ignore[method-assign]
+    transfers.upload, transfers.download = upload, download  # type: ignore[method-assign]
     return uploaded, downloaded
 
 

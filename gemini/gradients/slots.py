@@ -1,0 +1,21 @@
+"""Buffers that gradients pass through on their way from compute memory to their homes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gemini.offload.io import IoTicket
+
+__all__ = ["GradientSlot"]
+
+
+@dataclass(eq=False)
+class GradientSlot:
+    """A buffer that chunks' gradients share, one chunk at a time."""
+
+    buffer: torch.Tensor
+    busy: IoTicket | None = None
+    reader: int | None = None
+    """The chunk whose gradients somebody may be reading here."""
