@@ -180,10 +180,12 @@ class ResumableSteps:
         with StopOnSignals(self._engine) as stop:
             for step in steps:
                 yield step
-                is_last = stop.should_stop() or step == steps[-1]
+                is_stopped = stop.should_stop()
+                is_last = is_stopped or step == steps[-1]
                 if is_last or (arguments.save_every is not None and (step + 1) % arguments.save_every == 0):
                     self._save(step + 1, wait=is_last)
-                if stop.received is not None:
+                if is_stopped:
+                    assert stop.received is not None
                     self._console.print(
                         f"{stop.received.name}: saved after step {step + 1}; --resume goes on from here"
                     )

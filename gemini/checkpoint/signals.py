@@ -31,6 +31,9 @@ class Engine(Protocol):
 class StopOnSignals:
     """Remembers a signal until training asks for it between two steps; a context manager.
 
+    With several ranks a signal counts once all have heard of it, in the same call of `should_stop`; until then
+    `received` is None on each, so that none stops alone.
+
     Inside the context the first SIGTERM or SIGINT (Ctrl-C) is remembered. One that comes a second later does what it
     did before: it ends the process, or interrupts it, at once; one that comes sooner is the same, told twice, as by a
     terminal and by torchrun. A signal that nobody was told of is raised when the context ends.
@@ -49,22 +52,31 @@ class StopOnSignals:
         self._before: dict[int, Any] = {}
         self._received = 0
         self._received_s = 0.0
+        self._agreed = 0
         self._is_told = False
 
     def should_stop(self) -> bool:
         """Return whether a signal has come; with several ranks all call, and agree: on some rank."""
         sharding = self._engine.runtime.sharding
-        if sharding is not None:
+        if sharding is None:
+            self._agreed = self._received
+        elif not self._agreed:  # one that comes while ranks exchange theirs is for the next call
             received = sharding.group.gather_values(torch.tensor([self._received]), name="signals")
-            self._remember_once(int(received.max()))
-        self._is_told = self._received != 0
+            self._agreed = int(received.max())
+            self._remember_once(self._agreed)
+        self._is_told = self._agreed != 0
         return self._is_told
 
     @property
     def received(self) -> signal.Signals | None:
-        """The signal that has come; of another rank's, after `should_stop` has said so."""
-        self._is_told |= self._received != 0
-        return signal.Signals(self._received) if self._received else None
+        """The signal that has come; with several ranks, the one that `should_stop` has spoken of."""
+        found = self._received if self._engine.runtime.sharding is None else self._agreed
+        self._is_told |= found != 0
+        return signal.Signals(found) if found else None
+
+    def forget(self) -> None:
+        """Drop a signal that came after there was anything left to stop; it is not raised."""
+        self._is_told = True
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self._received and time.monotonic() - self._received_s > REPEATED_S:
@@ -86,7 +98,7 @@ class StopOnSignals:
             raise ConfigError("StopOnSignals: expected the main thread: Python handles signals in no other")
         if self._before:
             raise ConfigError("StopOnSignals: this one has been entered already")
-        self._received, self._is_told = 0, False
+        self._received, self._agreed, self._is_told = 0, 0, False
         try:
             for number in self._signals:
                 self._before[number] = signal.signal(number, self._remember)

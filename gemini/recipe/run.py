@@ -78,7 +78,7 @@ def train(settings: Settings, *, resume: bool, console: Console, profile: Hardwa
         path = settings.output.path / MODEL_NAME
         if stop.stopped_by is None:
             trainer.save_model(str(path))
-            _ = signals.received  # one that came after the last step has nothing left to stop
+            signals.forget()
         else:
             found = last_complete_checkpoint(settings.output.path)
             assert found is not None, "the trainer has saved one"

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,3 +118,39 @@ def test_another_thread_than_the_main_one_is_refused(engine: GeminiDDP) -> None:
     thread.join()
 
     assert "expected the main thread" in str(found[0])
+
+
+class TwoRanks:
+    """A group of two ranks, to one of which a signal comes while they exchange what has come before."""
+
+    def __init__(self) -> None:
+        self.others = 0
+
+    def gather_values(self, values: torch.Tensor, *, name: str) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return torch.stack([values, torch.tensor([self.others])])
+
+
+def test_a_signal_that_comes_while_ranks_exchange_theirs_waits_for_the_next_time() -> None:
+    runtime = SimpleNamespace(sharding=SimpleNamespace(group=TwoRanks()))
+    with StopOnSignals(SimpleNamespace(runtime=runtime)) as stop:
+        assert not stop.should_stop()  # as on the other rank
+        assert stop.received is None
+        assert stop.should_stop()
+        assert stop.received is signal.SIGTERM
+        assert stop.should_stop()
+
+
+def test_another_ranks_signal_is_this_ones() -> None:
+    group = TwoRanks()
+    group.others = int(signal.SIGINT)
+    runtime = SimpleNamespace(sharding=SimpleNamespace(group=group))
+    with StopOnSignals(SimpleNamespace(runtime=runtime)) as stop:
+        assert stop.should_stop()
+        assert stop.received is signal.SIGINT  # and not the one that came to this rank meanwhile
+
+
+def test_a_signal_that_is_forgotten_is_not_raised(engine: GeminiDDP) -> None:
+    with StopOnSignals(engine) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        stop.forget()
