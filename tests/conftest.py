@@ -6,12 +6,15 @@ What a shell hands down to its background jobs, which is to ignore Ctrl-C, is no
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -22,9 +25,33 @@ SLOWER = int(os.environ.get("GEMINI_TEST_SLOWER", "1"))
 """How many times as long as usual tests may take: `make stress` makes the machine slow."""
 
 
+HAS_FAILED = pytest.StashKey[bool]()
+"""Whether a part of a test has failed."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    item.stash[HAS_FAILED] = item.stash.get(HAS_FAILED, False) or report.failed
+    return report
+
+
+@pytest.fixture(autouse=True)
+def _programs_end_with_a_test_that_fails(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a test has started, and could not end because it failed, must not run on beside the others."""
+    begin_s = time.time()
+    yield
+    if request.node.stash.get(HAS_FAILED, False):
+        for child in psutil.Process().children():
+            if child.create_time() >= begin_s and not any("multiprocessing" in word for word in child.cmdline()):
+                for each in (*child.children(recursive=True), child):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        each.kill()
 
 
 @pytest.fixture(autouse=True)
