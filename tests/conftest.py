@@ -41,14 +41,20 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
+def _began_s(process: psutil.Process) -> float:
+    """Return when a process began, by the clock that counts from the machine's start."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[19]) + 1) / os.sysconf("SC_CLK_TCK")
+
+
 @pytest.fixture(autouse=True)
 def _programs_end_with_a_test_that_fails(request: pytest.FixtureRequest) -> Iterator[None]:
     """What a test has started, and could not end because it failed, must not run on beside the others."""
-    begin_s = time.time()
+    begin_s = time.clock_gettime(time.CLOCK_BOOTTIME)  # what the kernel stamps processes with
     yield
     if request.node.stash.get(HAS_FAILED, False):
         for child in psutil.Process().children():
-            if child.create_time() >= begin_s and not any("multiprocessing" in word for word in child.cmdline()):
+            if _began_s(child) >= begin_s and not any("multiprocessing" in word for word in child.cmdline()):
                 for each in (*child.children(recursive=True), child):
                     with contextlib.suppress(psutil.NoSuchProcess):
                         each.kill()
