@@ -14,13 +14,13 @@ from gemini.config import GeminiConfig
 from gemini.errors import ConfigError, ModelError
 from gemini.model.tensor_parallel import local_part, split_of
 from gemini.offload.resources import MAX_DEFAULT_THREADS, budgets_of
+from gemini.ranks.agreement import least_of
 from gemini.ranks.sharding import ShardGroup
 from gemini.tiers import MemoryTier
 
 __all__ = ["check_same_config", "check_same_model", "find_node_ranks", "share_node"]
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_NO_BUDGET = -1
 
 
 def check_same_config(config: GeminiConfig, stage: int, group: ShardGroup) -> None:
@@ -112,9 +112,8 @@ def share_node(config: GeminiConfig, num_node_ranks: int, group: ShardGroup) -> 
     """
     budgets = budgets_of(config)
     shares = {MemoryTier.DEVICE: 1, MemoryTier.HOST: num_node_ranks, MemoryTier.NVME: num_node_ranks}
-    own = [_NO_BUDGET if nbytes is None else nbytes // shares[tier] for tier, nbytes in budgets.items()]
-    least = group.gather_values(torch.tensor(own, dtype=torch.int64), name="budgets").min(dim=0).values.tolist()
-    agreed = {tier: None if n == _NO_BUDGET else int(n) for tier, n in zip(budgets, least, strict=True)}
+    own = {tier: None if nbytes is None else nbytes // shares[tier] for tier, nbytes in budgets.items()}
+    agreed = least_of(group, own)
     num_processors = len(os.sched_getaffinity(0))
     nvme, nvme_nbytes = config.nvme, agreed[MemoryTier.NVME]
     if nvme is not None and nvme_nbytes is not None:

@@ -17,7 +17,8 @@ import torch
 from gemini.assembly.blueprint import Blueprint, draw_blueprint
 from gemini.assembly.first_values import InitFn, Initialiser, WeightSource, find_init_fn, place_buffers
 from gemini.assembly.homes import write_home
-from gemini.assembly.node_memory import ASKING, NodeMemory, SharedPart, SharedWeights, find_shared_parts
+from gemini.assembly.node_memory import ASKING, NodeMemory
+from gemini.assembly.shared_weights import SharedPart, SharedWeights, find_shared_parts
 from gemini.chunk.core import ChunkCore
 from gemini.chunk.cut import cut_spec, cut_values
 from gemini.chunk.layout import ChunkSpec, layout_summary
@@ -342,7 +343,7 @@ class _Builder:
         part = self.parts.get(chunk_id)
         if part is not None:
             assert self.node is not None
-            source = SharedWeights(self.node, part, partial(self._write_shared, spec, demand, initialiser))
+            source = SharedWeights(self.node.shared, part, partial(self._write_shared, spec, demand, initialiser))
         working, state, grad = _open_homes(demand, homes, blueprint.shape, self.resources, source, name=spec.name)
         if part is None and (kept is None or kept.step is None):
             home_spec = spec if shard is None else cut_spec(spec, shard)

@@ -1,11 +1,4 @@
-"""What an engine has of the node's memory service: a lease, a file on its disk, frozen weights that all jobs read.
-
-[Note: Frozen weights of several jobs]
-A frozen chunk whose tiles all live in host memory is asked for by a key made of where its values come from: the files
-of a checkpoint (which, how long, of when) and the tensors' names there, or the values that the model has. Whoever asks
-first writes the chunk into a memory file, tells the SHA-256 of its bytes and seals it; all others map it and read
-nothing. It is mapped copy-on-write, so a page that a program writes to becomes that process's own.
-"""
+"""What an engine has of a memory service: budgets, a lease, a file on its disk, what is kept of a predecessor."""
 
 from __future__ import annotations
 
@@ -17,17 +10,15 @@ import secrets
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from gemini.assembly.blueprint import Blueprint
-from gemini.assembly.first_values import WeightSource
-from gemini.chunk.layout import ChunkSpec
+from gemini.assembly.shared_weights import SharedPart, fill_shared
 from gemini.commits.file import CommitFile
 from gemini.commits.recovery import common_sequence
 from gemini.config import GeminiConfig
@@ -39,34 +30,20 @@ from gemini.errors import (
     OutOfTierMemoryError,
     ServiceError,
 )
-from gemini.model.plain_names import named_params
 from gemini.offload.resources import budgets_of
 from gemini.offload.swap_file import HEADER_NBYTES, GivenFile
-from gemini.ranks.agreement import agree, on_all_ranks
+from gemini.ranks.agreement import least_of, on_all_ranks
 from gemini.ranks.sharding import Sharding
-from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, format_nbytes, round_up
+from gemini.tiers import MemoryTier, format_nbytes
 
 if TYPE_CHECKING:
     from gemini.service import KeptState, Lease, ServiceClient
 
-__all__ = ["Grant", "NodeMemory", "SharedPart", "SharedWeights", "find_shared_parts", "shared_key"]
+__all__ = ["Grant", "NodeMemory"]
 
 logger = logging.getLogger(__name__)
 
 ASKING = "asking the memory service"
-NO_BUDGET = -1
-"""Among numbers: a tier of which there is no budget."""
-MAX_PARTS = 1024
-"""Chunks that the service takes from one lease."""
-HASHED_NBYTES = 16 << 20
-"""Bytes of a chunk that are hashed at a time; other threads run meanwhile."""
-
-
-class SharedPart(NamedTuple):
-    """A chunk of frozen weights as the service knows it."""
-
-    key: str
-    nbytes: int
 
 
 class Grant(NamedTuple):
@@ -167,10 +144,7 @@ class NodeMemory:
                 self._drop_kept()
         with on_all_ranks(sharding, what=ASKING, error_type=ServiceError):
             budgets = self._own_budgets()
-        numbers = [NO_BUDGET if nbytes is None else nbytes for nbytes in budgets.values()]
-        columns = zip(*agree(sharding, None, numbers, what="sharing memory"), strict=True)
-        least = [None if min(column) == NO_BUDGET else min(column) for column in columns]
-        return dict(zip(budgets, least, strict=True))
+        return budgets if sharding is None else least_of(sharding.group, budgets)
 
     def _own_budgets(self) -> dict[MemoryTier, int | None]:
         """Return what this rank would plan with."""
@@ -275,7 +249,7 @@ class NodeMemory:
             ) from error
 
     def shared(self, part: SharedPart, fill: Callable[[torch.Tensor], None]) -> torch.Tensor:
-        """Return a chunk of frozen weights that all jobs read; see [Note: Frozen weights of several jobs].
+        """Return a chunk of frozen weights that all jobs read; see shared_weights.py.
 
         Args:
             part: which one.
@@ -299,7 +273,7 @@ class NodeMemory:
             ) from error
         with found as chunk:
             if not chunk.is_filled:
-                chunk.fill_done(_fill(chunk.fd, part.nbytes, fill))
+                chunk.fill_done(fill_shared(chunk.fd, part.nbytes, fill))
             mapping = mmap.mmap(chunk.fd, part.nbytes, flags=mmap.MAP_PRIVATE)
         return torch.frombuffer(mapping, dtype=torch.uint8)
 
@@ -329,103 +303,11 @@ def _close_soon(client: ServiceClient) -> None:
     threading.Thread(target=client.close, kwargs={"keep": True}, daemon=True).start()
 
 
-@dataclass(frozen=True, slots=True)
-class SharedWeights:
-    """A chunk of frozen weights from the service, as a source of memory."""
-
-    node: NodeMemory
-    part: SharedPart
-    fill: Callable[[torch.Tensor], None]
-    """Writes it, if nobody has yet."""
-    is_lockable: bool = False
-
-    def take(self, nbytes: int) -> torch.Tensor:
-        """Return the weights, uint8 [nbytes]."""
-        assert nbytes == self.part.nbytes
-        return self.node.shared(self.part, self.fill)
-
-
 def _swap_file(lease: Lease) -> GivenFile | None:
     return None if lease.disk is None else GivenFile(path=lease.disk.path, fd=lease.disk.fd)
-
-
-def find_shared_parts(
-    blueprint: Blueprint, model: torch.nn.Module, weights: WeightSource | None
-) -> dict[int, SharedPart]:
-    """Return which chunks of an engine other jobs may have too, by chunk id.
-
-    Args:
-        blueprint: of the engine; where several ranks share a model, they share frozen weights among themselves.
-        model: whose values count where `weights` has none.
-        weights: as for `shared_key`.
-
-    Returns:
-        The frozen chunks that live in host memory, whole, and whose values are known before they are made.
-    """
-    params = dict(named_params(model))
-    parts = {}
-    for chunk, shard, homes in zip(blueprint.layout.chunks, blueprint.shards, blueprint.plan.chunks, strict=True):
-        if chunk.is_trainable or shard is not None or set(homes.working) != {MemoryTier.HOST}:
-            continue
-        nbytes = round_up(chunk.working_nbytes, IO_ALIGNMENT_NBYTES)
-        key = shared_key(chunk, nbytes=nbytes, params=params, weights=weights)
-        if key is not None:
-            parts[chunk.chunk_id] = SharedPart(key, nbytes)
-    largest = sorted(parts, key=lambda chunk_id: parts[chunk_id].nbytes, reverse=True)[:MAX_PARTS]
-    return {chunk_id: parts[chunk_id] for chunk_id in sorted(largest)}
-
-
-def _fill(descriptor: int, nbytes: int, fill: Callable[[torch.Tensor], None]) -> str:
-    """Let a memory file be written; return the digest of its content. Nothing maps it any more then."""
-    os.posix_fallocate(descriptor, 0, nbytes)  # a shortage is an error here, and a signal in the first write
-    with mmap.mmap(descriptor, nbytes) as mapping:
-        memory = torch.frombuffer(mapping, dtype=torch.uint8)
-        fill(memory)
-        del memory
-        digest = hashlib.sha256()
-        with memoryview(mapping) as content:
-            for begin in range(0, nbytes, HASHED_NBYTES):
-                with content[begin : begin + HASHED_NBYTES] as part:
-                    digest.update(part)
-    return f"sha256:{digest.hexdigest()}"
 
 
 def default_job() -> str:
     """Return the name of a job that was given none, another each time: the program's, the process's number, a token."""
     program = "".join(c for c in Path(sys.argv[0]).stem if c.isascii() and (c.isalnum() or c in "-_.")) or "python"
     return f"{program[:64]}-{os.getpid()}-{secrets.token_hex(2)}"
-
-
-def shared_key(
-    chunk: ChunkSpec,
-    *,
-    nbytes: int,
-    params: Mapping[str, torch.Tensor],
-    weights: WeightSource | None,
-) -> str | None:
-    """Return the key of a frozen chunk, the same for all jobs in which it will have the same bytes.
-
-    Args:
-        chunk: its layout.
-        nbytes: length of its home.
-        params: the model's parameters, by canonical name; on the meta device if they have no values.
-        weights: values that go before those; None: there are none.
-
-    Returns:
-        The key; None if it is not known before the values are made.
-    """
-    key = hashlib.sha256(repr((1, str(chunk.dtype), nbytes)).encode())
-    for slot in chunk.slots:
-        identity = None if weights is None else weights.identity_of(slot.spec.name)
-        if identity is None:
-            param = params[slot.spec.name]
-            if param.is_meta or slot.spec.split is not None:
-                return None
-            identity = _digest_of(param.detach())
-        key.update(repr((slot.begin, slot.spec.shape, identity)).encode())
-    return f"frozen:{key.hexdigest()[:32]}"
-
-
-def _digest_of(values: torch.Tensor) -> str:
-    flat = values.cpu().contiguous().view(-1).view(torch.uint8)
-    return f"{values.dtype}:{hashlib.sha256(flat.numpy().data).hexdigest()}"

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
 from gemini.errors import CheckpointError, CheckpointMismatchError, CollectiveError, GeminiError
-from gemini.ranks.sharding import Sharding
+from gemini.ranks.sharding import ShardGroup, Sharding
 
-__all__ = ["agree", "agree_on_loading", "fingerprint_of", "on_all_ranks"]
+__all__ = ["agree", "agree_on_loading", "fingerprint_of", "least_of", "on_all_ranks"]
+
+Tier = TypeVar("Tier")
+NO_BUDGET = -1
+"""Among numbers: there is no budget."""
 
 
 def fingerprint_of(texts: Iterable[str]) -> int:
@@ -107,3 +112,22 @@ def on_all_ranks(
         agree(sharding, error, what=what, error_type=error_type)
     finally:
         del error  # as there
+
+
+def least_of(group: ShardGroup, budgets: Mapping[Tier, int | None], *, name: str = "budgets") -> dict[Tier, int | None]:
+    """Return the least of all ranks' budgets; all must call.
+
+    Args:
+        group: the ranks.
+        budgets: this rank's, bytes; None: there is none, on all ranks.
+        name: what they are, for messages.
+
+    Returns:
+        The same on all ranks.
+
+    Raises:
+        CollectiveError: a rank did not take part.
+    """
+    own = torch.tensor([NO_BUDGET if nbytes is None else nbytes for nbytes in budgets.values()], dtype=torch.int64)
+    least = group.gather_values(own, name=name).min(dim=0).values.tolist()
+    return {tier: None if n == NO_BUDGET else int(n) for tier, n in zip(budgets, least, strict=True)}
