@@ -23,7 +23,7 @@ from gemini.chunk.core import ChunkCore
 from gemini.chunk.cut import cut_spec, cut_values
 from gemini.chunk.layout import ChunkSpec, layout_summary
 from gemini.commits.file import CommitFile
-from gemini.commits.recovery import KeptState
+from gemini.commits.recovery import ClaimedCommits
 from gemini.config import GeminiConfig
 from gemini.errors import ModelError, ServiceError
 from gemini.gradients.arrivals import Gradients
@@ -132,7 +132,7 @@ def _assemble(
             swap_file, kept_file = node.claim(blueprint, parts.values())
         commits = kept_file or commits
     with nullcontext() if node is None else node.explaining():
-        kept = None if commits is None else KeptState.claim(commits, blueprint.commit_content(), sharding)
+        kept = None if commits is None else ClaimedCommits.claim(commits, blueprint.commit_content(), sharding)
     resources = open_resources(
         config,
         blueprint.budgets,
@@ -173,7 +173,7 @@ class _Builder:
     resources: Resources
     sharding: Sharding | None
     weights: WeightSource | None
-    kept: KeptState | None
+    kept: ClaimedCommits | None
     node: NodeMemory | None
     parts: Mapping[int, SharedPart]
     """What other jobs may have too, by chunk id."""
@@ -207,7 +207,7 @@ class _Builder:
             self.kept.redo(core, states, gradients, pipeline)
         for homes in plan.chunks:
             if homes.is_resident:
-                core.settle(homes.chunk_id)
+                core.residents.keep(homes.chunk_id)
         place_buffers(model, device, blueprint.buffer_dtypes)
         return Runtime(
             self.config,

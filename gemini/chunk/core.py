@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from gemini.chunk.chunk import Chunk, Slot, count_holders, placeholders, viewed_error
+from gemini.chunk.chunk import Chunk, Slot, placeholders, viewed_error
 from gemini.chunk.fetch import Fetch, Gather, MoveStats
 from gemini.chunk.layout import ChunkSpec
+from gemini.chunk.residents import Residents
 from gemini.chunk.slot_table import SlotTable
 from gemini.chunk.staging import Staging
 from gemini.chunk.state import ChunkState, PendingUpdates, check_transition
@@ -55,7 +56,7 @@ class ChunkCore:
         """Moments until a chunk is used again; the runtime puts its trace here."""
         self.updates: PendingUpdates | None = None
         """Ends the updates of chunks that are needed; None where every update ends before anything else begins."""
-        self._residents: dict[int, Chunk] = {}  # by address of the storage that holds them
+        self.residents = Residents(self.chunks, resources.transfers, evict=self.evict, fetch=self._fetch)
         self._slots = SlotTable(slots)
         self._num_protected = num_protected
         self._recent: list[int] = []
@@ -85,7 +86,7 @@ class ChunkCore:
             shard: the shard that the home holds; None: it holds everything.
 
         Returns:
-            The chunk, at home; `settle` makes a resident one ready.
+            The chunk, at home; `residents.keep` makes a resident one ready.
         """
         assert spec.chunk_id == len(self.chunks)
         missing = placeholders(spec.dtype, self.resources.transfers.device, len(params))
@@ -94,73 +95,6 @@ class ChunkCore:
         self.absent[chunk.missing_address] = chunk
         self.chunks.append(chunk)
         return chunk
-
-    def settle(self, chunk_id: int) -> None:
-        """Bring a resident chunk into compute memory for good; a copy of what is common comes when it is first used."""
-        chunk = self.chunks[chunk_id]
-        assert chunk.is_resident
-        assert chunk.state is ChunkState.AT_HOME
-        compute_tier = self.resources.transfers.compute_tier
-        if chunk.shard is None and set(chunk.home.tiers) <= {compute_tier}:
-            in_place = chunk.in_place_buffer(self.resources.transfers.device)
-            chunk.bind(in_place)
-            chunk.transition(ChunkState.READY)
-            self._residents[in_place.data_ptr()] = chunk
-            return
-        buffer = self.resources.transfers.allocate(chunk.slot_nbytes, "resident copies")
-        chunk.slot = Slot(buffer, chunk, count_holders(buffer))
-        self._residents[buffer.data_ptr()] = chunk
-        if not chunk.is_common:
-            self._start_fetch(chunk)
-            self._finish_fetch(chunk)
-
-    def reside(self, chunk_id: int) -> None:
-        """Give a chunk that has taken turns in the slots a copy of its own, which stays.
-
-        Args:
-            chunk_id: the chunk; not leased.
-
-        Raises:
-            OutOfTierMemoryError: there is no room for the copy.
-        """
-        self.evict(chunk_id)
-        self.chunks[chunk_id].is_resident = True
-        self.settle(chunk_id)
-
-    def unsettle(self, chunk_id: int) -> None:
-        """Give up the copy of a resident chunk that is not leased; from here on it takes turns in the slots."""
-        chunk = self.chunks[chunk_id]
-        assert chunk.is_resident
-        assert chunk.slot is not None, f"{chunk.name} has no copy to give up"
-        chunk.transition(ChunkState.AT_HOME)
-        chunk.unbind()
-        del self._residents[chunk.slot.address]
-        self.resources.transfers.free(chunk.slot.buffer, "resident copies")
-        chunk.slot = None
-        chunk.is_resident = False
-
-    def rehome(self, chunk_id: int, home: TiledHome, *, is_resident: bool) -> TiledHome:
-        """Let a chunk live elsewhere; its weights are in the new home already.
-
-        Args:
-            chunk_id: the chunk; not leased.
-            home: its new home.
-            is_resident: whether that is compute memory, so that it is used in place.
-
-        Returns:
-            The old home; the caller frees it.
-        """
-        chunk = self.chunks[chunk_id]
-        if chunk.is_resident:
-            chunk.transition(ChunkState.AT_HOME)
-            chunk.unbind()
-            self._residents = {address: other for address, other in self._residents.items() if other is not chunk}
-        else:
-            self.evict(chunk_id)
-        old_home, chunk.home, chunk.is_resident = chunk.home, home, is_resident
-        if is_resident:
-            self.settle(chunk_id)
-        return old_home
 
     # ---------------------------------------------------------------- hot path
 
@@ -316,7 +250,7 @@ class ChunkCore:
     def chunk_in(self, storage_address: int) -> Chunk | None:
         """Return the chunk whose weights a storage of compute memory holds now, None if it holds none."""
         slot = self._slots.find(storage_address)
-        return slot.chunk if slot is not None else self._residents.get(storage_address)
+        return slot.chunk if slot is not None else self.residents.at(storage_address)
 
     def has_room(self, chunk_id: int) -> bool:
         """Return whether a chunk can be made usable without taking anything from anybody who uses it."""
@@ -487,6 +421,11 @@ class ChunkCore:
         chunk.fetch, chunk.last_fetch = None, chunk.fetch
         chunk.bind(chunk.slot.buffer)
         chunk.transition(ChunkState.READY)
+
+    def _fetch(self, chunk: Chunk) -> None:
+        """Fetch a chunk that has a buffer, and wait for it."""
+        self._start_fetch(chunk)
+        self._finish_fetch(chunk)
 
     def _fail_fetch(self, chunk: Chunk) -> None:
         """Return to a state from which the fetch can be tried again."""

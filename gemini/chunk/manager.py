@@ -93,7 +93,7 @@ class ChunkManager:
             raise
         chunk = self._core.add(spec, list(named.values()), home, is_resident=self._is_in_place(tier))
         if chunk.is_resident:
-            self._core.settle(spec.chunk_id)
+            self._core.residents.keep(spec.chunk_id)
         return spec.chunk_id
 
     def access(self, chunk_id: int) -> tuple[torch.Tensor, ...]:
@@ -171,7 +171,7 @@ class ChunkManager:
         except BaseException:
             self._free_home(home)
             raise
-        old_home = self._core.rehome(chunk_id, home, is_resident=self._is_in_place(tier))
+        old_home = self._core.residents.rehome(chunk_id, home, is_resident=self._is_in_place(tier))
         self._free_home(old_home)
 
     def tier_of(self, chunk_id: int) -> MemoryTier:

@@ -28,7 +28,7 @@ from gemini.ranks.sharding import Sharding
 from gemini.update.job import UpdateJob
 from gemini.update.pipeline import TilePipeline, tiles_of
 
-__all__ = ["KeptState", "common_sequence"]
+__all__ = ["ClaimedCommits", "common_sequence"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ WHAT = "claiming the commit files"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeptState:
+class ClaimedCommits:
     """A claimed commit file."""
 
     journal: UpdateJournal
@@ -46,7 +46,7 @@ class KeptState:
     """The swap file that belongs to it."""
 
     @staticmethod
-    def claim(file: CommitFile, content: CommitContent, sharding: Sharding | None) -> KeptState:
+    def claim(file: CommitFile, content: CommitContent, sharding: Sharding | None) -> ClaimedCommits:
         """Claim a commit file for an engine, see [Note: Commits of several ranks]; with several ranks all call.
 
         Args:
@@ -68,7 +68,7 @@ class KeptState:
         sequence = common_sequence(sharding, file)
         with on_all_ranks(sharding, what=WHAT):
             record = file.resume(sequence)
-        return KeptState(
+        return ClaimedCommits(
             journal=UpdateJournal(file, content.numels, tile_numel=content.shape.tile_numel),
             step=None if record is None else decode_record(record.content),
             swap=KeptSwap(identity=file.identity, has_content=record is not None),

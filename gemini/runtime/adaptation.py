@@ -78,10 +78,10 @@ class Adaptation:
         adapted = adapt_residency(self._chunks, plan, self._shape, device_nbytes=device_nbytes)
         for before, after in zip(plan.chunks, adapted.chunks, strict=True):
             if before.is_resident and not after.is_resident:
-                core.unsettle(after.chunk_id)
+                core.residents.give_up(after.chunk_id)
         for before, after in zip(plan.chunks, adapted.chunks, strict=True):
             if after.is_resident and not before.is_resident:
-                core.reside(after.chunk_id)
+                core.residents.take_in(after.chunk_id)
         held = memory_demand(self._chunks, adapted, self._shape).total(MemoryTier.DEVICE)
         sizes = tuple(map(format_nbytes, (budget, held, peak_nbytes)))
         logger.info("device budget %s: chunks take %s, everything else took %s in the first step", *sizes)

@@ -265,15 +265,15 @@ def test_an_update_evicts_the_copy_and_gives_the_chunk_back(make: Callable[..., 
 def test_a_resident_chunk_stays_and_takes_no_slot(make: Callable[..., ChunkCore]) -> None:
     core = make([NVME, HOST, HOST])
     core.chunks[0].is_resident = True
-    core.settle(0)
+    core.residents.keep(0)
     assert shows(core, 0)
     for chunk_id in (1, 2, 0):
         core.access(chunk_id)
     assert core.in_memory() == {1, 2}
     with pytest.raises(IllegalTransitionError, match="is 'leased'"):
-        core.unsettle(0)
+        core.residents.give_up(0)
     core.release(0)
-    core.unsettle(0)
+    core.residents.give_up(0)
     assert states(core) == [AT_HOME, LEASED, LEASED]
     assert values(core, 0).isnan().all()
 
