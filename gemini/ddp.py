@@ -111,7 +111,7 @@ class GeminiDDP(torch.nn.Module):
             {unit_id: module.get_submodule(name) for unit_id, name in unit_names.items()},
             [param for param in module.parameters() if param.requires_grad],
         )
-        self._access = WeightAccess(self._runtime, self._hooks.uses.call)
+        self._access = WeightAccess(self._runtime, self._hooks.gradients.uses.call)
         own(module, self._access)
         self._slicer = self._slice_blocks(unit_names)
         self._state_hooks = install_state_hooks(module, self._runtime)

@@ -6,25 +6,22 @@ Hooks sit on the modules of units and on the model itself, so that the user may 
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from gemini.autograd.events import RuntimeEvents
-from gemini.autograd.gradient_sink import GradientPlace, GradientUse, attach_sink, detach_sink
+from gemini.autograd.gradient_hooks import GradientHooks
 from gemini.autograd.gradient_sums import GradientSums
 from gemini.autograd.managed_parameter import hide, is_placeless, show
-from gemini.autograd.shared_uses import SharedUses
 from gemini.autograd.tracers import check_untraced
 from gemini.errors import ModelError
 from gemini.model.forward_inputs import cast_floats
 from gemini.model.module_calls import disable_compile, is_called_within_itself, is_compiled
 from gemini.model.outputs import map_tensors
-from gemini.model.tensor_parallel import is_dtensor
 
 __all__ = ["HookSet"]
 
@@ -46,9 +43,8 @@ class HookSet:
         self._input_dtype = input_dtype
         self._handles: list[Any] = []
         self._owners: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
-        self._sinks: dict[torch.nn.Parameter, _Sink] = {}
-        self.uses = SharedUses()
-        """The parameters whose gradients may go past autograd; functions that are given parameters are called by it."""
+        self.gradients = GradientHooks(events, self.slice_sums)
+        """Those on parameters."""
         self._depth = 0
         self._entered: list[int] = []
         self._hidden_by: dict[int, list[torch.nn.Parameter]] = {}
@@ -87,38 +83,13 @@ class HookSet:
             before, after = self._unit_hooks(unit_id, reads_weights=type(module) not in _LOOKUPS)
             self._handles.append(module.register_forward_pre_hook(before, prepend=True))
             self._handles.append(module.register_forward_hook(after, always_call=True))
-        # torch keeps these where the garbage collector cannot follow, so they must not keep the engine alive.
-        events_ref = weakref.ref(self._events)
-        sums = self.slice_sums
-
-        def take_gradient(param: torch.nn.Parameter) -> None:
-            with torch._C.DisableTorchFunctionSubclass():
-                has_gradient = param.grad is not None
-                if has_gradient and sums.is_open:
-                    sums.add(param)
-                    return
-                events = events_ref()
-                assert events is not None, "the engine is gone but its graph is not"
-                if has_gradient:
-                    events.take_gradient(param)
-                else:  # no node of the graph had one to give, but perhaps to a sink
-                    events.finish_gradient(param)
-
-        for param in params:
-            handle = param.register_post_accumulate_grad_hook(take_gradient)  # type: ignore[no-untyped-call]
-            self._handles.append(handle)
-            if is_dtensor(param):  # its gradient may have to be summed over ranks first
-                continue
-            self._sinks[param] = sink = _Sink(param, self._events, sums)
-            attach_sink(param, sink)
         unwatched = [unit_modules[unit_id] for unit_id in compiled_units]
         unwatched += [module for module in root.modules() if is_compiled(module)]
-        unseen = {id(param) for module in unwatched for param in module.parameters()}
-        num_names = Counter(id(param) for _, _, param in self._owners)
-        for param, sink in self._sinks.items():
-            if num_names[id(param)] > 1:
-                self.uses.sinks[id(param)] = sink
-                sink.has_other_uses = id(param) in unseen
+        self.gradients.install(
+            params,
+            num_names=Counter(id(param) for _, _, param in self._owners),
+            unseen={id(param) for module in unwatched for param in module.parameters()},
+        )
 
     @property
     def is_running(self) -> bool:
@@ -163,9 +134,7 @@ class HookSet:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for param in self._sinks:
-            detach_sink(param)
-        self._sinks.clear()
+        self.gradients.remove()
 
     # The hooks below are kept out of torch.compile's graphs: a compiled block runs between them.
 
@@ -178,7 +147,7 @@ class HookSet:
             self._events.access.claim("a forward")
         if self._depth == 0:
             self._check_owners()
-            self.uses.is_model_trained = torch.is_grad_enabled()
+            self.gradients.uses.is_model_trained = torch.is_grad_enabled()
             self._note_moment("enter", 0)
             self._events.begin_forward()
             self._hide(0)
@@ -196,7 +165,7 @@ class HookSet:
         self._depth -= 1
         if self._depth:
             return None
-        self.uses.is_model_trained = False
+        self.gradients.uses.is_model_trained = False
         self._show(0)
         output = self._events.wrap_outputs(self._own_outputs(output))
         self._events.end_forward()
@@ -288,46 +257,3 @@ class HookSet:
             return tensor.clone() if is_placeless(tensor) or self._events.is_borrowed(tensor) else tensor
 
         return own(output) if isinstance(output, torch.Tensor) else map_tensors(own, output)
-
-
-class _Sink:
-    """Gives gradients of one parameter's uses to the runtime; see [Note: Gradients past autograd].
-
-    Closed while slices of a batch are being added up, and for a parameter that has been used in other ways too, whose
-    gradients autograd must add up in its order.
-    """
-
-    def __init__(self, param: torch.nn.Parameter, events: RuntimeEvents, sums: GradientSums) -> None:
-        # The graph keeps sinks where the garbage collector cannot follow.
-        self._param_ref, self._events_ref = weakref.ref(param), weakref.ref(events)
-        self._sums = sums
-        self._uses: weakref.WeakSet[GradientUse] = weakref.WeakSet()  # of the graphs that still exist
-        self.num_announced = 0
-        self.has_other_uses = False
-
-    def expect(self, use: GradientUse) -> None:
-        self._uses.add(use)
-        self.num_announced += 1
-        self._events().expect_gradient(self._param())
-
-    def is_open(self) -> bool:
-        if self.has_other_uses or self._sums.is_open:
-            return False
-        num_uses = sum(use.may_run() for use in self._uses)
-        return self._events().takes_gradients_apart(self._param(), num_uses)
-
-    def put(self, gradient: torch.Tensor) -> None:
-        self._events().put_gradient(self._param(), gradient)
-
-    def write(self) -> AbstractContextManager[GradientPlace] | None:
-        return self._events().write_gradient(self._param())
-
-    def _events(self) -> RuntimeEvents:
-        events = self._events_ref()
-        assert events is not None, "the engine is gone but its graph is not"
-        return events
-
-    def _param(self) -> torch.nn.Parameter:
-        param = self._param_ref()
-        assert param is not None, "the parameter is gone but its graph is not"
-        return param

@@ -240,7 +240,7 @@ class _SharedUseMode(TorchFunctionMode):
         kwargs = kwargs or {}
         params = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.nn.Parameter)]
         is_use = bool(params) and self._hooks.is_running and kind_of(func) is FunctionKind.VALUES
-        return self._hooks.uses.call(func, args, kwargs, params) if is_use else func(*args, **kwargs)
+        return self._hooks.gradients.uses.call(func, args, kwargs, params) if is_use else func(*args, **kwargs)
 
 
 class _Checkpoints:
