@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gemini import ChunkManager, ConfigError, GeminiConfig, GeminiDDP, MemoryTier, NVMeConfig, StaticPlacement
-from gemini.offload.resources import budgets_of, has_device_tier
+from gemini.offload.resources import budgets_of, device_of
 
 BAD_BYTES = ["6 XiB", "-1GiB", 0, 1.5, True, ""]
 
@@ -173,8 +173,8 @@ def test_cuda_that_is_not_there_is_refused(device: str | torch.device) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_no_device_given_and_none_there_is_the_cpu() -> None:
-    assert not has_device_tier(GeminiConfig())
-    assert has_device_tier(GeminiConfig(device="simulated"))
+    assert device_of(GeminiConfig()) is None
+    assert device_of(GeminiConfig(device="simulated")) is not None
 
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])

@@ -22,7 +22,7 @@ from gemini.offload.swap_file import GivenFile, KeptSwap, check_directory
 from gemini.offload.transfer import CpuTransfers, CudaTransfers, SimulatedTransfers, Transfers
 from gemini.tiers import MemoryTier, TierLedger, checksum_nbytes, parse_nbytes
 
-__all__ = ["MAX_DEFAULT_THREADS", "Resources", "budgets_of", "device_of", "has_device_tier", "open_resources"]
+__all__ = ["MAX_DEFAULT_THREADS", "Resources", "budgets_of", "device_of", "open_resources"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +76,6 @@ def available_host_nbytes() -> int:
     except OSError:
         return available
     return available if limit == "max" else min(available, max(int(limit) - int(current), 1))
-
-
-def has_device_tier(config: GeminiConfig) -> bool:
-    """Return whether compute memory is apart from host memory."""
-    return device_of(config) is not None
 
 
 def device_of(config: GeminiConfig) -> torch.device | str | None:

@@ -74,11 +74,6 @@ class ChunkDemand:
         """Bytes that each rank counts for a whole chunk that ranks of this machine share."""
         return _aligned(-(-self.compute_nbytes // self.num_sharers))
 
-    @property
-    def state_itemsize(self) -> int:
-        """Bytes of optimizer state per element: master, momentum and variance."""
-        return self.master_itemsize + 8 if self.is_trainable else 0
-
     def grad_itemsize(self, shape: RuntimeShape) -> int:
         """Return the bytes of a waiting gradient element: never less than of a working weight."""
         return max(shape.grad_itemsize, self.working_itemsize)

@@ -1,6 +1,6 @@
 """What a step does, in which order: recorded once, then used to tell what comes next.
 
-The tracer knows ids of units and numbers of bytes; it knows neither modules nor tensors.
+The tracer knows ids of units; it knows neither modules nor tensors.
 """
 
 from __future__ import annotations
@@ -38,24 +38,12 @@ class AccessHistory:
         self._is_in_step = False
         self._cursor = -1  # position in the trace of the access recorded last
         self._units: list[int] = []
-        self._non_model_nbytes: list[int] = []
         self._num_mismatches = 0
-        self._peak_non_model_nbytes = 0
 
     @property
     def num_mismatches(self) -> int:
         """Accesses that were not the one the trace had next; those made while there was no trace do not count."""
         return self._num_mismatches
-
-    @property
-    def peak_non_model_nbytes(self) -> int:
-        """The most non-model bytes recorded at any access of any step; 0 if none were."""
-        return self._peak_non_model_nbytes
-
-    @property
-    def has_trace(self) -> bool:
-        """Whether a complete step of the current phase is known."""
-        return self._trace is not None
 
     def begin_step(self, phase: Phase) -> None:
         """Start a step; one that was not ended is forgotten.
@@ -67,7 +55,6 @@ class AccessHistory:
         self._is_in_step = True
         self._cursor = -1
         self._units = []
-        self._non_model_nbytes = []
 
     def end_step(self) -> None:
         """Keep the accesses since `begin_step` as the order of their phase, if there were any."""
@@ -75,7 +62,6 @@ class AccessHistory:
             previous = self._traces.get(self._phase)
             if previous is None or previous.units != self._units:
                 self._traces[self._phase] = _Trace(self._units)
-            self._traces[self._phase].non_model_nbytes = tuple(self._non_model_nbytes)
         self._is_in_step = False
         self._cursor = -1
 
@@ -88,19 +74,10 @@ class AccessHistory:
         """Take accesses, at least one, for the last complete step of a phase; between steps."""
         self._traces[phase] = _Trace(list(units))
 
-    def record(self, unit_id: int, non_model_nbytes: int | None = None) -> None:
-        """Note that a unit is entered.
-
-        Args:
-            unit_id: the unit.
-            non_model_nbytes: bytes that everything but parameters, gradients and states takes now, if measured.
-        """
+    def record(self, unit_id: int) -> None:
+        """Note that a unit is entered."""
         if self._is_in_step:
             self._units.append(unit_id)
-        if non_model_nbytes is not None:
-            if self._is_in_step:
-                self._non_model_nbytes.append(non_model_nbytes)
-            self._peak_non_model_nbytes = max(self._peak_non_model_nbytes, non_model_nbytes)
         trace = self._trace
         if trace is None:
             return
@@ -145,11 +122,6 @@ class AccessHistory:
             return NEVER
         return position - self._cursor if position > self._cursor else position - self._cursor + len(trace.units)
 
-    def non_model_nbytes(self, phase: Phase) -> tuple[int, ...]:
-        """Return the non-model bytes measured in the last complete step of a phase, in the order of its accesses."""
-        trace = self._traces.get(phase)
-        return () if trace is None else trace.non_model_nbytes
-
     @property
     def _trace(self) -> _Trace | None:
         return None if self._phase is None else self._traces.get(self._phase)
@@ -160,7 +132,6 @@ class _Trace:
 
     def __init__(self, units: list[int]) -> None:
         self.units = units
-        self.non_model_nbytes: tuple[int, ...] = ()
         self.positions: dict[int, list[int]] = {}
         for position, unit_id in enumerate(units):
             self.positions.setdefault(unit_id, []).append(position)

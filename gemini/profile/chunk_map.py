@@ -6,7 +6,6 @@ import enum
 from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import pairwise
 
 from gemini.profile.description import ChunkDescription
 from gemini.profile.events import Moment, Step
@@ -42,11 +41,6 @@ class ChunkMap:
     moments: tuple[Moment, ...]
     places: tuple[tuple[Place, ...], ...]
     """By chunk id, then by moment."""
-
-    @property
-    def num_moves(self) -> int:
-        """How often a chunk is elsewhere, or something else is done with it, than at the moment before."""
-        return sum(a is not b for row in self.places for a, b in pairwise(row))
 
 
 def chunk_map(recording: Recording, step: Step) -> ChunkMap:

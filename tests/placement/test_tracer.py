@@ -27,7 +27,7 @@ def test_first_step_predicts_nothing_and_counts_no_mismatch():
     history = AccessHistory()
     history.begin_step(Phase.TRAIN)
     history.record(4)
-    assert not history.has_trace
+    assert history.order_of(Phase.TRAIN) == ()
     assert history.upcoming(3) == ()
     assert history.next_use_distance(4) == NEVER
     assert history.num_mismatches == 0
@@ -133,18 +133,6 @@ def test_step_without_accesses_or_without_end_keeps_the_old_trace():
     history.record(7)
     history.begin_step(Phase.TRAIN)
     assert history.upcoming(5) == (0, 1)
-
-
-def test_non_model_bytes_are_kept_with_their_peak():
-    history = AccessHistory()
-    history.begin_step(Phase.TRAIN)
-    history.record(0, 100)
-    history.record(1, 300)
-    history.record(2, 200)
-    history.end_step()
-    assert history.non_model_nbytes(Phase.TRAIN) == (100, 300, 200)
-    assert history.non_model_nbytes(Phase.INFERENCE) == ()
-    assert history.peak_non_model_nbytes == 300
 
 
 @settings(max_examples=100, deadline=None)
