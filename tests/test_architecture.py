@@ -18,6 +18,26 @@ ROOT = Path(__file__).parent.parent
 LIBRARY = ("gemini", "zero")
 PROGRAMS = ("examples", "benchmarks")
 MAX_MODULE_LINES = 500
+MAX_METHODS = 12
+WITH_MORE_METHODS = {
+    "GeminiDDP": "the face of an engine: what users do with one",
+    "RuntimeEvents": "a protocol: each event that hooks report",
+    "Passes": "answers RuntimeEvents",
+    "_Events": "answers RuntimeEvents",
+    "Gradients": "a protocol: the seam between backward and update",
+    "GradientStore": "is Gradients and DirectGradients",
+    "ShardedGradients": "is Gradients",
+    "Weight": "a protocol: what a parameter's class asks of its weight",
+    "ParamWeight": "is Weight",
+    "ChunkCore": "leases, fetches and the update's side of chunks; to be divided further",
+    "Chunk": "a chunk's states, its parameters and versions of them; to be divided further",
+    "Overlap": "when updates run; to be divided further",
+    "TiledHome": "one home, tile by tile",
+    "NodeLedger": "what is granted and who waits; to be divided further",
+    "LeaseDesk": "answers the messages about leases",
+    "SharedShelf": "answers the messages about shared chunks",
+}
+"""Classes that have more public methods than a class should, and why."""
 
 FLOORS = (
     ("examples", "benchmarks"),
@@ -318,3 +338,21 @@ def test_modules_stay_short_enough_to_read() -> None:
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in library_files()}
     too_long = {str(path.relative_to(ROOT)): length for path, length in lengths.items() if length > MAX_MODULE_LINES}
     assert too_long == {}
+
+
+def test_classes_have_few_methods_or_a_reason() -> None:
+    found = {
+        node.name
+        for path in library_files()
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.ClassDef) and len(list(_public_methods(node))) > MAX_METHODS
+    }
+    assert found == set(WITH_MORE_METHODS)
+
+
+def _public_methods(node: ast.ClassDef) -> Iterator[str]:
+    for member in node.body:
+        if isinstance(member, (ast.FunctionDef, ast.AsyncFunctionDef)) and not member.name.startswith("_"):
+            decorators = " ".join(map(ast.unparse, member.decorator_list))
+            if "property" not in decorators and "setter" not in decorators:
+                yield member.name
