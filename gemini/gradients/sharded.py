@@ -1,7 +1,7 @@
 """Gradients of chunks whose shards belong to several ranks: put together, exchanged, averaged, and kept by shard.
 
 A chunk's gradients are put together whole, in the working dtype, in an exchange slot of compute memory; see
-gradient_exchange for what happens to them there. The mean, rounded once to the working dtype, goes to a GradientStore
+exchange.py for what happens to them there. The mean, rounded once to the working dtype, goes to a GradientStore
 whose chunks are shards, and from there all is as with one rank.
 
 [Note: Same exchanges on all ranks]
