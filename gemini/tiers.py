@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import re
+from dataclasses import dataclass
 
 from gemini.errors import ConfigError, OutOfTierMemoryError
 
@@ -14,6 +15,7 @@ __all__ = [
     "IO_ALIGNMENT_NBYTES",
     "MemoryTier",
     "TierLedger",
+    "TileGrid",
     "checksum_nbytes",
     "format_nbytes",
     "parse_nbytes",
@@ -38,6 +40,27 @@ class MemoryTier(enum.Enum):
     """The process's main memory."""
     NVME = "nvme"
     """The swap file."""
+
+
+@dataclass(frozen=True, slots=True)
+class TileGrid:
+    """How a chunk's elements are cut into tiles, all of one length but for the last."""
+
+    numel: int
+    tile_numel: int
+
+    def __len__(self) -> int:
+        return -(-self.numel // self.tile_numel)
+
+    def range_of(self, tile: int) -> tuple[int, int]:
+        """Return a tile's first element and the one after its last."""
+        begin = tile * self.tile_numel
+        return begin, min(begin + self.tile_numel, self.numel)
+
+    def length_of(self, tile: int) -> int:
+        """Return a tile's elements."""
+        begin, end = self.range_of(tile)
+        return end - begin
 
 
 def parse_nbytes(text: str | int, *, name: str) -> int:

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from gemini.chunk.layout import ChunkSpec, ParamSlot
-from gemini.kernels.cpu import Isa, cast, split_master
+from gemini.kernels.cpu import Isa
 from gemini.model.flat_values import FlatValues
 from gemini.offload.home import TiledHome
 from gemini.offload.io import empty_aligned
 from gemini.offload.transfer import Transfers
-from gemini.tiers import MemoryTier
-from gemini.update.pipeline import record_views
+from gemini.tiers import MemoryTier, TileGrid
+from gemini.update.state_record import record_views, split_masters
 
 __all__ = ["write_home"]
 
@@ -47,8 +47,8 @@ def write_home(
     """
     values = _Values(spec, sources)
     for tile in range(len(working.tiers)):
-        begin = tile * tile_numel
-        length = min(tile_numel, spec.numel - begin)
+        begin, end = TileGrid(spec.numel, tile_numel).range_of(tile)
+        length = end - begin
         weights = empty_aligned(working.tile_nbytes[tile], torch.uint8).zero_()
         typed = weights[: length * spec.dtype.itemsize].view(spec.dtype)
         if state is None:
@@ -59,14 +59,7 @@ def write_home(
             master = torch.zeros(length, dtype=torch.float32)
             for part, into in values.within(begin, begin + length):
                 master[into].copy_(part)
-            residual, _, _ = record_views(record, length, spec.dtype)
-            if residual is None:
-                typed.copy_(master)
-            elif residual.dtype is torch.int16:
-                split_master(typed, residual, master, isa=isa)
-            else:
-                residual.copy_(master)
-                cast(typed, master, isa=isa)
+            split_masters(typed, record_views(record, length, spec.dtype)[0], master, isa=isa)
             _put_tile(state, tile, record, transfers)
         _put_tile(working, tile, weights, transfers)
     for home in (working, state):

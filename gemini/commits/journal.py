@@ -27,7 +27,7 @@ from enum import IntEnum
 from gemini.commits.file import CommitFile
 from gemini.kernels.journal import BLOCK_NUMEL, SCRATCH_NBYTES, ScratchImage, TileJournal, read_scratch
 from gemini.offload.arena import MemorySource
-from gemini.tiers import MemoryTier
+from gemini.tiers import MemoryTier, TileGrid
 from gemini.update.job import UpdateJob
 
 __all__ = ["InterruptedBlock", "TileNote", "TileStage", "UpdateJournal"]
@@ -112,7 +112,7 @@ class UpdateJournal:
             self._note(job, tile, TileStage.UPDATING, ring)
         chunk_id = job.spec.chunk_id
         first = self._first_block[chunk_id] + tile * (self._tile_numel // BLOCK_NUMEL)
-        length = min(self._tile_numel, job.spec.numel - tile * self._tile_numel)
+        length = TileGrid(job.spec.numel, self._tile_numel).length_of(tile)
         return TileJournal(
             sequence=job.sequence,
             first_block=first,

@@ -9,8 +9,8 @@ Knows bytes and tiers; knows nothing of what the bytes mean.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +18,10 @@ import torch
 from gemini.errors import OffloadIOError, OutOfTierMemoryError
 from gemini.offload.arena import HostArena, MemorySource
 from gemini.offload.extents import Extent
-from gemini.offload.io import IoTicket
+from gemini.offload.io import IoTicket, empty_aligned
 from gemini.offload.memory_file import SharedBuffer
 from gemini.offload.store import DiskStore
+from gemini.offload.transfer import Transfers
 from gemini.tiers import MemoryTier
 
 __all__ = ["TileRun", "TiledHome"]
@@ -218,6 +219,40 @@ class TiledHome:
     def _write(self, run: TileRun, source: torch.Tensor) -> IoTicket:
         assert self._store is not None
         return self._store.write(self._extents[run.is_spare], source, offset=run.home_offset)
+
+    @contextmanager
+    def opened(self, tile: int, transfers: Transfers, *, write: bool = False) -> Iterator[torch.Tensor]:
+        """Open a tile, wherever it lives; blocks until it is there, and with `write` until it is back.
+
+        Args:
+            tile: its index.
+            transfers: reaches the device.
+            write: whether changes reach the home when the context closes; after an exception they do not, but in host
+                memory, where they are made in place.
+
+        Yields:
+            uint8 [its bytes] in host memory.
+
+        Raises:
+            OffloadIOError: the tile cannot be read or written.
+        """
+        tier = self.tiers[tile]
+        if tier is MemoryTier.HOST:
+            yield self.tile(tile)
+            return
+        buffer = empty_aligned(self.tile_nbytes[tile], torch.uint8)
+        if tier is MemoryTier.NVME:
+            self.read_tile(tile, buffer).wait()
+        else:
+            transfers.download(buffer, self.tile(tile)).wait_on_host()
+        yield buffer
+        if not write:
+            return
+        if tier is MemoryTier.NVME:
+            self.write_tile(tile, buffer).wait()
+            self.finish_writes()
+        else:
+            transfers.upload(self.tile(tile), buffer).wait_on_host()
 
     def flip(self, tiles: Iterable[int]) -> None:
         """Let tiles live where they were last written ahead; where they lived becomes their spare place."""

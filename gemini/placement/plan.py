@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, checksum_nbytes, round_up
+from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, TileGrid, checksum_nbytes, round_up
 
 __all__ = [
     "ChunkDemand",
@@ -80,11 +80,11 @@ class ChunkDemand:
 
     def num_tiles(self, tile_numel: int) -> int:
         """Return how many tiles the chunk has; the last one may be shorter."""
-        return -(-self.numel // tile_numel)
+        return len(TileGrid(self.numel, tile_numel))
 
     def tile_length(self, tile: int, tile_numel: int) -> int:
         """Return the elements of one tile."""
-        return min(tile_numel, self.numel - tile * tile_numel)
+        return TileGrid(self.numel, tile_numel).length_of(tile)
 
     def working_tile_nbytes(self, tile: int, tile_numel: int) -> int:
         """Return the bytes of one tile's working weights."""

@@ -10,12 +10,11 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from gemini.errors import GeminiError
-from gemini.kernels.adam_tile import AdamSegment, AdamTile, state_format_of
+from gemini.kernels.adam_tile import AdamSegment, AdamTile
 from gemini.kernels.device import DeviceKernels
 from gemini.kernels.device_tile import DeviceTile
 from gemini.kernels.pool import Ticket
@@ -23,39 +22,14 @@ from gemini.offload.home import TiledHome
 from gemini.offload.io import IoTicket
 from gemini.offload.resources import Resources
 from gemini.offload.transfer import Move
-from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, round_up
+from gemini.tiers import MemoryTier, TileGrid
 from gemini.update.job import NoProgressLog, ProgressLog, UpdateJob
+from gemini.update.state_record import record_views
 
-__all__ = ["TilePipeline", "clip_segments", "record_views", "tiles_of", "update_on_device"]
+__all__ = ["TilePipeline", "clip_segments", "tiles_of", "update_on_device"]
 
 MAX_TILES_COMPUTING = 8
 """Tiles given to the worker pool at once; enough that no worker waits, few enough to bound the queue."""
-
-
-def record_views(
-    record: torch.Tensor, length: int, working_dtype: torch.dtype
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """Cut a state record into its parts.
-
-    Args:
-        record: uint8, one tile's record: master, momentum, variance, each padded for direct I/O.
-        length: elements in the tile.
-        working_dtype: dtype of the working weights, which decides the master's.
-
-    Returns:
-        master ([length] int16 or float32, None where the working weight is the master), momentum and variance
-        (float32 [length]).
-    """
-    parts: list[torch.Tensor | None] = []
-    begin = 0
-    for dtype in (state_format_of(working_dtype).master_dtype, torch.float32, torch.float32):
-        nbytes = length * dtype.itemsize if dtype is not None else 0
-        parts.append(record[begin : begin + nbytes].view(dtype) if dtype is not None else None)
-        begin += round_up(nbytes, IO_ALIGNMENT_NBYTES)
-    master, momentum, variance = parts
-    assert momentum is not None
-    assert variance is not None
-    return master, momentum, variance
 
 
 def clip_segments(segments: Sequence[AdamSegment], begin: int, end: int) -> tuple[AdamSegment, ...]:
@@ -117,6 +91,32 @@ class _Tile:
     def needs(self) -> list[IoTicket | Ticket]:
         """What must be complete before the tile can be updated."""
         return [*self.reads, *self.job.arrivals]
+
+    def on_host(self) -> AdamTile:
+        """Return what the native kernel is given."""
+        master, momentum, variance = record_views(self.record, self.length, self.job.spec.dtype)
+        return AdamTile(
+            working=self.working,
+            master=master,
+            momentum=momentum,
+            variance=variance,
+            grad=self.grad,
+            grad_scale=self.job.grad_scale,
+            segments=self.segments,
+        )
+
+    def on_device(self) -> DeviceTile:
+        """Return what the device's kernel is given."""
+        master, momentum, variance = record_views(self.record, self.length, self.job.spec.dtype)
+        return DeviceTile(
+            working=self.working,
+            master=master,
+            momentum=momentum,
+            variance=variance,
+            grad=self.grad,
+            grad_scale=self.job.grad_scale,
+            segments=self.segments,
+        )
 
     def has_left(self) -> bool:
         return all(way.is_done() for way in self.leaving)
@@ -212,7 +212,7 @@ class TilePipeline:
         Returns:
             1D, one element for each of the tile's.
         """
-        length = min(self.tile_numel, job.spec.numel - index * self.tile_numel)
+        length = TileGrid(job.spec.numel, self.tile_numel).length_of(index)
         record, weights = self._memory_of((job.state, job.working), index, ring)
         working = weights[: length * job.spec.dtype.itemsize].view(job.spec.dtype)
         parts = (working, *record_views(record, length, job.spec.dtype))
@@ -260,8 +260,8 @@ class TilePipeline:
 
     def _tile(self, job: UpdateJob, index: int, ring: int | None) -> _Tile:
         """Say where the parts of a tile are while it is updated."""
-        begin = index * self.tile_numel
-        length = min(self.tile_numel, job.spec.numel - begin)
+        begin, end = TileGrid(job.spec.numel, self.tile_numel).range_of(index)
+        length = end - begin
         grad_slot = job.grad_slot
         if grad_slot is None:
             record, weights, grad = self._memory_of((job.state, job.working, job.grad), index, ring)
@@ -324,9 +324,7 @@ class TilePipeline:
         for ticket in tile.needs:
             ticket.wait()
         journal = self._log.begin(tile.job, tile.index, tile.ring)
-        tile.adam = self._resources.pool.submit_adam(
-            AdamTile(**_tile_fields(tile)), journal=journal, record=tile.job.spec.name
-        )
+        tile.adam = self._resources.pool.submit_adam(tile.on_host(), journal=journal, record=tile.job.spec.name)
         self._computing.append(self._reading.popleft())
 
     def _send_off(self) -> None:
@@ -383,8 +381,8 @@ def update_on_device(job: UpdateJob, tile_numel: int, kernels: DeviceKernels) ->
         kernels: the device's.
     """
     for index in job.tiles:
-        begin = index * tile_numel
-        length = min(tile_numel, job.spec.numel - begin)
+        begin, end = TileGrid(job.spec.numel, tile_numel).range_of(index)
+        length = end - begin
         tile = _Tile(
             job=job,
             index=index,
@@ -395,21 +393,7 @@ def update_on_device(job: UpdateJob, tile_numel: int, kernels: DeviceKernels) ->
             grad_bytes=job.grad.tile(index),
             ring=None,
         )
-        kernels.adam_update(DeviceTile(**_tile_fields(tile)))
-
-
-def _tile_fields(tile: _Tile) -> dict[str, Any]:
-    """Return the arguments that AdamTile and DeviceTile have in common."""
-    master, momentum, variance = record_views(tile.record, tile.length, tile.job.spec.dtype)
-    return {
-        "working": tile.working,
-        "master": master,
-        "momentum": momentum,
-        "variance": variance,
-        "grad": tile.grad,
-        "grad_scale": tile.job.grad_scale,
-        "segments": tile.segments,
-    }
+        kernels.adam_update(tile.on_device())
 
 
 def _wait_quietly(ticket: Ticket | IoTicket | Move | None) -> None:

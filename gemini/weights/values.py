@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +17,11 @@ import torch
 from gemini.chunk.chunk import Chunk
 from gemini.chunk.cut import piece_of
 from gemini.chunk.layout import ParamSlot
-from gemini.kernels.cpu import cast, join_master, split_master
 from gemini.offload.home import TiledHome
-from gemini.offload.io import empty_aligned
 from gemini.ranks.sharding import RankAxis
 from gemini.runtime.runtime import Runtime
-from gemini.tiers import MemoryTier
-from gemini.update.pipeline import record_views
+from gemini.tiers import TileGrid
+from gemini.update.state_record import follow_changes, join_masters, record_views, split_masters
 
 __all__ = [
     "FROZEN_KINDS",
@@ -77,7 +75,7 @@ def working_runs(runtime: Runtime, slot: ParamSlot) -> Iterator[torch.Tensor]:
     """
     chunk, piece = _chunk_and_piece(runtime, slot)
     for part in _parts(runtime, piece):
-        with _tile(runtime, chunk.home, part.tile, write=False) as tile:
+        with _opened(runtime, chunk.home, part.tile) as tile:
             yield _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
 
 
@@ -90,12 +88,12 @@ def master_runs(runtime: Runtime, slot: ParamSlot) -> Iterator[torch.Tensor]:
     chunk, piece = _chunk_and_piece(runtime, slot)
     for part in _parts(runtime, piece):
         with (
-            _tile(runtime, chunk.home, part.tile, write=False) as tile,
-            _tile(runtime, state, part.tile, write=False) as record,
+            _opened(runtime, chunk.home, part.tile) as tile,
+            _opened(runtime, state, part.tile) as record,
         ):
             working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
             master = torch.empty(working.numel(), dtype=torch.float32)
-            _join(master, working, record, part, slot.spec.dtype)
+            join_masters(master, working, _rest(record, part, slot.spec.dtype))
             yield master
 
 
@@ -121,7 +119,7 @@ def read_gradient(runtime: Runtime, slot: ParamSlot) -> torch.Tensor:
 
     def runs() -> Iterator[torch.Tensor]:
         for part in _parts(runtime, _chunk_and_piece(runtime, slot)[1]):
-            with _tile(runtime, home, part.tile, write=False) as tile:
+            with _opened(runtime, home, part.tile) as tile:
                 yield _typed(tile, part.length, dtype)[part.in_tile].to(torch.float32)
 
     return _collect(runtime, slot, runs(), torch.float32)
@@ -141,17 +139,6 @@ def _collect(runtime: Runtime, slot: ParamSlot, runs: Iterable[torch.Tensor], dt
         flat[done : done + run.numel()] = run
         done += run.numel()
     return _make_whole(runtime, slot, flat)
-
-
-def _join(found: torch.Tensor, working: torch.Tensor, record: torch.Tensor, part: _Part, dtype: torch.dtype) -> None:
-    """Put a master together from its working weights and the rest in a tile's record."""
-    rest = record_views(record, part.length, dtype)[0]
-    if rest is None:
-        found.copy_(working)
-    elif rest.dtype is torch.int16:
-        join_master(found, working, rest[part.in_tile])
-    else:
-        found.copy_(rest[part.in_tile])
 
 
 def load_masters(runtime: Runtime, values: Iterable[tuple[ParamSlot, torch.Tensor]]) -> None:
@@ -225,14 +212,14 @@ def _load_master(runtime: Runtime, slot: ParamSlot, value: torch.Tensor) -> None
     flat = _cut(chunk, slot, value)
     try:
         for part in _parts(runtime, piece) if chunk.home.is_writable else ():
-            with _tile(runtime, chunk.home, part.tile, write=True) as tile:
+            with _opened(runtime, chunk.home, part.tile, write=True) as tile:
                 working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
                 if state is None:
                     working.copy_(flat[part.in_param])
                 else:
                     source = flat[part.in_param].to(torch.float32).contiguous()
-                    with _tile(runtime, state, part.tile, write=True) as record:
-                        _store(record, part, slot.spec.dtype, working, source)
+                    with _opened(runtime, state, part.tile, write=True) as record:
+                        split_masters(working, _rest(record, part, slot.spec.dtype), source)
         _refresh(runtime, chunk, slot)
     finally:
         runtime.core.end_update(slot.chunk_id)
@@ -243,17 +230,6 @@ def _refresh(runtime: Runtime, chunk: Chunk, slot: ParamSlot) -> None:
     if chunk.slot is not None and not chunk.is_common:
         copy = chunk.slot.buffer[: chunk.spec.working_nbytes].view(chunk.spec.dtype)
         copy[slot.begin : slot.end].copy_(read_working(runtime, slot).reshape(-1))
-
-
-def _store(record: torch.Tensor, part: _Part, dtype: torch.dtype, working: torch.Tensor, source: torch.Tensor) -> None:
-    master = record_views(record, part.length, dtype)[0]
-    if master is None:
-        working.copy_(source)
-    elif master.dtype is torch.int16:
-        split_master(working, master[part.in_tile], source)
-    else:
-        master[part.in_tile] = source
-        cast(working, source)
 
 
 def store_written(runtime: Runtime, slot: ParamSlot, values: torch.Tensor, old: torch.Tensor | None) -> None:
@@ -273,13 +249,15 @@ def store_written(runtime: Runtime, slot: ParamSlot, values: torch.Tensor, old: 
         new = new_flat[part.in_param]
         if old_flat is not None and same_bits(new, old_flat[part.in_param]):
             continue
-        with _tile(runtime, chunk.home, part.tile, write=True) as tile:
+        with _opened(runtime, chunk.home, part.tile, write=True) as tile:
             working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
             before = working.clone() if old_flat is None else old_flat[part.in_param]
             working.copy_(new)
         if state is not None and slot.spec.dtype is not torch.float32:
-            with _tile(runtime, state, part.tile, write=True) as record:
-                _store_changed(record, part, slot.spec.dtype, new, before)
+            with _opened(runtime, state, part.tile, write=True) as record:
+                rest = _rest(record, part, slot.spec.dtype)
+                assert rest is not None
+                follow_changes(rest, new, before)
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -293,22 +271,6 @@ def _own_piece(chunk: Chunk, slot: ParamSlot, values: torch.Tensor) -> torch.Ten
     return flat if chunk.shard is None else flat[piece_of(slot, chunk.shard)]
 
 
-def _store_changed(
-    record: torch.Tensor, part: _Part, dtype: torch.dtype, new: torch.Tensor, before: torch.Tensor
-) -> None:
-    """Let masters of half-precision weights follow where the weights' bits have changed."""
-    master = record_views(record, part.length, dtype)[0]
-    assert master is not None
-    rest = master[part.in_tile]
-    changed = new.view(torch.int16) != before.view(torch.int16)
-    if master.dtype is torch.int16:
-        residual = torch.empty_like(rest)
-        split_master(torch.empty_like(new), residual, new.to(torch.float32))
-    else:
-        residual = new.to(torch.float32)
-    rest.copy_(torch.where(changed, residual, rest))
-
-
 def store_master(runtime: Runtime, slot: ParamSlot, values: torch.Tensor) -> None:
     """Set the masters of a half-precision parameter to values of a wider float dtype, which broadcast to its shape."""
     chunk, piece = _chunk_and_piece(runtime, slot)
@@ -316,11 +278,11 @@ def store_master(runtime: Runtime, slot: ParamSlot, values: torch.Tensor) -> Non
     flat = _cut(chunk, slot, values.detach().to("cpu", torch.float32).expand(slot.spec.full_shape))
     for part in _parts(runtime, piece):
         with (
-            _tile(runtime, chunk.home, part.tile, write=True) as tile,
-            _tile(runtime, state, part.tile, write=True) as record,
+            _opened(runtime, chunk.home, part.tile, write=True) as tile,
+            _opened(runtime, state, part.tile, write=True) as record,
         ):
             working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
-            _store(record, part, slot.spec.dtype, working, flat[part.in_param].contiguous())
+            split_masters(working, _rest(record, part, slot.spec.dtype), flat[part.in_param].contiguous())
 
 
 def read_moments(runtime: Runtime, slot: ParamSlot) -> tuple[torch.Tensor, torch.Tensor]:
@@ -329,7 +291,7 @@ def read_moments(runtime: Runtime, slot: ParamSlot) -> tuple[torch.Tensor, torch
     momentum = torch.empty(piece.spec.numel, dtype=torch.float32)
     variance = torch.empty(piece.spec.numel, dtype=torch.float32)
     for part in _parts(runtime, piece):
-        with _tile(runtime, runtime.states[slot.chunk_id], part.tile, write=False) as record:
+        with _opened(runtime, runtime.states[slot.chunk_id], part.tile) as record:
             _, first, second = record_views(record, part.length, slot.spec.dtype)
             momentum[part.in_param] = first[part.in_tile]
             variance[part.in_param] = second[part.in_tile]
@@ -341,7 +303,7 @@ def load_moments(runtime: Runtime, slot: ParamSlot, momentum: torch.Tensor, vari
     chunk, piece = _chunk_and_piece(runtime, slot)
     flat_momentum, flat_variance = _cut(chunk, slot, momentum), _cut(chunk, slot, variance)
     for part in _parts(runtime, piece):
-        with _tile(runtime, runtime.states[slot.chunk_id], part.tile, write=True) as record:
+        with _opened(runtime, runtime.states[slot.chunk_id], part.tile, write=True) as record:
             _, first, second = record_views(record, part.length, slot.spec.dtype)
             first[part.in_tile] = flat_momentum[part.in_param]
             second[part.in_tile] = flat_variance[part.in_param]
@@ -366,15 +328,15 @@ def read_parts(runtime: Runtime, slot: ParamSlot) -> Iterator[dict[str, torch.Te
     chunk, piece = _chunk_and_piece(runtime, slot)
     state = runtime.states.get(slot.chunk_id)
     for part in _parts(runtime, piece):
-        with _tile(runtime, chunk.home, part.tile, write=False) as tile:
+        with _opened(runtime, chunk.home, part.tile) as tile:
             working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
             if state is None:
                 yield {"weight": working.clone()}
                 continue
-            with _tile(runtime, state, part.tile, write=False) as record:
+            with _opened(runtime, state, part.tile) as record:
                 _, momentum, variance = record_views(record, part.length, slot.spec.dtype)
                 master = torch.empty(working.numel(), dtype=torch.float32)
-                _join(master, working, record, part, slot.spec.dtype)
+                join_masters(master, working, _rest(record, part, slot.spec.dtype))
                 moments = (momentum[part.in_tile].clone(), variance[part.in_tile].clone())
         yield dict(zip(STATE_KINDS, (master, *moments), strict=True))
 
@@ -395,13 +357,13 @@ def write_parts(runtime: Runtime, slot: ParamSlot, read: Callable[[str, int, int
         for part in _parts(runtime, piece) if chunk.home.is_writable else ():
             run = (first + part.in_param.start, first + part.in_param.stop)
             values = [read(kind, *run) for kind in kinds_of(runtime, slot)]
-            with _tile(runtime, chunk.home, part.tile, write=True) as tile:
+            with _opened(runtime, chunk.home, part.tile, write=True) as tile:
                 working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
                 if state is None:
                     working.copy_(values[0])
                     continue
-                with _tile(runtime, state, part.tile, write=True) as record:
-                    _store(record, part, slot.spec.dtype, working, values[0])
+                with _opened(runtime, state, part.tile, write=True) as record:
+                    split_masters(working, _rest(record, part, slot.spec.dtype), values[0])
                     _, momentum, variance = record_views(record, part.length, slot.spec.dtype)
                     momentum[part.in_tile] = values[1]
                     variance[part.in_tile] = values[2]
@@ -415,9 +377,10 @@ def reset_moments(runtime: Runtime) -> None:
     drop_commit(runtime)
     for chunk_id, state in runtime.states.items():
         spec = runtime.core.chunks[chunk_id].home_spec
+        grid = TileGrid(spec.numel, runtime.config.tile_numel)
         for tile in range(len(state.tiers)):
-            length = min(runtime.config.tile_numel, spec.numel - tile * runtime.config.tile_numel)
-            with _tile(runtime, state, tile, write=True) as record:
+            length = grid.length_of(tile)
+            with _opened(runtime, state, tile, write=True) as record:
                 _, momentum, variance = record_views(record, length, spec.dtype)
                 momentum.zero_()
                 variance.zero_()
@@ -462,39 +425,28 @@ def _make_whole(runtime: Runtime, slot: ParamSlot, flat: torch.Tensor) -> torch.
 
 def _parts(runtime: Runtime, slot: ParamSlot) -> Iterator[_Part]:
     tile_numel = runtime.config.tile_numel
-    numel = runtime.core.chunks[slot.chunk_id].home_spec.numel
     if slot.spec.numel == 0:
         return
+    grid = TileGrid(runtime.core.chunks[slot.chunk_id].home_spec.numel, tile_numel)
     for tile in range(slot.begin // tile_numel, -(-slot.end // tile_numel)):
-        begin = tile * tile_numel
-        length = min(tile_numel, numel - begin)
-        low, high = max(slot.begin, begin), min(slot.end, begin + length)
-        yield _Part(tile, length, slice(low - begin, high - begin), slice(low - slot.begin, high - slot.begin))
+        begin, end = grid.range_of(tile)
+        low, high = max(slot.begin, begin), min(slot.end, end)
+        yield _Part(tile, end - begin, slice(low - begin, high - begin), slice(low - slot.begin, high - slot.begin))
+
+
+def _rest(record: torch.Tensor, part: _Part, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return what a tile's record has of a parameter's masters; None where working weights are masters."""
+    rest = record_views(record, part.length, dtype)[0]
+    return None if rest is None else rest[part.in_tile]
 
 
 def _typed(tile: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
     return tile[: length * dtype.itemsize].view(dtype)
 
 
-@contextmanager
-def _tile(runtime: Runtime, home: TiledHome, tile: int, *, write: bool) -> Iterator[torch.Tensor]:
-    """Yield a tile as uint8 host memory; with `write`, changes reach the home when the context closes."""
-    tier = home.tiers[tile]
+def _opened(
+    runtime: Runtime, home: TiledHome, tile: int, *, write: bool = False
+) -> AbstractContextManager[torch.Tensor]:
+    """Open a tile; see TiledHome.opened. What a commit says must happen is not overtaken."""
     assert not write or runtime.journal is None or not runtime.journal.file.has_record
-    if tier is MemoryTier.HOST:
-        yield home.tile(tile)
-        return
-    if tier is MemoryTier.NVME:
-        buffer = empty_aligned(home.tile_nbytes[tile], torch.uint8)
-        home.read_tile(tile, buffer).wait()
-        yield buffer
-        if write:
-            home.write_tile(tile, buffer).wait()
-            home.finish_writes()
-        return
-    buffer = empty_aligned(home.tile_nbytes[tile], torch.uint8)
-    transfers = runtime.resources.transfers
-    transfers.download(buffer, home.tile(tile)).wait_on_host()
-    yield buffer
-    if write:
-        transfers.upload(home.tile(tile), buffer).wait_on_host()
+    return home.opened(tile, runtime.resources.transfers, write=write)

@@ -16,11 +16,10 @@ from gemini import GeminiDDP
 from gemini.commits.file import CommitFile, CommitLayout
 from gemini.commits.journal import TileStage
 from gemini.errors import CheckpointError, CheckpointMismatchError, ConfigError, ModelError, OffloadIOError
-from gemini.kernels.adam_tile import AdamTile
 from gemini.kernels.journal import JournalStop, TileJournal, adam_update_partly
 from gemini.tiers import MemoryTier
 from gemini.update.job import UpdateJob
-from gemini.update.pipeline import TilePipeline, _Tile, _tile_fields, tiles_of
+from gemini.update.pipeline import TilePipeline, _Tile, tiles_of
 
 NUM_STEPS = 4
 TILE = {"tile_numel": 8192, "overlap": "next-forward"}
@@ -81,7 +80,7 @@ class Interruption:
                 if MemoryTier.HOST in (job.state.tiers[index], job.working.tiers[index]):
                     tile, journal = self.begin(job, index)
                     assert journal is not None
-                    adam_update_partly(AdamTile(**_tile_fields(tile)), journal, block=2, stop=stop)
+                    adam_update_partly(tile.on_host(), journal, block=2, stop=stop)
                     return True
         return False
 
@@ -95,7 +94,7 @@ class Interruption:
             if MemoryTier.NVME not in tiers or len(self.pipeline._free) == 0:
                 continue
             tile, journal = self.begin(job, index)
-            self.pool.submit_adam(AdamTile(**_tile_fields(tile)), journal=journal).wait()
+            self.pool.submit_adam(tile.on_host(), journal=journal).wait()
             self.journal.end(job, index, tile.ring)
             torn = torch.full_like(tile.record, 0xAB)
             torn[: torn.numel() // 2] = tile.record[: torn.numel() // 2]

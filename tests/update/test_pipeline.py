@@ -28,7 +28,8 @@ from gemini.offload.slots import FixedSlots
 from gemini.offload.transfer import CpuTransfers
 from gemini.tiers import MemoryTier, round_up
 from gemini.update.job import UpdateJob
-from gemini.update.pipeline import TilePipeline, clip_segments, record_views, tiles_of, update_on_device
+from gemini.update.pipeline import TilePipeline, clip_segments, tiles_of, update_on_device
+from gemini.update.state_record import record_views
 from gemini.update.worker import UpdateWorker
 
 DEVICE, HOST, NVME = MemoryTier.DEVICE, MemoryTier.HOST, MemoryTier.NVME
