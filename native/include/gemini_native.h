@@ -3,7 +3,9 @@
  *
  * Rules that hold for every function:
  *   - Return 0 on success or a negative errno value; the global errno is never the channel.
- *   - No C++ exception crosses this interface (out of memory is -ENOMEM).
+ *   - No C++ exception crosses this interface (out of memory is -ENOMEM, one without a number -EIO).
+ *   - In a process that was forked after a pool or an engine was created there are none of its threads: every
+ *     function that takes it returns -ESRCH there and changes nothing.
  *   - Sizes ending in `numel` count elements, those ending in `nbytes` count bytes.
  *   - Pointers to tensor data need the natural alignment of their element type only;
  *     64-byte alignment is fastest. Buffers of one call must not overlap unless said so.
@@ -217,9 +219,6 @@ enum { GN_MAX_SPANS = 1048576 };
 
 /* A fixed set of threads that run the kernels above, most urgent job first. */
 typedef struct gn_pool gn_pool;
-
-/* In a process that was forked after the pool was created there are no threads: every function that takes a
- * pool returns -ECHILD there and changes nothing. */
 
 /* Start `num_threads` threads, 1 to 4096; returns when they run. */
 int32_t gn_pool_create(gn_pool** pool, int32_t num_threads);

@@ -3,9 +3,9 @@
 #include <string.h>
 
 #include <algorithm>
-#include <new>
 #include <vector>
 
+#include "c_api.h"
 #include "float_mode.h"
 #include "jobs.h"
 
@@ -93,13 +93,11 @@ int32_t gn_grad_store(const gn_grad_args* args) {
         gn::run_grad(*kernels, *args, 0, args->numel, nullptr);
         return 0;
     }
-    try {
+    return gn::guarded([=]() -> int32_t {
         const int64_t num_blocks = gn::num_sumsq_blocks(args->numel);
         std::vector<double> block_sums(static_cast<size_t>(gn::padded_count(num_blocks)));
         gn::run_grad(*kernels, *args, 0, args->numel, block_sums.data());
         *args->sumsq = gn::reduce_block_sums(block_sums.data(), num_blocks);
-    } catch (const std::bad_alloc&) {
-        return -ENOMEM;
-    }
-    return 0;
+        return 0;
+    });
 }

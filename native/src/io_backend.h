@@ -37,7 +37,7 @@ class Backend {
 };
 
 // Create a backend with at most `queue_depth` transfers at a time. It adds to `event_fd` (an eventfd,
-// which it does not own) whenever a transfer has finished. Return 0 or -errno; may throw std::bad_alloc.
+// which it does not own) whenever a transfer has finished. Return 0 or -errno; may throw.
 int32_t make_uring_backend(std::unique_ptr<Backend>* backend, int32_t queue_depth, int event_fd);
 int32_t make_aio_backend(std::unique_ptr<Backend>* backend, int32_t queue_depth, int event_fd);
 int32_t make_threads_backend(std::unique_ptr<Backend>* backend, int32_t num_threads, int event_fd);

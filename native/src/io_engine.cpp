@@ -25,21 +25,19 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <new>
-#include <stdexcept>
-#include <system_error>
 #include <thread>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "../include/gemini_native.h"
+#include "c_api.h"
 #include "crc32c.h"
 #include "io_backend.h"
 #include "spans.h"
@@ -70,8 +68,7 @@ constexpr int64_t kAlignmentNbytes = 4096;
 constexpr int64_t kMaxTransferNbytes = int64_t{1} << 30;
 constexpr int32_t kMaxQueueDepth = 4096;
 constexpr int32_t kMaxThreads = 1024;
-constexpr int32_t kMaxRetries = 1000;                 // of one transfer that makes no progress
-constexpr int64_t kLongestWaitNs = int64_t{1} << 60;  // 36 years; anything above is "for ever"
+constexpr int32_t kMaxRetries = 1000;  // of one transfer that makes no progress
 constexpr long kBackoffNs = 1000 * 1000;
 
 class FileDescriptor {
@@ -189,7 +186,8 @@ struct gn_io {
     void stats(int64_t* nbytes_read, int64_t* nbytes_written);
     int32_t keep_spans(int64_t capacity);
     int64_t take_spans(gn_span* spans, int64_t max_count);
-    bool is_in_creating_process() const { return pid_ == getpid(); }
+
+    const gn::ForkGuard fork_guard;
 
   private:
     using Request = gn::io::Request;
@@ -213,7 +211,6 @@ struct gn_io {
     int32_t check_locked(const gn_io_request& request);
     Request* find_unfinished_or_failed_locked(uint64_t ticket);
 
-    const pid_t pid_ = getpid();
     int32_t queue_depth_ = 0;
     gn::io::FileDescriptor event_;
     std::unique_ptr<gn::io::Backend> backend_;
@@ -252,31 +249,6 @@ int32_t make_backend(std::unique_ptr<Backend>* backend, int32_t kind, int32_t qu
         default:
             return -EINVAL;
     }
-}
-
-// Run a function whose exceptions must not cross the C interface.
-template <typename Function>
-int32_t guarded(Function function) noexcept {
-    try {
-        return function();
-    } catch (const std::bad_alloc&) {
-        return -ENOMEM;
-    } catch (const std::length_error&) {
-        return -ENOMEM;
-    } catch (const std::system_error& error) {
-        return error.code().value() > 0 ? -error.code().value() : -EIO;
-    } catch (...) {
-        return -EIO;
-    }
-}
-
-// Run a function on an engine. The child of a fork has the engine's memory but not its thread, and its
-// mutex in any state: there, nothing but -ESRCH is safe.
-template <typename Function>
-int32_t guarded_on(gn_io* io, Function function) noexcept {
-    if (io == nullptr) return -EINVAL;
-    if (!io->is_in_creating_process()) return -ESRCH;
-    return guarded(function);
 }
 
 }  // namespace
@@ -458,11 +430,7 @@ int32_t gn_io::wait(uint64_t ticket, int64_t timeout_ns, gn_io_result* result) {
         if (timeout_ns == 0) return -ETIMEDOUT;
         find_unfinished_or_failed_locked(ticket)->is_waited_for = true;
         ++num_waiters_;
-        bool in_time = true;
-        if (timeout_ns < 0 || timeout_ns > gn::io::kLongestWaitNs)
-            request_completed_.wait(lock, is_complete);
-        else
-            in_time = request_completed_.wait_for(lock, std::chrono::nanoseconds(timeout_ns), is_complete);
+        const bool in_time = gn::wait_until(&request_completed_, &lock, timeout_ns, is_complete);
         if (--num_waiters_ == 0 && is_stopping_) last_waiter_left_.notify_all();
         if (!in_time) return -ETIMEDOUT;
     }
@@ -666,7 +634,7 @@ void gn_io::wait_for_event(bool is_starved) {
 extern "C" {
 
 int32_t gn_io_probe(int32_t backend) {
-    return gn::io::guarded([=] {
+    return gn::guarded([=] {
         gn::io::FileDescriptor event(eventfd(0, EFD_CLOEXEC));
         if (event.get() < 0) return -errno;
         std::unique_ptr<gn::io::Backend> made;
@@ -677,7 +645,7 @@ int32_t gn_io_probe(int32_t backend) {
 int32_t gn_io_create(gn_io** io, int32_t backend, int32_t queue_depth, int32_t num_threads) {
     if (io == nullptr || queue_depth < 1 || queue_depth > gn::io::kMaxQueueDepth) return -EINVAL;
     if (backend == GN_IO_THREADS && (num_threads < 1 || num_threads > gn::io::kMaxThreads)) return -EINVAL;
-    return gn::io::guarded([=] {
+    return gn::guarded([=] {
         auto engine = std::make_unique<gn_io>();
         const int32_t status = engine->start(backend, queue_depth, num_threads);
         if (status == 0) *io = engine.release();
@@ -686,8 +654,8 @@ int32_t gn_io_create(gn_io** io, int32_t backend, int32_t queue_depth, int32_t n
 }
 
 int32_t gn_io_destroy(gn_io* io) {
-    if (io == nullptr || !io->is_in_creating_process()) return 0;  // a child has nothing to end
-    return gn::io::guarded([=] {
+    if (io == nullptr) return 0;
+    return gn::guarded_on(io, [=] {
         delete io;
         return 0;
     });
@@ -697,49 +665,47 @@ int32_t gn_io_open(gn_io* io, const char* path, int32_t flags) {
     constexpr int32_t kAccess = GN_IO_OPEN_READ | GN_IO_OPEN_WRITE;
     constexpr int32_t kKnown = kAccess | GN_IO_OPEN_CREATE | GN_IO_OPEN_TRUNCATE | GN_IO_OPEN_DIRECT;
     if (path == nullptr || (flags & kAccess) == 0 || (flags & ~kKnown) != 0) return -EINVAL;
-    return gn::io::guarded_on(io, [=] { return io->open_file(path, flags); });
+    return gn::guarded_on(io, [=] { return io->open_file(path, flags); });
 }
 
 int32_t gn_io_is_direct(gn_io* io, int32_t file) {
-    return gn::io::guarded_on(io, [=] { return io->is_direct(file); });
+    return gn::guarded_on(io, [=] { return io->is_direct(file); });
 }
 
 int32_t gn_io_close(gn_io* io, int32_t file) {
-    return gn::io::guarded_on(io, [=] { return io->close_file(file); });
+    return gn::guarded_on(io, [=] { return io->close_file(file); });
 }
 
 int32_t gn_io_sync(gn_io* io, int32_t file) {
-    return gn::io::guarded_on(io, [=] { return io->sync_file(file); });
+    return gn::guarded_on(io, [=] { return io->sync_file(file); });
 }
 
 int32_t gn_io_verify(gn_io* io, int32_t file, int64_t nbytes) {
     if (nbytes < 0) return -EINVAL;
-    return gn::io::guarded_on(io, [=] { return io->verify_file(file, nbytes); });
+    return gn::guarded_on(io, [=] { return io->verify_file(file, nbytes); });
 }
 
 int32_t gn_io_submit(gn_io* io, const gn_io_request* requests, int64_t count, uint64_t* tickets) {
     if (count < 0 || (count > 0 && (requests == nullptr || tickets == nullptr))) return -EINVAL;
-    return gn::io::guarded_on(io, [=] { return io->submit(requests, count, tickets); });
+    return gn::guarded_on(io, [=] { return io->submit(requests, count, tickets); });
 }
 
 int32_t gn_io_wait(gn_io* io, uint64_t ticket, int64_t timeout_ns, gn_io_result* result) {
-    return gn::io::guarded_on(io, [=] { return io->wait(ticket, timeout_ns, result); });
+    return gn::guarded_on(io, [=] { return io->wait(ticket, timeout_ns, result); });
 }
 
 int32_t gn_io_keep_spans(gn_io* io, int64_t capacity) {
     if (capacity < 0 || capacity > GN_MAX_SPANS) return -EINVAL;
-    return gn::io::guarded_on(io, [=] { return io->keep_spans(capacity); });
+    return gn::guarded_on(io, [=] { return io->keep_spans(capacity); });
 }
 
 int64_t gn_io_take_spans(gn_io* io, gn_span* spans, int64_t max_count) {
     if (max_count < 0 || (max_count > 0 && spans == nullptr)) return -EINVAL;
-    if (io == nullptr) return -EINVAL;
-    if (!io->is_in_creating_process()) return -ESRCH;
-    return io->take_spans(spans, max_count);
+    return gn::guarded_on(io, [=] { return io->take_spans(spans, max_count); });
 }
 
 int32_t gn_io_stats(gn_io* io, int64_t* nbytes_read, int64_t* nbytes_written) {
-    return gn::io::guarded_on(io, [=] {
+    return gn::guarded_on(io, [=] {
         io->stats(nbytes_read, nbytes_written);
         return 0;
     });

@@ -4,7 +4,6 @@
 
 #include <condition_variable>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -27,11 +26,10 @@ class ThreadsBackend final : public Backend {
         for (std::thread& worker : workers_) worker.join();
     }
 
-    int32_t start(int32_t num_threads) {
+    void start(int32_t num_threads) {
         workers_.reserve(static_cast<size_t>(num_threads));
         SignalBlocker blocker;
         for (int32_t i = 0; i < num_threads; ++i) workers_.emplace_back([this] { work(); });
-        return 0;
     }
 
     int32_t submit(Transfer* const* transfers, int32_t count) override {
@@ -105,11 +103,7 @@ class ThreadsBackend final : public Backend {
 
 int32_t make_threads_backend(std::unique_ptr<Backend>* backend, int32_t num_threads, int event_fd) {
     auto threads = std::make_unique<ThreadsBackend>(event_fd);
-    try {
-        threads->start(num_threads);
-    } catch (const std::system_error& error) {
-        return error.code().value() > 0 ? -error.code().value() : -EAGAIN;
-    }
+    threads->start(num_threads);
     *backend = std::move(threads);
     return 0;
 }

@@ -1,25 +1,24 @@
 // The worker pool: persistent threads that take blocks of the most urgent job.
 #include <errno.h>
 #include <string.h>
-#include <unistd.h>
 #if defined(__linux__)
 #include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <condition_variable>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <new>
-#include <system_error>
 #include <thread>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
+#include "c_api.h"
 #include "float_mode.h"
 #include "jobs.h"
 #include "spans.h"
@@ -32,8 +31,6 @@ constexpr int64_t kBlockNbytes = 256 * 1024;
 static_assert(kBlockNumel % GN_JOURNAL_BLOCK_NUMEL == 0, "threads share no block of a journal");
 
 constexpr int32_t kMaxThreads = 4096;
-// Longer waits than this (some thirty years) are waits for ever; the clock cannot overflow.
-constexpr int64_t kMaxTimeoutNs = int64_t{1000} * 1000 * 1000 * 1000 * 1000 * 1000;
 
 struct Job {
     int32_t priority = 0;
@@ -162,7 +159,7 @@ struct gn_pool {
     gn::SpanLog spans;
     std::vector<std::thread> threads;
     std::vector<int32_t> thread_ids;  // of the threads that have started, in the order they did
-    const pid_t process = getpid();
+    const gn::ForkGuard fork_guard;
 
     bool can_start() const;
     void work();
@@ -246,11 +243,8 @@ int32_t gn_pool::wait(uint64_t ticket, int64_t timeout_ns) {
         return entry == pending.end() || entry->second->is_cancelled;
     };
     ++num_waiters;
-    if (timeout_ns < 0 || timeout_ns > kMaxTimeoutNs)
-        progress.wait(lock, is_settled);
-    else if (timeout_ns > 0)
-        progress.wait_for(lock, std::chrono::nanoseconds(timeout_ns), is_settled);
-    const int32_t status = !is_settled() ? -ETIMEDOUT : pending.count(ticket) ? -ECANCELED : 0;
+    const bool in_time = gn::wait_until(&progress, &lock, timeout_ns, is_settled);
+    const int32_t status = !in_time ? -ETIMEDOUT : pending.count(ticket) ? -ECANCELED : 0;
     --num_waiters;
     if (is_shut_down) progress.notify_all();
     return status;
@@ -276,30 +270,9 @@ void gn_pool::shut_down() {
     threads.clear();
 }
 
-namespace {
-
-// The threads stayed behind in the parent of a fork, and its locks may have been held at that moment.
-bool is_foreign(const gn_pool* pool) { return pool->process != getpid(); }
-
-// Run `body`, turning what it throws into a negative errno.
-template <class Body>
-int32_t guarded(Body body) {
-    try {
-        return body();
-    } catch (const std::bad_alloc&) {
-        return -ENOMEM;
-    } catch (const std::system_error& error) {
-        return error.code().value() > 0 ? -error.code().value() : -EAGAIN;
-    } catch (...) {
-        return -ENOMEM;
-    }
-}
-
-}  // namespace
-
 int32_t gn_pool_create(gn_pool** pool, int32_t num_threads) {
     if (!pool || num_threads < 1 || num_threads > kMaxThreads) return -EINVAL;
-    return guarded([=]() -> int32_t {
+    return gn::guarded([=]() -> int32_t {
         std::unique_ptr<gn_pool> created(new gn_pool);
         try {
             const auto count = static_cast<size_t>(num_threads);
@@ -319,17 +292,17 @@ int32_t gn_pool_create(gn_pool** pool, int32_t num_threads) {
 }
 
 int32_t gn_pool_thread_ids(gn_pool* pool, int32_t* thread_ids) {
-    if (!pool || !thread_ids) return -EINVAL;
-    if (is_foreign(pool)) return -ECHILD;
-    // Not written to after the pool was created.
-    std::copy(pool->thread_ids.begin(), pool->thread_ids.end(), thread_ids);
-    return 0;
+    if (!thread_ids) return -EINVAL;
+    return gn::guarded_on(pool, [=]() -> int32_t {
+        // Not written to after the pool was created.
+        std::copy(pool->thread_ids.begin(), pool->thread_ids.end(), thread_ids);
+        return 0;
+    });
 }
 
 int32_t gn_pool_limit_background(gn_pool* pool, int32_t max_threads) {
-    if (!pool || max_threads < 1) return -EINVAL;
-    if (is_foreign(pool)) return -ECHILD;
-    return guarded([=]() -> int32_t {
+    if (max_threads < 1) return -EINVAL;
+    return gn::guarded_on(pool, [=]() -> int32_t {
         const std::lock_guard<std::mutex> guard(pool->mutex);
         pool->max_background = max_threads;
         pool->work_available.notify_all();
@@ -338,9 +311,7 @@ int32_t gn_pool_limit_background(gn_pool* pool, int32_t max_threads) {
 }
 
 int32_t gn_pool_shutdown(gn_pool* pool) {
-    if (!pool) return -EINVAL;
-    if (is_foreign(pool)) return -ECHILD;
-    return guarded([=]() -> int32_t {
+    return gn::guarded_on(pool, [=]() -> int32_t {
         pool->shut_down();
         return 0;
     });
@@ -348,8 +319,7 @@ int32_t gn_pool_shutdown(gn_pool* pool) {
 
 int32_t gn_pool_destroy(gn_pool* pool) {
     if (!pool) return 0;
-    if (is_foreign(pool)) return -ECHILD;
-    return guarded([=]() -> int32_t {
+    return gn::guarded_on(pool, [=]() -> int32_t {
         pool->shut_down();
         {
             std::unique_lock<std::mutex> lock(pool->mutex);
@@ -361,9 +331,8 @@ int32_t gn_pool_destroy(gn_pool* pool) {
 }
 
 int32_t gn_pool_keep_spans(gn_pool* pool, int64_t capacity) {
-    if (!pool || capacity < 0 || capacity > GN_MAX_SPANS) return -EINVAL;
-    if (is_foreign(pool)) return -ECHILD;
-    return guarded([=]() -> int32_t {
+    if (capacity < 0 || capacity > GN_MAX_SPANS) return -EINVAL;
+    return gn::guarded_on(pool, [=]() -> int32_t {
         const std::lock_guard<std::mutex> guard(pool->mutex);
         pool->spans.keep(capacity);
         return 0;
@@ -371,68 +340,62 @@ int32_t gn_pool_keep_spans(gn_pool* pool, int64_t capacity) {
 }
 
 int64_t gn_pool_take_spans(gn_pool* pool, gn_span* spans, int64_t max_count) {
-    if (!pool || max_count < 0 || (max_count > 0 && !spans)) return -EINVAL;
-    if (is_foreign(pool)) return -ECHILD;
-    const std::lock_guard<std::mutex> guard(pool->mutex);
-    return pool->spans.take(spans, max_count);
+    if (max_count < 0 || (max_count > 0 && !spans)) return -EINVAL;
+    return gn::guarded_on(pool, [=]() -> int64_t {
+        const std::lock_guard<std::mutex> guard(pool->mutex);
+        return pool->spans.take(spans, max_count);
+    });
 }
 
 int32_t gn_pool_submit_adam(gn_pool* pool, const gn_adam_args* args, int32_t priority, uint64_t* ticket) {
-    const gn::Kernels* kernels = nullptr;
-    if (!pool || !ticket) return -EINVAL;
-    if (is_foreign(pool)) return -ECHILD;
-    if (const int32_t status = gn::check_adam(args, &kernels)) return status;
-    return guarded([=]() -> int32_t {
+    if (!ticket) return -EINVAL;
+    return gn::guarded_on(pool, [=]() -> int32_t {
+        const gn::Kernels* kernels = nullptr;
+        if (const int32_t status = gn::check_adam(args, &kernels)) return status;
         return pool->submit(std::make_unique<AdamJob>(*args, kernels), priority, ticket);
     });
 }
 
 int32_t gn_pool_submit_adam_journalled(gn_pool* pool, const gn_adam_args* args,
                                        const gn_adam_journal* journal, int32_t priority, uint64_t* ticket) {
-    const gn::Kernels* kernels = nullptr;
-    if (!pool || !ticket) return -EINVAL;
-    if (is_foreign(pool)) return -ECHILD;
-    if (const int32_t status = gn::check_adam(args, &kernels)) return status;
-    // Not written to after the pool was created.
-    const auto num_threads = static_cast<int32_t>(pool->thread_ids.size());
-    if (const int32_t status = gn::check_journal(journal, args->numel, num_threads)) return status;
-    return guarded([=]() -> int32_t {
+    if (!ticket) return -EINVAL;
+    return gn::guarded_on(pool, [=]() -> int32_t {
+        const gn::Kernels* kernels = nullptr;
+        if (const int32_t status = gn::check_adam(args, &kernels)) return status;
+        // Not written to after the pool was created.
+        const auto num_threads = static_cast<int32_t>(pool->thread_ids.size());
+        if (const int32_t status = gn::check_journal(journal, args->numel, num_threads)) return status;
         auto job = std::make_unique<JournalledAdamJob>(*args, *journal, kernels);
         return pool->submit(std::move(job), priority, ticket);
     });
 }
 
 int32_t gn_pool_submit_grad(gn_pool* pool, const gn_grad_args* args, int32_t priority, uint64_t* ticket) {
-    const gn::Kernels* kernels = nullptr;
-    if (!pool || !ticket) return -EINVAL;
-    if (is_foreign(pool)) return -ECHILD;
-    if (const int32_t status = gn::check_grad(args, &kernels)) return status;
-    return guarded([=]() -> int32_t {
+    if (!ticket) return -EINVAL;
+    return gn::guarded_on(pool, [=]() -> int32_t {
+        const gn::Kernels* kernels = nullptr;
+        if (const int32_t status = gn::check_grad(args, &kernels)) return status;
         return pool->submit(std::make_unique<GradJob>(*args, kernels), priority, ticket);
     });
 }
 
 int32_t gn_pool_submit_copy(gn_pool* pool, void* dst, const void* src, int64_t nbytes, int32_t priority,
                             uint64_t* ticket) {
-    if (!pool || !ticket || nbytes < 0 || (nbytes > 0 && (!dst || !src))) return -EINVAL;
-    if (is_foreign(pool)) return -ECHILD;
-    return guarded([=]() -> int32_t {
+    if (!ticket || nbytes < 0 || (nbytes > 0 && (!dst || !src))) return -EINVAL;
+    return gn::guarded_on(pool, [=]() -> int32_t {
         return pool->submit(std::make_unique<CopyJob>(dst, src, nbytes), priority, ticket);
     });
 }
 
 int32_t gn_pool_submit_sweep(gn_pool* pool, const gn_sweep_buffer* buffers, int64_t num_buffers,
                              uint64_t* checksum, int32_t priority, uint64_t* ticket) {
-    if (!pool || !ticket || !checksum) return -EINVAL;
-    if (is_foreign(pool)) return -ECHILD;
-    if (const int32_t status = gn::check_sweep(buffers, num_buffers)) return status;
-    return guarded([=]() -> int32_t {
+    if (!ticket || !checksum) return -EINVAL;
+    return gn::guarded_on(pool, [=]() -> int32_t {
+        if (const int32_t status = gn::check_sweep(buffers, num_buffers)) return status;
         return pool->submit(std::make_unique<SweepJob>(buffers, num_buffers, checksum), priority, ticket);
     });
 }
 
 int32_t gn_pool_wait(gn_pool* pool, uint64_t ticket, int64_t timeout_ns) {
-    if (!pool) return -EINVAL;
-    if (is_foreign(pool)) return -ECHILD;
-    return guarded([=]() -> int32_t { return pool->wait(ticket, timeout_ns); });
+    return gn::guarded_on(pool, [=]() -> int32_t { return pool->wait(ticket, timeout_ns); });
 }

@@ -578,6 +578,8 @@ def test_fork_leaves_the_parents_engine_alone(engine: IoEngine, tmp_path: Path) 
     def use_in_child() -> str:
         with pytest.raises(OffloadIOError, match="open another one after a fork"):
             file.write(torch.empty(10), 0)
+        assert _native.lib.gn_io_wait(engine._native, 1, -1, _native.ffi.NULL) == -errno.ESRCH
+        assert _native.lib.gn_io_destroy(engine._native) == -errno.ESRCH
         engine.close()
         return "refused"
 
