@@ -1,6 +1,6 @@
 // The seam between the I/O engine and a kernel interface.
 //
-// The engine (io_engine.cpp) knows files, tickets, splitting and errors; a backend only carries
+// The engine (io_engine.h) knows files, tickets, splitting and errors; a backend only carries
 // transfers to the kernel and back. Every method is called from the engine's service thread alone.
 #ifndef GEMINI_IO_BACKEND_H
 #define GEMINI_IO_BACKEND_H
@@ -41,6 +41,10 @@ class Backend {
 int32_t make_uring_backend(std::unique_ptr<Backend>* backend, int32_t queue_depth, int event_fd);
 int32_t make_aio_backend(std::unique_ptr<Backend>* backend, int32_t queue_depth, int event_fd);
 int32_t make_threads_backend(std::unique_ptr<Backend>* backend, int32_t num_threads, int event_fd);
+
+// Create the backend that a gn_io_backend names; -EINVAL: it names none.
+int32_t make_backend(std::unique_ptr<Backend>* backend, int32_t kind, int32_t queue_depth,
+                     int32_t num_threads, int event_fd);
 
 // Blocks every signal in the calling thread while alive, so that threads started meanwhile never run
 // handlers, and a write beyond RLIMIT_FSIZE is an error there instead of a deadly SIGXFSZ.
