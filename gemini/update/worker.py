@@ -55,6 +55,7 @@ class _Shared:
     failure: BaseException | None = None
     is_closing: bool = False
     busy_s: float = 0.0
+    is_idle: bool = False
 
 
 class UpdateWorker:
@@ -75,6 +76,11 @@ class UpdateWorker:
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
         self._stop: Callable[[], object] = lambda: None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the thread waits for something to do."""
+        return self._shared.is_idle
 
     @property
     def busy_s(self) -> float:
@@ -256,7 +262,9 @@ def _run_jobs(shared: _Shared) -> None:
     while True:
         with shared.changed:
             while not shared.waiting and not pipeline.is_busy and not shared.is_closing:
+                shared.is_idle = True
                 shared.changed.wait()
+                shared.is_idle = False
             if shared.is_closing and not pipeline.is_busy:
                 return
             next_tile = None if shared.is_closing else _take_tile(shared)

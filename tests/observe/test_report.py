@@ -191,7 +191,8 @@ def test_the_update_thread_is_busy_while_it_works_whether_anybody_waits_or_not(
         optimizer = HybridAdam(engine.parameters())
         train_step(engine, optimizer)
         assert engine.memory_report().updates.busy_s is None
-        wait_until(lambda: engine.runtime.overlap._worker.busy_s > 0.02 * (num_tiles - 0.5))
+        updater = engine.runtime.overlap._worker
+        wait_until(lambda: updater.is_idle and updater.busy_s > 0.02 * (num_tiles - 0.5))
         clock.sleep(1)  # after the updates
         train_step(engine, optimizer)
         updates = engine.memory_report().updates
