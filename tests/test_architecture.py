@@ -33,7 +33,6 @@ WITH_MORE_METHODS = {
     "Chunk": "a chunk's states, its parameters and versions of them; to be divided further",
     "Overlap": "when updates run; to be divided further",
     "TiledHome": "one home, tile by tile",
-    "NodeLedger": "what is granted and who waits; to be divided further",
     "LeaseDesk": "answers the messages about leases",
     "SharedShelf": "answers the messages about shared chunks",
 }

@@ -9,8 +9,8 @@ import signal
 import time
 from collections.abc import Callable
 
+from gemini.service.member import JobKey, Member
 from gemini.service.messages import AskState, Drain, Evict, MemberRow, NodeState, SharedRow, TierState
-from gemini.service.node_ledger import JobKey, Member
 from gemini.service.session import Session
 from gemini.service.state import ServiceState
 
@@ -142,12 +142,12 @@ class Administration:
     def host_state(self) -> TierState:
         """Return what host memory is taken by."""
         ledger, kept = self._state.ledger, self._kept_nbytes()[0]
-        warm = ledger.warm_nbytes()
+        warm = ledger.shared.warm_nbytes()
         return TierState(
             total=ledger.budget.host,
             leased=ledger.held().host - kept,
             kept=kept,
-            shared=ledger.shared_nbytes() - warm,
+            shared=ledger.shared.nbytes() - warm,
             warm=warm,
         )
 
@@ -176,7 +176,7 @@ class Administration:
                     state="kept",
                     host_nbytes=amount.host,
                     disk_nbytes=amount.disk,
-                    shared_nbytes=service.ledger.kept_shared_nbytes(member),
+                    shared_nbytes=service.ledger.shared.kept_nbytes(member),
                     priority=kept.priority,
                     age_s=now_s - kept.since_s,
                     waits_for="",
@@ -208,7 +208,7 @@ class Administration:
         chunk = self._state.shelf.waits_for(session)
         if waits_for is None and chunk:
             waits_for = f"another process, which fills shared chunk {chunk}"
-        shared = [hold.nbytes for hold in ledger.shared.values() if member in hold.holders]
+        shared = [hold.nbytes for hold in ledger.shared.holds.values() if member in hold.holders]
         holds = session.leases or shared
         return MemberRow(
             job=member.job.name,
@@ -237,6 +237,6 @@ class Administration:
                 num_users=len(hold.holders),
                 idle_s=0.0 if hold.holders else now_s - hold.idle_since_s,
             )
-            for (whose, key), hold in sorted(self._state.ledger.shared.items())
+            for (whose, key), hold in sorted(self._state.ledger.shared.holds.items())
             if user in (None, whose)
         ]

@@ -1,4 +1,4 @@
-"""Leases from request to end: the ledger's decisions, carried out. Knows sessions, not sockets or other requests."""
+"""Leases from request to end: the queue's decisions, carried out. Knows sessions, not sockets or other requests."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from gemini.errors import OffloadIOError, ServiceError
 from gemini.service.disk_files import DiskFiles
 from gemini.service.fairness import Amount
+from gemini.service.lease_queue import LeaseQueue
+from gemini.service.ledger import NodeLedger
 from gemini.service.manifest import LeaseEntry, process_start
+from gemini.service.member import JobKey, Member
 from gemini.service.memory_files import create_memory_file, is_sealed_length, nbytes_of
 from gemini.service.messages import AdoptLease, AskLease, FileGiven, KeepFile, LeaseGranted, SetMeta, Waiting
-from gemini.service.node_ledger import JobKey, Member, NodeLedger
 from gemini.service.packets import close_all
 from gemini.service.session import LeaseRecord, Session
 
@@ -53,7 +55,8 @@ class LeaseDesk:
     """All leases of the node, and who waits for one.
 
     Args:
-        ledger: decides.
+        ledger: counts what is leased.
+        queue: decides who gets what, and when.
         drop_shared: forgets warm shared chunks, user and key, that had to make room.
         record_change: returns what resolves when leases as they are now are written down.
     """
@@ -61,10 +64,12 @@ class LeaseDesk:
     def __init__(
         self,
         ledger: NodeLedger,
+        queue: LeaseQueue,
+        *,
         drop_shared: Callable[[list[tuple[int, str]]], None],
         record_change: Callable[[], asyncio.Future[None]],
     ) -> None:
-        self.ledger = ledger
+        self.ledger, self.queue = ledger, queue
         self.disk: DiskFiles | None = None
         """Where files are; None: there is no disk to lease."""
         self.kept: dict[Member, KeptRank] = {}
@@ -72,7 +77,7 @@ class LeaseDesk:
         self.num_granted = 0
         self._drop_shared, self._record_change = drop_shared, record_change
         self._asked: dict[int, tuple[Session, int, str]] = {}
-        """Session, its request and the reason it was last told, by the ledger's number."""
+        """Session, its request and the reason it was last told, by the queue's number."""
         self._handing_over: set[asyncio.Task[None]] = set()
 
     # Asking
@@ -87,7 +92,7 @@ class LeaseDesk:
         if len(session.leases) >= MAX_LEASES:
             return session.refuse(message.id, "too-many", f"a rank may have {MAX_LEASES} leases; end some")
         try:
-            number = self.ledger.ask(
+            number = self.queue.ask(
                 session.member,
                 Amount(message.host_nbytes, message.disk_nbytes),
                 num_ranks=session.num_ranks,
@@ -103,7 +108,7 @@ class LeaseDesk:
         """Forget a request, or end the lease that it has become."""
         for number, (asker, asked, _) in list(self._asked.items()):
             if asker is session and asked == request:
-                self.ledger.withdraw(number)
+                self.queue.withdraw(number)
                 del self._asked[number]
         for record in [each for each in session.leases.values() if each.request == request]:
             self.end(session, record.number)
@@ -112,13 +117,13 @@ class LeaseDesk:
     def refuse_all(self, text: str) -> None:
         """Tell all who wait that nothing will be granted any more."""
         for number, (session, request, _) in self._asked.items():
-            self.ledger.withdraw(number)
+            self.queue.withdraw(number)
             session.refuse(request, "draining", text)
         self._asked.clear()
 
     def settle(self) -> None:
         """Grant and refuse whatever can be now; tell those who are new why they wait."""
-        settled = self.ledger.settle()
+        settled = self.queue.settle()
         self._drop_shared(settled.dropped)
         for number, (kind, text) in settled.refused.items():
             session, request, _ = self._asked.pop(number)
@@ -140,7 +145,7 @@ class LeaseDesk:
         return next((reason for asker, _, reason in self._asked.values() if asker is session), None)
 
     def _tell_reason(self, number: int, session: Session, request: int) -> None:
-        reason = self.ledger.reason(number)
+        reason = self.queue.reason(number)
         if reason != self._asked[number][2]:
             self._asked[number] = (session, request, reason)
             session.connection.send(Waiting(request, reason))
@@ -212,7 +217,7 @@ class LeaseDesk:
             return session.refuse(message.id, "unknown", f"this rank has no lease {message.lease}")
         record.meta = message.meta
         if record.member not in self.kept:
-            self.ledger.release_kept_shared(record.member, now_s=time.monotonic())
+            self.ledger.shared.release_kept(record.member, now_s=time.monotonic())
         session.done(message.id)
 
     def take_kept(self, session: Session, request: int) -> None:
@@ -259,7 +264,7 @@ class LeaseDesk:
         """Free what a client held that has ended, or keep it for its successor."""
         for number, (asker, request, _) in list(self._asked.items()):
             if _job_of(asker) == _job_of(session):
-                self.ledger.withdraw(number)
+                self.queue.withdraw(number)
                 del self._asked[number]
             if asker is not session and _job_of(asker) == _job_of(session):
                 text = "another rank of the job has ended, and all are granted together: start all ranks again"
@@ -278,7 +283,7 @@ class LeaseDesk:
     def _free(self, record: LeaseRecord) -> None:
         self.ledger.end(record.number)
         if record.keep_file >= 0:
-            self.ledger.release_kept_shared(record.member, now_s=time.monotonic())
+            self.ledger.shared.release_kept(record.member, now_s=time.monotonic())
         record.close_file()
         if self.disk is not None and record.disk_name:
             self.disk.remove(record.disk_name)

@@ -72,5 +72,5 @@ class ServiceCollector(Collector):
         yield ranks
         yield leased
         chunks = GaugeMetricFamily("gemini_shared_chunks", "Shared chunks.")
-        chunks.add_metric([], len(self._service.ledger.shared))
+        chunks.add_metric([], len(self._service.ledger.shared.holds))
         yield chunks

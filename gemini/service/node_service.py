@@ -22,6 +22,8 @@ from gemini.service.connection import Connection, ProtocolError
 from gemini.service.disk_files import DiskFiles, lock_file
 from gemini.service.fairness import Amount
 from gemini.service.lease_desk import LeaseDesk
+from gemini.service.lease_queue import LeaseQueue
+from gemini.service.ledger import NodeLedger
 from gemini.service.manifest import (
     MANIFEST_VERSION,
     LeaseEntry,
@@ -31,6 +33,7 @@ from gemini.service.manifest import (
     read_manifest,
     unknown_lease,
 )
+from gemini.service.member import JobKey, Member
 from gemini.service.messages import (
     PROTOCOL_VERSION,
     AdoptEnd,
@@ -60,9 +63,9 @@ from gemini.service.messages import (
     Welcome,
     Withdraw,
 )
-from gemini.service.node_ledger import JobKey, Member, NodeLedger
 from gemini.service.packets import close_all
 from gemini.service.session import Session
+from gemini.service.shared_holds import SharedHolds
 from gemini.service.shared_shelf import SharedShelf
 from gemini.service.state import ServiceState
 
@@ -110,6 +113,7 @@ class NodeService:
 
     options: ServiceOptions
     ledger: NodeLedger = field(init=False)
+    queue: LeaseQueue = field(init=False)
     desk: LeaseDesk = field(init=False)
     shelf: SharedShelf = field(init=False)
     sessions: set[Session] = field(init=False, default_factory=set)
@@ -125,10 +129,13 @@ class NodeService:
     _stopped: asyncio.Event = field(init=False, default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        self.ledger = NodeLedger(self.options.budget)
+        self.ledger = NodeLedger(self.options.budget, SharedHolds())
+        self.queue = LeaseQueue(self.ledger)
         self._manifest = ManifestWriter(self._manifest_path, self._manifest_now)
-        self.shelf = SharedShelf(self.ledger, self._manifest.changed)
-        self.desk = LeaseDesk(self.ledger, self.shelf.forget, self._manifest.changed)
+        self.shelf = SharedShelf(self.ledger, self.queue, record_change=self._manifest.changed)
+        self.desk = LeaseDesk(
+            self.ledger, self.queue, drop_shared=self.shelf.forget, record_change=self._manifest.changed
+        )
         state = ServiceState(
             ledger=self.ledger, desk=self.desk, shelf=self.shelf, sessions=self.sessions, started_s=self.started_s
         )
@@ -403,7 +410,7 @@ class NodeService:
             id=request,
             host_total=total.host,
             host_free=max(free.host, 0),
-            host_share=self.ledger.fair_host_nbytes(job) // num_ranks,
+            host_share=self.queue.fair_host_nbytes(job) // num_ranks,
             disk_total=total.disk,
             disk_free=max(free.disk, 0),
         )

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gemini.service.fairness import Amount
+from gemini.service.member import Member
 from gemini.service.messages import Done, Kept, Refused, RefusedKind
-from gemini.service.node_ledger import Member
 
 if TYPE_CHECKING:
     from gemini.service.connection import Connection

@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from gemini.service.fairness import Amount
+from gemini.service.lease_queue import LeaseQueue
+from gemini.service.ledger import NodeLedger
 from gemini.service.manifest import SharedEntry, process_start
+from gemini.service.member import JobKey, Member
 from gemini.service.memory_files import (
     create_memory_file,
     is_sealed_length,
@@ -22,7 +25,6 @@ from gemini.service.memory_files import (
     seal_whole,
 )
 from gemini.service.messages import AdoptShared, FillDone, FindShared, SharedGiven, Waiting
-from gemini.service.node_ledger import JobKey, Member, NodeLedger
 from gemini.service.packets import close_all
 from gemini.service.session import Session
 
@@ -64,11 +66,14 @@ class SharedShelf:
 
     Args:
         ledger: counts their bytes, and who uses them.
+        queue: decides whether there is room for a new one.
         record_change: returns what resolves when the chunks as they are now are written down.
     """
 
-    def __init__(self, ledger: NodeLedger, record_change: Callable[[], asyncio.Future[None]]) -> None:
-        self.ledger = ledger
+    def __init__(
+        self, ledger: NodeLedger, queue: LeaseQueue, *, record_change: Callable[[], asyncio.Future[None]]
+    ) -> None:
+        self.ledger, self.queue = ledger, queue
         self._record_change = record_change
         self._claiming: set[asyncio.Task[None]] = set()
         self._chunks: dict[tuple[int, str], _Chunk] = {}
@@ -81,13 +86,13 @@ class SharedShelf:
         if where in self._lost:
             self._lost[where].finds.append((session, message))
             return session.connection.send(Waiting(message.id, f"processes that have shared chunk {message.key}"))
-        hold = self.ledger.shared.get(where)
+        hold = self.ledger.shared.holds.get(where)
         if hold is not None and hold.nbytes != message.nbytes:
             text = f"shared chunk {message.key} has {hold.nbytes} bytes, not {message.nbytes}; a key names one content"
             return session.refuse(message.id, "conflict", text)
-        if hold is None and sum(user == session.user for user, _ in self.ledger.shared) >= MAX_CHUNKS:
+        if hold is None and sum(user == session.user for user, _ in self.ledger.shared.holds) >= MAX_CHUNKS:
             return session.refuse(message.id, "too-many", f"a user may have {MAX_CHUNKS} shared chunks")
-        dropped = self.ledger.hold_shared(member, message.key, message.nbytes, priority=session.priority)
+        dropped = self.queue.hold_shared(member, message.key, message.nbytes, priority=session.priority)
         if dropped is None:
             text = f"no room for the {message.nbytes} bytes of shared chunk {message.key} now; declare it in the lease"
             return session.refuse(message.id, "full", text)
@@ -122,7 +127,7 @@ class SharedShelf:
         filled = open_read_only(chunk.file if same is None else same.file)
         os.close(chunk.file)
         chunk.file, chunk.digest, chunk.filler = filled, message.digest, None
-        self.ledger.fill_shared(*where, message.digest)
+        self.ledger.shared.fill(*where, message.digest)
         self._give(session, message.id, chunk)
         for waiter, request in chunk.waiting:
             self._give(waiter, request, chunk)
@@ -135,10 +140,10 @@ class SharedShelf:
         chunk = self._chunks.get(where)
         if chunk is not None:
             chunk.waiting = [(waiter, request) for waiter, request in chunk.waiting if waiter is not session]
-        self.ledger.release_shared(member, key, now_s=now_s)
+        self.ledger.shared.release(member, key, now_s=now_s)
         if chunk is not None and chunk.filler is session:
             self._pass_claim_on(where, chunk)
-        hold = self.ledger.shared.get(where)
+        hold = self.ledger.shared.holds.get(where)
         if hold is not None and not hold.is_filled and not hold.holders:
             self.drop([where])
 
@@ -146,14 +151,14 @@ class SharedShelf:
         """Count a client no longer as a user of anything."""
         for lost in self._lost.values():
             lost.finds = [find for find in lost.finds if find[0] is not session]
-        for user, key in list(self.ledger.shared):
+        for user, key in list(self.ledger.shared.holds):
             if user == session.user:
                 self.release(session, key, now_s=now_s)
 
     def release_unfound(self, session: Session, *, now_s: float) -> None:
         """Count a client no longer as a user of what its lease was for and it never asked for."""
         member = _member_of(session)
-        for where, hold in list(self.ledger.shared.items()):
+        for where, hold in list(self.ledger.shared.holds.items()):
             if member in hold.holders and where not in self._chunks:
                 self.release(session, where[1], now_s=now_s)
 
@@ -175,7 +180,7 @@ class SharedShelf:
             text = f"shared chunk {message.key}: expected the descriptor of a sealed memory file"
             return session.refuse(message.id, "conflict", text)
         nbytes = nbytes_of(descriptors[0])
-        chunk, hold = self._chunks.get(where), self.ledger.shared.get(where)
+        chunk, hold = self._chunks.get(where), self.ledger.shared.holds.get(where)
         if hold is not None and (hold.nbytes != nbytes or (chunk is not None and not (is_filled and chunk.digest))):
             close_all(descriptors)
             return session.refuse(message.id, "conflict", f"there is another shared chunk {message.key} already")
@@ -185,9 +190,9 @@ class SharedShelf:
         close_all(descriptors)
         chunk.jobs.add(member.job)
         waiting = self._forget_lost(where)
-        self.ledger.adopt_shared(member, message.key, nbytes, is_filled=is_filled)
+        self.ledger.shared.adopt(member, message.key, nbytes, is_filled=is_filled)
         if is_filled:
-            self.ledger.fill_shared(*where, message.digest)
+            self.ledger.shared.fill(*where, message.digest)
         self._record_change()
         session.done(message.id)
         for other, find in waiting:
@@ -220,7 +225,7 @@ class SharedShelf:
         """Return what a service after this one has to know: the chunks that clients have."""
         processes: dict[tuple[int, str], list[tuple[int, int]]] = {}
         for session in sessions:
-            for where, hold in self.ledger.shared.items():
+            for where, hold in self.ledger.shared.holds.items():
                 if session.member in hold.holders and where in self._chunks:
                     processes.setdefault(where, []).append((session.pid, process_start(session.pid)))
         found = [
@@ -231,20 +236,20 @@ class SharedShelf:
 
     def expire(self, before_s: float) -> bool:
         """Drop what nobody has used since before then; return whether that made room."""
-        old = [where for where in self.ledger.unused() if self.ledger.shared[where].idle_since_s < before_s]
+        shared = self.ledger.shared
+        old = [where for where in shared.unused() if shared.holds[where].idle_since_s < before_s]
         self.drop(old)
         return bool(old)
 
     def drop_warm_of(self, job: JobKey) -> None:
         """Drop what nobody uses and no other job has used."""
-        self.drop(
-            [where for where in self.ledger.unused() if where in self._chunks and self._chunks[where].jobs == {job}]
-        )
+        unused = self.ledger.shared.unused()
+        self.drop([where for where in unused if where in self._chunks and self._chunks[where].jobs == {job}])
 
     def drop(self, chunks: Iterable[tuple[int, str]]) -> None:
         """Drop chunks, whose bytes go with their last mapping."""
         for where in chunks:
-            self.ledger.drop_shared(*where)
+            self.ledger.shared.drop(*where)
             self.forget([where])
 
     def forget(self, chunks: Iterable[tuple[int, str]]) -> None:

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from gemini.service.lease_desk import LeaseDesk
-from gemini.service.node_ledger import NodeLedger
+from gemini.service.ledger import NodeLedger
 from gemini.service.session import Session
 from gemini.service.shared_shelf import SharedShelf
 

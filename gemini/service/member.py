@@ -1,0 +1,23 @@
+"""Who a client of the memory service is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["JobKey", "Member"]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class JobKey:
+    """A job: names are each user's own."""
+
+    user: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Member:
+    """One rank of a job."""
+
+    job: JobKey
+    rank: int
