@@ -8,7 +8,6 @@ from types import TracebackType
 
 import torch
 
-from gemini.chunk.chunk import Chunk
 from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import SLOT_ALIGNMENT_NUMEL, ChunkSpec, ParamSlot
 from gemini.config import GeminiConfig
@@ -164,13 +163,13 @@ class ChunkManager:
             raise IllegalTransitionError(f"{chunk.name} is leased and cannot move; release it first")
         if self.tier_of(chunk_id) is tier:
             return
-        content = self._read(chunk)
-        home = self._open_home(tier, content.numel(), chunk.name)
-        try:
-            self._write(home, content)
-        except BaseException:
-            self._free_home(home)
-            raise
+        with chunk.home.opened(0, self._resources.transfers) as content:
+            home = self._open_home(tier, content.numel(), chunk.name)
+            try:
+                self._write(home, content)
+            except BaseException:
+                self._free_home(home)
+                raise
         old_home = self._core.residents.rehome(chunk_id, home, is_resident=self._is_in_place(tier))
         self._free_home(old_home)
 
@@ -256,17 +255,8 @@ class ChunkManager:
         self._resources.transfers.download(host, buffer).wait_on_host()
         return host
 
-    def _read(self, chunk: Chunk) -> torch.Tensor:
-        """Return a chunk's bytes in host memory; what is returned may be the home itself."""
-        home = chunk.home
-        if home.is_on_disk:
-            content = empty_aligned(home.tile_nbytes[0], torch.uint8)
-            home.read_tile(0, content).wait()
-            return content
-        return self._to_host(home.tile(0)) if home.device_buffer is not None else home.tile(0)
-
     def _write(self, home: TiledHome, content: torch.Tensor) -> None:
-        """Bring host bytes to a home."""
+        """Bring host bytes to a home, whatever it has held: there is nothing to read first."""
         content = content[: home.tile_nbytes[0]]
         if home.is_on_disk:
             home.write_tile(0, content)

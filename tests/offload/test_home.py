@@ -91,6 +91,65 @@ def test_a_device_home_lies_in_the_buffer_given() -> None:
         assert not home.is_on_disk
 
 
+class Stopped(Exception):
+    """What goes wrong while a tile is open."""
+
+
+def spoil(content: torch.Tensor) -> None:
+    """Change a tile and fail."""
+    content.zero_()
+    raise Stopped
+
+
+@pytest.fixture(params=[DEVICE, HOST, NVME], ids=lambda tier: tier.name.lower())
+def two_tiles(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[TiledHome, Resources]]:
+    """A home of two tiles in one tier, which hold random bytes of seeds 0 and 1."""
+    with small_resources(tmp_path, device="simulated") as resources:
+        buffer = resources.transfers.allocate(12_288, "state") if request.param is DEVICE else None
+        home = TiledHome(
+            [request.param] * 2,
+            [8192, 4096],
+            arena=resources.arena,
+            store=resources.store,
+            device_buffer=buffer,
+            purpose="state",
+        )
+        for tile, nbytes in enumerate(home.tile_nbytes):
+            with home.opened(tile, resources.transfers, write=True) as content:
+                content.copy_(random_bytes(nbytes, seed=tile))
+        yield home, resources
+
+
+def test_an_opened_tile_can_be_read_and_changed(two_tiles: tuple[TiledHome, Resources]) -> None:
+    home, resources = two_tiles
+    with home.opened(1, resources.transfers, write=True) as content:
+        assert torch.equal(content, random_bytes(4096, seed=1))
+        content[100] += 1
+    expected = random_bytes(4096, seed=1)
+    expected[100] += 1
+    with home.opened(1, resources.transfers) as content:
+        assert torch.equal(content, expected)
+    with home.opened(0, resources.transfers) as content:
+        assert torch.equal(content, random_bytes(8192, seed=0))
+
+
+def test_after_an_exception_only_host_memory_has_changed(two_tiles: tuple[TiledHome, Resources]) -> None:
+    home, resources = two_tiles
+    with pytest.raises(Stopped), home.opened(1, resources.transfers, write=True) as content:
+        spoil(content)
+    with home.opened(1, resources.transfers) as content:
+        assert bool(content.any()) == (home.tiers[1] is not HOST)
+
+
+def test_a_tile_that_cannot_be_written_back_says_so(resources: Resources) -> None:
+    home = make_home(resources, [NVME])
+    with (
+        pytest.raises(OffloadIOError, match=r"cannot write .* 4096 bytes at offset 4096, 0 done"),
+        home.opened(0, resources.transfers, write=True),
+    ):
+        break_writes(resources)
+
+
 def test_a_read_beyond_the_end_of_the_file_says_where(resources: Resources) -> None:
     home = make_home(resources, [NVME, NVME])
     assert resources.store is not None

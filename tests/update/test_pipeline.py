@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -132,18 +132,8 @@ class Placed:
             purpose="state",
         )
 
-    @contextmanager
-    def tile(self, kind: str, tile: int, *, write: bool = False) -> Iterator[Tensor]:
-        home = self.homes[kind]
-        if home.tiers[tile] is not NVME:
-            yield home.tile(tile)
-            return
-        content = torch.zeros(home.tile_nbytes[tile], dtype=torch.uint8)
-        if not write:
-            home.read_tile(tile, content).wait()
-        yield content
-        if write:
-            home.write_tile(tile, content).wait()
+    def tile(self, kind: str, tile: int, *, write: bool = False) -> AbstractContextManager[Tensor]:
+        return self.homes[kind].opened(tile, self.resources.transfers, write=write)
 
     def job(self, segments: tuple[AdamSegment, ...], grad_scale: float = 0.5) -> UpdateJob:
         return UpdateJob(
