@@ -1,8 +1,8 @@
 """What lies where in a tile's state record, and how a master is split between the record and the working weights.
 
 For bfloat16 the working weight is the upper half of the master and the record has the lower one, an int16 residual; for
-float16 the record has the master; for float32 the working weight is the master. Bytes are
-gemini.placement.plan.state_record_nbytes', which knows no torch.
+float16 the record has the master; for float32 the working weight is the master. Plans count the bytes of a record with
+gemini.placement.plan.state_record_nbytes, which knows no torch; `record_views` holds itself to that count.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 
 from gemini.kernels.adam_tile import state_format_of
 from gemini.kernels.cpu import Isa, cast, join_master, split_master
+from gemini.placement.plan import state_record_nbytes
 from gemini.tiers import IO_ALIGNMENT_NBYTES, round_up
 
 __all__ = ["follow_changes", "join_masters", "record_views", "split_masters"]
@@ -32,10 +33,12 @@ def record_views(
     """
     parts: list[torch.Tensor | None] = []
     begin = 0
-    for dtype in (state_format_of(working_dtype).master_dtype, torch.float32, torch.float32):
+    master_dtype = state_format_of(working_dtype).master_dtype
+    for dtype in (master_dtype, torch.float32, torch.float32):
         nbytes = length * dtype.itemsize if dtype is not None else 0
         parts.append(record[begin : begin + nbytes].view(dtype) if dtype is not None else None)
         begin += round_up(nbytes, IO_ALIGNMENT_NBYTES)
+    assert begin == state_record_nbytes(length, 0 if master_dtype is None else master_dtype.itemsize)
     master, momentum, variance = parts
     assert momentum is not None
     assert variance is not None

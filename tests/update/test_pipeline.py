@@ -335,13 +335,3 @@ def test_segments_are_cut_to_a_tile() -> None:
     assert found == (AdamSegment(begin=0, end=4096, hyper=CLASSIC, step=7),)
     assert [(s.begin, s.end) for s in clip_segments(PARTS, 0, 4096)] == [(0, 100), (4000, 4096)]
     assert clip_segments(PARTS, 100, 4000) == ()
-
-
-def test_a_record_has_three_padded_parts() -> None:
-    record = torch.arange(3 * 8192, dtype=torch.int64).to(torch.uint8)
-    master, momentum, variance = record_views(record[: 4096 + 2 * 8192], 2000, torch.bfloat16)
-    assert master is not None
-    assert (master.dtype, master.numel()) == (torch.int16, 2000)
-    base = record.data_ptr()
-    assert [master.data_ptr() - base, momentum.data_ptr() - base, variance.data_ptr() - base] == [0, 4096, 12_288]
-    assert record_views(record[: 2 * 8192], 2000, torch.float32)[0] is None
