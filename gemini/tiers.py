@@ -49,7 +49,9 @@ class TileGrid:
     numel: int
     tile_numel: int
 
-    def __len__(self) -> int:
+    @property
+    def num_tiles(self) -> int:
+        """Number of tiles; an empty chunk has none."""
         return -(-self.numel // self.tile_numel)
 
     def range_of(self, tile: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemini.errors import ConfigError, OutOfTierMemoryError
-from gemini.tiers import MemoryTier, TierLedger, format_nbytes, parse_nbytes, round_up
+from gemini.tiers import MemoryTier, TierLedger, TileGrid, format_nbytes, parse_nbytes, round_up
 
 DEVICE, HOST, NVME = MemoryTier.DEVICE, MemoryTier.HOST, MemoryTier.NVME
 
@@ -62,6 +62,22 @@ def test_rounding_up_gives_the_next_multiple(value: int, multiple: int) -> None:
     rounded = round_up(value, multiple)
     assert rounded % multiple == 0
     assert 0 <= rounded - value < multiple
+
+
+@pytest.mark.parametrize(
+    ("numel", "ranges"),
+    [
+        (0, []),
+        (1, [(0, 1)]),
+        (4096, [(0, 4096)]),
+        (4097, [(0, 4096), (4096, 4097)]),
+        (10_000, [(0, 4096), (4096, 8192), (8192, 10_000)]),
+    ],
+)
+def test_tiles_are_of_one_length_but_for_the_last(numel: int, ranges: list[tuple[int, int]]) -> None:
+    grid = TileGrid(numel, 4096)
+    assert [grid.range_of(tile) for tile in range(grid.num_tiles)] == ranges
+    assert [grid.length_of(tile) for tile in range(grid.num_tiles)] == [end - begin for begin, end in ranges]
 
 
 def test_ledger_counts_by_purpose_and_keeps_the_peak() -> None:

@@ -87,7 +87,7 @@ class UpdateJournal:
         for chunk_id, numel in sorted(numels.items()):
             self._first_block[chunk_id], self._first_word[chunk_id] = num_blocks, num_words
             num_blocks += -(-numel // BLOCK_NUMEL)
-            num_words += -(-numel // tile_numel)
+            num_words += TileGrid(numel, tile_numel).num_tiles
 
     @property
     def memory(self) -> MemorySource:

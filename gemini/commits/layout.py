@@ -12,7 +12,7 @@ from gemini.errors import ConfigError
 from gemini.kernels.journal import BLOCK_NUMEL
 from gemini.placement.plan import ChunkDemand, ChunkPlacement, PlacementPlan, RuntimeShape, largest_buffers
 from gemini.ranks.sharding import ChunkShard
-from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, format_nbytes, round_up
+from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, TileGrid, format_nbytes, round_up
 
 __all__ = ["CommitContent", "lay_out_buffers", "lay_out_overhead", "refuse_device_homes"]
 
@@ -42,7 +42,7 @@ def lay_out_overhead(
     return CommitLayout(
         record_nbytes=round_up(record_nbytes, IO_ALIGNMENT_NBYTES),
         num_blocks=max(1, sum(-(-numel // BLOCK_NUMEL) for numel in numels)),
-        num_words=max(1, sum(-(-numel // tile_numel) for numel in numels)),
+        num_words=max(1, sum(TileGrid(numel, tile_numel).num_tiles for numel in numels)),
         num_scratches=num_scratches,
         buffer_nbytes=0,
     )

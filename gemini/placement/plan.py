@@ -80,7 +80,7 @@ class ChunkDemand:
 
     def num_tiles(self, tile_numel: int) -> int:
         """Return how many tiles the chunk has; the last one may be shorter."""
-        return len(TileGrid(self.numel, tile_numel))
+        return TileGrid(self.numel, tile_numel).num_tiles
 
     def tile_length(self, tile: int, tile_numel: int) -> int:
         """Return the elements of one tile."""
