@@ -30,11 +30,11 @@ from gemini.observe.run_recorder import RunRecorder, record_run
 from gemini.offload.io import IoStats
 from gemini.placement.cost_model import HardwareProfile, StepFlops, StepPrediction
 from gemini.pretrained import DEFAULT_SHARD_SIZE, open_pretrained, save_pretrained
+from gemini.ranks.one_rank import ALONE
 from gemini.ranks.sharding import Sharding
 from gemini.runtime.runtime import Runtime
 from gemini.slicing.activation_checkpoints import ActivationCheckpoints
 from gemini.slicing.slicer import BatchSlicer
-from gemini.tiers import MemoryTier
 from gemini.weights.access import WeightAccess
 from gemini.weights.handback import OriginalTensors, read_back
 from gemini.weights.ownership import check_unchanged, own
@@ -62,7 +62,7 @@ class GeminiDDP(torch.nn.Module):
             None: transformers' `_init_weights` or the module's `reset_parameters`.
         weights: a checkpoint's directory in Hugging Face's layout, whose values take the place of the model's own, read
             when their homes are written; see `gemini.load_pretrained`. None: the model keeps its own.
-        sharding: the ranks that share the model; `zero.shard` gives it. None: there are no others.
+        sharding: the ranks that share the model; `zero.shard` gives it.
         commits: keeps committed steps beyond the end of the process, and may hold one already; see `commit`. Closed
             with the engine. None: there are no commits.
 
@@ -88,7 +88,7 @@ class GeminiDDP(torch.nn.Module):
         *,
         init_fn: InitFn | None = None,
         weights: str | os.PathLike[str] | None = None,
-        sharding: Sharding | None = None,
+        sharding: Sharding = ALONE,
         commits: CommitFile | None = None,
     ) -> None:
         super().__init__()
@@ -119,12 +119,11 @@ class GeminiDDP(torch.nn.Module):
 
     def _slice_blocks(self, unit_names: dict[int, str]) -> BatchSlicer | None:
         config, resources = self._runtime.config, self._runtime.resources
-        if config.num_batch_slices == 1:
-            return None
-        has_device = resources.transfers.compute_tier is MemoryTier.DEVICE
-        keep = ActivationCheckpoints(resources).keeping if has_device else None
-        names = {"batch_arguments": config.batch_arguments, "shared_arguments": config.shared_arguments}
         num_slices = config.num_batch_slices
+        if num_slices == 1:
+            return None
+        keep = ActivationCheckpoints(resources).keeping if self._runtime.shape.has_device else None
+        names = {"batch_arguments": config.batch_arguments, "shared_arguments": config.shared_arguments}
         return BatchSlicer(self.module, unit_names, num_slices=num_slices, scope=self._hooks, keep=keep, **names)
 
     @property

@@ -47,6 +47,7 @@ from gemini.placement.plan import (
     largest_buffers,
 )
 from gemini.ranks.agreement import on_all_ranks
+from gemini.ranks.one_rank import ALONE
 from gemini.ranks.sharding import Sharding
 from gemini.runtime.runtime import Runtime
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, round_up
@@ -64,7 +65,7 @@ def assemble(
     *,
     init_fn: InitFn | None,
     weights: WeightSource | None = None,
-    sharding: Sharding | None = None,
+    sharding: Sharding = ALONE,
     commits: CommitFile | None = None,
 ) -> Runtime:
     """Build the runtime for a model and move its weights into it.
@@ -74,7 +75,7 @@ def assemble(
         config: what the user asked for.
         init_fn: gives modules on the meta device their first values; None: the model's own way.
         weights: first values that take the place of those the model has or would be given; None: there are none.
-        sharding: the ranks that share the model; None: there are no others.
+        sharding: the ranks that share the model.
         commits: keeps the state of what is trained beyond the end of the process, and may hold it already; closed with
             the runtime. None: nothing does.
 
@@ -112,7 +113,7 @@ def _assemble(
     config: GeminiConfig,
     init_fn: InitFn | None,
     weights: WeightSource | None,
-    sharding: Sharding | None,
+    sharding: Sharding,
     commits: CommitFile | None,
     node: NodeMemory | None,
 ) -> Runtime:
@@ -124,7 +125,6 @@ def _assemble(
     logger.info("%s", layout_summary(blueprint.layout))
     serve_cpu_memory(config.cpu_allocator, is_compute_on_cpu=not blueprint.shape.has_device)
     disk_nbytes = blueprint.memory.total(MemoryTier.NVME)
-    rank = 0 if sharding is None else sharding.group.rank
     parts = {} if node is None else find_shared_parts(blueprint, model, weights)
     swap_file = None
     if node is not None:
@@ -137,7 +137,7 @@ def _assemble(
         config,
         blueprint.budgets,
         disk_nbytes=disk_nbytes,
-        rank=rank,
+        rank=sharding.group.rank,
         kept=None if kept is None else kept.swap,
         given=swap_file,
         landlord=node,
@@ -171,7 +171,7 @@ class _Builder:
     config: GeminiConfig
     blueprint: Blueprint
     resources: Resources
-    sharding: Sharding | None
+    sharding: Sharding
     weights: WeightSource | None
     kept: ClaimedCommits | None
     node: NodeMemory | None
@@ -238,7 +238,7 @@ class _Builder:
                 purpose="fetch slots",
             ),
             num_protected=max(1, min(self.blueprint.chunks_at_once, plan.num_slots - 1)),
-            group=None if self.sharding is None else self.sharding.group,
+            group=self.sharding.group,
         )
 
     def _make_gradients(self, kernels: DeviceKernels, buffers: dict[str, int]) -> Gradients:
@@ -251,7 +251,7 @@ class _Builder:
             device_slot_nbytes=buffers["device gradient slots"],
             disk_slot_nbytes=buffers["disk gradient slots"],
         )
-        if self.sharding is None:
+        if self.sharding.is_alone:
             return store
         return ShardedGradients(
             store,
@@ -266,7 +266,7 @@ class _Builder:
         blueprint = self.blueprint
         pairs = zip(blueprint.demands, blueprint.plan.chunks, strict=True)
         nbytes = sum(demand.compute_nbytes for demand, homes in pairs if has_shared_home(demand, homes.working))
-        if self.sharding is not None and self.sharding.frozen_file is not None:
+        if self.sharding.frozen_file is not None:
             self.sharding.frozen_file.lay_out(nbytes, is_read_in_place=not blueprint.shape.has_device)
 
     def _add_shared_chunk(self, homes: ChunkPlacement, core: ChunkCore, initialiser: Initialiser) -> None:
@@ -276,7 +276,6 @@ class _Builder:
         tile_numel = blueprint.shape.tile_numel
         padded = dataclasses.replace(demand, numel=demand.num_ranks * demand.numel)
         tile_nbytes = [padded.working_tile_nbytes(tile, tile_numel) for tile in range(padded.num_tiles(tile_numel))]
-        assert self.sharding is not None
         assert self.sharding.frozen_file is not None
         home = TiledHome(
             (MemoryTier.HOST,) * len(tile_nbytes),
@@ -356,17 +355,6 @@ class _Builder:
             return
         states[chunk_id] = state
         gradients.add_chunk(spec, grad, homes.grad, shard=shard, is_kept_whole=demand.keeps_whole_gradient)
-
-
-def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:
-    """Bring buffers to a device; one that several modules have stays one."""
-    moved: dict[torch.Tensor, torch.Tensor] = {}
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device != device:
-                if buffer not in moved:
-                    moved[buffer] = buffer.to(device)
-                module._buffers[name] = moved[buffer]
 
 
 def _open_homes(

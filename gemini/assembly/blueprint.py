@@ -21,6 +21,7 @@ from gemini.model.working_dtypes import WorkingDtypes, choose_dtypes
 from gemini.offload.resources import MAX_DEFAULT_THREADS, budgets_of
 from gemini.placement.plan import ChunkDemand, MemoryDemand, PlacementPlan, RuntimeShape, memory_demand
 from gemini.placement.policy import Budgets, choose_plan
+from gemini.ranks.one_rank import ALONE
 from gemini.ranks.sharding import ChunkShard, Sharding
 from gemini.tiers import MemoryTier, parse_nbytes
 
@@ -67,7 +68,7 @@ def draw_blueprint(
     model: torch.nn.Module,
     config: GeminiConfig,
     *,
-    sharding: Sharding | None = None,
+    sharding: Sharding = ALONE,
     budgets: dict[MemoryTier, int | None] | None = None,
     has_commits: bool = False,
 ) -> Blueprint:
@@ -76,7 +77,7 @@ def draw_blueprint(
     Args:
         model: the user's model.
         config: what the user asked for.
-        sharding: the ranks that share the model; None: there are no others.
+        sharding: the ranks that share the model.
         budgets: bytes per tier of the machine to plan for, as `budgets_of` gives them for this one; the configuration's
             device and budgets then do not count. None: this machine's.
         has_commits: whether steps will be committed to a memory file.
@@ -89,18 +90,18 @@ def draw_blueprint(
         ModelError: the model has parameters that cannot be placed.
         OutOfTierMemoryError: the budgets cannot hold the model.
     """
-    if sharding is None:
+    if sharding.is_alone:
         _refuse_dtensors(model)
     dtypes = choose_dtypes(model, config.dtype)
     layout = _lay_out(model, config, dtypes)
     _refuse_overlaps(model)
-    if sharding is not None and config.overlap == "speculative":
+    if not sharding.is_alone and config.overlap == "speculative":
         raise ConfigError(
             'GeminiConfig.overlap: "speculative" is for one rank; choose "auto", "next-forward" or "off" when sharding'
         )
     if has_commits:
         _refuse_with_commits(config)
-    shards = tuple(_shard_of(chunk, sharding) for chunk in layout.chunks)
+    shards = tuple(sharding.group.shard_of(chunk.numel, chunk.dtype.itemsize) for chunk in layout.chunks)
     pairs = zip(layout.chunks, shards, strict=True)
     demands = tuple(_demand_of(chunk, shard, layout, sharding, has_commits=has_commits) for chunk, shard in pairs)
     budgets = budgets_of(config) if budgets is None else budgets
@@ -143,7 +144,7 @@ def draw_blueprint(
             chunks_at_once=chunks_at_once,
         )
 
-    may_speculate = config.overlap in ("auto", "speculative") and sharding is None and not has_commits
+    may_speculate = config.overlap in ("auto", "speculative") and sharding.is_alone and not has_commits
     shape = dataclasses.replace(shape, has_spares=config.nvme is not None and may_speculate)
     try:
         plan = plan_with(shape)
@@ -229,27 +230,23 @@ def _checkpoint_reserve_of(config: GeminiConfig, host_nbytes: int) -> int:
     return int(host_nbytes * DEFAULT_CHECKPOINT_RESERVE)
 
 
-def _shard_of(chunk: ChunkSpec, sharding: Sharding | None) -> ChunkShard | None:
-    return None if sharding is None else sharding.group.shard_of(chunk.numel, chunk.dtype.itemsize)
-
-
 def _demand_of(
-    chunk: ChunkSpec, shard: ChunkShard | None, layout: ChunkLayout, sharding: Sharding | None, *, has_commits: bool
+    chunk: ChunkSpec, shard: ChunkShard | None, layout: ChunkLayout, sharding: Sharding, *, has_commits: bool
 ) -> ChunkDemand:
     master = state_format_of(chunk.dtype).master_dtype if chunk.is_trainable else None
     is_in_root = chunk.unit_id == layout.root.unit_id
-    file = None if sharding is None or chunk.is_trainable else sharding.frozen_file
+    file = None if chunk.is_trainable else sharding.frozen_file
     return ChunkDemand(
         chunk_id=chunk.chunk_id,
         numel=chunk.numel if shard is None else shard.numel,
         working_itemsize=chunk.dtype.itemsize,
         master_itemsize=master.itemsize if master is not None else 0,
         is_trainable=chunk.is_trainable,
-        is_pinned=is_in_root or (sharding is not None and sharding.keeps_whole_weights),
+        is_pinned=is_in_root or sharding.keeps_whole_weights,
         is_sharded=shard is not None,
         num_ranks=1 if shard is None else shard.num_ranks,
         num_sharers=1 if file is None else file.num_users,
-        keeps_whole_gradient=sharding is not None and (is_in_root or sharding.keeps_whole_gradients),
+        keeps_whole_gradient=shard is not None and (is_in_root or sharding.keeps_whole_gradients),
         is_committed=has_commits and chunk.is_trainable,
         has_one_param=len(chunk.slots) == 1,
     )

@@ -77,7 +77,7 @@ class NodeMemory:
         self._finalizer.atexit = False  # the end of the process ends the connection
 
     @staticmethod
-    def connect(config: GeminiConfig, sharding: Sharding | None) -> NodeMemory:
+    def connect(config: GeminiConfig, sharding: Sharding) -> NodeMemory:
         """Connect to the service that a configuration names.
 
         Args:
@@ -93,9 +93,7 @@ class NodeMemory:
             ServiceError: no service is there, or it refuses.
         """
         assert config.service is not None
-        rank, num_ranks = 0, 1
-        if sharding is not None:
-            rank, num_ranks = sharding.node_ranks.index(sharding.group.rank), len(sharding.node_ranks)
+        rank, num_ranks = sharding.node_ranks.index(sharding.group.rank), len(sharding.node_ranks)
         if config.job is None and num_ranks > 1:
             raise ConfigError(
                 f"GeminiConfig.job: expected a name that the {num_ranks} ranks have in common, by which the memory "
@@ -120,7 +118,7 @@ class NodeMemory:
             )
         return NodeMemory(client, config, num_ranks=num_ranks)
 
-    def budgets(self, sharding: Sharding | None) -> dict[MemoryTier, int | None]:
+    def budgets(self, sharding: Sharding) -> dict[MemoryTier, int | None]:
         """Return the bytes per tier to plan with: the configuration's, within what the service has to grant.
 
         Args:
@@ -144,7 +142,7 @@ class NodeMemory:
                 self._drop_kept()
         with on_all_ranks(sharding, what=ASKING, error_type=ServiceError):
             budgets = self._own_budgets()
-        return budgets if sharding is None else least_of(sharding.group, budgets)
+        return least_of(sharding.group, budgets)
 
     def _own_budgets(self) -> dict[MemoryTier, int | None]:
         """Return what this rank would plan with."""

@@ -67,7 +67,7 @@ def commit_step(runtime: Runtime, participants: Participants, *, extra: Any) -> 
         file.withdraw(committed)
         raise
     except BaseException:
-        if runtime.sharding is not None:
+        if not runtime.sharding.is_alone:
             file.is_disputed = True
         raise
     runtime.overlap.release(file.sequence)

@@ -92,13 +92,13 @@ def participants_of(
 
 def rank_of(runtime: Runtime) -> int:
     """Return this process's place among the ranks that share the model, from 0."""
-    group = None if runtime.sharding is None else runtime.sharding.group
-    return 0 if group is None else list(group.ranks).index(group.rank)
+    group = runtime.sharding.group
+    return list(group.ranks).index(group.rank)
 
 
 def world_size_of(runtime: Runtime) -> int:
     """Return the number of ranks that share the model."""
-    return 1 if runtime.sharding is None else len(runtime.sharding.group.ranks)
+    return len(runtime.sharding.group.ranks)
 
 
 def division_of(slot: ParamSlot) -> Division:
@@ -111,8 +111,6 @@ def division_of(slot: ParamSlot) -> Division:
 
 def has_copy_elsewhere(runtime: Runtime, slot: ParamSlot) -> bool:
     """Return whether an earlier rank holds the same elements of a parameter as this one, and saves them."""
-    if runtime.sharding is None:
-        return False
     grid = runtime.sharding.group.grid
     is_whole = runtime.core.chunks[slot.chunk_id].shard is None
     return (

@@ -121,7 +121,7 @@ class PendingSave:
             self._thread.join()
             self._is_over = True
             self._runtime.saving.release(self)
-            if self._runtime.sharding is not None:
+            if not self._runtime.sharding.is_alone:
                 self._complete()
         if self._error is not None:
             raise self._error
@@ -215,7 +215,7 @@ class PendingSave:
                 self._writer.close()
             except Exception as error:  # whatever it is, `wait` raises it
                 self._error = error
-        if self._runtime.sharding is None:
+        if self._runtime.sharding.is_alone:
             self._complete()
 
     def _complete(self) -> None:

@@ -58,9 +58,7 @@ class StopOnSignals:
     def should_stop(self) -> bool:
         """Return whether a signal has come; with several ranks all call, and agree: on some rank."""
         sharding = self._engine.runtime.sharding
-        if sharding is None:
-            self._agreed = self._received
-        elif not self._agreed:  # one that comes while ranks exchange theirs is for the next call
+        if not self._agreed:  # one that comes while ranks exchange theirs is for the next call
             received = sharding.group.gather_values(torch.tensor([self._received]), name="signals")
             self._agreed = int(received.max())
             self._remember_once(self._agreed)
@@ -70,7 +68,7 @@ class StopOnSignals:
     @property
     def received(self) -> signal.Signals | None:
         """The signal that has come; with several ranks, the one that `should_stop` has spoken of."""
-        found = self._received if self._engine.runtime.sharding is None else self._agreed
+        found = self._received if self._engine.runtime.sharding.is_alone else self._agreed
         self._is_told |= found != 0
         return signal.Signals(found) if found else None
 

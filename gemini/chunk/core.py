@@ -36,8 +36,8 @@ class ChunkCore:
         resources: memory, disk, threads and copy engine; not closed here.
         slots: compute memory that chunks without a residence take turns in; closed with the core.
         staging: host memory between disk and device; closed with the core.
+        group: the ranks that own the shards of chunks.
         num_protected: how many of the most recently used chunks are never evicted.
-        group: the ranks that own the shards of chunks; None: homes hold everything.
     """
 
     def __init__(
@@ -46,8 +46,8 @@ class ChunkCore:
         *,
         slots: SlotSource,
         staging: SlotSource,
+        group: ShardGroup,
         num_protected: int = 1,
-        group: ShardGroup | None = None,
     ) -> None:
         self.resources = resources
         self.chunks: list[Chunk] = []
@@ -404,7 +404,7 @@ class ChunkCore:
         self.stats.read_nbytes += chunk.fetch.nbytes_from[MemoryTier.NVME]
 
     def _gather_of(self, chunk: Chunk, slot: Slot) -> Gather | None:
-        if self._group is None or chunk.shard is None:
+        if chunk.shard is None:
             return None
         group, nbytes = self._group, chunk.slot_nbytes
         return lambda copies: group.all_gather(slot.buffer[:nbytes], name=chunk.name, after=copies)

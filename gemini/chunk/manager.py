@@ -18,6 +18,7 @@ from gemini.offload.io import empty_aligned
 from gemini.offload.resources import budgets_of, open_resources
 from gemini.offload.slots import GrowingSlots
 from gemini.offload.transfer import CpuTransfers
+from gemini.ranks.one_rank import ALONE
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, round_up
 
 __all__ = ["ChunkManager"]
@@ -48,6 +49,7 @@ class ChunkManager:
             self._resources,
             slots=GrowingSlots(self._resources.transfers, purpose="slots"),
             staging=GrowingSlots(CpuTransfers(self._resources.arena), purpose="fetch slots"),
+            group=ALONE.group,
             num_protected=0,  # leases are all the protection there is
         )
         self._core.next_use = self._since_last_use

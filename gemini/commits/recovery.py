@@ -46,13 +46,13 @@ class ClaimedCommits:
     """The swap file that belongs to it."""
 
     @staticmethod
-    def claim(file: CommitFile, content: CommitContent, sharding: Sharding | None) -> ClaimedCommits:
+    def claim(file: CommitFile, content: CommitContent, sharding: Sharding) -> ClaimedCommits:
         """Claim a commit file for an engine, see [Note: Commits of several ranks]; with several ranks all call.
 
         Args:
             file: open.
             content: of the engine.
-            sharding: the ranks that have a file each; None: there are no others.
+            sharding: the ranks, which have a file each.
 
         Returns:
             What all ranks have committed.
@@ -101,11 +101,11 @@ class ClaimedCommits:
         redo_updates(jobs, pipeline, self.journal, sequence=self.journal.file.sequence)
 
 
-def common_sequence(sharding: Sharding | None, file: CommitFile | None) -> int:
+def common_sequence(sharding: Sharding, file: CommitFile | None) -> int:
     """Return with which of their commits all ranks go on; with several ranks all call.
 
     Args:
-        sharding: the ranks; None: there are no others.
+        sharding: the ranks.
         file: this rank's; None: it has none.
 
     Returns:

@@ -76,7 +76,7 @@ class GeminiAccelerator(accelerate.Accelerator):
             )
 
     def _check_engine(self, engine: GeminiDDP) -> None:
-        if self.num_processes > 1 and engine.runtime.sharding is None:
+        if self.num_processes > 1 and engine.runtime.sharding.is_alone:
             raise ConfigError(
                 f"Accelerator.prepare: {self.num_processes} processes, and the engine shares its model with none: "
                 "wrap it with zero.shard(model, config) in place of GeminiDDP"

@@ -206,7 +206,7 @@ def wear_of(endurance_nbytes: int, *, written_nbytes_per_step: float) -> DiskWea
 
 def check_prediction(runtime: Runtime, profile: HardwareProfile | None, flops: StepFlops | None) -> None:
     """Raise ConfigError unless `make_report` can use both of them, or is given neither."""
-    if profile is not None and runtime.sharding is not None:
+    if profile is not None and not runtime.sharding.is_alone:
         raise ConfigError("GeminiDDP.memory_report: no prediction with several ranks: the network is not modelled")
     if (profile is None) is not (flops is None):
         raise ConfigError(

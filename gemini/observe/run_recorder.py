@@ -231,7 +231,7 @@ def describe_run(
         for tier in MemoryTier
     )
     return RunDescription(
-        rank=0 if runtime.sharding is None else runtime.sharding.group.rank,
+        rank=runtime.sharding.group.rank,
         began_ns=time.perf_counter_ns(),
         began_unix_s=time.time(),
         compute_tier=runtime.resources.transfers.compute_tier.value,

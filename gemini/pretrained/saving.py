@@ -73,7 +73,7 @@ def save_pretrained(
         return
     adapters = find_adapters(model, weights) if has_adapters(model) else None
     files = _plan_files(model, weights, adapters, shard_nbytes)
-    output = _Output(None if new is None else new.place, is_alone=runtime.sharding is None)
+    output = _Output(None if new is None else new.place, is_alone=runtime.sharding.is_alone)
     try:
         with on_all_ranks(runtime.sharding):
             if new is not None:
@@ -218,7 +218,7 @@ class Weights:
     def _param_runs(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         slot = self._slots[self.canonical[name]]
         is_working = dtype is slot.spec.dtype
-        if self._runtime.sharding is not None:
+        if not self._runtime.sharding.is_alone:
             whole = read_working(self._runtime, slot) if is_working else read_master(self._runtime, slot)
             yield whole.reshape(-1).to(dtype)
             return

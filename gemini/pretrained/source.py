@@ -59,14 +59,14 @@ class LoadingReport:
     """Tied in the model as it was built, but with values of their own in the checkpoint: they are tied no more."""
 
 
-def open_pretrained(model: torch.nn.Module, path: Path, sharding: Sharding | None) -> PretrainedWeights:
+def open_pretrained(model: torch.nn.Module, path: Path, sharding: Sharding) -> PretrainedWeights:
     """Open a checkpoint for a model; reads no weights but those that may or may not be tied, and with ranks a few.
 
     Args:
         model: on the meta device or not. If the checkpoint has different values for weights that it ties, they are
             tied no more, as transformers has it.
         path: the checkpoint's directory.
-        sharding: the ranks that share the model, all of which call; None: there are no others.
+        sharding: the ranks that share the model, all of which call.
 
     Returns:
         The weights, to be closed.
@@ -84,7 +84,7 @@ def open_pretrained(model: torch.nn.Module, path: Path, sharding: Sharding | Non
         try:
             files = on_error.enter_context(CheckpointFiles(path))
             weights = on_error.enter_context(PretrainedWeights(model, files))
-            samples += () if sharding is None else _samples(files)
+            samples += () if sharding.is_alone else _samples(files)
         except Exception as error:  # transformers' conversions may raise anything; others must not wait for this rank
             failure = error
         agree_on_loading(sharding, failure, samples, what="checkpoints")

@@ -27,13 +27,11 @@ def fingerprint_of(texts: Iterable[str]) -> int:
     return fingerprint
 
 
-def agree_on_loading(
-    sharding: Sharding | None, error: Exception | None, texts: Iterable[str], *, what: str = "names"
-) -> None:
+def agree_on_loading(sharding: Sharding, error: Exception | None, texts: Iterable[str], *, what: str = "names") -> None:
     """Let no rank load unless all can, and all load the same; with several ranks all must call.
 
     Args:
-        sharding: the ranks; None: there are no others.
+        sharding: the ranks.
         error: why this rank cannot load.
         texts: what tells what it is about to load from anything else, in order.
         what: what these are, for the message.
@@ -43,22 +41,21 @@ def agree_on_loading(
         CheckpointMismatchError: another rank has an error, or was given something else.
         CollectiveError: a rank did not take part.
     """
-    if sharding is not None:
-        own = torch.tensor([error is not None, fingerprint_of(texts)], dtype=torch.int64)
-        failed, fingerprints = sharding.group.gather_values(own, name="what is to be loaded").unbind(dim=1)
-        if error is None and failed.any():
-            rank = sharding.group.ranks[int(failed.argmax())]
-            raise CheckpointMismatchError(f"rank {rank} cannot load what it was given and says why; nothing was loaded")
-        if error is None and not fingerprints.eq(fingerprints[0]).all():
-            raise CheckpointMismatchError(
-                f"ranks were given different {what} to load; nothing was loaded: give all of them the same"
-            )
+    own = torch.tensor([error is not None, fingerprint_of(texts)], dtype=torch.int64)
+    failed, fingerprints = sharding.group.gather_values(own, name="what is to be loaded").unbind(dim=1)
     if error is not None:
         raise error
+    if failed.any():
+        rank = sharding.group.ranks[int(failed.argmax())]
+        raise CheckpointMismatchError(f"rank {rank} cannot load what it was given and says why; nothing was loaded")
+    if not fingerprints.eq(fingerprints[0]).all():
+        raise CheckpointMismatchError(
+            f"ranks were given different {what} to load; nothing was loaded: give all of them the same"
+        )
 
 
 def agree(
-    sharding: Sharding | None,
+    sharding: Sharding,
     error: Exception | None,
     values: Sequence[int] = (),
     *,
@@ -68,7 +65,7 @@ def agree(
     """Exchange some numbers, unless a rank has failed; with several ranks all must call.
 
     Args:
-        sharding: the ranks; None: there are no others.
+        sharding: the ranks.
         error: why this rank has failed, None if it has not.
         values: this rank's numbers, as many on all ranks.
         what: what may have failed, for messages.
@@ -82,7 +79,7 @@ def agree(
         GeminiError: of `error_type`: another rank has failed.
         CollectiveError: a rank has died, stalled or gone another way.
     """
-    if sharding is None or isinstance(error, CollectiveError):
+    if isinstance(error, CollectiveError):
         table = [[int(error is None), *values]]
     else:
         own = torch.tensor([int(error is None), *values])
@@ -92,7 +89,7 @@ def agree(
             raise error
     finally:
         del error  # it refers to this frame, which would keep everything that its traceback knows
-    if sharding is not None and not all(row[0] for row in table):
+    if not all(row[0] for row in table):
         failed = [str(rank) for rank, row in zip(sharding.group.ranks, table, strict=True) if not row[0]]
         raise error_type(f"{what} has failed on rank {', '.join(failed)}; see the error there")
     return [row[1:] for row in table]
@@ -100,7 +97,7 @@ def agree(
 
 @contextmanager
 def on_all_ranks(
-    sharding: Sharding | None, *, what: str = "the checkpoint", error_type: type[GeminiError] = CheckpointError
+    sharding: Sharding, *, what: str = "the checkpoint", error_type: type[GeminiError] = CheckpointError
 ) -> Iterator[None]:
     """Raise, if what is inside has failed on some rank, on all of them; see `agree`."""
     error: Exception | None = None

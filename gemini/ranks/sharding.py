@@ -115,8 +115,16 @@ class ShardGroup(Protocol):
         """The numbers of all ranks that share the model, in the order of the rows of `gather_values`."""
         ...
 
-    def shard_of(self, numel: int, itemsize: int) -> ChunkShard:
-        """Return this rank's shard of a chunk of `numel` elements whose working weights take `itemsize` bytes each."""
+    def shard_of(self, numel: int, itemsize: int) -> ChunkShard | None:
+        """Return this rank's shard of a chunk, None if chunks are not cut.
+
+        Args:
+            numel: elements of the chunk.
+            itemsize: bytes that each takes as a working weight.
+
+        Returns:
+            The shard.
+        """
 
     def all_gather(
         self, whole: torch.Tensor, *, name: str, axis: RankAxis = RankAxis.SHARD, after: Sequence[Move] = ()
@@ -206,6 +214,8 @@ class Sharding:
     frozen_file: MemoryFile | None = None
     """Holds the frozen weights that live in host memory, whole, for all of the ranks on this machine; None: each rank
     keeps its shards of them. The ranks must meet between construction, when one of them fills it, and the first use."""
+    is_alone: bool = False
+    """Whether chunks are not cut and nothing is exchanged, because this rank has the model to itself."""
 
     @property
     def keeps_whole_weights(self) -> bool:

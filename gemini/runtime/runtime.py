@@ -25,6 +25,7 @@ from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources
 from gemini.placement.overlap import OverlapMode
 from gemini.placement.plan import ChunkDemand, MemoryDemand, PlacementPlan, RuntimeShape, memory_demand
+from gemini.ranks.one_rank import ALONE
 from gemini.ranks.sharding import Sharding
 from gemini.runtime.adaptation import Adaptation
 from gemini.runtime.lookahead import Lookahead
@@ -54,7 +55,7 @@ class Runtime(NeverCopied):
         gradients: closed by `close`.
         worker: runs updates; closed by `close`.
         kernels: the device's.
-        sharding: the ranks that share the model; None: there are no others. Closed by `close`.
+        sharding: the ranks that share the model; their group is closed by `close`.
         journal: makes updates outlive the process; None: nothing does. Its file is closed by `close`.
         recovered: the step that the journal's file held; None: it held none.
     """
@@ -73,7 +74,7 @@ class Runtime(NeverCopied):
         gradients: Gradients,
         worker: UpdateWorker,
         kernels: DeviceKernels,
-        sharding: Sharding | None = None,
+        sharding: Sharding = ALONE,
         journal: UpdateJournal | None = None,
         recovered: CommittedStep | None = None,
     ) -> None:
@@ -91,7 +92,7 @@ class Runtime(NeverCopied):
         self.gradients = gradients
         self.journal = journal
         # - What happens
-        is_sharded = sharding is not None
+        is_sharded = not sharding.is_alone
         self.access = EngineAccess()
         self.saving = SaveSlot()
         self.probe = MemoryProbe(resources.transfers.device, resources.ledger)
@@ -108,7 +109,7 @@ class Runtime(NeverCopied):
             urgency=self.lookahead.urgency,
         )
         adaptation: Adaptation | None = None
-        if shape.has_device and config.placement == "auto" and sharding is None:
+        if shape.has_device and config.placement == "auto" and not is_sharded:
             adaptation = Adaptation(core, gradients, demands, shape, settle=self.overlap.settle_all)
         self.steps = StepControl(
             self.coming,
@@ -186,8 +187,7 @@ class Runtime(NeverCopied):
     def check_usable(self) -> None:
         """Raise ModelError if the engine is closed, its state was lost, or it belongs to the parent of this process."""
         self.access.check(self.overlap.failure)
-        if self.sharding is not None:
-            self.sharding.group.check()
+        self.sharding.group.check()
 
     def close(self, *, keep: bool = False) -> None:
         """Wait for what is under way and give everything back, but, with `keep`, what was committed; idempotent."""
@@ -203,5 +203,4 @@ class Runtime(NeverCopied):
         self.resources.close(keep=keep)
         if self.journal is not None:
             self.journal.file.close()
-        if self.sharding is not None:
-            self.sharding.group.close()
+        self.sharding.group.close()

@@ -195,7 +195,7 @@ class ParamWeight:
             stray: torch.Tensor | None = self.param.grad
             if stray is not None or not self._has_gradient():
                 return stray
-            if self.access.runtime.sharding is not None:  # reading is a collective, which a look must not be
+            if not self.access.runtime.sharding.is_alone:  # reading is a collective, which a look must not be
                 waiting: WaitingGradient = stand_in(WaitingGradient, self, self.param)
                 return waiting
             values = self.read_gradient()

@@ -87,7 +87,7 @@ def read_back(access: WeightAccess, originals: OriginalTensors) -> dict[str, tor
     nbytes = sum(weight.slot.spec.numel * originals.of_weight(weight)[0].itemsize for weight in access.weights)
     memory = psutil.virtual_memory()
     reason = None
-    if runtime.sharding is not None:
+    if not runtime.sharding.is_alone:
         reason = "several ranks share them"
     elif nbytes > memory.available - KEPT_FREE * memory.total:
         reason = f"{nbytes} bytes of weights do not fit in the {memory.available} bytes of memory that are available"

@@ -196,12 +196,10 @@ def drop_commit(runtime: Runtime) -> None:
     """
     if runtime.journal is not None and runtime.journal.file.has_record:
         runtime.journal.file.drop()
-        if runtime.sharding is not None:
-            _await_ranks(runtime, name="ends of what was committed")
+        _await_ranks(runtime, name="ends of what was committed")
 
 
 def _await_ranks(runtime: Runtime, *, name: str) -> None:
-    assert runtime.sharding is not None
     runtime.sharding.group.gather_values(torch.zeros(1), name=name)
 
 
@@ -406,7 +404,7 @@ def _cut(chunk: Chunk, slot: ParamSlot, value: torch.Tensor) -> torch.Tensor:
 def _make_whole(runtime: Runtime, slot: ParamSlot, flat: torch.Tensor) -> torch.Tensor:
     """Return a parameter, or as many values, of all ranks' pieces, in its shape; with several ranks all must call."""
     shard = runtime.core.chunks[slot.chunk_id].shard
-    if shard is None or runtime.sharding is None:
+    if shard is None:
         return flat.view(slot.spec.shape)
     if not slot.spec.numel:
         return flat.view(slot.spec.full_shape)

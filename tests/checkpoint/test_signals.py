@@ -132,7 +132,7 @@ class TwoRanks:
 
 
 def test_a_signal_that_comes_while_ranks_exchange_theirs_waits_for_the_next_time() -> None:
-    runtime = SimpleNamespace(sharding=SimpleNamespace(group=TwoRanks()))
+    runtime = SimpleNamespace(sharding=SimpleNamespace(group=TwoRanks(), is_alone=False))
     with StopOnSignals(SimpleNamespace(runtime=runtime)) as stop:
         assert not stop.should_stop()  # as on the other rank
         assert stop.received is None
@@ -144,7 +144,7 @@ def test_a_signal_that_comes_while_ranks_exchange_theirs_waits_for_the_next_time
 def test_another_ranks_signal_is_this_ones() -> None:
     group = TwoRanks()
     group.others = int(signal.SIGINT)
-    runtime = SimpleNamespace(sharding=SimpleNamespace(group=group))
+    runtime = SimpleNamespace(sharding=SimpleNamespace(group=group, is_alone=False))
     with StopOnSignals(SimpleNamespace(runtime=runtime)) as stop:
         assert stop.should_stop()
         assert stop.received is signal.SIGINT  # and not the one that came to this rank meanwhile

@@ -18,6 +18,7 @@ from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources
 from gemini.offload.slots import FixedSlots
 from gemini.offload.transfer import CpuTransfers
+from gemini.ranks.one_rank import ALONE
 from gemini.tiers import MemoryTier
 
 DEVICE, HOST, NVME = MemoryTier.DEVICE, MemoryTier.HOST, MemoryTier.NVME
@@ -33,6 +34,7 @@ def make_core(resources: Resources, tiers: list[MemoryTier], *, num_staging: int
         staging=FixedSlots(
             CpuTransfers(resources.arena), num_slots=num_staging, slot_nbytes=12_288, purpose="fetch slots"
         ),
+        group=ALONE.group,
     )
     for i, tier in enumerate(tiers):
         param = ParamSpec(name=f"weight{i}", index=i, shape=(NUMEL,), dtype=torch.float32, is_trainable=False)

@@ -26,6 +26,7 @@ from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources
 from gemini.offload.slots import FixedSlots
 from gemini.offload.transfer import CpuTransfers
+from gemini.ranks.one_rank import ALONE
 from gemini.tiers import MemoryTier, round_up
 from gemini.update.job import UpdateJob
 from gemini.update.pipeline import TilePipeline, clip_segments, tiles_of, update_on_device
@@ -170,6 +171,7 @@ def make_worker(resources: Resources, ring_depth: int = 3) -> tuple[ChunkCore, U
         resources,
         slots=FixedSlots(resources.transfers, num_slots=1, slot_nbytes=1 << 20, purpose="slots"),
         staging=FixedSlots(CpuTransfers(resources.arena), num_slots=1, slot_nbytes=1 << 20, purpose="fetch slots"),
+        group=ALONE.group,
     )
     pipeline = TilePipeline(
         resources,

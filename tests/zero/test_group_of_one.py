@@ -14,6 +14,7 @@ from training_harness import Run, config_for, hybrid_adam, same_bits, step
 
 import zero
 from gemini import ConfigError, GeminiConfig, GeminiDDP
+from gemini.ranks.one_rank import ALONE
 from gemini.ranks.sharding import Sharding
 from zero.torch_group import TorchGroup
 
@@ -68,7 +69,7 @@ def test_one_rank_trains_with_the_bits_of_none(dtype, place, stage, group: Torch
 
 def test_shard_with_one_rank_is_a_plain_engine(group: TorchGroup):
     with zero.shard(CASE.model(), config_for("host")) as engine:
-        assert engine.runtime.sharding is None
+        assert engine.runtime.sharding is ALONE
 
 
 def test_shard_without_a_process_group_says_what_to_call():
