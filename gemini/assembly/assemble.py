@@ -46,6 +46,8 @@ from gemini.placement.plan import (
     has_shared_home,
     largest_buffers,
 )
+from gemini.placement.tracer import UseTrace
+from gemini.profile.listeners import RunListeners
 from gemini.ranks.agreement import on_all_ranks
 from gemini.ranks.one_rank import ALONE
 from gemini.ranks.sharding import Sharding
@@ -184,7 +186,8 @@ class _Builder:
         shape, plan = blueprint.shape, blueprint.plan
         buffers = largest_buffers(blueprint.demands, plan, shape)
         kernels = select_device_kernels(device)
-        core = self._make_core(fetch_slot_nbytes=buffers["fetch slots"])
+        listeners, trace = RunListeners(), UseTrace()
+        core = self._make_core(listeners, trace, fetch_slot_nbytes=buffers["fetch slots"])
         gradients = self._make_gradients(kernels, buffers)
         pipeline = TilePipeline(
             self.resources,
@@ -219,14 +222,16 @@ class _Builder:
             core=core,
             states=states,
             gradients=gradients,
-            worker=UpdateWorker(pipeline),
+            worker=UpdateWorker(pipeline, listeners),
+            listeners=listeners,
+            trace=trace,
             kernels=kernels,
             sharding=self.sharding,
             journal=None if self.kept is None else self.kept.journal,
             recovered=None if self.kept is None else self.kept.step,
         )
 
-    def _make_core(self, *, fetch_slot_nbytes: int) -> ChunkCore:
+    def _make_core(self, listeners: RunListeners, trace: UseTrace, *, fetch_slot_nbytes: int) -> ChunkCore:
         plan, transfers = self.blueprint.plan, self.resources.transfers
         return ChunkCore(
             self.resources,
@@ -239,6 +244,8 @@ class _Builder:
             ),
             num_protected=max(1, min(self.blueprint.chunks_at_once, plan.num_slots - 1)),
             group=self.sharding.group,
+            next_use=trace.next_use_distance,
+            listeners=listeners,
         )
 
     def _make_gradients(self, kernels: DeviceKernels, buffers: dict[str, int]) -> Gradients:

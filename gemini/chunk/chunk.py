@@ -11,11 +11,11 @@ import torch
 from gemini.chunk.cut import cut_spec
 from gemini.chunk.fetch import Fetch
 from gemini.chunk.layout import ChunkSpec, ParamSlot
-from gemini.chunk.state import ChunkState, check_transition
+from gemini.chunk.state import ChunkState, ChunkUpdater, check_transition
 from gemini.errors import ModelError
 from gemini.model.tensor_parallel import local_part, show_values
 from gemini.offload.home import TiledHome
-from gemini.profile.recorder import Recorder
+from gemini.profile.listeners import RunListeners
 from gemini.ranks.sharding import ChunkShard
 
 __all__ = ["Chunk", "Slot", "count_holders", "param_view", "placeholders", "viewed_error"]
@@ -46,6 +46,7 @@ class Chunk:
         home: where the working weights live between uses.
         missing: what absent parameters show, [number of parameters] of the chunk's dtype; see `placeholders`.
         is_resident: whether compute memory always holds them.
+        listeners: told of every change of state.
         shard: the shard that the home holds, with several ranks; None: it holds everything.
     """
 
@@ -57,6 +58,7 @@ class Chunk:
         missing: torch.Tensor,
         *,
         is_resident: bool,
+        listeners: RunListeners,
         shard: ChunkShard | None = None,
     ) -> None:
         self.spec = spec
@@ -68,6 +70,8 @@ class Chunk:
         self.is_resident = is_resident
         self.slot: Slot | None = None
         self.fetch: Fetch | None = None
+        self.updater: ChunkUpdater | None = None
+        """Who ends the update under way; None: none is, or nobody else can."""
         self.last_fetch: Fetch | None = None
         """The fetch that has ended last: compute waits for its copies, which the host may not have seen end."""
         self.compute: torch.Tensor | None = None
@@ -79,8 +83,7 @@ class Chunk:
         """How often others have written one of the weights."""
         self.keep_write: Callable[[Chunk, int], None] | None = None
         """Brings home a weight, given by its position, that was written in place unseen; None: nobody looks."""
-        self.recorder: Recorder | None = None
-        """Told of every change of state; None: nobody is."""
+        self._listeners = listeners
         self._state = ChunkState.AT_HOME
         self._num_leases = 0
         self._addresses: list[int] = []
@@ -143,8 +146,7 @@ class Chunk:
         """
         check_transition(self.name, self._state, to)
         self._state = to
-        if self.recorder is not None:
-            self.recorder.chunk_became(self.spec.chunk_id, to.value)
+        self._listeners.chunk_became(self.spec.chunk_id, to.value)
 
     def lease(self) -> None:
         """Keep the chunk where it is until the lease is given back; leases nest."""

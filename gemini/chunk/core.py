@@ -1,7 +1,7 @@
 """Chunks and the compute memory they take turns in: access, release, prefetch, evict, move.
 
 Deciding *which* chunk leaves or comes early belongs to gemini.placement; a decision reaches this module as a
-call or as the `next_use` function, and here the bytes move.
+call or by the `next_use` function, and here the bytes move.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from gemini.chunk.layout import ChunkSpec
 from gemini.chunk.residents import Residents
 from gemini.chunk.slot_table import SlotTable
 from gemini.chunk.staging import Staging
-from gemini.chunk.state import ChunkState, PendingUpdates, check_transition
+from gemini.chunk.state import ChunkState, ChunkUpdater, check_transition
 from gemini.errors import GeminiError
 from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources
 from gemini.offload.slots import SlotSource
 from gemini.placement.eviction import farthest_next_use
+from gemini.profile.listeners import RunListeners
 from gemini.ranks.sharding import ChunkShard, ShardGroup
 from gemini.tiers import MemoryTier
 
@@ -37,6 +38,8 @@ class ChunkCore:
         slots: compute memory that chunks without a residence take turns in; closed with the core.
         staging: host memory between disk and device; closed with the core.
         group: the ranks that own the shards of chunks.
+        next_use: returns in how many uses from now a chunk, given by its id, is used again.
+        listeners: told of chunks' states and of waits for them.
         num_protected: how many of the most recently used chunks are never evicted.
     """
 
@@ -47,16 +50,16 @@ class ChunkCore:
         slots: SlotSource,
         staging: SlotSource,
         group: ShardGroup,
+        next_use: Callable[[int], int],
+        listeners: RunListeners,
         num_protected: int = 1,
     ) -> None:
         self.resources = resources
         self.chunks: list[Chunk] = []
         self.stats = MoveStats()
-        self.next_use: Callable[[int], int] = lambda chunk_id: 0
-        """Moments until a chunk is used again; the runtime puts its trace here."""
-        self.updates: PendingUpdates | None = None
-        """Ends the updates of chunks that are needed; None where every update ends before anything else begins."""
         self.residents = Residents(self.chunks, resources.transfers, evict=self.evict, fetch=self._fetch)
+        self._next_use = next_use
+        self._listeners = listeners
         self._slots = SlotTable(slots)
         self._num_protected = num_protected
         self._recent: list[int] = []
@@ -90,7 +93,7 @@ class ChunkCore:
         """
         assert spec.chunk_id == len(self.chunks)
         missing = placeholders(spec.dtype, self.resources.transfers.device, len(params))
-        chunk = Chunk(spec, params, home, missing, is_resident=is_resident, shard=shard)
+        chunk = Chunk(spec, params, home, missing, is_resident=is_resident, listeners=self._listeners, shard=shard)
         chunk.unbind()
         self.absent[chunk.missing_address] = chunk
         self.chunks.append(chunk)
@@ -134,7 +137,7 @@ class ChunkCore:
         """
         chunk = self.chunks[chunk_id]
         if chunk.state is ChunkState.UPDATING:
-            self._settle_update(chunk)
+            self._finish_update(chunk)
         if chunk.is_resident and chunk.compute is not None:
             return chunk
         if chunk.compute is None:
@@ -144,7 +147,9 @@ class ChunkCore:
                 self._start_fetch(chunk)
                 self.stats.num_misses += 1
             self._finish_fetch(chunk)
-            self.stats.end_stall(chunk_id, start)
+            end = time.perf_counter()
+            self.stats.stall_s += end - start
+            self._listeners.stalled("weights", chunk_id, start, end)
         if chunk.is_resident:
             return chunk
         if chunk_id in self._recent:
@@ -162,9 +167,9 @@ class ChunkCore:
         """Return whether a fetch of this chunk could start now without waiting, given a slot."""
         chunk = self.chunks[chunk_id]
         if chunk.state is ChunkState.UPDATING:
-            if self.updates is None or not self.updates.is_settled(chunk_id):
+            if chunk.updater is None or not chunk.updater.is_settled(chunk_id):
                 return False
-            self.updates.settle(chunk_id)
+            self._finish_update(chunk)
         if chunk.home.is_being_written():
             return False
         return not self._needs_staging(chunk) or self._staging.is_free()
@@ -180,7 +185,7 @@ class ChunkCore:
         """
         chunk = self.chunks[chunk_id]
         if chunk.state is ChunkState.UPDATING:
-            self._settle_update(chunk)
+            self._finish_update(chunk)
         if chunk.compute is not None or chunk.fetch is not None:
             return
         self._take_slot(chunk)
@@ -274,18 +279,19 @@ class ChunkCore:
         """
         chunk = self.chunks[chunk_id]
         if chunk.state is ChunkState.UPDATING:
-            self._settle_update(chunk)
+            self._finish_update(chunk)
         if chunk.is_leased:
             check_transition(chunk.name, chunk.state, ChunkState.UPDATING)
         if chunk.compute is not None and not chunk.is_resident and self._slots.is_viewed(chunk):
             raise viewed_error(chunk)
 
-    def begin_update(self, chunk_id: int, *, keeps_slot: bool = False) -> Chunk:
+    def begin_update(self, chunk_id: int, *, keeps_slot: bool = False, updater: ChunkUpdater | None = None) -> Chunk:
         """Reserve a chunk for the optimizer; its parameters show a placeholder until `end_update`.
 
         Args:
             chunk_id: the chunk.
             keeps_slot: whether a copy in a slot stays, because the update will refresh it; a resident one always does.
+            updater: who ends the update when the chunk is needed; None: the caller ends it before anything else begins.
 
         Returns:
             The chunk, updating.
@@ -296,10 +302,11 @@ class ChunkCore:
         """
         chunk = self.chunks[chunk_id]
         if chunk.state is ChunkState.UPDATING:
-            self._settle_update(chunk)
+            self._finish_update(chunk)
         if not chunk.is_resident and not (keeps_slot and chunk.compute is not None):
             self.evict(chunk_id)
         chunk.begin_update()
+        chunk.updater = updater
         if chunk.compute is not None:
             chunk.unbind()
         return chunk
@@ -341,11 +348,12 @@ class ChunkCore:
 
     # ---------------------------------------------------------------- inside
 
-    def _settle_update(self, chunk: Chunk) -> None:
-        if self.updates is None:
+    def _finish_update(self, chunk: Chunk) -> None:
+        """Wait until a chunk's update is complete; one that nobody else can end is an error."""
+        if chunk.updater is None:
             check_transition(chunk.name, chunk.state, ChunkState.UPDATING)
-        assert self.updates is not None
-        self.updates.settle(chunk.spec.chunk_id)
+        else:
+            chunk.updater.settle(chunk.spec.chunk_id)
 
     def _take_slot(self, chunk: Chunk) -> None:
         """Give a chunk that is not resident a slot, evicting others for it if need be."""
@@ -359,9 +367,9 @@ class ChunkCore:
                 updating = self._slots.chunks(ChunkState.UPDATING)
                 if not updating:
                     raise self._slots.shortage_error(chunk, self.resources.transfers.compute_tier)
-                self._settle_update(updating[-1])
+                self._finish_update(updating[-1])
                 continue
-            self.evict(farthest_next_use(candidates, {i: self.next_use(i) for i in candidates}))
+            self.evict(farthest_next_use(candidates, {i: self._next_use(i) for i in candidates}))
         chunk.slot = slot
 
     def _leave_slot(self, chunk: Chunk) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from gemini.kernels.pool import Ticket, WorkerPool
 from gemini.offload.home import TiledHome, TileRun
 from gemini.offload.io import IoTicket
 from gemini.offload.transfer import Move, Transfers
-from gemini.profile.recorder import Recorder
 from gemini.ranks.sharding import Collective
 from gemini.tiers import MemoryTier
 
@@ -38,15 +36,6 @@ class MoveStats:
     """Part of `fetched_nbytes` that came from disk."""
     stall_s: float = 0.0
     """Seconds that compute waited for fetches, as seen by the launching thread."""
-    recorder: Recorder | None = None
-    """Told of every such wait; None: nobody is."""
-
-    def end_stall(self, chunk_id: int, begin_s: float) -> None:
-        """Count the time since `begin_s` of time.perf_counter, during which compute has waited for a chunk."""
-        end_s = time.perf_counter()
-        self.stall_s += end_s - begin_s
-        if self.recorder is not None:
-            self.recorder.stalled("weights", chunk_id, begin_s, end_s)
 
 
 class Fetch:

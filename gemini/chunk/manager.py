@@ -18,6 +18,7 @@ from gemini.offload.io import empty_aligned
 from gemini.offload.resources import budgets_of, open_resources
 from gemini.offload.slots import GrowingSlots
 from gemini.offload.transfer import CpuTransfers
+from gemini.profile.listeners import RunListeners
 from gemini.ranks.one_rank import ALONE
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, round_up
 
@@ -50,9 +51,10 @@ class ChunkManager:
             slots=GrowingSlots(self._resources.transfers, purpose="slots"),
             staging=GrowingSlots(CpuTransfers(self._resources.arena), purpose="fetch slots"),
             group=ALONE.group,
+            next_use=self._since_last_use,
+            listeners=RunListeners(),
             num_protected=0,  # leases are all the protection there is
         )
-        self._core.next_use = self._since_last_use
         self._clock = 0
         self._last_use: dict[int, int] = {}
         self._modified: set[int] = set()

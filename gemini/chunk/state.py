@@ -7,7 +7,7 @@ from typing import Protocol
 
 from gemini.errors import IllegalTransitionError
 
-__all__ = ["ChunkState", "PendingUpdates", "check_transition"]
+__all__ = ["ChunkState", "ChunkUpdater", "check_transition"]
 
 
 class ChunkState(enum.Enum):
@@ -27,7 +27,7 @@ class ChunkState(enum.Enum):
     """Gone."""
 
 
-class PendingUpdates(Protocol):
+class ChunkUpdater(Protocol):
     """Who updates chunks while others may want them."""
 
     def is_settled(self, chunk_id: int) -> bool:

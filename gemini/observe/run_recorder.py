@@ -47,7 +47,7 @@ class RunRecorder:
         self._is_detailed = False
         self._counted = self._count()
         runtime.passes.moments.add(self)
-        runtime.overlap.step_ended = self._end_step
+        runtime.listeners.add(self)
 
     def log(self, **values: float | torch.Tensor) -> None:
         """Report numbers about the step under way, or between steps about the last one.
@@ -66,21 +66,37 @@ class RunRecorder:
         if self._is_detailed:
             self._recorder.moment(kind, unit_id)
 
+    def chunk_became(self, chunk_id: int, state: str) -> None:
+        """Note a state; see RunListener."""
+        if self._is_detailed:
+            self._recorder.chunk_became(chunk_id, state)
+
+    def stalled(self, reason: str, chunk_id: int, begin_s: float, end_s: float) -> None:
+        """Note a wait; see RunListener."""
+        if self._is_detailed:
+            self._recorder.stalled(reason, chunk_id, begin_s, end_s)
+
+    def updates_begin(self) -> None:
+        """Note the moment; see RunListener."""
+        if self._is_detailed:
+            self._recorder.moment("update", None)
+
     def close(self) -> None:
         """Write what is left; nothing is recorded any more."""
         self._runtime.passes.moments.remove(self)
-        self._runtime.overlap.step_ended = None
+        self._runtime.listeners.remove(self)
         if self._is_detailed:
-            self._tell(None)
+            self._record_details(False)
         self._recorder.close()
 
     def _begin_step(self) -> None:
         self._begin_ns = time.perf_counter_ns()
         wants_details = self._steps is None or self._number in self._steps
         if wants_details is not self._is_detailed:
-            self._tell(self._recorder if wants_details else None)
+            self._record_details(wants_details)
 
-    def _end_step(self) -> None:
+    def step_ended(self) -> None:
+        """Write the step down; see RunListener."""
         if self._begin_ns is None:  # its forward came before the recording
             return
         counted = self._count()
@@ -102,20 +118,15 @@ class RunRecorder:
         self._number += 1
         self._recorder.add(step)
 
-    def _tell(self, recorder: Recorder | None) -> None:
-        """Let everything that acts tell the recorder, or nobody."""
-        runtime = self._runtime
-        self._is_detailed = recorder is not None
-        runtime.core.stats.recorder = recorder
-        runtime.overlap.record_to(recorder)
-        for chunk in runtime.core.chunks:
-            chunk.recorder = recorder
-            if recorder is not None:
-                recorder.chunk_became(chunk.spec.chunk_id, chunk.state.value)
-        if recorder is None:
+    def _record_details(self, is_detailed: bool) -> None:
+        """Begin to record every move, or end it."""
+        self._is_detailed = is_detailed
+        if not is_detailed:
             self._recorder.detach()
-        else:
-            recorder.attach(_sources_of(runtime))
+            return
+        for chunk in self._runtime.core.chunks:
+            self._recorder.chunk_became(chunk.spec.chunk_id, chunk.state.value)
+        self._recorder.attach(_sources_of(self._runtime))
 
     def _count(self) -> dict[str, float]:
         """Return counters that only grow, under the names of Step's fields."""

@@ -1,6 +1,6 @@
-"""What a step does, in which order: recorded once, then used to tell what comes next.
+"""In which order a step uses chunks: recorded once, then followed to tell what comes next.
 
-The tracer knows ids of units; it knows neither modules nor tensors.
+Chunks are ids here; nothing is known of modules or tensors.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import enum
 import sys
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-__all__ = ["NEVER", "AccessHistory", "Phase"]
+__all__ = ["NEVER", "AccessHistory", "Phase", "UseTrace"]
 
 NEVER = sys.maxsize
 """Distance to a use that no trace knows of."""
@@ -26,119 +26,152 @@ class Phase(enum.Enum):
 
 
 class AccessHistory:
-    """The order in which units are entered, this step and in the last complete step of the same phase.
+    """The order in which chunks are used, in this step and in the last complete one.
 
-    A cursor follows the last complete step. An access that comes in another order moves it to the next place where the
-    unit is used, so that prediction goes on from there; a step whose accesses are all as before costs nothing to keep.
+    A cursor follows the last complete step. A use that comes in another order moves it to the next place where the
+    chunk is used, so that prediction goes on from there; a step whose uses are all as before costs nothing to keep.
     """
 
     def __init__(self) -> None:
-        self._traces: dict[Phase, _Trace] = {}
-        self._phase: Phase | None = None
+        self._trace: _Trace | None = None
         self._is_in_step = False
-        self._cursor = -1  # position in the trace of the access recorded last
-        self._units: list[int] = []
+        self._cursor = -1  # position in the trace of the use recorded last
+        self._chunk_ids: list[int] = []
         self._num_mismatches = 0
 
     @property
     def num_mismatches(self) -> int:
-        """Accesses that were not the one the trace had next; those made while there was no trace do not count."""
+        """Uses that were not the one the trace had next; those made while there was no trace do not count."""
         return self._num_mismatches
 
-    def begin_step(self, phase: Phase) -> None:
-        """Start a step; one that was not ended is forgotten.
-
-        Args:
-            phase: its kind.
-        """
-        self._phase = phase
+    def begin_step(self) -> None:
+        """Start a step; one that was not ended is forgotten."""
         self._is_in_step = True
         self._cursor = -1
-        self._units = []
+        self._chunk_ids = []
 
     def end_step(self) -> None:
-        """Keep the accesses since `begin_step` as the order of their phase, if there were any."""
-        if self._is_in_step and self._phase is not None and self._units:
-            previous = self._traces.get(self._phase)
-            if previous is None or previous.units != self._units:
-                self._traces[self._phase] = _Trace(self._units)
+        """Keep the uses since `begin_step` as the order to follow, if there were any."""
+        if self._is_in_step and self._chunk_ids and (self._trace is None or self._trace.chunk_ids != self._chunk_ids):
+            self._trace = _Trace(self._chunk_ids)
         self._is_in_step = False
         self._cursor = -1
 
-    def order_of(self, phase: Phase) -> tuple[int, ...]:
-        """Return the accesses of the last complete step of a phase; empty if there was none."""
-        trace = self._traces.get(phase)
-        return () if trace is None else tuple(trace.units)
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The uses of the last complete step; empty if there was none."""
+        return () if self._trace is None else tuple(self._trace.chunk_ids)
 
-    def restore(self, phase: Phase, units: Sequence[int]) -> None:
-        """Take accesses, at least one, for the last complete step of a phase; between steps."""
-        self._traces[phase] = _Trace(list(units))
+    def restore(self, order: Sequence[int]) -> None:
+        """Take uses, at least one, for those of the last complete step; between steps."""
+        self._trace = _Trace(list(order))
 
-    def record(self, unit_id: int) -> None:
-        """Note that a unit is entered."""
+    def record(self, chunk_id: int) -> None:
+        """Note that a chunk is used."""
         if self._is_in_step:
-            self._units.append(unit_id)
+            self._chunk_ids.append(chunk_id)
         trace = self._trace
         if trace is None:
             return
-        expected = (self._cursor + 1) % len(trace.units)
-        if trace.units[expected] == unit_id:
+        expected = (self._cursor + 1) % len(trace.chunk_ids)
+        if trace.chunk_ids[expected] == chunk_id:
             self._cursor = expected
             return
         self._num_mismatches += 1
-        if self._cursor >= 0 and trace.units[self._cursor] == unit_id:
-            return  # entered again, as activation checkpointing does
-        position = trace.next_position(unit_id, self._cursor)
+        if self._cursor >= 0 and trace.chunk_ids[self._cursor] == chunk_id:
+            return  # used again, as activation checkpointing does
+        position = trace.next_position(chunk_id, self._cursor)
         if position is not None:
             self._cursor = position
 
     def upcoming(self, limit: int, *, looks_past_end: bool = True) -> tuple[int, ...]:
-        """Return the next distinct units, nearest first; after the end of the step the next one begins alike.
+        """Return the next distinct chunks, nearest first; after the end of the step the next one begins alike.
 
         Args:
-            limit: the most units to return.
-            looks_past_end: whether units of the next step are among them.
+            limit: the most chunks to return.
+            looks_past_end: whether chunks of the next step are among them.
 
         Returns:
-            Unit ids; empty if no step of this phase is known. The unit entered last is among them if it comes again.
+            Chunk ids; empty if no complete step is known. The chunk used last is among them if it comes again.
         """
         trace = self._trace
         if trace is None or limit <= 0:
             return ()
         found: dict[int, None] = {}
-        num_units = len(trace.units)
-        num_left = num_units if looks_past_end else num_units - 1 - self._cursor
+        num_uses = len(trace.chunk_ids)
+        num_left = num_uses if looks_past_end else num_uses - 1 - self._cursor
         for offset in range(1, num_left + 1):
-            found[trace.units[(self._cursor + offset) % num_units]] = None
+            found[trace.chunk_ids[(self._cursor + offset) % num_uses]] = None
             if len(found) == limit or len(found) == len(trace.positions):
                 break
         return tuple(found)
 
-    def next_use_distance(self, unit_id: int) -> int:
-        """Return how many accesses ahead the next use of a unit is: 1 is the very next, NEVER if no trace has it."""
+    def next_use_distance(self, chunk_id: int) -> int:
+        """Return how many uses ahead the next use of a chunk is: 1 is the very next, NEVER if no trace has it."""
         trace = self._trace
-        position = None if trace is None else trace.next_position(unit_id, self._cursor)
+        position = None if trace is None else trace.next_position(chunk_id, self._cursor)
         if trace is None or position is None:
             return NEVER
-        return position - self._cursor if position > self._cursor else position - self._cursor + len(trace.units)
+        return position - self._cursor if position > self._cursor else position - self._cursor + len(trace.chunk_ids)
+
+
+class UseTrace:
+    """The histories of one engine, one for each phase, of which the phase under way counts."""
+
+    def __init__(self) -> None:
+        self._histories = {phase: AccessHistory() for phase in Phase}
+        self.phase = Phase.TRAIN
+        """The phase under way, or about to begin."""
 
     @property
-    def _trace(self) -> _Trace | None:
-        return None if self._phase is None else self._traces.get(self._phase)
+    def num_mismatches(self) -> int:
+        """Uses in training steps that came in another order than in the step before."""
+        return self._histories[Phase.TRAIN].num_mismatches
+
+    @property
+    def orders(self) -> dict[Phase, tuple[int, ...]]:
+        """The order of uses in the last complete step of each phase that has one."""
+        return {phase: history.order for phase, history in self._histories.items() if history.order}
+
+    def restore(self, orders: Mapping[Phase, Sequence[int]]) -> None:
+        """Take orders, none of them empty, for those of the last complete steps; between steps."""
+        for phase, order in orders.items():
+            self._histories[phase].restore(order)
+
+    def begin_step(self, phase: Phase) -> None:
+        """Start a step; one of this phase that was not ended is forgotten."""
+        self.phase = phase
+        self._histories[phase].begin_step()
+
+    def end_step(self, phase: Phase) -> None:
+        """Keep what a step has used as the order of its phase."""
+        self._histories[phase].end_step()
+
+    def record(self, chunk_id: int) -> None:
+        """Note that a chunk is used."""
+        self._histories[self.phase].record(chunk_id)
+
+    def upcoming(self, limit: int, *, looks_past_end: bool = True) -> tuple[int, ...]:
+        """Return the next distinct chunks, nearest first; see AccessHistory."""
+        return self._histories[self.phase].upcoming(limit, looks_past_end=looks_past_end)
+
+    def next_use_distance(self, chunk_id: int) -> int:
+        """Return how many uses ahead the next use of a chunk is; see AccessHistory."""
+        return self._histories[self.phase].next_use_distance(chunk_id)
 
 
 class _Trace:
-    """The accesses of a complete step, and where each unit occurs among them."""
+    """The uses of a complete step, and where each chunk occurs among them."""
 
-    def __init__(self, units: list[int]) -> None:
-        self.units = units
+    def __init__(self, chunk_ids: list[int]) -> None:
+        self.chunk_ids = chunk_ids
         self.positions: dict[int, list[int]] = {}
-        for position, unit_id in enumerate(units):
-            self.positions.setdefault(unit_id, []).append(position)
+        for position, chunk_id in enumerate(chunk_ids):
+            self.positions.setdefault(chunk_id, []).append(position)
 
-    def next_position(self, unit_id: int, cursor: int) -> int | None:
-        """Return where the unit occurs next after the cursor, from the start again after the end."""
-        positions = self.positions.get(unit_id)
+    def next_position(self, chunk_id: int, cursor: int) -> int | None:
+        """Return where the chunk occurs next after the cursor, from the start again after the end."""
+        positions = self.positions.get(chunk_id)
         if positions is None:
             return None
         return positions[bisect_right(positions, cursor) % len(positions)]

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from gemini.chunk.core import ChunkCore
 from gemini.placement.prefetch import choose_prefetch
-from gemini.placement.tracer import AccessHistory, Phase
+from gemini.placement.tracer import Phase, UseTrace
 
 __all__ = ["Lookahead"]
 
@@ -25,61 +25,58 @@ class Lookahead:
     """The trace of one engine, and the prefetches that follow from it.
 
     Args:
-        core: chunks and slots; asks this object which chunk is used next.
+        core: chunks and slots.
+        trace: the order in which chunks are used.
         depth: chunks to fetch ahead; 0 fetches on demand only.
         num_slots: slots the chunks take turns in.
         is_sharded: whether several ranks own the chunks, so that residents come anew after every update; see
             [Note: Same order on all ranks].
     """
 
-    def __init__(self, core: ChunkCore, *, depth: int, num_slots: int, is_sharded: bool = False) -> None:
+    def __init__(
+        self, core: ChunkCore, trace: UseTrace, *, depth: int, num_slots: int, is_sharded: bool = False
+    ) -> None:
         self._core = core
+        self._trace = trace
         self._depth = depth if num_slots or is_sharded else 0
         self._is_sharded = is_sharded
         num_residents = sum(chunk.is_resident and chunk.shard is not None for chunk in core.chunks)
         self._horizon = depth + num_slots + num_residents
-        self._histories = {phase: AccessHistory() for phase in Phase}
-        self._phase = Phase.TRAIN
         self.is_in_step = False
         """Whether a training step has begun and not ended."""
         self._forward_order: dict[int, int] = {}
-        core.next_use = lambda chunk_id: self._history.next_use_distance(chunk_id)
-
-    @property
-    def _history(self) -> AccessHistory:
-        return self._histories[self._phase]
 
     @property
     def num_mismatches(self) -> int:
         """Uses in training steps that came in another order than in the step before."""
-        return self._histories[Phase.TRAIN].num_mismatches
+        return self._trace.num_mismatches
 
     def begin_forward(self, phase: Phase) -> None:
         """Start following a forward pass; a training step goes on if one has begun."""
-        self._phase = phase
+        self._trace.phase = phase
         if phase is Phase.INFERENCE or not self.is_in_step:
-            self._history.begin_step(phase)
+            self._trace.begin_step(phase)
             if phase is Phase.TRAIN:
                 self._forward_order.clear()
         self.is_in_step |= phase is Phase.TRAIN
 
     def end_forward(self) -> None:
         """End a forward pass; one without gradients is a step of its own."""
-        if self._phase is Phase.INFERENCE:
-            self._history.end_step()
-            self._phase = Phase.TRAIN
+        if self._trace.phase is Phase.INFERENCE:
+            self._trace.end_step(Phase.INFERENCE)
+            self._trace.phase = Phase.TRAIN
 
     def end_step(self) -> None:
         """End a training step; what it used becomes the trace."""
-        self._histories[Phase.TRAIN].end_step()
+        self._trace.end_step(Phase.TRAIN)
         self.is_in_step = False
 
     def record(self, chunk_id: int) -> None:
         """Note a use; chunks that never move, nor change elsewhere, do not count."""
-        if self._phase is Phase.TRAIN:
+        if self._trace.phase is Phase.TRAIN:
             self._forward_order.setdefault(chunk_id, len(self._forward_order))
         if self._moves(chunk_id):
-            self._history.record(chunk_id)
+            self._trace.record(chunk_id)
 
     def _moves(self, chunk_id: int) -> bool:
         chunk = self._core.chunks[chunk_id]
@@ -91,23 +88,26 @@ class Lookahead:
 
     def needed_soon(self, limit: int) -> tuple[int, ...]:
         """Return the next chunks to be used that take turns in the slots, nearest first."""
-        return self._history.upcoming(limit)
+        return self._trace.upcoming(limit)
 
     def state_dict(self) -> dict[str, list[str]]:
         """Return the order of uses in the last complete step of each phase, as names of chunks."""
-        orders = {phase: history.order_of(phase) for phase, history in self._histories.items()}
-        return {phase.value: [self._core.chunks[i].name for i in order] for phase, order in orders.items() if order}
+        orders = self._trace.orders
+        return {phase.value: [self._core.chunks[i].name for i in order] for phase, order in orders.items()}
 
     def load_state_dict(self, state: Mapping[str, Sequence[str]]) -> None:
         """Follow the orders of another engine of the same model; one that names a chunk that is not here is dropped."""
         ids = {chunk.name: chunk_id for chunk_id, chunk in enumerate(self._core.chunks)}
-        for phase, history in self._histories.items():
+        orders = {}
+        for phase in Phase:
             names = state.get(phase.value, ())
             order = [ids[name] for name in names if name in ids and self._moves(ids[name])]
             if order and all(name in ids for name in names):
-                history.restore(phase, order)
-                if phase is Phase.TRAIN:
-                    self._forward_order = {chunk_id: place for place, chunk_id in enumerate(dict.fromkeys(order))}
+                orders[phase] = order
+        self._trace.restore(orders)
+        if Phase.TRAIN in orders:
+            distinct = dict.fromkeys(orders[Phase.TRAIN])
+            self._forward_order = {chunk_id: place for place, chunk_id in enumerate(distinct)}
 
     def fetch_ahead(self) -> None:
         """Start the fetches that will be needed soon and cost nothing that is needed sooner."""
@@ -116,10 +116,10 @@ class Lookahead:
         self._core.poll()
         if self._is_sharded:
             # What is gathered before the step's update must be gathered again after it.
-            self._gather_ahead(self._history.upcoming(self._horizon, looks_past_end=not self.is_in_step))
+            self._gather_ahead(self._trace.upcoming(self._horizon, looks_past_end=not self.is_in_step))
             return
         decisions = choose_prefetch(
-            self._history.upcoming(self._horizon),
+            self._trace.upcoming(self._horizon),
             self._core.in_memory(),
             num_free_slots=self._core.num_free_slots(),
             evictable=self._core.evictable(),

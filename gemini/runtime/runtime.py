@@ -25,6 +25,8 @@ from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources
 from gemini.placement.overlap import OverlapMode
 from gemini.placement.plan import ChunkDemand, MemoryDemand, PlacementPlan, RuntimeShape, memory_demand
+from gemini.placement.tracer import UseTrace
+from gemini.profile.listeners import RunListeners
 from gemini.ranks.one_rank import ALONE
 from gemini.ranks.sharding import Sharding
 from gemini.runtime.adaptation import Adaptation
@@ -54,6 +56,8 @@ class Runtime(NeverCopied):
         states: home of each trainable chunk's optimizer state, by chunk id; closed by `close`.
         gradients: closed by `close`.
         worker: runs updates; closed by `close`.
+        listeners: told of what happens, by this and by all of the above.
+        trace: the order in which chunks are used, of which `core` asks too.
         kernels: the device's.
         sharding: the ranks that share the model; their group is closed by `close`.
         journal: makes updates outlive the process; None: nothing does. Its file is closed by `close`.
@@ -73,6 +77,8 @@ class Runtime(NeverCopied):
         states: Mapping[int, TiledHome],
         gradients: Gradients,
         worker: UpdateWorker,
+        listeners: RunListeners,
+        trace: UseTrace,
         kernels: DeviceKernels,
         sharding: Sharding = ALONE,
         journal: UpdateJournal | None = None,
@@ -93,11 +99,14 @@ class Runtime(NeverCopied):
         self.journal = journal
         # - What happens
         is_sharded = not sharding.is_alone
+        self.listeners = listeners
         self.access = EngineAccess()
         self.saving = SaveSlot()
         self.probe = MemoryProbe(resources.transfers.device, resources.ledger)
         self.coming = ComingStep(LossScaler(config.initial_loss_scale) if config.dtype is torch.float16 else None)
-        self.lookahead = Lookahead(core, depth=config.prefetch_depth, num_slots=plan.num_slots, is_sharded=is_sharded)
+        self.lookahead = Lookahead(
+            core, trace, depth=config.prefetch_depth, num_slots=plan.num_slots, is_sharded=is_sharded
+        )
         self.overlap = Overlap(
             None if config.overlap == "auto" else OverlapMode(config.overlap),
             core=core,
@@ -105,6 +114,7 @@ class Runtime(NeverCopied):
             gradients=gradients,
             worker=worker,
             kernels=kernels,
+            listeners=listeners,
             predict=self.coming.wish_for,
             urgency=self.lookahead.urgency,
         )

@@ -30,7 +30,7 @@ from gemini.kernels.pool import Ticket
 from gemini.offload.home import TiledHome
 from gemini.offload.transfer import Mark
 from gemini.placement.overlap import OverlapMode, choose_overlap, smoothed_rate, why_not_ahead
-from gemini.profile.recorder import Recorder
+from gemini.profile.listeners import RunListeners
 from gemini.tiers import MemoryTier
 from gemini.update.job import UpdateJob
 from gemini.update.pipeline import clip_segments, tiles_of, update_on_device
@@ -100,11 +100,12 @@ class Overlap:
 
     Args:
         asked: the user's mode; None: choose by measurement.
-        core: chunks and slots; asks this object for chunks that are being updated.
+        core: chunks and slots.
         states: home of each trainable chunk's optimizer state, by chunk id.
         gradients: tells this object what arrives.
         worker: updates what lives in host memory and on disk; closed here.
         kernels: update what lives on the device.
+        listeners: told when a step's updates begin, and when it ends.
         predict: returns what the coming step will probably ask of a chunk; None if nobody knows.
         urgency: returns how soon the next forward needs a chunk, lower is sooner.
     """
@@ -118,6 +119,7 @@ class Overlap:
         gradients: Gradients,
         worker: UpdateWorker,
         kernels: DeviceKernels,
+        listeners: RunListeners,
         predict: Callable[[int], StepWish | None] = lambda chunk_id: None,
         urgency: Callable[[int], int] = lambda chunk_id: chunk_id,
     ) -> None:
@@ -130,14 +132,13 @@ class Overlap:
         """The last step's, from the end of the one before it to its own; None before the second."""
         self.held: HeldStep | None = None
         """The step whose updates wait for `release`; None: no step does."""
-        self.step_ended: Callable[[], None] | None = None
-        """Called at the end of each step."""
         self._asked = asked
         self._core = core
         self._states = states
         self._gradients = gradients
         self._worker = worker
         self._kernels = kernels
+        self._listeners = listeners
         self._predict = predict
         self._urgency = urgency
         self._ahead: dict[int, UpdateJob] = {}
@@ -151,7 +152,6 @@ class Overlap:
             home.is_on_disk for chunk_id in states for home in (states[chunk_id], core.chunks[chunk_id].home)
         )
         self._has_spares = any(state.has_spare(tile) for state in states.values() for tile in range(len(state.tiers)))
-        core.updates = self
         gradients.follow(self)
         self._choose_mode()
 
@@ -280,8 +280,7 @@ class Overlap:
             self._worker.start()
 
     def _start_updates(self, wishes: Mapping[int, StepWish], *, kept: Collection[int], sequence: int = 0) -> None:
-        if self._worker.recorder is not None:
-            self._worker.recorder.moment("update", None)
+        self._listeners.updates_begin()
         try:
             readers = self._core.resources.transfers.mark()
             for chunk_id in sorted(wishes, key=self._urgency):
@@ -312,7 +311,7 @@ class Overlap:
             job.readers = readers
             if not self._worker.adjust(job, urgency=urgency, refreshes=copy):
                 copy = None  # tiles that have gone by will not refresh it
-        self._core.begin_update(chunk_id, keeps_slot=copy is not None)
+        self._core.begin_update(chunk_id, keeps_slot=copy is not None, updater=self)
         refreshes = copy if chunk.slot is not None else None
         jobs = self._pending[chunk_id] = [] if job is None else [job]
         self._ahead.pop(chunk_id, None)
@@ -369,8 +368,7 @@ class Overlap:
             self.last_step = now - self._times_before
         self._times_before = now
         self._choose_mode()
-        if self.step_ended is not None:
-            self.step_ended()
+        self._listeners.step_ended()
 
     @property
     def why_not_ahead(self) -> str | None:
@@ -433,10 +431,6 @@ class Overlap:
     def stall_s(self) -> float:
         """Seconds that training has waited for updates."""
         return self._worker.stall_s
-
-    def record_to(self, recorder: Recorder | None) -> None:
-        """Tell a recorder when updates begin and who waits for them; None: nobody any more."""
-        self._worker.recorder = recorder
 
     def close(self) -> None:
         """Drop what has not begun, wait for the rest, end the thread."""

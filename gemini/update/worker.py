@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from gemini.errors import GeminiError, ModelError, WorkerError
-from gemini.profile.recorder import Recorder
+from gemini.profile.listeners import RunListeners
 from gemini.update.job import UpdateJob
 from gemini.update.pipeline import TilePipeline
 
@@ -65,13 +65,13 @@ class UpdateWorker:
 
     Args:
         pipeline: closed with the worker; used by nobody else.
+        listeners: told of every wait.
     """
 
-    def __init__(self, pipeline: TilePipeline) -> None:
+    def __init__(self, pipeline: TilePipeline, listeners: RunListeners) -> None:
         self.stall_s = 0.0
         """Seconds that callers have waited for updates."""
-        self.recorder: Recorder | None = None
-        """Told of every such wait; None: nobody is."""
+        self._listeners = listeners
         self._shared = _Shared(pipeline)
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
@@ -159,8 +159,7 @@ class UpdateWorker:
             shared.progress.pop(id(job), None)
         end = time.perf_counter()
         self.stall_s += end - start
-        if self.recorder is not None:
-            self.recorder.stalled("update", job.spec.chunk_id, start, end)
+        self._listeners.stalled("update", job.spec.chunk_id, start, end)
 
     def adjust(self, job: UpdateJob, *, urgency: int, refreshes: torch.Tensor | None) -> bool:
         """Give a job another urgency and, if that is not too late, a copy to refresh.

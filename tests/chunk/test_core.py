@@ -18,6 +18,7 @@ from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources
 from gemini.offload.slots import FixedSlots
 from gemini.offload.transfer import CpuTransfers
+from gemini.profile.listeners import RunListeners
 from gemini.ranks.one_rank import ALONE
 from gemini.tiers import MemoryTier
 
@@ -26,7 +27,13 @@ NUMEL = 3000  # of 4 bytes: three pages
 NUM_SLOTS = 2
 
 
-def make_core(resources: Resources, tiers: list[MemoryTier], *, num_staging: int = 1) -> ChunkCore:
+def make_core(
+    resources: Resources,
+    tiers: list[MemoryTier],
+    *,
+    num_staging: int = 1,
+    next_use: Callable[[int], int] = lambda chunk_id: 0,
+) -> ChunkCore:
     """Return a core whose chunk i has one tensor, full of i, at home in tiers[i]."""
     core = ChunkCore(
         resources,
@@ -35,6 +42,8 @@ def make_core(resources: Resources, tiers: list[MemoryTier], *, num_staging: int
             CpuTransfers(resources.arena), num_slots=num_staging, slot_nbytes=12_288, purpose="fetch slots"
         ),
         group=ALONE.group,
+        next_use=next_use,
+        listeners=RunListeners(),
     )
     for i, tier in enumerate(tiers):
         param = ParamSpec(name=f"weight{i}", index=i, shape=(NUMEL,), dtype=torch.float32, is_trainable=False)
@@ -118,8 +127,7 @@ def test_a_leased_chunk_is_never_evicted(make: Callable[..., ChunkCore]) -> None
 
 
 def test_the_chunk_used_last_in_the_future_leaves(make: Callable[..., ChunkCore]) -> None:
-    core = make([NVME, HOST, NVME, HOST])
-    core.next_use = {0: 9, 1: 3, 2: 1, 3: 5}.__getitem__
+    core = make([NVME, HOST, NVME, HOST], next_use={0: 9, 1: 3, 2: 1, 3: 5}.__getitem__)
     for chunk_id in (0, 1):
         core.access(chunk_id)
         core.release(chunk_id)
@@ -130,8 +138,7 @@ def test_the_chunk_used_last_in_the_future_leaves(make: Callable[..., ChunkCore]
 
 
 def test_the_most_recently_used_chunk_is_protected(make: Callable[..., ChunkCore]) -> None:
-    core = make([NVME, HOST, NVME])
-    core.next_use = {0: 1, 1: 9, 2: 2}.__getitem__
+    core = make([NVME, HOST, NVME], next_use={0: 1, 1: 9, 2: 2}.__getitem__)
     for chunk_id in (0, 1):
         core.ensure(chunk_id)
     assert core.evictable() == {0}

@@ -26,6 +26,7 @@ from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources
 from gemini.offload.slots import FixedSlots
 from gemini.offload.transfer import CpuTransfers
+from gemini.profile.listeners import RunListeners
 from gemini.ranks.one_rank import ALONE
 from gemini.tiers import MemoryTier, round_up
 from gemini.update.job import UpdateJob
@@ -172,6 +173,8 @@ def make_worker(resources: Resources, ring_depth: int = 3) -> tuple[ChunkCore, U
         slots=FixedSlots(resources.transfers, num_slots=1, slot_nbytes=1 << 20, purpose="slots"),
         staging=FixedSlots(CpuTransfers(resources.arena), num_slots=1, slot_nbytes=1 << 20, purpose="fetch slots"),
         group=ALONE.group,
+        next_use=lambda chunk_id: 0,
+        listeners=RunListeners(),
     )
     pipeline = TilePipeline(
         resources,
@@ -179,7 +182,7 @@ def make_worker(resources: Resources, ring_depth: int = 3) -> tuple[ChunkCore, U
         ring_depth=ring_depth,
         ring_nbytes=5 * 4 * TILE_NUMEL,  # master, two moments, weights and gradient
     )
-    return core, UpdateWorker(pipeline)
+    return core, UpdateWorker(pipeline, RunListeners())
 
 
 def run(worker: UpdateWorker, jobs: Sequence[UpdateJob]) -> None:
