@@ -23,6 +23,10 @@ __all__ = ["GeminiConfig", "NVMeConfig"]
 OVERLAPS = ("auto", "off", "next-forward", "speculative")
 _BYTES_WRITTEN_PATTERN = re.compile(r"([TP]B)W\s*$", re.IGNORECASE)
 _WORD_PATTERN = re.compile(r"[!-~]{1,128}")
+DEFAULT_ACTIVATION_RESERVE = 0.3
+"""Part of the device budget kept for activations until they have been measured."""
+DEFAULT_CHECKPOINT_RESERVE = 0.1
+"""Part of the host budget kept for activation checkpoints."""
 WORKING_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -170,9 +174,7 @@ class GeminiConfig:
             names = ", ".join(str(dtype) for dtype in WORKING_DTYPES)
             raise ConfigError(f"GeminiConfig.dtype: expected one of {names}, got {self.dtype!r}")
         for name in ("device_budget", "host_budget", "activation_reserve", "checkpoint_reserve"):
-            value = getattr(self, name)
-            if value is not None:
-                parse_nbytes(value, name=f"GeminiConfig.{name}")
+            self._nbytes(name)
         if self.nvme is not None and not isinstance(self.nvme, NVMeConfig):
             raise ConfigError(f"GeminiConfig.nvme: expected an NVMeConfig or None, got {self.nvme!r}")
         if self.placement != "auto" and not isinstance(self.placement, (StaticPlacement, PlacementPlan)):
@@ -224,6 +226,37 @@ class GeminiConfig:
             raise ConfigError(
                 f"GeminiConfig.initial_loss_scale: expected a power of two, got {self.initial_loss_scale!r}"
             )
+
+    @property
+    def device_budget_nbytes(self) -> int | None:
+        """The device budget in bytes; None if none was given."""
+        return self._nbytes("device_budget")
+
+    @property
+    def host_budget_nbytes(self) -> int | None:
+        """The host budget in bytes; None if none was given."""
+        return self._nbytes("host_budget")
+
+    @property
+    def nvme_budget_nbytes(self) -> int | None:
+        """The disk budget in bytes; None if there is no disk tier."""
+        return None if self.nvme is None else self.nvme.budget_nbytes
+
+    def activation_reserve_of(self, device_nbytes: int) -> int:
+        """Return the bytes of a device budget that are kept free for activations."""
+        given = self._nbytes("activation_reserve")
+        return int(device_nbytes * DEFAULT_ACTIVATION_RESERVE) if given is None else given
+
+    def checkpoint_reserve_of(self, host_nbytes: int) -> int:
+        """Return the bytes of a host budget that are kept free for activation checkpoints of sliced blocks."""
+        if self.num_batch_slices == 1:
+            return 0
+        given = self._nbytes("checkpoint_reserve")
+        return int(host_nbytes * DEFAULT_CHECKPOINT_RESERVE) if given is None else given
+
+    def _nbytes(self, name: str) -> int | None:
+        value = getattr(self, name)
+        return None if value is None else parse_nbytes(value, name=f"GeminiConfig.{name}")
 
     @property
     def input_dtype(self) -> torch.dtype | None:

@@ -23,14 +23,9 @@ from gemini.placement.plan import ChunkDemand, MemoryDemand, PlacementPlan, Runt
 from gemini.placement.policy import Budgets, choose_plan
 from gemini.ranks.one_rank import ALONE
 from gemini.ranks.sharding import ChunkShard, Sharding
-from gemini.tiers import MemoryTier, parse_nbytes
+from gemini.tiers import MemoryTier
 
 __all__ = ["Blueprint", "draw_blueprint", "draw_layout"]
-
-DEFAULT_RESERVE = 0.3
-"""Part of the device budget kept for activations until they have been measured."""
-DEFAULT_CHECKPOINT_RESERVE = 0.1
-"""Part of the host budget kept for activation checkpoints."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,67 +87,25 @@ def draw_blueprint(
     """
     if sharding.is_alone:
         _refuse_dtensors(model)
-    dtypes = choose_dtypes(model, config.dtype)
-    layout = _lay_out(model, config, dtypes)
-    _refuse_overlaps(model)
-    if not sharding.is_alone and config.overlap == "speculative":
+    elif config.overlap == "speculative":
         raise ConfigError(
             'GeminiConfig.overlap: "speculative" is for one rank; choose "auto", "next-forward" or "off" when sharding'
         )
     if has_commits:
         _refuse_with_commits(config)
-    shards = tuple(sharding.group.shard_of(chunk.numel, chunk.dtype.itemsize) for chunk in layout.chunks)
-    pairs = zip(layout.chunks, shards, strict=True)
-    demands = tuple(_demand_of(chunk, shard, layout, sharding, has_commits=has_commits) for chunk, shard in pairs)
+    dtypes = choose_dtypes(model, config.dtype)
+    layout = _lay_out(model, config, dtypes)
+    _refuse_overlaps(model)
     budgets = budgets_of(config) if budgets is None else budgets
-    device_nbytes = budgets[MemoryTier.DEVICE]
-    shape = RuntimeShape(
-        has_device=device_nbytes is not None,
-        tile_numel=config.tile_numel,
-        ring_depth=config.ring_depth,
-        grad_itemsize=4 if config.gradient_accumulation else config.dtype.itemsize,
-        has_checksums=config.nvme is not None and config.nvme.verify,
+    shards = tuple(sharding.group.shard_of(chunk.numel, chunk.dtype.itemsize) for chunk in layout.chunks)
+    demands = tuple(
+        _demand_of(chunk, shard, layout, sharding, has_commits=has_commits)
+        for chunk, shard in zip(layout.chunks, shards, strict=True)
     )
-    commits = None
-    if has_commits:
-        commits = lay_out_overhead(
-            demands,
-            tile_numel=config.tile_numel,
-            num_params=sum(len(chunk.slots) for chunk in layout.chunks),
-            model_buffer_nbytes=sum(
-                buffer.numel() * dtypes.buffers[name].itemsize for name, buffer in model.named_buffers()
-            ),
-            num_scratches=config.num_threads or MAX_DEFAULT_THREADS,
-        )
-        shape = dataclasses.replace(shape, commits_nbytes=commits.buffers)
-    host_nbytes = budgets[MemoryTier.HOST]
-    assert host_nbytes is not None
+    commits = _lay_out_commits(model, config, layout, dtypes, demands) if has_commits else None
+    shape = _shape_of(config, budgets, commits, may_speculate=sharding.is_alone and not has_commits)
     chunks_at_once = max(len(unit.chunk_ids) for unit in layout.units)
-    plan_budgets = Budgets(
-        device=None if device_nbytes is None else device_nbytes - _reserve_of(config, device_nbytes),
-        host=host_nbytes - (_checkpoint_reserve_of(config, host_nbytes) if shape.has_device else 0),
-        nvme=budgets[MemoryTier.NVME],
-    )
-
-    def plan_with(shape: RuntimeShape) -> PlacementPlan:
-        return choose_plan(
-            config.placement,
-            demands,
-            shape,
-            plan_budgets,
-            prefetch_depth=config.prefetch_depth,
-            chunks_at_once=chunks_at_once,
-        )
-
-    may_speculate = config.overlap in ("auto", "speculative") and sharding.is_alone and not has_commits
-    shape = dataclasses.replace(shape, has_spares=config.nvme is not None and may_speculate)
-    try:
-        plan = plan_with(shape)
-    except OutOfTierMemoryError:
-        if not shape.has_spares or config.overlap != "auto":
-            raise
-        shape = dataclasses.replace(shape, has_spares=False)
-        plan = plan_with(shape)
+    shape, plan = _place(config, demands, shape, budgets, chunks_at_once)
     if commits is not None:
         refuse_device_homes(layout, plan)
         commits = dataclasses.replace(commits, buffer_nbytes=lay_out_buffers(demands, plan, shape))
@@ -191,6 +144,82 @@ def _lay_out(model: torch.nn.Module, config: GeminiConfig, dtypes: WorkingDtypes
     return build_layout(tree, max_small_nbytes=config.min_unit_nbytes)
 
 
+def _lay_out_commits(
+    model: torch.nn.Module,
+    config: GeminiConfig,
+    layout: ChunkLayout,
+    dtypes: WorkingDtypes,
+    demands: tuple[ChunkDemand, ...],
+) -> CommitLayout:
+    """Lay out what a commit file holds beside the buffers, which the plan decides."""
+    buffers = model.named_buffers()
+    return lay_out_overhead(
+        demands,
+        tile_numel=config.tile_numel,
+        num_params=sum(len(chunk.slots) for chunk in layout.chunks),
+        model_buffer_nbytes=sum(buffer.numel() * dtypes.buffers[name].itemsize for name, buffer in buffers),
+        num_scratches=config.num_threads or MAX_DEFAULT_THREADS,
+    )
+
+
+def _shape_of(
+    config: GeminiConfig,
+    budgets: Mapping[MemoryTier, int | None],
+    commits: CommitLayout | None,
+    *,
+    may_speculate: bool,
+) -> RuntimeShape:
+    """Return what the configuration says of the buffers, with spares wherever they may be of use."""
+    return RuntimeShape(
+        has_device=budgets[MemoryTier.DEVICE] is not None,
+        tile_numel=config.tile_numel,
+        ring_depth=config.ring_depth,
+        grad_itemsize=4 if config.gradient_accumulation else config.dtype.itemsize,
+        has_checksums=config.nvme is not None and config.nvme.verify,
+        has_spares=config.nvme is not None and may_speculate and config.overlap in ("auto", "speculative"),
+        commits_nbytes=0 if commits is None else commits.buffers,
+    )
+
+
+def _plan_budgets(config: GeminiConfig, budgets: Mapping[MemoryTier, int | None]) -> Budgets:
+    """Return what the plan may take of the budgets: all but what is kept for activations and their checkpoints."""
+    device_nbytes, host_nbytes = budgets[MemoryTier.DEVICE], budgets[MemoryTier.HOST]
+    assert host_nbytes is not None
+    if device_nbytes is not None:
+        host_nbytes -= config.checkpoint_reserve_of(host_nbytes)
+        device_nbytes -= config.activation_reserve_of(device_nbytes)
+    return Budgets(device=device_nbytes, host=host_nbytes, nvme=budgets[MemoryTier.NVME])
+
+
+def _place(
+    config: GeminiConfig,
+    demands: tuple[ChunkDemand, ...],
+    shape: RuntimeShape,
+    budgets: Mapping[MemoryTier, int | None],
+    chunks_at_once: int,
+) -> tuple[RuntimeShape, PlacementPlan]:
+    """Return a plan within the budgets, and the shape that it is for: without spares if they do not fit."""
+    plan_budgets = _plan_budgets(config, budgets)
+
+    def plan_for(shape: RuntimeShape) -> PlacementPlan:
+        return choose_plan(
+            config.placement,
+            demands,
+            shape,
+            plan_budgets,
+            prefetch_depth=config.prefetch_depth,
+            chunks_at_once=chunks_at_once,
+        )
+
+    try:
+        return shape, plan_for(shape)
+    except OutOfTierMemoryError:
+        if not shape.has_spares or config.overlap != "auto":
+            raise
+    shape = dataclasses.replace(shape, has_spares=False)
+    return shape, plan_for(shape)
+
+
 def _refuse_overlaps(model: torch.nn.Module) -> None:
     """Raise ModelError if two parameters share memory without being the same object: chunks would untie them."""
     params = ((name, local_part(param)) for name, param in model.named_parameters())
@@ -214,20 +243,6 @@ def _refuse_dtensors(model: torch.nn.Module) -> None:
                 f"parameter {name} is a DTensor, of which other ranks hold parts: wrap the model with "
                 "zero.shard(model, config, mesh=...), where the mesh is that of data parallelism, of one rank or more"
             )
-
-
-def _reserve_of(config: GeminiConfig, device_nbytes: int) -> int:
-    if config.activation_reserve is not None:
-        return parse_nbytes(config.activation_reserve, name="activation_reserve")
-    return int(device_nbytes * DEFAULT_RESERVE)
-
-
-def _checkpoint_reserve_of(config: GeminiConfig, host_nbytes: int) -> int:
-    if config.num_batch_slices == 1:
-        return 0
-    if config.checkpoint_reserve is not None:
-        return parse_nbytes(config.checkpoint_reserve, name="checkpoint_reserve")
-    return int(host_nbytes * DEFAULT_CHECKPOINT_RESERVE)
 
 
 def _demand_of(

@@ -43,8 +43,8 @@ class ChunkManager:
     def __init__(self, config: GeminiConfig | None = None) -> None:
         config = config or GeminiConfig()
         disk_nbytes = 0
-        if config.nvme is not None:  # the file has a block of its own
-            disk_nbytes = (config.nvme.budget_nbytes // IO_ALIGNMENT_NBYTES - 1) * IO_ALIGNMENT_NBYTES
+        if config.nvme_budget_nbytes is not None:  # the file has a block of its own
+            disk_nbytes = (config.nvme_budget_nbytes // IO_ALIGNMENT_NBYTES - 1) * IO_ALIGNMENT_NBYTES
         self._resources = open_resources(config, budgets_of(config), disk_nbytes=disk_nbytes)
         self._core = ChunkCore(
             self._resources,

@@ -20,7 +20,7 @@ from gemini.offload.arena import HostArena
 from gemini.offload.store import DiskStore
 from gemini.offload.swap_file import GivenFile, KeptSwap, check_directory
 from gemini.offload.transfer import CpuTransfers, CudaTransfers, SimulatedTransfers, Transfers
-from gemini.tiers import MemoryTier, TierLedger, checksum_nbytes, parse_nbytes
+from gemini.tiers import MemoryTier, TierLedger, checksum_nbytes
 
 __all__ = ["MAX_DEFAULT_THREADS", "Resources", "budgets_of", "device_of", "open_resources"]
 
@@ -133,19 +133,18 @@ def budgets_of(config: GeminiConfig) -> dict[MemoryTier, int | None]:
             logger.warning("device_budget is not used: there is no CUDA device, and host_budget bounds all memory")
         device_nbytes = None
     elif config.device_budget is not None:
-        device_nbytes = parse_nbytes(config.device_budget, name="device_budget")
+        device_nbytes = config.device_budget_nbytes
     elif isinstance(device, torch.device):
         device_nbytes = int(torch.cuda.mem_get_info(device)[0] * MARGIN)
     else:
         device_nbytes = int(available_host_nbytes() * MARGIN / 2)
-    if config.host_budget is not None:
-        host_nbytes = parse_nbytes(config.host_budget, name="host_budget")
-    else:
+    host_nbytes = config.host_budget_nbytes
+    if host_nbytes is None:
         host_nbytes = int(available_host_nbytes() * MARGIN)
     return {
         MemoryTier.DEVICE: device_nbytes,
         MemoryTier.HOST: host_nbytes,
-        MemoryTier.NVME: config.nvme.budget_nbytes if config.nvme is not None else None,
+        MemoryTier.NVME: config.nvme_budget_nbytes,
     }
 
 
