@@ -85,8 +85,8 @@ class _Stepper:
 
     def step(self) -> float:
         """Take a step, until all of it has happened; return its seconds."""
-        landlord: Any = self.engine.runtime.resources.landlord
-        before = 0 if landlord is None else landlord.client.num_messages
+        client: Any = getattr(self.engine.runtime.resources.granted_by, "client", None)
+        before = 0 if client is None else client.num_messages
         begin_s = time.perf_counter()
         self.engine(input_ids=self.batch, labels=self.batch).loss.backward()
         self.optimizer.step()
@@ -95,8 +95,8 @@ class _Stepper:
         self.engine.runtime.overlap.settle_all()
         elapsed_s = time.perf_counter() - begin_s
         self._num_steps += 1
-        if landlord is not None and self._num_steps > NUM_WARM_UPS:
-            self.num_messages += landlord.client.num_messages - before
+        if client is not None and self._num_steps > NUM_WARM_UPS:
+            self.num_messages += client.num_messages - before
         return elapsed_s
 
 

@@ -427,7 +427,8 @@ class GeminiDDP(torch.nn.Module):
     @property
     def recovered(self) -> int | None:
         """Optimizer steps of the commit whose weights and state the engine began with; None: there was no commit."""
-        return None if self._runtime.recovered is None else self._runtime.recovered.num_steps
+        step = self._runtime.commits.step
+        return None if step is None else step.num_steps
 
     def recover(
         self, *, optimizer: CheckpointedOptimizer | None = None, scheduler: Stateful | None = None

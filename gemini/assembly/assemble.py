@@ -8,22 +8,22 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from gemini.assembly.blueprint import Blueprint, draw_blueprint
+from gemini.assembly.engine_memory import EngineMemory, OwnMemory
 from gemini.assembly.first_values import InitFn, Initialiser, WeightSource, find_init_fn, place_buffers
 from gemini.assembly.homes import write_home
 from gemini.assembly.node_memory import ASKING, NodeMemory
-from gemini.assembly.shared_weights import SharedPart, SharedWeights, find_shared_parts
+from gemini.assembly.shared_weights import SharedPart, SharedWeights
 from gemini.chunk.core import ChunkCore
 from gemini.chunk.cut import cut_spec, cut_values
 from gemini.chunk.layout import ChunkSpec, layout_summary
 from gemini.commits.file import CommitFile
-from gemini.commits.recovery import ClaimedCommits
+from gemini.commits.recovery import ClaimedCommits, Commits, NoCommits
 from gemini.config import GeminiConfig
 from gemini.errors import ModelError, ServiceError
 from gemini.gradients.arrivals import Gradients
@@ -93,20 +93,18 @@ def assemble(
         OffloadIOError: the swap file cannot be made, claimed or filled, or `weights` cannot be read.
         ServiceError: there is no memory service, or it refuses.
     """
-    node = None
+    memory: EngineMemory = OwnMemory(config)
     try:
         if config.service is not None:
             with on_all_ranks(sharding, what=ASKING, error_type=ServiceError):
-                node = NodeMemory.connect(config, sharding)
-        runtime = _assemble(model, config, init_fn, weights, sharding, commits, node)
-        if node is not None:
-            node.settle()
+                memory = NodeMemory.connect(config, sharding)
+        runtime = _assemble(model, config, init_fn, weights, sharding, commits, memory)
+        memory.settle()
         return runtime
     except BaseException:
         if commits is not None:
             commits.close()
-        if node is not None:
-            node.abandon()
+        memory.abandon()
         raise
 
 
@@ -117,40 +115,38 @@ def _assemble(
     weights: WeightSource | None,
     sharding: Sharding,
     commits: CommitFile | None,
-    node: NodeMemory | None,
+    memory: EngineMemory,
 ) -> Runtime:
     has_commits = commits is not None or config.snapshots
-    budgets = None if node is None else node.budgets(sharding)
-    with nullcontext() if node is None else node.explaining_budget():
+    budgets = memory.budgets()
+    with memory.explaining_budget():
         blueprint = draw_blueprint(model, config, sharding=sharding, budgets=budgets, has_commits=has_commits)
     _check_compiled(model, blueprint)
     logger.info("%s", layout_summary(blueprint.layout))
     serve_cpu_memory(config.cpu_allocator, is_compute_on_cpu=not blueprint.shape.has_device)
     disk_nbytes = blueprint.memory.total(MemoryTier.NVME)
-    parts = {} if node is None else find_shared_parts(blueprint, model, weights)
-    swap_file = None
-    if node is not None:
-        with on_all_ranks(sharding, what=ASKING, error_type=ServiceError):
-            swap_file, kept_file = node.claim(blueprint, parts.values())
-        commits = kept_file or commits
-    with nullcontext() if node is None else node.explaining():
-        kept = None if commits is None else ClaimedCommits.claim(commits, blueprint.commit_content(), sharding)
+    parts = memory.shared_parts(blueprint, model, weights)
+    swap_file, kept_file = memory.claim(blueprint, parts.values())
+    commits = kept_file or commits
+    kept: Commits = NoCommits()
+    if commits is not None:
+        with memory.explaining():
+            kept = ClaimedCommits.claim(commits, blueprint.commit_content(), sharding)
     resources = open_resources(
         config,
         blueprint.budgets,
         disk_nbytes=disk_nbytes,
         rank=sharding.group.rank,
-        kept=None if kept is None else kept.swap,
+        kept=kept.swap,
         given=swap_file,
-        landlord=node,
+        granted_by=memory,
     )
     try:
-        if kept is not None:
-            resources.ledger.charge(MemoryTier.HOST, "commits", blueprint.shape.commits_nbytes)
-        builder = _Builder(config, blueprint, resources, sharding, weights, kept, node, parts)
+        resources.ledger.charge(MemoryTier.HOST, "commits", blueprint.shape.commits_nbytes)
+        builder = _Builder(config, blueprint, resources, sharding, weights, kept, memory, parts)
         runtime = builder.build(model, init_fn or find_init_fn(model))
     except BaseException:
-        resources.close(keep=kept is not None and kept.step is not None)
+        resources.close(keep=kept.step is not None)
         raise
     return runtime
 
@@ -175,8 +171,8 @@ class _Builder:
     resources: Resources
     sharding: Sharding
     weights: WeightSource | None
-    kept: ClaimedCommits | None
-    node: NodeMemory | None
+    commits: Commits
+    memory: EngineMemory
     parts: Mapping[int, SharedPart]
     """What other jobs may have too, by chunk id."""
 
@@ -194,7 +190,7 @@ class _Builder:
             tile_numel=shape.tile_numel,
             ring_depth=shape.ring_depth,
             ring_nbytes=buffers["update ring"],
-            log=None if self.kept is None else self.kept.journal,
+            log=self.commits.log,
         )
         states: dict[int, TiledHome] = {}
         dtypes = {name: slot.spec.dtype for name, slot in blueprint.layout.slot_by_name.items()}
@@ -206,8 +202,7 @@ class _Builder:
             self._lay_out_shared_weights()
             for homes in plan.chunks:
                 self._add_chunk(homes, core, gradients, states, initialiser)
-        if self.kept is not None:
-            self.kept.redo(core, states, gradients, pipeline)
+        self.commits.redo(core, states, gradients, pipeline)
         for homes in plan.chunks:
             if homes.is_resident:
                 core.residents.keep(homes.chunk_id)
@@ -227,8 +222,7 @@ class _Builder:
             trace=trace,
             kernels=kernels,
             sharding=self.sharding,
-            journal=None if self.kept is None else self.kept.journal,
-            recovered=None if self.kept is None else self.kept.step,
+            commits=self.commits,
         )
 
     def _make_core(self, listeners: RunListeners, trace: UseTrace, *, fetch_slot_nbytes: int) -> ChunkCore:
@@ -344,14 +338,12 @@ class _Builder:
         if has_shared_home(demand, homes.working):
             self._add_shared_chunk(homes, core, initialiser)
             return
-        kept = self.kept if demand.is_trainable else None
-        source: MemorySource | None = None if kept is None else kept.journal.file
+        source = self.commits.log.memory if demand.is_trainable else None
         part = self.parts.get(chunk_id)
         if part is not None:
-            assert self.node is not None
-            source = SharedWeights(self.node.shared, part, partial(self._write_shared, spec, demand, initialiser))
+            source = SharedWeights(self.memory.shared, part, partial(self._write_shared, spec, demand, initialiser))
         working, state, grad = _open_homes(demand, homes, blueprint.shape, self.resources, source, name=spec.name)
-        if part is None and (kept is None or kept.step is None):
+        if part is None and not (demand.is_trainable and self.commits.step is not None):
             home_spec = spec if shard is None else cut_spec(spec, shard)
             values = (initialiser.values_of(slot.spec.name) for slot in home_spec.slots)
             own_values = values if shard is None else cut_values(spec, shard, values)

@@ -10,15 +10,17 @@ import secrets
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
 from gemini.assembly.blueprint import Blueprint
-from gemini.assembly.shared_weights import SharedPart, fill_shared
+from gemini.assembly.engine_memory import Grant
+from gemini.assembly.first_values import WeightSource
+from gemini.assembly.shared_weights import SharedPart, fill_shared, find_shared_parts
 from gemini.commits.file import CommitFile
 from gemini.commits.recovery import common_sequence
 from gemini.config import GeminiConfig
@@ -39,34 +41,26 @@ from gemini.tiers import MemoryTier, format_nbytes
 if TYPE_CHECKING:
     from gemini.service import KeptState, Lease, ServiceClient
 
-__all__ = ["Grant", "NodeMemory"]
+__all__ = ["NodeMemory"]
 
 logger = logging.getLogger(__name__)
 
 ASKING = "asking the memory service"
 
 
-class Grant(NamedTuple):
-    """What the service has granted an engine beside plain host memory."""
-
-    swap_file: GivenFile | None
-    commits: CommitFile | None
-    """Keeps the engine's state beyond the process, and may hold a predecessor's."""
-
-
 class NodeMemory:
-    """One engine's dealings with the service, from `connect` to `close`.
+    """One engine's dealings with the service, from `connect` to `close`; see EngineMemory.
 
     Args:
         client: connected; closed with this.
         config: of the engine.
-        num_ranks: of the job.
+        sharding: the ranks that share the model; those on this machine are one job of its service.
     """
 
-    def __init__(self, client: ServiceClient, config: GeminiConfig, *, num_ranks: int) -> None:
+    def __init__(self, client: ServiceClient, config: GeminiConfig, sharding: Sharding) -> None:
         self.client = client
         self._config = config
-        self._num_ranks = num_ranks
+        self._sharding = sharding
         self._kept: KeptState | None = None
         """What was taken over of a predecessor."""
         self._commits: CommitFile | None = None
@@ -116,17 +110,14 @@ class NodeMemory:
                 job,
                 job,
             )
-        return NodeMemory(client, config, num_ranks=num_ranks)
+        return NodeMemory(client, config, sharding)
 
-    def budgets(self, sharding: Sharding) -> dict[MemoryTier, int | None]:
+    def budgets(self) -> dict[MemoryTier, int | None]:
         """Return the bytes per tier to plan with: the configuration's, within what the service has to grant.
 
-        Args:
-            sharding: the ranks that share the model, all of which call, and get the same.
-
         Returns:
-            As `budgets_of`. Of host memory, what a predecessor was granted whose state is kept; else, where the
-            configuration gives no budget, a fair share of the node's.
+            As `budgets_of`, the same on all ranks. Of host memory, what a predecessor was granted whose state is kept;
+            else, where the configuration gives no budget, a fair share of the node's.
 
         Raises:
             CheckpointError: what was kept is damaged.
@@ -135,6 +126,7 @@ class NodeMemory:
             ConfigError: as `budgets_of`.
             ServiceError: the service is gone.
         """
+        sharding = self._sharding
         with self.explaining():
             with on_all_ranks(sharding, what=ASKING, error_type=ServiceError):
                 self._take_kept()
@@ -162,7 +154,9 @@ class NodeMemory:
         if nvme_nbytes is not None:
             if node.disk_total == 0:
                 logger.warning("the memory service has no disk, so nothing will live there: serve --nvme DIR:BYTES")
-            budgets[MemoryTier.NVME] = min(nvme_nbytes, max(0, node.disk_total // self._num_ranks - HEADER_NBYTES))
+            budgets[MemoryTier.NVME] = min(
+                nvme_nbytes, max(0, node.disk_total // len(self._sharding.node_ranks) - HEADER_NBYTES)
+            )
         return budgets
 
     def _take_kept(self) -> None:
@@ -182,6 +176,12 @@ class NodeMemory:
     def _kept_budget(self) -> int | None:
         return int(self._kept.meta.split()[0]) if self._kept is not None and self._kept.meta else None
 
+    def shared_parts(
+        self, blueprint: Blueprint, model: torch.nn.Module, weights: WeightSource | None
+    ) -> Mapping[int, SharedPart]:
+        """Return the frozen chunks that other jobs may have too, by chunk id; see find_shared_parts."""
+        return find_shared_parts(blueprint, model, weights)
+
     def claim(self, blueprint: Blueprint, shared: Iterable[SharedPart]) -> Grant:
         """Wait until the service grants what an engine takes, or take over what it keeps of a predecessor.
 
@@ -193,9 +193,14 @@ class NodeMemory:
             What the engine takes beside plain host memory.
 
         Raises:
+            CollectiveError: a rank did not take part.
             OutOfTierMemoryError: the node does not have that much.
-            ServiceError: the service refuses.
+            ServiceError: the service refuses, this rank or another.
         """
+        with on_all_ranks(self._sharding, what=ASKING, error_type=ServiceError):
+            return self._claim(blueprint, shared)
+
+    def _claim(self, blueprint: Blueprint, shared: Iterable[SharedPart]) -> Grant:
         nbytes_of_key = {part.key: part.nbytes for part in shared}
         host_nbytes, disk_nbytes = blueprint.budgets[MemoryTier.HOST], blueprint.memory.total(MemoryTier.NVME)
         assert host_nbytes is not None

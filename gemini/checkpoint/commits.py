@@ -41,7 +41,8 @@ class Recovered:
 def commit_step(runtime: Runtime, participants: Participants, *, extra: Any) -> None:
     """Commit the last step; see GeminiDDP.commit."""
     runtime.check_usable()
-    if runtime.journal is None:
+    file = runtime.commits.file
+    if file is None:
         raise ConfigError(
             "engine.commit: this engine has no commit file: set GeminiConfig(service=..., job=..., snapshots=True), or "
             "pass GeminiDDP(..., commits=CommitFile)"
@@ -51,7 +52,6 @@ def commit_step(runtime: Runtime, participants: Participants, *, extra: Any) -> 
             "engine.commit: gradients wait for a step and would be lost: call it after optimizer.step(), or drop them "
             "with optimizer.zero_grad()"
         )
-    file = runtime.journal.file
     committed = file.sequence
     try:
         with on_all_ranks(runtime.sharding, what="engine.commit"):
@@ -77,7 +77,7 @@ def commit_step(runtime: Runtime, participants: Participants, *, extra: Any) -> 
 def recover_step(runtime: Runtime, participants: Participants) -> Recovered:
     """Restore what the engine's homes do not hold; see GeminiDDP.recover."""
     runtime.check_usable()
-    found = runtime.recovered
+    found = runtime.commits.step
     if found is None:
         raise ConfigError("engine.recover: the commit file held no committed step: look at engine.recovered first")
     with on_all_ranks(runtime.sharding, what="engine.recover"):

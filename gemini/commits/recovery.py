@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from gemini.chunk.core import ChunkCore
 from gemini.commits.file import CommitFile
@@ -25,25 +26,110 @@ from gemini.offload.home import TiledHome
 from gemini.offload.swap_file import KeptSwap
 from gemini.ranks.agreement import agree, on_all_ranks
 from gemini.ranks.sharding import Sharding
-from gemini.update.job import UpdateJob
+from gemini.update.job import NoProgressLog, ProgressLog, UpdateJob
 from gemini.update.pipeline import TilePipeline, tiles_of
 
-__all__ = ["ClaimedCommits", "common_sequence"]
+__all__ = ["ClaimedCommits", "Commits", "NoCommits", "common_sequence"]
 
 logger = logging.getLogger(__name__)
 
 WHAT = "claiming the commit files"
 
 
+class Commits(Protocol):
+    """What makes an engine's steps outlive its process, if anything does."""
+
+    @property
+    def log(self) -> ProgressLog:
+        """Told how far updates are; also where the memory of what is trained comes from."""
+        ...
+
+    @property
+    def file(self) -> CommitFile | None:
+        """The commit file; None if nothing is committed."""
+        ...
+
+    @property
+    def step(self) -> CommittedStep | None:
+        """What was committed last when the engine was made; None if nothing was, and it began with first weights."""
+        ...
+
+    @property
+    def swap(self) -> KeptSwap | None:
+        """The swap file that belongs to the commit file."""
+        ...
+
+    @property
+    def has_record(self) -> bool:
+        """Whether there is a committed step that the next engine would go on from."""
+        ...
+
+    def redo(
+        self,
+        core: ChunkCore,
+        states: Mapping[int, TiledHome],
+        gradients: Gradients,
+        pipeline: TilePipeline,
+    ) -> None:
+        """Finish the updates of `step`, if there is one; see gemini.commits.redo."""
+
+    def drop(self) -> None:
+        """Let there be no committed step any more."""
+
+    def close(self) -> None:
+        """Close the file."""
+
+
+class NoCommits:
+    """Nothing outlives the process; see Commits."""
+
+    log = NoProgressLog()
+    file = None
+    step = None
+    swap = None
+    has_record = False
+
+    def redo(
+        self,
+        core: ChunkCore,
+        states: Mapping[int, TiledHome],
+        gradients: Gradients,
+        pipeline: TilePipeline,
+    ) -> None:
+        """Return: no update was interrupted."""
+
+    def drop(self) -> None:
+        """Return: there is none."""
+
+    def close(self) -> None:
+        """Return: nothing is open."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimedCommits:
-    """A claimed commit file."""
+    """A claimed commit file; see Commits."""
 
-    journal: UpdateJournal
+    log: UpdateJournal
     step: CommittedStep | None
-    """What was committed last; None: nothing, so that the engine begins with its first weights."""
     swap: KeptSwap
-    """The swap file that belongs to it."""
+
+    @property
+    def file(self) -> CommitFile:
+        """The commit file."""
+        return self.log.file
+
+    @property
+    def has_record(self) -> bool:
+        """Whether there is a committed step that the next engine would go on from."""
+        return self.file.has_record
+
+    def drop(self) -> None:
+        """Let there be no committed step any more."""
+        self.file.drop()
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
 
     @staticmethod
     def claim(file: CommitFile, content: CommitContent, sharding: Sharding) -> ClaimedCommits:
@@ -69,7 +155,7 @@ class ClaimedCommits:
         with on_all_ranks(sharding, what=WHAT):
             record = file.resume(sequence)
         return ClaimedCommits(
-            journal=UpdateJournal(file, content.numels, tile_numel=content.shape.tile_numel),
+            log=UpdateJournal(file, content.numels, tile_numel=content.shape.tile_numel),
             step=None if record is None else decode_record(record.content),
             swap=KeptSwap(identity=file.identity, has_content=record is not None),
         )
@@ -94,11 +180,11 @@ class ClaimedCommits:
                 segments=wish.segments,
                 grad_scale=wish.grad_scale,
                 tiles=tiles_of(wish.segments, pipeline.tile_numel),
-                sequence=self.journal.file.sequence,
+                sequence=self.file.sequence,
             )
             for chunk_id, wish in self.step.wishes.items()
         ]
-        redo_updates(jobs, pipeline, self.journal, sequence=self.journal.file.sequence)
+        redo_updates(jobs, pipeline, self.log, sequence=self.file.sequence)
 
 
 def common_sequence(sharding: Sharding, file: CommitFile | None) -> int:

@@ -32,8 +32,8 @@ MARGIN = 0.9
 MAX_DEFAULT_THREADS = 16
 
 
-class Landlord(Protocol):
-    """Who grants the memory and the disk that an engine takes."""
+class Granter(Protocol):
+    """Who has granted memory and disk."""
 
     def close(self, *, keep: bool = False) -> None:
         """Take everything back; with `keep`, all but what would outlive the process."""
@@ -49,8 +49,8 @@ class Resources:
     transfers: Transfers
     store: DiskStore | None
     isa: Isa
-    landlord: Landlord | None = None
-    """Who has granted memory and disk; None: nobody was asked."""
+    granted_by: Granter | None = None
+    """Who has granted memory and disk, and is told when they are given back; None if nobody was asked."""
 
     def close(self, *, keep: bool = False) -> None:
         """End all I/O and threads and give all memory and the swap file back.
@@ -63,8 +63,8 @@ class Resources:
             self.store.close()
         self.pool.close()
         self.arena.close()
-        if self.landlord is not None:
-            self.landlord.close(keep=keep)
+        if self.granted_by is not None:
+            self.granted_by.close(keep=keep)
 
 
 def available_host_nbytes() -> int:
@@ -156,7 +156,7 @@ def open_resources(
     rank: int = 0,
     kept: KeptSwap | None = None,
     given: GivenFile | None = None,
-    landlord: Landlord | None = None,
+    granted_by: Granter | None = None,
 ) -> Resources:
     """Start threads, claim the swap file and prepare memory.
 
@@ -167,7 +167,7 @@ def open_resources(
         rank: whose swap file it is.
         kept: makes the swap file one that outlives the process; None: it is scratch space.
         given: the swap file, if somebody gives it; None: the engine makes its own.
-        landlord: has granted memory and disk, and is closed with them; None: nobody was asked.
+        granted_by: has granted memory and disk, and is closed with them; None: nobody was asked.
 
     Returns:
         The resources; the caller closes them.
@@ -196,7 +196,7 @@ def open_resources(
     else:
         transfers = SimulatedTransfers(ledger, pool)
     return Resources(
-        ledger=ledger, arena=arena, pool=pool, transfers=transfers, store=store, isa=isa, landlord=landlord
+        ledger=ledger, arena=arena, pool=pool, transfers=transfers, store=store, isa=isa, granted_by=granted_by
     )
 
 

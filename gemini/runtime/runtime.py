@@ -15,8 +15,7 @@ from gemini.autograd.engine_access import EngineAccess
 from gemini.autograd.loss_scale import LossScaler
 from gemini.chunk.core import ChunkCore
 from gemini.chunk.layout import ChunkLayout, ParamSlot
-from gemini.commits.journal import UpdateJournal
-from gemini.commits.record import CommittedStep
+from gemini.commits.recovery import Commits
 from gemini.config import GeminiConfig
 from gemini.gradients.arrivals import Gradients
 from gemini.gradients.grad_attributes import GradAttributes
@@ -27,7 +26,6 @@ from gemini.placement.overlap import OverlapMode
 from gemini.placement.plan import ChunkDemand, MemoryDemand, PlacementPlan, RuntimeShape, memory_demand
 from gemini.placement.tracer import UseTrace
 from gemini.profile.listeners import RunListeners
-from gemini.ranks.one_rank import ALONE
 from gemini.ranks.sharding import Sharding
 from gemini.runtime.adaptation import Adaptation
 from gemini.runtime.lookahead import Lookahead
@@ -60,8 +58,7 @@ class Runtime(NeverCopied):
         trace: the order in which chunks are used, of which `core` asks too.
         kernels: the device's.
         sharding: the ranks that share the model; their group is closed by `close`.
-        journal: makes updates outlive the process; None: nothing does. Its file is closed by `close`.
-        recovered: the step that the journal's file held; None: it held none.
+        commits: makes steps outlive the process; closed by `close`.
     """
 
     def __init__(
@@ -80,9 +77,8 @@ class Runtime(NeverCopied):
         listeners: RunListeners,
         trace: UseTrace,
         kernels: DeviceKernels,
-        sharding: Sharding = ALONE,
-        journal: UpdateJournal | None = None,
-        recovered: CommittedStep | None = None,
+        sharding: Sharding,
+        commits: Commits,
     ) -> None:
         # - What was decided
         self.config = config
@@ -90,13 +86,12 @@ class Runtime(NeverCopied):
         self.demands = demands
         self.shape = shape
         self.sharding = sharding
-        self.recovered = recovered
         # - What holds bytes
         self.resources = resources
         self.core = core
         self.states = states
         self.gradients = gradients
-        self.journal = journal
+        self.commits = commits
         # - What happens
         is_sharded = not sharding.is_alone
         self.listeners = listeners
@@ -132,7 +127,7 @@ class Runtime(NeverCopied):
             probe=self.probe,
             access=self.access,
             check_usable=self.check_usable,
-            has_commits=journal is not None,
+            has_commits=commits.file is not None,
             is_sharded=is_sharded,
             max_skipped_steps=config.max_skipped_steps,
         )
@@ -211,6 +206,5 @@ class Runtime(NeverCopied):
             state.close()
         self.core.close()
         self.resources.close(keep=keep)
-        if self.journal is not None:
-            self.journal.file.close()
+        self.commits.close()
         self.sharding.group.close()

@@ -194,8 +194,8 @@ def drop_commit(runtime: Runtime) -> None:
     Raises:
         CollectiveError: a rank did not come; nothing has changed.
     """
-    if runtime.journal is not None and runtime.journal.file.has_record:
-        runtime.journal.file.drop()
+    if runtime.commits.has_record:
+        runtime.commits.drop()
         _await_ranks(runtime, name="ends of what was committed")
 
 
@@ -446,5 +446,5 @@ def _opened(
     runtime: Runtime, home: TiledHome, tile: int, *, write: bool = False
 ) -> AbstractContextManager[torch.Tensor]:
     """Open a tile; see TiledHome.opened. What a commit says must happen is not overtaken."""
-    assert not write or runtime.journal is None or not runtime.journal.file.has_record
+    assert not (write and runtime.commits.has_record)
     return home.opened(tile, runtime.resources.transfers, write=write)

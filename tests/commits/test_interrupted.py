@@ -49,7 +49,7 @@ class Interruption:
 
     def __init__(self, training: Training) -> None:
         runtime = training.engine.runtime
-        self.overlap, self.journal, self.pool = runtime.overlap, runtime.journal, runtime.resources.pool
+        self.overlap, self.journal, self.pool = runtime.overlap, runtime.commits.log, runtime.resources.pool
         self.pipeline: TilePipeline = self.overlap._worker._shared.pipeline
         held = self.overlap.held
         assert held is not None
@@ -59,14 +59,12 @@ class Interruption:
         self.overlap.held = None
 
     def jobs(self) -> Iterator[UpdateJob]:
-        assert self.journal is not None
         for chunk_id, wish in self.wishes.items():
             tiles = tiles_of(wish.segments, self.pipeline.tile_numel)
             yield self.overlap._job(chunk_id, wish, tiles, sequence=self.journal.file.sequence)
 
     def begin(self, job: UpdateJob, index: int) -> tuple[_Tile, TileJournal | None]:
         """Bring a tile to where its update begins."""
-        assert self.journal is not None
         is_on_disk = any(home.tiers[index] is MemoryTier.NVME for home in (job.state, job.working, job.grad))
         tile = self.pipeline._start(job, index, self.pipeline._claim_buffer() if is_on_disk else None)
         for read in tile.reads:
@@ -86,7 +84,6 @@ class Interruption:
 
     def stop_in_write(self) -> int:
         """End while a tile is being written to disk."""
-        assert self.journal is not None
         num_stopped = 0
         for job in self.jobs():
             index = job.tiles[0]

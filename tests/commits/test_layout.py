@@ -70,7 +70,7 @@ def test_a_record_comes_back_exactly() -> None:
 def test_the_file_lies_at_a_huge_page(tmp_path: Path) -> None:
     scenario = PLACES["memory"]
     with memory_file(scenario, tmp_path) as descriptor, attached(scenario, tmp_path, descriptor) as training:
-        journal = training.engine.runtime.journal
-        assert journal is not None
-        assert journal.file._memory is not None
-        assert journal.file._memory.data_ptr() % (2 << 20) == 0
+        file = training.engine.runtime.commits.file
+        assert file is not None
+        assert file._memory is not None
+        assert file._memory.data_ptr() % (2 << 20) == 0

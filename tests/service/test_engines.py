@@ -91,10 +91,10 @@ def test_training_has_the_bits_of_an_engine_alone(
     with GeminiDDP(scenario.build(0), configuration(place, node, tmp_path, snapshots=snapshots)) as engine:
         training = Training(scenario, engine)
         training.train(1, commits=snapshots)
-        landlord = engine.runtime.resources.landlord
-        before = landlord.client.num_messages
+        memory = engine.runtime.resources.granted_by
+        before = memory.client.num_messages
         training.train(NUM_STEPS, commits=snapshots)
-        assert landlord.client.num_messages == before
+        assert memory.client.num_messages == before
         state = node.state()
         held = state.host.leased + state.host.shared
         assert held == config_nbytes(place, tmp_path)

@@ -71,7 +71,7 @@ def go_on(
             if ending == "unpublished" and step + 1 == end:
                 if rank != odd_rank:
                     publish(engine, losses)
-            elif engine.runtime.journal is not None:
+            elif engine.runtime.commits.file is not None:
                 engine.commit(extra=[step + 1, losses])
             if fated is not None:
                 fated.end_step()
@@ -80,7 +80,7 @@ def go_on(
         if ending is not None and "dropped" in ending:
             engine.runtime.finish_updates()
             if rank == odd_rank or "all" in ending or "," in ending:
-                engine.runtime.journal.file.drop()
+                engine.runtime.commits.drop()
             if rank != odd_rank and "," in ending:
                 publish(engine, losses)
         weights = engine.master_state_dict() if ending is None else {}
