@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
@@ -117,10 +116,10 @@ class HybridAdam(torch.optim.Optimizer):
             raise ConfigError("HybridAdam: the parameters belong to different GeminiDDPs; use one optimizer for each")
         if self._runtime is None:
             self._runtime = runtime
-            if runtime.coming.optimizer is not None:
+            if runtime.coming.had_optimizer:
                 runtime.finish_updates()
                 reset_moments(runtime)  # another optimizer's
-            runtime.coming.optimizer = weakref.ref(self)
+            runtime.coming.follow(self)
         slot = runtime.slot_of(param)
         if slot is not None:
             self._slots[id(param)] = slot
@@ -162,7 +161,7 @@ class HybridAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         runtime = self.runtime
-        if runtime.coming.optimizer is None or runtime.coming.optimizer() is not self:
+        if runtime.coming.optimizer is not self:
             raise ConfigError(
                 "HybridAdam: a newer one has taken over this GeminiDDP; use one optimizer with several parameter groups"
             )

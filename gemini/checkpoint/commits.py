@@ -87,6 +87,6 @@ def recover_step(runtime: Runtime, participants: Participants) -> Recovered:
             load_scheduler(participants.scheduler, state["scheduler"], source=f"engine.recover: {SOURCE}")
     runtime.steps.clear_gradients()
     restore_run_state(runtime, participants, state, state)
-    runtime.steps.num_steps = found.num_steps
+    runtime.steps.resume_at(found.num_steps)
     restore_rng(state)
     return Recovered(found.num_steps, state["extra"])

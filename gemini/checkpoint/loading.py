@@ -83,7 +83,7 @@ def load_checkpoint(runtime: Runtime, path: Path, participants: Participants, *,
         except BaseException as error:
             runtime.overlap.failure = f"loading {path} failed half way ({error or type(error).__name__})"
             raise
-    runtime.steps.num_steps = manifest.step
+    runtime.steps.resume_at(manifest.step)
     if own is not None:
         restore_rng(own)
     return LoadedCheckpoint(path, manifest.step, state["extra"])

@@ -80,7 +80,7 @@ def participants_of(
     Raises:
         ConfigError: the optimizer is not the engine's.
     """
-    own: Any = None if runtime.coming.optimizer is None else runtime.coming.optimizer()
+    own: Any = runtime.coming.optimizer
     if optimizer is not None and optimizer is not own:
         raise ConfigError(
             f"GeminiDDP: optimizer: expected the HybridAdam that was built last on this engine, got a "

@@ -33,8 +33,21 @@ class ComingStep:
     def __init__(self, scaler: LossScaler | None) -> None:
         self.scaler = scaler
         self.clipping = Clipping()
-        self.optimizer: weakref.ref[StepPlanner] | None = None
-        """The optimizer that may update the parameters; the newest one made of them."""
+        self._optimizer: weakref.ref[StepPlanner] | None = None
+
+    @property
+    def optimizer(self) -> StepPlanner | None:
+        """The optimizer that may update the parameters, the newest one made of them; None if there is none."""
+        return None if self._optimizer is None else self._optimizer()
+
+    @property
+    def had_optimizer(self) -> bool:
+        """Whether there has been an optimizer, which may be gone."""
+        return self._optimizer is not None
+
+    def follow(self, optimizer: StepPlanner) -> None:
+        """Expect the step of an optimizer, which is not kept alive, in place of any before it."""
+        self._optimizer = weakref.ref(optimizer)
 
     @property
     def loss_scale(self) -> float:
@@ -48,7 +61,7 @@ class ComingStep:
 
     def wish_for(self, chunk_id: int) -> StepWish | None:
         """Return what the step will ask of a chunk if nothing changes before it; None if nobody knows."""
-        optimizer = None if self.optimizer is None else self.optimizer()
+        optimizer = self.optimizer
         if optimizer is None:
             return None
         return StepWish(optimizer.expected_segments(chunk_id), self.gradient_scale)
@@ -93,8 +106,9 @@ class StepControl:
         self.coming = coming
         self.plan = plan
         """The plan in force."""
-        self.num_steps = 0
+        self._num_steps = 0
         self.num_skipped_steps = 0
+        """Steps that were not taken, because a gradient was not finite."""
         self._gradients = gradients
         self._grad_attributes = grad_attributes
         self._overlap = overlap
@@ -107,6 +121,15 @@ class StepControl:
         self._is_sharded = is_sharded
         self._skipped = SkippedSteps(coming.scaler, most_in_a_row=max_skipped_steps)
         self._clock = StepClock()
+
+    @property
+    def num_steps(self) -> int:
+        """Steps taken, those before a checkpoint or commit from which training goes on included."""
+        return self._num_steps
+
+    def resume_at(self, num_steps: int) -> None:
+        """Count on from the steps that a checkpoint or a commit was made after."""
+        self._num_steps = num_steps
 
     @property
     def step_s(self) -> float | None:
@@ -158,7 +181,7 @@ class StepControl:
         if self.coming.scaler is not None:
             self.coming.scaler.update(found_overflow=False)
         self._skipped.note_taken()
-        self.num_steps += 1
+        self._num_steps += 1
         self._end_step(is_clipped=self.coming.clipping.factor != 1.0)
         if not self._is_sharded and not self._has_commits:  # else it would wait for updates
             self._lookahead.fetch_ahead()

@@ -101,7 +101,7 @@ def publish(engine: Any, losses: list[float]) -> None:
 
 def participants(engine: Any) -> Any:
     return commits.Participants(
-        model=engine.module, buffers={}, optimizer=engine.runtime.coming.optimizer(), scheduler=None
+        model=engine.module, buffers={}, optimizer=engine.runtime.coming.optimizer, scheduler=None
     )
 
 
