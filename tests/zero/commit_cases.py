@@ -15,6 +15,7 @@ from rank_cases import case_of, cut_batch, global_batches, sharded
 from training_harness import hybrid_adam
 
 from gemini.checkpoint import commits
+from gemini.ranks.one_rank import ALONE
 
 Outcome = tuple[int, list[float], dict[str, torch.Tensor]]
 """The step that a rank began with, its losses so far, and the weights."""
@@ -91,7 +92,7 @@ def go_on(
 
 def publish(engine: Any, losses: list[float]) -> None:
     """Publish a commit that is not begun, as not all ranks have published it."""
-    sharding, engine.runtime.sharding = engine.runtime.sharding, None
+    sharding, engine.runtime.sharding = engine.runtime.sharding, ALONE
     release, engine.runtime.overlap.release = engine.runtime.overlap.release, lambda sequence: None
     try:
         commits.commit_step(engine.runtime, participants(engine), extra=[-1, losses])
