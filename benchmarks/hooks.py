@@ -1,4 +1,4 @@
-"""What an engine adds to each layer of a model: hooks, leases, and parameters that are asked for their functions.
+"""What an engine adds to each layer of a model: hooks, holds, and parameters that are asked for their functions.
 
 The layers of a Llama too small to compute anything; plain and engine take turns. What the engine's forward and backward
 take longer than the plain model's, divided by the layers, is what it costs a layer.

@@ -92,7 +92,7 @@ class _Stepper:
         self.optimizer.step()
         if self.engine.runtime.config.snapshots:
             self.engine.commit()
-        self.engine.runtime.overlap.settle_all()
+        self.engine.runtime.updates.finish_all()
         elapsed_s = time.perf_counter() - begin_s
         self._num_steps += 1
         if client is not None and self._num_steps > NUM_WARM_UPS:

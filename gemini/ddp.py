@@ -139,7 +139,7 @@ class GeminiDDP(torch.nn.Module):
             return self.module(*args, **kwargs)
         except Exception:
             raise  # torch has run the hooks that end a forward
-        except BaseException:  # Ctrl-C, SystemExit: torch runs no hooks, and leases must not stay
+        except BaseException:  # Ctrl-C, SystemExit: torch runs no hooks, and holds must not stay
             self._hooks.abort()
             raise
 
@@ -168,7 +168,7 @@ class GeminiDDP(torch.nn.Module):
             The norm before clipping, float32 [] on the CPU; NaN if a gradient is not finite, and then the next
             optimizer step is skipped.
         """
-        norm = self._runtime.steps.gradient_norm(list(self._runtime.layout.slot_by_name.values()))
+        norm = self._runtime.steps.gradient_norm(list(self._runtime.layout.place_by_name.values()))
         if norm == norm:
             self._runtime.steps.clip(norm, max_norm)
         return torch.tensor(norm, dtype=torch.float32)
@@ -272,7 +272,7 @@ class GeminiDDP(torch.nn.Module):
 
     def _check_model(self) -> None:
         self._runtime.check_usable()
-        check_unchanged(self.module, self._runtime, self._runtime.layout.slot_by_name)
+        check_unchanged(self.module, self._runtime, self._runtime.layout.place_by_name)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights into their homes; their float32 values become the masters, the moments stay.

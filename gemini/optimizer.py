@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 
 from gemini.autograd.guards import GradScalerAttribute
-from gemini.chunk.layout import ParamSlot
+from gemini.chunk.layout import ParamPlace
 from gemini.config_deepspeed import adam_arguments
 from gemini.errors import CheckpointMismatchError, ConfigError
 from gemini.kernels.adam_tile import AdamHyper, AdamSegment
@@ -64,7 +64,7 @@ class HybridAdam(torch.optim.Optimizer):
         self.last_grad_norm: float | None = None
         """Global norm of the last step's gradients before clipping; NaN if it was skipped; None before the first."""
         self._runtime: Runtime | None = None
-        self._slots: dict[int, ParamSlot] = {}
+        self._places: dict[int, ParamPlace] = {}
         self._members: dict[int, list[tuple[dict[str, Any], Any]]] = {}  # of each chunk; empty: not yet known
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "adamw_mode": adamw_mode}
         super().__init__(params, defaults)
@@ -120,9 +120,9 @@ class HybridAdam(torch.optim.Optimizer):
                 runtime.finish_updates()
                 reset_moments(runtime)  # another optimizer's
             runtime.coming.follow(self)
-        slot = runtime.slot_of(param)
-        if slot is not None:
-            self._slots[id(param)] = slot
+        place = runtime.place_of(param)
+        if place is not None:
+            self._places[id(param)] = place
 
     @property
     def runtime(self) -> Runtime:
@@ -177,7 +177,7 @@ class HybridAdam(torch.optim.Optimizer):
         params = [(group, p) for group in self.param_groups for p in group["params"]]
         if runtime.sharding is not None:
             runtime.gradients.hyper_fingerprint = self._fingerprint()
-        norm = runtime.steps.gradient_norm([self._slots[id(p)] for _, p in params])
+        norm = runtime.steps.gradient_norm([self._places[id(p)] for _, p in params])
         self.last_grad_norm = norm
         if not math.isfinite(norm):
             runtime.steps.skip_update()
@@ -185,7 +185,7 @@ class HybridAdam(torch.optim.Optimizer):
         if self.max_grad_norm is not None:
             runtime.steps.clip(norm, self.max_grad_norm)
         with_gradient = runtime.gradients.names()
-        updated = [(group, p) for group, p in params if self._slots[id(p)].spec.name in with_gradient]
+        updated = [(group, p) for group, p in params if self._places[id(p)].spec.name in with_gradient]
         runtime.steps.update(self._segments(updated))
         for _, param in updated:
             self._note_steps(param, self._next_step_of(param))
@@ -195,19 +195,19 @@ class HybridAdam(torch.optim.Optimizer):
         if not self._members:
             for group in self.param_groups:
                 for param in group["params"]:
-                    self._members.setdefault(self._slots[id(param)].chunk_id, []).append((group, param))
+                    self._members.setdefault(self._places[id(param)].chunk_id, []).append((group, param))
         return self._segments(self._members.get(chunk_id, [])).get(chunk_id, ())
 
     def _segments(self, params: Iterable[tuple[dict[str, Any], Any]]) -> dict[int, tuple[AdamSegment, ...]]:
         """Return the arithmetic of the next step for some parameters, by chunk and in the order of their places."""
         segments: dict[int, list[AdamSegment]] = {}
         for group, param in params:
-            slot = self._slots[id(param)]
-            if slot.spec.numel:
+            place = self._places[id(param)]
+            if place.spec.numel:
                 segment = AdamSegment(
-                    begin=slot.begin, end=slot.end, hyper=_hyper_of(group), step=self._next_step_of(param)
+                    begin=place.begin, end=place.end, hyper=_hyper_of(group), step=self._next_step_of(param)
                 )
-                segments.setdefault(slot.chunk_id, []).append(segment)
+                segments.setdefault(place.chunk_id, []).append(segment)
         return {chunk_id: tuple(sorted(parts, key=lambda part: part.begin)) for chunk_id, parts in segments.items()}
 
     def _fingerprint(self) -> int:
@@ -219,7 +219,7 @@ class HybridAdam(torch.optim.Optimizer):
     def _note_steps(self, param: torch.Tensor, num_steps: int) -> None:
         """Let a parameter's state say how often it was updated, and that there are moments, which are elsewhere."""
         if param not in self.state:
-            away = torch.empty(self._slots[id(param)].spec.full_shape, dtype=torch.float32, device="meta")
+            away = torch.empty(self._places[id(param)].spec.full_shape, dtype=torch.float32, device="meta")
             self.state[param].update({"exp_avg": away, "exp_avg_sq": away})
         self.state[param]["step"] = num_steps
 
@@ -245,7 +245,7 @@ class HybridAdam(torch.optim.Optimizer):
         index_of = self._index_of_params()
         packed["state"] = {}
         for param, state in self.state.items():
-            momentum, variance = read_moments(self.runtime, self._slots[id(param)])
+            momentum, variance = read_moments(self.runtime, self._places[id(param)])
             packed["state"][index_of[id(param)]] = {
                 "step": torch.tensor(float(state["step"])),
                 "exp_avg": momentum,
@@ -256,10 +256,10 @@ class HybridAdam(torch.optim.Optimizer):
     def hyper_state_dict(self) -> dict[str, Any]:
         """Return parameter groups and step counts, by parameter name; the moments are the engine's to save."""
         groups = [
-            {**group, "params": [self._slots[id(param)].spec.name for param in group["params"]]}
+            {**group, "params": [self._places[id(param)].spec.name for param in group["params"]]}
             for group in self.param_groups
         ]
-        steps = {self._slots[id(param)].spec.name: int(state["step"]) for param, state in self.state.items()}
+        steps = {self._places[id(param)].spec.name: int(state["step"]) for param, state in self.state.items()}
         return {"param_groups": groups, "steps": steps}
 
     def check_hyper_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -280,7 +280,7 @@ class HybridAdam(torch.optim.Optimizer):
         self.state.clear()
         for group in self.param_groups:
             for param in group["params"]:
-                num_steps = state["steps"].get(self._slots[id(param)].spec.name)
+                num_steps = state["steps"].get(self._places[id(param)].spec.name)
                 if num_steps is not None:
                     self._note_steps(param, num_steps)
 
@@ -305,13 +305,13 @@ class HybridAdam(torch.optim.Optimizer):
             group.update({key: value for key, value in saved.items() if key != "params"})  # a scheduler's too
         self.state.clear()
         for index, param in zip(ids, params, strict=True):
-            slot = self._slots[id(param)]
+            place = self._places[id(param)]
             entry = state_dict["state"].get(index)
             if entry is None:  # never updated
-                zeros = torch.zeros(()).expand(slot.spec.full_shape)
-                load_moments(self.runtime, slot, zeros, zeros)
+                zeros = torch.zeros(()).expand(place.spec.full_shape)
+                load_moments(self.runtime, place, zeros, zeros)
                 continue
-            load_moments(self.runtime, slot, entry["exp_avg"], entry["exp_avg_sq"])
+            load_moments(self.runtime, place, entry["exp_avg"], entry["exp_avg_sq"])
             self._note_steps(param, int(entry["step"]))
 
     def _mismatch_of(self, state_dict: dict[str, Any]) -> CheckpointMismatchError | None:
@@ -324,7 +324,7 @@ class HybridAdam(torch.optim.Optimizer):
             )
         params = [param for group in self.param_groups for param in group["params"]]
         for index, param in zip((index for group in groups for index in group["params"]), params, strict=True):
-            entry, spec = state_dict["state"].get(index), self._slots[id(param)].spec
+            entry, spec = state_dict["state"].get(index), self._places[id(param)].spec
             if entry is not None and tuple(entry["exp_avg"].shape) != spec.full_shape:
                 return CheckpointMismatchError(
                     f"HybridAdam: the state of {spec.name} has shape {tuple(entry['exp_avg'].shape)}, expected "

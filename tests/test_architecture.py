@@ -29,11 +29,11 @@ WITH_MORE_METHODS = {
     "ShardedGradients": "is Gradients",
     "Weight": "a protocol: what a parameter's class asks of its weight",
     "ParamWeight": "is Weight",
-    "ChunkCore": "leases, fetches and the update's side of chunks; to be divided further",
+    "ChunkCore": "holds, fetches and the update's side of chunks; to be divided further",
     "Chunk": "a chunk's states, its parameters and versions of them; to be divided further",
-    "Overlap": "when updates run; to be divided further",
+    "UpdateSchedule": "when updates run; to be divided further",
     "TiledHome": "one home, tile by tile",
-    "LeaseDesk": "answers the messages about leases",
+    "LeaseDesk": "answers the messages about holds",
     "SharedShelf": "answers the messages about shared chunks",
 }
 """Classes that have more public methods than a class should, and why."""

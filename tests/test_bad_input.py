@@ -634,7 +634,7 @@ def test_an_exception_in_the_user_s_forward_leaves_the_engine_usable(tmp_path: P
             with pytest.raises(_HalfWay):
                 engine(batch())
         should_fail = False
-        assert not any(chunk.is_leased for chunk in engine.runtime.core.chunks)
+        assert not any(chunk.is_held for chunk in engine.runtime.core.chunks)
         first = train_step(engine, optimizer)
     assert first == make_model()(batch()).square().mean().item()
 
@@ -646,7 +646,7 @@ def test_a_step_inside_forward_is_refused_and_changes_nothing(tmp_path: Path) ->
         engine(batch()).sum().backward()
         handle = model[1].up.register_forward_pre_hook(lambda m, a: optimizer.step())  # type: ignore[index,union-attr,operator]
         before = engine.state_dict()
-        with pytest.raises(RuntimeError, match="is 'leased' and cannot become"):
+        with pytest.raises(RuntimeError, match="is 'held' and cannot become"):
             engine(batch())
         handle.remove()
         assert all(torch.equal(tensor, before[name]) for name, tensor in engine.state_dict().items())

@@ -39,8 +39,8 @@ CHUNK_MOVES = {
     ("at home", "updating"): "optimizer",
     ("fetching", "ready"): "complete",
     ("fetching", "at home"): "failed",
-    ("ready", "leased"): "access",
-    ("leased", "ready"): "release",
+    ("ready", "held"): "access",
+    ("held", "ready"): "release",
     ("ready", "at home"): "evict: free, the home is true",
     ("ready", "updating"): "optimizer",
     ("updating", "ready"): "done, it stays",
@@ -184,24 +184,24 @@ def draw_step() -> Drawing:
 
 def draw_chunk_life() -> Drawing:
     """The states of a chunk's working weights."""
-    drawing = Drawing(760, 330, "The states of a chunk: at home, fetching, ready, leased, updating")
+    drawing = Drawing(760, 330, "The states of a chunk: at home, fetching, ready, held, updating")
     places = {
         "at home": (30, 130),
         "fetching": (225, 40),
         "ready": (425, 130),
-        "leased": (625, 130),
+        "held": (625, 130),
         "updating": (225, 240),
     }
     for name, (x, y) in places.items():
-        drawing.box(x, y, 105, 46, {"leased": "wait", "updating": "host", "ready": "device"}.get(name, "plain"), name)
+        drawing.box(x, y, 105, 46, {"held": "wait", "updating": "host", "ready": "device"}.get(name, "plain"), name)
     arrows = {
         ("at home", "fetching"): ((60, 130), (60, 55), (225, 55)),
         ("fetching", "at home"): ((225, 75), (100, 75), (100, 130)),
         ("fetching", "ready"): ((330, 63), (455, 63), (455, 130)),
         ("at home", "ready"): ((135, 143), (425, 143)),
         ("ready", "at home"): ((425, 163), (135, 163)),
-        ("ready", "leased"): ((530, 143), (625, 143)),
-        ("leased", "ready"): ((625, 163), (530, 163)),
+        ("ready", "held"): ((530, 143), (625, 143)),
+        ("held", "ready"): ((625, 163), (530, 163)),
         ("ready", "updating"): ((505, 176), (505, 275), (330, 275)),
         ("updating", "ready"): ((330, 253), (455, 253), (455, 176)),
         ("at home", "updating"): ((60, 176), (60, 275), (225, 275)),
@@ -209,8 +209,8 @@ def draw_chunk_life() -> Drawing:
     }
     labels = {
         ("at home", "fetching"): (66, 48), ("fetching", "at home"): (108, 91), ("fetching", "ready"): (340, 56),
-        ("at home", "ready"): (148, 137), ("ready", "at home"): (148, 179), ("ready", "leased"): (540, 137),
-        ("leased", "ready"): (540, 179), ("ready", "updating"): (345, 291), ("updating", "ready"): (340, 246),
+        ("at home", "ready"): (148, 137), ("ready", "at home"): (148, 179), ("ready", "held"): (540, 137),
+        ("held", "ready"): (540, 179), ("ready", "updating"): (345, 291), ("updating", "ready"): (340, 246),
         ("at home", "updating"): (66, 291), ("updating", "at home"): (113, 246),
     }  # fmt: skip
     for move, points in arrows.items():
@@ -219,7 +219,7 @@ def draw_chunk_life() -> Drawing:
     drawing.text(
         16,
         318,
-        "Only a leased chunk is computed with, and it cannot move. Closing the engine ends every state.",
+        "Only a held chunk is computed with, and it cannot move. Closing the engine ends every state.",
         "small soft",
     )
     return drawing

@@ -99,7 +99,7 @@ def assemble(
             with on_all_ranks(sharding, what=ASKING, error_type=ServiceError):
                 memory = NodeMemory.connect(config, sharding)
         runtime = _assemble(model, config, init_fn, weights, sharding, commits, memory)
-        memory.settle()
+        memory.confirm()
         return runtime
     except BaseException:
         if commits is not None:
@@ -193,7 +193,7 @@ class _Builder:
             log=self.commits.log,
         )
         states: dict[int, TiledHome] = {}
-        dtypes = {name: slot.spec.dtype for name, slot in blueprint.layout.slot_by_name.items()}
+        dtypes = {name: place.spec.dtype for name, place in blueprint.layout.place_by_name.items()}
         first_values = Initialiser(
             model, init_fn, weights=self.weights, device=device, dtypes=dtypes, seed=self.config.seed
         )
@@ -287,10 +287,10 @@ class _Builder:
             purpose="shared weights",
         )
         if home.is_writable:
-            values = (initialiser.values_of(slot.spec.name) for slot in spec.slots)
+            values = (initialiser.values_of(place.spec.name) for place in spec.places)
             self._write(dataclasses.replace(spec, numel=padded.numel), values, home, None)
             home.refresh()
-        params = [initialiser.params[slot.spec.name] for slot in spec.slots]
+        params = [initialiser.params[place.spec.name] for place in spec.places]
         core.add(spec, params, home, is_resident=homes.is_resident)
 
     def _write_shared(
@@ -310,7 +310,7 @@ class _Builder:
             shared=SharedBuffer(view=memory, writer=memory, mappings=(), offset=0),
             purpose="shared weights",
         )
-        self._write(spec, (initialiser.values_of(slot.spec.name) for slot in spec.slots), home, None)
+        self._write(spec, (initialiser.values_of(place.spec.name) for place in spec.places), home, None)
 
     def _write(
         self, spec: ChunkSpec, values: Iterable[FlatValues], working: TiledHome, state: TiledHome | None
@@ -345,10 +345,10 @@ class _Builder:
         working, state, grad = _open_homes(demand, homes, blueprint.shape, self.resources, source, name=spec.name)
         if part is None and not (demand.is_trainable and self.commits.step is not None):
             home_spec = spec if shard is None else cut_spec(spec, shard)
-            values = (initialiser.values_of(slot.spec.name) for slot in home_spec.slots)
+            values = (initialiser.values_of(place.spec.name) for place in home_spec.places)
             own_values = values if shard is None else cut_values(spec, shard, values)
             self._write(home_spec, own_values, working, state)
-        params = [initialiser.params[slot.spec.name] for slot in spec.slots]
+        params = [initialiser.params[place.spec.name] for place in spec.places]
         core.add(spec, params, working, is_resident=homes.is_resident, shard=shard)
         if state is None or grad is None or homes.grad is None:
             return

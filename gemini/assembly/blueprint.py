@@ -156,7 +156,7 @@ def _lay_out_commits(
     return lay_out_overhead(
         demands,
         tile_numel=config.tile_numel,
-        num_params=sum(len(chunk.slots) for chunk in layout.chunks),
+        num_params=sum(len(chunk.places) for chunk in layout.chunks),
         model_buffer_nbytes=sum(buffer.numel() * dtypes.buffers[name].itemsize for name, buffer in buffers),
         num_scratches=config.num_threads or MAX_DEFAULT_THREADS,
     )
@@ -263,7 +263,7 @@ def _demand_of(
         num_sharers=1 if file is None else file.num_users,
         keeps_whole_gradient=shard is not None and (is_in_root or sharding.keeps_whole_gradients),
         is_committed=has_commits and chunk.is_trainable,
-        has_one_param=len(chunk.slots) == 1,
+        has_one_param=len(chunk.places) == 1,
     )
 
 

@@ -61,7 +61,7 @@ class EngineMemory(Protocol):
         """Say in an error raised inside, of a budget that is too small, where that comes from."""
         ...
 
-    def settle(self) -> None:
+    def confirm(self) -> None:
         """Say that the engine has come to be."""
 
     def abandon(self) -> None:
@@ -107,7 +107,7 @@ class OwnMemory:
         """Add nothing to errors."""
         return nullcontext()
 
-    def settle(self) -> None:
+    def confirm(self) -> None:
         """Return: nobody waits for it."""
 
     def abandon(self) -> None:

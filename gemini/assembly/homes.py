@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from gemini.chunk.layout import ChunkSpec, ParamSlot
+from gemini.chunk.layout import ChunkSpec, ParamPlace
 from gemini.kernels.cpu import Isa
 from gemini.model.flat_values import FlatValues
 from gemini.offload.home import TiledHome
@@ -36,7 +36,7 @@ def write_home(
 
     Args:
         spec: the chunk.
-        sources: the parameters' values, in the order of the layout's slots. Each is taken when its first tile is put
+        sources: the parameters' values, in the order of the layout's places. Each is taken when its first tile is put
             together and dropped after its last, so that a generator keeps few of them in memory; of each a tile's worth
             is asked for at a time.
         working: home of the working weights.
@@ -72,13 +72,13 @@ class _Values:
 
     Args:
         spec: the chunk.
-        sources: the parameters' values, in the order of the layout's slots.
+        sources: the parameters' values, in the order of the layout's places.
     """
 
     def __init__(self, spec: ChunkSpec, sources: Iterable[FlatValues]) -> None:
-        self._coming = deque(spec.slots)
+        self._coming = deque(spec.places)
         self._sources = iter(sources)
-        self._held: deque[tuple[ParamSlot, FlatValues]] = deque()
+        self._held: deque[tuple[ParamPlace, FlatValues]] = deque()
 
     def within(self, begin: int, end: int) -> Iterator[tuple[torch.Tensor, slice]]:
         """Yield the part of each parameter in a range, flat, and where in the range it goes.
@@ -94,9 +94,9 @@ class _Values:
             self._held.popleft()
         while self._coming and self._coming[0].begin < end:
             self._held.append((self._coming.popleft(), next(self._sources)))
-        for slot, flat in self._held:
-            low, high = max(slot.begin, begin), min(slot.end, end)
-            yield flat[low - slot.begin : high - slot.begin], slice(low - begin, high - begin)
+        for place, flat in self._held:
+            low, high = max(place.begin, begin), min(place.end, end)
+            yield flat[low - place.begin : high - place.begin], slice(low - begin, high - begin)
 
 
 def _put_tile(home: TiledHome, tile: int, content: torch.Tensor, transfers: Transfers) -> None:

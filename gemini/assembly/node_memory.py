@@ -289,7 +289,7 @@ class NodeMemory:
         self._finalizer.detach()
         self.client.close(keep=keep)
 
-    def settle(self) -> None:
+    def confirm(self) -> None:
         """Say that the engine has come to be: of what was kept for it, it needs nothing but what it has asked for."""
         if self._kept is not None:
             self._kept.lease.set_meta(self._meta)

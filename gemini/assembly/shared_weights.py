@@ -116,14 +116,14 @@ def shared_key(
         The key; None if it is not known before the values are made.
     """
     key = hashlib.sha256(repr((1, str(chunk.dtype), nbytes)).encode())
-    for slot in chunk.slots:
-        identity = None if weights is None else weights.identity_of(slot.spec.name)
+    for place in chunk.places:
+        identity = None if weights is None else weights.identity_of(place.spec.name)
         if identity is None:
-            param = params[slot.spec.name]
-            if param.is_meta or slot.spec.split is not None:
+            param = params[place.spec.name]
+            if param.is_meta or place.spec.split is not None:
                 return None
             identity = _digest_of(param.detach())
-        key.update(repr((slot.begin, slot.spec.shape, identity)).encode())
+        key.update(repr((place.begin, place.spec.shape, identity)).encode())
     return f"frozen:{key.hexdigest()[:32]}"
 
 

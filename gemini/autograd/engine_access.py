@@ -1,7 +1,7 @@
 """Who may use an engine now: the process that built it, one thread at a time, until it is closed or its state is lost.
 
 [Note: One thread at a time]
-Slots, leases and the trace belong to the one forward that is running. So its thread holds the engine from the start of
+Slots, holds and the trace belong to the one forward that is running. So its thread holds the engine from the start of
 the outermost forward, of a unit that is called by itself, or of a step, until its end. There is no lock: the claim is
 one atomic operation on a dictionary, and who comes second is refused rather than made to wait, as it may well be
 waiting for the first. Autograd's own threads work for the thread that called backward, and are let through. Threads of

@@ -92,7 +92,7 @@ class Weight(Protocol):
     def saving(self) -> AbstractContextManager[None]:
         """Let what autograd saves of weights, while the context is open, be found again in backward."""
 
-    def settle(self) -> None:
+    def finish_update(self) -> None:
         """Wait until nobody is writing the weight."""
 
     def count_write(self) -> None:

@@ -56,10 +56,10 @@ def commit_step(runtime: Runtime, participants: Participants, *, extra: Any) -> 
     try:
         with on_all_ranks(runtime.sharding, what="engine.commit"):
             runtime.saving.finish()
-            held = runtime.overlap.prepare_release()
+            held = runtime.updates.prepare_release()
             own = collect_run_state(runtime, participants, extra, is_for_all=False)
             run_state = encode_run_state(own, what="engine.commit")
-            step = CommittedStep(num_steps=runtime.steps.num_steps, wishes=held.wishes, run_state=run_state)
+            step = CommittedStep(num_steps=runtime.steps.num_steps, planned=held.planned, run_state=run_state)
             file.publish(encode_record(step))
     except CollectiveError:
         raise  # others may have seen this rank's record and gone on; they are asked when the file is opened again
@@ -70,7 +70,7 @@ def commit_step(runtime: Runtime, participants: Participants, *, extra: Any) -> 
         if not runtime.sharding.is_alone:
             file.is_disputed = True
         raise
-    runtime.overlap.release(file.sequence)
+    runtime.updates.release(file.sequence)
     runtime.lookahead.fetch_ahead()
 
 

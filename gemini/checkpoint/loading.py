@@ -27,7 +27,7 @@ from gemini.checkpoint.run_state import (
     restore_rng,
     restore_run_state,
 )
-from gemini.chunk.layout import ParamSlot
+from gemini.chunk.layout import ParamPlace
 from gemini.errors import CheckpointError, CheckpointMismatchError, naming_file
 from gemini.files.safetensors import SafetensorsReader, checksum_of
 from gemini.ranks.agreement import agree, on_all_ranks
@@ -81,7 +81,7 @@ def load_checkpoint(runtime: Runtime, path: Path, participants: Participants, *,
                 _load_params(runtime, files, manifest)
                 restore_run_state(runtime, participants, state, of_rank)
         except BaseException as error:
-            runtime.overlap.failure = f"loading {path} failed half way ({error or type(error).__name__})"
+            runtime.updates.failure = f"loading {path} failed half way ({error or type(error).__name__})"
             raise
     runtime.steps.resume_at(manifest.step)
     if own is not None:
@@ -102,23 +102,23 @@ def _check_same(runtime: Runtime, manifest: Manifest, path: Path) -> None:
 
 def _check_params(runtime: Runtime, manifest: Manifest, path: Path) -> None:
     """Raise CheckpointMismatchError unless a checkpoint is of this model."""
-    slots = runtime.layout.slot_by_name
-    trainable = {name for name, slot in slots.items() if slot.chunk_id in runtime.states}
+    places = runtime.layout.place_by_name
+    trainable = {name for name, place in places.items() if place.chunk_id in runtime.states}
     has_frozen = any(param.kinds == FROZEN_KINDS for param in manifest.params.values())
-    missing = sorted((slots.keys() if has_frozen else trainable) - manifest.params.keys())
-    unexpected = sorted(manifest.params.keys() - slots.keys())
+    missing = sorted((places.keys() if has_frozen else trainable) - manifest.params.keys())
+    unexpected = sorted(manifest.params.keys() - places.keys())
     if missing or unexpected:
         raise CheckpointMismatchError(
             f"load_checkpoint: {path} is of another model: it lacks {_some(missing)} and has {_some(unexpected)} "
             "besides"
         )
     for name, param in manifest.params.items():
-        if param.shape != slots[name].spec.full_shape:
+        if param.shape != places[name].spec.full_shape:
             raise CheckpointMismatchError(
                 f"load_checkpoint: {name} has shape {param.shape} in {path}, the model's has "
-                f"{slots[name].spec.full_shape}"
+                f"{places[name].spec.full_shape}"
             )
-        if param.kinds != kinds_of(runtime, slots[name]):
+        if param.kinds != kinds_of(runtime, places[name]):
             was, now = ("trainable", "frozen") if name not in trainable else ("frozen", "trainable")
             raise CheckpointMismatchError(
                 f"load_checkpoint: {name} was {was} when {path} was saved and is {now} now; set requires_grad as it "
@@ -181,27 +181,27 @@ def _verify_file(file: SafetensorsReader, record: FileRecord) -> None:
 
 def _load_params(runtime: Runtime, files: Mapping[str, SafetensorsReader], manifest: Manifest) -> None:
     for name in manifest.params:
-        slot = runtime.layout.slot_by_name[name]
-        write_parts(runtime, slot, partial(_read_run, files, manifest, slot))
+        place = runtime.layout.place_by_name[name]
+        write_parts(runtime, place, partial(_read_run, files, manifest, place))
 
 
 def _read_run(
-    files: Mapping[str, SafetensorsReader], manifest: Manifest, slot: ParamSlot, kind: str, begin: int, end: int
+    files: Mapping[str, SafetensorsReader], manifest: Manifest, place: ParamPlace, kind: str, begin: int, end: int
 ) -> torch.Tensor:
     """Return elements [begin, end) of this rank's part of a parameter, from wherever they are."""
-    param = slot.spec.name
+    param = place.spec.name
     runs = []
-    for run in _saved_runs(manifest.params[param].division, slot, begin, end):
+    for run in _saved_runs(manifest.params[param].division, place, begin, end):
         for name, piece in find_pieces(manifest, param, *run):
             low, high = max(run[1], piece.begin), min(run[2], piece.end)
             runs.append(files[name].read(entry_name(kind, param), low - piece.begin, high - piece.begin))
     return runs[0] if len(runs) == 1 else torch.cat(runs)
 
 
-def _saved_runs(saved: Division, slot: ParamSlot, begin: int, end: int) -> Iterable[tuple[int, int, int]]:
+def _saved_runs(saved: Division, place: ParamPlace, begin: int, end: int) -> Iterable[tuple[int, int, int]]:
     """Return where elements [begin, end) of this rank's part of a parameter are: saved parts, and runs in them."""
-    part = 0 if slot.spec.split is None else slot.spec.split.rank
-    wanted = division_of(slot)
+    part = 0 if place.spec.split is None else place.spec.split.rank
+    wanted = division_of(place)
     if wanted == saved:
         return [(part, begin, end)]
     return (run for whole in wanted.to_whole(part, begin, end) for run in saved.to_parts(*whole))

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from gemini.checkpoint.manifest import WHOLE, Division
-from gemini.chunk.layout import ParamSlot
+from gemini.chunk.layout import ParamPlace
 from gemini.errors import ConfigError
 from gemini.model.names import persistent_buffers
 from gemini.model.tensor_parallel import local_part
@@ -101,20 +101,20 @@ def world_size_of(runtime: Runtime) -> int:
     return len(runtime.sharding.group.ranks)
 
 
-def division_of(slot: ParamSlot) -> Division:
+def division_of(place: ParamPlace) -> Division:
     """Return how a parameter is divided among this engine's ranks before it is cut into runs."""
-    split = slot.spec.split
-    if split is None or not slot.spec.numel:
+    split = place.spec.split
+    if split is None or not place.spec.numel:
         return WHOLE
-    return Division(num_parts=split.num_ranks, block_numel=math.prod(slot.spec.shape[split.dim :]))
+    return Division(num_parts=split.num_ranks, block_numel=math.prod(place.spec.shape[split.dim :]))
 
 
-def has_copy_elsewhere(runtime: Runtime, slot: ParamSlot) -> bool:
+def has_copy_elsewhere(runtime: Runtime, place: ParamPlace) -> bool:
     """Return whether an earlier rank holds the same elements of a parameter as this one, and saves them."""
     grid = runtime.sharding.group.grid
-    is_whole = runtime.core.chunks[slot.chunk_id].shard is None
+    is_whole = runtime.core.chunks[place.chunk_id].shard is None
     return (
         grid.replica > 0
-        or (grid.tensor_rank > 0 and slot.spec.split is None)
+        or (grid.tensor_rank > 0 and place.spec.split is None)
         or (is_whole and rank_of(runtime) % grid.num_shards > 0)
     )

@@ -35,7 +35,7 @@ from gemini.checkpoint.manifest import (
 )
 from gemini.checkpoint.participants import Participants, division_of, has_copy_elsewhere, rank_of
 from gemini.checkpoint.run_state import collect_run_state, encode_run_state
-from gemini.chunk.layout import ParamSlot
+from gemini.chunk.layout import ParamPlace
 from gemini.errors import ConfigError, GeminiError
 from gemini.files.safetensors import SafetensorsWriter
 from gemini.ranks.agreement import agree, on_all_ranks
@@ -89,8 +89,8 @@ class PendingSave:
         self._keep_last = keep_last
         self._step = runtime.steps.num_steps
         self._rank = rank_of(runtime)
-        slots = runtime.layout.slot_by_name.values()
-        self._slots = [slot for slot in slots if with_frozen or slot.chunk_id in runtime.states]
+        places = runtime.layout.place_by_name.values()
+        self._places = [place for place in places if with_frozen or place.chunk_id in runtime.states]
         self._writer: SafetensorsWriter | None = None
         self._run_state = b""
         self._thread = threading.Thread(
@@ -160,7 +160,7 @@ class PendingSave:
                     self._directory.begin()
             try:
                 self._open()
-                self._append(slot for slot in self._slots if self._is_on_device(slot))
+                self._append(place for place in self._places if self._is_on_device(place))
             except Exception as error:
                 self._error = error
             self._runtime.saving.hold(self)
@@ -173,33 +173,33 @@ class PendingSave:
             self._abort()
             raise
 
-    def _run_of(self, slot: ParamSlot) -> slice:
+    def _run_of(self, place: ParamPlace) -> slice:
         """Return which elements of its part of a parameter this rank saves."""
-        return slice(0, 0) if has_copy_elsewhere(self._runtime, slot) else owned_run(self._runtime, slot)
+        return slice(0, 0) if has_copy_elsewhere(self._runtime, place) else owned_run(self._runtime, place)
 
-    def _is_on_device(self, slot: ParamSlot) -> bool:
-        homes = (self._runtime.states.get(slot.chunk_id), self._runtime.core.chunks[slot.chunk_id].home)
+    def _is_on_device(self, place: ParamPlace) -> bool:
+        homes = (self._runtime.states.get(place.chunk_id), self._runtime.core.chunks[place.chunk_id].home)
         return any(MemoryTier.DEVICE in home.tiers for home in homes if home is not None)
 
     def _open(self) -> None:
-        place = self._directory.place
-        write_durably(place / run_state_name(self._rank), self._run_state)
+        directory = self._directory.place
+        write_durably(directory / run_state_name(self._rank), self._run_state)
         tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        for slot in self._slots:
-            dtype = torch.float32 if slot.chunk_id in self._runtime.states else slot.spec.dtype
-            run = self._run_of(slot)
-            for kind in kinds_of(self._runtime, slot):
-                tensors[entry_name(kind, slot.spec.name)] = (dtype, (run.stop - run.start,))
-        self._writer = SafetensorsWriter(place / weights_name(self._rank), tensors)
+        for place in self._places:
+            dtype = torch.float32 if place.chunk_id in self._runtime.states else place.spec.dtype
+            run = self._run_of(place)
+            for kind in kinds_of(self._runtime, place):
+                tensors[entry_name(kind, place.spec.name)] = (dtype, (run.stop - run.start,))
+        self._writer = SafetensorsWriter(directory / weights_name(self._rank), tensors)
 
-    def _append(self, slots: Iterable[ParamSlot]) -> None:
+    def _append(self, places: Iterable[ParamPlace]) -> None:
         assert self._writer is not None
-        for slot in slots:
-            if has_copy_elsewhere(self._runtime, slot):
+        for place in places:
+            if has_copy_elsewhere(self._runtime, place):
                 continue
-            for part in read_parts(self._runtime, slot):
+            for part in read_parts(self._runtime, place):
                 for kind, values in part.items():
-                    self._writer.append(entry_name(kind, slot.spec.name), values)
+                    self._writer.append(entry_name(kind, place.spec.name), values)
 
     def _abort(self) -> None:
         if self._writer is not None:
@@ -211,7 +211,7 @@ class PendingSave:
         if self._error is None:
             try:
                 assert self._writer is not None
-                self._append(slot for slot in self._slots if not self._is_on_device(slot))
+                self._append(place for place in self._places if not self._is_on_device(place))
                 self._writer.close()
             except Exception as error:  # whatever it is, `wait` raises it
                 self._error = error
@@ -237,33 +237,33 @@ class PendingSave:
         """Return what the first rank must know of this one's files."""
         assert self._writer is not None
         summary = [self._writer.nbytes, len(self._run_state), zlib.crc32(self._run_state)]
-        for slot in self._slots:
-            run = self._run_of(slot)
+        for place in self._places:
+            run = self._run_of(place)
             checksums = (
-                self._writer.checksums[entry_name(kind, slot.spec.name)] for kind in kinds_of(self._runtime, slot)
+                self._writer.checksums[entry_name(kind, place.spec.name)] for kind in kinds_of(self._runtime, place)
             )
-            part = 0 if slot.spec.split is None else slot.spec.split.rank
+            part = 0 if place.spec.split is None else place.spec.split.rank
             summary += [part, run.start, run.stop, *checksums]
         return summary
 
     def _manifest(self, summaries: list[list[int]]) -> Manifest:
         """Describe the checkpoint from all ranks' summaries."""
-        kinds = {slot.spec.name: kinds_of(self._runtime, slot) for slot in self._slots}
+        kinds = {place.spec.name: kinds_of(self._runtime, place) for place in self._places}
         files: dict[str, FileRecord] = {}
         for rank, summary in enumerate(summaries):
             numbers = iter(summary)
             weights_nbytes, state_nbytes, state_checksum = islice(numbers, 3)
             pieces = {}
-            for slot in self._slots:
-                name = slot.spec.name
+            for place in self._places:
+                name = place.spec.name
                 part, begin, end = islice(numbers, 3)
                 checksums = dict(zip(kinds[name], islice(numbers, len(kinds[name])), strict=True))
-                if begin < end or not slot.spec.numel:
+                if begin < end or not place.spec.numel:
                     pieces[name] = Piece(part, begin, end, checksums)
             files[weights_name(rank)] = FileRecord(weights_nbytes, None, pieces)
             files[run_state_name(rank)] = FileRecord(state_nbytes, state_checksum, {})
         params = {
-            slot.spec.name: ParamRecord(slot.spec.full_shape, kinds[slot.spec.name], division_of(slot))
-            for slot in self._slots
+            place.spec.name: ParamRecord(place.spec.full_shape, kinds[place.spec.name], division_of(place))
+            for place in self._places
         }
         return Manifest(self._step, len(summaries), params, files)

@@ -10,7 +10,7 @@ import torch
 
 from gemini.chunk.cut import cut_spec
 from gemini.chunk.fetch import Fetch
-from gemini.chunk.layout import ChunkSpec, ParamSlot
+from gemini.chunk.layout import ChunkSpec, ParamPlace
 from gemini.chunk.state import ChunkState, ChunkUpdater, check_transition
 from gemini.errors import ModelError
 from gemini.model.tensor_parallel import local_part, show_values
@@ -42,7 +42,7 @@ class Chunk:
 
     Args:
         spec: which parameters lie where.
-        params: the parameters (or plain tensors), in the order of `spec.slots`.
+        params: the parameters (or plain tensors), in the order of `spec.places`.
         home: where the working weights live between uses.
         missing: what absent parameters show, [number of parameters] of the chunk's dtype; see `placeholders`.
         is_resident: whether compute memory always holds them.
@@ -85,11 +85,11 @@ class Chunk:
         """Brings home a weight, given by its position, that was written in place unseen; None: nobody looks."""
         self._listeners = listeners
         self._state = ChunkState.AT_HOME
-        self._num_leases = 0
+        self._num_holds = 0
         self._addresses: list[int] = []
         self._versions: list[int] = []
         self._missing = missing
-        self._begins = [slot.begin for slot in spec.slots]
+        self._begins = [place.begin for place in spec.places]
 
     @property
     def state(self) -> ChunkState:
@@ -97,13 +97,13 @@ class Chunk:
         return self._state
 
     @property
-    def is_leased(self) -> bool:
-        """Whether anyone holds a lease."""
-        return self._num_leases > 0
+    def is_held(self) -> bool:
+        """Whether the chunk is held, so that it cannot move."""
+        return self._num_holds > 0
 
     @property
     def is_ready(self) -> bool:
-        """Whether compute memory holds the weights, nobody writes them, and nobody holds a lease."""
+        """Whether compute memory holds the weights, nobody writes them, and it is not held."""
         return self._state is ChunkState.READY
 
     @property
@@ -148,19 +148,19 @@ class Chunk:
         self._state = to
         self._listeners.chunk_became(self.spec.chunk_id, to.value)
 
-    def lease(self) -> None:
-        """Keep the chunk where it is until the lease is given back; leases nest."""
-        if self._num_leases == 0:
-            self.transition(ChunkState.LEASED)
-        self._num_leases += 1
+    def hold(self) -> None:
+        """Keep the chunk where it is until `let_go`; holds nest."""
+        if self._num_holds == 0:
+            self.transition(ChunkState.HELD)
+        self._num_holds += 1
 
-    def unlease(self) -> bool:
-        """Give one lease back; return whether it was the last."""
-        assert self._num_leases > 0, f"{self.name}: no lease to give back"
-        self._num_leases -= 1
-        if self._num_leases == 0:
+    def let_go(self) -> bool:
+        """End one hold; return whether it was the last."""
+        assert self._num_holds > 0, f"{self.name}: it is not held"
+        self._num_holds -= 1
+        if self._num_holds == 0:
             self.transition(ChunkState.READY)
-        return self._num_leases == 0
+        return self._num_holds == 0
 
     def begin_update(self) -> None:
         """Become UPDATING; blocks while a copy to the device still reads the home, which is about to change."""
@@ -170,11 +170,11 @@ class Chunk:
             self.last_fetch = None
         self.num_updates += 1
 
-    def drop_leases(self) -> None:
-        """Give all leases back, after an exception has unwound whoever held them."""
-        if self._num_leases:
-            self._num_leases = 1
-            self.unlease()
+    def drop_holds(self) -> None:
+        """End all holds, after an exception has unwound whoever had them."""
+        if self._num_holds:
+            self._num_holds = 1
+            self.let_go()
 
     def bind(self, buffer: torch.Tensor) -> None:
         """Let the parameters show the weights in `buffer`, uint8 in compute memory."""
@@ -203,12 +203,12 @@ class Chunk:
             position: the parameter's, in the layout.
             values: of its shape, in compute memory; None: its own, which is a placeholder while they are away.
         """
-        slot = self.spec.slots[position]
+        place = self.spec.places[position]
         with torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
             if values is None and self.compute is not None:
-                values = param_view(self.compute, slot)
+                values = param_view(self.compute, place)
             elif values is None:
-                values = self._missing[position].expand(slot.spec.shape)
+                values = self._missing[position].expand(place.spec.shape)
             show_values(self.params[position], values)
 
     def check_params(self) -> None:
@@ -221,15 +221,15 @@ class Chunk:
         is_trainable = self.spec.is_trainable
         checks_flags = torch.is_grad_enabled()
         with torch._C.DisableTorchFunctionSubclass():
-            for slot, param, address in zip(self.spec.slots, self.params, self._addresses, strict=True):
+            for place, param, address in zip(self.spec.places, self.params, self._addresses, strict=True):
                 if checks_flags and param.requires_grad is not is_trainable:
                     raise ModelError(
-                        f"parameter {slot.spec.name} had requires_grad={is_trainable} when it was wrapped and has "
+                        f"parameter {place.spec.name} had requires_grad={is_trainable} when it was wrapped and has "
                         f"{not is_trainable} now, in a forward with gradients; set requires_grad before GeminiDDP(...)"
                     )
                 if local_part(param).data_ptr() != address:
                     raise ModelError(
-                        f"parameter {slot.spec.name} no longer shows its chunk: its memory was exchanged after "
+                        f"parameter {place.spec.name} no longer shows its chunk: its memory was exchanged after "
                         "GeminiDDP(...); write values with param.copy_(...) or engine.load_state_dict instead"
                     )
 
@@ -280,9 +280,9 @@ def count_holders(buffer: torch.Tensor) -> int:
     return int(torch._C._storage_Use_Count(buffer.untyped_storage()._cdata))
 
 
-def param_view(flat: torch.Tensor, slot: ParamSlot) -> torch.Tensor:
+def param_view(flat: torch.Tensor, place: ParamPlace) -> torch.Tensor:
     """Return a parameter's part of a chunk-sized tensor, in the parameter's shape."""
-    return flat[slot.begin : slot.end].view(slot.spec.shape)
+    return flat[place.begin : place.end].view(place.spec.shape)
 
 
 def placeholders(dtype: torch.dtype, device: torch.device, count: int) -> torch.Tensor:

@@ -82,7 +82,7 @@ class ChunkCore:
 
         Args:
             spec: the layout; `spec.chunk_id` must be the number of chunks added so far.
-            params: parameters or tensors to bind, in the order of the layout's slots.
+            params: parameters or tensors to bind, in the order of the layout's places.
             home: where the weights live.
             is_resident: keep them in compute memory all the time: in the home itself where that is compute
                 memory, else in a copy.
@@ -108,31 +108,31 @@ class ChunkCore:
             chunk_id: the chunk.
 
         Returns:
-            The chunk, leased.
+            The chunk, held.
 
         Raises:
-            OutOfTierMemoryError: every slot is leased.
+            OutOfTierMemoryError: every slot is held.
             OffloadIOError: the weights cannot be read.
         """
         chunk = self.ensure(chunk_id)
-        chunk.lease()
+        chunk.hold()
         return chunk
 
     def release(self, chunk_id: int) -> bool:
-        """Give one lease back and return whether it was the last; the weights stay until their slot is needed."""
-        return self.chunks[chunk_id].unlease()
+        """End one hold and return whether it was the last; the weights stay until their slot is needed."""
+        return self.chunks[chunk_id].let_go()
 
     def ensure(self, chunk_id: int) -> Chunk:
-        """Make a chunk's weights usable now, without a lease: it stays among the last few used.
+        """Make a chunk's weights usable now, without a hold: it stays among the last few used.
 
         Args:
             chunk_id: the chunk.
 
         Returns:
-            The chunk, ready or leased.
+            The chunk, ready or held.
 
         Raises:
-            OutOfTierMemoryError: every slot is leased.
+            OutOfTierMemoryError: every slot is held.
             OffloadIOError: the weights cannot be read.
         """
         chunk = self.chunks[chunk_id]
@@ -167,7 +167,7 @@ class ChunkCore:
         """Return whether a fetch of this chunk could start now without waiting, given a slot."""
         chunk = self.chunks[chunk_id]
         if chunk.state is ChunkState.UPDATING:
-            if chunk.updater is None or not chunk.updater.is_settled(chunk_id):
+            if chunk.updater is None or not chunk.updater.is_finished(chunk_id):
                 return False
             self._finish_update(chunk)
         if chunk.home.is_being_written():
@@ -210,7 +210,7 @@ class ChunkCore:
         return _ids(self._slots.chunks())
 
     def evictable(self) -> set[int]:
-        """Return the chunks whose slots could be taken now: not leased, not just used, and seen by nobody else."""
+        """Return the chunks whose slots could be taken now: not held, not just used, and seen by nobody else."""
         return self._slots.evictable(self._recent)
 
     def num_free_slots(self) -> int:
@@ -230,7 +230,7 @@ class ChunkCore:
             chunk_id: the chunk; not resident.
 
         Raises:
-            IllegalTransitionError: the chunk is leased.
+            IllegalTransitionError: the chunk is held.
             ModelError: someone still looks at the slot, which will show other weights.
         """
         chunk = self.chunks[chunk_id]
@@ -245,7 +245,7 @@ class ChunkCore:
             raise viewed_error(chunk)
 
     def evict_idle(self) -> None:
-        """Free every slot that is not leased."""
+        """Free every slot that is not held."""
         self._recent.clear()
         for chunk_id in self.evictable() | _ids(self._slots.chunks(ChunkState.FETCHING)):
             self.evict(chunk_id)
@@ -274,13 +274,13 @@ class ChunkCore:
             chunk_id: the chunk.
 
         Raises:
-            IllegalTransitionError: the chunk is leased.
+            IllegalTransitionError: the chunk is held.
             ModelError: someone looks at its slot, which will show other weights.
         """
         chunk = self.chunks[chunk_id]
         if chunk.state is ChunkState.UPDATING:
             self._finish_update(chunk)
-        if chunk.is_leased:
+        if chunk.is_held:
             check_transition(chunk.name, chunk.state, ChunkState.UPDATING)
         if chunk.compute is not None and not chunk.is_resident and self._slots.is_viewed(chunk):
             raise viewed_error(chunk)
@@ -297,7 +297,7 @@ class ChunkCore:
             The chunk, updating.
 
         Raises:
-            IllegalTransitionError: the chunk is leased.
+            IllegalTransitionError: the chunk is held.
             ModelError: someone looks at its slot, which will show other weights.
         """
         chunk = self.chunks[chunk_id]
@@ -321,10 +321,10 @@ class ChunkCore:
             chunk.bind(chunk.in_place_buffer(self.resources.transfers.device))
         chunk.transition(ChunkState.AT_HOME if chunk.compute is None else ChunkState.READY)
 
-    def drop_leases(self) -> None:
-        """Give all leases back, after an exception has unwound whoever held them."""
+    def drop_holds(self) -> None:
+        """End all holds, after an exception has unwound whoever had them."""
         for chunk in self.chunks:
-            chunk.drop_leases()
+            chunk.drop_holds()
 
     def close(self) -> None:
         """Abandon what is under way and give slots and homes back; parameters show placeholders from here on."""
@@ -353,7 +353,7 @@ class ChunkCore:
         if chunk.updater is None:
             check_transition(chunk.name, chunk.state, ChunkState.UPDATING)
         else:
-            chunk.updater.settle(chunk.spec.chunk_id)
+            chunk.updater.finish(chunk.spec.chunk_id)
 
     def _take_slot(self, chunk: Chunk) -> None:
         """Give a chunk that is not resident a slot, evicting others for it if need be."""

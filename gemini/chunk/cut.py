@@ -7,17 +7,17 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from gemini.chunk.layout import ChunkSpec, ParamSlot
+from gemini.chunk.layout import ChunkSpec, ParamPlace
 from gemini.model.flat_values import FlatPiece, FlatValues
 from gemini.ranks.sharding import ChunkShard
 
 __all__ = ["cut_spec", "cut_values", "piece_of"]
 
 
-def piece_of(slot: ParamSlot, shard: ChunkShard) -> slice:
+def piece_of(place: ParamPlace, shard: ChunkShard) -> slice:
     """Return which of a parameter's elements lie in a shard; may be empty."""
-    begin = min(max(shard.begin - slot.begin, 0), slot.spec.numel)
-    return slice(begin, max(begin, min(shard.end - slot.begin, slot.spec.numel)))
+    begin = min(max(shard.begin - place.begin, 0), place.spec.numel)
+    return slice(begin, max(begin, min(shard.end - place.begin, place.spec.numel)))
 
 
 def cut_spec(spec: ChunkSpec, shard: ChunkShard) -> ChunkSpec:
@@ -30,13 +30,13 @@ def cut_spec(spec: ChunkSpec, shard: ChunkShard) -> ChunkSpec:
     Returns:
         A layout of `shard.numel` elements; parameters of which nothing lies in the shard are left out.
     """
-    slots = []
-    for slot in spec.slots:
-        piece = piece_of(slot, shard)
+    places = []
+    for place in spec.places:
+        piece = piece_of(place, shard)
         if piece.start < piece.stop:
-            param = dataclasses.replace(slot.spec, shape=(piece.stop - piece.start,), split=None)
-            slots.append(dataclasses.replace(slot, spec=param, begin=slot.begin + piece.start - shard.begin))
-    return dataclasses.replace(spec, slots=tuple(slots), numel=shard.numel)
+            param = dataclasses.replace(place.spec, shape=(piece.stop - piece.start,), split=None)
+            places.append(dataclasses.replace(place, spec=param, begin=place.begin + piece.start - shard.begin))
+    return dataclasses.replace(spec, places=tuple(places), numel=shard.numel)
 
 
 def cut_values(spec: ChunkSpec, shard: ChunkShard, values: Iterable[FlatValues]) -> Iterator[FlatValues]:
@@ -50,6 +50,6 @@ def cut_values(spec: ChunkSpec, shard: ChunkShard, values: Iterable[FlatValues])
     Yields:
         Pieces of the values; of tensors, views.
     """
-    pieces = (piece_of(slot, shard) for slot in spec.slots)
+    pieces = (piece_of(place, shard) for place in spec.places)
     for piece, value in zip((p for p in pieces if p.start < p.stop), values, strict=True):
         yield value[piece] if isinstance(value, torch.Tensor) else FlatPiece(value, piece.start)

@@ -18,10 +18,10 @@ from gemini.tiers import format_nbytes, round_up
 
 __all__ = [
     "DEFAULT_MAX_SMALL_NBYTES",
-    "SLOT_ALIGNMENT_NUMEL",
+    "PLACE_ALIGNMENT_NUMEL",
     "ChunkLayout",
     "ChunkSpec",
-    "ParamSlot",
+    "ParamPlace",
     "UnitSpec",
     "build_layout",
     "layout_summary",
@@ -30,12 +30,12 @@ __all__ = [
 DEFAULT_MAX_SMALL_NBYTES = 2**20
 """Modules outside any block up to this size belong to the root unit: hooks and moves would cost more than they save."""
 
-SLOT_ALIGNMENT_NUMEL = 64
+PLACE_ALIGNMENT_NUMEL = 64
 """Every parameter starts at a multiple of this many elements: at least 64 bytes for every working dtype."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ParamSlot:
+class ParamPlace:
     """A parameter's place in a chunk."""
 
     spec: ParamSpec
@@ -57,9 +57,9 @@ class ChunkSpec:
     unit_id: int
     dtype: torch.dtype
     is_trainable: bool
-    slots: tuple[ParamSlot, ...]
+    places: tuple[ParamPlace, ...]
     numel: int
-    """Elements including padding; a multiple of SLOT_ALIGNMENT_NUMEL, not 0 even if no parameter has elements."""
+    """Elements including padding; a multiple of PLACE_ALIGNMENT_NUMEL, not 0 even if no parameter has elements."""
 
     @property
     def working_nbytes(self) -> int:
@@ -69,8 +69,8 @@ class ChunkSpec:
     @property
     def name(self) -> str:
         """What to call the chunk in messages."""
-        first = self.slots[0].spec.name if self.slots else "empty"
-        return f"chunk {self.chunk_id} ({first} and {max(len(self.slots) - 1, 0)} more)"
+        first = self.places[0].spec.name if self.places else "empty"
+        return f"chunk {self.chunk_id} ({first} and {max(len(self.places) - 1, 0)} more)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,9 +98,9 @@ class ChunkLayout:
     chunks: tuple[ChunkSpec, ...]
 
     @cached_property
-    def slot_by_name(self) -> dict[str, ParamSlot]:
+    def place_by_name(self) -> dict[str, ParamPlace]:
         """Each parameter's place, by name."""
-        return {slot.spec.name: slot for chunk in self.chunks for slot in chunk.slots}
+        return {place.spec.name: place for chunk in self.chunks for place in chunk.places}
 
     @property
     def root(self) -> UnitSpec:
@@ -131,7 +131,7 @@ def build_layout(tree: ModuleTree, *, max_small_nbytes: int = DEFAULT_MAX_SMALL_
         own_specs = [tree.spec_by_name[name] for name in param_names if name not in chunk_id_by_param]
         shared_ids = {chunk_id_by_param[name] for name in param_names if name in chunk_id_by_param}
         own_chunks = _pack_unit(own_specs, unit_id=len(units), first_chunk_id=len(chunks))
-        chunk_id_by_param.update((slot.spec.name, chunk.chunk_id) for chunk in own_chunks for slot in chunk.slots)
+        chunk_id_by_param.update((place.spec.name, chunk.chunk_id) for chunk in own_chunks for place in chunk.places)
         own_ids = tuple(chunk.chunk_id for chunk in own_chunks)
         borrowed_ids = tuple(sorted(chunk_id for chunk_id in shared_ids if chunks[chunk_id].unit_id != 0))
         if units and not own_ids and not borrowed_ids:
@@ -155,19 +155,19 @@ def _pack_unit(specs: Sequence[ParamSpec], *, unit_id: int, first_chunk_id: int)
         groups.setdefault((spec.dtype, spec.is_trainable), []).append(spec)
     chunks = []
     for chunk_id, ((dtype, is_trainable), group) in enumerate(groups.items(), start=first_chunk_id):
-        slots = []
+        places = []
         numel = 0
         for spec in group:
-            slots.append(ParamSlot(spec=spec, chunk_id=chunk_id, begin=numel))
-            numel = round_up(numel + spec.numel, SLOT_ALIGNMENT_NUMEL)
+            places.append(ParamPlace(spec=spec, chunk_id=chunk_id, begin=numel))
+            numel = round_up(numel + spec.numel, PLACE_ALIGNMENT_NUMEL)
         chunks.append(
             ChunkSpec(
                 chunk_id=chunk_id,
                 unit_id=unit_id,
                 dtype=dtype,
                 is_trainable=is_trainable,
-                slots=tuple(slots),
-                numel=max(numel, SLOT_ALIGNMENT_NUMEL),  # a home has a tile
+                places=tuple(places),
+                numel=max(numel, PLACE_ALIGNMENT_NUMEL),  # a home has a tile
             )
         )
     return chunks
@@ -179,8 +179,8 @@ def layout_summary(layout: ChunkLayout) -> str:
         sum(layout.chunks[chunk_id].working_nbytes for chunk_id in unit.own_chunk_ids) for unit in layout.units
     ]
     trainable_nbytes = sum(chunk.working_nbytes for chunk in layout.chunks if chunk.is_trainable)
-    num_params = len(layout.slot_by_name)
-    padding_numel = sum(chunk.numel - sum(slot.spec.numel for slot in chunk.slots) for chunk in layout.chunks)
+    num_params = len(layout.place_by_name)
+    padding_numel = sum(chunk.numel - sum(place.spec.numel for place in chunk.places) for chunk in layout.chunks)
     lines = [
         f"{num_params} parameters in {len(layout.chunks)} chunks of {len(layout.units)} units: "
         f"{format_nbytes(sum(nbytes_by_unit))} of working weights, {format_nbytes(trainable_nbytes)} trainable, "

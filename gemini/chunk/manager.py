@@ -9,7 +9,7 @@ from types import TracebackType
 import torch
 
 from gemini.chunk.core import ChunkCore
-from gemini.chunk.layout import SLOT_ALIGNMENT_NUMEL, ChunkSpec, ParamSlot
+from gemini.chunk.layout import PLACE_ALIGNMENT_NUMEL, ChunkSpec, ParamPlace
 from gemini.config import GeminiConfig
 from gemini.errors import ConfigError, IllegalTransitionError, OutOfTierMemoryError
 from gemini.model.params import ParamSpec
@@ -53,7 +53,7 @@ class ChunkManager:
             group=ALONE.group,
             next_use=self._since_last_use,
             listeners=RunListeners(),
-            num_protected=0,  # leases are all the protection there is
+            num_protected=0,  # holds are all the protection there is
         )
         self._clock = 0
         self._last_use: dict[int, int] = {}
@@ -109,7 +109,7 @@ class ChunkManager:
             The tensors, in the order in which they were registered.
 
         Raises:
-            OutOfTierMemoryError: compute memory cannot hold it beside what is leased.
+            OutOfTierMemoryError: compute memory cannot hold it beside what is held.
             OffloadIOError: it cannot be read.
         """
         chunk = self._core.access(self._check_id(chunk_id))
@@ -118,20 +118,22 @@ class ChunkManager:
         return tuple(chunk.params)
 
     def release(self, chunk_id: int, *, is_modified: bool = True) -> None:
-        """Give one lease back.
+        """End one hold.
 
         Args:
             chunk_id: from `register`.
-            is_modified: whether values may have changed under this lease; if they have under any, the last release
+            is_modified: whether values may have changed under this hold; if they have under any, the last release
                 writes them home. Pass False for tensors that were only read.
 
         Raises:
-            IllegalTransitionError: the chunk is not leased.
+            IllegalTransitionError: the chunk is not held.
             OffloadIOError: it cannot be written.
         """
         chunk = self._core.chunks[self._check_id(chunk_id)]
-        if not chunk.is_leased:
-            raise IllegalTransitionError(f"{chunk.name} is {chunk.state.value!r}: there is no lease to give back")
+        if not chunk.is_held:
+            raise IllegalTransitionError(
+                f"{chunk.name} is {chunk.state.value!r}: it is not held, so there is nothing to release"
+            )
         if is_modified:
             self._modified.add(chunk_id)
         was_last = self._core.release(chunk_id)
@@ -157,14 +159,14 @@ class ChunkManager:
             tier: its new home; the old one is given back.
 
         Raises:
-            IllegalTransitionError: the chunk is leased.
+            IllegalTransitionError: the chunk is held.
             ConfigError: there is no such tier.
             OutOfTierMemoryError: the tier cannot hold it; it stays where it was.
             OffloadIOError: it cannot be read or written; it stays where it was.
         """
         chunk = self._core.chunks[self._check_id(chunk_id)]
-        if chunk.is_leased:
-            raise IllegalTransitionError(f"{chunk.name} is leased and cannot move; release it first")
+        if chunk.is_held:
+            raise IllegalTransitionError(f"{chunk.name} is held and cannot move; release it first")
         if self.tier_of(chunk_id) is tier:
             return
         with chunk.home.opened(0, self._resources.transfers) as content:
@@ -273,13 +275,13 @@ class ChunkManager:
 
 def _pack(named: Mapping[str, torch.Tensor], *, chunk_id: int, dtype: torch.dtype) -> ChunkSpec:
     """Lay tensors out one after the other, aligned."""
-    slots = []
+    places = []
     begin = 0
     for index, (name, tensor) in enumerate(named.items()):
         spec = ParamSpec(name=name, index=index, shape=tuple(tensor.shape), dtype=dtype, is_trainable=False)
-        slots.append(ParamSlot(spec=spec, chunk_id=chunk_id, begin=begin))
-        begin = round_up(begin + spec.numel, SLOT_ALIGNMENT_NUMEL)
-    return ChunkSpec(chunk_id=chunk_id, unit_id=0, dtype=dtype, is_trainable=False, slots=tuple(slots), numel=begin)
+        places.append(ParamPlace(spec=spec, chunk_id=chunk_id, begin=begin))
+        begin = round_up(begin + spec.numel, PLACE_ALIGNMENT_NUMEL)
+    return ChunkSpec(chunk_id=chunk_id, unit_id=0, dtype=dtype, is_trainable=False, places=tuple(places), numel=begin)
 
 
 def _aligned_copy(spec: ChunkSpec, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -288,6 +290,6 @@ def _aligned_copy(spec: ChunkSpec, tensors: Sequence[torch.Tensor]) -> torch.Ten
         max(round_up(spec.working_nbytes, IO_ALIGNMENT_NBYTES), IO_ALIGNMENT_NBYTES), torch.uint8
     ).zero_()
     typed = content[: spec.working_nbytes].view(spec.dtype)
-    for slot, tensor in zip(spec.slots, tensors, strict=True):
-        typed[slot.begin : slot.end].copy_(tensor.detach().reshape(-1))
+    for place, tensor in zip(spec.places, tensors, strict=True):
+        typed[place.begin : place.end].copy_(tensor.detach().reshape(-1))
     return content

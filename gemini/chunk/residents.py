@@ -62,7 +62,7 @@ class Residents:
         """Give a chunk that has taken turns in the slots a copy of its own, which stays.
 
         Args:
-            chunk_id: the chunk; not leased.
+            chunk_id: the chunk; not held.
 
         Raises:
             OutOfTierMemoryError: there is no room for the copy.
@@ -72,7 +72,7 @@ class Residents:
         self.keep(chunk_id)
 
     def give_up(self, chunk_id: int) -> None:
-        """Give up the copy of a resident chunk that is not leased; from here on it takes turns in the slots."""
+        """Give up the copy of a resident chunk that is not held; from here on it takes turns in the slots."""
         chunk = self._chunks[chunk_id]
         assert chunk.is_resident
         assert chunk.slot is not None, f"{chunk.name} has no copy to give up"
@@ -87,7 +87,7 @@ class Residents:
         """Let a chunk live elsewhere; its weights are in the new home already.
 
         Args:
-            chunk_id: the chunk; not leased.
+            chunk_id: the chunk; not held.
             home: its new home.
             is_resident: whether that is compute memory, so that it is used in place.
 

@@ -47,7 +47,7 @@ class SlotTable:
         return [slot.chunk for slot in self._slots.values() if not states or slot.chunk.state in states]
 
     def evictable(self, recent: Collection[int]) -> set[int]:
-        """Return the chunks whose slots could be taken now: not leased, not just used, and seen by nobody else."""
+        """Return the chunks whose slots could be taken now: not held, not just used, and seen by nobody else."""
         return {
             chunk.spec.chunk_id
             for chunk in self.chunks(ChunkState.READY)

@@ -19,7 +19,7 @@ class ChunkState(enum.Enum):
     """A copy to compute memory is under way; parameters still show a placeholder."""
     READY = "ready"
     """Compute memory holds the weights and parameters show them; they may be evicted."""
-    LEASED = "leased"
+    HELD = "held"
     """As READY, in use by at least one module; must not move."""
     UPDATING = "updating"
     """The optimizer is writing home and, where it stays, the compute copy; nobody may read either."""
@@ -30,18 +30,18 @@ class ChunkState(enum.Enum):
 class ChunkUpdater(Protocol):
     """Who updates chunks while others may want them."""
 
-    def is_settled(self, chunk_id: int) -> bool:
-        """Return whether `settle` would return at once."""
+    def is_finished(self, chunk_id: int) -> bool:
+        """Return whether `finish` would return at once."""
 
-    def settle(self, chunk_id: int) -> None:
+    def finish(self, chunk_id: int) -> None:
         """Wait until a chunk's update is complete, and call `end_update`."""
 
 
 _ALLOWED = {
     ChunkState.AT_HOME: {ChunkState.FETCHING, ChunkState.READY, ChunkState.UPDATING, ChunkState.CLOSED},
     ChunkState.FETCHING: {ChunkState.READY, ChunkState.AT_HOME, ChunkState.CLOSED},
-    ChunkState.READY: {ChunkState.LEASED, ChunkState.AT_HOME, ChunkState.UPDATING, ChunkState.CLOSED},
-    ChunkState.LEASED: {ChunkState.READY, ChunkState.CLOSED},
+    ChunkState.READY: {ChunkState.HELD, ChunkState.AT_HOME, ChunkState.UPDATING, ChunkState.CLOSED},
+    ChunkState.HELD: {ChunkState.READY, ChunkState.CLOSED},
     ChunkState.UPDATING: {ChunkState.READY, ChunkState.AT_HOME, ChunkState.CLOSED},
     ChunkState.CLOSED: set(),
 }

@@ -125,7 +125,7 @@ class UpdateJournal:
         if MemoryTier.NVME in _tiers_of(job, tile):
             self._note(job, tile, TileStage.UPDATED, ring)
 
-    def settle(self, job: UpdateJob, tile: int, ring: int | None) -> None:
+    def note_written(self, job: UpdateJob, tile: int, ring: int | None) -> None:
         """Note that what is on disk of a tile is new, before its ring buffer is used again."""
         if MemoryTier.NVME in _tiers_of(job, tile):
             self._note(job, tile, TileStage.WRITTEN, ring)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gemini.kernels.adam_tile import AdamHyper, AdamSegment
-from gemini.update.schedule import StepWish
+from gemini.update.job import PlannedUpdate
 
 __all__ = ["CommittedStep", "decode_record", "encode_record"]
 
@@ -19,7 +19,7 @@ class CommittedStep:
 
     num_steps: int
     """Optimizer steps that have been taken, this one included."""
-    wishes: Mapping[int, StepWish]
+    planned: Mapping[int, PlannedUpdate]
     """What is done to the home of each chunk, in the home's coordinates, by chunk id."""
     run_state: bytes
     """As gemini.checkpoint.run_state encodes it."""
@@ -28,15 +28,15 @@ class CommittedStep:
 def encode_record(step: CommittedStep) -> bytes:
     """Encode a step: a line of JSON, whose numbers are exact, and then the run's state."""
     hypers: dict[AdamHyper, int] = {}
-    wishes = [
+    planned = [
         [
             chunk_id,
-            wish.grad_scale,
-            [[s.begin, s.end, s.step, hypers.setdefault(s.hyper, len(hypers))] for s in wish.segments],
+            update.grad_scale,
+            [[s.begin, s.end, s.step, hypers.setdefault(s.hyper, len(hypers))] for s in update.segments],
         ]
-        for chunk_id, wish in step.wishes.items()
+        for chunk_id, update in step.planned.items()
     ]
-    fields = {"num_steps": step.num_steps, "hypers": [dataclasses.asdict(hyper) for hyper in hypers], "wishes": wishes}
+    fields = {"num_steps": step.num_steps, "hypers": [dataclasses.asdict(hyper) for hyper in hypers], "wishes": planned}
     return json.dumps(fields, allow_nan=False, separators=(",", ":")).encode() + b"\n" + step.run_state
 
 
@@ -45,10 +45,10 @@ def decode_record(content: bytes) -> CommittedStep:
     line, _, run_state = content.partition(b"\n")
     fields = json.loads(line)
     hypers = [AdamHyper(**hyper) for hyper in fields["hypers"]]
-    wishes = {
-        chunk_id: StepWish(
+    planned = {
+        chunk_id: PlannedUpdate(
             tuple(AdamSegment(begin=b, end=e, hyper=hypers[h], step=step) for b, e, step, h in segments), grad_scale
         )
         for chunk_id, grad_scale, segments in fields["wishes"]
     }
-    return CommittedStep(num_steps=fields["num_steps"], wishes=wishes, run_state=run_state)
+    return CommittedStep(num_steps=fields["num_steps"], planned=planned, run_state=run_state)

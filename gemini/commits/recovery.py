@@ -177,12 +177,12 @@ class ClaimedCommits:
                 state=states[chunk_id],
                 grad=gradients.home_of(chunk_id),
                 grad_dtype=gradients.dtype_of(chunk_id),
-                segments=wish.segments,
-                grad_scale=wish.grad_scale,
-                tiles=tiles_of(wish.segments, pipeline.tile_numel),
+                segments=update.segments,
+                grad_scale=update.grad_scale,
+                tiles=tiles_of(update.segments, pipeline.tile_numel),
                 sequence=self.file.sequence,
             )
-            for chunk_id, wish in self.step.wishes.items()
+            for chunk_id, update in self.step.planned.items()
         ]
         redo_updates(jobs, pipeline, self.log, sequence=self.file.sequence)
 

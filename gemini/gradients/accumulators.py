@@ -89,7 +89,7 @@ class GradientAccumulators:
         if accumulator.move is not None:
             accumulator.move.wait_on_compute()  # it reads what is overwritten here
             accumulator.move = None
-        place = accumulator.spec.slots[position]
+        place = accumulator.spec.places[position]
         total = accumulator.buffer.view(torch.float32)[place.begin : place.end]
         mode = GradMode.ADD if position in accumulator.positions else GradMode.STORE
         accumulator.positions.add(position)
@@ -111,7 +111,7 @@ class GradientAccumulators:
             host_buffer: uint8, as many bytes as the sums or more.
         """
         accumulator = self._by_chunk[chunk_id]
-        places = [accumulator.spec.slots[position] for position in accumulator.positions]
+        places = [accumulator.spec.places[position] for position in accumulator.positions]
         part = slice(4 * min(place.begin for place in places), 4 * max(place.end for place in places))
         accumulator.move = self._transfers.download(
             host_buffer[part], accumulator.buffer[part], record=accumulator.spec.name

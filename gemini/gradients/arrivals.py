@@ -150,7 +150,7 @@ class Gradients(Protocol):
     def put(self, chunk_id: int, position: int, grad: torch.Tensor) -> None:
         """Take one parameter's gradient as autograd hands it over."""
 
-    def reach_unit(self, chunk_ids: Sequence[int], urgency: Callable[[int], int]) -> None:
+    def reach_unit(self, chunk_ids: Sequence[int], distance: Callable[[int], int]) -> None:
         """Note that backward has reached the unit whose own these chunks are."""
 
     def end_backward(self) -> None:

@@ -79,10 +79,10 @@ class DeviceRoute:
             self._on_device[chunk_id] = (chunk, self._claim_device_slot(), [])
             self._announce_change(chunk_id)  # again: claiming a slot may have brought the rest of the chunk home
         _, slot, positions = self._on_device[chunk_id]
-        place = chunk.spec.slots[position]
+        place = chunk.spec.places[position]
         slot.buffer.view(chunk.spec.dtype)[place.begin : place.end].copy_(flat)
         positions.append(position)
-        if len(positions) == len(chunk.spec.slots):
+        if len(positions) == len(chunk.spec.places):
             self._depart(chunk_id)
 
     def depart_all(self) -> None:
@@ -112,7 +112,7 @@ class DeviceRoute:
         chunk, slot, positions = self._on_device.pop(chunk_id)
         in_use = [id(departure.host_slot) for departure in self._departures]
         host_slot = next(slot for slot in self._host_slots if id(slot) not in in_use)
-        places = [chunk.spec.slots[position] for position in positions]
+        places = [chunk.spec.places[position] for position in positions]
         part = slice(min(place.begin for place in places), max(place.end for place in places))
         staged, waiting = (each.buffer.view(chunk.spec.dtype)[part] for each in (host_slot, slot))
         move = self._transfers.download(staged, waiting, record=chunk.spec.name)
@@ -124,7 +124,7 @@ class DeviceRoute:
         staged = departure.host_slot.buffer.view(spec.dtype)
         tickets = []
         for position in departure.positions:
-            place = spec.slots[position]
+            place = spec.places[position]
             tickets.append(self._arrive_at_host(departure.chunk, position, staged[place.begin : place.end]))
         for ticket in tickets:
             ticket.wait()

@@ -128,7 +128,7 @@ class GradientExchange:
             assert slot is not None, "whoever claims slots leaves one"
             sent = slot.sent.view(spec.dtype)[: shard.num_ranks * numel].view(shard.num_ranks, numel).zero_()
             for position, flat in gradients.items():
-                copy_piece(sent, flat, at=spec.slots[position].begin - begin, stride=shard.numel)
+                copy_piece(sent, flat, at=spec.places[position].begin - begin, stride=shard.numel)
             self._start(spec, shard, slot, begin, numel, mean)
 
     def _start(

@@ -55,10 +55,10 @@ class GradAttributes:
 
     def __init__(self, chunks: Iterable[Chunk], intake: GradientIntake, *, is_scaled: bool) -> None:
         self._params = [
-            (param, slot.spec.name, (chunk.spec.chunk_id, position))
+            (param, place.spec.name, (chunk.spec.chunk_id, position))
             for chunk in chunks
             if chunk.spec.is_trainable
-            for position, (param, slot) in enumerate(zip(chunk.params, chunk.spec.slots, strict=True))
+            for position, (param, place) in enumerate(zip(chunk.params, chunk.spec.places, strict=True))
         ]
         self._intake = intake
         self._is_scaled = is_scaled

@@ -132,11 +132,11 @@ class ShardedGradients:
 
     # ---------------------------------------------------------------- during backward
 
-    def begin_backward(self, urgency: Callable[[int], int]) -> None:
+    def begin_backward(self, distance: Callable[[int], int]) -> None:
         """Begin a backward pass, which autograd will end; inside of one, do nothing.
 
         Args:
-            urgency: how soon forward uses a chunk, lower is sooner; the same on all ranks.
+            distance: how soon forward uses a chunk, lower is sooner; the same on all ranks.
         """
         if self.backward_pass.has_failed:
             self.end_backward()
@@ -145,7 +145,7 @@ class ShardedGradients:
         self.num_backwards += 1
         self._end_means()
         exchanged = [chunk for chunk in self._chunks.values() if chunk.kept is None]
-        self._order = sorted(exchanged, key=lambda chunk: (-urgency(chunk.spec.chunk_id), -chunk.spec.chunk_id))
+        self._order = sorted(exchanged, key=lambda chunk: (-distance(chunk.spec.chunk_id), -chunk.spec.chunk_id))
         self._num_gone = 0
         for turn, chunk in enumerate(self._order):
             chunk.turn, chunk.has_gone = turn, False
@@ -153,14 +153,14 @@ class ShardedGradients:
         for chunk in self._chunks.values():
             chunk.earlier |= chunk.delivered
 
-    def reach_unit(self, chunk_ids: Sequence[int], urgency: Callable[[int], int]) -> None:
+    def reach_unit(self, chunk_ids: Sequence[int], distance: Callable[[int], int]) -> None:
         """Begin a backward pass unless one is under way, and exchange what the units reached before have delivered.
 
         Args:
             chunk_ids: the unit's own; the same on all ranks.
-            urgency: how soon forward uses a chunk, lower is sooner; the same on all ranks.
+            distance: how soon forward uses a chunk, lower is sooner; the same on all ranks.
         """
-        self.begin_backward(urgency)
+        self.begin_backward(distance)
         for chunk in [self._chunks[chunk_id] for chunk_id in chunk_ids if chunk_id in self._chunks]:
             if chunk.kept is None:
                 chunk.num_reached += 1
@@ -238,7 +238,7 @@ class ShardedGradients:
     def _check_accumulation(self, chunk: _Chunk, position: int, *, has_gradient: bool) -> None:
         dtype = self.dtype_of(chunk.spec.chunk_id)
         if (has_gradient or chunk.has_gone) and dtype is not torch.float32:
-            raise second_gradient_error(chunk.spec.slots[position].spec.name, dtype)
+            raise second_gradient_error(chunk.spec.places[position].spec.name, dtype)
 
     def _has_passed(self, chunk: _Chunk) -> bool:
         """Return whether backward has reached a chunk's unit as often as it probably will."""
@@ -254,7 +254,7 @@ class ShardedGradients:
 
     def _fill(self, chunk: _Chunk, position: int, flat: torch.Tensor) -> None:
         whole = self._whole(chunk)
-        place = chunk.spec.slots[position]
+        place = chunk.spec.places[position]
         if position in chunk.filled:
             whole[place.begin : place.end].add_(flat)
         else:
@@ -308,7 +308,7 @@ class ShardedGradients:
         if not self._is_taking_means:
             self._shards.begin_backward()
             self._is_taking_means = True
-        for position, piece in enumerate(cut_spec(spec, shard).slots):
+        for position, piece in enumerate(cut_spec(spec, shard).places):
             self._shards.put(spec.chunk_id, position, mean[piece.begin : piece.end])
 
     def _end_means(self) -> None:
@@ -331,7 +331,7 @@ class ShardedGradients:
         self.end_backward()
         for chunk in self._chunks.values():
             if chunk.kept is not None:
-                places = ((i, chunk.spec.slots[i]) for i in sorted(chunk.filled))
+                places = ((i, chunk.spec.places[i]) for i in sorted(chunk.filled))
                 gradients = {i: self._whole(chunk)[place.begin : place.end] for i, place in places}
                 self._exchange.send_in_pieces(chunk.spec, chunk.shard, gradients)
                 chunk.filled.clear()
@@ -350,9 +350,9 @@ class ShardedGradients:
         """Let all ranks know all sums of squares; return the chunks of which any rank has latecomers."""
         own = self._shards.sums_of_squares()
         chunks = list(self._chunks.values())
-        params = [slot.spec for chunk in chunks for slot in chunk.spec.slots]
+        params = [place.spec for chunk in chunks for place in chunk.spec.places]
         names = [param.name for param in params]
-        is_here = [i in chunk.delivered for chunk in chunks for i in range(len(chunk.spec.slots))]
+        is_here = [i in chunk.delivered for chunk in chunks for i in range(len(chunk.spec.places))]
         is_late = [bool(chunk.late) for chunk in chunks]
         found = [*(own.get(name, 0.0) for name in names), *is_here, *is_late, self.hyper_fingerprint]
         table = self._group.gather_values(torch.tensor(found, dtype=torch.float64), name="norms of gradients")
@@ -385,7 +385,7 @@ class ShardedGradients:
 
     def discard(self, chunk_id: int, position: int) -> None:
         """Refuse: ranks have exchanged the gradient, in part or in whole."""
-        name = self._chunks[chunk_id].spec.slots[position].spec.name
+        name = self._chunks[chunk_id].spec.places[position].spec.name
         raise ModelError(
             f"parameter {name}: its gradient waits in shards on several ranks and cannot be replaced through .grad; "
             "drop all gradients with zero_grad(), or change them in backward with param.register_hook"

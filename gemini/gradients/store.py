@@ -204,7 +204,7 @@ class GradientStore:
     def _writing(self, chunk: GradChunk, position: int) -> Iterator[GradientPlace]:
         previous = self._claim_on_host(chunk, position)
         view = self._view(chunk, position)
-        yield GradientPlace(view.view(chunk.spec.slots[position].spec.shape), is_empty=previous is None)
+        yield GradientPlace(view.view(chunk.spec.places[position].spec.shape), is_empty=previous is None)
         self._note_arrival(chunk, position, self._resources.pool.submit_gradient(None, view, record=chunk.spec.name))
 
     def _begin_delivery(self, chunk_id: int, position: int) -> GradChunk:
@@ -240,7 +240,7 @@ class GradientStore:
         chunk = self._chunks[chunk_id]
         return position in chunk.delivered or position in chunk.earlier
 
-    def reach_unit(self, chunk_ids: Sequence[int], urgency: Callable[[int], int]) -> None:
+    def reach_unit(self, chunk_ids: Sequence[int], distance: Callable[[int], int]) -> None:
         """Do nothing: gradients go where they wait as they come; see ShardedGradients.reach_unit."""
 
     def end_backward(self) -> None:
@@ -275,11 +275,11 @@ class GradientStore:
     def _check_accumulation(self, chunk: GradChunk, position: int) -> None:
         again = position in chunk.sumsq or self._route.has_sent(chunk, position)
         if again and self._dtype_of(chunk.spec) is not torch.float32:
-            raise second_gradient_error(chunk.spec.slots[position].spec.name, self._dtype_of(chunk.spec))
+            raise second_gradient_error(chunk.spec.places[position].spec.name, self._dtype_of(chunk.spec))
 
     def _accumulate(self, chunk: GradChunk, position: int, flat: torch.Tensor) -> None:
         chunk.sumsq[position] = self.accumulators.add(chunk.spec.chunk_id, position, flat)
-        is_complete = len(chunk.delivered) == len(chunk.spec.slots) and not any(chunk.num_expected.values())
+        is_complete = len(chunk.delivered) == len(chunk.spec.places) and not any(chunk.num_expected.values())
         if is_complete and self.num_backwards >= self.expected_backwards:
             self._send_sums(chunk)
 
@@ -317,7 +317,7 @@ class GradientStore:
         if len(self._jobs) > MAX_JOBS_IN_FLIGHT:
             self._jobs.pop(0).wait()
         chunk.arrived.add(position)
-        is_complete = len(chunk.arrived) == len(chunk.spec.slots) and not any(chunk.num_expected.values())
+        is_complete = len(chunk.arrived) == len(chunk.spec.places) and not any(chunk.num_expected.values())
         if is_complete and not self._route.carries(chunk):
             self._announce(chunk)
 
@@ -350,7 +350,7 @@ class GradientStore:
         if buffer is None:
             buffer = chunk.home.host_buffer
         assert buffer is not None
-        place = chunk.spec.slots[position]
+        place = chunk.spec.places[position]
         return buffer.view(self._dtype_of(chunk.spec))[place.begin : place.end]
 
     # ---------------------------------------------------------------- between backward and update
@@ -379,7 +379,7 @@ class GradientStore:
     def names(self) -> set[str]:
         """Return the parameters that have a gradient."""
         self.finish()
-        return {chunk.spec.slots[position].spec.name for chunk in self._chunks.values() for position in chunk.sumsq}
+        return {chunk.spec.places[position].spec.name for chunk in self._chunks.values() for position in chunk.sumsq}
 
     def sums_of_squares(self) -> dict[str, float]:
         """Return the sum of squares of each gradient that has arrived, by parameter name; blocks on the device once.
@@ -388,7 +388,7 @@ class GradientStore:
         """
         self.finish()
         chunks = self._chunks.values()
-        all_sums = {chunk.spec.slots[i].spec.name: value for chunk in chunks for i, value in chunk.sumsq.items()}
+        all_sums = {chunk.spec.places[i].spec.name: value for chunk in chunks for i, value in chunk.sumsq.items()}
         sums = {name: value.sumsq() for name, value in all_sums.items() if isinstance(value, GradTicket)}
         on_device = [(name, value) for name, value in all_sums.items() if isinstance(value, torch.Tensor)]
         if on_device:

@@ -247,7 +247,7 @@ def make_report(
         tiers=tuple(_tier_report(runtime, runtime.demand, tier) for tier in MemoryTier),
         num_steps=runtime.steps.num_steps,
         num_skipped_steps=runtime.steps.num_skipped_steps,
-        num_params=sum(slot.spec.numel for slot in runtime.layout.slot_by_name.values()),
+        num_params=sum(place.spec.numel for place in runtime.layout.place_by_name.values()),
         num_chunks=len(core.chunks),
         num_resident_chunks=sum(chunk.is_resident for chunk in core.chunks),
         num_slots=runtime.plan.num_slots,
@@ -263,7 +263,7 @@ def make_report(
         nvme_written_nbytes_per_step=moved.nbytes_written / num_steps if num_steps else None,
         wear=wear,
         fetch_stall_s=stats.stall_s,
-        update_stall_s=runtime.overlap.stall_s,
+        update_stall_s=runtime.updates.stall_s,
         updates=_update_report(runtime),
         non_model_peak_nbytes=runtime.probe.non_model_peak_nbytes,
         resident_set_nbytes=psutil.Process().memory_info().rss,
@@ -277,7 +277,7 @@ def make_report(
 
 
 def _update_report(runtime: Runtime) -> UpdateReport:
-    overlap = runtime.overlap
+    overlap = runtime.updates
     return UpdateReport(
         overlap_asked=runtime.config.overlap,
         overlap=overlap.mode.value,
@@ -296,7 +296,7 @@ def _predict(runtime: Runtime, profile: HardwareProfile, flops: StepFlops) -> St
         count_step(runtime.demands, runtime.plan, runtime.shape, flops),
         profile,
         dtype=str(runtime.config.dtype).removeprefix("torch."),
-        mode=runtime.overlap.mode,
+        mode=runtime.updates.mode,
         has_device=runtime.shape.has_device,
     )
 

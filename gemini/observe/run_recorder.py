@@ -134,7 +134,7 @@ class RunRecorder:
         disk = IoStats(nbytes_read=0, nbytes_written=0) if store is None else store.stats()
         return {
             "weights_stall_s": stats.stall_s,
-            "update_stall_s": self._runtime.overlap.stall_s,
+            "update_stall_s": self._runtime.updates.stall_s,
             "num_fetches": stats.num_fetches,
             "num_misses": stats.num_misses,
             "fetched_nbytes": stats.fetched_nbytes,
@@ -247,8 +247,8 @@ def describe_run(
         began_unix_s=time.time(),
         compute_tier=runtime.resources.transfers.compute_tier.value,
         dtype=str(runtime.config.dtype).removeprefix("torch."),
-        overlap=runtime.overlap.mode.value,
-        num_params=sum(slot.spec.numel for slot in layout.slot_by_name.values()),
+        overlap=runtime.updates.mode.value,
+        num_params=sum(place.spec.numel for place in layout.place_by_name.values()),
         num_slots=plan.num_slots,
         slot_nbytes=plan.slot_nbytes,
         units=tuple(unit.module_name for unit in layout.units),

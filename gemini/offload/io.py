@@ -98,7 +98,7 @@ class IoTicket:
     __slots__ = (
         "_engine",
         "_file",
-        "_is_settled",
+        "_is_over",
         "_nbytes",
         "_number",
         "_offset",
@@ -115,8 +115,8 @@ class IoTicket:
         self._record = request.record
         self._number = number
         self._nbytes = nbytes
-        self._is_settled = False
-        self._outcome = (0, 0)  # status, bytes done; valid once settled
+        self._is_over = False
+        self._outcome = (0, 0)  # status, bytes done; valid once it is over
 
     @property
     def nbytes(self) -> int:
@@ -125,7 +125,7 @@ class IoTicket:
 
     def is_done(self) -> bool:
         """Return whether the transfer has completed or failed; never blocks."""
-        return self._settle(0)
+        return self._is_over_within(0)
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Block until the transfer is complete. May be called again, and from several threads.
@@ -139,7 +139,7 @@ class IoTicket:
             TimeoutError: it is still under way.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while not self._settle(self._slice_ns(deadline)):
+        while not self._is_over_within(self._slice_ns(deadline)):
             if deadline is not None and time.monotonic() >= deadline:
                 raise TimeoutError(f"{self._operation.value} of {self._file.path} not complete after {timeout_s} s")
         status, nbytes_done = self._outcome
@@ -162,13 +162,13 @@ class IoTicket:
             return _WAIT_SLICE_NS
         return max(0, min(_WAIT_SLICE_NS, int((deadline - time.monotonic()) * 1e9)))
 
-    def _settle(self, timeout_ns: int) -> bool:
-        if not self._is_settled:
+    def _is_over_within(self, timeout_ns: int) -> bool:
+        if not self._is_over:
             outcome = self._engine._ask(self._number, timeout_ns)
             if outcome is None:
                 return False
             self._outcome = outcome
-            self._is_settled = True
+            self._is_over = True
         return True
 
 

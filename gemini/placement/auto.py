@@ -83,7 +83,7 @@ def _place_with_device(problem: Problem) -> Draft:
     # short, the device takes whole chunks instead.
     drafts = []
     for fill_device in (_fill_device_with_residents, _fill_device_with_states):
-        drafts.append(_settle_below(fill_device(problem)))
+        drafts.append(_fill_below(fill_device(problem)))
         if drafts[-1].fits(_HOST, _NVME):
             return drafts[-1]
     raise _shortage(min(drafts, key=lambda draft: [draft.shortage(tier) for tier in (_HOST, _NVME)]))
@@ -106,7 +106,7 @@ def _fill_device_with_states(problem: Problem) -> Draft:
     return draft
 
 
-def _settle_below(upper: Draft) -> Draft:
+def _fill_below(upper: Draft) -> Draft:
     """Return the best placement below the device for given roles on it; over a budget only if all are."""
     problem = upper.problem
     if upper.fits(_HOST):

@@ -124,7 +124,7 @@ def _on_fakes(
     model: torch.nn.Module, fakes: FakeTensorMode, layout: ChunkLayout, config: GeminiConfig
 ) -> Iterator[list[torch.nn.Parameter]]:
     """Exchange a model's parameters and buffers for fakes, in an engine's dtypes; yields the trained parameters."""
-    dtypes = {name: layout.chunks[slot.chunk_id].dtype for name, slot in layout.slot_by_name.items()}
+    dtypes = {name: layout.chunks[place.chunk_id].dtype for name, place in layout.place_by_name.items()}
     by_id = {id(param): _fake_parameter(param, fakes, dtypes[name]) for name, param in named_params(model)}
     of_buffers = choose_dtypes(model, config.dtype).buffers
     buffer_dtypes = {id(buffer): of_buffers[name] for name, buffer in model.named_buffers()}

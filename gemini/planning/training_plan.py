@@ -69,7 +69,7 @@ class TrainingPlan:
     @property
     def num_params(self) -> int:
         """Elements of all parameters."""
-        return sum(slot.spec.numel for slot in self.blueprint.layout.slot_by_name.values())
+        return sum(place.spec.numel for place in self.blueprint.layout.place_by_name.values())
 
     def peak_by_purpose(self, tier: MemoryTier) -> dict[str, int]:
         """Return the bytes that a tier holds at its peak, largest first; a process's own are not among them."""

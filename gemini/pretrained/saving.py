@@ -116,7 +116,7 @@ def showing_weights(runtime: Runtime, model: torch.nn.Module) -> Iterator[None]:
         ModelError: the engine is closed, its state was lost, or the model has other parameters than were wrapped.
     """
     runtime.check_usable()
-    check_unchanged(model, runtime, runtime.layout.slot_by_name)
+    check_unchanged(model, runtime, runtime.layout.place_by_name)
     runtime.finish_updates()
     with showing(model, Weights(runtime, model, None).read_params()):
         yield
@@ -172,7 +172,7 @@ class Weights:
     def __init__(self, runtime: Runtime, model: torch.nn.Module, dtype: torch.dtype | None) -> None:
         self._runtime = runtime
         self._dtype = dtype
-        self._slots = runtime.layout.slot_by_name
+        self._places = runtime.layout.place_by_name
         self.canonical = canonical_names(model)
         first_of = canonical_buffers(model)
         buffers = persistent_buffers(model)
@@ -191,7 +191,7 @@ class Weights:
             self.state[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
 
     def _on_meta(self, name: str) -> torch.Tensor:
-        spec = self._slots[self.canonical[name]].spec
+        spec = self._places[self.canonical[name]].spec
         is_cast = self._dtype is not None and is_cast_dtype(spec.dtype)
         return torch.empty(spec.full_shape, dtype=self._dtype if is_cast else spec.dtype, device="meta")
 
@@ -216,13 +216,13 @@ class Weights:
         yield from self._param_runs(name, self.state[name].dtype)
 
     def _param_runs(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        slot = self._slots[self.canonical[name]]
-        is_working = dtype is slot.spec.dtype
+        place = self._places[self.canonical[name]]
+        is_working = dtype is place.spec.dtype
         if not self._runtime.sharding.is_alone:
-            whole = read_working(self._runtime, slot) if is_working else read_master(self._runtime, slot)
+            whole = read_working(self._runtime, place) if is_working else read_master(self._runtime, place)
             yield whole.reshape(-1).to(dtype)
             return
-        for run in working_runs(self._runtime, slot) if is_working else master_runs(self._runtime, slot):
+        for run in working_runs(self._runtime, place) if is_working else master_runs(self._runtime, place):
             yield run.to(dtype)
 
     def read(self, name: str) -> torch.Tensor:

@@ -22,14 +22,15 @@ class Place(enum.Enum):
     DEVICE = "at home on the device"
     FETCHING = "on its way"
     READY = "in compute memory"
-    LEASED = "in use"
+    HELD = "in use"
     UPDATING = "being updated"
 
 
 _PLACE_OF_STATE = {
     "fetching": Place.FETCHING,
     "ready": Place.READY,
-    "leased": Place.LEASED,
+    "held": Place.HELD,
+    "leased": Place.HELD,  # as recordings of earlier versions say
     "updating": Place.UPDATING,
 }
 

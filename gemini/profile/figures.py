@@ -29,7 +29,7 @@ PLACE_COLORS = {
     Place.DEVICE: "#c5b0d5",
     Place.FETCHING: "#eeca3b",
     Place.READY: "#54a24b",
-    Place.LEASED: "#1f5fa8",
+    Place.HELD: "#1f5fa8",
     Place.UPDATING: "#e45756",
 }
 LABEL_COLORS = {

@@ -28,7 +28,7 @@ class Adaptation:
         gradients: of the same chunks.
         chunks: what placement knows of them, by id.
         shape: sizes of the buffers.
-        settle: finishes all updates under way.
+        finish_updates: finishes all updates under way.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Adaptation:
         chunks: Sequence[ChunkDemand],
         shape: RuntimeShape,
         *,
-        settle: Callable[[], None],
+        finish_updates: Callable[[], None],
     ) -> None:
         budget = core.resources.ledger.budget_nbytes(MemoryTier.DEVICE)
         assert budget is not None, "there is no device to adapt to"
@@ -47,12 +47,12 @@ class Adaptation:
         self._gradients = gradients
         self._chunks = chunks
         self._shape = shape
-        self._settle = settle
+        self._finish_updates = finish_updates
         self._is_adapted = False
         self._has_accumulators = False
 
     def after_step(self, plan: PlacementPlan, *, peak_nbytes: int) -> PlacementPlan:
-        """Adapt to a step that has been measured; nothing is leased, and there are no gradients.
+        """Adapt to a step that has been measured; nothing is held, and there are no gradients.
 
         Args:
             plan: what is in force.
@@ -63,7 +63,7 @@ class Adaptation:
         """
         if not self._is_adapted:
             self._is_adapted = True
-            self._settle()
+            self._finish_updates()
             plan = self._adapt_residents(plan, peak_nbytes)
         keeps_float32 = self._shape.grad_itemsize == 4
         if keeps_float32 and not self._has_accumulators and self._gradients.expected_backwards > 1:

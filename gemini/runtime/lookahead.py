@@ -82,7 +82,7 @@ class Lookahead:
         chunk = self._core.chunks[chunk_id]
         return chunk.shard is not None or not chunk.is_resident
 
-    def urgency(self, chunk_id: int) -> int:
+    def distance(self, chunk_id: int) -> int:
         """Return how soon the next forward will need a chunk, lower is sooner; those it never notes come first."""
         return self._forward_order.get(chunk_id, -1)
 

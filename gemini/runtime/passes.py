@@ -1,4 +1,4 @@
-"""What the hooks report of forward and backward, turned into leases, fetches and gradients."""
+"""What the hooks report of forward and backward, turned into holds, fetches and gradients."""
 
 from __future__ import annotations
 
@@ -132,16 +132,16 @@ class Passes(NeverCopied):
         """
         self._check_usable()
         unit = self._layout.units[unit_id]
-        leased: list[int] = []
+        held: list[int] = []
         try:
             for chunk_id in unit.chunk_ids:
                 self._core.access(chunk_id)
-                leased.append(chunk_id)
+                held.append(chunk_id)
             for chunk_id in unit.chunk_ids:
                 self._lookahead.record(chunk_id)
             self._lookahead.fetch_ahead()
         except GeminiError:
-            for chunk_id in leased:
+            for chunk_id in held:
                 self._core.release(chunk_id)
             raise
         is_grad_enabled = torch.is_grad_enabled()
@@ -150,7 +150,7 @@ class Passes(NeverCopied):
         self._entered.append(_Entry(unit_id, is_grad_enabled))
 
     def exit_unit(self, unit_id: int) -> None:
-        """Give a unit's leases back."""
+        """Give a unit's holds back."""
         entry = self._entered.pop()
         assert entry.unit_id == unit_id, f"left unit {unit_id} while in unit {entry.unit_id}"
         if entry.has_pushed_hooks:
@@ -181,12 +181,12 @@ class Passes(NeverCopied):
     def enter_backward(self, unit_id: int, *, reads_weights: bool) -> None:
         """Make a unit's weights usable before backward runs it, for recomputation that fires no hooks.
 
-        Needs no lease: the chunks of the unit used last are never evicted, and autograd runs all of a unit before
+        Needs no hold: the chunks of the unit used last are never evicted, and autograd runs all of a unit before
         anything that came before it in forward.
         """
         self._check_usable()
         self.access.check_thread("a backward")
-        self._gradients.reach_unit(self._layout.units[unit_id].own_chunk_ids, self._lookahead.urgency)
+        self._gradients.reach_unit(self._layout.units[unit_id].own_chunk_ids, self._lookahead.distance)
         for chunk_id in self._layout.units[unit_id].chunk_ids if reads_weights else ():
             self._core.ensure(chunk_id)
             self._lookahead.record(chunk_id)
@@ -249,4 +249,4 @@ class Passes(NeverCopied):
     def _drop_leftovers(self) -> None:
         """Forget what an exception in an earlier forward or backward may have left behind."""
         self._entered.clear()
-        self._core.drop_leases()
+        self._core.drop_holds()

@@ -14,7 +14,7 @@ import torch
 from gemini.autograd.engine_access import EngineAccess
 from gemini.autograd.loss_scale import LossScaler
 from gemini.chunk.core import ChunkCore
-from gemini.chunk.layout import ChunkLayout, ParamSlot
+from gemini.chunk.layout import ChunkLayout, ParamPlace
 from gemini.commits.recovery import Commits
 from gemini.config import GeminiConfig
 from gemini.gradients.arrivals import Gradients
@@ -34,7 +34,7 @@ from gemini.runtime.never_copied import NeverCopied
 from gemini.runtime.passes import Passes
 from gemini.runtime.pending_save import SaveSlot
 from gemini.runtime.step import ComingStep, StepControl
-from gemini.update.schedule import Overlap
+from gemini.update.schedule import UpdateSchedule
 from gemini.update.worker import UpdateWorker
 
 __all__ = ["Runtime"]
@@ -102,7 +102,7 @@ class Runtime(NeverCopied):
         self.lookahead = Lookahead(
             core, trace, depth=config.prefetch_depth, num_slots=plan.num_slots, is_sharded=is_sharded
         )
-        self.overlap = Overlap(
+        self.updates = UpdateSchedule(
             None if config.overlap == "auto" else OverlapMode(config.overlap),
             core=core,
             states=states,
@@ -110,18 +110,18 @@ class Runtime(NeverCopied):
             worker=worker,
             kernels=kernels,
             listeners=listeners,
-            predict=self.coming.wish_for,
-            urgency=self.lookahead.urgency,
+            predict=self.coming.expected_update,
+            distance=self.lookahead.distance,
         )
         adaptation: Adaptation | None = None
         if shape.has_device and config.placement == "auto" and not is_sharded:
-            adaptation = Adaptation(core, gradients, demands, shape, settle=self.overlap.settle_all)
+            adaptation = Adaptation(core, gradients, demands, shape, finish_updates=self.updates.finish_all)
         self.steps = StepControl(
             self.coming,
             plan,
             gradients=gradients,
             grad_attributes=GradAttributes(core.chunks, gradients, is_scaled=self.coming.scaler is not None),
-            overlap=self.overlap,
+            updates=self.updates,
             lookahead=self.lookahead,
             adaptation=adaptation,
             probe=self.probe,
@@ -158,10 +158,10 @@ class Runtime(NeverCopied):
         """Bytes by tier and purpose that the plan in force takes."""
         return memory_demand(self.demands, self.plan, self.shape)
 
-    def slot_of(self, param: torch.Tensor) -> ParamSlot | None:
+    def place_of(self, param: torch.Tensor) -> ParamPlace | None:
         """Return a parameter's place in the layout, None if it is not the engine's."""
         place = self._place_of_param.get(id(param))
-        return None if place is None else self.layout.chunks[place[0]].slots[place[1]]
+        return None if place is None else self.layout.chunks[place[0]].places[place[1]]
 
     def finish_updates(self) -> None:
         """Block until the last step has happened, every byte of it, and nothing has been made of the next.
@@ -173,10 +173,10 @@ class Runtime(NeverCopied):
         """
         self.check_usable()
         self.access.check_thread("reading or loading weights")
-        self.overlap.check_released()
+        self.updates.check_released()
         self.saving.finish()
-        self.overlap.settle_all()
-        self.overlap.discard()
+        self.updates.finish_all()
+        self.updates.discard()
         for chunk in self.core.chunks:
             chunk.home.finish_writes()
         for state in self.states.values():
@@ -191,7 +191,7 @@ class Runtime(NeverCopied):
 
     def check_usable(self) -> None:
         """Raise ModelError if the engine is closed, its state was lost, or it belongs to the parent of this process."""
-        self.access.check(self.overlap.failure)
+        self.access.check(self.updates.failure)
         self.sharding.group.check()
 
     def close(self, *, keep: bool = False) -> None:
@@ -200,7 +200,7 @@ class Runtime(NeverCopied):
             return
         self.access.is_closed = True
         self.saving.close()
-        self.overlap.close()
+        self.updates.close()
         self.gradients.close()
         for state in self.states.values():
             state.close()

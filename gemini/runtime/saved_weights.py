@@ -6,7 +6,7 @@ chunk that leaves its slot makes such a view point at another chunk's weights, a
 unit runs, tensors that lie in a chunk are saved as (chunk, offset, shape, strides) and rebuilt in backward on the
 chunk's memory of that moment, fetched if need be, and refused if the optimizer has written it since. Everything else
 goes to the hooks that were active before: the user's own, or those of activation checkpointing, which therefore sees
-every tensor but weights, in forward and in recomputation alike. So backward needs no leases: a chunk used by the node
+every tensor but weights, in forward and in recomputation alike. So backward needs no holds: a chunk used by the node
 that is running is among the most recently used, which are never evicted. Weights that are away and used outside of
 their unit are shown on memory of their own for the length of one function (gemini.weights.access), which is a *loan*:
 what is saved of it is saved as a place in the chunk too. So activation checkpointing never sees a weight, whether its
@@ -176,18 +176,18 @@ class SavedWeights:
         loan = self._loans.get(address)
         if loan is not None:
             chunk, position = loan
-            begin = chunk.spec.slots[position].begin * chunk.spec.dtype.itemsize // local.element_size()
+            begin = chunk.spec.places[position].begin * chunk.spec.dtype.itemsize // local.element_size()
             return chunk, position, begin + offset, tuple(local.stride())
         chunk = self._absent_in(address)
         if chunk is None:
             return None
-        slot = chunk.spec.slots[offset]
-        if tuple(local.shape) != slot.spec.shape:
+        place = chunk.spec.places[offset]
+        if tuple(local.shape) != place.spec.shape:
             raise ModelError(
-                f"a view of parameter {slot.spec.name} is saved for backward while the parameter is away: save the "
+                f"a view of parameter {place.spec.name} is saved for backward while the parameter is away: save the "
                 "parameter itself, and take views of it in backward"
             )
-        return chunk, offset, slot.begin, torch.empty(slot.spec.shape, device="meta").stride()
+        return chunk, offset, place.begin, torch.empty(place.spec.shape, device="meta").stride()
 
     def _weights(self, saved: _WeightView) -> torch.Tensor:
         chunk = saved.chunk
@@ -198,9 +198,10 @@ class SavedWeights:
                 "forward again"
             )
         if chunk.version_of(saved.position) != saved.version:
+            name = chunk.spec.places[saved.position].spec.name
             raise ModelError(
-                f"parameter {chunk.spec.slots[saved.position].spec.name} was written in place between the forward that "
-                "needs it in backward and that backward; write weights before forward, or after backward"
+                f"parameter {name} was written in place between the forward that needs it in backward and that "
+                "backward; write weights before forward, or after backward"
             )
         view = self._weights_of(chunk).view(saved.dtype).as_strided(saved.shape, saved.strides, saved.offset)
         # With create_graph=True backward builds a graph of its own, which saves what it is given here.

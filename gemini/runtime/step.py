@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from gemini.autograd.engine_access import EngineAccess
 from gemini.autograd.loss_scale import LossScaler
-from gemini.chunk.layout import ParamSlot
+from gemini.chunk.layout import ParamPlace
 from gemini.gradients.arrivals import Gradients
 from gemini.gradients.grad_attributes import GradAttributes
 from gemini.kernels.adam_tile import AdamSegment
@@ -18,7 +18,8 @@ from gemini.runtime.lookahead import Lookahead
 from gemini.runtime.memory_probe import MemoryProbe
 from gemini.runtime.skipped_steps import SkippedSteps
 from gemini.runtime.step_clock import StepClock
-from gemini.update.schedule import Overlap, StepPlanner, StepWish
+from gemini.update.job import PlannedUpdate, StepPlanner
+from gemini.update.schedule import UpdateSchedule
 
 __all__ = ["ComingStep", "StepControl"]
 
@@ -59,12 +60,12 @@ class ComingStep:
         """What gradients that wait must be multiplied by to be the loss's: clipping and loss scale."""
         return self.clipping.factor / self.loss_scale
 
-    def wish_for(self, chunk_id: int) -> StepWish | None:
+    def expected_update(self, chunk_id: int) -> PlannedUpdate | None:
         """Return what the step will ask of a chunk if nothing changes before it; None if nobody knows."""
         optimizer = self.optimizer
         if optimizer is None:
             return None
-        return StepWish(optimizer.expected_segments(chunk_id), self.gradient_scale)
+        return PlannedUpdate(optimizer.expected_segments(chunk_id), self.gradient_scale)
 
 
 class StepControl:
@@ -75,13 +76,13 @@ class StepControl:
         plan: homes of all chunks.
         gradients: what the step consumes.
         grad_attributes: what other code leaves in `.grad`.
-        overlap: runs updates.
+        updates: runs updates.
         lookahead: knows what is used next.
         adaptation: changes the plan as steps are measured; None: nobody does.
         probe: measures what is not the engine's.
         access: held by the thread that trains.
         check_usable: raises ModelError if the engine is not.
-        has_commits: whether updates wait for `overlap.release`.
+        has_commits: whether updates wait for `updates.release`.
         is_sharded: whether several ranks own the chunks.
         max_skipped_steps: how many steps may be skipped in a row; None: any number.
     """
@@ -93,7 +94,7 @@ class StepControl:
         *,
         gradients: Gradients,
         grad_attributes: GradAttributes,
-        overlap: Overlap,
+        updates: UpdateSchedule,
         lookahead: Lookahead,
         adaptation: Adaptation | None,
         probe: MemoryProbe,
@@ -111,7 +112,7 @@ class StepControl:
         """Steps that were not taken, because a gradient was not finite."""
         self._gradients = gradients
         self._grad_attributes = grad_attributes
-        self._overlap = overlap
+        self._updates = updates
         self._lookahead = lookahead
         self._adaptation = adaptation
         self._probe = probe
@@ -138,7 +139,7 @@ class StepControl:
 
     def check_released(self) -> None:
         """Raise ModelError if a step waits for its commit."""
-        self._overlap.check_released()
+        self._updates.check_released()
 
     def begin(self) -> None:
         """Begin to time a step."""
@@ -148,13 +149,13 @@ class StepControl:
         """Begin to measure the memory of a step."""
         self._probe.begin_step()
 
-    def gradient_norm(self, slots: Sequence[ParamSlot]) -> float:
+    def gradient_norm(self, places: Sequence[ParamPlace]) -> float:
         """Compute the exact L2 norm of some parameters' gradients, loss scale taken out; see Clipping.norm_of."""
         self._check_usable()
         self._access.check_thread("a norm of gradients")
         self.collect_gradients()
         self._grad_attributes.add_zeros()
-        names = (slot.spec.name for slot in slots)
+        names = (place.spec.name for place in places)
         return self.coming.clipping.norm_of(self._gradients.sums_of_squares(), names, loss_scale=self.coming.loss_scale)
 
     def clip(self, norm: float, max_norm: float) -> None:
@@ -164,7 +165,7 @@ class StepControl:
     def update(self, segments: Mapping[int, tuple[AdamSegment, ...]]) -> None:
         """Update parameters and consume all gradients; depending on the overlap, the work goes on after the return.
 
-        With commits the work waits for `overlap.release`.
+        With commits the work waits for `updates.release`.
 
         Args:
             segments: by chunk id, what to do to its elements, sorted; all of them have a gradient.
@@ -175,9 +176,9 @@ class StepControl:
         """
         self._check_usable()
         scale = self.coming.gradient_scale
-        wishes = {chunk_id: StepWish(parts, scale) for chunk_id, parts in segments.items()}
-        start = self._overlap.hold if self._has_commits else self._overlap.take_step
-        start(wishes, kept=self._lookahead.needed_soon(self.plan.num_slots))
+        planned = {chunk_id: PlannedUpdate(parts, scale) for chunk_id, parts in segments.items()}
+        start = self._updates.defer if self._has_commits else self._updates.take_step
+        start(planned, kept=self._lookahead.needed_soon(self.plan.num_slots))
         if self.coming.scaler is not None:
             self.coming.scaler.update(found_overflow=False)
         self._skipped.note_taken()
@@ -194,7 +195,7 @@ class StepControl:
         """
         self._skipped.note_skipped()
         if self._has_commits:
-            self._overlap.hold({}, kept=())
+            self._updates.defer({}, kept=())
         self.num_skipped_steps += 1
         self._end_step(is_clipped=True)
         self._skipped.check()
@@ -223,12 +224,12 @@ class StepControl:
         self._grad_attributes.collect(on_found=self.coming.clipping.check_open)
 
     def _drop_gradients(self) -> None:
-        self._overlap.discard()
+        self._updates.discard()
         self._gradients.clear()
         self.coming.clipping.factor = 1.0
 
     def _end_step(self, *, is_clipped: bool) -> None:
-        self._overlap.end_step(is_clipped=is_clipped)
+        self._updates.end_step(is_clipped=is_clipped)
         self._gradients.expected_backwards = self._gradients.num_backwards
         self._grad_attributes.end_step()
         self._drop_gradients()

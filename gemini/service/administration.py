@@ -104,7 +104,7 @@ class Administration:
             self._signal(session, signal.SIGTERM)
             asyncio.get_running_loop().call_later(timeout_s, self._signal, session, signal.SIGKILL)
         service.shelf.drop_warm_of(job)
-        service.desk.settle()
+        service.desk.decide()
         return bool(sessions or kept)
 
     def _signal(self, session: Session, number: signal.Signals) -> None:

@@ -102,7 +102,7 @@ class LeaseDesk:
         except ServiceError as error:
             return session.refuse(message.id, "conflict", str(error))
         self._asked[number] = (session, message.id, "")
-        self.settle()
+        self.decide()
 
     def withdraw(self, session: Session, request: int) -> None:
         """Forget a request, or end the lease that it has become."""
@@ -112,7 +112,7 @@ class LeaseDesk:
                 del self._asked[number]
         for record in [each for each in session.leases.values() if each.request == request]:
             self.end(session, record.number)
-        self.settle()
+        self.decide()
 
     def refuse_all(self, text: str) -> None:
         """Tell all who wait that nothing will be granted any more."""
@@ -121,14 +121,14 @@ class LeaseDesk:
             session.refuse(request, "draining", text)
         self._asked.clear()
 
-    def settle(self) -> None:
+    def decide(self) -> None:
         """Grant and refuse whatever can be now; tell those who are new why they wait."""
-        settled = self.queue.settle()
-        self._drop_shared(settled.dropped)
-        for number, (kind, text) in settled.refused.items():
+        decisions = self.queue.decide()
+        self._drop_shared(decisions.dropped)
+        for number, (kind, text) in decisions.refused.items():
             session, request, _ = self._asked.pop(number)
             session.refuse(request, "full" if kind == "full" else "never-fits", text)
-        for number in settled.granted:
+        for number in decisions.granted:
             session, request, _ = self._asked.pop(number)
             self._grant(session, request, number)
         for number, (session, request, reason) in self._asked.items():
@@ -178,7 +178,7 @@ class LeaseDesk:
                 if record.number in session.leases:
                     self.end(session, record.number)
                     session.refuse(record.request, "disk", str(error))
-                self.settle()
+                self.decide()
                 return
         await written
         if record.number in session.leases:
@@ -245,7 +245,7 @@ class LeaseDesk:
         kept = self.kept.pop(member, None)
         if kept is not None:
             self._free(kept.record)
-            self.settle()
+            self.decide()
         return kept is not None
 
     def expire_kept(self, before_s: float) -> None:
@@ -316,7 +316,7 @@ class LeaseDesk:
         session.leases[number] = record
         self._record_change()
         self._give(session, record, message.id, ())
-        self.settle()
+        self.decide()
 
     def _means(self, lost: LostLease, member: Member, message: AdoptLease) -> bool:
         entry = lost.entry
@@ -372,7 +372,7 @@ class LeaseDesk:
         if self.disk is not None and lost.entry.disk_name:
             self.disk.remove(lost.entry.disk_name)
         self._record_change()
-        self.settle()
+        self.decide()
 
 
 def _job_of(session: Session) -> JobKey | None:

@@ -25,13 +25,13 @@ from gemini.service.ledger import NodeLedger
 from gemini.service.member import JobKey, Member
 from gemini.tiers import format_nbytes
 
-__all__ = ["MAX_OVERTAKEN", "LeaseQueue", "Settlement"]
+__all__ = ["MAX_OVERTAKEN", "LeaseQueue", "Decisions"]
 
 MAX_OVERTAKEN = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Settlement:
+class Decisions:
     """What came of looking at everybody who waits."""
 
     granted: list[int]
@@ -65,14 +65,14 @@ class LeaseQueue:
     """Who waits for a lease, in which order, and whether who does not wait may have more.
 
     Args:
-        ledger: what is granted; changed by `settle` and `hold_shared` as they decide.
+        ledger: what is granted; changed by `decide` and `hold_shared` as they decide.
     """
 
     def __init__(self, ledger: NodeLedger) -> None:
         self.ledger = ledger
         self._gangs: dict[JobKey, _Gang] = {}
         self._growth: list[tuple[LeaseRequest, int]] = []
-        """Requests of ranks that hold something, with their priority: answered by the next `settle`."""
+        """Requests of ranks that hold something, with their priority: answered by the next `decide`."""
 
     # Asking
 
@@ -85,7 +85,7 @@ class LeaseQueue:
         priority: int = 0,
         shared: Mapping[str, int] | None = None,
     ) -> int:
-        """Put a request in, for `settle` to decide.
+        """Put a request in, for `decide` to decide.
 
         Args:
             member: who asks.
@@ -122,16 +122,16 @@ class LeaseQueue:
                 del self._gangs[job]
         self._growth = [(each, priority) for each, priority in self._growth if each.number != number]
 
-    def settle(self) -> Settlement:
+    def decide(self) -> Decisions:
         """Grant whatever can be granted now, and refuse what never can.
 
         Returns:
             What changed. Nothing is left that could be granted before something ends.
         """
-        result = Settlement([], {}, [])
+        result = Decisions([], {}, [])
         self._refuse_impossible(result)
         for request, priority in self._growth:
-            self._settle_growth(request, priority, result)
+            self._decide_growth(request, priority, result)
         self._growth.clear()
         while self._grant_next(result):
             pass
@@ -190,7 +190,7 @@ class LeaseQueue:
 
     # Deciding
 
-    def _refuse_impossible(self, result: Settlement) -> None:
+    def _refuse_impossible(self, result: Decisions) -> None:
         for job, gang in list(self._gangs.items()):
             most = whole_amount(gang.requests.values())
             if not most.fits_in(self.ledger.budget):
@@ -198,7 +198,7 @@ class LeaseQueue:
                 result.refused.update({each.number: ("never-fits", text) for each in gang.requests.values()})
                 del self._gangs[job]
 
-    def _settle_growth(self, request: LeaseRequest, priority: int, result: Settlement) -> None:
+    def _decide_growth(self, request: LeaseRequest, priority: int, result: Decisions) -> None:
         most = whole_amount([request])
         if not most.fits_in(self.ledger.budget):
             result.refused[request.number] = ("never-fits", _never_fits_text(most, self.ledger.budget, 1))
@@ -221,7 +221,7 @@ class LeaseQueue:
             return False
         return needed.fits_in(self.ledger.free([request]))
 
-    def _grant_next(self, result: Settlement) -> bool:
+    def _grant_next(self, result: Decisions) -> bool:
         for gang in self._in_order():
             requests = gang.requests.values()
             if self.ledger.missing(requests).fits_in(self.ledger.free(requests)):
@@ -248,7 +248,7 @@ class LeaseQueue:
             is_behind = priority < gang.priority or (priority == gang.priority and arrival > gang.arrival)
             gang.num_overtaken += gang.is_complete and is_behind
 
-    def _take(self, requests: Collection[LeaseRequest], result: Settlement) -> None:
+    def _take(self, requests: Collection[LeaseRequest], result: Decisions) -> None:
         result.dropped.extend(self.ledger.take(requests))
         result.granted.extend(each.number for each in requests)
 

@@ -209,7 +209,7 @@ class NodeService:
             self.desk.expire_lost(is_grace_over=now_s - self.started_s > self.options.grace_s)
             expired = self.shelf.expire_lost(is_over=now_s - self.started_s > RETURN_S)
             if self.shelf.expire(now_s - self.options.warm_s) or expired:
-                self.desk.settle()
+                self.desk.decide()
             self.desk.tell_reasons()
             self.administration.check_drained()
 
@@ -336,7 +336,7 @@ class NodeService:
         now_s = time.monotonic()
         self.desk.end_session(session, keep=not session.is_evicted, now_s=now_s)
         self.shelf.release_all(session, now_s=now_s)
-        self.desk.settle()
+        self.desk.decide()
         self.administration.check_drained()
 
     # Messages
@@ -385,7 +385,7 @@ class NodeService:
                 self.shelf.finish(session, message)
             case GiveUpFill() | ReleaseShared():
                 self.shelf.release(session, message.key, now_s=now_s)
-                self.desk.settle()
+                self.desk.decide()
                 session.done(message.id)
             case AdoptEnd():
                 self.desk.forget_lost_of(member)
@@ -402,7 +402,7 @@ class NodeService:
         if not session.leases:
             self.shelf.release_unfound(session, now_s=now_s)
         session.done(message.id)
-        self.desk.settle()
+        self.desk.decide()
 
     def _budget(self, request: int, job: JobKey, num_ranks: int) -> Budget:
         total, free = self.options.budget, self.ledger.free()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,7 +16,34 @@ from gemini.offload.arena import MemorySource
 from gemini.offload.home import TiledHome
 from gemini.offload.transfer import Mark, Move
 
-__all__ = ["NoProgressLog", "ProgressLog", "UpdateJob"]
+__all__ = ["DeferredStep", "NoProgressLog", "PlannedUpdate", "ProgressLog", "StepPlanner", "UpdateJob"]
+
+
+class StepPlanner(Protocol):
+    """An optimizer, as far as the runtime knows one."""
+
+    def expected_segments(self, chunk_id: int) -> tuple[AdamSegment, ...]:
+        """Return what the next step will do to a chunk all of whose gradients have arrived, sorted."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedUpdate:
+    """What an optimizer step does to one chunk."""
+
+    segments: tuple[AdamSegment, ...]
+    """Runs of elements to update, in chunk coordinates, sorted."""
+    grad_scale: float
+    """Gradients are multiplied by this: clipping and loss scale."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeferredStep:
+    """A step whose updates wait for its commit."""
+
+    planned: Mapping[int, PlannedUpdate]
+    """What to do to the home of each chunk, in the home's coordinates."""
+    kept: frozenset[int]
+    """Chunks that may keep their slot."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -23,7 +51,7 @@ class UpdateJob:
     """The update of some tiles of one chunk."""
 
     spec: ChunkSpec
-    """Of what the homes hold."""
+    """Layout of what the homes hold."""
     working: TiledHome
     state: TiledHome
     grad: TiledHome
@@ -34,7 +62,7 @@ class UpdateJob:
     tiles: tuple[int, ...]
     """What to update; each holds part of a segment."""
     sequence: int = 0
-    """Of the commit whose updates these are; 0: nothing is committed."""
+    """Sequence of the commit that these updates belong to; 0 if nothing is committed."""
     arrivals: tuple[Ticket, ...] = ()
     """What must be complete before gradients may be read."""
     grad_slot: torch.Tensor | None = None
@@ -73,7 +101,7 @@ class ProgressLog(Protocol):
     def end(self, job: UpdateJob, tile: int, ring: int | None) -> None:
         """Note that a tile has been updated in memory, before anything of it is written to disk."""
 
-    def settle(self, job: UpdateJob, tile: int, ring: int | None) -> None:
+    def note_written(self, job: UpdateJob, tile: int, ring: int | None) -> None:
         """Note that what is on disk of a tile is new, before its ring buffer is used again."""
 
 
@@ -92,5 +120,5 @@ class NoProgressLog:
     def end(self, job: UpdateJob, tile: int, ring: int | None) -> None:
         """Do nothing."""
 
-    def settle(self, job: UpdateJob, tile: int, ring: int | None) -> None:
+    def note_written(self, job: UpdateJob, tile: int, ring: int | None) -> None:
         """Do nothing."""

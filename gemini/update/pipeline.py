@@ -356,7 +356,7 @@ class TilePipeline:
     def _retire(self) -> None:
         tile = self._leaving[0]
         tile.wait_until_left()
-        self._log.settle(tile.job, tile.index, tile.ring)
+        self._log.note_written(tile.job, tile.index, tile.ring)
         self._leaving.popleft()
         if tile.ring is not None:
             self._free.append(tile.ring)

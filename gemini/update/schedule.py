@@ -5,7 +5,7 @@ what everybody reads and writes to spare places nobody reads. `take_step` compar
 wants: equal, and the places are exchanged; else it is dropped and done again, from the same weights and gradients. So
 no mode changes a bit, and until `take_step` nothing has happened.
 
-After `take_step` a chunk is UPDATING until `settle`, which whoever needs it calls first.
+After `take_step` a chunk is UPDATING until `finish`, which whoever needs it calls first.
 
 Where steps are committed nothing runs ahead: `hold` decides about a step, and `release` lets its updates go once the
 decision is where it outlives the process.
@@ -17,14 +17,12 @@ import dataclasses
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from gemini.chunk.core import ChunkCore
 from gemini.errors import GeminiError, ModelError
 from gemini.gradients.arrivals import ArrivedGradients, Gradients
-from gemini.kernels.adam_tile import AdamSegment
 from gemini.kernels.device import DeviceKernels
 from gemini.kernels.pool import Ticket
 from gemini.offload.home import TiledHome
@@ -32,42 +30,15 @@ from gemini.offload.transfer import Mark
 from gemini.placement.overlap import OverlapMode, choose_overlap, smoothed_rate, why_not_ahead
 from gemini.profile.listeners import RunListeners
 from gemini.tiers import MemoryTier
-from gemini.update.job import UpdateJob
+from gemini.update.job import DeferredStep, PlannedUpdate, UpdateJob
 from gemini.update.pipeline import clip_segments, tiles_of, update_on_device
 from gemini.update.worker import UpdateWorker
 
-__all__ = ["HeldStep", "Overlap", "OverlapStats", "StepPlanner", "StepWish", "UpdateTimes"]
-
-
-class StepPlanner(Protocol):
-    """An optimizer, as far as the runtime knows one."""
-
-    def expected_segments(self, chunk_id: int) -> tuple[AdamSegment, ...]:
-        """Return what the next step will do to a chunk all of whose gradients have arrived, sorted."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepWish:
-    """What an optimizer step does to one chunk."""
-
-    segments: tuple[AdamSegment, ...]
-    """Runs of elements to update, in chunk coordinates, sorted."""
-    grad_scale: float
-    """Gradients are multiplied by this: clipping and loss scale."""
-
-
-@dataclass(frozen=True, slots=True)
-class HeldStep:
-    """A step whose updates wait for its commit."""
-
-    wishes: Mapping[int, StepWish]
-    """What to do to the home of each chunk, in the home's coordinates."""
-    kept: frozenset[int]
-    """Chunks that may keep their slot."""
+__all__ = ["UpdateSchedule", "UpdateStats", "UpdateTimes"]
 
 
 @dataclass(slots=True)
-class OverlapStats:
+class UpdateStats:
     """Updates of chunks since construction."""
 
     num_updates: int = 0
@@ -95,7 +66,7 @@ class UpdateTimes:
         )
 
 
-class Overlap:
+class UpdateSchedule:
     """The updates of one engine.
 
     Args:
@@ -107,7 +78,7 @@ class Overlap:
         kernels: update what lives on the device.
         listeners: told when a step's updates begin, and when it ends.
         predict: returns what the coming step will probably ask of a chunk; None if nobody knows.
-        urgency: returns how soon the next forward needs a chunk, lower is sooner.
+        distance: returns how soon the next forward needs a chunk, lower is sooner.
     """
 
     def __init__(
@@ -120,17 +91,17 @@ class Overlap:
         worker: UpdateWorker,
         kernels: DeviceKernels,
         listeners: RunListeners,
-        predict: Callable[[int], StepWish | None] = lambda chunk_id: None,
-        urgency: Callable[[int], int] = lambda chunk_id: chunk_id,
+        predict: Callable[[int], PlannedUpdate | None] = lambda chunk_id: None,
+        distance: Callable[[int], int] = lambda chunk_id: chunk_id,
     ) -> None:
-        self.stats = OverlapStats()
+        self.stats = UpdateStats()
         self.mode = OverlapMode.OFF if asked is OverlapMode.OFF else OverlapMode.NEXT_FORWARD
         """The mode of the step under way."""
         self.failure: str | None = None
         """Why weights and state are no longer those of any one step; None while they are."""
         self.last_step: UpdateTimes | None = None
         """The last step's, from the end of the one before it to its own; None before the second."""
-        self.held: HeldStep | None = None
+        self.deferred: DeferredStep | None = None
         """The step whose updates wait for `release`; None: no step does."""
         self._asked = asked
         self._core = core
@@ -140,7 +111,7 @@ class Overlap:
         self._kernels = kernels
         self._listeners = listeners
         self._predict = predict
-        self._urgency = urgency
+        self._distance = distance
         self._ahead: dict[int, UpdateJob] = {}
         self._pending: dict[int, list[UpdateJob]] = {}
         self._grad_slots: dict[int, torch.Tensor] = {}
@@ -163,26 +134,26 @@ class Overlap:
             self._grad_slots[chunk_id] = arrived.slot
         is_last_backward = self._gradients.num_backwards >= self._backwards_per_step > 0
         if self.mode is OverlapMode.SPECULATIVE and is_last_backward:
-            wish = self._predict(chunk_id)
-            if wish is not None:
-                self._start_ahead(chunk_id, self._at_home(chunk_id, wish), arrived.tickets)
+            update = self._predict(chunk_id)
+            if update is not None:
+                self._start_ahead(chunk_id, self._at_home(chunk_id, update), arrived.tickets)
         return arrived.slot is not None
 
-    def _start_ahead(self, chunk_id: int, wish: StepWish, arrivals: tuple[Ticket, ...]) -> None:
+    def _start_ahead(self, chunk_id: int, update: PlannedUpdate, arrivals: tuple[Ticket, ...]) -> None:
         chunk, state = self._core.chunks[chunk_id], self._states[chunk_id]
-        touched = tiles_of(wish.segments, self._worker.tile_numel)
+        touched = tiles_of(update.segments, self._worker.tile_numel)
         tiles = tuple(tile for tile in touched if state.has_spare(tile))
         if not tiles or (chunk.is_resident and chunk.slot is not None):  # whose copy shows the old weights until then
             return
-        job = self._job(chunk_id, wish, tiles, arrivals)
+        job = self._job(chunk_id, update, tiles, arrivals)
         self._ahead[chunk_id] = job
         self.stats.num_ahead += 1
-        self._worker.submit(job, urgency=self._urgency(chunk_id))
+        self._worker.submit(job, distance=self._distance(chunk_id))
 
     def gradients_change(self, chunk_id: int) -> None:
         """Drop what was made of a chunk's gradients ahead of the step; see GradientListener."""
         self.check_released()
-        self.settle(chunk_id)
+        self.finish(chunk_id)
         self._drop(chunk_id)
         self.leave_gradient_slot(chunk_id)
 
@@ -194,7 +165,7 @@ class Overlap:
 
     def weights_change(self, chunk_id: int) -> None:
         """Settle a chunk whose weights somebody is about to write, and drop what was made of the old ones."""
-        self.settle(chunk_id)
+        self.finish(chunk_id)
         self._drop(chunk_id)
 
     def discard(self) -> None:
@@ -210,98 +181,100 @@ class Overlap:
 
     # ---------------------------------------------------------------- the step
 
-    def take_step(self, wishes: Mapping[int, StepWish], *, kept: Collection[int]) -> None:
+    def take_step(self, planned: Mapping[int, PlannedUpdate], *, kept: Collection[int]) -> None:
         """Make a step's updates happen: those made ahead count now, the others run now or behind the next forward.
 
         Args:
-            wishes: what to do to each chunk; all gradients have arrived.
+            planned: what to do to each chunk; all gradients have arrived.
             kept: chunks that may keep their slot, because they are needed again soon.
 
         Raises:
             OffloadIOError: state could not be read or written; `failure` says so too.
-            IllegalTransitionError: a chunk is leased; nothing has happened.
+            IllegalTransitionError: a chunk is held; nothing has happened.
             ModelError: someone looks at a slot that will show other weights; nothing has happened.
             WorkerError: the thread for updates cannot be started; nothing has happened.
         """
-        wishes = {chunk_id: self._at_home(chunk_id, wish) for chunk_id, wish in wishes.items()}
+        planned = {chunk_id: self._at_home(chunk_id, update) for chunk_id, update in planned.items()}
         for chunk_id, job in list(self._ahead.items()):
-            wish = wishes.get(chunk_id)
-            if wish is None or (job.segments, job.grad_scale) != (wish.segments, wish.grad_scale):
+            update = planned.get(chunk_id)
+            if update is None or (job.segments, job.grad_scale) != (update.segments, update.grad_scale):
                 self._drop(chunk_id)
-        self._check_updatable(wishes)
-        self._start_updates(wishes, kept=kept)
+        self._check_updatable(planned)
+        self._start_updates(planned, kept=kept)
 
-    def hold(self, wishes: Mapping[int, StepWish], *, kept: Collection[int]) -> None:
+    def defer(self, planned: Mapping[int, PlannedUpdate], *, kept: Collection[int]) -> None:
         """Decide about a step whose updates must not begin yet; arguments and errors as for `take_step`."""
         self.check_released()
-        at_home = {chunk_id: self._at_home(chunk_id, wish) for chunk_id, wish in wishes.items()}
+        at_home = {chunk_id: self._at_home(chunk_id, update) for chunk_id, update in planned.items()}
         self._check_updatable(at_home)
-        self.held = HeldStep(at_home, frozenset(kept))
+        self.deferred = DeferredStep(at_home, frozenset(kept))
 
     def check_released(self) -> None:
-        """Raise ModelError if a step's updates are held."""
-        if self.held is not None:
+        """Raise ModelError if a step's updates are deferred."""
+        if self.deferred is not None:
             raise ModelError(
                 "the last step's updates wait to be committed: call engine.commit(...) after every optimizer.step(), "
                 "and after scheduler.step() if there is one"
             )
 
-    def prepare_release(self) -> HeldStep:
-        """Make sure that `release` will succeed, and that everything before the held step is where it belongs.
+    def prepare_release(self) -> DeferredStep:
+        """Make sure that `release` will succeed, and that everything before the deferred step is where it belongs.
 
         Returns:
-            The held step, or one that does nothing.
+            The deferred step, or one that does nothing.
 
         Raises:
             OffloadIOError: an earlier update, or a gradient, could not be written.
-            IllegalTransitionError: a chunk is leased.
+            IllegalTransitionError: a chunk is held.
             ModelError: someone looks at a slot that will show other weights.
             WorkerError: the thread for updates cannot be started.
         """
-        self.settle_all()
+        self.finish_all()
         for chunk_id, state in self._states.items():
             for home in (state, self._core.chunks[chunk_id].home, self._gradients.home_of(chunk_id)):
                 home.finish_writes()
-        held = self.held or HeldStep({}, frozenset())
-        self._check_updatable(held.wishes)
-        return held
+        deferred = self.deferred or DeferredStep({}, frozenset())
+        self._check_updatable(deferred.planned)
+        return deferred
 
     def release(self, sequence: int) -> None:
-        """Let the held updates go, as `take_step`, once they are published under a sequence."""
-        held, self.held = self.held, None
-        if held is not None:
-            self._start_updates(held.wishes, kept=held.kept, sequence=sequence)
+        """Let the deferred updates go, as `take_step`, once they are published under a sequence."""
+        deferred, self.deferred = self.deferred, None
+        if deferred is not None:
+            self._start_updates(deferred.planned, kept=deferred.kept, sequence=sequence)
 
-    def _check_updatable(self, wishes: Mapping[int, StepWish]) -> None:
+    def _check_updatable(self, planned: Mapping[int, PlannedUpdate]) -> None:
         """Make sure that updates can start, while nothing has happened yet."""
-        for chunk_id in wishes:
+        for chunk_id in planned:
             self._core.check_updatable(chunk_id)
-        if any(MemoryTier.DEVICE not in self._states[chunk_id].tiers for chunk_id in wishes):
+        if any(MemoryTier.DEVICE not in self._states[chunk_id].tiers for chunk_id in planned):
             self._worker.start()
 
-    def _start_updates(self, wishes: Mapping[int, StepWish], *, kept: Collection[int], sequence: int = 0) -> None:
+    def _start_updates(self, planned: Mapping[int, PlannedUpdate], *, kept: Collection[int], sequence: int = 0) -> None:
         self._listeners.updates_begin()
         try:
             readers = self._core.resources.transfers.mark()
-            for chunk_id in sorted(wishes, key=self._urgency):
+            for chunk_id in sorted(planned, key=self._distance):
                 keeps_slot = chunk_id in kept
                 self._update_chunk(
-                    chunk_id, wishes[chunk_id], keeps_slot=keeps_slot, readers=readers, sequence=sequence
+                    chunk_id, planned[chunk_id], keeps_slot=keeps_slot, readers=readers, sequence=sequence
                 )
             if self.mode is OverlapMode.OFF:
-                self.settle_all()
+                self.finish_all()
         except BaseException as error:
             self.failure = f"an optimizer step failed half way ({error})"
             raise
 
-    def _update_chunk(self, chunk_id: int, wish: StepWish, *, keeps_slot: bool, readers: Mark, sequence: int) -> None:
+    def _update_chunk(
+        self, chunk_id: int, update: PlannedUpdate, *, keeps_slot: bool, readers: Mark, sequence: int
+    ) -> None:
         state, chunk = self._states[chunk_id], self._core.chunks[chunk_id]
-        tiles = tiles_of(wish.segments, self._worker.tile_numel)
-        urgency = self._urgency(chunk_id)
+        tiles = tiles_of(update.segments, self._worker.tile_numel)
+        distance = self._distance(chunk_id)
         self.stats.num_updates += 1
         if MemoryTier.DEVICE in state.tiers:
             self._core.begin_update(chunk_id, keeps_slot=False)
-            update_on_device(self._job(chunk_id, wish, tiles), self._worker.tile_numel, self._kernels)
+            update_on_device(self._job(chunk_id, update, tiles), self._worker.tile_numel, self._kernels)
             self._core.end_update(chunk_id)
             return
         job = self._ahead.get(chunk_id)
@@ -309,7 +282,7 @@ class Overlap:
         copy = chunk.compute if may_refresh else None
         if job is not None:
             job.readers = readers
-            if not self._worker.adjust(job, urgency=urgency, refreshes=copy):
+            if not self._worker.adjust(job, distance=distance, refreshes=copy):
                 copy = None  # tiles that have gone by will not refresh it
         self._core.begin_update(chunk_id, keeps_slot=copy is not None, updater=self)
         refreshes = copy if chunk.slot is not None else None
@@ -317,13 +290,13 @@ class Overlap:
         self._ahead.pop(chunk_id, None)
         rest = tuple(tile for tile in tiles if job is None or tile not in job.tiles)
         if rest:
-            jobs.append(self._job(chunk_id, wish, rest, refreshes=refreshes, readers=readers, sequence=sequence))
-            self._worker.submit(jobs[-1], urgency=urgency)
+            jobs.append(self._job(chunk_id, update, rest, refreshes=refreshes, readers=readers, sequence=sequence))
+            self._worker.submit(jobs[-1], distance=distance)
 
     def _job(
         self,
         chunk_id: int,
-        wish: StepWish,
+        update: PlannedUpdate,
         tiles: tuple[int, ...],
         arrivals: tuple[Ticket, ...] = (),
         refreshes: torch.Tensor | None = None,
@@ -336,8 +309,8 @@ class Overlap:
             state=self._states[chunk_id],
             grad=self._gradients.home_of(chunk_id),
             grad_dtype=self._gradients.dtype_of(chunk_id),
-            segments=wish.segments,
-            grad_scale=wish.grad_scale,
+            segments=update.segments,
+            grad_scale=update.grad_scale,
             tiles=tiles,
             sequence=sequence,
             arrivals=arrivals,
@@ -346,12 +319,12 @@ class Overlap:
             readers=readers,
         )
 
-    def _at_home(self, chunk_id: int, wish: StepWish) -> StepWish:
-        """Return what a wish does to the part of a chunk that its home holds, in the home's coordinates."""
+    def _at_home(self, chunk_id: int, update: PlannedUpdate) -> PlannedUpdate:
+        """Return what a update does to the part of a chunk that its home holds, in the home's coordinates."""
         shard = self._core.chunks[chunk_id].shard
         if shard is None:
-            return wish
-        return dataclasses.replace(wish, segments=clip_segments(wish.segments, shard.begin, shard.end))
+            return update
+        return dataclasses.replace(update, segments=clip_segments(update.segments, shard.begin, shard.end))
 
     def end_step(self, *, is_clipped: bool) -> None:
         """Learn from a step, taken or skipped, and choose the mode of the next.
@@ -389,11 +362,11 @@ class Overlap:
 
     # ---------------------------------------------------------------- after the step
 
-    def is_settled(self, chunk_id: int) -> bool:
-        """Return whether `settle` would return at once."""
+    def is_finished(self, chunk_id: int) -> bool:
+        """Return whether `finish` would return at once."""
         return all(self._worker.is_updated(job) for job in self._pending.get(chunk_id, ()))
 
-    def settle(self, chunk_id: int) -> None:
+    def finish(self, chunk_id: int) -> None:
         """Wait until a chunk's update is complete, and let its new weights count.
 
         Args:
@@ -422,10 +395,10 @@ class Overlap:
             chunk.home.flip(ahead)
         self._core.end_update(chunk_id)
 
-    def settle_all(self) -> None:
-        """Wait until no update is under way; as `settle`."""
-        for chunk_id in sorted(self._pending, key=self._urgency):
-            self.settle(chunk_id)
+    def finish_all(self) -> None:
+        """Wait until no update is under way; as `finish`."""
+        for chunk_id in sorted(self._pending, key=self._distance):
+            self.finish(chunk_id)
 
     @property
     def stall_s(self) -> float:

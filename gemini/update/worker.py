@@ -28,7 +28,7 @@ class _Progress:
     """A job and how far it has come; guarded by the shared state's lock."""
 
     job: UpdateJob
-    urgency: int
+    distance: int
     next_tile: int = 0
     """Place in `job.tiles` of the first that has not been started."""
     num_updated: int = 0
@@ -115,12 +115,12 @@ class UpdateWorker:
         self._thread = thread
         self._stop = weakref.finalize(self, _stop, self._shared, thread)
 
-    def submit(self, job: UpdateJob, *, urgency: int) -> None:
+    def submit(self, job: UpdateJob, *, distance: int) -> None:
         """Queue a job.
 
         Args:
             job: at least one tile; not touched by others until it is done.
-            urgency: lower comes first, tile by tile.
+            distance: lower comes first, tile by tile.
 
         Raises:
             WorkerError: as `start`.
@@ -130,7 +130,7 @@ class UpdateWorker:
         self.start()
         shared = self._shared
         with shared.changed:
-            progress = _Progress(job, urgency)
+            progress = _Progress(job, distance)
             shared.progress[id(job)] = progress
             shared.waiting.append(progress)
             shared.changed.notify_all()
@@ -161,12 +161,12 @@ class UpdateWorker:
         self.stall_s += end - start
         self._listeners.stalled("update", job.spec.chunk_id, start, end)
 
-    def adjust(self, job: UpdateJob, *, urgency: int, refreshes: torch.Tensor | None) -> bool:
-        """Give a job another urgency and, if that is not too late, a copy to refresh.
+    def adjust(self, job: UpdateJob, *, distance: int, refreshes: torch.Tensor | None) -> bool:
+        """Give a job another distance and, if that is not too late, a copy to refresh.
 
         Args:
             job: as submitted.
-            urgency: as in `submit`.
+            distance: as in `submit`.
             refreshes: becomes the job's if no tile of it has been started.
 
         Returns:
@@ -175,7 +175,7 @@ class UpdateWorker:
         with self._shared.changed:
             self._check_failure()
             progress = self._shared.progress[id(job)]
-            progress.urgency = urgency
+            progress.distance = distance
             if progress.next_tile:
                 return False
             job.refreshes = refreshes
@@ -283,7 +283,7 @@ def _take_tile(shared: _Shared) -> tuple[UpdateJob, int] | None:
     """Return the next tile of the most urgent job, None if all have been started; needs the lock."""
     if not shared.waiting:
         return None
-    progress = min(shared.waiting, key=lambda waiting: waiting.urgency)
+    progress = min(shared.waiting, key=lambda waiting: waiting.distance)
     tile = progress.job.tiles[progress.next_tile]
     progress.next_tile += 1
     if progress.is_started:

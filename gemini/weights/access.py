@@ -25,7 +25,7 @@ import torch
 from gemini.autograd.managed_parameter import WEIGHT_ATTRIBUTE, WaitingGradient, refuse, stand_in, weight_of
 from gemini.autograd.weight_functions import run_function
 from gemini.chunk.chunk import Chunk
-from gemini.chunk.layout import ParamSlot
+from gemini.chunk.layout import ParamPlace
 from gemini.errors import ModelError, OutOfTierMemoryError
 from gemini.model.tensor_parallel import local_part
 from gemini.runtime.runtime import Runtime
@@ -78,19 +78,19 @@ class ParamWeight:
         access: of the engine.
         param: the parameter.
         chunk: where its values lie.
-        slot: its place there.
+        place: its place there.
         position: its position in the chunk's layout.
     """
 
-    __slots__ = ("__weakref__", "_pinned", "access", "chunk", "num_bindings", "param", "position", "slot")
+    __slots__ = ("__weakref__", "_pinned", "access", "chunk", "num_bindings", "param", "place", "position")
 
     def __init__(
-        self, access: WeightAccess, param: torch.nn.Parameter, chunk: Chunk, slot: ParamSlot, position: int
+        self, access: WeightAccess, param: torch.nn.Parameter, chunk: Chunk, place: ParamPlace, position: int
     ) -> None:
         self.access = access
         self.param = param
         self.chunk = chunk
-        self.slot = slot
+        self.place = place
         self.position = position
         self.num_bindings = 0
         self._pinned: tuple[weakref.ref[torch.Tensor], object] | None = None
@@ -98,13 +98,13 @@ class ParamWeight:
     @property
     def name(self) -> str:
         """The parameter's."""
-        return self.slot.spec.name
+        return self.place.spec.name
 
     @property
     def is_held(self) -> bool:
         """Whether the parameter shows its values now, and will at least until the next function."""
         chunk = self.chunk
-        return chunk.is_leased or (chunk.is_resident and chunk.is_ready)
+        return chunk.is_held or (chunk.is_resident and chunk.is_ready)
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run a function of torch's that was given the parameter, or a view of it."""
@@ -134,9 +134,9 @@ class ParamWeight:
         """Call a function that uses parameters, so that gradients of shared ones may be delivered use by use."""
         return self.access.call_shared(func, args, kwargs, params)
 
-    def settle(self) -> None:
+    def finish_update(self) -> None:
         """Wait until nobody is writing the weight."""
-        self.access.runtime.overlap.settle(self.chunk.spec.chunk_id)
+        self.access.runtime.updates.finish(self.chunk.spec.chunk_id)
 
     def count_write(self) -> None:
         """Let graphs that have saved the parameter know that it was written, as torch's version counter does."""
@@ -176,7 +176,7 @@ class ParamWeight:
     def load(self, values: torch.Tensor) -> None:
         """Write values of a wider dtype, which the master keeps; they have been written to the weight already."""
         if self.chunk.spec.is_trainable:
-            store_master(self.access.runtime, self.slot, values)
+            store_master(self.access.runtime, self.place, values)
 
     def pinned(self) -> torch.Tensor:
         """Return a copy of the values, the same one as long as somebody holds it, brought up to date."""
@@ -217,8 +217,8 @@ class ParamWeight:
             return None
         runtime = self.access.runtime
         with torch.no_grad():
-            waiting = read_gradient(runtime, self.slot) * runtime.coming.gradient_scale
-        return waiting.to(self.slot.spec.dtype).to(runtime.resources.transfers.device)
+            waiting = read_gradient(runtime, self.place) * runtime.coming.gradient_scale
+        return waiting.to(self.place.spec.dtype).to(runtime.resources.transfers.device)
 
     def add_gradient(self, gradient: torch.Tensor) -> None:
         """Add to the gradient that waits.
@@ -262,9 +262,9 @@ class WeightAccess:
         self.runtime = runtime
         self.call_shared = call_shared
         self.weights = [
-            ParamWeight(self, param, chunk, slot, position)  # type: ignore[arg-type]
+            ParamWeight(self, param, chunk, place, position)  # type: ignore[arg-type]
             for chunk in runtime.core.chunks
-            for position, (slot, param) in enumerate(zip(chunk.spec.slots, chunk.params, strict=True))
+            for position, (place, param) in enumerate(zip(chunk.spec.places, chunk.params, strict=True))
         ]
         self._by_place = {(weight.chunk.spec.chunk_id, weight.position): weight for weight in self.weights}
         for chunk in runtime.core.chunks:
@@ -291,17 +291,17 @@ class WeightAccess:
         chunk_id = chunk.spec.chunk_id
         runtime.check_usable()
         runtime.access.check_thread("using a parameter")
-        runtime.overlap.check_released()
+        runtime.updates.check_released()
         if writes:
             runtime.saving.finish()
-            runtime.overlap.weights_change(chunk_id)
+            runtime.updates.weights_change(chunk_id)
         else:
-            runtime.overlap.settle(chunk_id)
-        is_lasting = chunk.is_leased
-        is_leased = is_lasting or self._lease(chunk_id)
+            runtime.updates.finish(chunk_id)
+        is_lasting = chunk.is_held
+        is_held = is_lasting or self._hold(chunk_id)
         try:
             with ExitStack() as loans:
-                opened = self._open(weight, loans, is_leased=is_leased, is_lasting=is_lasting)
+                opened = self._open(weight, loans, is_held=is_held, is_lasting=is_lasting)
                 if writes:
                     opened.old = opened.values.clone()
                 versions = chunk.version_of(weight.position), opened.values._version
@@ -310,19 +310,19 @@ class WeightAccess:
                 finally:
                     self._keep_write(opened, versions)
         finally:
-            if is_leased and not is_lasting:
+            if is_held and not is_lasting:
                 runtime.core.release(chunk_id)
 
-    def _open(self, weight: ParamWeight, loans: ExitStack, *, is_leased: bool, is_lasting: bool) -> _Open:
+    def _open(self, weight: ParamWeight, loans: ExitStack, *, is_held: bool, is_lasting: bool) -> _Open:
         with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             values = local_part(weight.param).data
             opened = _Open(weight, values, is_lasting=is_lasting, is_copy=False, loans=loans)
-            if not is_leased:
-                values = read_own_working(self.runtime, weight.slot)
+            if not is_held:
+                values = read_own_working(self.runtime, weight.place)
                 opened.show_copy(values.to(self.runtime.resources.transfers.device))
             return opened
 
-    def _lease(self, chunk_id: int) -> bool:
+    def _hold(self, chunk_id: int) -> bool:
         """Lease a chunk for the length of a function; return whether there was room for it."""
         runtime = self.runtime
         if not runtime.core.has_room(chunk_id):
@@ -351,7 +351,7 @@ class WeightAccess:
     def _keep_unseen_write(self, chunk: Chunk, position: int) -> None:
         """Bring home what was written to a weight that still shows it; see Chunk.keep_write."""
         weight = self._by_place[chunk.spec.chunk_id, position]
-        self.runtime.overlap.weights_change(chunk.spec.chunk_id)
+        self.runtime.updates.weights_change(chunk.spec.chunk_id)
         with torch._C.DisableTorchFunctionSubclass():
             values = local_part(weight.param).data
         self._store(weight, values, None)
@@ -381,7 +381,7 @@ class WeightAccess:
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
             if chunk.home.is_shared:
                 with loading(runtime):
-                    store_written(runtime, weight.slot, values, old)
+                    store_written(runtime, weight.place, values, old)
             else:
                 drop_commit(runtime)
-                store_written(runtime, weight.slot, values, old)
+                store_written(runtime, weight.place, values, old)

@@ -40,7 +40,7 @@ class OriginalTensors:
 
     def of_weight(self, weight: ParamWeight) -> tuple[torch.dtype, torch.device]:
         """Return a parameter's; of one that was made when the model was wrapped, where the engine has it."""
-        return self.params.get(weight.name, (weight.slot.spec.dtype, torch.device("cpu")))
+        return self.params.get(weight.name, (weight.place.spec.dtype, torch.device("cpu")))
 
     def hand_back(self, model: torch.nn.Module, access: WeightAccess, values: Mapping[str, torch.Tensor]) -> None:
         """Let a model's parameters be plain ones with values of their own.
@@ -84,7 +84,7 @@ def read_back(access: WeightAccess, originals: OriginalTensors) -> dict[str, tor
         cannot be read any more.
     """
     runtime = access.runtime
-    nbytes = sum(weight.slot.spec.numel * originals.of_weight(weight)[0].itemsize for weight in access.weights)
+    nbytes = sum(weight.place.spec.numel * originals.of_weight(weight)[0].itemsize for weight in access.weights)
     memory = psutil.virtual_memory()
     reason = None
     if not runtime.sharding.is_alone:
@@ -98,7 +98,7 @@ def read_back(access: WeightAccess, originals: OriginalTensors) -> dict[str, tor
             for weight in access.weights:
                 dtype, device = originals.of_weight(weight)
                 read = read_master if dtype is torch.float32 else read_working
-                values[weight.name] = read(runtime, weight.slot).to(device, dtype)
+                values[weight.name] = read(runtime, weight.place).to(device, dtype)
             return values
         except (GeminiError, MemoryError) as error:
             reason = f"they cannot be read: {error}"

@@ -10,7 +10,7 @@ import torch
 from gemini.autograd.guards import OptimizerGuard
 from gemini.autograd.managed_parameter import manage, release, weight_of
 from gemini.autograd.tracers import refuse_scripting
-from gemini.chunk.layout import ParamSlot
+from gemini.chunk.layout import ParamPlace
 from gemini.errors import ModelError
 from gemini.model.plain_names import named_params
 from gemini.runtime.runtime import Runtime
@@ -41,8 +41,8 @@ def runtime_of(param: torch.Tensor) -> Runtime | None:
 def is_trained_by_engine(param: torch.Tensor) -> bool:
     """Return whether an engine keeps a parameter's gradient and updates it."""
     runtime = runtime_of(param)
-    slot = None if runtime is None else runtime.slot_of(param)
-    return slot is not None and slot.spec.is_trainable
+    place = None if runtime is None else runtime.place_of(param)
+    return place is not None and place.spec.is_trainable
 
 
 _guard = OptimizerGuard(is_trained_by_engine, lambda optimizer: getattr(optimizer, "knows_engines", False))
@@ -84,21 +84,21 @@ def refuse_owned(model: torch.nn.Module) -> None:
             )
 
 
-def check_unchanged(model: torch.nn.Module, runtime: Runtime, slots: Mapping[str, ParamSlot]) -> None:
+def check_unchanged(model: torch.nn.Module, runtime: Runtime, places: Mapping[str, ParamPlace]) -> None:
     """Make sure that a model has the parameters that were wrapped, no others and no fewer.
 
     Args:
         model: the wrapped one.
         runtime: its engine's.
-        slots: where the parameters are, by canonical name.
+        places: where the parameters are, by canonical name.
 
     Raises:
         ModelError: the model was changed since; what is saved would not be the model.
     """
     params = dict(named_params(model))
-    changed = [name for name in slots if name not in params]
+    changed = [name for name in places if name not in params]
     for name, param in params.items():
-        if runtime_of(param) is not runtime or name not in slots or param.shape != slots[name].spec.full_shape:
+        if runtime_of(param) is not runtime or name not in places or param.shape != places[name].spec.full_shape:
             changed.append(name)
     if changed:
         raise ModelError(

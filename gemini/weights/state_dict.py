@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gemini.chunk.layout import ParamSlot
+from gemini.chunk.layout import ParamPlace
 from gemini.errors import CheckpointMismatchError
 from gemini.model.extra_states import compare_extra_states, load_extra_states
 from gemini.model.names import canonical_buffers, canonical_names, persistent_buffers
@@ -19,7 +19,7 @@ from gemini.weights.values import load_masters
 
 __all__ = ["INSIDE_OF_MODULE", "ReadValue", "load_model_state", "named_values"]
 
-ReadValue = Callable[[Runtime, ParamSlot], torch.Tensor]
+ReadValue = Callable[[Runtime, ParamPlace], torch.Tensor]
 """Returns a parameter's values, a CPU copy in its shape: `read_working` or `read_master` of gemini.weights.values."""
 
 
@@ -49,10 +49,10 @@ def named_values(runtime: Runtime, model: torch.nn.Module, read: ReadValue) -> I
     """
     runtime.finish_updates()
     values: dict[str, torch.Tensor] = {}
-    slots = runtime.layout.slot_by_name
+    places = runtime.layout.place_by_name
     for name, canonical in canonical_names(model).items():
         if canonical not in values:
-            values[canonical] = read(runtime, slots[canonical])
+            values[canonical] = read(runtime, places[canonical])
         yield name, values[canonical]
     buffers = {name: local_part(buffer).detach().cpu().clone() for name, buffer in persistent_buffers(model).items()}
     for name, canonical in canonical_buffers(model).items():
@@ -76,12 +76,12 @@ def load_model_state(
     Raises:
         CheckpointMismatchError: names or shapes do not match, here or on another rank; nothing has been loaded.
     """
-    slots = runtime.layout.slot_by_name
-    missing, unexpected, mismatch = _compare_names(model, slots, state_dict, strict=strict)
+    places = runtime.layout.place_by_name
+    missing, unexpected, mismatch = _compare_names(model, places, state_dict, strict=strict)
     agree_on_loading(runtime.sharding, mismatch, state_dict)
     params, buffers = canonical_names(model), dict(named_buffers(model))
     runtime.finish_updates()
-    load_masters(runtime, ((slots[params[name]], value) for name, value in state_dict.items() if name in params))
+    load_masters(runtime, ((places[params[name]], value) for name, value in state_dict.items() if name in params))
     for name, value in state_dict.items():
         if name not in params and name in buffers:
             local_part(buffers[name]).copy_(value)
@@ -90,13 +90,13 @@ def load_model_state(
 
 
 def _compare_names(
-    model: torch.nn.Module, slots: Mapping[str, ParamSlot], state_dict: Mapping[str, Any], *, strict: bool
+    model: torch.nn.Module, places: Mapping[str, ParamPlace], state_dict: Mapping[str, Any], *, strict: bool
 ) -> tuple[list[str], list[str], CheckpointMismatchError | None]:
     """Compare a state dict with what a model's engine holds.
 
     Args:
         model: the wrapped one.
-        slots: where its parameters are, by name.
+        places: where its parameters are, by name.
         state_dict: to be loaded.
         strict: whether names must match exactly.
 
@@ -119,7 +119,7 @@ def _compare_names(
     for name, value in state_dict.items():
         if name in unexpected or name in extra.loadable:
             continue
-        shape = slots[params[name]].spec.full_shape if name in params else buffers[name].shape
+        shape = places[params[name]].spec.full_shape if name in params else buffers[name].shape
         if not isinstance(value, torch.Tensor):
             what = f"load_state_dict: {name} is a {type(value).__name__}, expected a tensor of shape {tuple(shape)}"
             return missing, unexpected, CheckpointMismatchError(what)

@@ -31,7 +31,7 @@ def install_state_hooks(module: torch.nn.Module, runtime: Runtime) -> list[Any]:
 
     def fill(owner: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         if owner is module and not is_shown(module):
-            check_unchanged(module, runtime, runtime.layout.slot_by_name)
+            check_unchanged(module, runtime, runtime.layout.place_by_name)
         for name, param in owner._parameters.items():
             weight = weight_of(param)
             if not isinstance(weight, ParamWeight) or state.get(prefix + name, param) is param:  # keep_vars
@@ -39,7 +39,7 @@ def install_state_hooks(module: torch.nn.Module, runtime: Runtime) -> list[Any]:
             known = _copies_for(copies, state)
             if id(param) not in known:
                 runtime.finish_updates()
-                copy: WeightCopy = read_working(runtime, weight.slot).as_subclass(WeightCopy)
+                copy: WeightCopy = read_working(runtime, weight.place).as_subclass(WeightCopy)
                 copy.what = f"{prefix + name} in a state dict"
                 known[id(param)] = copy
             state[prefix + name] = known[id(param)]

@@ -16,7 +16,7 @@ import torch
 
 from gemini.chunk.chunk import Chunk
 from gemini.chunk.cut import piece_of
-from gemini.chunk.layout import ParamSlot
+from gemini.chunk.layout import ParamPlace
 from gemini.offload.home import TiledHome
 from gemini.ranks.sharding import RankAxis
 from gemini.runtime.runtime import Runtime
@@ -63,85 +63,85 @@ class _Part:
     in_param: slice
 
 
-def working_runs(runtime: Runtime, slot: ParamSlot) -> Iterator[torch.Tensor]:
+def working_runs(runtime: Runtime, place: ParamPlace) -> Iterator[torch.Tensor]:
     """Yield what lives here of a parameter's working weights, in order, a tile's worth at a time.
 
     Args:
         runtime: the engine's.
-        slot: the parameter.
+        place: the parameter.
 
     Yields:
         1D, on the CPU; to be read before the next one is asked for.
     """
-    chunk, piece = _chunk_and_piece(runtime, slot)
+    chunk, piece = _chunk_and_piece(runtime, place)
     for part in _parts(runtime, piece):
         with _opened(runtime, chunk.home, part.tile) as tile:
-            yield _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
+            yield _typed(tile, part.length, place.spec.dtype)[part.in_tile]
 
 
-def master_runs(runtime: Runtime, slot: ParamSlot) -> Iterator[torch.Tensor]:
+def master_runs(runtime: Runtime, place: ParamPlace) -> Iterator[torch.Tensor]:
     """Yield what lives here of a parameter's float32 master as `working_runs` does; frozen parameters as they are."""
-    state = runtime.states.get(slot.chunk_id)
+    state = runtime.states.get(place.chunk_id)
     if state is None:
-        yield from working_runs(runtime, slot)
+        yield from working_runs(runtime, place)
         return
-    chunk, piece = _chunk_and_piece(runtime, slot)
+    chunk, piece = _chunk_and_piece(runtime, place)
     for part in _parts(runtime, piece):
         with (
             _opened(runtime, chunk.home, part.tile) as tile,
             _opened(runtime, state, part.tile) as record,
         ):
-            working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
+            working = _typed(tile, part.length, place.spec.dtype)[part.in_tile]
             master = torch.empty(working.numel(), dtype=torch.float32)
-            join_masters(master, working, _rest(record, part, slot.spec.dtype))
+            join_masters(master, working, _rest(record, part, place.spec.dtype))
             yield master
 
 
-def read_working(runtime: Runtime, slot: ParamSlot) -> torch.Tensor:
+def read_working(runtime: Runtime, place: ParamPlace) -> torch.Tensor:
     """Return a parameter's working weights, a CPU copy in its shape."""
-    return _collect(runtime, slot, working_runs(runtime, slot), slot.spec.dtype)
+    return _collect(runtime, place, working_runs(runtime, place), place.spec.dtype)
 
 
-def read_own_working(runtime: Runtime, slot: ParamSlot) -> torch.Tensor:
+def read_own_working(runtime: Runtime, place: ParamPlace) -> torch.Tensor:
     """Return the working weights of this rank's part of a parameter, a CPU copy in its shape."""
-    return read_working(runtime, _without_split(slot))
+    return read_working(runtime, _without_split(place))
 
 
-def _without_split(slot: ParamSlot) -> ParamSlot:
-    return dataclasses.replace(slot, spec=dataclasses.replace(slot.spec, split=None))
+def _without_split(place: ParamPlace) -> ParamPlace:
+    return dataclasses.replace(place, spec=dataclasses.replace(place.spec, split=None))
 
 
-def read_gradient(runtime: Runtime, slot: ParamSlot) -> torch.Tensor:
+def read_gradient(runtime: Runtime, place: ParamPlace) -> torch.Tensor:
     """Return the gradient that waits of this rank's part of a parameter, a float32 CPU copy, loss scale included."""
     runtime.gradients.finish()
-    slot = _without_split(slot)
-    home, dtype = runtime.gradients.home_of(slot.chunk_id), runtime.gradients.dtype_of(slot.chunk_id)
+    place = _without_split(place)
+    home, dtype = runtime.gradients.home_of(place.chunk_id), runtime.gradients.dtype_of(place.chunk_id)
 
     def runs() -> Iterator[torch.Tensor]:
-        for part in _parts(runtime, _chunk_and_piece(runtime, slot)[1]):
+        for part in _parts(runtime, _chunk_and_piece(runtime, place)[1]):
             with _opened(runtime, home, part.tile) as tile:
                 yield _typed(tile, part.length, dtype)[part.in_tile].to(torch.float32)
 
-    return _collect(runtime, slot, runs(), torch.float32)
+    return _collect(runtime, place, runs(), torch.float32)
 
 
-def read_master(runtime: Runtime, slot: ParamSlot) -> torch.Tensor:
+def read_master(runtime: Runtime, place: ParamPlace) -> torch.Tensor:
     """Return a parameter's float32 master, a CPU copy in its shape; frozen parameters as they are."""
-    dtype = torch.float32 if slot.chunk_id in runtime.states else slot.spec.dtype
-    return _collect(runtime, slot, master_runs(runtime, slot), dtype)
+    dtype = torch.float32 if place.chunk_id in runtime.states else place.spec.dtype
+    return _collect(runtime, place, master_runs(runtime, place), dtype)
 
 
-def _collect(runtime: Runtime, slot: ParamSlot, runs: Iterable[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+def _collect(runtime: Runtime, place: ParamPlace, runs: Iterable[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """Return a parameter's values in its shape, given what lives here of them."""
-    flat = torch.empty(_chunk_and_piece(runtime, slot)[1].spec.numel, dtype=dtype)
+    flat = torch.empty(_chunk_and_piece(runtime, place)[1].spec.numel, dtype=dtype)
     done = 0
     for run in runs:
         flat[done : done + run.numel()] = run
         done += run.numel()
-    return _make_whole(runtime, slot, flat)
+    return _make_whole(runtime, place, flat)
 
 
-def load_masters(runtime: Runtime, values: Iterable[tuple[ParamSlot, torch.Tensor]]) -> None:
+def load_masters(runtime: Runtime, values: Iterable[tuple[ParamPlace, torch.Tensor]]) -> None:
     """Make values of any float dtype the masters and working weights of parameters.
 
     Copies in compute memory are brought up to date. Of weights that ranks share, one rank's value counts.
@@ -154,8 +154,8 @@ def load_masters(runtime: Runtime, values: Iterable[tuple[ParamSlot, torch.Tenso
         CollectiveError: see `loading`.
     """
     with loading(runtime):
-        for slot, value in values:
-            _load_master(runtime, slot, value)
+        for place, value in values:
+            _load_master(runtime, place, value)
 
 
 @contextmanager
@@ -203,57 +203,57 @@ def _await_ranks(runtime: Runtime, *, name: str) -> None:
     runtime.sharding.group.gather_values(torch.zeros(1), name=name)
 
 
-def _load_master(runtime: Runtime, slot: ParamSlot, value: torch.Tensor) -> None:
-    chunk = runtime.core.begin_update(slot.chunk_id)
-    state = runtime.states.get(slot.chunk_id)
-    piece = _chunk_and_piece(runtime, slot)[1]
-    flat = _cut(chunk, slot, value)
+def _load_master(runtime: Runtime, place: ParamPlace, value: torch.Tensor) -> None:
+    chunk = runtime.core.begin_update(place.chunk_id)
+    state = runtime.states.get(place.chunk_id)
+    piece = _chunk_and_piece(runtime, place)[1]
+    flat = _cut(chunk, place, value)
     try:
         for part in _parts(runtime, piece) if chunk.home.is_writable else ():
             with _opened(runtime, chunk.home, part.tile, write=True) as tile:
-                working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
+                working = _typed(tile, part.length, place.spec.dtype)[part.in_tile]
                 if state is None:
                     working.copy_(flat[part.in_param])
                 else:
                     source = flat[part.in_param].to(torch.float32).contiguous()
                     with _opened(runtime, state, part.tile, write=True) as record:
-                        split_masters(working, _rest(record, part, slot.spec.dtype), source)
-        _refresh(runtime, chunk, slot)
+                        split_masters(working, _rest(record, part, place.spec.dtype), source)
+        _refresh(runtime, chunk, place)
     finally:
-        runtime.core.end_update(slot.chunk_id)
+        runtime.core.end_update(place.chunk_id)
 
 
-def _refresh(runtime: Runtime, chunk: Chunk, slot: ParamSlot) -> None:
+def _refresh(runtime: Runtime, chunk: Chunk, place: ParamPlace) -> None:
     """Bring a parameter's copy in compute memory up to date, if there is one that is not gathered anew anyway."""
     if chunk.slot is not None and not chunk.is_common:
         copy = chunk.slot.buffer[: chunk.spec.working_nbytes].view(chunk.spec.dtype)
-        copy[slot.begin : slot.end].copy_(read_working(runtime, slot).reshape(-1))
+        copy[place.begin : place.end].copy_(read_working(runtime, place).reshape(-1))
 
 
-def store_written(runtime: Runtime, slot: ParamSlot, values: torch.Tensor, old: torch.Tensor | None) -> None:
+def store_written(runtime: Runtime, place: ParamPlace, values: torch.Tensor, old: torch.Tensor | None) -> None:
     """Bring home working weights that were written in compute memory; masters follow where bits have changed.
 
     Args:
         runtime: the engine's.
-        slot: the parameter.
+        place: the parameter.
         values: this rank's part of it, in its shape and dtype, on any device.
         old: what it was before; None: what the home has.
     """
-    chunk, piece = _chunk_and_piece(runtime, slot)
-    state = runtime.states.get(slot.chunk_id)
-    new_flat = _own_piece(chunk, slot, values)
-    old_flat = None if old is None else _own_piece(chunk, slot, old)
+    chunk, piece = _chunk_and_piece(runtime, place)
+    state = runtime.states.get(place.chunk_id)
+    new_flat = _own_piece(chunk, place, values)
+    old_flat = None if old is None else _own_piece(chunk, place, old)
     for part in _parts(runtime, piece) if chunk.home.is_writable else ():
         new = new_flat[part.in_param]
         if old_flat is not None and same_bits(new, old_flat[part.in_param]):
             continue
         with _opened(runtime, chunk.home, part.tile, write=True) as tile:
-            working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
+            working = _typed(tile, part.length, place.spec.dtype)[part.in_tile]
             before = working.clone() if old_flat is None else old_flat[part.in_param]
             working.copy_(new)
-        if state is not None and slot.spec.dtype is not torch.float32:
+        if state is not None and place.spec.dtype is not torch.float32:
             with _opened(runtime, state, part.tile, write=True) as record:
-                rest = _rest(record, part, slot.spec.dtype)
+                rest = _rest(record, part, place.spec.dtype)
                 assert rest is not None
                 follow_changes(rest, new, before)
 
@@ -263,111 +263,111 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
-def _own_piece(chunk: Chunk, slot: ParamSlot, values: torch.Tensor) -> torch.Tensor:
+def _own_piece(chunk: Chunk, place: ParamPlace, values: torch.Tensor) -> torch.Tensor:
     """Return what lives here of this rank's part of a parameter, flat on the CPU."""
     flat = values.detach().to("cpu").reshape(-1)
-    return flat if chunk.shard is None else flat[piece_of(slot, chunk.shard)]
+    return flat if chunk.shard is None else flat[piece_of(place, chunk.shard)]
 
 
-def store_master(runtime: Runtime, slot: ParamSlot, values: torch.Tensor) -> None:
+def store_master(runtime: Runtime, place: ParamPlace, values: torch.Tensor) -> None:
     """Set the masters of a half-precision parameter to values of a wider float dtype, which broadcast to its shape."""
-    chunk, piece = _chunk_and_piece(runtime, slot)
-    state = runtime.states[slot.chunk_id]
-    flat = _cut(chunk, slot, values.detach().to("cpu", torch.float32).expand(slot.spec.full_shape))
+    chunk, piece = _chunk_and_piece(runtime, place)
+    state = runtime.states[place.chunk_id]
+    flat = _cut(chunk, place, values.detach().to("cpu", torch.float32).expand(place.spec.full_shape))
     for part in _parts(runtime, piece):
         with (
             _opened(runtime, chunk.home, part.tile, write=True) as tile,
             _opened(runtime, state, part.tile, write=True) as record,
         ):
-            working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
-            split_masters(working, _rest(record, part, slot.spec.dtype), flat[part.in_param].contiguous())
+            working = _typed(tile, part.length, place.spec.dtype)[part.in_tile]
+            split_masters(working, _rest(record, part, place.spec.dtype), flat[part.in_param].contiguous())
 
 
-def read_moments(runtime: Runtime, slot: ParamSlot) -> tuple[torch.Tensor, torch.Tensor]:
+def read_moments(runtime: Runtime, place: ParamPlace) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a trainable parameter's momentum and variance, float32 CPU copies in its shape."""
-    piece = _chunk_and_piece(runtime, slot)[1]
+    piece = _chunk_and_piece(runtime, place)[1]
     momentum = torch.empty(piece.spec.numel, dtype=torch.float32)
     variance = torch.empty(piece.spec.numel, dtype=torch.float32)
     for part in _parts(runtime, piece):
-        with _opened(runtime, runtime.states[slot.chunk_id], part.tile) as record:
-            _, first, second = record_views(record, part.length, slot.spec.dtype)
+        with _opened(runtime, runtime.states[place.chunk_id], part.tile) as record:
+            _, first, second = record_views(record, part.length, place.spec.dtype)
             momentum[part.in_param] = first[part.in_tile]
             variance[part.in_param] = second[part.in_tile]
-    return _make_whole(runtime, slot, momentum), _make_whole(runtime, slot, variance)
+    return _make_whole(runtime, place, momentum), _make_whole(runtime, place, variance)
 
 
-def load_moments(runtime: Runtime, slot: ParamSlot, momentum: torch.Tensor, variance: torch.Tensor) -> None:
+def load_moments(runtime: Runtime, place: ParamPlace, momentum: torch.Tensor, variance: torch.Tensor) -> None:
     """Set a trainable parameter's moments, after `drop_commit`; same shape, any float dtype and device."""
-    chunk, piece = _chunk_and_piece(runtime, slot)
-    flat_momentum, flat_variance = _cut(chunk, slot, momentum), _cut(chunk, slot, variance)
+    chunk, piece = _chunk_and_piece(runtime, place)
+    flat_momentum, flat_variance = _cut(chunk, place, momentum), _cut(chunk, place, variance)
     for part in _parts(runtime, piece):
-        with _opened(runtime, runtime.states[slot.chunk_id], part.tile, write=True) as record:
-            _, first, second = record_views(record, part.length, slot.spec.dtype)
+        with _opened(runtime, runtime.states[place.chunk_id], part.tile, write=True) as record:
+            _, first, second = record_views(record, part.length, place.spec.dtype)
             first[part.in_tile] = flat_momentum[part.in_param]
             second[part.in_tile] = flat_variance[part.in_param]
 
 
-def owned_run(runtime: Runtime, slot: ParamSlot) -> slice:
+def owned_run(runtime: Runtime, place: ParamPlace) -> slice:
     """Return which elements of this rank's part of a parameter live here, in row-major order: all, unless sharded."""
-    shard = runtime.core.chunks[slot.chunk_id].shard
-    return slice(0, slot.spec.numel) if shard is None else piece_of(slot, shard)
+    shard = runtime.core.chunks[place.chunk_id].shard
+    return slice(0, place.spec.numel) if shard is None else piece_of(place, shard)
 
 
-def kinds_of(runtime: Runtime, slot: ParamSlot) -> tuple[str, ...]:
+def kinds_of(runtime: Runtime, place: ParamPlace) -> tuple[str, ...]:
     """Return what `read_parts` gives of a parameter: `STATE_KINDS` if it is trainable, else `FROZEN_KINDS`."""
-    return STATE_KINDS if slot.chunk_id in runtime.states else FROZEN_KINDS
+    return STATE_KINDS if place.chunk_id in runtime.states else FROZEN_KINDS
 
 
-def read_parts(runtime: Runtime, slot: ParamSlot) -> Iterator[dict[str, torch.Tensor]]:
+def read_parts(runtime: Runtime, place: ParamPlace) -> Iterator[dict[str, torch.Tensor]]:
     """Yield what lives here of a parameter, in order, a tile at a time: 1D CPU copies, by kind.
 
     Trainable parameters come as float32, frozen ones in their working dtype.
     """
-    chunk, piece = _chunk_and_piece(runtime, slot)
-    state = runtime.states.get(slot.chunk_id)
+    chunk, piece = _chunk_and_piece(runtime, place)
+    state = runtime.states.get(place.chunk_id)
     for part in _parts(runtime, piece):
         with _opened(runtime, chunk.home, part.tile) as tile:
-            working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
+            working = _typed(tile, part.length, place.spec.dtype)[part.in_tile]
             if state is None:
                 yield {"weight": working.clone()}
                 continue
             with _opened(runtime, state, part.tile) as record:
-                _, momentum, variance = record_views(record, part.length, slot.spec.dtype)
+                _, momentum, variance = record_views(record, part.length, place.spec.dtype)
                 master = torch.empty(working.numel(), dtype=torch.float32)
-                join_masters(master, working, _rest(record, part, slot.spec.dtype))
+                join_masters(master, working, _rest(record, part, place.spec.dtype))
                 moments = (momentum[part.in_tile].clone(), variance[part.in_tile].clone())
         yield dict(zip(STATE_KINDS, (master, *moments), strict=True))
 
 
-def write_parts(runtime: Runtime, slot: ParamSlot, read: Callable[[str, int, int], torch.Tensor]) -> None:
+def write_parts(runtime: Runtime, place: ParamPlace, read: Callable[[str, int, int], torch.Tensor]) -> None:
     """Set what lives here of a parameter, a tile at a time, inside `loading`. Copies in compute memory follow.
 
     Args:
         runtime: the engine's.
-        slot: the parameter.
+        place: the parameter.
         read: returns elements [begin, end) of this rank's part of the parameter, in row-major order, of a kind from
             `kinds_of`.
     """
-    chunk, piece = runtime.core.begin_update(slot.chunk_id), _chunk_and_piece(runtime, slot)[1]
-    state = runtime.states.get(slot.chunk_id)
-    first = owned_run(runtime, slot).start
+    chunk, piece = runtime.core.begin_update(place.chunk_id), _chunk_and_piece(runtime, place)[1]
+    state = runtime.states.get(place.chunk_id)
+    first = owned_run(runtime, place).start
     try:
         for part in _parts(runtime, piece) if chunk.home.is_writable else ():
             run = (first + part.in_param.start, first + part.in_param.stop)
-            values = [read(kind, *run) for kind in kinds_of(runtime, slot)]
+            values = [read(kind, *run) for kind in kinds_of(runtime, place)]
             with _opened(runtime, chunk.home, part.tile, write=True) as tile:
-                working = _typed(tile, part.length, slot.spec.dtype)[part.in_tile]
+                working = _typed(tile, part.length, place.spec.dtype)[part.in_tile]
                 if state is None:
                     working.copy_(values[0])
                     continue
                 with _opened(runtime, state, part.tile, write=True) as record:
-                    split_masters(working, _rest(record, part, slot.spec.dtype), values[0])
-                    _, momentum, variance = record_views(record, part.length, slot.spec.dtype)
+                    split_masters(working, _rest(record, part, place.spec.dtype), values[0])
+                    _, momentum, variance = record_views(record, part.length, place.spec.dtype)
                     momentum[part.in_tile] = values[1]
                     variance[part.in_tile] = values[2]
-        _refresh(runtime, chunk, slot)
+        _refresh(runtime, chunk, place)
     finally:
-        runtime.core.end_update(slot.chunk_id)
+        runtime.core.end_update(place.chunk_id)
 
 
 def reset_moments(runtime: Runtime) -> None:
@@ -384,52 +384,52 @@ def reset_moments(runtime: Runtime) -> None:
                 variance.zero_()
 
 
-def _chunk_and_piece(runtime: Runtime, slot: ParamSlot) -> tuple[Chunk, ParamSlot]:
+def _chunk_and_piece(runtime: Runtime, place: ParamPlace) -> tuple[Chunk, ParamPlace]:
     """Return a parameter's chunk, and the piece of the parameter that lives here, in its place at home."""
-    chunk = runtime.core.chunks[slot.chunk_id]
+    chunk = runtime.core.chunks[place.chunk_id]
     if chunk.shard is None:
-        return chunk, slot
-    piece = piece_of(slot, chunk.shard)
-    spec = dataclasses.replace(slot.spec, shape=(piece.stop - piece.start,), split=None)
-    return chunk, dataclasses.replace(slot, spec=spec, begin=slot.begin + piece.start - chunk.shard.begin)
+        return chunk, place
+    piece = piece_of(place, chunk.shard)
+    spec = dataclasses.replace(place.spec, shape=(piece.stop - piece.start,), split=None)
+    return chunk, dataclasses.replace(place, spec=spec, begin=place.begin + piece.start - chunk.shard.begin)
 
 
-def _cut(chunk: Chunk, slot: ParamSlot, value: torch.Tensor) -> torch.Tensor:
+def _cut(chunk: Chunk, place: ParamPlace, value: torch.Tensor) -> torch.Tensor:
     """Return the piece of a parameter's value that lives here, flat on the CPU."""
     whole = value.detach().to("cpu")
-    flat = (whole if slot.spec.split is None else slot.spec.split.cut(whole)).reshape(-1)
-    return flat if chunk.shard is None else flat[piece_of(slot, chunk.shard)]
+    flat = (whole if place.spec.split is None else place.spec.split.cut(whole)).reshape(-1)
+    return flat if chunk.shard is None else flat[piece_of(place, chunk.shard)]
 
 
-def _make_whole(runtime: Runtime, slot: ParamSlot, flat: torch.Tensor) -> torch.Tensor:
+def _make_whole(runtime: Runtime, place: ParamPlace, flat: torch.Tensor) -> torch.Tensor:
     """Return a parameter, or as many values, of all ranks' pieces, in its shape; with several ranks all must call."""
-    shard = runtime.core.chunks[slot.chunk_id].shard
+    shard = runtime.core.chunks[place.chunk_id].shard
     if shard is None:
-        return flat.view(slot.spec.shape)
-    if not slot.spec.numel:
-        return flat.view(slot.spec.full_shape)
-    split = slot.spec.split
-    pieces = [piece_of(slot, shard.of_rank(rank)) for rank in range(shard.num_ranks)]
+        return flat.view(place.spec.shape)
+    if not place.spec.numel:
+        return flat.view(place.spec.full_shape)
+    split = place.spec.split
+    pieces = [piece_of(place, shard.of_rank(rank)) for rank in range(shard.num_ranks)]
     padded = flat.new_zeros(max(piece.stop - piece.start for piece in pieces))
     padded[: flat.numel()] = flat
     axes = (RankAxis.SHARD,) if split is None else (RankAxis.SHARD, RankAxis.TENSOR)
-    gathered = runtime.sharding.group.gather_along(axes, padded, name=slot.spec.name)
+    gathered = runtime.sharding.group.gather_along(axes, padded, name=place.spec.name)
     parts = []
     for rows in gathered.view(-1, shard.num_ranks, padded.numel()):
         whole = [values[: piece.stop - piece.start] for values, piece in zip(rows, pieces, strict=True)]
-        parts.append(torch.cat(whole).view(slot.spec.shape))
+        parts.append(torch.cat(whole).view(place.spec.shape))
     return parts[0] if split is None else split.join(parts)
 
 
-def _parts(runtime: Runtime, slot: ParamSlot) -> Iterator[_Part]:
+def _parts(runtime: Runtime, place: ParamPlace) -> Iterator[_Part]:
     tile_numel = runtime.config.tile_numel
-    if slot.spec.numel == 0:
+    if place.spec.numel == 0:
         return
-    grid = TileGrid(runtime.core.chunks[slot.chunk_id].home_spec.numel, tile_numel)
-    for tile in range(slot.begin // tile_numel, -(-slot.end // tile_numel)):
+    grid = TileGrid(runtime.core.chunks[place.chunk_id].home_spec.numel, tile_numel)
+    for tile in range(place.begin // tile_numel, -(-place.end // tile_numel)):
         begin, end = grid.range_of(tile)
-        low, high = max(slot.begin, begin), min(slot.end, end)
-        yield _Part(tile, end - begin, slice(low - begin, high - begin), slice(low - slot.begin, high - slot.begin))
+        low, high = max(place.begin, begin), min(place.end, end)
+        yield _Part(tile, end - begin, slice(low - begin, high - begin), slice(low - place.begin, high - place.begin))
 
 
 def _rest(record: torch.Tensor, part: _Part, dtype: torch.dtype) -> torch.Tensor | None:

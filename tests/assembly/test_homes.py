@@ -51,12 +51,12 @@ def write(spec: ChunkSpec, sources: Iterator[torch.Tensor], resources: Resources
 
 def test_parameters_within_and_across_tiles_arrive_where_the_layout_says() -> None:
     spec = chunk_of([10_000, 64, 1, 7, 4096, 3000, 0, 5000])
-    values = [torch.arange(slot.spec.numel) + 100_000.0 * position for position, slot in enumerate(spec.slots)]
+    values = [torch.arange(place.spec.numel) + 100_000.0 * position for position, place in enumerate(spec.places)]
     with small_resources() as resources:
         written = write(spec, iter(values), resources)
     expected = torch.zeros(spec.numel)
-    for slot, value in zip(spec.slots, values, strict=True):
-        expected[slot.begin : slot.end] = value
+    for place, value in zip(spec.places, values, strict=True):
+        expected[place.begin : place.end] = value
     assert torch.equal(written, expected)
 
 
@@ -66,9 +66,9 @@ def test_a_parameter_is_gone_before_the_second_one_after_it_comes() -> None:
     num_alive = []
 
     def sources() -> Iterator[torch.Tensor]:
-        for slot in spec.slots:
+        for place in spec.places:
             num_alive.append(sum(ref() is not None for ref in made))
-            value = torch.ones(slot.spec.numel)
+            value = torch.ones(place.spec.numel)
             made.append(weakref.ref(value.untyped_storage()))
             yield value
             del value

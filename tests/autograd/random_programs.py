@@ -487,9 +487,9 @@ def lazy_updates() -> Iterator[None]:
     put_off: dict[int, Callable[[], None]] = {}
     submit = UpdateWorker.submit
 
-    def later(self: UpdateWorker, job: UpdateJob, *, urgency: int) -> None:
+    def later(self: UpdateWorker, job: UpdateJob, *, distance: int) -> None:
         self.start()
-        put_off[id(job)] = lambda: submit(self, job, urgency=urgency)
+        put_off[id(job)] = lambda: submit(self, job, distance=distance)
 
     def beginning(method: Any) -> Any:
         def wrapped(self: UpdateWorker, job: UpdateJob, *args: Any, **kwargs: Any) -> Any:

@@ -96,7 +96,7 @@ def test_scenarios_do_what_they_are_named_for(tmp_path: Path) -> None:
         assert min(norm for norm in clipped.norms if norm is not None) > 0.1
     with training(every["speculative-behind"], "nvme", tmp_path) as ahead:
         ahead.train(0, NUM_SAVED)
-        assert ahead.engine.runtime.overlap.stats.num_ahead > 0
+        assert ahead.engine.runtime.updates.stats.num_ahead > 0
 
 
 def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:

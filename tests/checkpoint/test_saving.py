@@ -408,9 +408,9 @@ def test_parameters_are_read_a_tile_at_a_time(place: str, trainable: str, tmp_pa
     with training(scenario, place, tmp_path) as run:
         runtime = run.engine.runtime
         masters = run.engine.master_state_dict()
-        for name, slot in runtime.layout.slot_by_name.items():
-            parts = [dict(part) for part in read_parts(runtime, slot)]
+        for name, place in runtime.layout.place_by_name.items():
+            parts = [dict(part) for part in read_parts(runtime, place)]
             assert max(values.numel() for part in parts for values in part.values()) <= runtime.config.tile_numel
             kind = "master" if "master" in parts[0] else "weight"
-            whole = torch.cat([part[kind] for part in parts]).view(slot.spec.shape)
+            whole = torch.cat([part[kind] for part in parts]).view(place.spec.shape)
             assert torch.equal(whole, masters[name])

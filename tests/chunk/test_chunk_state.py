@@ -10,7 +10,7 @@ from gemini.chunk.state import ChunkState, check_transition
 from gemini.errors import IllegalTransitionError
 
 AT_HOME, FETCHING, READY = ChunkState.AT_HOME, ChunkState.FETCHING, ChunkState.READY
-LEASED, UPDATING, CLOSED = ChunkState.LEASED, ChunkState.UPDATING, ChunkState.CLOSED
+HELD, UPDATING, CLOSED = ChunkState.HELD, ChunkState.UPDATING, ChunkState.CLOSED
 
 ALLOWED = {
     (AT_HOME, FETCHING),  # a fetch starts
@@ -20,12 +20,12 @@ ALLOWED = {
     (FETCHING, READY),
     (FETCHING, AT_HOME),  # the fetch failed or was given up
     (FETCHING, CLOSED),
-    (READY, LEASED),
+    (READY, HELD),
     (READY, AT_HOME),  # evicted
     (READY, UPDATING),  # resident
     (READY, CLOSED),
-    (LEASED, READY),
-    (LEASED, CLOSED),
+    (HELD, READY),
+    (HELD, CLOSED),
     (UPDATING, READY),
     (UPDATING, AT_HOME),
     (UPDATING, CLOSED),
@@ -51,6 +51,6 @@ def test_there_are_sixteen_moves_and_twenty_illegal_ones() -> None:
 
 def test_the_message_lists_what_is_allowed() -> None:
     with pytest.raises(IllegalTransitionError, match="from here only: closed, ready$"):
-        check_transition("chunk 3", LEASED, UPDATING)
+        check_transition("chunk 3", HELD, UPDATING)
     with pytest.raises(IllegalTransitionError, match="from here only: nothing$"):
         check_transition("chunk 3", CLOSED, READY)

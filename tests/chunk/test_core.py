@@ -1,4 +1,4 @@
-"""Chunks and their slots: leases, eviction, prefetch, and failures that can be tried again."""
+"""Chunks and their slots: holds, eviction, prefetch, and failures that can be tried again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from small_resources import break_writes, small_resources, truncated_file
 
 from gemini.chunk.core import ChunkCore
-from gemini.chunk.layout import ChunkSpec, ParamSlot
+from gemini.chunk.layout import ChunkSpec, ParamPlace
 from gemini.chunk.state import ChunkState
 from gemini.errors import IllegalTransitionError, OffloadIOError, OutOfTierMemoryError
 from gemini.model.params import ParamSpec
@@ -47,8 +47,8 @@ def make_core(
     )
     for i, tier in enumerate(tiers):
         param = ParamSpec(name=f"weight{i}", index=i, shape=(NUMEL,), dtype=torch.float32, is_trainable=False)
-        slot = ParamSlot(spec=param, chunk_id=i, begin=0)
-        spec = ChunkSpec(chunk_id=i, unit_id=0, dtype=torch.float32, is_trainable=False, slots=(slot,), numel=NUMEL)
+        place = ParamPlace(spec=param, chunk_id=i, begin=0)
+        spec = ChunkSpec(chunk_id=i, unit_id=0, dtype=torch.float32, is_trainable=False, places=(place,), numel=NUMEL)
         home = TiledHome([tier], [12_288], arena=resources.arena, store=resources.store, purpose="working")
         content = torch.full((3072,), float(i)).view(torch.uint8)
         if tier is NVME:
@@ -79,7 +79,7 @@ def states(core: ChunkCore) -> list[ChunkState]:
 
 
 AT_HOME, FETCHING, READY = ChunkState.AT_HOME, ChunkState.FETCHING, ChunkState.READY
-LEASED, UPDATING = ChunkState.LEASED, ChunkState.UPDATING
+HELD, UPDATING = ChunkState.HELD, ChunkState.UPDATING
 
 
 def test_access_shows_the_weights_and_release_keeps_them(make: Callable[..., ChunkCore]) -> None:
@@ -100,11 +100,11 @@ def test_leases_nest(make: Callable[..., ChunkCore]) -> None:
     core.access(0)
     core.access(0)
     assert core.release(0) is False
-    assert states(core) == [LEASED]
+    assert states(core) == [HELD]
     assert core.release(0) is True
     assert states(core) == [READY]
     assert core.stats.num_fetches == 1
-    with pytest.raises(AssertionError, match=r"chunk 0 \(weight0 and 0 more\): no lease to give back"):
+    with pytest.raises(AssertionError, match=r"chunk 0 \(weight0 and 0 more\): it is not held"):
         core.release(0)
 
 
@@ -117,12 +117,12 @@ def test_a_leased_chunk_is_never_evicted(make: Callable[..., ChunkCore]) -> None
     )
     with pytest.raises(OutOfTierMemoryError, match=message):
         core.access(2)
-    assert states(core) == [LEASED, LEASED, AT_HOME]
-    with pytest.raises(IllegalTransitionError, match="chunk 0 .* is 'leased' and cannot become 'at home'"):
+    assert states(core) == [HELD, HELD, AT_HOME]
+    with pytest.raises(IllegalTransitionError, match="chunk 0 .* is 'held' and cannot become 'at home'"):
         core.evict(0)
     assert shows(core, 0)
     core.release(0)
-    assert core.access(2).state is LEASED
+    assert core.access(2).state is HELD
     assert shows(core, 2)
 
 
@@ -133,7 +133,7 @@ def test_the_chunk_used_last_in_the_future_leaves(make: Callable[..., ChunkCore]
         core.release(chunk_id)
     core._recent.clear()
     core.access(2)
-    assert states(core) == [AT_HOME, READY, LEASED, AT_HOME]
+    assert states(core) == [AT_HOME, READY, HELD, AT_HOME]
     assert values(core, 0).isnan().all()
 
 
@@ -157,7 +157,7 @@ def test_a_prefetch_is_no_miss(make: Callable[..., ChunkCore]) -> None:
     assert shows(core, 0)
     assert (core.stats.num_fetches, core.stats.num_misses) == (1, 0)
     core.prefetch(0)
-    assert states(core) == [LEASED, AT_HOME]
+    assert states(core) == [HELD, AT_HOME]
 
 
 def test_a_chunk_on_its_way_leaves_only_if_nothing_else_can(make: Callable[..., ChunkCore]) -> None:
@@ -267,7 +267,7 @@ def test_an_update_evicts_the_copy_and_gives_the_chunk_back(make: Callable[..., 
     core.end_update(0)
     core.access(0)
     assert bool((values(core, 0) == 7).all())
-    with pytest.raises(IllegalTransitionError, match="is 'leased' and cannot become 'at home'"):
+    with pytest.raises(IllegalTransitionError, match="is 'held' and cannot become 'at home'"):
         core.begin_update(0)
 
 
@@ -279,11 +279,11 @@ def test_a_resident_chunk_stays_and_takes_no_slot(make: Callable[..., ChunkCore]
     for chunk_id in (1, 2, 0):
         core.access(chunk_id)
     assert core.in_memory() == {1, 2}
-    with pytest.raises(IllegalTransitionError, match="is 'leased'"):
+    with pytest.raises(IllegalTransitionError, match="is 'held'"):
         core.residents.give_up(0)
     core.release(0)
     core.residents.give_up(0)
-    assert states(core) == [AT_HOME, LEASED, LEASED]
+    assert states(core) == [AT_HOME, HELD, HELD]
     assert values(core, 0).isnan().all()
 
 

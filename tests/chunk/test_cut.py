@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemini.chunk.cut import cut_spec, cut_values, piece_of
-from gemini.chunk.layout import ChunkSpec, ParamSlot
+from gemini.chunk.layout import ChunkSpec, ParamPlace
 from gemini.model.params import ParamSpec
 from gemini.tiers import round_up
 from zero.sharding import shard_of
@@ -20,12 +20,12 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 @st.composite
 def specs(draw: st.DrawFn) -> ChunkSpec:
     dtype = draw(dtypes)
-    slots, begin = [], 0
+    places, begin = [], 0
     for i, numel in enumerate(draw(st.lists(st.sampled_from([0, 1, 63, 64, 1000, 5000]), max_size=8))):
         param = ParamSpec(name=f"weight{i}", index=i, shape=(numel,), dtype=dtype, is_trainable=True)
-        slots.append(ParamSlot(spec=param, chunk_id=0, begin=begin))
+        places.append(ParamPlace(spec=param, chunk_id=0, begin=begin))
         begin = round_up(begin + numel, 64)
-    return ChunkSpec(chunk_id=0, unit_id=0, dtype=dtype, is_trainable=True, slots=tuple(slots), numel=begin)
+    return ChunkSpec(chunk_id=0, unit_id=0, dtype=dtype, is_trainable=True, places=tuple(places), numel=begin)
 
 
 @given(numel=st.integers(0, 100_000), itemsize=st.sampled_from([1, 2, 4, 8]), world_size=worlds)
@@ -48,19 +48,19 @@ def test_shard_lengths_in_float32(numel, world_size, shard_numel):
 @given(spec=specs(), world_size=worlds)
 def test_pieces_of_all_ranks_make_up_each_parameter(spec, world_size):
     shards = [shard_of(spec.numel, spec.dtype.itemsize, rank=rank, world_size=world_size) for rank in range(world_size)]
-    for slot in spec.slots:
-        pieces = [piece_of(slot, shard) for shard in shards]
-        assert [i for piece in pieces for i in range(slot.spec.numel)[piece]] == list(range(slot.spec.numel))
+    for place in spec.places:
+        pieces = [piece_of(place, shard) for shard in shards]
+        assert [i for piece in pieces for i in range(place.spec.numel)[piece]] == list(range(place.spec.numel))
 
 
 @given(spec=specs(), world_size=worlds)
 def test_cut_layouts_hold_the_bytes_of_the_whole_chunk(spec, world_size):
-    values = [torch.arange(slot.begin, slot.end, dtype=torch.float32) for slot in spec.slots]
+    values = [torch.arange(place.begin, place.end, dtype=torch.float32) for place in spec.places]
     for rank in range(world_size):
         shard = shard_of(spec.numel, spec.dtype.itemsize, rank=rank, world_size=world_size)
         cut = cut_spec(spec, shard)
-        names = {slot.spec.name for slot in cut.slots}
-        held = [value for slot, value in zip(spec.slots, values, strict=True) if slot.spec.name in names]
+        names = {place.spec.name for place in cut.places}
+        held = [value for place, value in zip(spec.places, values, strict=True) if place.spec.name in names]
         assert cut.numel == shard.numel
-        for slot, piece in zip(cut.slots, cut_values(spec, shard, held), strict=True):
-            assert piece.tolist() == list(range(shard.begin + slot.begin, shard.begin + slot.end))
+        for place, piece in zip(cut.places, cut_values(spec, shard, held), strict=True):
+            assert piece.tolist() == list(range(shard.begin + place.begin, shard.begin + place.end))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from gemini.chunk.layout import SLOT_ALIGNMENT_NUMEL, ChunkLayout, build_layout, layout_summary
+from gemini.chunk.layout import PLACE_ALIGNMENT_NUMEL, ChunkLayout, build_layout, layout_summary
 from gemini.model.module_tree import ModuleNode, ModuleTree, ParamEntry, describe_model
 from gemini.model.params import ParamSpec
 from gemini.tiers import round_up
@@ -43,7 +43,7 @@ class Tied(nn.Module):
 
 def test_params_start_at_multiples_of_the_alignment() -> None:
     layout = layout_of(nn.Linear(10, 10))
-    assert [(slot.spec.name, slot.begin, slot.end) for slot in layout.chunks[0].slots] == [
+    assert [(place.spec.name, place.begin, place.end) for place in layout.chunks[0].places] == [
         ("weight", 0, 100),
         ("bias", 128, 138),
     ]
@@ -73,7 +73,7 @@ def test_tied_params_have_one_slot_and_both_units_need_its_chunk() -> None:
         ("blocks.1", (2,), (2,)),
         ("head", (), (0,)),
     ]
-    assert "head.weight" not in layout.slot_by_name
+    assert "head.weight" not in layout.place_by_name
 
 
 def test_tied_params_that_the_root_holds_belong_to_the_root() -> None:
@@ -90,7 +90,7 @@ def test_unit_without_chunks_of_its_own_or_of_others_is_left_out() -> None:
 def test_equal_units_get_equal_chunks() -> None:
     layout = layout_of(nn.Sequential(nn.Linear(10, 10), nn.ReLU(), nn.Linear(10, 10)))
     first, second = layout.chunks
-    assert [slot.begin for slot in first.slots] == [slot.begin for slot in second.slots]
+    assert [place.begin for place in first.places] == [place.begin for place in second.places]
     assert first.numel == second.numel
 
 
@@ -182,17 +182,17 @@ def test_packing_is_aligned_ordered_and_complete(
 ) -> None:
     tree = flat_tree(drawn, num_modules)
     layout = build_layout(tree, max_small_nbytes=0)
-    assert sorted(layout.slot_by_name) == [entry.spec.name for entry in tree.params]
-    assert sum(len(chunk.slots) for chunk in layout.chunks) == len(drawn)
+    assert sorted(layout.place_by_name) == [entry.spec.name for entry in tree.params]
+    assert sum(len(chunk.places) for chunk in layout.chunks) == len(drawn)
     for index, chunk in enumerate(layout.chunks):
         assert chunk.chunk_id == index
         assert index in layout.units[chunk.unit_id].own_chunk_ids
-        assert chunk.numel == round_up(max(chunk.slots[-1].end, 1), SLOT_ALIGNMENT_NUMEL)
-        for slot in chunk.slots:
-            assert slot.begin % SLOT_ALIGNMENT_NUMEL == 0
-            assert (slot.chunk_id, slot.spec.dtype) == (index, chunk.dtype)
-            assert slot.spec.is_trainable == chunk.is_trainable
-        for before, after in zip(chunk.slots, chunk.slots[1:], strict=False):
+        assert chunk.numel == round_up(max(chunk.places[-1].end, 1), PLACE_ALIGNMENT_NUMEL)
+        for place in chunk.places:
+            assert place.begin % PLACE_ALIGNMENT_NUMEL == 0
+            assert (place.chunk_id, place.spec.dtype) == (index, chunk.dtype)
+            assert place.spec.is_trainable == chunk.is_trainable
+        for before, after in zip(chunk.places, chunk.places[1:], strict=False):
             assert before.end <= after.begin
             assert before.spec.index < after.spec.index
 
@@ -216,6 +216,6 @@ def test_scalars_and_empty_params_have_slots(shape: tuple[int, ...]) -> None:
     model = nn.Linear(4, 4)
     model.register_parameter("extra", nn.Parameter(torch.zeros(shape)))
     layout = layout_of(model)
-    slot = layout.slot_by_name["extra"]
-    assert slot.begin == 0 or slot.begin % SLOT_ALIGNMENT_NUMEL == 0
-    assert slot.end - slot.begin == (1 if shape == () else 0)
+    place = layout.place_by_name["extra"]
+    assert place.begin == 0 or place.begin % PLACE_ALIGNMENT_NUMEL == 0
+    assert place.end - place.begin == (1 if shape == () else 0)

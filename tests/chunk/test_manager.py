@@ -103,7 +103,7 @@ def test_only_the_lease_protects_a_chunk(manager: ChunkManager, device: str) -> 
 
 def test_a_leased_chunk_cannot_move(manager: ChunkManager) -> None:
     chunk_id = manager.register([torch.zeros(10)])
-    message = r"chunk 0 \(tensor 0 and 0 more\) is leased and cannot move; release it first"
+    message = r"chunk 0 \(tensor 0 and 0 more\) is held and cannot move; release it first"
     with manager.using(chunk_id), pytest.raises(IllegalTransitionError, match=message):
         manager.move(chunk_id, NVME)
     manager.move(chunk_id, NVME)
@@ -113,7 +113,7 @@ def test_a_second_release_is_refused(manager: ChunkManager) -> None:
     chunk_id = manager.register([torch.zeros(10)], tier=NVME)
     manager.access(chunk_id)
     manager.release(chunk_id)
-    with pytest.raises(IllegalTransitionError, match=r"chunk 0 .* is 'ready': there is no lease to give back"):
+    with pytest.raises(IllegalTransitionError, match=r"chunk 0 .* is 'ready': it is not held, so"):
         manager.release(chunk_id)
 
 
@@ -301,7 +301,7 @@ class ManagerMachine(RuleBasedStateMachine):
         self.manager = make_manager(self.directory.name, device, host_budget="96KiB")
         self.values: dict[int, torch.Tensor] = {}
         self.homes: dict[int, MemoryTier] = {}
-        self.leases: dict[int, int] = {}
+        self.holds: dict[int, int] = {}
         self.modified: set[int] = set()  # since they were last at home
         self.doubtful: set[int] = set()
 
@@ -317,7 +317,7 @@ class ManagerMachine(RuleBasedStateMachine):
         except OutOfTierMemoryError:
             return
         assert chunk_id == len(self.values)
-        self.values[chunk_id], self.homes[chunk_id], self.leases[chunk_id] = value, tier, 0
+        self.values[chunk_id], self.homes[chunk_id], self.holds[chunk_id] = value, tier, 0
 
     @precondition(lambda self: self.values)
     @rule(data=st.data())
@@ -326,29 +326,29 @@ class ManagerMachine(RuleBasedStateMachine):
         try:
             (tensor,) = self.manager.access(chunk_id)
         except OutOfTierMemoryError:
-            assert any(self.leases.values()) or len(self.values) > 1
+            assert any(self.holds.values()) or len(self.values) > 1
             return
         except OffloadIOError:
             assert chunk_id in self.doubtful
             return
         assert torch.equal(tensor, self.values[chunk_id])
-        self.leases[chunk_id] += 1
+        self.holds[chunk_id] += 1
 
-    @precondition(lambda self: any(self.leases.values()))
+    @precondition(lambda self: any(self.holds.values()))
     @rule(data=st.data(), added=st.sampled_from([0.0, 1.0]))
     def release(self, data: st.DataObject, added: float) -> None:
-        chunk_id = self.pick(data, [i for i, count in self.leases.items() if count])
+        chunk_id = self.pick(data, [i for i, count in self.holds.items() if count])
         self.manager._core.chunks[chunk_id].params[0].add_(added)
         self.values[chunk_id] = self.values[chunk_id] + added
-        self.leases[chunk_id] -= 1
+        self.holds[chunk_id] -= 1
         if added:
             self.modified.add(chunk_id)
         self.manager.release(chunk_id, is_modified=added != 0)
         self.note_written(chunk_id)
 
     def note_written(self, chunk_id: int) -> None:
-        """A chunk whose last lease was given back after it had been modified is at home."""
-        if not self.leases[chunk_id] and chunk_id in self.modified:
+        """A chunk whose last hold was given back after it had been modified is at home."""
+        if not self.holds[chunk_id] and chunk_id in self.modified:
             self.modified.remove(chunk_id)
             self.doubtful.discard(chunk_id)
 
@@ -358,10 +358,10 @@ class ManagerMachine(RuleBasedStateMachine):
         chunk_id, tier = self.pick(data, self.values), data.draw(st.sampled_from(self.tiers))
         try:
             self.manager.move(chunk_id, tier)
-            assert not self.leases[chunk_id]
+            assert not self.holds[chunk_id]
             self.homes[chunk_id] = tier
         except IllegalTransitionError:
-            assert self.leases[chunk_id]
+            assert self.holds[chunk_id]
         except OutOfTierMemoryError:
             assert tier is not self.homes[chunk_id]
         except OffloadIOError:
@@ -383,21 +383,21 @@ class ManagerMachine(RuleBasedStateMachine):
                 self.manager.access(chunk_id)
         except OffloadIOError:
             assert self.homes[chunk_id] is NVME
-            assert not self.leases[chunk_id]
+            assert not self.holds[chunk_id]
         except OutOfTierMemoryError:
             pass
         else:
-            self.leases[chunk_id] += 1  # it was in compute memory; the invariant looks at its value
+            self.holds[chunk_id] += 1  # it was in compute memory; the invariant looks at its value
 
-    @precondition(lambda self: any(self.leases[i] == 1 and self.homes[i] is NVME for i in self.values))
+    @precondition(lambda self: any(self.holds[i] == 1 and self.homes[i] is NVME for i in self.values))
     @rule(data=st.data())
     def release_while_the_disk_fails(self, data: st.DataObject) -> None:
-        chunk_id = self.pick(data, [i for i, n in self.leases.items() if n == 1 and self.homes[i] is NVME])
+        chunk_id = self.pick(data, [i for i, n in self.holds.items() if n == 1 and self.homes[i] is NVME])
         self.manager._core.chunks[chunk_id].params[0].add_(1.0)
         self.values[chunk_id] = self.values[chunk_id] + 1.0
         with self.failing_disk(), pytest.raises(OffloadIOError, match="cannot write"):
             self.manager.release(chunk_id)
-        self.leases[chunk_id] = 0
+        self.holds[chunk_id] = 0
         self.modified.add(chunk_id)
         self.doubtful.add(chunk_id)
 
@@ -412,7 +412,7 @@ class ManagerMachine(RuleBasedStateMachine):
             assert not is_touching_disk
             self.homes[chunk_id] = tier
         except IllegalTransitionError:
-            assert self.leases[chunk_id]
+            assert self.holds[chunk_id]
         except OutOfTierMemoryError:
             assert tier is not self.homes[chunk_id]
         except OffloadIOError:
@@ -423,7 +423,7 @@ class ManagerMachine(RuleBasedStateMachine):
         assert [self.manager.tier_of(i) for i in self.values] == list(self.homes.values())
         assert self.manager.held_nbytes(HOST) <= 96 * KIB
         assert self.manager.held_nbytes(DEVICE) <= 64 * KIB
-        for chunk_id, count in self.leases.items():
+        for chunk_id, count in self.holds.items():
             if count:
                 assert torch.equal(self.manager._core.chunks[chunk_id].params[0], self.values[chunk_id])
 

@@ -257,14 +257,14 @@ def test_each_module_finds_its_params_in_a_unit_around_it_or_in_the_root(case: C
         name, available = pending.pop()
         available = available | set(unit_by_name[name].chunk_ids if name in unit_by_name else ())
         node = tree.node_by_name[name]
-        assert {layout.slot_by_name[param].chunk_id for param in node.param_names} <= available, name
+        assert {layout.place_by_name[param].chunk_id for param in node.param_names} <= available, name
         pending.extend((child, available) for child in node.child_names)
 
 
 def test_params_are_wholly_packed_each_once(case: Case) -> None:
     tree = describe(case.build())
     layout = build_layout(tree, max_small_nbytes=SMALL_NBYTES)
-    names = Counter(slot.spec.name for chunk in layout.chunks for slot in chunk.slots)
+    names = Counter(place.spec.name for chunk in layout.chunks for place in chunk.places)
     assert names == Counter(entry.spec.name for entry in tree.params)
 
 
@@ -275,7 +275,7 @@ class Poison:
         self.params = dict(model.named_parameters())
         self.saved = {name: param.detach().clone() for name, param in self.params.items()}
         self.layout = layout
-        self.leases: Counter[int] = Counter()
+        self.holds: Counter[int] = Counter()
         for param in self.params.values():
             param.data.fill_(torch.nan)
         self.enter(layout.root)
@@ -286,16 +286,16 @@ class Poison:
 
     def enter(self, unit: UnitSpec) -> None:
         for chunk_id in unit.chunk_ids:
-            self.leases[chunk_id] += 1
-            for slot in self.layout.chunks[chunk_id].slots:
-                self.params[slot.spec.name].data.copy_(self.saved[slot.spec.name])
+            self.holds[chunk_id] += 1
+            for place in self.layout.chunks[chunk_id].places:
+                self.params[place.spec.name].data.copy_(self.saved[place.spec.name])
 
     def leave(self, unit: UnitSpec) -> None:
         for chunk_id in unit.chunk_ids:
-            self.leases[chunk_id] -= 1
-            if self.leases[chunk_id] == 0:
-                for slot in self.layout.chunks[chunk_id].slots:
-                    self.params[slot.spec.name].data.fill_(torch.nan)
+            self.holds[chunk_id] -= 1
+            if self.holds[chunk_id] == 0:
+                for place in self.layout.chunks[chunk_id].places:
+                    self.params[place.spec.name].data.fill_(torch.nan)
 
 
 def first_output(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -49,19 +49,19 @@ class Interruption:
 
     def __init__(self, training: Training) -> None:
         runtime = training.engine.runtime
-        self.overlap, self.journal, self.pool = runtime.overlap, runtime.commits.log, runtime.resources.pool
-        self.pipeline: TilePipeline = self.overlap._worker._shared.pipeline
-        held = self.overlap.held
+        self.schedule, self.journal, self.pool = runtime.updates, runtime.commits.log, runtime.resources.pool
+        self.pipeline: TilePipeline = self.schedule._worker._shared.pipeline
+        held = self.schedule.deferred
         assert held is not None
-        self.wishes = dict(held.wishes)
-        self.overlap.release = lambda sequence: None  # type: ignore[method-assign]
+        self.planned = dict(held.planned)
+        self.schedule.release = lambda sequence: None  # type: ignore[method-assign]
         training.commit()
-        self.overlap.held = None
+        self.schedule.deferred = None
 
     def jobs(self) -> Iterator[UpdateJob]:
-        for chunk_id, wish in self.wishes.items():
-            tiles = tiles_of(wish.segments, self.pipeline.tile_numel)
-            yield self.overlap._job(chunk_id, wish, tiles, sequence=self.journal.file.sequence)
+        for chunk_id, update in self.planned.items():
+            tiles = tiles_of(update.segments, self.pipeline.tile_numel)
+            yield self.schedule._job(chunk_id, update, tiles, sequence=self.journal.file.sequence)
 
     def begin(self, job: UpdateJob, index: int) -> tuple[_Tile, TileJournal | None]:
         """Bring a tile to where its update begins."""

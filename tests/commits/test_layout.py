@@ -16,7 +16,7 @@ from gemini.commits.record import CommittedStep, decode_record, encode_record
 from gemini.kernels.adam_tile import AdamHyper, AdamSegment
 from gemini.placement.plan import ChunkDemand
 from gemini.tiers import MemoryTier
-from gemini.update.schedule import StepWish
+from gemini.update.job import PlannedUpdate
 
 PLACES = {
     "memory": Scenario(),
@@ -63,7 +63,9 @@ def test_the_overhead_follows_the_formula() -> None:
 def test_a_record_comes_back_exactly() -> None:
     hyper = AdamHyper(lr=0.1 + 0.2, beta1=0.9, beta2=0.999, eps=1e-300, weight_decay=1 / 3, is_decoupled=False)
     segments = tuple(AdamSegment(begin=b, end=b + 5, hyper=hyper, step=b + 1) for b in (0, 7))
-    step = CommittedStep(num_steps=3, wishes={4: StepWish(segments, 1 / 7), 0: StepWish((), 2.0)}, run_state=b"a\nb")
+    step = CommittedStep(
+        num_steps=3, planned={4: PlannedUpdate(segments, 1 / 7), 0: PlannedUpdate((), 2.0)}, run_state=b"a\nb"
+    )
     assert decode_record(encode_record(step)) == step
 
 

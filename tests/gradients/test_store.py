@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_resources import break_writes, small_resources
 
-from gemini.chunk.layout import ChunkSpec, ParamSlot
+from gemini.chunk.layout import ChunkSpec, ParamPlace
 from gemini.errors import ModelError, OffloadIOError
 from gemini.gradients.store import GradientStore
 from gemini.kernels.cpu import GradMode, store_gradient
@@ -36,13 +36,13 @@ BELOW = {name: path for name, path in PATHS.items() if path[1] is not DEVICE}
 
 
 def make_spec(chunk_id: int, dtype: torch.dtype) -> ChunkSpec:
-    slots, begin = [], 0
+    places, begin = [], 0
     for i, length in enumerate(LENGTHS):
         name = f"chunk{chunk_id}.weight{i}"
         param = ParamSpec(name=name, index=i, shape=(length,), dtype=dtype, is_trainable=True)
-        slots.append(ParamSlot(spec=param, chunk_id=chunk_id, begin=begin))
+        places.append(ParamPlace(spec=param, chunk_id=chunk_id, begin=begin))
         begin = round_up(begin + length, 64)
-    return ChunkSpec(chunk_id=chunk_id, unit_id=0, dtype=dtype, is_trainable=True, slots=tuple(slots), numel=begin)
+    return ChunkSpec(chunk_id=chunk_id, unit_id=0, dtype=dtype, is_trainable=True, places=tuple(places), numel=begin)
 
 
 class Store:
@@ -100,7 +100,7 @@ class Store:
         else:
             content.copy_(home.tile(0))
         flat = content[: NUMEL * self.keep.itemsize].view(self.keep)
-        return [flat[slot.begin : slot.end] for slot in make_spec(0, self.keep).slots]
+        return [flat[place.begin : place.end] for place in make_spec(0, self.keep).places]
 
 
 @contextmanager

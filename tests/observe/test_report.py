@@ -191,7 +191,7 @@ def test_the_update_thread_is_busy_while_it_works_whether_anybody_waits_or_not(
         optimizer = HybridAdam(engine.parameters())
         train_step(engine, optimizer)
         assert engine.memory_report().updates.busy_s is None
-        updater = engine.runtime.overlap._worker
+        updater = engine.runtime.updates._worker
         wait_until(lambda: updater.is_idle and updater.busy_s > 0.02 * (num_tiles - 0.5))
         clock.sleep(1)  # after the updates
         train_step(engine, optimizer)

@@ -62,7 +62,7 @@ def test_steps_add_up_to_the_reports_counters(place: str, tmp_path: Path) -> Non
         with engine.record(tmp_path / "run") as recorder:
             for _ in range(NUM_STEPS):
                 recorder.log(loss=train_step(engine, optimizer), tokens=8)
-        stats, stalled_s = engine.runtime.core.stats, engine.runtime.overlap.stall_s
+        stats, stalled_s = engine.runtime.core.stats, engine.runtime.updates.stall_s
         found = read_recording(tmp_path / "run")
         assert [step.number for step in found.steps] == [0, 1, 2]
         assert [step.is_detailed for step in found.steps] == [False, True, True]

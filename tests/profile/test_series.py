@@ -68,10 +68,10 @@ def test_a_run_that_logs_nothing_has_only_its_times() -> None:
 def test_the_map_shows_each_chunk_after_each_moment() -> None:
     recording = invented()
     recording.moments.extend([Moment(100, "enter", 0), Moment(110, "enter", 1), Moment(120, "leave", 1)])
-    changes = [(90, 0, "at home"), (105, 0, "fetching"), (110, 0, "leased"), (115, 0, "ready"), (112, 1, "updating")]
+    changes = [(90, 0, "at home"), (105, 0, "fetching"), (110, 0, "held"), (115, 0, "ready"), (112, 1, "updating")]
     recording.chunk_changes.extend(ChunkChange(*change) for change in changes)
     found = chunk_map(recording, STEP)
-    assert found.places == ((Place.NVME, Place.LEASED, Place.READY), (Place.NVME, Place.NVME, Place.UPDATING))
+    assert found.places == ((Place.NVME, Place.HELD, Place.READY), (Place.NVME, Place.NVME, Place.UPDATING))
 
 
 def test_moments_have_names() -> None:

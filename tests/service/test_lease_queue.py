@@ -32,17 +32,17 @@ def ask(queue: LeaseQueue, name: str, host: int, **options: int) -> int:
 def test_what_fits_is_granted_and_what_does_not_waits_for_an_end():
     queue, ledger = queue_on(Amount(100, 50))
     first, second = ask(queue, "a", 60, disk=50), ask(queue, "b", 60)
-    assert queue.settle().granted == [first]
+    assert queue.decide().granted == [first]
     assert ledger.free() == Amount(40, 0)
     assert queue.reason(second) == "60 B of host memory, of which 40 B are free"
     ledger.end(first)
-    assert queue.settle().granted == [second]
+    assert queue.decide().granted == [second]
 
 
 def test_more_than_the_node_has_is_refused_with_the_numbers():
     queue, _ = queue_on(Amount(100, 50))
     number = ask(queue, "a", 10, disk=51)
-    kind, text = queue.settle().refused[number]
+    kind, text = queue.decide().refused[number]
     assert kind == "never-fits"
     assert "10 B of host memory and 51 B of disk can never be granted: the whole node has 100 B of host" in text
     assert queue.waiting() == {}
@@ -51,51 +51,51 @@ def test_more_than_the_node_has_is_refused_with_the_numbers():
 def test_a_gang_is_granted_when_all_its_ranks_fit():
     queue, ledger = queue_on(Amount(100))
     held = ask(queue, "a", 30)
-    queue.settle()
+    queue.decide()
     ranks = [ask(queue, "gang", 40, rank=rank, num_ranks=2) for rank in (0, 1)]
-    assert queue.settle().granted == []
+    assert queue.decide().granted == []
     ledger.end(held)
-    assert queue.settle().granted == ranks
+    assert queue.decide().granted == ranks
 
 
 def test_an_incomplete_gang_blocks_nobody_and_says_whom_it_waits_for():
     queue, _ = queue_on(Amount(100))
     number = ask(queue, "gang", 40, rank=1, num_ranks=4)
     other = ask(queue, "a", 100)
-    assert queue.settle().granted == [other]
+    assert queue.decide().granted == [other]
     assert queue.reason(number) == "its job's other ranks, which have not asked yet: 0, 2, 3 of 4"
 
 
 def test_all_ranks_of_a_gang_that_can_never_fit_are_refused():
     queue, _ = queue_on(Amount(100))
     numbers = [ask(queue, "gang", 60, rank=rank, num_ranks=2) for rank in (0, 1)]
-    assert set(queue.settle().refused) == set(numbers)
+    assert set(queue.decide().refused) == set(numbers)
 
 
 def test_priority_comes_before_shares_and_shares_before_arrival():
     queue, ledger = queue_on(Amount(100))
     whole, small = ask(queue, "a", 80, user=1), ask(queue, "b", 20, user=1)
-    queue.settle()
+    queue.decide()
     of_the_same_user = ask(queue, "c", 50, user=1)
     of_another_user = ask(queue, "d", 50, user=2)
     urgent = ask(queue, "e", 50, user=1, priority=1)
     ledger.end(whole)
-    assert queue.settle().granted == [urgent]
+    assert queue.decide().granted == [urgent]
     ledger.end(small)
-    assert queue.settle().granted == [of_another_user]
+    assert queue.decide().granted == [of_another_user]
     ledger.end(urgent)
-    assert queue.settle().granted == [of_the_same_user]
+    assert queue.decide().granted == [of_the_same_user]
 
 
 def test_a_rank_that_holds_something_is_answered_at_once():
     queue, _ = queue_on(Amount(100))
     ask(queue, "a", 60)
-    queue.settle()
+    queue.decide()
     more, too_much = ask(queue, "a", 30), ask(queue, "a", 20)
-    settled = queue.settle()
-    assert settled.granted == [more]
-    assert settled.refused[too_much][0] == "full"
-    assert "20 B of host memory and 0 B of disk more for a rank that holds something" in settled.refused[too_much][1]
+    decisions = queue.decide()
+    assert decisions.granted == [more]
+    assert decisions.refused[too_much][0] == "full"
+    assert "20 B of host memory and 0 B of disk more for a rank that holds something" in decisions.refused[too_much][1]
 
 
 def test_a_rank_waits_for_one_lease_at_a_time():
@@ -109,14 +109,14 @@ def test_a_rank_waits_for_one_lease_at_a_time():
 def test_a_stream_of_small_requests_delays_a_big_one_by_a_bounded_number(stream_priority):
     queue, ledger = queue_on(Amount(100))
     running = [ask(queue, f"s{number}", 10, priority=stream_priority) for number in range(10)]
-    queue.settle()
+    queue.decide()
     big = ask(queue, "big", 100)
     for later in range(3 * MAX_OVERTAKEN):
         ask(queue, f"later{later}", 10, priority=stream_priority)
         if not running:
             break
         ledger.end(running.pop(0))
-        running += [number for number in queue.settle().granted if number != big]
+        running += [number for number in queue.decide().granted if number != big]
     assert ledger.lease(big) is not None
     assert sum(number > big for number in running) == 0
     assert ledger.held() == Amount(100)
@@ -125,7 +125,7 @@ def test_a_stream_of_small_requests_delays_a_big_one_by_a_bounded_number(stream_
 def test_what_is_shared_is_counted_once_and_costs_the_second_job_nothing():
     queue, ledger = queue_on(Amount(100))
     numbers = [queue.ask(member(name), Amount(15), shared={"w": 70}) for name in "ab"]
-    assert queue.settle().granted == numbers
+    assert queue.decide().granted == numbers
     assert ledger.shared.nbytes() == 70
     assert ledger.free() == Amount()
 
@@ -134,7 +134,7 @@ def test_ranks_of_a_gang_pay_for_what_they_share_once():
     queue, _ = queue_on(Amount(100))
     for rank in (0, 1):
         queue.ask(member("gang", rank), Amount(15), shared={"w": 70}, num_ranks=2)
-    assert len(queue.settle().granted) == 2
+    assert len(queue.decide().granted) == 2
 
 
 def test_users_do_not_share():
@@ -149,8 +149,8 @@ def test_the_longest_unused_warm_chunks_make_room_and_the_wanted_one_stays():
         queue.hold_shared(member("a"), key, 30)
         ledger.shared.release(member("a"), key, now_s=now_s)
     queue.ask(member("b"), Amount(30), shared={"wanted": 30})
-    settled = queue.settle()
-    assert settled.dropped == [(1, "old")]
+    decisions = queue.decide()
+    assert decisions.dropped == [(1, "old")]
     assert set(ledger.shared.holds) == {(1, "wanted"), (1, "young")}
 
 
@@ -178,7 +178,7 @@ def test_a_new_process_waits_though_something_is_kept_of_its_rank():
     queue, ledger = queue_on(Amount(100))
     ledger.keep(ledger.adopt(member("a"), Amount(60)))
     number = ask(queue, "a", 50)
-    assert queue.settle().refused == {}
+    assert queue.decide().refused == {}
     assert queue.reason(number) == "50 B of host memory, of which 40 B are free"
 
 
@@ -186,18 +186,18 @@ def test_a_budget_that_adopted_leases_exceed_grants_nothing_until_it_holds():
     queue, ledger = queue_on(Amount(50))
     adopted = ledger.adopt(member("old"), Amount(80))
     waiting = ask(queue, "new", 10)
-    assert queue.settle().granted == []
+    assert queue.decide().granted == []
     assert ledger.free() == Amount(-30)
     ledger.end(adopted)
-    assert queue.settle().granted == [waiting]
+    assert queue.decide().granted == [waiting]
 
 
 def test_the_fair_share_leaves_others_what_they_hold_or_wait_for():
     queue, _ = queue_on(Amount(90))
     ask(queue, "a", 60)
-    queue.settle()
+    queue.decide()
     ask(queue, "b", 40)
-    queue.settle()
+    queue.decide()
     assert queue.fair_host_nbytes(JobKey(1, "c")) == 30
     assert queue.fair_host_nbytes(JobKey(1, "a")) == 50
 
@@ -252,12 +252,12 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.shared.drop(*self.ledger.shared.unused()[0])
 
     @rule()
-    def settle(self):
+    def decide(self):
         self.now_s += 1
-        settled = self.queue.settle()
-        assert not set(settled.granted) & set(self.queue.waiting())
-        assert all(self.ledger.lease(number) for number in settled.granted)
-        assert self.queue.settle().granted == []
+        decisions = self.queue.decide()
+        assert not set(decisions.granted) & set(self.queue.waiting())
+        assert all(self.ledger.lease(number) for number in decisions.granted)
+        assert self.queue.decide().granted == []
 
     @invariant()
     def the_budget_holds(self):
@@ -272,7 +272,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def teardown(self):
         """When everybody who holds something ends, everybody whose job has asked is granted."""
         for _ in range(200):
-            self.settle()
+            self.decide()
             for number in list(self.ledger._leases):
                 self.ledger.end(number)
             for (_, key), hold in list(self.ledger.shared.holds.items()):

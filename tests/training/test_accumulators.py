@@ -17,7 +17,7 @@ from training_harness import Case, config_for, hybrid_adam, same_bits
 
 from gemini import GeminiDDP, HybridAdam, MemoryReport
 from gemini.assembly.blueprint import draw_blueprint
-from gemini.chunk.layout import ChunkSpec, ParamSlot
+from gemini.chunk.layout import ChunkSpec, ParamPlace
 from gemini.gradients.accumulators import GradientAccumulators
 from gemini.kernels.device import select_device_kernels
 from gemini.model.params import ParamSpec
@@ -178,8 +178,8 @@ def test_nobody_reads_sums_or_adds_to_them_before_they_have_left(host_kib, tmp_p
 
 def test_a_sum_on_its_way_is_left_alone_until_it_has_left():
     param = ParamSpec(name="weight", index=0, shape=(3,), dtype=torch.float32, is_trainable=True)
-    slot = ParamSlot(spec=param, chunk_id=0, begin=0)
-    spec = ChunkSpec(chunk_id=0, unit_id=0, dtype=torch.float32, is_trainable=True, slots=(slot,), numel=3)
+    place = ParamPlace(spec=param, chunk_id=0, begin=0)
+    spec = ChunkSpec(chunk_id=0, unit_id=0, dtype=torch.float32, is_trainable=True, places=(place,), numel=3)
     accumulators = GradientAccumulators(LateTransfers(), select_device_kernels(torch.device("cpu")))
     accumulators.open(spec)
     host = torch.zeros(12, dtype=torch.uint8)
@@ -283,7 +283,8 @@ def downloaded_nbytes(engine: GeminiDDP, case: Case, num_passes: int) -> list[in
 def travelling_nbytes(engine: GeminiDDP, itemsize: int) -> dict[int, int]:
     """Return the bytes of each chunk's gradients that wait below the device, from the first parameter to the last."""
     return {
-        chunk.chunk_id: itemsize * (max(slot.end for slot in chunk.slots) - min(slot.begin for slot in chunk.slots))
+        chunk.chunk_id: itemsize
+        * (max(place.end for place in chunk.places) - min(place.begin for place in chunk.places))
         for chunk in engine.runtime.layout.chunks
         if engine.runtime.plan.chunks[chunk.chunk_id].grad is not DEVICE
     }

@@ -187,7 +187,7 @@ def broken(engine: GeminiDDP, device: str) -> Iterator[None]:
     with redirected(store, device):
         yield
         with contextlib.suppress(GeminiError):
-            engine.runtime.overlap.settle_all()
+            engine.runtime.updates.finish_all()
 
 
 def test_gradients_that_find_no_room_leave_weights_and_state_to_be_saved(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_a_killed_update_thread_is_reported_and_its_state_declared_lost(overlap:
         first, second, third = TOWER.batches(3)
         step(engine, optimizer, TOWER, first)
         engine.runtime.finish_updates()
-        thread = engine.runtime.overlap._worker._thread
+        thread = engine.runtime.updates._worker._thread
         assert thread is not None
         kill(thread)
         with pytest.raises(GeminiError, match="the thread that updates weights has ended") as caught:
@@ -433,6 +433,6 @@ def test_an_exception_of_the_user_s_leaves_no_lease_and_no_graph(where: str, con
     with GeminiDDP(TOWER.model(), config) as engine:
         optimizer = hybrid_adam(engine.parameters())
         losses = go_on(engine, optimizer, fail)
-        assert not any(chunk.is_leased for chunk in engine.runtime.core.chunks)
+        assert not any(chunk.is_held for chunk in engine.runtime.core.chunks)
         assert all(output() is None for output in outputs)
     assert losses == train_gemini(TOWER, config).losses

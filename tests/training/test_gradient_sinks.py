@@ -63,11 +63,11 @@ def waiting_gradient(engine: GeminiDDP, name: str = "embedding.weight") -> torch
     """Return a copy of a gradient that waits in host memory."""
     runtime = engine.runtime
     runtime.gradients.finish()
-    slot = runtime.layout.slot_by_name[name]
-    buffer = runtime.gradients.home_of(slot.chunk_id).host_buffer
+    place = runtime.layout.place_by_name[name]
+    buffer = runtime.gradients.home_of(place.chunk_id).host_buffer
     assert buffer is not None
-    flat = buffer.view(runtime.gradients.dtype_of(slot.chunk_id))[slot.begin : slot.end]
-    return flat.view(slot.spec.shape).clone()
+    flat = buffer.view(runtime.gradients.dtype_of(place.chunk_id))[place.begin : place.end]
+    return flat.view(place.spec.shape).clone()
 
 
 def through_autograd(engine: GeminiDDP) -> None:
@@ -479,7 +479,7 @@ def test_a_tied_weights_chunk_is_complete_once_its_last_use_has_delivered(
             engine(**batch).backward()
             store.finish()
 
-            tied = engine.runtime.layout.slot_by_name["embedding.weight"].chunk_id
+            tied = engine.runtime.layout.place_by_name["embedding.weight"].chunk_id
             events = [event for event, chunk_id in recorder.events if chunk_id == tied]
             assert events.count("complete") == 1
             assert events.count("change") >= 2

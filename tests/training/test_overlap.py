@@ -224,7 +224,7 @@ def test_no_mode_changes_a_bit(tmp_path: Path, place: str, name: str, mode: str)
     found, engine = train(mode, place, tmp_path, script, max_norm)
     assert found.losses == expected.losses
     assert same_bits(found.weights, expected.weights)
-    stats = engine.runtime.overlap.stats
+    stats = engine.runtime.updates.stats
     if mode == "next-forward":
         assert stats.num_ahead == 0
     elif name in ("plain", "clip idle"):
@@ -260,14 +260,14 @@ def test_half_precision_changes_no_bit(tmp_path: Path, dtype: torch.dtype, accum
 def test_most_updates_of_a_speculating_engine_come_before_the_step(tmp_path: Path) -> None:
     """Every chunk whose gradients are all there is updated ahead, from the second step on."""
     _, engine = train("speculative", "nvme", tmp_path, plainly, None)
-    stats = engine.runtime.overlap.stats
+    stats = engine.runtime.updates.stats
     on_disk = [state for state in engine.runtime.states.values() if state.has_spare(0)]
     assert stats.num_ahead == (NUM_STEPS - 1) * len(on_disk)
 
 
 def test_clipping_all_the_time_ends_speculation(tmp_path: Path) -> None:
     _, engine = train("speculative", "nvme", tmp_path, plainly, 1e-3)
-    assert engine.runtime.overlap.stats.num_ahead == 0
+    assert engine.runtime.updates.stats.num_ahead == 0
 
 
 def test_a_mode_is_chosen_by_what_there_is_to_hide() -> None:

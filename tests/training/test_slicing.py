@@ -142,9 +142,9 @@ def gradients_of(engine: GeminiDDP, loss: torch.Tensor) -> dict[str, torch.Tenso
     for chunk in layout.chunks:
         if chunk.is_trainable:
             for position in store.arrived(chunk.chunk_id):
-                slot = chunk.slots[position]
-                flat = store.home_of(chunk.chunk_id).host_buffer.view(torch.float32)[slot.begin : slot.end]
-                found[slot.spec.name] = flat.view(slot.spec.shape).clone()
+                place = chunk.places[position]
+                flat = store.home_of(chunk.chunk_id).host_buffer.view(torch.float32)[place.begin : place.end]
+                found[place.spec.name] = flat.view(place.spec.shape).clone()
     return found
 
 

@@ -96,11 +96,11 @@ def one_warm_step(config: GeminiConfig) -> tuple[GeminiDDP, Counter[int], Counte
         for batch in batches[:3]:
             step(engine, optimizer, CASE, batch)
         engine.runtime.finish_updates()
-        uploaded, downloaded = count_copies(engine, lambda: _step_and_settle(engine, optimizer, batches[3]))
+        uploaded, downloaded = count_copies(engine, lambda: _step_and_finish(engine, optimizer, batches[3]))
         return engine, uploaded, downloaded
 
 
-def _step_and_settle(engine: GeminiDDP, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> None:
+def _step_and_finish(engine: GeminiDDP, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> None:
     step(engine, optimizer, CASE, batch)
     engine.runtime.finish_updates()
 
@@ -144,4 +144,4 @@ def test_gradients_leave_once_in_the_working_dtype(accumulates: bool) -> None:
     engine, _, downloaded = one_warm_step(config_with(gradient_accumulation=accumulates))
     for chunk in engine.runtime.core.chunks:
         assert chunk.spec.dtype is DTYPE
-        assert downloaded[chunk.spec.chunk_id] == sum(slot.spec.numel for slot in chunk.spec.slots) * DTYPE.itemsize
+        assert downloaded[chunk.spec.chunk_id] == sum(place.spec.numel for place in chunk.spec.places) * DTYPE.itemsize

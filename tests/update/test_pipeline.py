@@ -15,7 +15,7 @@ from small_resources import break_writes, small_resources, truncated_file
 from torch import Tensor
 
 from gemini.chunk.core import ChunkCore
-from gemini.chunk.layout import ChunkSpec, ParamSlot
+from gemini.chunk.layout import ChunkSpec, ParamPlace
 from gemini.errors import OffloadIOError, WorkerError
 from gemini.kernels.adam_tile import AdamHyper, AdamSegment, AdamTile, state_format_of
 from gemini.kernels.cpu import adam_update
@@ -119,8 +119,8 @@ class Placed:
                         view.copy_(source[here])
         param = ParamSpec(name="weight", index=0, shape=(NUMEL,), dtype=self.dtype, is_trainable=True)
         chunk_id = len(core.chunks)
-        slots = (ParamSlot(spec=param, chunk_id=chunk_id, begin=0),)
-        spec = ChunkSpec(chunk_id=chunk_id, unit_id=0, dtype=self.dtype, is_trainable=True, slots=slots, numel=NUMEL)
+        places = (ParamPlace(spec=param, chunk_id=chunk_id, begin=0),)
+        spec = ChunkSpec(chunk_id=chunk_id, unit_id=0, dtype=self.dtype, is_trainable=True, places=places, numel=NUMEL)
         self.chunk = core.add(spec, [torch.empty(0, dtype=self.dtype)], self.homes["working"], is_resident=False)
 
     def _home(self, tiers: Sequence[MemoryTier], nbytes: list[int]) -> TiledHome:
@@ -186,8 +186,8 @@ def make_worker(resources: Resources, ring_depth: int = 3) -> tuple[ChunkCore, U
 
 
 def run(worker: UpdateWorker, jobs: Sequence[UpdateJob]) -> None:
-    for urgency, job in enumerate(jobs):
-        worker.submit(job, urgency=urgency)
+    for distance, job in enumerate(jobs):
+        worker.submit(job, distance=distance)
     for job in jobs:
         worker.wait(job)
 
@@ -327,7 +327,7 @@ def test_nobody_waits_for_a_thread_that_has_ended(resources: Resources, monkeypa
     monkeypatch.setattr("gemini.update.worker._serve", lambda shared: None)
     core, worker = make_worker(resources)
     job = Placed(resources, core, Whole(torch.float32), all_in(HOST)).job(EVERYTHING)
-    worker.submit(job, urgency=0)
+    worker.submit(job, distance=0)
     with pytest.raises(WorkerError, match="has ended before its work was done"):
         worker.wait(job)
 

@@ -93,11 +93,11 @@ def go_on(
 def publish(engine: Any, losses: list[float]) -> None:
     """Publish a commit that is not begun, as not all ranks have published it."""
     sharding, engine.runtime.sharding = engine.runtime.sharding, ALONE
-    release, engine.runtime.overlap.release = engine.runtime.overlap.release, lambda sequence: None
+    release, engine.runtime.updates.release = engine.runtime.updates.release, lambda sequence: None
     try:
         commits.commit_step(engine.runtime, participants(engine), extra=[-1, losses])
     finally:
-        engine.runtime.sharding, engine.runtime.overlap.release = sharding, release
+        engine.runtime.sharding, engine.runtime.updates.release = sharding, release
 
 
 def participants(engine: Any) -> Any:

@@ -395,7 +395,7 @@ def count_gathers_of_words(*, place: str) -> list[int]:
     with sharded(case, stage=3, place=place, directory=None) as engine:
         optimizer = hybrid_adam(engine.parameters())
         runtime = engine.runtime
-        words = runtime.core.chunks[runtime.layout.slot_by_name["words.weight"].chunk_id].spec.name
+        words = runtime.core.chunks[runtime.layout.place_by_name["words.weight"].chunk_id].spec.name
         counts = []
         for batch in global_batches(case, 3, world_size):
             with gathered_names(engine) as names:

@@ -113,8 +113,8 @@ def test_ranks_of_which_one_has_nothing_begin_afresh(
     if keeps_file:
         clients = [node.client("ranks", rank=rank, num_ranks=2) for rank in (0, 1)]
         with ThreadPoolExecutor() as pool:
-            leases = list(pool.map(lambda client: client.lease(1 << 20, 0), clients))
-        CommitFile.create(leases[1].keep_file(1 << 20), 1 << 20).close()
+            holds = list(pool.map(lambda client: client.lease(1 << 20, 0), clients))
+        CommitFile.create(holds[1].keep_file(1 << 20), 1 << 20).close()
         clients[0].close()
         clients[1].close(keep=True)
     found = ranks.run(2, go_on, end=NUM_STEPS, closes=True, **case, **served(node))
