@@ -28,6 +28,9 @@ COMMANDS = {
 }
 """Module and summary of each command. A module has `add_arguments(parser)`, and `run(arguments)`, an exit code."""
 
+EXTRAS = {"train": "train", "serve": "service", "ps": "service", "evict": "service", "drain": "service"}
+"""Extra that installs what a command imports; a command that is missing here names the package itself."""
+
 EXIT_USAGE = 2
 """As argparse's own."""
 EXIT_INTERRUPTED = 130
@@ -64,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package in ("", "gemini"):
             raise
-        return _fail(f"this command needs the package {package}, which is not installed; pip install {package}")
+        extra = EXTRAS.get(argv[0])
+        wanted = package if extra is None else f"'gemini-memory[{extra}]'"
+        return _fail(f"this command needs the package {package}, which is not installed; pip install {wanted}")
     except (GeminiError, OSError) as error:
         return _fail(" ".join(str(error).split()))
     except KeyboardInterrupt:

@@ -1,6 +1,6 @@
-"""Many ranks: a model's states, gradients and weights shared out among the processes of a torch.distributed group.
+"""Many ranks: a model's states, gradients and weights divided among the processes of a torch.distributed group.
 
-This package depends on gemini and is never imported by it; gemini.ranks.sharding is where it plugs in.
+This package depends on gemini, which never imports it; it implements gemini.ranks.sharding.
 """
 
 from zero.shard_model import shard

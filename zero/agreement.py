@@ -24,15 +24,15 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def check_same_config(config: GeminiConfig, stage: int, group: ShardGroup) -> None:
-    """Make sure that all ranks were given the same configuration; disk directories and device numbers may differ.
+    """Check that all ranks were given the same configuration; disk directories and device numbers may differ.
 
     Args:
-        config: this rank's.
-        stage: this rank's.
+        config: this rank's configuration.
+        stage: this rank's stage.
         group: the ranks.
 
     Raises:
-        ConfigError: another rank's differs.
+        ConfigError: another rank has another configuration.
         CollectiveError: a rank did not take part.
     """
     nvme = None if config.nvme is None else dataclasses.replace(config.nvme, path=".")
@@ -47,14 +47,14 @@ def check_same_config(config: GeminiConfig, stage: int, group: ShardGroup) -> No
 
 
 def check_same_model(model: torch.nn.Module, group: ShardGroup) -> None:
-    """Make sure that all ranks were given the same model with the same values, of which each will keep a part.
+    """Check that all ranks were given the same model with the same values; each will keep a part of them.
 
     Args:
-        model: this rank's; what is on the meta device has no values to be compared.
+        model: this rank's model; tensors on the meta device have no values to compare.
         group: the ranks.
 
     Raises:
-        ModelError: another rank's differs, or a DTensor is divided unevenly.
+        ModelError: another rank has another model, or a DTensor is divided unevenly.
         CollectiveError: a rank did not take part.
     """
     structure = copies = parts = 0
@@ -96,7 +96,7 @@ def find_node_ranks(group: ShardGroup) -> tuple[int, ...]:
 def share_node(config: GeminiConfig, num_node_ranks: int, group: ShardGroup) -> GeminiConfig:
     """Return the configuration of one of a machine's ranks: its part of host memory, disk and threads.
 
-    All ranks get the same budgets, so that they come to the same plan: those of the rank that has least.
+    All ranks get the lowest budgets of any rank, so that they make the same plan.
 
     Args:
         config: the machine's; the device budget is each rank's own.
@@ -118,7 +118,7 @@ def share_node(config: GeminiConfig, num_node_ranks: int, group: ShardGroup) -> 
     nvme, nvme_nbytes = config.nvme, agreed[MemoryTier.NVME]
     if nvme is not None and nvme_nbytes is not None:
         nvme = dataclasses.replace(nvme, budget=nvme_nbytes)
-    is_served = config.service is not None and config.host_budget is None  # then the service says how much
+    is_served = config.service is not None and config.host_budget is None  # then the service decides how much
     return dataclasses.replace(
         config,
         device_budget=agreed[MemoryTier.DEVICE],
@@ -129,14 +129,14 @@ def share_node(config: GeminiConfig, num_node_ranks: int, group: ShardGroup) -> 
 
 
 def check_all_built(error: BaseException | None, group: ShardGroup) -> None:
-    """Make sure that no rank failed to build its engine, which the others would wait for.
+    """Check that no rank failed to build its engine, because the others would wait for it.
 
     Args:
-        error: what went wrong on this rank; None: nothing.
+        error: the failure of this rank; None if there is none.
         group: the ranks.
 
     Raises:
-        ModelError: another rank failed; it says why itself.
+        ModelError: another rank failed; that rank says why.
         CollectiveError: a rank did not take part.
     """
     has_failed = torch.tensor([error is not None], dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""One copy of frozen weights for the ranks of a machine: who makes the file, and how the others come to it."""
+"""One copy of frozen weights for the ranks of a machine: how the file is made and found by the other ranks."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ NOWHERE = MemoryFileAddress(pid=-1, descriptor=-1, inode=-1)
 
 
 def open_frozen_file(node_ranks: Sequence[int], group: ShardGroup) -> MemoryFile | None:
-    """Make a memory file on each machine, by its first rank, and open it on that machine's other ranks.
+    """Make a memory file on each machine in its first rank, and open it in that machine's other ranks.
 
-    All ranks get one or none does, so that all come to the same plan.
+    Either all ranks get a file or none does, so that all make the same plan.
 
     Args:
-        node_ranks: the ranks of this machine, this one among them, in the order of `group.ranks`.
+        node_ranks: the ranks of this machine, including this one, in the order of `group.ranks`.
         group: the ranks.
 
     Returns:
-        The file, counted among as many ranks as the machine with the fewest has. None: a rank is alone on its machine,
-        or one cannot have the file, which it logs.
+        The file; its bytes are divided among as many ranks as the machine with the fewest has. None: a rank is alone on
+        its machine, or one cannot have the file, which is logged.
 
     Raises:
         CollectiveError: a rank did not take part.

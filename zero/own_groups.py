@@ -1,11 +1,11 @@
-"""Process groups of our own, so that no collective of ours meets one of the user's, nor two kinds of ours each other.
+"""Separate process groups, so that no collective here meets one of the user's, and no two kinds here meet each other.
 
 [Note: Collectives that meet]
-Backends match collectives by their order alone. On gloo, two that differ in size then give one rank a part of the
-other's bytes, or end a process without an exception. So on gloo each line of ranks has two groups that nobody else
-knows: one for weights and gradients, one for what is agreed, where a message of fixed size goes first and says what
-follows. A rank that asks for something else than the others then waits in vain, which is found out in time; see watch.
-NCCL has room for one group a device at a time, and gets none.
+Backends match collectives only by their order. On gloo, two that differ in size give one rank a part of the other's
+bytes, or end a process without an exception. So on gloo each line of ranks has two private groups: one for weights and
+gradients, and one for agreements, where a message of fixed size goes first and says what follows. A rank that asks for
+something else than the others then waits without an answer, which is detected in time; see watch. NCCL has room for one
+group per device at a time, and gets no private ones.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ __all__ = ["Line", "alone", "forget", "line_of"]
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """The ranks of one axis through this rank."""
+    """The ranks of one axis that contains this rank."""
 
     data: dist.ProcessGroup | None
-    """For weights and gradients; None: all processes."""
+    """Group for weights and gradients; None for all processes."""
     control: dist.ProcessGroup | None
-    """For what is agreed."""
+    """Group for agreements."""
     place: int
-    """This rank's, from 0."""
+    """Place of this rank, from 0."""
     ranks: tuple[int, ...]
-    """Their numbers among all processes."""
+    """Numbers of the ranks among all processes."""
     is_own: bool
-    """Whether the groups are ours alone."""
+    """Whether the groups are private."""
 
     @property
     def num_ranks(self) -> int:
-        """How many there are."""
+        """Number of ranks."""
         return len(self.ranks)
 
 
@@ -46,14 +46,14 @@ def alone() -> Line:
 
 
 _pairs: dict[tuple[int, ...], tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
-"""Our groups by ranks: as engines come and go they are used again, because all ranks must make groups alike."""
+"""Private groups by ranks. Later engines reuse them, because all ranks must make groups in the same order."""
 
 
 def line_of(group: dist.ProcessGroup | None) -> Line:
-    """Return the ranks of a group, with groups of our own if it is gloo's; all its ranks call.
+    """Return the ranks of a group, with private groups if it is a gloo group; all its ranks call.
 
     Args:
-        group: any; None: all processes. Its timeout, if it is longer, becomes the default group's.
+        group: a process group; None: all processes. If its timeout is longer, it becomes the default group's.
 
     Returns:
         The line.
@@ -71,7 +71,7 @@ def line_of(group: dist.ProcessGroup | None) -> Line:
 
 
 def forget(line: Line) -> None:
-    """Let the next engine of the same ranks have new groups: in these, some may wait in vain."""
+    """Let the next engine of the same ranks have new groups, because ranks may be stuck in the present ones."""
     if line.is_own:
         _pairs.pop(line.ranks, None)
 
@@ -80,7 +80,7 @@ def _is_gloo(group: dist.ProcessGroup | None) -> bool:
     group = group or dist.distributed_c10d._get_default_group()
     try:
         return bool(group._get_backend(torch.device("cpu")).name() == "gloo")
-    except RuntimeError:  # it has none for the CPU
+    except RuntimeError:  # the group has no backend for the CPU
         return False
 
 
@@ -100,5 +100,5 @@ def _timeout_of(*groups: dist.ProcessGroup | None) -> timedelta:
 
 
 def _shorten_timeout(group: dist.ProcessGroup) -> None:
-    """Let a group wait no longer than the default group; a mesh makes its groups with half an hour on gloo."""
+    """Limit a group's timeout to the default group's; a mesh makes its gloo groups with half an hour."""
     dist.distributed_c10d._set_pg_timeout(_timeout_of(group, None), group)

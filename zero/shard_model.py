@@ -36,37 +36,37 @@ def shard(
     init_fn: InitFn | None = None,
     weights: str | os.PathLike[str] | None = None,
 ) -> GeminiDDP:
-    """Wrap a model as GeminiDDP does, shared out among the ranks of a process group. Every rank calls it.
+    """Wrap a model as GeminiDDP does, divided among the ranks of a process group. Every rank calls it.
 
-    Each rank of the mesh trains on its own batches; gradients are the mean over these, and losses the rank's own. What
-    runs units of the model, and what reads or loads weights or optimizer state (`state_dict` and the like,
-    `save_pretrained`, evaluation), is to be called by all ranks in the same order; weights read are complete on each.
+    Each rank of the mesh trains on its own batches; gradients are the mean over these, and losses are the rank's own.
+    All ranks must call in the same order what runs units of the model, and what reads or loads weights or optimizer
+    state (`state_dict` and the like, `save_pretrained`, evaluation). Weights that are read are complete on each rank.
 
     Args:
-        model: the same on every rank, values included; on the CPU or the meta device. Its parameters may be DTensors,
-            as torch.distributed.tensor.parallel makes them: then the ranks that hold parts of them get equal batches.
-        config: the machine's: host and disk budgets are shared equally by its ranks; a device budget is each rank's
-            own. None: defaults.
-        stage: 1 shards the optimizer's state, 2 gradients too, 3 working weights too.
-        mesh: whose ranks share the model; None: all ranks do. Of one dimension: each chunk is cut over it. Of two,
-            (replicate, shard): chunks are cut over the second, and the first has replicas of the shards. With
-            tensor parallelism it has the other dimensions of the same mesh.
-        init_fn: as GeminiDDP's.
-        weights: as GeminiDDP's; each rank reads what it keeps.
+        model: the same on every rank, values included; on the CPU or the meta device. Its parameters may be DTensors
+            from torch.distributed.tensor.parallel: then the ranks that hold parts of them get equal batches.
+        config: the machine's configuration: its ranks share host and disk budgets equally; a device budget is per rank.
+            None: defaults.
+        stage: 1 shards the optimizer's state, 2 also gradients, 3 also working weights.
+        mesh: the mesh whose ranks share the model; None: all ranks do. With one dimension, each chunk is divided over
+            it. With two, (replicate, shard), chunks are divided over the second, and the first has replicas of the
+            shards. With tensor parallelism, it has the other dimensions of the same mesh.
+        init_fn: as in GeminiDDP.
+        weights: as in GeminiDDP; each rank reads what it keeps.
 
     Returns:
         The engine. With one rank, and no DTensors, it is a plain GeminiDDP.
 
     Raises:
-        ConfigError: there is no process group, the stage or the mesh is none that works, or ranks have different
+        ConfigError: there is no process group, the stage or the mesh is not supported, or ranks have different
             configurations.
         ModelError: ranks have different models, DTensors are divided unevenly or over several meshes, another library
             manages the model, a parameter is of a kind that chunks cannot hold, or another rank could not build its
             engine.
         OutOfTierMemoryError: the budgets cannot hold the model.
         OffloadIOError: a swap file cannot be made, claimed or filled, or `weights` cannot be read.
-        CheckpointError: `weights` is no checkpoint, or it or what was committed is damaged.
-        CheckpointMismatchError: `weights` are of another model, or what was committed is of another engine or step.
+        CheckpointError: `weights` is not a checkpoint, or it or the committed state is damaged.
+        CheckpointMismatchError: `weights` belong to another model, or the committed state to another engine or step.
         CollectiveError: a rank did not take part.
     """
     config = config or GeminiConfig()
@@ -108,7 +108,7 @@ def shard(
     config = share_node(config, len(node_ranks), group)
     file = None
     has_frozen = any(not param.requires_grad for param in model.parameters())
-    if config.share_frozen and has_frozen and tensor_mesh is None:  # whose ranks hold different parts
+    if config.share_frozen and has_frozen and tensor_mesh is None:  # its ranks hold different parts
         file = open_frozen_file(node_ranks, group)
     try:
         sharding = Sharding(group=group, node_ranks=node_ranks, stage=stage, frozen_file=file)
@@ -135,7 +135,7 @@ def _build(build: Callable[[], GeminiDDP], group: ShardGroup) -> GeminiDDP:
     engine, failure = None, None
     try:
         engine = build()
-    except Exception as error:  # the user's init_fn may raise anything; others must not wait for this rank
+    except Exception as error:  # the user's init_fn may raise anything; other ranks must not wait for this one
         failure = error
     try:
         check_all_built(failure, group)

@@ -1,8 +1,8 @@
-"""Which shard of a chunk belongs to which rank. Pure arithmetic.
+"""Assignment of a chunk's shards to ranks. Pure arithmetic.
 
-All shards of a chunk are equally long, the chunk being padded at its end; a shard's working weights fill whole blocks
-of direct I/O, so that a shard can be read from disk straight into its place among the others. The last ranks of a chunk
-may own padding and nothing else.
+All shards of a chunk have the same length, because the chunk is padded at its end. A shard's working weights fill whole
+blocks of direct I/O, so a shard can be read from disk directly into its place among the others. The last ranks of a
+chunk may own only padding.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ def shard_of(numel: int, itemsize: int, *, rank: int, world_size: int) -> ChunkS
     """Return a rank's shard of a chunk.
 
     Args:
-        numel: elements of the chunk.
+        numel: number of elements in the chunk.
         itemsize: bytes of one working weight, a power of two up to 4096.
-        rank: whose shard, from 0.
-        world_size: ranks that share the chunk, at least 1; any number.
+        rank: the rank that owns the shard, from 0.
+        world_size: number of ranks that share the chunk, at least 1.
 
     Returns:
         The shard: ceil(numel / world_size) elements, rounded up to whole blocks of 4096 bytes, at least one.

@@ -1,4 +1,4 @@
-"""The ranks among which a model's parameters are divided already, by torch.distributed.tensor.parallel."""
+"""The ranks among which torch.distributed.tensor.parallel has already divided a model's parameters."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ def find_tensor_mesh(model: torch.nn.Module, mesh: DeviceMesh | None, device: to
     """Return the mesh of a model's tensor parallelism.
 
     Args:
-        model: as parallelize_module has left it.
-        mesh: the one given to zero.shard.
-        device: where the model computes.
+        model: a model after parallelize_module.
+        mesh: the mesh given to zero.shard.
+        device: device on which the model computes.
 
     Returns:
         The mesh of its DTensors; None if there are none.
 
     Raises:
-        ConfigError: it and the other mesh do not make a grid.
+        ConfigError: the mesh and the other mesh do not form a grid.
         ModelError: DTensors have several meshes, or are divided in a way that chunks cannot hold.
     """
     first_name, found = "", None
     for name, param in model.named_parameters():
         if not is_dtensor(param):
             continue
-        split_of(name, param)  # before anything asks a mesh of several dimensions for its group
+        split_of(name, param)  # before a mesh of several dimensions is asked for its group
         own: DeviceMesh = param.device_mesh  # type: ignore[attr-defined]
         if found is None:
             first_name, found = name, own
@@ -65,13 +65,13 @@ def find_tensor_mesh(model: torch.nn.Module, mesh: DeviceMesh | None, device: to
 
 
 def check_grid(group: ShardGroup) -> None:
-    """Make sure that every rank has one place in the grid.
+    """Check that every rank has exactly one place in the grid.
 
     Args:
         group: the ranks.
 
     Raises:
-        ConfigError: some have none, or several.
+        ConfigError: some ranks have none, or several.
     """
     if len(set(group.ranks)) != len(group.ranks):
         raise ConfigError(

@@ -1,13 +1,13 @@
-"""The ranks of torch.distributed process groups, as gemini.ranks.sharding.ShardGroup wants them.
+"""An implementation of gemini.ranks.sharding.ShardGroup on torch.distributed process groups.
 
 Two collectives are used: an all-gather for weights and values, and an all-to-all for gradients, which the receiver adds
-up itself. Everything travels as bytes. There is a process group for each axis of the grid of ranks; what all ranks must
-know is gathered along one axis after the other.
+up. Everything is sent as bytes. Each axis of the grid of ranks has a process group; values that all ranks must know are
+gathered along one axis after the other.
 
 [Note: When a rank is lost]
-Backends say that a connection broke or that time ran out, not who was awaited by whom for what. So whoever fails
-writes to the group's store what it was waiting for, looks for a moment who else on its axis does, and names those that
-are silent. One whose peers have all failed before it names these and what they were waiting for. The first failure
+Backends report that a connection broke or that time ran out, but not which ranks were missing. So a rank that fails
+writes to the group's store what it was waiting for, looks briefly which other ranks on its axis do so, and names the
+silent ones. A rank whose peers have all failed before it names these and what they were waiting for. The first failure
 stays: every later call raises at once.
 """
 
@@ -40,27 +40,27 @@ __all__ = ["TorchGroup"]
 logger = logging.getLogger(__name__)
 
 _num_groups: Counter[tuple[int, ...]] = Counter()
-"""Groups that this process has made of the same ranks: each has a board of its own."""
+"""Number of groups that this process has made of the same ranks; each has its own board."""
 
 _SAME_WAY = (
     "all ranks must run the same units in the same order, evaluation, reading (state_dict and the like), saving and "
     "loading included"
 )
 REPORT_S = 2.0
-"""Seconds in which other ranks may report the same failure before they are called silent."""
+"""Seconds in which other ranks may report the same failure before they count as silent."""
 
 
 class TorchGroup:
     """The process groups that share one model, and the failures of their collectives.
 
     Args:
-        shards: the ranks that hold one replica of the model together. NCCL for CUDA devices, gloo for the CPU; None:
-            the default group. Not destroyed here.
-        device: where chunks are gathered.
-        replicas: the ranks that hold the same shard; None: there is one replica.
-        tensor_ranks: the ranks among which parameters are divided first; None: they are not.
-        swap_directory: where the ranks of this machine have their swap files; those of ranks that have died are removed
-            when the group is closed after a failure.
+        shards: group of the ranks that together hold one replica of the model. NCCL for CUDA devices, gloo for the CPU;
+            None: the default group. Not destroyed here.
+        device: device on which chunks are gathered.
+        replicas: group of the ranks that hold the same shard; None if there is one replica.
+        tensor_ranks: group of the ranks among which parameters are divided first; None if they are not.
+        swap_directory: directory of this machine's swap files; those of dead ranks are removed when the group is closed
+            after a failure.
 
     Raises:
         CollectiveError: a rank did not take part.
@@ -75,18 +75,21 @@ class TorchGroup:
         tensor_ranks: dist.ProcessGroup | None = None,
         swap_directory: Path | None = None,
     ) -> None:
+        # - The grid of ranks
         self._lines = {RankAxis.SHARD: line_of(shards)}
         if replicas is not None:
             self._lines[RankAxis.REPLICA] = line_of(replicas)
         if tensor_ranks is not None:
             self._lines[RankAxis.TENSOR] = line_of(tensor_ranks)
-        self._swap_directory = swap_directory
         self._rank = dist.get_rank()
+        # - Where collectives run
         self._values_device = torch.device("cpu") if dist.get_backend(shards) == "gloo" else device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        # - Failures and their report
+        self._swap_directory = swap_directory
         self._trail = Trail()
         self._failure: str | None = None
-        self._board = f"zero-new-{self._rank}"  # where ranks tell one another of failures
+        self._board = f"zero-new-{self._rank}"  # key under which ranks report failures to each other
         own = torch.tensor([self._rank])
         request = Request(0, 0, "all-gather of numbers of ranks")
         self._ranks = tuple(self._collect(self._lines, own, request)[:, 0].tolist())
@@ -95,12 +98,12 @@ class TorchGroup:
 
     @property
     def rank(self) -> int:
-        """This process's number among all processes, from 0."""
+        """Number of this process among all processes, from 0."""
         return self._rank
 
     @property
     def grid(self) -> RankGrid:
-        """How the ranks are arranged."""
+        """The grid of ranks."""
         replicas, tensor_ranks = (self._lines.get(axis, alone()) for axis in (RankAxis.REPLICA, RankAxis.TENSOR))
         return RankGrid(
             num_shards=self._lines[RankAxis.SHARD].num_ranks,
@@ -112,7 +115,7 @@ class TorchGroup:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The numbers of all ranks that share the model: by tensor rank, then by replica, in the order of shards."""
+        """Numbers of all ranks that share the model: by tensor rank, then by replica, in the order of shards."""
         return self._ranks
 
     def shard_of(self, numel: int, itemsize: int) -> ChunkShard:
@@ -129,9 +132,9 @@ class TorchGroup:
 
         Args:
             whole: uint8 [num_ranks * n]; holds this rank's n bytes in their place.
-            name: what is gathered, for messages.
-            axis: among which ranks.
-            after: copies into `whole` under way.
+            name: name of the content, for messages.
+            axis: the ranks that take part.
+            after: running copies into `whole`.
 
         Returns:
             The operation.
@@ -149,13 +152,13 @@ class TorchGroup:
     def exchange(
         self, sent: torch.Tensor, received: torch.Tensor, *, name: str, axis: RankAxis = RankAxis.SHARD
     ) -> _PendingCollective:
-        """Start sending each rank of an axis its part of a buffer, and receiving this rank's part of everyone's.
+        """Start sending each rank of an axis its part of a buffer, and receiving this rank's part from each of them.
 
         Args:
-            sent: uint8 [num_ranks * n], the parts in rank order; unchanged until the result has been waited for.
+            sent: uint8 [num_ranks * n], the parts in rank order; unchanged until the result has been awaited.
             received: as many bytes; overwritten.
-            name: what is exchanged, for messages.
-            axis: among which ranks.
+            name: name of the content, for messages.
+            axis: the ranks that take part.
 
         Returns:
             The operation.
@@ -169,40 +172,40 @@ class TorchGroup:
             return _PendingCollective(self, request, line, work)
 
     def gather_values(self, values: torch.Tensor, *, name: str) -> torch.Tensor:
-        """Return everyone's values, and make sure that all ranks have come the same way; blocks.
+        """Return the values of all ranks, after checking that all have made the same calls; blocks.
 
         Args:
             values: [n] on the CPU, of any dtype.
-            name: what is gathered, for messages.
+            name: name of the content, for messages.
 
         Returns:
             [num_tensor_ranks * num_replicas * num_shards, n] on the CPU, in the order of `ranks`.
 
         Raises:
-            CollectiveError: a rank has died, stalled or gone another way.
+            CollectiveError: a rank has died, stalled or called something else.
         """
         return self._gather_in_step(self._lines, values, name)
 
     def gather_along(self, axes: Sequence[RankAxis], values: torch.Tensor, *, name: str) -> torch.Tensor:
-        """Return the values of the ranks along some axes only; else as `gather_values`.
+        """Return the values of the ranks along some axes; otherwise as `gather_values`.
 
         Args:
-            axes: which.
+            axes: the axes.
             values: [n] on the CPU, of any dtype.
-            name: what is gathered, for messages.
+            name: name of the content, for messages.
 
         Returns:
             [num_ranks, n] on the CPU; along the first axis rows follow one another.
 
         Raises:
-            CollectiveError: a rank has died, stalled or gone another way.
+            CollectiveError: a rank has died, stalled or called something else.
         """
         return self._gather_in_step(axes, values, name)
 
     def _gather_in_step(self, axes: Iterable[RankAxis], values: torch.Tensor, name: str) -> torch.Tensor:
-        """Return the values of the ranks along some axes, after checking that all have come the same way to the same.
+        """Return the values of the ranks along some axes, after checking that all have made the same calls.
 
-        The check goes first, in messages of one size: what follows may be taken for nothing else.
+        The check goes first, in messages of one size, so that it cannot be mistaken for anything else.
         """
         request = self._note("all-gather", name)
         own = torch.tensor([self._rank, request.number, request.checksum, values.nbytes], dtype=torch.int64)
@@ -221,7 +224,7 @@ class TorchGroup:
         return rows.contiguous().view(values.dtype)
 
     def _collect(self, axes: Iterable[RankAxis], values: torch.Tensor, request: Request) -> torch.Tensor:
-        """Return what the ranks along some axes have, [num_ranks, n], the first axis running fastest."""
+        """Return the values of the ranks along some axes, [num_ranks, n], the first axis running fastest."""
         rows = values.view(1, -1)
         for line in [self._lines[axis] for axis in axes]:
             gathered = rows.new_empty(line.num_ranks * rows.numel(), device=self._values_device)
@@ -237,7 +240,7 @@ class TorchGroup:
         return self._trail.add(f"{kind} of {name}")
 
     def _wait(self, work: dist.Work, request: Request, line: Line) -> None:
-        """Wait for a collective, and look now and then whether the others will come at all."""
+        """Wait for a collective, and check from time to time whether the others will come."""
         if not line.is_own:
             work.wait()
             return
@@ -254,7 +257,7 @@ class TorchGroup:
                 self._fail(request, f"rank {self._rank} waits for others that will not come: {cause}: {_SAME_WAY}")
 
     def _fail(self, request: Request, reason: str) -> NoReturn:
-        """Refuse to go on, and let other ranks know."""
+        """Refuse further calls, and tell other ranks."""
         self._failure = f"{request.what}: {reason}"
         self._forget_groups()
         with suppress(RuntimeError):  # the process that holds the store is gone
@@ -265,7 +268,7 @@ class TorchGroup:
 
     @contextmanager
     def _behind(self, moves: Sequence[Move]) -> Iterator[None]:
-        """Issue what follows behind copies under way and compute submitted so far, without holding up compute."""
+        """Issue a collective behind running copies and compute submitted so far, without delaying compute."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
@@ -303,7 +306,7 @@ class TorchGroup:
             forget(line)
 
     def _find_cause(self, what: str, line: Line) -> str:
-        """Tell the others of a failure through the store, and return who of a line does not tell of one."""
+        """Report a failure to the others through the store; return the ranks of a line that report none."""
         peers = [rank for rank in line.ranks if rank != self._rank]
         try:
             store = self._open_store()
@@ -329,7 +332,7 @@ class TorchGroup:
         return store
 
     def close(self) -> None:
-        """Let go of the process group, which its owner destroys, and clear up after ranks that have died."""
+        """Release the process group, which its owner destroys, and remove swap files of dead ranks."""
         if self._failure is None:
             self._failure = "it is closed"
             with suppress(RuntimeError, ValueError):  # the process that holds the store, or the group, is gone
@@ -341,7 +344,7 @@ class TorchGroup:
 
 
 class _PendingCollective:
-    """One collective under way."""
+    """One running collective."""
 
     def __init__(self, group: TorchGroup, request: Request, line: Line, work: dist.Work) -> None:
         self._group = group
@@ -350,7 +353,7 @@ class _PendingCollective:
         self._work: dist.Work | None = work
 
     def wait(self) -> None:
-        """Make compute submitted from now on see the result; on the CPU, block until it is there.
+        """Let compute that is submitted from now on see the result; on the CPU, block until it is there.
 
         Raises:
             CollectiveError: a rank has died or stalled.
@@ -362,7 +365,7 @@ class _PendingCollective:
 
 
 class _CudaMemory:
-    """Device memory, described as numba and others do."""
+    """Device memory, described by the interface that numba and others use."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.__cuda_array_interface__ = {
@@ -376,8 +379,8 @@ class _CudaMemory:
 def alias_of(buffer: torch.Tensor) -> torch.Tensor:
     """Return a tensor over the same bytes with a storage of its own, which does not keep them alive.
 
-    Whether a slot may be evicted depends on who else refers to its storage, and a collective may do so for a moment
-    after it has ended: not the same moment on all ranks.
+    Whether a slot may be evicted depends on other references to its storage. A collective may hold one for a moment
+    after it has ended, and this moment is not the same on all ranks.
 
     Args:
         buffer: uint8 [n], contiguous; outlives the alias.
@@ -409,7 +412,7 @@ def _missing(store: PrefixStore, keys: list[str]) -> list[str]:
 
 
 def _start_all_gather(gathered: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup | None) -> dist.Work:
-    """Start an all-gather under the name it has in this version of torch."""
+    """Start an all-gather by the name it has in this version of torch."""
     start = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     work: dist.Work = start(gathered, own, group=group, async_op=True)
     return work

@@ -1,9 +1,9 @@
-"""Finds out, while a rank waits, that another has asked for something else and will never come.
+"""Detects, while a rank waits, that another rank has asked for something else and will never come.
 
-Each rank numbers what it asks for and keeps a checksum of all so far. One that has waited for a while writes number and
-checksum to the group's store and looks at what others have written: where a number is the same and the checksum is not,
-the ranks have gone different ways. What is written stays true, so nothing has to be taken back, and ranks that only
-wait for long are never accused.
+Each rank numbers its requests and keeps a checksum of all requests so far. A rank that has waited for a while writes
+number and checksum to the group's store and reads what others have written. If a number is the same and the checksum is
+not, the ranks have made different calls. An entry stays true, so nothing must be taken back, and ranks that only wait
+for a long time are never accused.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ __all__ = ["LOOK_S", "Request", "Trail"]
 LOOK_S = 1.0
 """Seconds of waiting before each look at the other ranks."""
 _KEPT = 1 << 16
-"""Requests whose checksums are kept; ranks are never as far apart."""
+"""Number of requests whose checksums are kept; ranks are never that far apart."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A collective that this rank has asked for."""
+    """A collective that this rank has requested."""
 
     number: int
     checksum: int
-    """Of all until this one."""
+    """Checksum of all requests up to this one."""
     what: str
 
 
 class Trail:
-    """What a rank has asked for, in order."""
+    """The requests of a rank, in order."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -49,21 +49,21 @@ class Trail:
         return Request(self.number, self.checksum, what)
 
     def differs_at(self, number: int, checksum: int) -> bool:
-        """Return whether another rank's checksum at a number shows that it has gone another way; False if unknown."""
+        """Return whether another rank's checksum at a number shows that it made other calls; False if unknown."""
         back = self.number - number
         return 0 <= back < len(self._checksums) and self._checksums[-1 - back] != checksum
 
     def find_divergence(self, request: Request, store: PrefixStore, rank: int, peers: Sequence[int]) -> str | None:
-        """Write what this rank waits for, and look at what the others do.
+        """Write what this rank waits for, and check what the others wait for.
 
         Args:
-            request: what it waits for.
-            store: the group's.
-            rank: this one.
-            peers: the others it waits for.
+            request: the request that the rank waits for.
+            store: the group's store.
+            rank: this rank.
+            peers: the other ranks that it waits for.
 
         Returns:
-            Which of them will not come, and why; None: nothing is known of that.
+            The ranks that will not come and the reason; None if none are known.
         """
         store.set(f"wait {rank}", f"{request.number} {request.checksum} {request.what}")
         for peer in peers:

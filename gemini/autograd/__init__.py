@@ -1,3 +1,3 @@
-"""Where torch's functions and graph are touched: what reads and writes the parameters that chunks hold."""
+"""Hooks into torch's functions and graph: everything that reads and writes the parameters that chunks hold."""
 
 __all__: list[str] = []

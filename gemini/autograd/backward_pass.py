@@ -1,4 +1,4 @@
-"""Whether a backward pass is under way, has ended or has failed. Knows nothing of gradients."""
+"""The state of a backward pass: running, ended or failed. Knows nothing of gradients."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["BackwardPass"]
 
 
 class BackwardPass:
-    """The backward pass that an engine has seen last.
+    """The last backward pass that an engine has seen.
 
-    Autograd calls back at the end of a pass that succeeds. Of one that fails it only forgets the callback, which nobody
-    else holds: it is gone then.
+    Autograd calls back at the end of a pass that succeeds. When a pass fails, it only drops the callback, to which
+    nothing else refers: so the callback no longer exists.
     """
 
     def __init__(self) -> None:
@@ -26,23 +26,23 @@ class BackwardPass:
         """Whether a pass has begun and `end` has not been called since."""
         self._callback: weakref.ref[Callable[[], None]] | None = None
         self._thread: int | None = None
-        """That runs it; None: not known, as only threads of autograd's have been seen."""
+        """Thread that runs the pass; None if not known, because only autograd's own threads have been seen."""
 
     @property
     def is_running(self) -> bool:
-        """Whether a pass is under way, as far as is known."""
+        """Whether a pass is running, as far as is known."""
         return self.is_open and not self.has_failed
 
     @property
     def has_failed(self) -> bool:
-        """Whether the open pass is over without having called back."""
+        """Whether the open pass has ended without calling back."""
         return self.is_open and self._callback is not None and self._callback() is None
 
     def join(self, at_end: Callable[[], None]) -> bool:
-        """Note that a gradient arrives, of the open pass or the first of a new one.
+        """Note that a gradient arrives, either in the open pass or as the first one of a new pass.
 
         Args:
-            at_end: as for `begin`.
+            at_end: as in `begin`.
 
         Returns:
             Whether a pass begins.
@@ -66,8 +66,8 @@ class BackwardPass:
         """Note that a backward pass has begun.
 
         Args:
-            at_end: called when it has succeeded; then this must be called from within the pass. None: whoever calls
-                this calls `end`, and knows if the pass fails.
+            at_end: called when the pass has succeeded; `begin` must then be called from within the pass. None: the
+                caller calls `end`, and knows whether the pass fails.
         """
         self.is_open, self._callback = True, None
         self._thread = None if is_autograd_thread() else threading.get_ident()
@@ -81,5 +81,5 @@ class BackwardPass:
         torch.autograd.Variable._execution_engine.queue_callback(callback)
 
     def end(self) -> None:
-        """Note that the pass is over."""
+        """Note that the pass has ended."""
         self.is_open, self._callback = False, None

@@ -1,11 +1,11 @@
-"""Who may use an engine now: the process that built it, one thread at a time, until it is closed or its state is lost.
+"""Checks who may use an engine: the process that built it, one thread at a time, until it is closed or broken.
 
 [Note: One thread at a time]
 Slots, holds and the trace belong to the one forward that is running. So its thread holds the engine from the start of
-the outermost forward, of a unit that is called by itself, or of a step, until its end. There is no lock: the claim is
-one atomic operation on a dictionary, and who comes second is refused rather than made to wait, as it may well be
-waiting for the first. Autograd's own threads work for the thread that called backward, and are let through. Threads of
-the engine itself (updates, saving) take no part in this.
+the outermost forward, of a unit that is called alone, or of a step, until its end. There is no lock: the claim is one
+atomic operation on a dictionary. A second thread is refused and does not wait, because the first may be waiting for it.
+Autograd's own threads work for the thread that called backward, and are admitted. The engine's own threads (updates,
+saving) take no part in this.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ __all__ = ["EngineAccess", "is_autograd_thread"]
 
 
 class EngineAccess:
-    """Refuses those who may not use an engine; belongs to the process that makes it."""
+    """Refuses threads and processes that may not use an engine; belongs to the process that makes it."""
 
     def __init__(self) -> None:
         self.is_closed = False
         self._pid = os.getpid()
-        self._holder: dict[str, tuple[int, str]] = {}  # at most one entry: thread, and what it is doing
+        self._holder: dict[str, tuple[int, str]] = {}  # at most one entry: the thread and its action
 
     def check(self, failure: str | None) -> None:
         """Raise ModelError if the engine belongs to the parent of this process, is closed, or lost its state.
 
         Args:
-            failure: how the state was lost; None: it was not.
+            failure: the way in which the state was lost; None: it was not.
         """
         if os.getpid() != self._pid:
             raise ModelError(
@@ -49,20 +49,20 @@ class EngineAccess:
             )
 
     def claim(self, action: str) -> None:
-        """Let this thread hold the engine until `release`; again and again changes nothing.
+        """Let this thread hold the engine until `release`; repeated calls change nothing.
 
         Args:
-            action: what it is about to do, for messages.
+            action: what the thread is about to do, for messages.
 
         Raises:
             ModelError: another thread holds it.
         """
         if not self._is_ours(self._holder.setdefault("thread", (threading.get_ident(), action))):
             self.check_thread(action)
-            self._holder["thread"] = (threading.get_ident(), action)  # of a thread that has ended meanwhile
+            self._holder["thread"] = (threading.get_ident(), action)  # replaces the entry of a thread that has ended
 
     def release(self) -> None:
-        """Let any thread hold the engine; the one that holds it calls this."""
+        """Let any thread hold the engine. Called from: the thread that holds it."""
         self._holder.clear()
 
     @property
@@ -86,7 +86,7 @@ class EngineAccess:
 
     @contextmanager
     def using(self, action: str) -> Iterator[None]:
-        """Hold the engine while the context is open, unless this thread does so already."""
+        """Hold the engine while the context is open, unless this thread already holds it."""
         is_outermost = not self._holder
         self.claim(action)
         try:
@@ -100,7 +100,7 @@ class EngineAccess:
 
 
 def is_autograd_thread() -> bool:
-    """Return whether this is a thread of autograd's, which runs a part of somebody's backward."""
-    # Python has not started these threads, and knows them by what it calls dummies.
+    """Return whether this is one of autograd's threads, which runs a part of a backward pass."""
+    # Python did not start these threads, and represents them by dummy objects.
     is_running_backward = torch._C._current_graph_task_id() != -1
     return is_running_backward and isinstance(threading.current_thread(), threading._DummyThread)

@@ -1,4 +1,4 @@
-"""What the hooks of an engine tell, and whom."""
+"""The events that an engine's hooks report, and their receivers."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ __all__ = ["MomentListener", "Moments", "RuntimeEvents"]
 
 
 class MomentListener(Protocol):
-    """Who follows the moments of a step."""
+    """A receiver of the moments of a step."""
 
     def moment(self, kind: str, unit_id: int) -> None:
         """Note that a unit, or with number 0 the model, is entered ("enter"), left ("leave") or reached by backward."""
 
 
 class Moments:
-    """Passes the moments of a step on to all who follow them."""
+    """Passes the moments of a step on to all listeners."""
 
     def __init__(self) -> None:
         self._listeners: list[MomentListener] = []
 
     @property
     def listeners(self) -> tuple[MomentListener, ...]:
-        """Who follows, in the order in which they are told."""
+        """Listeners in the order in which they are told."""
         return tuple(self._listeners)
 
     def add(self, listener: MomentListener) -> None:
-        """Tell a listener of every moment from now on."""
+        """Tell a listener every moment from now on."""
         self._listeners.append(listener)
 
     def remove(self, listener: MomentListener) -> None:
-        """Tell a listener no more."""
+        """Stop telling a listener."""
         self._listeners.remove(listener)
 
     def note(self, kind: str, unit_id: int) -> None:
-        """Tell all listeners of a moment; see MomentListener."""
+        """Tell all listeners a moment; see MomentListener."""
         for listener in self._listeners:
             listener.moment(kind, unit_id)
 
 
 class RuntimeEvents(Protocol):
-    """What the hooks tell."""
+    """The receiver of all events of the hooks."""
 
     access: EngineAccess
-    """Held by the thread that runs the model, or a unit of it."""
+    """Access right that the thread holds while it runs the model or a unit of it."""
     moments: Moments
-    """Told of every moment: of a unit's after its weights are there and before they may go, of the model's before and
+    """Listeners. A unit's moments are told after its weights are there and before they may go, the model's before and
     after everything else."""
 
     def begin_forward(self) -> None:
@@ -61,13 +61,13 @@ class RuntimeEvents(Protocol):
         """Handle the end of the outermost forward, by return or exception."""
 
     def abort_forward(self) -> None:
-        """Undo what a forward that was interrupted has begun."""
+        """Undo what an interrupted forward has begun."""
 
     def enter_unit(self, unit_id: int) -> None:
         """Make a unit's weights usable and keep them until `exit_unit`."""
 
     def exit_unit(self, unit_id: int) -> None:
-        """Give back what `enter_unit` took."""
+        """Release what `enter_unit` took."""
 
     def enter_backward(self, unit_id: int, *, reads_weights: bool) -> None:
         """Handle that backward has reached a unit's outputs; make its weights usable if it reads any."""
@@ -76,25 +76,25 @@ class RuntimeEvents(Protocol):
         """Return how often the optimizer has changed a unit's weights."""
 
     def take_gradient(self, param: torch.nn.Parameter) -> None:
-        """Take the gradient autograd has just accumulated into `param.grad`."""
+        """Take the gradient that autograd has just accumulated into `param.grad`."""
 
     def finish_gradient(self, param: torch.nn.Parameter) -> None:
-        """Handle that all uses of a parameter in this backward pass have delivered by themselves."""
+        """Handle that all uses of a parameter in this backward pass have delivered their gradients directly."""
 
     def expect_gradient(self, param: torch.nn.Parameter) -> None:
-        """Expect that a use of a parameter will deliver its gradient by itself, if it may then."""
+        """Expect that a use of a parameter delivers its gradient directly, if it may then."""
 
     def takes_gradients_apart(self, param: torch.nn.Parameter, num_uses: int) -> bool:
-        """Return whether uses of a parameter, of which backward may run so many, may deliver by themselves."""
+        """Return whether uses of a parameter, of which backward may run the given number, may deliver directly."""
 
     def put_gradient(self, param: torch.nn.Parameter, gradient: torch.Tensor) -> None:
         """Take the gradient of one use of a parameter."""
 
     def write_gradient(self, param: torch.nn.Parameter) -> AbstractContextManager[GradientPlace] | None:
-        """Open the memory of a parameter's gradient to one of its uses; None where that cannot be."""
+        """Open the memory of a parameter's gradient to one of its uses; None where that is not possible."""
 
     def is_borrowed(self, tensor: torch.Tensor) -> bool:
-        """Return whether a tensor lies in memory that will be refilled with other weights."""
+        """Return whether a tensor is in memory that will be refilled with other weights."""
 
     def wrap_outputs(self, output: Any) -> Any:
-        """Prepare what the model returns for backward (loss scaling)."""
+        """Prepare the model's results for backward (loss scaling)."""

@@ -1,7 +1,7 @@
-"""What a function of torch's does with the values of its arguments, judged by the function itself.
+"""The effect of torch's functions on the values of their arguments.
 
-`__torch_function__` is told of every function that a weight is given to: operators, methods, and the getters and
-setters of properties. Most of them read values, and nothing needs to be known of them. This module knows the others.
+`__torch_function__` is told every function that a weight is given to: operators, methods, and the getters and setters
+of properties. Most of them read values and need no entry here. This module knows the others.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ __all__ = [
 
 
 class FunctionKind(enum.Enum):
-    """What a function wants of a weight."""
+    """What a function needs from a weight."""
 
     VALUES = "values"
-    """Reads the values, or writes them: nearly every function."""
+    """Reads or writes the values: nearly every function."""
     METADATA = "metadata"
-    """Looks at shape, dtype, device, hooks or flags; needs no values."""
+    """Reads shape, dtype, device, hooks or flags; needs no values."""
     GEOMETRY = "geometry"
-    """Looks at strides and offsets, which the placeholder of a weight that is away does not have."""
+    """Reads strides and offsets, which the placeholder of an absent weight does not have."""
     ADDRESS = "address"
-    """Hands memory out to code that goes past torch's functions."""
+    """Gives the memory to code that bypasses torch's functions."""
     DATA_GET = "data get"
     DATA_SET = "data set"
     GRAD_GET = "grad get"
     GRAD_SET = "grad set"
     DIFFERENTIATE = "differentiate"
-    """Differentiates with respect to the weight, and runs user code on the way."""
+    """Differentiates with respect to the weight, and runs user code meanwhile."""
 
 
 _PROPERTIES = {"data": (FunctionKind.DATA_GET, FunctionKind.DATA_SET), "grad": (FunctionKind.GRAD_GET,) * 2}
@@ -89,13 +89,13 @@ _NEW_TENSORS = frozenset(
         *(torch.Tensor.matmul, torch.Tensor.mul, torch.Tensor.add, torch.Tensor.mm, torch.Tensor.addmm),
     }
 )
-"""Functions on the hot path whose results never share memory with a weight."""
+"""Frequent functions whose results never share memory with a weight."""
 
 _RENORMALISING = {F.embedding: 3, F.embedding_bag: 4}
-"""Functions that write their second argument, a table, if given a `max_norm`, and the latter's place."""
+"""Functions that write to their second argument, a table, if `max_norm` is given, with the position of `max_norm`."""
 
 _WITH_STATISTICS = frozenset({F.batch_norm, F.instance_norm})
-"""Functions that write the running statistics they are given, their second and third argument."""
+"""Functions that write to the running statistics, their second and third argument."""
 _RESHAPING = frozenset(
     {
         *("t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_", "as_strided_", "resize_"),
@@ -130,13 +130,13 @@ def _grad_kind(name: str) -> FunctionKind:
 
 
 def returns_new_tensors(func: Any) -> bool:
-    """Return whether results surely share no memory with arguments; most functions are not known to."""
+    """Return whether results are known to share no memory with arguments; for most functions this is not known."""
     return func in _NEW_TENSORS
 
 
 @lru_cache(maxsize=4096)
 def _is_in_place(func: Any) -> bool:
-    name = getattr(func, "__name__", "").partition(".")[0]  # of overloads such as aten.mul_.Tensor
+    name = getattr(func, "__name__", "").partition(".")[0]  # name without the overload, such as in aten.mul_.Tensor
     if name in _IN_PLACE_OPERATORS:
         return True
     return name.endswith("_") and not name.endswith("__") and name not in _NOT_IN_PLACE

@@ -1,4 +1,4 @@
-"""Hooks on parameters: gradients that autograd has accumulated, and sinks for those that go past it."""
+"""Hooks on parameters: for gradients that autograd has accumulated, and sinks for those that bypass autograd."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ __all__ = ["GradientHooks"]
 
 
 class GradientHooks:
-    """The hooks on the trainable parameters of one engine; `remove` takes them off.
+    """The hooks on the trainable parameters of one engine; `remove` removes them.
 
     Args:
-        events: told of gradients.
+        events: receives gradients.
         sums: take the gradients that arrive while they are open.
     """
 
     def __init__(self, events: RuntimeEvents, sums: GradientSums) -> None:
         self.uses = SharedUses()
-        """The parameters whose gradients may go past autograd; functions that are given parameters are called by it."""
+        """Parameters whose gradients may bypass autograd; functions with parameters are called through it."""
         self._events = events
         self._sums = sums
         self._handles: list[Any] = []
@@ -37,12 +37,12 @@ class GradientHooks:
     def install(
         self, params: Sequence[torch.nn.Parameter], *, num_names: Mapping[int, int], unseen: Collection[int]
     ) -> None:
-        """Put the hooks on.
+        """Attach the hooks.
 
         Args:
-            params: trainable.
-            num_names: under how many names the model has each parameter, by its id.
-            unseen: ids of parameters that compiled code may use, which announces nothing.
+            params: trainable parameters.
+            num_names: number of names that the model has for each parameter, by its id.
+            unseen: ids of parameters that compiled code may use without announcing it.
         """
         # torch keeps these where the garbage collector cannot follow, so they must not keep the engine alive.
         events_ref = weakref.ref(self._events)
@@ -58,7 +58,7 @@ class GradientHooks:
                 assert events is not None, "the engine is gone but its graph is not"
                 if has_gradient:
                     events.take_gradient(param)
-                else:  # no node of the graph had one to give, but perhaps to a sink
+                else:  # no node of the graph had a gradient, but perhaps a sink did
                     events.finish_gradient(param)
 
         for param in params:
@@ -74,7 +74,7 @@ class GradientHooks:
                 sink.has_other_uses = id(param) in unseen
 
     def remove(self) -> None:
-        """Take all hooks off."""
+        """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -84,17 +84,17 @@ class GradientHooks:
 
 
 class _Sink:
-    """Gives gradients of one parameter's uses to the runtime; see [Note: Gradients past autograd].
+    """Delivers gradients of one parameter's uses to the runtime; see [Note: Gradients past autograd].
 
-    Closed while slices of a batch are being added up, and for a parameter that has been used in other ways too, whose
-    gradients autograd must add up in its order.
+    It is closed while slices of a batch are being summed, and for a parameter that has also been used in other ways,
+    because autograd must add those gradients in its own order.
     """
 
     def __init__(self, param: torch.nn.Parameter, events: RuntimeEvents, sums: GradientSums) -> None:
         # The graph keeps sinks where the garbage collector cannot follow.
         self._param_ref, self._events_ref = weakref.ref(param), weakref.ref(events)
         self._sums = sums
-        self._uses: weakref.WeakSet[GradientUse] = weakref.WeakSet()  # of the graphs that still exist
+        self._uses: weakref.WeakSet[GradientUse] = weakref.WeakSet()  # uses in graphs that still exist
         self.num_announced = 0
         self.has_other_uses = False
 

@@ -1,16 +1,17 @@
-"""Where one use of a parameter may leave its gradient, instead of with autograd.
+"""The memory to which one use of a parameter may write its gradient, bypassing autograd.
 
 [Note: Gradients past autograd]
-Autograd adds a parameter's gradient up over all its uses before anybody sees it, and wants a dense tensor from each. Of
-a tied embedding two are alive from the head's backward to the embedding's, and the embedding's is zero but for the
-batch's rows. So the engine attaches a sink to each parameter: its memory where gradients wait. A use that knows of
-sinks takes a `GradientUse` in forward; in backward it writes there and tells autograd None. The uses are those in
-gemini.autograd.parameter_uses and gemini.nn.linear_cross_entropy; all others go through autograd, and the memory sums
-both.
+Autograd sums a parameter's gradient over all its uses before any hook sees it, and needs a dense tensor from each. For
+a tied embedding, two such tensors are alive from the head's backward to the embedding's, and the embedding's is zero
+except for the batch's rows. So the engine attaches a sink to each parameter: the memory where its gradient waits. A use
+that knows sinks takes a `GradientUse` in forward; in backward it writes to the sink and returns None to autograd. These
+uses are in gemini.autograd.parameter_uses and gemini.nn.linear_cross_entropy. All others go through autograd, and the
+memory sums both.
 
-A use asks in backward whether that will do: not if the gradient is wanted from torch.autograd.grad, or differentiated
-again, or shown to the user's hooks, nor where the sum would lose autograd's bits. In float32 it has them: the uses are
-added in autograd's order. Half-precision weights' gradients are added in the float32 in which they wait.
+A use asks in backward whether it may write to the sink. It may not if the gradient is for torch.autograd.grad, is
+differentiated again, or is shown to the user's hooks, nor where the sum would differ from autograd's bits. In float32
+the bits are the same, because uses are added in autograd's order. Gradients of half-precision weights are added in the
+float32 in which they wait.
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ _SINK_ATTRIBUTE = "_gemini_gradient_sink"
 
 @dataclass(frozen=True, slots=True)
 class GradientPlace:
-    """Memory in which a parameter's gradient waits, open for writing."""
+    """Open memory in which a parameter's gradient waits, for writing."""
 
     values: torch.Tensor
-    """Shaped as the parameter, of the dtype in which gradients wait."""
+    """Memory of the gradient, in the parameter's shape and the dtype in which gradients wait."""
     is_empty: bool
-    """Whether `values` holds nothing yet, and every element must be written."""
+    """Whether `values` has no content yet, so that every element must be written."""
 
     def add(self, rows: slice, gradient: torch.Tensor) -> None:
-        """Add to consecutive rows, each of which is added to once.
+        """Add to consecutive rows; each row is added to once.
 
         Args:
-            rows: in the first dimension.
-            gradient: of these rows, any float dtype.
+            rows: rows in the first dimension.
+            gradient: gradient of these rows, any float dtype.
         """
         if self.is_empty:
             self.values[rows].copy_(gradient)
@@ -49,11 +50,11 @@ class GradientPlace:
             self.values[rows].add_(gradient)
 
     def add_rows(self, rows: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Add to some rows; the others' gradient is zero.
+        """Add to some rows; the gradient of the others is zero.
 
         Args:
-            rows: int64 [num_rows], in the first dimension, none twice.
-            gradient: of these rows, any float dtype, [num_rows, ...].
+            rows: rows in the first dimension, int64 [num_rows], without repetitions.
+            gradient: gradient of these rows, any float dtype, [num_rows, ...].
         """
         if self.is_empty:
             self.values.zero_()
@@ -61,13 +62,13 @@ class GradientPlace:
 
 
 class GradientSink(Protocol):
-    """Takes gradients of one parameter."""
+    """Takes the gradients of one parameter."""
 
     def expect(self, use: GradientUse) -> None:
-        """Expect one more use that will deliver by itself, if it may then; to be held weakly."""
+        """Expect one more use that delivers directly, if it may then; held by a weak reference."""
 
     def is_open(self) -> bool:
-        """Return, in backward, whether a use may deliver by itself."""
+        """Return whether a use may deliver directly. Called from: backward."""
 
     def put(self, gradient: torch.Tensor) -> None:
         """Take a use's whole gradient: any float dtype and strides, the parameter's shape; read only."""
@@ -81,26 +82,26 @@ class GradientUse:
 
     Args:
         param: the parameter, a leaf that requires a gradient.
-        sink: the parameter's.
+        sink: the parameter's sink.
     """
 
     def __init__(self, param: torch.Tensor, sink: GradientSink) -> None:
         self._param = param
-        with torch._C.DisableTorchFunction():  # looking at the graph is no use of the parameter
+        with torch._C.DisableTorchFunction():  # looking at the graph is not a use of the parameter
             self._accumulation = get_gradient_edge(param).node
         self.sink = sink
         self._last_pass: int | None = None
         sink.expect(self)
 
     def may_run(self) -> bool:
-        """Return, in backward, whether the pass under way may have run or may yet run this use.
+        """Return whether the running pass may have run or may still run this use. Called from: backward.
 
-        No if an earlier pass did and freed its part of the graph.
+        It cannot if an earlier pass did and freed its part of the graph.
         """
         return self._last_pass in (None, torch._C._current_graph_task_id())
 
     def is_open(self) -> bool:
-        """Return, from this use's own backward, whether its gradient may go past autograd."""
+        """Return whether its gradient may bypass autograd. Called from: this use's own backward."""
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             self._last_pass = torch._C._current_graph_task_id()
         if torch.is_grad_enabled() or self._param._backward_hooks or not self.sink.is_open():
@@ -129,13 +130,13 @@ def sink_of(param: torch.Tensor) -> GradientSink | None:
 
 
 def use_of(param: torch.Tensor) -> GradientUse | None:
-    """Announce a use of a tensor, in forward, outside of any autograd function.
+    """Announce a use of a tensor in forward, outside any autograd function.
 
     Args:
-        param: any tensor.
+        param: a tensor.
 
     Returns:
-        None if the tensor has no sink or will get no gradient.
+        The use; None if the tensor has no sink or gets no gradient.
     """
     sink = sink_of(param)
     if sink is None or not param.requires_grad or not torch.is_grad_enabled() or param._backward_hooks:

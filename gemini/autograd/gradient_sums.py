@@ -1,4 +1,4 @@
-"""Gradients of parameters, summed while a block runs slice after slice."""
+"""Sums of parameter gradients while a block runs slice after slice."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class GradientSums:
 
     @property
     def is_open(self) -> bool:
-        """Whether gradients that arrive now belong to a slice."""
+        """Whether arriving gradients belong to a slice."""
         return self._sums is not None
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Collect while the context is open; what nobody has taken by its end is dropped."""
+        """Collect gradients while the context is open; sums that were not taken by its end are dropped."""
         self._sums = {}
         try:
             yield
@@ -32,7 +32,7 @@ class GradientSums:
             self._sums = None
 
     def add(self, param: nn.Parameter) -> None:
-        """Move `param.grad` into the parameter's sum, float32 for half precision."""
+        """Move `param.grad` into the parameter's sum, in float32 for half precision."""
         assert self._sums is not None
         grad, param.grad = param.grad, None
         assert grad is not None
@@ -49,11 +49,11 @@ class GradientSums:
         return None if entry is None else entry[1].to(param.dtype)
 
     def take_all(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
-        """Return the parameters whose sums have not been taken, and these as `take` does."""
+        """Return the parameters whose sums have not been taken, with their sums as from `take`."""
         assert self._sums is not None
         return [(param, total.to(param.dtype)) for param, total in self._sums.values()]
 
 
 def summand(grad: torch.Tensor) -> torch.Tensor:
-    """Return a gradient as something that others may be added to in place: in float32 for half precision."""
+    """Return a gradient to which others may be added in place: in float32 for half precision."""
     return grad.float() if grad.dtype.itemsize < 4 else grad

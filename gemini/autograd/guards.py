@@ -1,9 +1,9 @@
-"""Refuses what would train nothing, or wrongly, without a word: other code's optimizers, clipping and loss scaling.
+"""Refuses code of others that would silently train nothing or train wrongly: optimizers, clipping, loss scaling.
 
 [Note: Foreign optimizers]
 Gradients do not wait in `.grad`, so an optimizer other than HybridAdam finds none and does nothing. torch calls a hook
-before every step of every optimizer of the process; ours looks at the parameters once for each set of them and each
-change of what engines manage. Optimizers over other parameters pass.
+before every step of every optimizer of the process. This hook checks the parameters once for each set of them and each
+change of the managed parameters. Optimizers over other parameters pass.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _IN_PLACE_OF_SCALERS = ("_amp_foreach_non_finite_check_and_unscale_",)
 
 
 class OptimizerGuard:
-    """Refuses steps of optimizers that have been given parameters of an engine.
+    """Refuses steps of optimizers that have been given an engine's parameters.
 
     Args:
-        is_trained_by_engine: whether an engine trains a parameter.
-        is_ours: whether an optimizer knows of engines.
+        is_trained_by_engine: returns whether an engine trains a parameter.
+        is_ours: returns whether an optimizer is one that knows engines.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class OptimizerGuard:
         self._is_trained_by_engine = is_trained_by_engine
         self._is_ours = is_ours
         self._passed: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[int, ...]] = weakref.WeakKeyDictionary()
-        """Optimizers that may step, with what they had then."""
+        """Optimizers that may step, with the parameters that they had when they were checked."""
         self._handle: Any = None
 
     def install(self) -> None:
-        """Look at every optimizer of the process from now on; what has been found out so far is forgotten."""
+        """Check every optimizer of the process from now on; earlier results are dropped."""
         self._passed.clear()
         if self._handle is None:
             self._handle = register_optimizer_step_pre_hook(self._check)
@@ -68,14 +68,14 @@ class OptimizerGuard:
 
 
 def foreign_write_error(function_name: str, param_name: str) -> ConfigError | ModelError:
-    """Return the error for code that changes in place a gradient which waits for the optimizer's step.
+    """Return the error for code that changes a waiting gradient in place.
 
     Args:
-        function_name: torch's, such as "_foreach_mul_"; tells clipping from loss scaling.
-        param_name: whose gradient it is.
+        function_name: name of the torch function, such as "_foreach_mul_"; tells clipping from loss scaling.
+        param_name: name of the parameter whose gradient it is.
 
     Returns:
-        What to raise.
+        The error to raise.
     """
     if function_name in _IN_PLACE_OF_SCALERS:
         return grad_scaler_error()
@@ -96,10 +96,10 @@ def grad_scaler_error() -> ConfigError:
 
 
 class GradScalerAttribute:
-    """An optimizer's attribute that torch.amp.GradScaler reads when it is enabled, before it steps; refuses it."""
+    """An optimizer's attribute that an enabled torch.amp.GradScaler reads before it steps; refuses that."""
 
     def __get__(self, optimizer: object, owner: type) -> bool:
-        """Return False of the class; raise ConfigError of an optimizer."""
+        """Return False for the class; raise ConfigError for an optimizer."""
         if optimizer is None:
             return False
         raise grad_scaler_error()

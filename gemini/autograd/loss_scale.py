@@ -1,7 +1,7 @@
 """Dynamic loss scaling for float16.
 
-Scaling happens where gradients enter the model: an identity on the model's outputs multiplies what comes back, which,
-backward being linear, equals scaling the loss. The user's loss value and `loss.backward()` stay as they were.
+Gradients are scaled where they enter the model: an identity on the model's outputs multiplies the incoming gradient.
+Because backward is linear, this equals scaling the loss. The loss value and `loss.backward()` stay unchanged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class LossScaler:
 
     Args:
         initial_scale: first scale, a power of two.
-        growth_interval: good steps in a row before the scale doubles.
+        growth_interval: number of good steps in a row before the scale doubles.
     """
 
     def __init__(self, initial_scale: float, *, growth_interval: int = 1000) -> None:
@@ -43,11 +43,11 @@ class LossScaler:
             self.num_good_steps = 0
 
     def state_dict(self) -> dict[str, float]:
-        """Return what a resumed run needs."""
+        """Return the state that a resumed run needs."""
         return {"scale": self.scale, "num_good_steps": self.num_good_steps}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore a state from `state_dict`."""
         self.scale = float(state["scale"])
         self.num_good_steps = int(state["num_good_steps"])
 

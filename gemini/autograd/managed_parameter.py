@@ -1,17 +1,17 @@
-"""Parameters whose values live in chunks, and what is handed out in place of views of their memory.
+"""Parameters whose values are in chunks, and the objects that represent views of their memory.
 
 [Note: Managed parameters]
-While an engine manages a parameter, its class is `ManagedParameter`, and torch tells that class of every function the
-parameter is given to. So code needs no announcement to read a weight or to write it, inside of forward or outside: the
-values are fetched for the length of the function, and what it has written reaches the home before it returns. What
-would let memory out of sight is not handed out. A view that needs no gradient (`.data`, `detach()`, a slice without
-gradients) becomes a `WeightAlias`, which holds no memory and finds the weight whenever it is used; a view in the graph
-shows a copy, and refuses to be read once the weight is another. `.grad` shows the gradient that waits and refuses to
-be changed. What compiled code, and kernels that are given addresses, do with weights is not seen here: version
-counters are compared wherever weights leave their memory (gemini.weights.access).
+While an engine manages a parameter, its class is `ManagedParameter`, and torch tells that class every function that the
+parameter is given to. So code needs no announcement to read or write a weight, inside forward or outside: the values
+are fetched until the function returns, and what it has written reaches the home before it returns. Objects that would
+keep hidden references to the memory are not handed out. A view that needs no gradient (`.data`, `detach()`, a slice
+without gradients) becomes a `WeightAlias`, which holds no memory and finds the weight whenever it is used. A view in
+the graph shows a copy, and refuses to be read once the weight has changed. `.grad` shows the waiting gradient and
+refuses to be changed. What compiled code, and kernels that are given addresses, do with weights is not seen here:
+version counters are compared wherever weights leave their memory (gemini.weights.access).
 
-The classes here carry data. What a function does with them is decided in gemini.autograd.weight_functions, which the
-weight behind them calls.
+The classes here carry data. gemini.autograd.weight_functions, which the weight behind them calls, decides what a
+function does with them.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ WEIGHT_ATTRIBUTE = _WEIGHT = "_gemini_weight"
 
 
 class OpenWeight(Protocol):
-    """A weight whose values are in compute memory and stay there while a function runs."""
+    """A weight whose values stay in compute memory while a function runs."""
 
     values: torch.Tensor
-    """The values, in the parameter's shape; of a DTensor this rank's part."""
+    """Values in the parameter's shape; for a DTensor, this rank's part."""
     is_lasting: bool
-    """Whether a view of the memory may outlive the function: the weight's module is running."""
+    """Whether a view of the memory may outlive the function, because the weight's module is running."""
 
     def become_copy(self) -> None:
-        """Let the parameter show a copy of the values until the weight is closed."""
+        """Make the parameter show a copy of the values until the weight is closed."""
 
 
 class Weight(Protocol):
@@ -69,14 +69,14 @@ class Weight(Protocol):
 
     @property
     def name(self) -> str:
-        """The parameter's, for messages."""
+        """Name of the parameter, for messages."""
 
     @property
     def num_bindings(self) -> int:
-        """How often `.data` was replaced."""
+        """Number of times that `.data` was replaced."""
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run a function of torch's that was given the parameter, or a view of it."""
+        """Run a torch function that was given the parameter, or a view of it."""
 
     @property
     def param(self) -> torch.nn.Parameter:
@@ -84,22 +84,22 @@ class Weight(Protocol):
 
     @property
     def is_held(self) -> bool:
-        """Whether the parameter shows its values now, and will at least until the next function."""
+        """Whether the parameter shows its values now, and at least until the next function."""
 
     def opened(self, *, writes: bool) -> AbstractContextManager[OpenWeight]:
-        """Let the parameter show its values while the context is open; what was written reaches the home at its end."""
+        """Make the parameter show its values while the context is open; writes reach the home at its end."""
 
     def saving(self) -> AbstractContextManager[None]:
-        """Let what autograd saves of weights, while the context is open, be found again in backward."""
+        """Let backward find what autograd saves of weights while the context is open."""
 
     def finish_update(self) -> None:
-        """Wait until nobody is writing the weight."""
+        """Wait until the weight is not being written."""
 
     def count_write(self) -> None:
-        """Let graphs that have saved the parameter know that it was written, as torch's version counter does."""
+        """Tell graphs that have saved the parameter that it was written, as torch's version counter does."""
 
     def stamp(self) -> object:
-        """Return something that is unequal once the values may have changed."""
+        """Return an object that is unequal to a later one once the values may have changed."""
 
     def call_shared(self, func: Callable[..., Any], args: Any, kwargs: Any, params: Sequence[torch.Tensor]) -> Any:
         """Call a function that uses weights, so that gradients of shared ones may be delivered use by use."""
@@ -111,25 +111,25 @@ class Weight(Protocol):
         """Write values of a wider dtype, which the master keeps."""
 
     def pinned(self) -> torch.Tensor:
-        """Return a copy of the values, the same one as long as somebody holds it, brought up to date."""
+        """Return an up-to-date copy of the values; the same object as long as something refers to it."""
 
     def gradient(self) -> torch.Tensor | None:
-        """Return the tensor that stands for the gradient that waits, None if none does."""
+        """Return the tensor that represents the waiting gradient; None if none waits."""
 
     def read_gradient(self) -> torch.Tensor | None:
-        """Return the gradient that waits, of the parameter's dtype; None if none does."""
+        """Return the waiting gradient in the parameter's dtype; None if none waits."""
 
     def add_gradient(self, gradient: torch.Tensor) -> None:
-        """Add to the gradient that waits."""
+        """Add to the waiting gradient."""
 
     def set_gradient(self, gradient: torch.Tensor | None) -> None:
-        """Let a gradient take the place of the one that waits."""
+        """Replace the waiting gradient."""
 
 
 def _run(args: tuple[Any, ...], kwargs: Mapping[str, Any], func: Any) -> Any:
     """Let the weight behind the first managed argument run a function."""
     weight = _first_weight(args) or _first_weight(kwargs.values())
-    if weight is None:  # a class derived from ours, or a name of the class itself
+    if weight is None:  # a subclass of these classes, or an attribute of the class itself
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
     return weight.run(func, args, kwargs)
@@ -146,7 +146,7 @@ def _first_weight(values: Any) -> Weight | None:
 
 
 class ManagedParameter(torch.nn.Parameter):
-    """A parameter of a GeminiDDP: reads as its current value, wherever that lives; see [Note: Managed parameters]."""
+    """A parameter of a GeminiDDP; it reads as its current value in any tier, see [Note: Managed parameters]."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -174,7 +174,7 @@ _plain_types: dict[type, type] = {ManagedParameter: torch.nn.Parameter}
 
 
 def _managed_type(kind: type) -> type:
-    """Return the class of managed parameters whose plain class is `kind`; of a managed one, itself."""
+    """Return the class of managed parameters whose plain class is `kind`; for a managed class, the class itself."""
     if kind in _plain_types:
         return kind
     if kind not in _managed_types:
@@ -198,7 +198,7 @@ def release(param: torch.nn.Parameter) -> None:
 
 
 def hide(param: torch.nn.Parameter) -> None:
-    """Let a managed parameter be a plain one for code that torch.compile has made, which must not see our class."""
+    """Make a managed parameter plain for code compiled by torch.compile, which must not see the managed class."""
     if type(param) in _plain_types:
         param.__class__ = _plain_types[type(param)]
 
@@ -215,20 +215,20 @@ def is_placeless(tensor: torch.Tensor) -> bool:
 
 
 def weight_of(tensor: object) -> Weight | None:
-    """Return the weight behind a managed parameter, or behind a view of one; None of anything else."""
+    """Return the weight behind a managed parameter or behind a view of one; None for anything else."""
     weight: Weight | None = getattr(tensor, _WEIGHT, None) if isinstance(tensor, torch.Tensor) else None
     return weight
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Where the elements of a view lie in the memory of a weight's values."""
+    """The position of a view's elements in the memory of a weight's values."""
 
     dtype: torch.dtype
     size: torch.Size
     stride: tuple[int, ...]
     begin_nbytes: int
-    """First byte of the view, from the first byte of the values."""
+    """First byte of the view, counted from the first byte of the values."""
 
 
 class _View(torch.Tensor):
@@ -252,31 +252,31 @@ class _View(torch.Tensor):
 
 
 class WeightAlias(_View):
-    """A view of a weight that needs no gradient. It holds no memory: whatever uses it finds the weight's values.
+    """A view of a weight that needs no gradient. It holds no memory; code that uses it finds the weight's values.
 
-    Writes through it change the weight, as they do with everything in memory. What goes past torch's functions, such as
-    torch.vmap or torch.tensor, ends in torch's dispatcher, which asks this class as well.
+    Writes through it change the weight, as with any view. Calls that bypass torch's functions, such as torch.vmap or
+    torch.tensor, reach torch's dispatcher, which asks this class as well.
     """
 
     _geometry: Geometry
     _keeps_version: bool
-    """Whether writes through it do not count as the parameter's, as those through `.data` do not."""
+    """Whether writes through it do not count as the parameter's, as for `.data`."""
     _binding: int
     _pinned: torch.Tensor | None = None
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        with torch.no_grad():  # what comes here has been through autograd
+        with torch.no_grad():  # calls that arrive here have passed autograd
             return _run(args, kwargs or {}, func)
 
     def check_current(self, *, writes: bool) -> None:
-        """Refuse to be used once the parameter's `.data` has been replaced: plain torch would show the old memory.
+        """Refuse use once the parameter's `.data` has been replaced: plain torch would show the old memory.
 
         Args:
             writes: whether the view is about to be written.
 
         Raises:
-            ModelError: it has been.
+            ModelError: the data was replaced.
         """
         weight = weight_of(self)
         assert weight is not None
@@ -289,18 +289,18 @@ class WeightAlias(_View):
 
 
 class GraphView(_View):
-    """A view of a weight in the graph, on memory of its own."""
+    """A view of a weight in the graph, with separate memory."""
 
     _stamp: object
 
     def check_current(self, *, writes: bool) -> None:
-        """Refuse to be written, and to be read once the weight has changed.
+        """Refuse writes, and reads once the weight has changed.
 
         Args:
             writes: whether the view is about to be written.
 
         Raises:
-            ModelError: the one or the other.
+            ModelError: the view is written, or the weight has changed.
         """
         weight = weight_of(self)
         assert weight is not None
@@ -318,7 +318,7 @@ _INSTEAD_OF_A_VIEW = "set the parameter's .grad to the values it shall have, or 
 
 
 class WaitingGradient(torch.Tensor):
-    """The gradient of a weight, where it waits for the optimizer's step: may be read and added to, not changed."""
+    """A weight's gradient while it waits for the optimizer's step: may be read and added to, not changed otherwise."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -355,7 +355,7 @@ class WaitingGradient(torch.Tensor):
 
 
 def _add_gradient(waiting: torch.Tensor, other: Any, *, alpha: float = 1) -> torch.Tensor:
-    """Add to a gradient that waits, as `param.grad += other` does in plain torch."""
+    """Add to a waiting gradient, as `param.grad += other` does in plain torch."""
     weight = weight_of(waiting)
     assert weight is not None
     with torch.no_grad():
@@ -367,15 +367,15 @@ def _add_gradient(waiting: torch.Tensor, other: Any, *, alpha: float = 1) -> tor
 
 
 class WeightCopy(torch.Tensor):
-    """A copy where plain torch would show the thing itself, such as a weight in a state dict; so it is read only."""
+    """A read-only copy where plain torch would return the object itself, for example a weight in a state dict."""
 
     what = ""
-    """What it is, for messages."""
+    """Description of the object, for messages."""
     instead = (
         "write the parameter itself under torch.no_grad(), call engine.load_state_dict, or clone the tensor to change "
         "the copy"
     )
-    """What to do."""
+    """Remedy, for messages."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -420,7 +420,7 @@ def _name_of(tensor: torch.Tensor) -> str:
 
 
 def gradient_value(value: Any) -> Any:
-    """Return an argument with the values of gradients that wait in their place; lists and tuples are looked into."""
+    """Return an argument with values in place of waiting gradients; lists and tuples are searched."""
     if type(value) in (list, tuple):
         return type(value)(map(gradient_value, value))
     if not isinstance(value, WaitingGradient):
@@ -428,7 +428,7 @@ def gradient_value(value: Any) -> Any:
     weight = weight_of(value)
     assert weight is not None
     gradient = weight.read_gradient()
-    if gradient is None:  # used up by a step, or dropped: what it was
+    if gradient is None:  # a step used it or it was dropped; its last value
         with torch._C.DisableTorchFunctionSubclass():
             return value.as_subclass(torch.Tensor)
     return gradient
@@ -445,9 +445,9 @@ def alias_of(weight: Weight, geometry: Geometry, device: torch.device, *, keeps_
     """Return a view of a weight without memory.
 
     Args:
-        weight: whose.
-        geometry: where its elements lie in the weight.
-        device: that it seems to be on.
+        weight: the weight.
+        geometry: position of its elements in the weight.
+        device: device that it reports.
         keeps_version: whether writes through it do not count as the parameter's.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Module and autograd hooks that turn what torch does into calls on the runtime. No policy here.
+"""Module and autograd hooks that turn torch's events into calls on the runtime. No policy here.
 
-Hooks sit on the modules of units and on the model itself, so that the user may call the model, a method such as
-`generate`, or the engine; all come through here.
+Hooks are on the modules of units and on the model itself. So the user may call the model, a method such as `generate`,
+or the engine; all calls pass through here.
 """
 
 from __future__ import annotations
@@ -29,27 +29,30 @@ _LOOKUPS = (torch.nn.Embedding, torch.nn.EmbeddingBag)
 
 
 class HookSet:
-    """All hooks of one engine; `remove` takes them off.
+    """All hooks of one engine; `remove` removes them.
 
     Args:
-        events: told of everything.
-        input_dtype: to which the outermost forward's floating-point tensors are cast; None: they are not.
+        events: receives all events.
+        input_dtype: dtype to which the outermost forward's floating-point tensors are cast; None: they are not cast.
     """
 
     def __init__(self, events: RuntimeEvents, input_dtype: torch.dtype | None = None) -> None:
-        self.slice_sums = GradientSums()
-        """Takes the gradients that arrive while it is open."""
+        # - What is told
         self._events = events
         self._input_dtype = input_dtype
+        # - The hooks
         self._handles: list[Any] = []
         self._owners: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
+        self.slice_sums = GradientSums()
+        """Sums that take the gradients that arrive while they are open."""
         self.gradients = GradientHooks(events, self.slice_sums)
-        """Those on parameters."""
+        """Hooks on parameters."""
+        # - What is running
         self._depth = 0
         self._entered: list[int] = []
         self._hidden_by: dict[int, list[torch.nn.Parameter]] = {}
-        """Parameters of what torch.compile runs, which must not be asked for their functions meanwhile: by unit, or 0
-        for the model."""
+        """Parameters of code compiled by torch.compile, which must not see their class while it runs: by unit, or 0 for
+        the model."""
 
     def install(
         self,
@@ -57,11 +60,11 @@ class HookSet:
         unit_modules: dict[int, torch.nn.Module],
         params: list[torch.nn.Parameter],
     ) -> None:
-        """Put the hooks on.
+        """Attach the hooks.
 
         Args:
             root: the user's model.
-            unit_modules: module of each unit but the root's.
+            unit_modules: module of each unit except the root's.
             params: trainable parameters.
         """
         compiled_units = {
@@ -79,7 +82,7 @@ class HookSet:
         self._handles.append(root.register_forward_pre_hook(self._before_model, prepend=True, with_kwargs=True))
         self._handles.append(root.register_forward_hook(self._after_model, always_call=True))
         for unit_id, module in unit_modules.items():
-            # A lookup's backward needs the rows that were looked up, and no weights.
+            # A lookup's backward needs the rows that were looked up, but no weights.
             before, after = self._unit_hooks(unit_id, reads_weights=type(module) not in _LOOKUPS)
             self._handles.append(module.register_forward_pre_hook(before, prepend=True))
             self._handles.append(module.register_forward_hook(after, always_call=True))
@@ -93,11 +96,11 @@ class HookSet:
 
     @property
     def is_running(self) -> bool:
-        """Whether the model, or a unit of it, is being run."""
+        """Whether the model or a unit of it is running."""
         return self._depth > 0 or bool(self._entered)
 
     def abort(self) -> None:
-        """Undo what a forward that was interrupted has begun; torch runs no hooks for a KeyboardInterrupt."""
+        """Undo what an interrupted forward has begun; torch runs no hooks for a KeyboardInterrupt."""
         if (not self._depth and not self._entered) or not self._events.access.is_ours:
             return
         self._depth = 0
@@ -129,7 +132,7 @@ class HookSet:
         self._events.take_gradient(param)
 
     def remove(self) -> None:
-        """Take all hooks off."""
+        """Remove all hooks."""
         self.abort()
         for handle in self._handles:
             handle.remove()
@@ -189,7 +192,7 @@ class HookSet:
         self._release()
 
     def _release(self) -> None:
-        """Let other threads use the engine if nothing of it is running here."""
+        """Let other threads use the engine if no part of it is running here."""
         if not self._depth and not self._entered and self._events.access.is_ours:
             self._events.access.release()
 
@@ -214,7 +217,7 @@ class HookSet:
         self._events.moments.note(kind, unit_id)
 
     def _check_owners(self) -> None:
-        """Refuse parameters that were replaced by others, which nobody would fetch or train."""
+        """Refuse parameters that were replaced by others, because these would be neither fetched nor trained."""
         for module, name, param in self._owners:
             if module._parameters.get(name) is not param:
                 raise ModelError(
@@ -232,7 +235,7 @@ class HookSet:
             show(param)
 
     def _watch_backward(self, unit_id: int, output: Any, *, reads_weights: bool) -> None:
-        """Report when backward is about to run a unit.
+        """Report that backward is about to run a unit.
 
         transformers checkpoints `forward` inside `__call__`: its recomputation uses the weights and fires no hook.
         """
@@ -251,7 +254,7 @@ class HookSet:
         map_tensors(watch, output)
 
     def _own_outputs(self, output: Any) -> Any:
-        """Copy outputs that are views of borrowed weights: the memory will hold other weights soon."""
+        """Copy outputs that are views of borrowed weights, because the memory will soon hold other weights."""
 
         def own(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.clone() if is_placeless(tensor) or self._events.is_borrowed(tensor) else tensor

@@ -1,4 +1,4 @@
-"""torch's functions with parameters whose gradients need not go through autograd: embeddings and tied linear layers.
+"""torch functions whose parameters' gradients may bypass autograd: embeddings and tied linear layers.
 
 See [Note: Gradients past autograd] in gemini.autograd.gradient_sink.
 """
@@ -24,16 +24,16 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> torch.Tensor:
-    """Look up embeddings as `torch.nn.functional.embedding`; the gradient arrives as the rows that were looked up.
+    """Look up embeddings as `torch.nn.functional.embedding`; the gradient consists of the rows that were looked up.
 
     Args:
         token_ids: int [...].
         weight: [num_embeddings, ...].
-        padding_idx: row that gets no gradient.
-        max_norm: as torch's; then, and with the two last options, torch's own function runs.
-        norm_type: as torch's.
-        scale_grad_by_freq: as torch's.
-        sparse: as torch's.
+        padding_idx: row without a gradient.
+        max_norm: as in torch; with this and the last two options, torch's own function runs.
+        norm_type: as in torch.
+        scale_grad_by_freq: as in torch.
+        sparse: as in torch.
 
     Returns:
         Rows of the weight, [..., ...].
@@ -51,7 +51,7 @@ def embedding(
 
 
 def separate_use(weight: torch.Tensor) -> torch.Tensor:
-    """Return a view of a parameter whose gradient is handed over apart from those of its other uses.
+    """Return a view of a parameter whose gradient is delivered separately from those of its other uses.
 
     Args:
         weight: any tensor; returned itself if it has no sink.
@@ -92,12 +92,12 @@ class _Embedding(torch.autograd.Function):
 
 
 def _sum_rows(gradient: torch.Tensor, token_ids: torch.Tensor, padding_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum an embedding's gradient by row, in the order in which torch does it for the dense one.
+    """Sum an embedding's gradient by row, in torch's order for the dense gradient.
 
     Args:
-        gradient: of the looked up rows, [..., hidden_size].
+        gradient: gradient of the looked up rows, [..., hidden_size].
         token_ids: the rows, int [...].
-        padding_idx: row to leave out; negative: none.
+        padding_idx: row to leave out; negative for none.
 
     Returns:
         Rows, sorted int64 [num_rows], and their gradients, [num_rows, hidden_size].

@@ -1,4 +1,4 @@
-"""Functions that use parameters whose gradients need not go through autograd; see [Note: Gradients past autograd]."""
+"""Functions with parameters whose gradients may bypass autograd; see [Note: Gradients past autograd]."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ __all__ = ["CountingSink", "SharedUses"]
 
 
 class CountingSink(Protocol):
-    """A sink that knows which uses of its parameter have been announced."""
+    """A sink that counts the announced uses of its parameter."""
 
     num_announced: int
     has_other_uses: bool
-    """Whether some use was not announced, so that autograd must add up the gradients of all."""
+    """Whether a use was not announced, so that autograd must sum the gradients of all."""
 
 
 class SharedUses:
-    """The parameters of one model that have several names or serve as embeddings, and how functions use them."""
+    """The parameters of one model that have several names or serve as embeddings, and the calls that use them."""
 
     def __init__(self) -> None:
         self.sinks: dict[int, CountingSink] = {}
-        """By id of the parameter."""
+        """Sinks by id of the parameter."""
         self.is_model_trained = False
-        """Whether the forward that is running began with gradients."""
+        """Whether the running forward began with gradients enabled."""
 
     def call(self, func: Callable[..., Any], args: Any, kwargs: Any, params: Sequence[torch.Tensor]) -> Any:
-        """Call a function; embeddings, and linear layers that share a parameter, as in gemini.autograd.parameter_uses.
+        """Call a function; embeddings, and linear layers with a shared parameter, as in gemini.autograd.parameter_uses.
 
-        Without gradients no use is announced: there a reentrant checkpoint may be running, whose backward is a pass of
-        its own.
+        Without gradients no use is announced, because a reentrant checkpoint may be running, whose backward is a
+        separate pass.
 
         Args:
-            func: any of torch's.
-            args: of the function.
-            kwargs: of the function.
+            func: any torch function.
+            args: positional arguments of the function.
+            kwargs: keyword arguments of the function.
             params: the parameters among the arguments.
 
         Returns:
-            What the function does.
+            The function's result.
         """
         if func is F.embedding:
             for param in params:

@@ -1,10 +1,10 @@
-"""Refuses what runs a model to record or transform it: tracers, exporters and function transforms.
+"""Refuses code that runs a model to record or transform it: tracers, exporters and function transforms.
 
 [Note: Tracers]
-A recording of an engine would hold weights at the addresses they had for a moment, and the hooks that fetch them are in
-none. Function transforms do not support hooks on saved tensors, by which backward finds weights that have moved. So
-they are refused where the engine's hooks begin, whatever placement would have let through; within a model's forward
-(attention masks are made with vmap) they are the model's own affair.
+A recording of an engine would contain weights at the addresses that they had for a moment, but not the hooks that fetch
+them. Function transforms do not support hooks on saved tensors, which backward needs to find weights that have moved.
+So both are refused where the engine's hooks begin, for any placement. Within a model's forward (attention masks are
+made with vmap) the model may use them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def is_transforming() -> bool:
 
 @contextmanager
 def outside_transforms() -> Iterator[None]:
-    """Let code run, while the context is open, as if no transform of torch.func were running."""
+    """Let code run, while the context is open, as if no transform of torch.func were active."""
     message = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
     with temporarily_clear_interpreter_stack():
         torch._C._autograd._saved_tensors_hooks_enable()
@@ -47,7 +47,7 @@ def outside_transforms() -> Iterator[None]:
 
 
 def check_untraced() -> None:
-    """Raise ModelError if the call that is beginning is recorded or transformed rather than run."""
+    """Raise ModelError if the call that begins is recorded or transformed rather than run."""
     if is_transforming():
         raise ModelError(
             "torch.func (grad, vmap, jvp, jacrev, vjp, functionalize) over a GeminiDDP: transforms do not work with "
@@ -63,7 +63,7 @@ def check_untraced() -> None:
 
 
 def refuse_scripting(module: Any) -> NoReturn:
-    """Raise ModelError; torch.jit.script calls this of whatever it is given and of what that holds."""
+    """Raise ModelError; torch.jit.script calls this on the objects it is given and on their members."""
     raise _refusal("torch.jit.script", "script")
 
 

@@ -1,4 +1,4 @@
-"""Runs torch's functions that are given managed parameters, or views of them; see [Note: Managed parameters]."""
+"""Runs torch functions that are given managed parameters, or views of them; see [Note: Managed parameters]."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = ["run_function"]
 
 
 def run_function(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Run a function of torch's that was given a managed parameter, or a view of one."""
+    """Run a torch function that was given a managed parameter, or a view of one."""
     kind = kind_of(func)
     if reshapes_in_place(func):
         _check_reshaping(func, args, kwargs)
@@ -51,7 +51,7 @@ def run_function(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 
 def _check_reshaping(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Refuse to change in place what is no value; a parameter's own requires_grad is compared before each forward."""
+    """Refuse in-place changes except of values; a parameter's own requires_grad is compared before each forward."""
     tensor = args[0]
     weight = weight_of(tensor)
     is_flag = func.__name__ == "requires_grad_"
@@ -67,7 +67,7 @@ def _check_reshaping(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 def _with_edges(value: Any) -> Any:
-    """Name the places of managed parameters in the graph in their stead; asking for gradients reads no values."""
+    """Replace managed parameters by their places in the graph; asking for gradients reads no values."""
     if isinstance(value, Mapping):
         return {key: _with_edges(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -113,7 +113,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 def _run_transformed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Run a function within a transform of torch.func, on copies of the weights made outside of it; refuse writes."""
+    """Run a function within a transform of torch.func on copies of the weights made outside it; refuse writes."""
     for _, weight in _tensors_of(written_arguments(func, args, kwargs)):
         raise refuse(
             weight, "written in place within a transform of torch.func", "return the values and write them outside"
@@ -127,7 +127,7 @@ def _run_transformed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 def _keep_precision(target: Any, source: Any) -> None:
-    """Let a weight's master keep what values that were copied into all of it have beyond the weight's own dtype."""
+    """Let a weight's master keep the precision of copied values beyond the weight's own dtype."""
     weight = weight_of(target)
     if weight is None or not isinstance(source, torch.Tensor) or not source.is_floating_point():
         return
@@ -177,7 +177,7 @@ def _needs_own_memory(tensor: torch.Tensor, opened: Collection[OpenWeight]) -> b
 
 
 def _is_in_graph(tensor: torch.Tensor) -> bool:
-    """Return whether gradients come to a tensor; without gradients, views of a weight say so and get none."""
+    """Return whether a tensor gets gradients; without them, views of a weight have none."""
     return tensor.requires_grad and torch.is_grad_enabled()
 
 
@@ -190,7 +190,7 @@ def _shares_memory(tensor: torch.Tensor, values: torch.Tensor) -> bool:
 
 
 def _run_one_by_one(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Run one of torch's functions over lists element by element, so that one weight is in memory at a time."""
+    """Run a torch function with lists element by element, so that one weight at a time is in memory."""
     lists = [value for value in (*args, *kwargs.values()) if isinstance(value, (list, tuple))]
     count = max((len(each) for each in lists), default=0)
     results = []
@@ -206,7 +206,7 @@ def _run_one_by_one(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
 
 def _tensors_of(values: Any) -> Iterator[tuple[torch.Tensor, Weight]]:
-    """Yield the managed parameters, and views of them, among arguments; lists and tuples are looked into."""
+    """Yield the managed parameters, and views of them, among arguments; lists and tuples are searched."""
     for value in values:
         if isinstance(value, (list, tuple)):
             yield from _tensors_of(value)
@@ -228,7 +228,7 @@ def _geometry_of(view: torch.Tensor, values: torch.Tensor) -> Geometry:
 
 
 def _resolve(tensor: torch.Tensor, opened: OpenWeight) -> torch.Tensor:
-    """Return a tensor that shows, in an opened weight's memory, what a parameter or a view of it stands for."""
+    """Return a tensor that shows a parameter, or a view of it, in an opened weight's memory."""
     if isinstance(tensor, WeightAlias):
         return _view(tensor._geometry, opened.values)
     return tensor
@@ -269,7 +269,7 @@ def _hand_out(
 
 
 def _graph_view(view: torch.Tensor, weight: Weight, stamp: object) -> GraphView:
-    view.__class__ = GraphView  # as_subclass would put a node between the view and what it is a view of
+    view.__class__ = GraphView  # as_subclass would put a node between the view and its base
     seen: GraphView = view  # type: ignore[assignment]
     seen.__dict__[WEIGHT_ATTRIBUTE] = weight
     seen._stamp = stamp
@@ -277,7 +277,7 @@ def _graph_view(view: torch.Tensor, weight: Weight, stamp: object) -> GraphView:
 
 
 def _look_at(kind: FunctionKind, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Answer what is asked of a parameter, or a view of one, beyond its values."""
+    """Answer requests to a parameter, or a view of one, that do not concern its values."""
     tensor = args[0] if args else None
     weight = weight_of(tensor)
     if weight is None:  # another argument is the managed one
@@ -333,7 +333,7 @@ def _data_of(tensor: torch.Tensor, weight: Weight) -> torch.Tensor:
 
 
 def _address(tensor: torch.Tensor, weight: Weight, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Hand memory out: the weight's own while its module runs, else a copy that lives as long as what it is for."""
+    """Hand out memory: the weight's own while its module runs, else a copy that lives as long as its user."""
     is_array = func.__name__ in ("numpy", "__array__", "__dlpack__")
     if weight.is_held and tensor is weight.param and not is_array:
         with torch._C.DisableTorchFunctionSubclass():
@@ -343,8 +343,8 @@ def _address(tensor: torch.Tensor, weight: Weight, func: Any, args: tuple[Any, .
     with torch._C.DisableTorchFunctionSubclass():
         memory = _view(tensor._geometry, pinned) if isinstance(tensor, WeightAlias) else pinned
         if is_array and tensor.requires_grad:
-            memory = memory.clone().requires_grad_()  # torch refuses, and says what to do
+            memory = memory.clone().requires_grad_()  # torch refuses and says what to do
         found = func(memory, *args[1:], **kwargs)
         if is_array and hasattr(found, "flags"):
-            found.flags.writeable = False  # what is written here would not reach the weight
+            found.flags.writeable = False  # a write here would not reach the weight
         return found

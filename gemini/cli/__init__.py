@@ -1,3 +1,3 @@
-"""What `python -m gemini` can do, a module for each command; `gemini.__main__` lists them."""
+"""The commands of `python -m gemini`, one module each; `gemini.__main__` lists them."""
 
 __all__: list[str] = []

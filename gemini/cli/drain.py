@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Order it, and wait for the service's end."""
+    """Order it, and wait until the service ends."""
 
     def act(visitor: Visitor) -> None:
         visitor.drain(timeout_s=arguments.timeout)

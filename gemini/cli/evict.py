@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Free what is kept of the job, and ask its processes to end."""
+    """Free the job's kept state, and ask its processes to end."""
 
     def act(visitor: Visitor) -> None:
         visitor.evict(arguments.job, user=arguments.user, timeout_s=arguments.timeout)

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the file; an existing one stays as it is."""
+    """Write the file; an existing one is left unchanged."""
     known = {
         "model": {"path": arguments.model},
         "data": {"files": arguments.data},

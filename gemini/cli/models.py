@@ -1,4 +1,4 @@
-"""Models by name: shapes known here, transformers' config.json, or a function of the user's. Nothing is downloaded."""
+"""Models by name: known shapes, transformers' config.json, or a user's function. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -69,15 +69,15 @@ def load_model(name: str, *, sequence_length: int = 1, has_checkpoints: bool = F
     """Build a model on the meta device, in training mode.
 
     Args:
-        name: as `describe_model_names` says.
-        sequence_length: tokens of each sequence it will be given.
+        name: a name that `describe_model_names` describes.
+        sequence_length: number of tokens of each sequence.
         has_checkpoints: whether blocks recompute their activations in backward.
 
     Returns:
         The model.
 
     Raises:
-        ConfigError: there is no such model, it has too few positions, or no activation checkpointing.
+        ConfigError: the model does not exist, has too few positions, or has no activation checkpointing.
     """
     path = Path(name)
     if name not in SHAPES and ":" in name:
@@ -87,7 +87,7 @@ def load_model(name: str, *, sequence_length: int = 1, has_checkpoints: bool = F
     else:
         raise ConfigError(f"model {name!r}: expected {describe_model_names()}")
     if has_checkpoints:
-        # The second name is the one before transformers 5.
+        # The second name is used before transformers 5.
         enable = getattr(model, "activation_checkpointing_enable", None)
         enable = enable or getattr(model, "gradient_checkpointing_enable", None)
         if enable is None:
@@ -108,7 +108,7 @@ def _from_transformers(name: str, sequence_length: int) -> Any:
             config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
         with torch.device("meta"):
             model: Any = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    except Exception as error:  # of many types: a configuration may hold anything
+    except Exception as error:  # errors of many types, because a configuration may hold anything
         first = str(error).strip().partition("\n")[0]
         raise ConfigError(f"model {name!r}: not a causal language model of transformers: {first}") from error
     if getattr(config, "quantization_config", None) is not None:
@@ -118,7 +118,7 @@ def _from_transformers(name: str, sequence_length: int) -> Any:
     if name not in SHAPES:
         check_positions(config, sequence_length, name="--seq")
     model.config.use_cache = False
-    model.loss_type = model.loss_type or "ForCausalLM"  # None where the class's name does not tell; it would warn
+    model.loss_type = model.loss_type or "ForCausalLM"  # None, with a warning, if the class's name does not tell
     return model
 
 
@@ -127,7 +127,7 @@ def _call_function(name: str) -> torch.nn.Module:
     sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # of any type: the module's own
+    except Exception as error:  # errors of any type from the module itself
         raise ConfigError(
             f"model {name!r}: {_told(error)}; expected {_FUNCTION_FORM} as Python imports them"
         ) from error
@@ -142,16 +142,16 @@ def _call_function(name: str) -> torch.nn.Module:
 
 @contextmanager
 def naming_model(name: str) -> Iterator[None]:
-    """Let what a user's code raises inside become a ConfigError that says what, and where.
+    """Turn errors of a user's code in the context into a ConfigError that says what failed, and where.
 
     Args:
-        name: of the model.
+        name: name of the model.
 
     Yields:
         Nothing.
 
     Raises:
-        ConfigError: the code raised anything but an error of this package.
+        ConfigError: the code raised an error that is not this package's.
     """
     try:
         yield
@@ -167,23 +167,23 @@ def _told(error: Exception) -> str:
 
 
 def slice_loss(model: torch.nn.Module, num_tokens: int, *, has_device: bool) -> None:
-    """Let a model compute its loss in slices as long as they will be on the device that is planned for.
+    """Let a model compute its loss in slices, sized for the device that is planned for.
 
     Args:
         model: a causal language model of transformers.
-        num_tokens: of a batch.
-        has_device: whether it runs on a device.
+        num_tokens: number of tokens in a batch.
+        has_device: whether the model runs on a device.
     """
     device = torch.device("cuda" if has_device else "cpu")
     use_sliced_loss(model, slice_size=default_slice_size(device, num_tokens))
 
 
 def causal_lm_loss(num_sequences: int, sequence_length: int) -> LossFn:
-    """Return what gives a causal language model a batch and takes its loss.
+    """Return a function that gives a batch to a causal language model and returns its loss.
 
     Args:
-        num_sequences: of the batch.
-        sequence_length: tokens of each.
+        num_sequences: number of sequences in the batch.
+        sequence_length: number of tokens in each.
 
     Returns:
         The function.

@@ -1,4 +1,4 @@
-"""`python -m gemini plan MODEL`: what training would take on this machine or another, without allocating the model."""
+"""`python -m gemini plan MODEL`: what training needs on this or another machine, without allocating the model."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ __all__ = ["add_arguments", "run"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
 VARIABLES = ("model", "device-memory", "host-memory", "disk")
-"""What --what-if may vary."""
+"""Quantities that --what-if may vary."""
 SAVINGS = {
     "checkpoint_activations": "recompute activations in backward (--checkpoint-activations)",
     "sliced_loss": "compute the loss in slices (--sliced-loss)",
 }
-"""What takes less compute memory, by option."""
+"""Settings that reduce compute memory, by option."""
 FILE_WIDTH = 160
-"""Columns of tables that are not printed to a terminal."""
+"""Width in columns of tables that are not printed to a terminal."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,12 +52,12 @@ class Case:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """A plan, or why there is none."""
+    """A plan, or the reason why there is none."""
 
     case: Case
     plan: TrainingPlan | None
     why_no_time: str | None = None
-    """Why the plan, if there is one, has no prediction; None: it has one."""
+    """Reason why the plan has no prediction; None if it has one, or if there is no plan."""
     shortage: str | None = None
     remedies: tuple[str, ...] = ()
 
@@ -92,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Plan one case or a table of them; the exit code says whether all fit."""
+    """Plan one case or a table of cases; the exit code says whether all fit."""
     if arguments.endurance is not None and not _names_disk(arguments):
         raise ConfigError("--endurance: expected --disk with it: only what is on a drive wears it")
     if arguments.tokens < 1 or arguments.seq < 1 or arguments.tokens % arguments.seq:
@@ -122,17 +122,17 @@ def _names_disk(arguments: argparse.Namespace) -> bool:
 
 
 def make_cases(arguments: argparse.Namespace, machine: MachineDescription) -> list[Case]:
-    """Return every combination that is asked for, in the order of the options.
+    """Return every requested combination, in the order of the options.
 
     Args:
-        arguments: of the command line.
-        machine: whose memory counts where none is given.
+        arguments: the command line's arguments.
+        machine: the machine whose memory is the default.
 
     Returns:
         At least one case.
 
     Raises:
-        ConfigError: an amount cannot be read, or something is to be varied that cannot be.
+        ConfigError: an amount is malformed, or a quantity cannot be varied.
     """
     names: dict[str, list[str | None]] = {
         "model": [arguments.model],
@@ -168,15 +168,15 @@ def _amount(text: str, name: str) -> int | None:
 
 
 def plan_cases(cases: list[Case], arguments: argparse.Namespace, profile: HardwareProfile | None) -> list[Outcome]:
-    """Plan cases; each model is rehearsed once for machines with and once for those without a device.
+    """Plan cases; each model is rehearsed once for machines with a device and once for those without.
 
     Args:
         cases: models and machines.
-        arguments: what all have in common.
+        arguments: the arguments that all cases share.
         profile: rates; None: times are not predicted.
 
     Returns:
-        An outcome for each case.
+        One outcome per case.
     """
     rehearsed: dict[tuple[str, bool], tuple[torch.nn.Module, Rehearsal]] = {}
     outcomes = []
@@ -199,15 +199,15 @@ def plan_cases(cases: list[Case], arguments: argparse.Namespace, profile: Hardwa
 
 
 def find_savings(case: Case, config: GeminiConfig, arguments: argparse.Namespace) -> list[str]:
-    """Find ways to need less compute memory with which a case that does not fit would; each has been rehearsed.
+    """Find ways to reduce compute memory so that a case that does not fit would fit; each way has been rehearsed.
 
     Args:
         case: a model and a machine.
-        config: as it was planned.
-        arguments: of the command line.
+        config: the configuration that was planned.
+        arguments: the command line's arguments.
 
     Returns:
-        In words: each way that is enough by itself; if none is, both together if those are.
+        A text: each way that is enough alone; if none is, both together if they are enough.
     """
     unused = [name for name in SAVINGS if not getattr(arguments, name)]
 
@@ -227,7 +227,7 @@ def find_savings(case: Case, config: GeminiConfig, arguments: argparse.Namespace
 
 
 def _plan_case(case: Case, plan: Callable[..., TrainingPlan], profile: HardwareProfile | None) -> Outcome:
-    """Plan a case, without times if its rates are not known: those of a device one plans to rent, say."""
+    """Plan a case, without times if its rates are not known, for example those of a device to be rented."""
     if profile is None:
         reason = "no profile of this machine; measure one with python -m gemini bench"
         return Outcome(case=case, plan=plan(), why_no_time=reason)
@@ -261,7 +261,7 @@ def _rehearse(case: Case, config: GeminiConfig, arguments: argparse.Namespace) -
 
 
 def to_document(outcome: Outcome) -> dict[str, Any]:
-    """Return an outcome as JSON has it; bytes and seconds, null where something is not known."""
+    """Return an outcome as JSON data; bytes and seconds, null where a value is not known."""
     plan = outcome.plan
     document: dict[str, Any] = {
         "model": outcome.case.model,
@@ -299,11 +299,11 @@ def _changed_fields(config: GeminiConfig) -> dict[str, Any]:
 
 
 def show_outcome(outcome: Outcome, console: Console) -> None:
-    """Print one outcome for people.
+    """Print one outcome for users.
 
     Args:
-        outcome: what was found.
-        console: where to.
+        outcome: the outcome.
+        console: the console.
     """
     plan = outcome.plan
     if plan is None:
@@ -345,7 +345,7 @@ def memory_table(plan: TrainingPlan, memory: MachineMemory) -> Table:
 
 
 def time_table(plan: TrainingPlan) -> Table:
-    """Return where the time of a step goes; the plan has a prediction."""
+    """Return how a step's time is divided; the plan must have a prediction."""
     prediction = plan.prediction
     assert prediction is not None
     table = Table(title="Predicted step")

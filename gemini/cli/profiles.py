@@ -1,4 +1,4 @@
-"""Where the profiles of this user's machines are kept between runs: one file for each machine."""
+"""The directory of this user's machine profiles: one file per machine."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def cache_path(machine: MachineDescription, directory: Path | None = None) -> Pa
     """Return the file of a machine's profile.
 
     Args:
-        machine: whose; its disk does not count, so that the newest measurement is found whatever disk it was of.
-        directory: of all profiles; None: the user's own.
+        machine: the machine. Its disk does not count, so that the latest measurement is found, whatever disk it was of.
+        directory: directory of all profiles; None: the user's own.
 
     Returns:
-        The path; there need not be such a file.
+        The path; the file need not exist.
     """
     parts = (platform.node(), machine.processor, machine.num_cpus, machine.memory_nbytes, machine.device)
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
@@ -30,13 +30,13 @@ def cache_path(machine: MachineDescription, directory: Path | None = None) -> Pa
 
 
 def cached_profile(directory: Path | None = None) -> HardwareProfile | None:
-    """Return what was last measured on this machine.
+    """Return the latest measurement of this machine.
 
     Args:
         directory: as for `cache_path`.
 
     Returns:
-        The profile; None if there is none, or it is of another version.
+        The profile; None if there is none, or if it has another version.
     """
     path = cache_path(describe_machine(), directory)
     try:

@@ -1,4 +1,4 @@
-"""`python -m gemini ps`: which jobs hold what of a service's memory."""
+"""`python -m gemini ps`: what each job holds of a service's memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["add_arguments", "run"]
 
 
 PIPE_COLUMNS = 160
-"""Of what no terminal shows."""
+"""Width in columns of output that is not printed to a terminal."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Ask and show."""
+    """Ask the service and show the answer."""
 
     def act(visitor: Visitor) -> None:
         state = visitor.state()
@@ -61,7 +61,7 @@ def tier_table(state: NodeState) -> Table:
 
 
 def free(tier: TierState) -> str:
-    """Return what nobody has of a tier; unused shared chunks count as taken."""
+    """Return the free bytes of a tier; unused shared chunks count as taken."""
     left = tier.total - tier.leased - tier.kept - tier.shared - tier.warm
     return format_nbytes(left) if left >= 0 else f"-{format_nbytes(-left)}: grants wait"
 
@@ -107,7 +107,7 @@ def user_name(user: int) -> str:
 
 
 def format_age(seconds: float) -> str:
-    """Write a time span with one unit, or two."""
+    """Format a time span with one or two units."""
     whole = int(seconds)
     if whole < 120:
         return f"{whole} s"

@@ -1,4 +1,4 @@
-"""`python -m gemini report RUN`: what a recording shows, as a page, a trace, JSON or in the terminal."""
+"""`python -m gemini report RUN`: the content of a recording, as a page, a trace, JSON or in the terminal."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write and show what was asked for.
+    """Write and show what the arguments ask for.
 
     Args:
-        arguments: of `add_arguments`.
+        arguments: arguments from `add_arguments`.
 
     Returns:
         0.
 
     Raises:
-        RecordingError: there is no such recording, or it cannot be drawn.
+        RecordingError: the recording does not exist or cannot be drawn.
         OffloadIOError: a file cannot be written.
     """
     console = Console(highlight=False)

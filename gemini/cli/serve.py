@@ -27,7 +27,7 @@ __all__ = ["add_arguments", "run"]
 logger = logging.getLogger(__name__)
 
 MAX_LOG_RECORDS = 1000
-"""That wait to be written."""
+"""Maximum number of log records that wait to be written."""
 
 EPILOG = """\
 Jobs use it with GeminiConfig(service="unix:PATH"). SIGTERM lets no new job in, waits for --drain-timeout and leaves
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     service_logger.addHandler(_DroppingHandler(records))
     service_logger.setLevel(logging.INFO)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # three descriptors a client, one a chunk
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # three descriptors per client, one per chunk
     listener.start()
     try:
         asyncio.run(_serve(arguments))
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class _DroppingHandler(logging.handlers.QueueHandler):
-    """Hands records to the thread that writes them; if nobody reads what it writes, the service still does not wait."""
+    """Passes records to the thread that writes them, so that the service does not wait if nothing reads its output."""
 
     def enqueue(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(queue.Full):
@@ -93,7 +93,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
     service = NodeService(options)
     if arguments.http is None:
         return await service.run()
-    from gemini.service.http import HttpServer  # aiohttp takes memory that nobody else needs to spend
+    from gemini.service.http import HttpServer  # aiohttp takes memory that only this option needs
 
     endurance = parse_nbytes(arguments.endurance, name="--endurance") if arguments.endurance is not None else None
     async with HttpServer(service, arguments.http, endurance_nbytes=endurance):
@@ -101,7 +101,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
 
 
 def warn_of_excess(options: ServiceOptions) -> None:
-    """Warn if there is more to grant than the machine has."""
+    """Warn if the budgets exceed what the machine has."""
     granted = [("--host-budget", options.budget.host, psutil.virtual_memory().total, "memory in this machine")]
     if options.disk_directory is not None and options.disk_directory.is_dir():
         total = shutil.disk_usage(options.disk_directory).total
@@ -112,10 +112,10 @@ def warn_of_excess(options: ServiceOptions) -> None:
 
 
 def options_of(arguments: argparse.Namespace) -> ServiceOptions:
-    """Return what the command line says.
+    """Return the options that the command line gives.
 
     Args:
-        arguments: of `add_arguments`.
+        arguments: arguments from `add_arguments`.
 
     Returns:
         The options.
@@ -145,13 +145,13 @@ def group_id(name: str) -> int:
     """Return a group's number.
 
     Args:
-        name: of the group.
+        name: name of the group.
 
     Returns:
-        Its id.
+        The group's id.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the group does not exist.
     """
     try:
         return grp.getgrnam(name).gr_gid

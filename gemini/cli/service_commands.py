@@ -1,4 +1,4 @@
-"""What the commands that speak to a running service have in common."""
+"""Code that the commands for a running service share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXIT_NO_SERVICE = 3
 
 
 def add_socket_argument(parser: argparse.ArgumentParser) -> None:
-    """Declare where the service is."""
+    """Declare the option for the service's socket."""
     parser.add_argument(
         "--socket", type=Path, default=default_socket_path(), metavar="PATH", help="the service's (%(default)s)"
     )
@@ -25,7 +25,7 @@ def add_socket_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def visit(socket_path: Path, act: Callable[[Visitor], None]) -> int:
-    """Do something with a service; return the exit code."""
+    """Run an action with a service; return the exit code."""
     try:
         with Visitor(socket_path) as visitor:
             act(visitor)

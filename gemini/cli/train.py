@@ -15,7 +15,7 @@ from gemini.recipe.settings_file import read_settings
 __all__ = ["add_arguments", "run"]
 
 SERVICE_VARIABLE = "GEMINI_SERVICE"
-"""Of the environment: address of the memory service for files that name none."""
+"""Environment variable with the address of the memory service for files that name none."""
 
 EPILOG = """\
 `python -m gemini init FILE` writes such a file, with every setting explained. Ctrl-C and SIGTERM end the run after its
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train; say where the result is."""
+    """Train, and print where the result is."""
     console = Console(highlight=False)
     settings = read_settings(arguments.file)
     if settings.memory.service is None and SERVICE_VARIABLE in os.environ:

@@ -1,3 +1,3 @@
-"""Files that are whole or not there."""
+"""Files that are either complete or absent."""
 
 __all__: list[str] = []

@@ -1,8 +1,8 @@
-"""Writes a file of known length past the page cache, any run of bytes at a time, while the caller goes on.
+"""Writes a file of known length past the page cache, any run of bytes at a time, asynchronously.
 
-Through the page cache a large file costs a copy more and, on some machines, most of the drive's speed; and it drives
-out of memory what others have there. Whole blocks are copied to aligned buffers and written from these; what is left
-over at the ends of a run goes through the page cache, a page at most.
+Through the page cache, a large file costs one more copy and, on some machines, most of the drive's speed; and it
+displaces other programs' pages. Whole blocks are copied to aligned buffers and written from these. The rest at the ends
+of a run, at most a page each, goes through the page cache.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from gemini.tiers import IO_ALIGNMENT_NBYTES, round_up
 __all__ = ["BLOCK_NBYTES", "BlockWriter", "cut_at_blocks"]
 
 BLOCK_NBYTES = 4 << 20
-"""Bytes of one write at most."""
+"""Maximum bytes of one write."""
 NUM_BUFFERS = 4
 MAX_FRAGMENTS = 64
-"""Writes through the page cache under way at most."""
+"""Maximum number of running writes through the page cache."""
 
 
 def cut_at_blocks(offset: int, nbytes: int) -> Iterator[slice]:
     """Cut a run of bytes so that all parts but the first and the last can bypass the page cache.
 
     Args:
-        offset: of the run in its file.
-        nbytes: its length.
+        offset: offset of the run in its file.
+        nbytes: length of the run.
 
     Yields:
         Parts, in order, counted from the start of the run: at most `BLOCK_NBYTES` long.
@@ -55,11 +55,11 @@ class BlockWriter:
     """Writes one new file.
 
     Args:
-        path: must not exist.
-        nbytes: of the whole file; reserved, where the file system can.
+        path: path of the file; must not exist.
+        nbytes: length of the file; reserved, if the file system supports that.
 
     Raises:
-        OffloadIOError: it cannot be created, or there is no room.
+        OffloadIOError: the file cannot be created, or there is no room.
     """
 
     def __init__(self, path: Path, nbytes: int) -> None:
@@ -82,10 +82,10 @@ class BlockWriter:
         self._fragments: deque[IoTicket] = deque()
 
     def write(self, offset: int, data: torch.Tensor) -> None:
-        """Start writing a run of bytes; returns when they have been copied.
+        """Start writing a run of bytes; returns when the bytes have been copied.
 
         Args:
-            offset: in the file.
+            offset: offset in the file.
             data: uint8, 1D, contiguous, on the CPU.
 
         Raises:
@@ -109,7 +109,7 @@ class BlockWriter:
         """Block until everything is on the drive, and close the file.
 
         Raises:
-            OffloadIOError: something could not be written.
+            OffloadIOError: a write failed.
         """
         for ticket in (*self._blocks, *self._fragments):
             ticket.wait()
@@ -117,12 +117,12 @@ class BlockWriter:
         self._engine.close()
 
     def abort(self) -> None:
-        """Close the file as it is; idempotent."""
+        """Close the file in its present state; idempotent."""
         self._engine.close()
 
 
 def _reserve(file: int, nbytes: int) -> None:
-    """Let a full drive show now; where the file system cannot reserve, it shows while writing."""
+    """Reserve the file's space so that a full drive is noticed now; without support it is noticed while writing."""
     try:
         os.posix_fallocate(file, 0, nbytes)
     except OSError as error:

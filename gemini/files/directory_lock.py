@@ -1,4 +1,4 @@
-"""One save at a time into a directory, whoever saves."""
+"""A lock that allows one save at a time into a directory."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 class DirectoryLock:
-    """A lock with flock(2), which ends with the process however it ends.
+    """A lock with flock(2); it ends with the process in any case.
 
     Args:
-        path: the directory; must be there when the lock is taken.
+        path: the directory; must exist when the lock is taken.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,11 +29,11 @@ class DirectoryLock:
 
     @property
     def is_held(self) -> bool:
-        """Whether this lock has been taken and not been released, with or without the file system's help."""
+        """Whether this lock is held, with or without the file system's support."""
         return self._descriptor is not None
 
     def acquire(self) -> None:
-        """Take the lock; where a file system knows none, it is taken without.
+        """Take the lock; on a file system without locks it counts as taken.
 
         Raises:
             OffloadIOError: the directory cannot be opened, or another save holds its lock.
@@ -46,14 +46,14 @@ class DirectoryLock:
             os.close(descriptor)
             hint = "another process is saving into it: give each run a directory of its own"
             raise OffloadIOError("lock", str(self._path), errno.EBUSY, hint=hint) from error
-        except OSError as error:  # NFS locks no directories, some file systems nothing
+        except OSError as error:  # NFS cannot lock directories, some file systems nothing
             logger.info("%s is not locked while something is saved there: %s", self._path, error)
         self._descriptor = descriptor
 
     def release(self) -> None:
-        """Let others save; idempotent."""
+        """Release the lock; idempotent."""
         if self._descriptor is not None:
-            with suppress(OSError):  # of file systems without locks
-                fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # a fork's child keeps a descriptor of the same lock
+            with suppress(OSError):  # file systems without locks
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # a forked child keeps a descriptor of the same lock
             os.close(self._descriptor)
             self._descriptor = None

@@ -1,8 +1,9 @@
 """Safetensors files, written and read a run of elements at a time.
 
-The safetensors library writes a file from tensors that are all in memory, and reads through a mapping, where a failing
-drive or a file cut short kills the process. Here a file is announced first and filled piece by piece, and every read
-checks what it got. The library opens these files as its own.
+The safetensors library is not used here, and only the tests need it. It writes a file from tensors that are all in
+memory, and it reads through a mapping, so a failing drive or a truncated file kills the process. The writer here
+declares all tensors first, fills them piece by piece and keeps a CRC-32 of each one. The reader checks the header and
+every read, and reports damage as CheckpointError. The library can open these files.
 
 Source of the format: https://huggingface.co/docs/safetensors (8 bytes of header length, little-endian; a JSON header;
 the tensors' bytes, without gaps).
@@ -50,10 +51,10 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_NBYTES = 100_000_000
-"""The library refuses longer ones."""
+"""Maximum length of a header; the library refuses longer ones."""
 _MAX_NUM_DIMS = 64
 _MAX_NBYTES = 2**63 - 1
-"""As in torch."""
+"""Maximum number of bytes of a tensor, as in torch."""
 _METADATA = "__metadata__"
 
 
@@ -90,13 +91,13 @@ class SafetensorsWriter:
     """Writes one file, each tensor from its start to its end, the tensors in any order.
 
     Args:
-        path: created; must not exist.
+        path: path of the file, which is created; must not exist.
         tensors: dtype and shape of every tensor, by name.
-        metadata: texts by name, for the header.
+        metadata: texts by name for the header.
 
     Raises:
         OffloadIOError: the file cannot be created or written.
-        CheckpointError: a dtype has no name in the format, or a tensor one that it cannot have.
+        CheckpointError: a dtype has no name in the format, or a tensor's name is not allowed.
     """
 
     def __init__(
@@ -122,9 +123,9 @@ class SafetensorsWriter:
         text += b" " * (-len(text) % 8)
         base = 8 + len(text)
         self.nbytes = base + offset
-        """Bytes of the file."""
+        """Length of the file in bytes."""
         self.checksums = dict.fromkeys(tensors, 0)
-        """CRC-32 of what has been written of each tensor."""
+        """CRC-32 of the written part of each tensor."""
         self._entries = {
             name: TensorEntry(dtype, shape, base + header[name]["data_offsets"][0])
             for name, (dtype, shape) in tensors.items()
@@ -141,8 +142,8 @@ class SafetensorsWriter:
         """Write the next elements of a tensor.
 
         Args:
-            name: of the tensor.
-            values: contiguous, on the CPU, of the tensor's dtype.
+            name: name of the tensor.
+            values: contiguous, on the CPU, with the tensor's dtype.
         """
         entry = self._entries[name]
         done = self._num_written[name]
@@ -159,7 +160,7 @@ class SafetensorsWriter:
         self._file.finish()
 
     def abort(self) -> None:
-        """Close the file as it is; idempotent."""
+        """Close the file in its present state; idempotent."""
         self._file.abort()
 
 
@@ -170,9 +171,9 @@ class SafetensorsReader:
         path: the file.
 
     Raises:
-        OffloadIOError: it cannot be opened or read.
-        CheckpointError: it is not a safetensors file, is shorter or longer than its header says, or has a dtype that is
-            not known here.
+        OffloadIOError: the file cannot be opened or read.
+        CheckpointError: it is not a safetensors file, is shorter or longer than its header says, or has an unknown
+            dtype.
     """
 
     def __init__(self, path: Path) -> None:
@@ -194,16 +195,16 @@ class SafetensorsReader:
 
     @property
     def identity(self) -> tuple[int, int, int, int]:
-        """Which file this is: device, inode, length and time of the last change, in nanoseconds.
+        """Identity of the file: device, inode, length and time of the last change in nanoseconds.
 
-        That is the inode's time of change. `tar`, `cp -p` and `rsync -t` set the time of modification as they like, and
-        the file that replaces a removed one often gets its inode.
+        This is the inode's time of change. `tar`, `cp -p` and `rsync -t` set the time of modification to any value, and
+        a file that replaces a removed one often gets its inode.
         """
         found = os.fstat(self._file)
         return found.st_dev, found.st_ino, found.st_size, found.st_ctime_ns
 
     def _parse(self, text: bytes, base: int) -> dict[str, TensorEntry]:
-        """Return the header's tensors; everything in it may be damaged."""
+        """Return the header's tensors; every part of it may be damaged."""
         try:
             header = json.loads(text)
             header.pop(_METADATA, None)
@@ -240,15 +241,15 @@ class SafetensorsReader:
         """Read consecutive elements of a tensor.
 
         Args:
-            name: of the tensor.
+            name: name of the tensor.
             begin: first element, counted in row-major order.
-            end: one past the last; None: the tensor's last.
+            end: one past the last element; None: the tensor's end.
 
         Returns:
-            1D, on the CPU.
+            The elements, 1D, on the CPU.
 
         Raises:
-            OffloadIOError: they cannot be read.
+            OffloadIOError: the elements cannot be read.
         """
         entry = self.entries[name]
         end = entry.numel if end is None else end

@@ -1,8 +1,8 @@
-"""torch's CPU memory, served by an allocator that keeps the process small.
+"""An allocator for torch's CPU memory that keeps the process small.
 
 Activations, temporaries and gradients of many sizes leave holes in malloc's heap that nothing else fits in, and malloc
-keeps what is freed. `install` gives torch the allocator of torch_allocator.cpp instead, for the whole process. It knows
-nothing of chunks: those live in mappings of their own.
+keeps what is freed. `install` gives torch the allocator of torch_allocator.cpp instead, for the whole process. It does
+not know chunks, which are in separate mappings.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeapStatistics:
-    """What the allocator holds: blocks of at least 256 KiB. Smaller ones are malloc's and are not counted."""
+    """Bytes that the allocator holds in blocks of at least 256 KiB. Smaller blocks are malloc's and are not counted."""
 
     live_nbytes: int
-    """In blocks that tensors hold."""
+    """Bytes in blocks that tensors hold."""
     peak_live_nbytes: int
-    """The most of it at any time."""
+    """Maximum of `live_nbytes` at any time."""
     resident_nbytes: int
-    """In pages that were touched and not given back: live blocks, holes between them and what waits for reuse."""
+    """Bytes in pages that were touched and not returned: live blocks, holes between them, blocks for reuse."""
     peak_resident_nbytes: int
-    """The most of it at any time."""
+    """Maximum of `resident_nbytes` at any time."""
     released_nbytes: int
-    """Given back to the system, all in all."""
+    """Total bytes that were returned to the system."""
     num_live_blocks: int
     num_free_spans: int
 
@@ -53,10 +53,10 @@ def serve_cpu_memory(choice: Literal["auto", "pool", "system"], *, is_compute_on
 
     Args:
         choice: `GeminiConfig.cpu_allocator`.
-        is_compute_on_cpu: whether activations live in main memory.
+        is_compute_on_cpu: whether activations are in main memory.
 
     Raises:
-        ConfigError: "pool" was asked for and cannot be had.
+        ConfigError: "pool" was configured and is not available.
     """
     if choice == "system" or (choice == "auto" and not is_compute_on_cpu):
         return
@@ -71,13 +71,13 @@ def serve_cpu_memory(choice: Literal["auto", "pool", "system"], *, is_compute_on
 
 
 def install() -> None:
-    """Serve torch's CPU memory from the allocator from now on, in this process. Idempotent.
+    """Serve torch's CPU memory from this allocator from now on, in this process. Idempotent.
 
-    What is alive stays valid and is freed by whoever allocated it. The first call after torch or this package was
-    installed compiles the allocator, which takes some seconds. Not to be called while other threads create tensors.
+    Live blocks stay valid, and the allocator that made them frees them. The first call after torch or this package was
+    installed compiles the allocator, which takes some seconds. Must not be called while other threads create tensors.
 
     Raises:
-        HeapUnavailableError: it cannot be compiled or loaded here, or somebody else's allocator is in place; nothing
+        HeapUnavailableError: it cannot be compiled or loaded here, or another library's allocator is installed; nothing
             has changed.
     """
     status = _library().gn_heap_install()
@@ -88,13 +88,13 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Give torch its own allocator back; live blocks stay valid. Idempotent."""
+    """Restore torch's own allocator; live blocks stay valid. Idempotent."""
     if _is_loaded():
         _library().gn_heap_uninstall()
 
 
 def release() -> None:
-    """Give every page that no block uses back to the system."""
+    """Return every unused page to the system."""
     if _is_loaded():
         _library().gn_heap_release()
 
@@ -121,7 +121,7 @@ def _is_loaded() -> bool:
 
 @cache
 def _load() -> ctypes.CDLL | str:
-    """Return the library, or why there is none; a failure is remembered, so that nobody waits for it twice."""
+    """Return the library, or the reason why there is none; a failure is remembered, so that no call repeats it."""
     try:
         return ctypes.CDLL(str(build_allocator(cache_dir())))
     except (HeapUnavailableError, OSError) as error:

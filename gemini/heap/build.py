@@ -1,8 +1,8 @@
-"""Compile the CPU allocator against the torch that is installed, once, and keep it.
+"""Compiles the CPU allocator for the installed torch, once, and keeps the library.
 
-The layout of c10::Allocator, a C++ class, belongs to one build of torch, so a binary in a wheel would fit a single one.
-The source travels with the package instead. What is compiled from it is kept beside torch's own caches, under a name
-that source, compiler arguments and torch's exact build decide: for another torch it is compiled again, never reused.
+The layout of c10::Allocator, a C++ class, depends on the build of torch, so a binary in a wheel would fit only one
+build. The package contains the source instead. The compiled library is kept beside torch's own caches. Its name depends
+on the source, the compiler arguments and torch's exact build, so for another torch it is compiled again.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("torch_allocator.cpp")
 STANDARDS = ("c++17", "c++20")
-"""What to try: the first is what torch's headers ask for, later versions may ask for the second."""
+"""C++ standards to try: torch's headers need the first one, headers of later versions may need the second."""
 COMPILERS = ("c++", "g++", "clang++")
 TIMEOUT_S = 300
 
 
 def cache_dir() -> Path:
-    """Return where compiled allocators are kept: beside torch's hub directory, so TORCH_HOME moves it."""
+    """Return the directory of compiled allocators: beside torch's hub directory, so TORCH_HOME moves it."""
     return Path(torch.hub.get_dir()).with_name("gemini")
 
 
 def build_allocator(directory: Path, *, compiler: str | None = None) -> Path:
-    """Return the compiled allocator for the torch that is running; blocks for some seconds the first time.
+    """Return the compiled allocator for the running torch; blocks for some seconds the first time.
 
-    Processes may build at the same time: each compiles under a name of its own and puts the whole file into place.
+    Processes may build at the same time: each compiles under its own name and then moves the file into place.
 
     Args:
-        directory: where compiled allocators are kept; made if needed.
-        compiler: C++ compiler; None: the first of c++, g++ and clang++ that is found.
+        directory: directory of compiled allocators; made if needed.
+        compiler: C++ compiler; None: the first one found of c++, g++ and clang++.
 
     Returns:
-        The shared library, to be loaded into a process that has imported torch.
+        The shared library, for a process that has imported torch.
 
     Raises:
-        HeapUnavailableError: no Linux, no compiler, no headers, a compiler's error, or nowhere to write.
+        HeapUnavailableError: no Linux, no compiler, no headers, a compiler error, or no writable directory.
     """
     if not sys.platform.startswith("linux"):
         raise HeapUnavailableError(f"it is written for Linux, this is {sys.platform}")
@@ -97,7 +97,7 @@ def _build(command: list[str], library: Path) -> None:
 
 
 def _compile(command: list[str]) -> None:
-    """Run the compiler, for one C++ standard after the other; raise HeapUnavailableError with what it said."""
+    """Run the compiler for each C++ standard in turn; raise HeapUnavailableError with its output if all fail."""
     said = ""
     for standard in STANDARDS:
         try:

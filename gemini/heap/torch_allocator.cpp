@@ -275,7 +275,7 @@ PoolAllocator& pool_allocator() {
 
 #define GN_EXPORT extern "C" __attribute__((visibility("default")))
 
-/// Serve torch's CPU memory from now on; what is alive is freed by whoever allocated it. Idempotent.
+/// Serve torch's CPU memory from now on; live blocks are freed by the allocator that made them. Idempotent.
 /// Not to be called while other threads allocate for the first time. Returns 0; -ENOMEM if no addresses can
 /// be reserved; -EBUSY if someone else's allocator is in place, which is left there.
 GN_EXPORT int gn_heap_install() {

@@ -1,4 +1,4 @@
-"""Other people's training loops over a GeminiDDP, with their code left as it is.
+"""Training loops of other libraries over a GeminiDDP, with their code unchanged.
 
 Each module needs its own library and is imported by name: `gemini.integrations.transformers` (Trainer, and TRL's
 trainers), `.accelerate`, `.lightning`. Importing `gemini` imports none of them.

@@ -1,4 +1,4 @@
-"""Hugging Face accelerate: an Accelerator that leaves to the engine what the engine does itself."""
+"""Hugging Face accelerate: an Accelerator that leaves the engine's tasks to the engine."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ __all__ = ["GeminiAccelerator"]
 
 
 class GeminiAccelerator(accelerate.Accelerator):
-    """An Accelerator for models wrapped in GeminiDDP and trained with HybridAdam; others it treats as ever.
+    """An Accelerator for models wrapped in GeminiDDP and trained with HybridAdam; it treats other models as usual.
 
-    `prepare` takes the engine and its optimizer as they are: nothing is moved, cast or wrapped again.
-    `clip_grad_norm_` clips the gradients where they wait, and `save_state` streams weights and optimizer state into a
-    checkpoint of the engine beside accelerate's own small files. Everything else is accelerate's.
+    `prepare` returns the engine and its optimizer unchanged: nothing is moved, cast or wrapped again. `clip_grad_norm_`
+    clips the gradients where they wait, and `save_state` streams weights and optimizer state into a checkpoint of the
+    engine beside accelerate's own small files. All other methods are accelerate's.
     """
 
     _models: list[Any]
@@ -40,18 +40,18 @@ class GeminiAccelerator(accelerate.Accelerator):
     def prepare_model(
         self, model: torch.nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
     ) -> torch.nn.Module:
-        """Return an engine, or the model inside of one, as it is; prepare any other model.
+        """Return an engine, or the model inside one, unchanged; prepare any other model.
 
         Args:
-            model: what is to be prepared.
-            device_placement: as accelerate's; an engine is never moved.
-            evaluation_mode: as accelerate's.
+            model: the model to prepare.
+            device_placement: as in accelerate; an engine is never moved.
+            evaluation_mode: as in accelerate.
 
         Returns:
             The model.
 
         Raises:
-            ConfigError: the accelerator is to do what the engine does itself.
+            ConfigError: the accelerator is configured to do what the engine does itself.
         """
         if not any(runtime_of(param) is not None for param in model.parameters()):
             prepared: torch.nn.Module = super().prepare_model(model, device_placement, evaluation_mode)
@@ -94,8 +94,8 @@ class GeminiAccelerator(accelerate.Accelerator):
         """Wrap an optimizer; the state of a HybridAdam stays where it is.
 
         Args:
-            optimizer: what is to be prepared.
-            device_placement: as accelerate's; without meaning for a HybridAdam.
+            optimizer: the optimizer to prepare.
+            device_placement: as in accelerate; ignored for a HybridAdam.
 
         Returns:
             The wrapper.
@@ -117,15 +117,15 @@ class GeminiAccelerator(accelerate.Accelerator):
         return super().prepare_optimizer(optimizer, device_placement)
 
     def unwrap_model(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        """Return the user's model: of an engine, what it wraps.
+        """Return the user's model; for an engine, the model that it wraps.
 
         Args:
-            model: wrapped or not.
-            *args: as accelerate's.
-            **kwargs: as accelerate's.
+            model: a model, wrapped or not.
+            *args: as in accelerate.
+            **kwargs: as in accelerate.
 
         Returns:
-            The model, as accelerate's.
+            The model, as in accelerate.
         """
         plain = model.module if isinstance(model, GeminiDDP) else model
         unwrapped: torch.nn.Module = super().unwrap_model(plain, *args, **kwargs)
@@ -137,17 +137,17 @@ class GeminiAccelerator(accelerate.Accelerator):
         """Clip gradients by their global norm.
 
         Args:
-            parameters: all that an engine trains, or none that one does.
-            max_norm: largest norm allowed; infinity measures only.
-            norm_type: 2 for an engine's.
+            parameters: all parameters that an engine trains, or none of them.
+            max_norm: maximum norm; infinity only measures.
+            norm_type: 2 for an engine's parameters.
 
         Returns:
             The norm before clipping, float32 []; NaN if a gradient of an engine is not finite: its next step is
             skipped.
 
         Raises:
-            ConfigError: another norm was asked for, some of an engine's parameters are missing, others than its own
-                are among them, or the engine was never prepared.
+            ConfigError: another norm was requested, some of an engine's parameters are missing or mixed with others, or
+                the engine was never prepared.
         """
         params = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
         engine = self._engine_of(params)
@@ -170,14 +170,14 @@ class GeminiAccelerator(accelerate.Accelerator):
         return engine.clip_grad_norm_(max_norm)
 
     def clip_grad_value_(self, parameters: Iterable[torch.Tensor] | torch.Tensor, clip_value: float) -> None:
-        """Clip each gradient's elements; not for an engine's.
+        """Clip each gradient's elements; not for an engine's parameters.
 
         Args:
-            parameters: none that an engine manages.
-            clip_value: largest magnitude allowed.
+            parameters: parameters that no engine manages.
+            clip_value: maximum magnitude.
 
         Raises:
-            ConfigError: an engine manages one.
+            ConfigError: an engine manages one of them.
         """
         params = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
         if self._engine_of(params) is not None:
@@ -196,15 +196,15 @@ class GeminiAccelerator(accelerate.Accelerator):
     # ---------------------------------------------------------------- checkpoints
 
     def save_state(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Save as accelerate does; of each engine and its optimizer, a checkpoint into `gemini_N`.
+        """Save as accelerate does, with a checkpoint of each engine and its optimizer in `gemini_N`.
 
         Args:
-            output_dir: as accelerate's.
-            *args: as accelerate's.
-            **kwargs: as accelerate's.
+            output_dir: as in accelerate.
+            *args: as in accelerate.
+            **kwargs: as in accelerate.
 
         Returns:
-            As accelerate's.
+            As in accelerate.
         """
 
         def save(models: Any, weights: Any, directory: str) -> None:
@@ -222,9 +222,9 @@ class GeminiAccelerator(accelerate.Accelerator):
         """Load what `save_state` has saved, into engines prepared in the same order.
 
         Args:
-            input_dir: as accelerate's.
-            *args: as accelerate's.
-            **kwargs: as accelerate's.
+            input_dir: as in accelerate.
+            *args: as in accelerate.
+            **kwargs: as in accelerate.
         """
 
         def load(models: Any, directory: str) -> None:
@@ -240,7 +240,7 @@ class GeminiAccelerator(accelerate.Accelerator):
 
     @contextmanager
     def _without_engines(self) -> Iterator[list[GeminiDDP]]:
-        """Hide engines and their optimizers from accelerate, which would gather them whole in memory."""
+        """Hide engines and their optimizers from accelerate, which would gather all of them in memory."""
         models, optimizers = self._models, self._optimizers
         self._models = [model for model in models if not isinstance(model, GeminiDDP)]
         self._optimizers = [each for each in optimizers if not isinstance(each, _PreparedHybridAdam)]
@@ -262,7 +262,7 @@ def _places(engines: list[GeminiDDP], directory: str | os.PathLike[str]) -> Iter
 
 
 class _PreparedHybridAdam(AcceleratedOptimizer):
-    """accelerate's wrapper; tells schedulers of steps that HybridAdam has skipped."""
+    """accelerate's wrapper; reports skipped steps of HybridAdam to schedulers."""
 
     @property
     def step_was_skipped(self) -> bool:

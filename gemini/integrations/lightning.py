@@ -32,14 +32,14 @@ _REST_NAME = "lightning.ckpt"
 class GeminiStrategy(SingleDeviceStrategy):
     """Trains on one device through a GeminiDDP: `Trainer(strategy=GeminiStrategy(config))`.
 
-    `configure_optimizers` returns a HybridAdam over `self.parameters()`, with a scheduler or not. A checkpoint is a
-    directory: the engine's own, streamed, and Lightning's small rest; with weights only it is the usual file.
+    `configure_optimizers` returns a HybridAdam over `self.parameters()`, with or without a scheduler. A checkpoint is a
+    directory: the engine's own, streamed, and Lightning's small rest; with only weights it is the usual file.
 
     Args:
         config: budgets and choices; None: defaults.
 
     Attributes:
-        engine: built when training or evaluation begins; None before. Its `close()` gives memory and disk back.
+        engine: built when training or evaluation begins; None before. Its `close()` frees memory and disk.
     """
 
     strategy_name = "gemini"
@@ -49,11 +49,11 @@ class GeminiStrategy(SingleDeviceStrategy):
         self.engine: GeminiDDP | None = None
         self._precision = _GeminiPrecision(self)
         device = device_of(self._config)
-        super().__init__(device=device if isinstance(device, torch.device) else "cpu")  # what plays a device is memory
+        super().__init__(device=device if isinstance(device, torch.device) else "cpu")  # a simulated one is memory
 
     @property
     def precision_plugin(self) -> Precision:
-        """Lightning's seam for casts and clipping: casts nothing, clips through the engine."""
+        """Lightning's plugin for casts and clipping: casts nothing, clips through the engine."""
         return self._precision
 
     @precision_plugin.setter
@@ -67,13 +67,13 @@ class GeminiStrategy(SingleDeviceStrategy):
     # ---------------------------------------------------------------- preparing
 
     def setup(self, trainer: Any) -> None:
-        """Build the engine and, to train, the optimizer.
+        """Build the engine and, for training, the optimizer.
 
         Args:
-            trainer: Lightning's.
+            trainer: Lightning's trainer.
 
         Raises:
-            ConfigError: the module, or a callback, does what an engine cannot honour.
+            ConfigError: the module or a callback does something that an engine does not support.
         """
         if trainer.training:
             _check_training(trainer)
@@ -92,10 +92,10 @@ class GeminiStrategy(SingleDeviceStrategy):
         """Let the module build its optimizer.
 
         Args:
-            trainer: Lightning's.
+            trainer: Lightning's trainer.
 
         Raises:
-            ConfigError: it is not one HybridAdam.
+            ConfigError: the module does not build exactly one HybridAdam.
         """
         super().setup_optimizers(trainer)
         names = [type(optimizer).__name__ for optimizer in self.optimizers]
@@ -114,15 +114,15 @@ class GeminiStrategy(SingleDeviceStrategy):
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """Whether the engine must be there before a checkpoint is loaded: it must."""
+        """Whether the engine must exist before a checkpoint is loaded; it must."""
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return nothing: the engine's checkpoint has the weights."""
+        """Return an empty dictionary: the engine's checkpoint has the weights."""
         return {}
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Return nothing: the engine's checkpoint has the optimizer's state.
+        """Return an empty dictionary: the engine's checkpoint has the optimizer's state.
 
         Args:
             optimizer: the HybridAdam.
@@ -133,12 +133,12 @@ class GeminiStrategy(SingleDeviceStrategy):
         return {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Save a directory, or a file if weights alone are wanted.
+        """Save a directory, or a file if only weights are wanted.
 
         Args:
-            checkpoint: what Lightning keeps.
-            filepath: where to.
-            storage_options: as Lightning's.
+            checkpoint: Lightning's own part.
+            filepath: path to save to.
+            storage_options: as in Lightning.
         """
         assert self.engine is not None
         path = Path(filepath)
@@ -151,14 +151,14 @@ class GeminiStrategy(SingleDeviceStrategy):
         super().save_checkpoint(checkpoint, path, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a directory that `save_checkpoint` wrote, or a file of Lightning's.
+        """Load a directory that `save_checkpoint` wrote, or a file of Lightning.
 
         Args:
             checkpoint_path: the directory or file.
-            weights_only: as Lightning's, for the file.
+            weights_only: as in Lightning, for the file.
 
         Returns:
-            What Lightning has kept.
+            Lightning's own part.
         """
         path = Path(checkpoint_path)
         if path.is_dir():
@@ -170,10 +170,10 @@ class GeminiStrategy(SingleDeviceStrategy):
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load the weights of a file of Lightning's; those of a directory are loaded.
+        """Load the weights of a Lightning file; those of a directory are already loaded.
 
         Args:
-            checkpoint: what Lightning has kept.
+            checkpoint: Lightning's own part.
             strict: whether names must match exactly.
         """
         assert self.engine is not None
@@ -181,10 +181,10 @@ class GeminiStrategy(SingleDeviceStrategy):
             self.engine.load_state_dict(checkpoint["state_dict"], strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load the state of an AdamW from a file of Lightning's; that of a directory is loaded.
+        """Load the state of an AdamW from a Lightning file; that of a directory is already loaded.
 
         Args:
-            checkpoint: what Lightning has kept.
+            checkpoint: Lightning's own part.
         """
         (state,) = checkpoint["optimizer_states"]
         if state:
@@ -195,11 +195,11 @@ seams.check_seams(GeminiStrategy, SingleDeviceStrategy)
 
 
 def _check_training(trainer: Any) -> None:
-    """Refuse loops in which backward runs inside of forward, and callbacks that read or write weights themselves."""
+    """Refuse loops in which backward runs inside forward, and callbacks that read or write weights themselves."""
     if not trainer.lightning_module.automatic_optimization:
         raise ConfigError(
             "LightningModule.automatic_optimization: expected True: training_step is the engine's forward, and "
-            "backward and the optimizer's step cannot run inside of it; use accumulate_grad_batches and "
+            "backward and the optimizer's step cannot run inside it; use accumulate_grad_batches and "
             "gradient_clip_val, or GeminiDDP in a plain loop"
         )
     averaging = (callbacks.StochasticWeightAveraging, callbacks.WeightAveraging)

@@ -1,4 +1,4 @@
-"""Loading a checkpoint in the middle of somebody else's loop, which restores random numbers when it sees fit."""
+"""Loading a checkpoint in the middle of another library's loop, which restores random numbers at its own time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["unchanged_random_numbers"]
 
 @contextmanager
 def unchanged_random_numbers() -> Iterator[None]:
-    """Put the generators of Python, NumPy and torch back, at the end, to where they were."""
+    """Restore the generators of Python, NumPy and torch at the end of the context."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):

@@ -1,4 +1,4 @@
-"""Whether a library still has what a class of ours overrides: a method under another name would never be called."""
+"""Checks that a library still has what a class here overrides; otherwise the override would never be called."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["check_seams"]
 
 
 def check_seams(ours: type, theirs: type, *, added: Collection[str] = ()) -> None:
-    """Make sure that every method and property of a class overrides one of another's.
+    """Check that every method and property of a class overrides one of another class.
 
     Args:
         ours: the class that overrides.
-        theirs: the library's, of which it is or will be a subclass.
-        added: names of methods and properties of ours that the library does not know.
+        theirs: the library's class, of which `ours` is or will be a subclass.
+        added: names of methods and properties in `ours` that the library does not know.
 
     Raises:
-        MissingLibraryError: the library has no such method or property: it is of a version that is not supported.
+        MissingLibraryError: the library has no such method or property: its version is not supported.
     """
     kinds = (FunctionType, property, staticmethod, classmethod)
     names = [name for name, value in vars(ours).items() if isinstance(value, kinds) and name not in added]

@@ -1,6 +1,6 @@
-"""Trainers that come one after another over the same model: each goes on from what the one before has trained.
+"""Successive trainers over one model: each continues from what the previous one has trained.
 
-A trainer has no end at which its engine could be closed. So an engine stays on its model until the next trainer begins.
+A trainer has no end at which its engine could be closed, so an engine stays on its model until the next trainer begins.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ def owns(engine: GeminiDDP) -> bool:
 
 
 def leave(engine: GeminiDDP) -> None:
-    """Note that a trainer has built an engine, which the next trainer may close."""
+    """Register an engine that a trainer has built, so that the next trainer may close it."""
     setattr(engine.runtime, _LEFT, weakref.ref(engine))
 
 
 def take_over(model: torch.nn.Module) -> None:
-    """Close the engine that an earlier trainer has left on a model, which then holds its weights again.
+    """Close the engine that an earlier trainer left on a model; the model then holds its weights again.
 
-    An engine that was not built by a trainer stays.
+    An engine that no trainer built stays.
 
     Args:
-        model: managed by an engine or not.
+        model: a model, with or without an engine.
     """
     runtime = next((found for found in map(runtime_of, model.parameters()) if found is not None), None)
     reference: Any = getattr(runtime, _LEFT, None)

@@ -1,10 +1,10 @@
-"""Hugging Face's Trainer, and every trainer built on it, over a GeminiDDP.
+"""Hugging Face's Trainer, and trainers derived from it, over a GeminiDDP.
 
 [Note: Where the engine stands]
-The trainer's `model` stays the user's model, which callbacks, saving and evaluation look at; the engine is what a
-trainer calls `model_wrapped`, as torch's DistributedDataParallel would be. It is built when training or evaluation
-begins: whatever a trainer does to its model before (adapters, special tokens, activation checkpointing, a patched
-output layer) is done to a plain model.
+The trainer's `model` stays the user's model, which callbacks, saving and evaluation use. The engine is the trainer's
+`model_wrapped`, as torch's DistributedDataParallel would be. It is built when training or evaluation begins, so earlier
+changes of the trainer to its model (adapters, special tokens, activation checkpointing, a patched output layer) apply
+to a plain model.
 """
 
 from __future__ import annotations
@@ -59,28 +59,28 @@ _REFUSED_ARGUMENTS = {
     "auto_find_batch_size": "budgets keep weights and state from running out of memory; choose a batch size",
     "optim_args": "HybridAdam takes learning_rate, adam_beta1, adam_beta2, adam_epsilon and weight_decay",
 }
-"""What a TrainingArguments may not ask for, and what to do instead."""
+"""TrainingArguments that are not supported, with the alternative for each."""
 
 
 def config_for_arguments(config: GeminiConfig | None, arguments: Any) -> GeminiConfig:
     """Return the engine's configuration for a trainer's arguments.
 
     Args:
-        config: the user's; None: the dtype that `bf16` or `fp16` name, else float32.
+        config: the user's configuration; None: the dtype that `bf16` or `fp16` name, else float32.
         arguments: transformers.TrainingArguments.
 
     Returns:
         The user's configuration, on the trainer's device if it names none.
 
     Raises:
-        ConfigError: the two contradict each other, or the arguments ask for what an engine cannot do.
+        ConfigError: the two contradict each other, or the arguments ask for something that an engine cannot do.
     """
     for name, remedy in _REFUSED_ARGUMENTS.items():
         if getattr(arguments, name, None):
             raise ConfigError(f"TrainingArguments.{name}: not with a GeminiDDP: {remedy}")
     if arguments.optim not in _ADAMW_NAMES:
         raise ConfigError(
-            f"TrainingArguments.optim: expected one of {', '.join(_ADAMW_NAMES)}, which HybridAdam stands for, got "
+            f"TrainingArguments.optim: expected one of {', '.join(_ADAMW_NAMES)}, which HybridAdam replaces, got "
             f"{str(arguments.optim)!r}"
         )
     if arguments.load_best_model_at_end and arguments.save_only_model:
@@ -108,16 +108,16 @@ def config_for_arguments(config: GeminiConfig | None, arguments: Any) -> GeminiC
 
 
 def last_complete_checkpoint(directory: Path) -> Path | None:
-    """Find the newest `checkpoint-N` of a GeminiTrainer that was saved to its end.
+    """Find the newest complete `checkpoint-N` of a GeminiTrainer.
 
-    A trainer writes file by file: in the directory of a process that was killed meanwhile the last ones are missing,
-    and who resumed from it would go on with its weights from step 0.
+    A trainer writes file by file. If the process is killed meanwhile, the directory lacks the last files, and a resumed
+    run would continue with its weights from step 0.
 
     Args:
         directory: the trainer's `output_dir`.
 
     Returns:
-        The checkpoint's directory; None: there is none. Newer ones that are incomplete are named in a warning.
+        The checkpoint's directory; None if there is none. Newer incomplete ones are named in a warning.
 
     Raises:
         OffloadIOError: a directory cannot be read.
@@ -131,14 +131,14 @@ def last_complete_checkpoint(directory: Path) -> Path | None:
     ):
         if _is_complete(path):
             return path
-        logger.warning("%s is incomplete, because whoever saved it was killed, and is passed over", path)
+        logger.warning("%s is incomplete, because its save was interrupted, and is ignored", path)
     return None
 
 
 def _is_complete(checkpoint: Path) -> bool:
     place = checkpoint / _CHECKPOINT_NAME
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # what a trainer writes last
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # the file that a trainer writes last
     except (OSError, ValueError):
         return False
     return not place.is_dir() or has_checkpoint(place)
@@ -147,20 +147,20 @@ def _is_complete(checkpoint: Path) -> bool:
 class GeminiTrainerMixin:
     """Lets a trainer train through a GeminiDDP: `class Trainer(GeminiTrainerMixin, transformers.Trainer)`.
 
-    The rest of the script stays as it is. AdamW is HybridAdam, with the trainer's parameter groups, learning rates and
-    clipping; a checkpoint holds the engine's, streamed, in place of the optimizer's file. With several processes,
+    The rest of the script stays unchanged. AdamW is HybridAdam, with the trainer's parameter groups, learning rates and
+    clipping; a checkpoint contains the engine's, streamed, in place of the optimizer's file. With several processes,
     override `build_engine` to return `zero.shard(model, config)`.
 
     Args:
-        *args: the trainer's own.
+        *args: as in the trainer.
         gemini: budgets and choices; None: chosen from the trainer's arguments.
-        **kwargs: the trainer's own.
+        **kwargs: as in the trainer.
 
     Attributes:
-        engine: built when training or evaluation begins; None before. Its `close()` gives memory and disk back.
+        engine: built when training or evaluation begins; None before. Its `close()` frees memory and disk.
 
     Raises:
-        ConfigError: the trainer's arguments ask for what an engine cannot do, or contradict `gemini`.
+        ConfigError: the trainer's arguments ask for something that an engine cannot do, or contradict `gemini`.
     """
 
     engine: GeminiDDP | None = None
@@ -181,14 +181,14 @@ class GeminiTrainerMixin:
     # ---------------------------------------------------------------- preparing
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Build the accelerator, after looking whether the arguments allow an engine."""
+        """Build the accelerator after checking that the arguments allow an engine."""
         self._gemini = config_for_arguments(self._gemini, self.args)
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
-        self.accelerator.__class__ = GeminiAccelerator  # the trainer names the class itself; ours adds no state
+        self.accelerator.__class__ = GeminiAccelerator  # the trainer names the class itself; this one adds no state
         self.args._n_gpu = 1  # more would mean torch.nn.DataParallel
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        """Let accelerate cast nothing: the engine's dtype is what `bf16` and `fp16` were turned into."""
+        """Let accelerate cast nothing: `bf16` and `fp16` have become the engine's dtype."""
         arguments: dict[str, Any] = super()._build_accelerator_args(**kwargs)  # type: ignore[misc]
         return arguments | {"mixed_precision": "no"}
 
@@ -196,11 +196,11 @@ class GeminiTrainerMixin:
         """Leave the model where it is; the engine moves it."""
 
     def build_engine(self, model: Any, config: GeminiConfig) -> GeminiDDP:
-        """Wrap the model; to be overridden where a GeminiDDP is made in another way.
+        """Wrap the model; override this where a GeminiDDP is made in another way.
 
         Args:
-            model: the trainer's, as it is when training or evaluation begins.
-            config: what `gemini` and the trainer's arguments say.
+            model: the trainer's model when training or evaluation begins.
+            config: the configuration from `gemini` and the trainer's arguments.
 
         Returns:
             The engine.
@@ -210,12 +210,12 @@ class GeminiTrainerMixin:
     def built_engine(self) -> GeminiDDP:
         """Return the engine of the trainer's model, a new one if the model is new.
 
-        An engine that an earlier trainer has left on the model is closed, and the model goes on from its weights.
+        An engine that an earlier trainer left on the model is closed, and the model continues with its weights.
         """
-        if self.engine is not None and self.engine.module is not self.model:  # model_init has made another
+        if self.engine is not None and self.engine.module is not self.model:  # model_init has made another one
             self.engine.close()
             self.engine = None
-        if self.engine is not None and not owns(self.engine):  # a later trainer has taken the model over
+        if self.engine is not None and not owns(self.engine):  # a later trainer has taken over the model
             self.engine = None
         if self.engine is None:
             assert self._gemini is not None
@@ -233,17 +233,17 @@ class GeminiTrainerMixin:
         """Build a HybridAdam over the trainer's parameter groups.
 
         Args:
-            model: as the trainer's; without meaning.
+            model: as in the trainer; ignored.
 
         Returns:
             The optimizer.
 
         Raises:
-            ConfigError: the trainer was given another one.
+            ConfigError: the trainer was given another optimizer.
         """
         if self.optimizer is None and getattr(self, "optimizer_cls_and_kwargs", None) is None:
             self.built_engine()
-        elif not isinstance(getattr(self.optimizer, "optimizer", self.optimizer), HybridAdam):  # an earlier train()'s
+        elif not isinstance(getattr(self.optimizer, "optimizer", self.optimizer), HybridAdam):  # of an earlier train()
             raise ConfigError(
                 "GeminiTrainer: optimizers: expected none: HybridAdam is built over the engine's parameters, from "
                 "TrainingArguments; a scheduler of your own is made by overriding create_scheduler"
@@ -257,10 +257,10 @@ class GeminiTrainerMixin:
 
         Args:
             args: transformers.TrainingArguments.
-            model: without meaning.
+            model: ignored.
 
         Returns:
-            As the trainer's.
+            As in the trainer.
         """
         betas = (args.adam_beta1, args.adam_beta2)
         return HybridAdam, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
@@ -268,15 +268,15 @@ class GeminiTrainerMixin:
     # ---------------------------------------------------------------- saving and loading
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as the trainer does; `True` means its last checkpoint that is complete.
+        """Train as the trainer does; `True` means its last complete checkpoint.
 
         Args:
-            resume_from_checkpoint: as the trainer's.
-            *args: as the trainer's.
-            **kwargs: as the trainer's.
+            resume_from_checkpoint: as in the trainer.
+            *args: as in the trainer.
+            **kwargs: as in the trainer.
 
         Returns:
-            As the trainer's.
+            As in the trainer.
 
         Raises:
             CheckpointError: the checkpoint is incomplete, or there is none.
@@ -292,7 +292,7 @@ class GeminiTrainerMixin:
             path = Path(resume_from_checkpoint)
             if (path / _CHECKPOINT_NAME).is_dir() and not _is_complete(path):
                 raise CheckpointError(
-                    f"GeminiTrainer: {path} is incomplete, because whoever saved it was killed; go on from the last one"
+                    f"GeminiTrainer: {path} is incomplete, because its save was interrupted; resume from the last one"
                 )
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
@@ -316,13 +316,13 @@ class GeminiTrainerMixin:
         torch.save(self.args, directory / TRAINING_ARGS_NAME)
 
     def _has_own_save(self) -> bool:
-        """Return whether the trainer behind this mixin saves in a way of its own, as that of sentence-transformers."""
+        """Return whether the trainer behind this mixin saves in its own way, as that of sentence-transformers."""
         behind = type(self).__mro__[type(self).__mro__.index(GeminiTrainerMixin) + 1 :]
         owner = next(kind for kind in behind if "_save" in vars(kind))
         return owner.__module__ != transformers.trainer.__name__
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Save the engine's checkpoint, the scheduler's state in it."""
+        """Save the engine's checkpoint, with the scheduler's state in it."""
         assert self.engine is not None
         self.engine.save_checkpoint(
             Path(output_dir) / _CHECKPOINT_NAME,
@@ -332,7 +332,7 @@ class GeminiTrainerMixin:
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Leave the engine's checkpoint for later, when there is an engine; load a plain trainer's weights."""
+        """Delay loading the engine's checkpoint until there is an engine; load a plain trainer's weights."""
         if (Path(resume_from_checkpoint) / _CHECKPOINT_NAME).is_dir():
             return
         if self.engine is not None:
@@ -343,10 +343,10 @@ class GeminiTrainerMixin:
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load the engine's checkpoint, or what a plain trainer saved of AdamW."""
+        """Load the engine's checkpoint, or the AdamW state that a plain trainer saved."""
         if checkpoint is not None and (place := Path(checkpoint) / _CHECKPOINT_NAME).is_dir():
             assert self.engine is not None
-            with unchanged_random_numbers():  # the trainer restores its own when it has drawn the order of the data
+            with unchanged_random_numbers():  # the trainer restores its own once it has drawn the order of the data
                 self.engine.load_checkpoint(place, scheduler=self.lr_scheduler)
         else:
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""What an Adam update is told: hyper-parameters, their rounded factors, and the tensors of one tile.
+"""The inputs of an Adam update: hyper-parameters, their rounded factors, and the tensors of one tile.
 
 Plain data for every kernel, native or Triton; nothing here computes on tensors or knows the native module.
 """
@@ -32,15 +32,15 @@ class StateFormat(enum.Enum):
     """How working weights and master are stored; values are gn_state_format."""
 
     SPLIT_BF16 = 0
-    """bfloat16 working weights, int16 residual; together they are the float32 master."""
+    """bfloat16 working weights and an int16 residual, which together are the float32 master."""
     FP16_MASTER = 1
-    """float16 working weights beside a float32 master."""
+    """float16 working weights and a float32 master."""
     FP32 = 2
-    """float32 working weights, which are the master."""
+    """float32 working weights, which are also the master."""
 
     @property
     def master_dtype(self) -> torch.dtype | None:
-        """Element type of the master tensor, None if there is none."""
+        """Element type of the master tensor; None if there is none."""
         return _MASTER_DTYPES[self]
 
 
@@ -57,16 +57,16 @@ _FORMATS = {
 
 
 def state_format_of(dtype: torch.dtype) -> StateFormat:
-    """Return the state format that goes with a working dtype.
+    """Return the state format for a working dtype.
 
     Args:
         dtype: bfloat16, float16 or float32.
 
     Returns:
-        Its format.
+        The state format.
 
     Raises:
-        ValueError: another dtype.
+        ValueError: the dtype has no state format.
     """
     if dtype not in _FORMATS:
         raise ValueError(f"working dtype: expected bfloat16, float16 or float32, got {dtype}")
@@ -98,7 +98,7 @@ class AdamHyper:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentFactors:
-    """The numbers a kernel multiplies with, each rounded to float32; named as in gn_adam_segment."""
+    """The factors of a kernel, each rounded to float32; names as in gn_adam_segment."""
 
     beta1_complement: float
     beta2: float
@@ -150,7 +150,7 @@ class AdamSegment:
     """One past the last element."""
     hyper: AdamHyper
     step: int
-    """1-based."""
+    """Step count, from 1."""
 
     @property
     def factors(self) -> SegmentFactors:
@@ -204,7 +204,7 @@ def check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], num
     """Check that a tensor can be handed to a native kernel by address.
 
     Args:
-        name: how messages call the tensor.
+        name: name of the tensor in messages.
         tensor: the tensor.
         dtypes: accepted element types; empty accepts all.
         numel: expected number of elements.

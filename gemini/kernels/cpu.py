@@ -1,7 +1,7 @@
-"""Native CPU kernels, blocking, in the calling thread and without the interpreter lock.
+"""Native CPU kernels; they block, and run in the calling thread without the interpreter lock.
 
 Every instruction set gives the same bits (see native/include/gemini_native.h). This module turns tensors into
-addresses; it knows nothing of chunks or threads.
+addresses; it knows neither chunks nor threads.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ class Isa(enum.Enum):
 
     @property
     def code(self) -> int:
-        """The number the native layer uses."""
+        """Number in the native layer."""
         return int(self.value)
 
 
 class GradMode(enum.Enum):
-    """What happens to a gradient; values are gn_grad_mode."""
+    """Operation on a gradient; values are gn_grad_mode."""
 
     STORE = 0
     """dst = convert(src)"""
@@ -123,7 +123,7 @@ def split_master(working: Tensor, residual: Tensor, master: Tensor, *, isa: Isa 
 
     Args:
         working: bfloat16 [numel]; overwritten with the nearest bfloat16, ties away from zero.
-        residual: int16 [numel]; overwritten with what is left of the bits.
+        residual: int16 [numel]; overwritten with the remaining bits.
         master: float32 [numel]; read only.
         isa: instruction set to use.
 

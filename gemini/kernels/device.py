@@ -1,11 +1,11 @@
 """The Adam update and the gradient store for tensors in device memory, bit-identical to the native layer.
 
-Two implementations: separate torch operations, which run on any device (host memory may play one), and Triton kernels.
-`select_device_kernels` chooses. Knows tensors and segments, nothing of chunks, tiers or streams: everything is issued
-on the current stream of the tensors' device, and nothing waits for the device.
+There are two implementations: separate torch operations, which run on any device (host memory may act as one), and
+Triton kernels. `select_device_kernels` chooses. Knows tensors and segments, but not chunks, tiers or streams: all work
+is issued on the current stream of the tensors' device, and no call waits for the device.
 
 [Note: Exact rounding on a device]
-Every operation of gn_adam_update is rounded to float32 on its own. What a device, or torch, would do otherwise:
+Every operation of gn_adam_update is rounded to float32 on its own. Deviations of a device, or of torch, and remedies:
   - a * b + c contracted into a fused operation: here one torch operation each; Triton's `enable_fp_fusion=False`.
   - torch divides by a Python number by multiplying with its reciprocal on CUDA: the divisor is a 0-dim tensor there.
   - torch.sqrt of float32 is not correctly rounded on the CPU (MKL; one unit off for one input in six): it is taken in
@@ -53,10 +53,10 @@ class StoreGradient(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceKernels:
-    """The kernels that serve one device."""
+    """The kernels for one device."""
 
     name: str
-    """"triton" or "torch"."""
+    """Name of the implementation: "triton" or "torch"."""
     adam_update: AdamUpdate
     store_gradient: StoreGradient
 
@@ -68,16 +68,16 @@ def select_device_kernels(device: torch.device) -> DeviceKernels:
     Triton (3.2 and 3.4; not 3.6 and later) flush subnormal numbers in divisions and roots.
 
     Args:
-        device: where the tensors live.
+        device: the tensors' device.
 
     Returns:
-        The kernels; keep them, choosing is not for the hot path.
+        The kernels; keep them, because choosing takes too long for a step.
     """
     kernels = DeviceKernels(name="torch", adam_update=device_adam_update, store_gradient=device_store_gradient)
     if device.type == "cuda":
         try:
             kernels = _triton_kernels(device)
-        except Exception as error:  # Triton's compiler and launcher raise whatever they like
+        except Exception as error:  # Triton's compiler and launcher raise errors of any type
             logger.warning("optimizer kernels on %s: not Triton's but slower ones of torch: %s", device, error)
     logger.info("optimizer kernels on %s: %s", device, kernels.name)
     return kernels
@@ -121,7 +121,7 @@ def device_adam_update(tile: DeviceTile) -> None:
     """Apply one Adam or AdamW update in place with torch operations.
 
     Takes about 20 bytes of temporaries per element of a slice of 2^20 elements. The result is valid on the current
-    stream; nothing waits for it.
+    stream; the call does not wait for it.
 
     Args:
         tile: tensors and hyper-parameters; elements in no segment are left untouched.
@@ -171,7 +171,7 @@ def _store_master(tile: DeviceTile, part: slice, master: Tensor) -> None:
     """Write float32 masters back to a slice and derive the working weights."""
     working = tile.working[part]
     if tile.master is not None and tile.state_format is StateFormat.SPLIT_BF16:
-        # The residual is the low half as it stands: working << 16 has zeros there.
+        # The residual is the low half unchanged: working << 16 has zeros there.
         bits = master.view(torch.int32)
         tile.master[part].copy_(bits)
         working.view(torch.int16).copy_((bits + 0x8000) >> 16)
@@ -185,7 +185,7 @@ def device_store_gradient(dst: Tensor | None, src: Tensor, *, mode: GradMode) ->
     """Store or add a gradient with torch operations and return the sum of squares of the result.
 
     Takes about 16 bytes of temporaries per element of a slice of 2^20 elements. The result is valid on the current
-    stream; nothing waits for it.
+    stream; the call does not wait for it.
 
     Args:
         dst: [numel], contiguous, of src's dtype or float32; overwritten. None with STORE: only the sum is wanted.

@@ -1,4 +1,4 @@
-"""What the kernels of a device are given, and what their implementations share."""
+"""Input of the device kernels, and code that their implementations share."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class DeviceTile:
     """The tensors of one update in device memory; all 1D [numel], contiguous, on one device, not overlapping.
 
-    The same fields as gemini.kernels.cpu.AdamTile, but a type of its own: a native kernel must not meet an address in
-    device memory. The tile only refers to the tensors.
+    It has the fields of gemini.kernels.cpu.AdamTile, but a separate type, because a native kernel must not get an
+    address in device memory. The tile only refers to the tensors.
 
     Raises:
         ValueError: a dtype, shape or device does not fit, or the segments are not sorted, disjoint and inside the tile.

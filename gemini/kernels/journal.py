@@ -1,6 +1,6 @@
-"""Updates that the end of the process may interrupt at any instruction: which memory they note their progress in.
+"""Progress of updates in memory, for updates that the process's end may interrupt at any instruction.
 
-Plain memory and numbers; which parameters a block belongs to is for others to know.
+Plain memory and numbers; does not know which parameters a block belongs to.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ __all__ = [
 ]
 
 BLOCK_NUMEL: int = lib.GN_JOURNAL_BLOCK_NUMEL
-"""Elements that become new together."""
+"""Number of elements that an update replaces as one unit."""
 SCRATCH_NBYTES: int = lib.GN_JOURNAL_SCRATCH_NBYTES
-"""Bytes in which one thread keeps what a block was before its update."""
+"""Bytes in which one thread keeps a block's content from before its update."""
 
 
 class JournalStop(Enum):
-    """Where in a block an update ends early; values are gn_journal_stop."""
+    """Point in a block at which an update ends early; values are gn_journal_stop."""
 
     COPIED = lib.GN_STOP_COPIED
     NOTED = lib.GN_STOP_NOTED
@@ -43,31 +43,31 @@ class JournalStop(Enum):
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class TileJournal:
-    """Where the update of one tile notes its progress; see gn_adam_journal."""
+    """The memory in which one tile's update notes its progress; see gn_adam_journal."""
 
     sequence: int
-    """More than 0; another one for each update."""
+    """Sequence number of the update, more than 0; each update has another one."""
     first_block: int
     """Number of the tile's first block."""
     done: Tensor
-    """int32, one entry for each block of the tile: the sequence of the last update that it has had."""
+    """Sequence number of the last update of each block of the tile, int32."""
     scratches: Tensor
-    """uint8 [threads or more * SCRATCH_NBYTES], aligned to 64 bytes."""
+    """Scratch memory: uint8 [threads or more * SCRATCH_NBYTES], aligned to 64 bytes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScratchImage:
-    """What a block was before an update."""
+    """Content of a block before an update."""
 
     sequence: int
-    """Of the update; 0: there is no image."""
+    """Sequence number of the update; 0 if there is no image."""
     block: int
     image: Tensor
-    """uint8: working weights, master, momentum and variance of the block, one after the other; longer than they are."""
+    """Working weights, master, momentum and variance of the block, one after the other: uint8, longer than they are."""
 
 
 def read_scratch(scratches: Tensor, thread: int) -> ScratchImage:
-    """Return what the scratch of a thread, numbered from 0, holds."""
+    """Return the content of a thread's scratch; threads are numbered from 0."""
     scratch = scratches[thread * SCRATCH_NBYTES : (thread + 1) * SCRATCH_NBYTES]
     word = int.from_bytes(scratch[:8].numpy().tobytes(), "little")
     return ScratchImage(word >> 32, word & 0xFFFFFFFF, scratch[lib.GN_JOURNAL_IMAGE_OFFSET :])
@@ -84,16 +84,16 @@ def make_journal_args(journal: TileJournal) -> Any:
 
 
 def adam_update_partly(tile: AdamTile, journal: TileJournal, *, block: int, stop: JournalStop) -> None:
-    """Leave memory as an update does that ends with the process in the middle of a block, for tests. Blocking.
+    """Leave memory as an update does that is killed in the middle of a block, for tests. Blocking.
 
     Args:
-        tile: what is updated, as far as `block`.
-        journal: the update's; the first scratch is used.
-        block: the block that the update ends in, counted from the tile's first; those before it are updated.
-        stop: where in it.
+        tile: the tile, which is updated up to `block`.
+        journal: the update's journal; the first scratch is used.
+        block: the block in which the update ends, counted from the tile's first; earlier blocks are updated.
+        stop: the point in the block.
 
     Raises:
-        ValueError: there is no such block, or the journal is malformed.
+        ValueError: the block does not exist, or the journal is malformed.
     """
     args, _segments = make_adam_args(tile, Isa.AUTO)
     status = lib.gn_adam_update_partly(args, make_journal_args(journal), block, stop.value)

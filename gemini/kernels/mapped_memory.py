@@ -1,4 +1,4 @@
-"""Memory of a file that other processes map too, and stores that they see in order."""
+"""Memory of a file that other processes also map, and stores that they see in order."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["map_file", "publish"]
 
 
 def map_file(descriptor: int, nbytes: int) -> torch.Tensor:
-    """Map a file, shared with all who map it; a memory file gets huge pages where the kernel can do that. Blocking.
+    """Map a file, shared with all who map it; a memory file gets huge pages if the kernel supports that. Blocking.
 
     Args:
-        descriptor: of the file, open for reading and writing; may be closed afterwards.
-        nbytes: of it, from its begin; a multiple of 4096.
+        descriptor: descriptor of the file, open for reading and writing; may be closed afterwards.
+        nbytes: length of the mapping, from the file's beginning; a multiple of 4096.
 
     Returns:
-        uint8 [nbytes]; the mapping ends with the last tensor that shows it.
+        uint8 [nbytes]; the mapping ends with the last tensor that refers to it.
 
     Raises:
         OSError: the system refuses.
@@ -33,11 +33,11 @@ def map_file(descriptor: int, nbytes: int) -> torch.Tensor:
 
 
 def publish(memory: torch.Tensor, offset: int, value: int) -> None:
-    """Store a word after everything that was stored before, and before everything stored later.
+    """Store a word after all earlier stores and before all later stores.
 
     Args:
-        memory: uint8, as `map_file` returns it.
-        offset: of the word, in bytes; a multiple of 8.
-        value: from 0 to 2**64 - 1.
+        memory: uint8 tensor from `map_file`.
+        offset: offset of the word in bytes; a multiple of 8.
+        value: 0 to 2**64 - 1.
     """
     lib.gn_memory_publish(ffi.cast("uint64_t *", memory.data_ptr() + offset), value)

@@ -1,7 +1,7 @@
 """A pool of native threads that run kernels beside Python.
 
-Jobs take tensors by address; the pool keeps those tensors alive until the job has completed. It knows nothing of
-chunks. A process forked after its construction has no threads, and there every use is refused.
+Jobs take tensors by address; the pool keeps those tensors alive until the job has completed. It knows no chunks. A
+process that is forked after the pool's construction has no pool threads, and every use there is refused.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from gemini.kernels.topology import choose_worker_cpus, read_launching_core, rea
 __all__ = ["BACKGROUND_PRIORITY", "GradTicket", "SweepTicket", "Ticket", "WorkerPool"]
 
 BACKGROUND_PRIORITY: int = lib.GN_PRIORITY_BACKGROUND
-"""Jobs of this priority number or above are background jobs; see `WorkerPool.limit_background`."""
+"""Lowest priority number of background jobs; see `WorkerPool.limit_background`."""
 
 # A wait is cut into slices so that Python can handle signals, such as Ctrl-C, between them.
 WAIT_SLICE_S = 0.1
-# Completed jobs nobody waited for may keep this many sets of tensors alive.
+# Completed jobs without a wait may keep this many sets of tensors alive.
 MIN_RETAINED_JOBS = 16
 
 
 class Ticket:
-    """A submitted job. Safe to use from several threads."""
+    """A submitted job. Thread-safe."""
 
     def __init__(self, pool: WorkerPool, number: int, description: str) -> None:
         self._pool = pool
@@ -48,10 +48,10 @@ class Ticket:
         """Block, without the interpreter lock, until the job has completed.
 
         Args:
-            timeout_s: longest wait in seconds; None waits for ever.
+            timeout_s: maximum wait in seconds; None: no limit.
 
         Raises:
-            TimeoutError: the job has not completed in time; it goes on.
+            TimeoutError: the job has not completed in time; it continues.
             WorkerError: the pool was closed before the job began.
         """
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
@@ -117,20 +117,21 @@ class SweepTicket(Ticket):
 
 
 class WorkerPool:
-    """A fixed set of native threads. Jobs with a lower priority number start first, equal ones in order.
+    """A fixed set of native threads. Jobs with a lower priority number start first, jobs of one priority in order.
 
-    Tensors of a job must not be touched until its ticket has completed. Closing cancels what has not begun;
-    tickets stay valid after that. In a process forked later every method but `close` raises WorkerError.
+    Tensors of a job must not be touched until its ticket has completed. Closing cancels jobs that have not begun;
+    tickets stay valid after that. In a process that is forked later every method but `close` raises WorkerError.
 
     Args:
         num_threads: threads to start, at least 1.
         isa: instruction set of the kernels; results are the same for all.
-        cpus: processors the threads are restricted to; empty: `choose_worker_cpus` chooses. Refusals are ignored.
+        cpus: processors that the threads may use; empty: `choose_worker_cpus` chooses. Refusals by the system are
+            ignored.
 
     Raises:
         ValueError: num_threads is out of range.
         ConfigError: the machine lacks this instruction set.
-        WorkerError: the system refuses the threads; none is left running.
+        WorkerError: the system refuses the threads; none keeps running.
     """
 
     def __init__(self, num_threads: int, *, isa: Isa = Isa.AUTO, cpus: Sequence[int] = ()) -> None:
@@ -144,17 +145,20 @@ class WorkerPool:
                 f"cannot start {num_threads} worker threads: {os.strerror(-status)} (errno {-status}); lower "
                 "GeminiConfig.num_threads or raise the limits on processes (ulimit -u, pids.max) and memory"
             )
+        # - The native threads
         self._num_threads = num_threads
         self._process_id = os.getpid()
-        self._background_threads = num_threads
-        self._num_background_waiters = 0
         self._isa = isa
         # Tickets refer to the pool, so the native object outlives every question about a ticket.
         self._handle = ffi.gc(handle[0], lib.gn_pool_destroy)
-        self._lock = threading.Lock()
         self._close_lock = threading.Lock()
-        self._retained: dict[int, tuple[object, ...]] = {}
         self._recorder: SpanRecorder | None = None
+        # - The limit on background jobs. Guarded by: `_lock`
+        self._lock = threading.Lock()
+        self._background_threads = num_threads
+        self._num_background_waiters = 0
+        # - Tensors of jobs. Guarded by: `_lock`
+        self._retained: dict[int, tuple[object, ...]] = {}
         self._sweep_at = MIN_RETAINED_JOBS
         self._place_threads(cpus)
 
@@ -170,9 +174,9 @@ class WorkerPool:
 
         Args:
             tile: tensors and hyper-parameters; the segments are copied.
-            journal: where progress is noted, so that the process may end meanwhile; None: it is not.
+            journal: memory that notes the progress, so that the process may end meanwhile; None: not noted.
             priority: lower starts first.
-            record: what is updated, for recordings.
+            record: name of the updated object, for recordings.
 
         Returns:
             The job's ticket.
@@ -197,11 +201,11 @@ class WorkerPool:
         """Queue one gradient; see store_gradient.
 
         Args:
-            dst: where the gradient goes; None: only the sum of squares is computed.
+            dst: the gradient's destination; None: only the sum of squares is computed.
             src: the gradient; read only.
             mode: store or add.
             priority: lower starts first.
-            record: whose gradient it is, for recordings.
+            record: name of the gradient's owner, for recordings.
 
         Returns:
             The job's ticket, which gives the sum of squares.
@@ -222,11 +226,11 @@ class WorkerPool:
         """Queue a copy of bytes between contiguous CPU tensors of any dtype and shape.
 
         Args:
-            dst: as many bytes as src; overwritten; must not overlap src.
+            dst: tensor of as many bytes as src; overwritten; must not overlap src.
             src: read only.
             priority: lower starts first.
-            operation: what the copy stands for, for recordings.
-            record: what is copied, for recordings.
+            operation: name of the operation, for recordings.
+            record: name of the content, for recordings.
 
         Returns:
             The job's ticket.
@@ -274,19 +278,19 @@ class WorkerPool:
         return SweepTicket(self, number, "sweep", checksum)
 
     def record_to(self, recorder: SpanRecorder | None) -> None:
-        """Tell a recorder of every job from now on, and keep when they run for `take_spans`; None: no longer."""
+        """Report every job to a recorder from now on and keep its times for `take_spans`; None: stop."""
         self._recorder = recorder
         lib.gn_pool_keep_spans(self._handle, 0 if recorder is None else MAX_SPANS)
 
     def take_spans(self) -> list[Span]:
-        """Return when the jobs ran that have completed since the last call, in order of completion."""
+        """Return the spans of jobs that completed since the last call, in order of completion."""
         return read_spans(lambda spans, count: lib.gn_pool_take_spans(self._handle, spans, count))
 
     def limit_background(self, max_threads: int) -> None:
-        """Let at most some of the threads run jobs of BACKGROUND_PRIORITY and above at the same time.
+        """Limit the number of threads that run jobs of BACKGROUND_PRIORITY and above at the same time.
 
-        A limit leaves processors to what else the process computes; other jobs keep all threads. It
-        holds from the next block of a job on, well under a millisecond.
+        A limit leaves processors to the process's other work; other jobs keep all threads. It takes effect at the next
+        block of a job, in well under a millisecond.
 
         Args:
             max_threads: at least 1; `num_threads` and more mean no limit.
@@ -309,9 +313,9 @@ class WorkerPool:
             self._change_background(waiters=-1)
 
     def close(self) -> None:
-        """Cancel what has not begun, finish what has, end the threads. Blocking; a second call does nothing.
+        """Cancel jobs that have not begun, finish running ones, end the threads. Blocking; a second call does nothing.
 
-        In a forked process there is nothing to end and it does nothing.
+        In a forked process it does nothing.
         """
         if self._is_foreign():
             return
@@ -387,7 +391,7 @@ class WorkerPool:
             )
 
     def _poll(self, number: int, timeout_s: float) -> int:
-        """Wait for a ticket; let go of its tensors if it has completed."""
+        """Wait for a ticket; release its tensors if it has completed."""
         self._check_process()
         status = int(lib.gn_pool_wait(self._handle, number, int(timeout_s * 1e9)))
         if status != -errno.ETIMEDOUT:
@@ -396,7 +400,7 @@ class WorkerPool:
         return status
 
     def _sweep(self) -> None:
-        """Let go of the tensors of completed jobs; doubling the mark makes this cheap per job."""
+        """Release the tensors of completed jobs; doubling the mark makes this cheap per job."""
         with self._lock:
             numbers = list(self._retained)
         for number in numbers:

@@ -1,4 +1,4 @@
-"""When native jobs and requests ran: who is told of them, and how their times come back.
+"""Times of native jobs and requests: their report to a recorder, and how the times are read.
 
 Times are nanoseconds of time.perf_counter_ns, which on Linux is the native clock.
 """
@@ -13,11 +13,11 @@ from gemini._native import ffi
 __all__ = ["MAX_SPANS", "Span", "SpanRecorder", "SpanSource", "read_spans"]
 
 MAX_SPANS = 1 << 16
-"""Spans that may wait to be taken: 1.5 MiB."""
+"""Maximum number of spans that wait to be taken: 1.5 MiB."""
 
 
 class Span(NamedTuple):
-    """From the moment a thread, or the kernel, was given the first part of something to its completion."""
+    """Time from the start of the first part, in a thread or in the kernel, to completion."""
 
     ticket: int
     begin_ns: int
@@ -25,38 +25,38 @@ class Span(NamedTuple):
 
 
 class SpanSource(Protocol):
-    """What runs jobs or requests and keeps their spans."""
+    """An object that runs jobs or requests and keeps their spans."""
 
     def record_to(self, recorder: SpanRecorder | None) -> None:
-        """Tell a recorder of everything that is submitted from now on; None: no longer."""
+        """Report every submission to a recorder from now on; None: stop."""
 
     def take_spans(self) -> list[Span]:
-        """Return the spans of what has completed since the last call, in order of completion."""
+        """Return the spans of jobs that completed since the last call, in order of completion."""
 
 
 class SpanRecorder(Protocol):
-    """Who is told of what is submitted."""
+    """The receiver of submitted jobs and requests."""
 
     def submitted(self, source: SpanSource, ticket: int, *, operation: str, record: str, nbytes: int) -> None:
         """Note a job or request, in the thread that submits it; its span comes from the source.
 
         Args:
-            source: who runs it.
+            source: the object that runs it.
             ticket: its number there.
-            operation: what is done: "read", "write", "copy", "upload", "download", "gradient" or "adam update".
-            record: to what: "state of chunk 3 (...)"; "" where nobody said.
-            nbytes: bytes moved; for an update those of the weights, for a gradient those that arrive.
+            operation: its name: "read", "write", "copy", "upload", "download", "gradient" or "adam update".
+            record: name of its object: "state of chunk 3 (...)"; "" if none was given.
+            nbytes: bytes moved; for an update the weights' bytes, for a gradient the arriving bytes.
         """
 
 
 def read_spans(take: Callable[[Any, int], int]) -> list[Span]:
-    """Take everything that waits.
+    """Take all waiting spans.
 
     Args:
-        take: fills a gn_span array of a given length and returns how many, or -errno.
+        take: fills a gn_span array of a given length and returns the number of spans, or -errno.
 
     Returns:
-        The spans; none where there is no native object any more.
+        The spans; none if the native object no longer exists.
     """
     count = 1024
     spans: list[Span] = []

@@ -1,7 +1,7 @@
-"""Which processors the worker threads run on and which memory nodes host buffers spread over.
+"""Placement of worker threads on processors and of host buffers on memory nodes.
 
 Decisions are pure functions on numbers; the machine is read from Linux's /sys and /proc, and elsewhere is unknown.
-Placement is a wish: what the system refuses or does not say is left as it is, and no result depends on it.
+Placement is a request: if the system refuses it or tells nothing, the default stays, and no result depends on it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class MachineTopology:
     cpus: frozenset[int]
     """Logical processors in this process's affinity mask."""
     nodes: tuple[tuple[int, frozenset[int]], ...]
-    """(node number, the processors of it that this process may use), none of them empty; () if unknown."""
+    """Pairs of node number and usable processors of the node, none of them empty; () if unknown."""
 
 
 def parse_cpu_list(text: str) -> frozenset[int]:
@@ -87,7 +87,7 @@ def choose_worker_cpus(
 
 
 def read_topology(node_dir: Path = SYSFS_NODE_DIR) -> MachineTopology:
-    """Return what this process may use of the machine it runs on.
+    """Return the processors and memory nodes of this machine that this process may use.
 
     Args:
         node_dir: the kernel's directory of memory nodes.
@@ -110,7 +110,7 @@ def read_topology(node_dir: Path = SYSFS_NODE_DIR) -> MachineTopology:
 
 
 def read_launching_core(cpu_dir: Path = SYSFS_CPU_DIR) -> tuple[int, ...]:
-    """Return which core the calling thread runs on at this moment.
+    """Return the core on which the calling thread runs now.
 
     Args:
         cpu_dir: the kernel's directory of processors.
@@ -132,7 +132,7 @@ def read_launching_core(cpu_dir: Path = SYSFS_CPU_DIR) -> tuple[int, ...]:
 
 
 def interleave_memory(address: int, nbytes: int, nodes: Sequence[int]) -> bool:
-    """Ask that the untouched pages of a mapping be dealt out over memory nodes in turn.
+    """Ask the system to spread the untouched pages of a mapping over memory nodes in turn.
 
     Args:
         address: page aligned start of the mapping.

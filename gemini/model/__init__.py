@@ -1,3 +1,3 @@
-"""The user's model as it was found, and what is decided about it; knows no chunk."""
+"""The user's model as it was given, and decisions about it; knows no chunk."""
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""What modules keep besides parameters and buffers: `get_extra_state` and `set_extra_state`, as torch has them."""
+"""State of modules besides parameters and buffers: torch's `get_extra_state` and `set_extra_state`."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from gemini.model.plain_names import named_modules
 __all__ = ["ExtraStateNames", "compare_extra_states", "extra_states", "load_extra_states", "takers_of_extra_state"]
 
 _SUFFIX = "_extra_state"
-"""The last part of such a state's name in a state dict."""
+"""Last part of the name of such a state in a state dict."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExtraStateNames:
-    """How a state dict fits the modules that take extra state."""
+    """Comparison of a state dict with the modules that take extra state."""
 
     missing: list[str]
-    """Of modules that take one and get none."""
+    """Names of modules that take extra state and get none."""
     loadable: frozenset[str]
-    """What a module of the model takes."""
+    """Names that a module of the model takes."""
 
 
 def extra_states(model: torch.nn.Module, *, remove_duplicate: bool = False) -> dict[str, Any]:
-    """Return what each module's `get_extra_state` gives, by its name in a state dict.
+    """Return the result of each module's `get_extra_state`, by its name in a state dict.
 
     Args:
-        model: with such modules or without.
-        remove_duplicate: whether of a module with several names only the first counts.
+        model: any model.
+        remove_duplicate: whether only the first name of a module counts.
 
     Returns:
-        As the modules give it, whatever it is; nothing is copied.
+        The results unchanged; nothing is copied.
     """
     found: dict[torch.nn.Module, Any] = {}
     for _, module in _overriding(model, "get_extra_state", remove_duplicate=True):
@@ -49,7 +49,7 @@ def takers_of_extra_state(model: torch.nn.Module, *, remove_duplicate: bool = Fa
 
 
 def compare_extra_states(model: torch.nn.Module, state_dict: Mapping[str, Any]) -> ExtraStateNames:
-    """Compare a state dict with what modules take; a module with several names is content with one of them."""
+    """Compare a state dict with what modules take; for a module with several names one of them is enough."""
     takers = takers_of_extra_state(model)
     given = {takers[name] for name in state_dict if name in takers}
     missing = {module: name for name, module in reversed(takers.items()) if module not in given}
@@ -57,11 +57,11 @@ def compare_extra_states(model: torch.nn.Module, state_dict: Mapping[str, Any]) 
 
 
 def load_extra_states(model: torch.nn.Module, states: Mapping[str, Any]) -> None:
-    """Give modules their extra state; names that no module takes are passed over.
+    """Give modules their extra state; names that no module takes are ignored.
 
     Args:
-        model: whose modules.
-        states: by name in a state dict, among other entries.
+        model: the model whose modules are set.
+        states: extra states by name in a state dict, among other entries.
     """
     for name, module in takers_of_extra_state(model).items():
         if name in states:

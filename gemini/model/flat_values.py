@@ -1,4 +1,4 @@
-"""A parameter's values, flat, of which any run can be had without the rest."""
+"""Flat values of a parameter, of which any run can be read without the rest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["FlatPiece", "FlatValues"]
 
 
 class FlatValues(Protocol):
-    """Values in row-major order: a tensor of one dimension, or something that reads them when asked."""
+    """Values in row-major order: a tensor of one dimension, or an object that reads them on demand."""
 
     def __getitem__(self, run: slice, /) -> torch.Tensor:
         """Return elements [run.start, run.stop), 1D on the CPU; read only."""
@@ -19,11 +19,11 @@ class FlatValues(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FlatPiece:
-    """Consecutive ones of some values; nothing is read before it is asked for."""
+    """Consecutive elements of some values; nothing is read before it is needed."""
 
     values: FlatValues
     begin: int
-    """The first one's place among `values`."""
+    """Index of the first element among `values`."""
 
     def __getitem__(self, run: slice, /) -> torch.Tensor:
         """Return elements [run.start, run.stop) of the piece."""

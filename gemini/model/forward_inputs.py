@@ -1,4 +1,4 @@
-"""What a model is given, in the dtype it computes in."""
+"""Casts a model's inputs to the dtype in which it computes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def cast_floats(dtype: torch.dtype, inputs: Any) -> Any:
     """Cast floating-point tensors, as FSDP2 does with `cast_forward_inputs`; gradients come back in their own dtype.
 
     Args:
-        dtype: for tensors of bfloat16, float16, float32 and float64; all others stay.
-        inputs: tensors, in containers as of `map_tensors`; not changed.
+        dtype: dtype for tensors of bfloat16, float16, float32 and float64; all others stay.
+        inputs: tensors, in containers as for `map_tensors`; not changed.
 
     Returns:
-        The same structure; tensors that have the dtype already are the same objects.
+        The same structure; tensors that already have the dtype are the same objects.
     """
     return map_tensors(lambda tensor: tensor.to(dtype) if is_cast_dtype(tensor.dtype) else tensor, inputs)

@@ -1,4 +1,4 @@
-"""What can be found out about calls of modules: whether they are compiled, and whether one is within another."""
+"""Facts about calls of modules: whether they are compiled, and whether one is within another."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The module tree of a model as plain data: what packing and unit rules may know of it.
+"""The module tree of a model as plain data, for packing and unit rules.
 
-Reads modules and parameters once and keeps no tensor and no module.
+Reads modules and parameters once and keeps neither tensors nor modules.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ class ModuleNode:
     """One module object; a module reachable under several names is one node at its first name."""
 
     name: str
-    """Fully qualified name; "" is the model. Of a compiled module, the name of the outer wrapper."""
+    """Fully qualified name; "" is the model. For a compiled module, the name of the outer wrapper."""
     class_name: str
-    """Name of its class; of a compiled module, the class inside the wrapper."""
+    """Name of its class; for a compiled module, the class inside the wrapper."""
     child_names: tuple[str, ...]
-    """Nodes of its children in order; a child shared with an earlier parent lies under another prefix."""
+    """Nodes of its children in order; a child shared with an earlier parent has another prefix."""
     param_names: tuple[str, ...]
     """Parameters it holds directly, by canonical name, in order."""
     is_called: bool
-    """Whether its class has a forward, so that hooks on it fire; a ModuleList has none."""
+    """Whether its class has a forward, so that hooks on it run; a ModuleList has none."""
     is_container: bool
     """Whether it is a ModuleList, ModuleDict or Sequential, or derives from one."""
     is_atomic: bool
-    """Whether it always uses its children's parameters without calling them, so that cutting it gains nothing."""
+    """Whether it uses its children's parameters without calling the children, so that dividing it gains nothing."""
     is_compiled: bool
-    """Whether it is a torch.compile wrapper together with the module inside."""
+    """Whether it is a torch.compile wrapper, together with the module inside."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParamEntry:
-    """One parameter and the other names under which the model knows it."""
+    """One parameter and its other names in the model."""
 
     spec: ParamSpec
     aliases: tuple[str, ...]
@@ -68,12 +68,12 @@ class ModuleTree:
 
     @cached_property
     def node_by_name(self) -> dict[str, ModuleNode]:
-        """Each module by its name."""
+        """Modules by name."""
         return {node.name: node for node in self.nodes}
 
     @cached_property
     def spec_by_name(self) -> dict[str, ParamSpec]:
-        """Each parameter by its canonical name."""
+        """Parameters by canonical name."""
         return {entry.spec.name: entry.spec for entry in self.params}
 
 
@@ -84,15 +84,16 @@ def describe_model(
 
     Args:
         model: the user's model, on any device, "meta" included; only read.
-        working_dtype: dtype that floating-point parameters of 16 bits or more get; others keep theirs.
-        dtypes: dtype of each parameter, by its first name, where that is not all; None: it is.
+        working_dtype: dtype for floating-point parameters of 16 bits or more; others keep theirs.
+        dtypes: dtype of each parameter by its first name, where it differs from that rule; None: the rule holds for
+            all.
 
     Returns:
         The tree as plain data.
 
     Raises:
-        ModelError: a parameter is not yet initialised, of a kind that chunks cannot hold (see `check_kind`), or
-            divided among ranks unevenly.
+        ModelError: a parameter is not initialised yet, is of a kind that chunks cannot hold (see `check_kind`), or is
+            divided unevenly among ranks.
     """
     params = _describe_params(model, working_dtype, dtypes or {})
     canonical_name = {id(param): name for name, param in named_params(model)}

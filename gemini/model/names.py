@@ -1,4 +1,4 @@
-"""The names a model's parameters and buffers go by."""
+"""Names of a model's parameters and buffers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from gemini.model.plain_names import named_buffers, named_modules, named_params
 __all__ = ["canonical_buffers", "canonical_names", "persistent_buffers", "plain_name"]
 
 _WRAPPED = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
-"""What peft puts into the names of modules that it wraps."""
+"""Parts that peft adds to the names of modules that it wraps."""
 
 
 def plain_name(name: str) -> str:
-    """Return a name as it was before peft wrapped modules on the way; names of adapters stay as they are."""
+    """Return the name that a weight had before peft wrapped modules; names of adapters are unchanged."""
     return _WRAPPED.sub("", f".{name}").removeprefix(".")
 
 
@@ -26,7 +26,7 @@ def canonical_names(model: torch.nn.Module) -> dict[str, str]:
 
 
 def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the buffers that belong into a state dict, by name; of one that several modules have its first."""
+    """Return the buffers that belong in a state dict, by name; a buffer of several modules has its first name."""
     buffers = dict(named_buffers(model))
     return {name: buffers[name] for name in canonical_buffers(model).values()}
 

@@ -1,4 +1,4 @@
-"""The tensors in what a module returns: in containers torch's pytrees know, in dataclasses, and in these nested."""
+"""The tensors in a module's output: in containers that torch's pytrees know, in dataclasses, and nested in these."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], output: Any) -
     """Apply a function to every tensor in an output.
 
     Args:
-        function: returns the tensor that takes the given one's place.
-        output: what a module returned; not changed.
+        function: returns the tensor that replaces the given one.
+        output: a module's output; not changed.
 
     Returns:
         The same structure; a dataclass is copied only where one of its tensors is replaced.
@@ -41,5 +41,5 @@ def _map_fields(function: Callable[[torch.Tensor], torch.Tensor], instance: Any)
     if changed:
         instance = copy.copy(instance)
         for name, value in changed.items():
-            object.__setattr__(instance, name, value)  # frozen ones too
+            object.__setattr__(instance, name, value)  # also works for frozen dataclasses
     return instance

@@ -1,4 +1,4 @@
-"""Which kinds of parameters chunks can hold: dense tensors of plain bytes, and nothing that only looks like one."""
+"""The kinds of parameters that chunks can hold: dense tensors of plain bytes only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _KEPT_DTYPES = frozenset(
     }
 )
 _TAKEN_OVER = ("__torch_function__", "__torch_dispatch__", "to", "cuda", "cpu", "data")
-"""What a subclass defines that is more than a name for plain values: it computes with them, or moves them, itself."""
+"""Attributes whose definition shows that a subclass computes with its values or moves them itself."""
 _DEQUANTIZE = (
     "dequantize it, or load the model without its quantization; weights of 8 bits or fewer work as frozen integer or "
     "float8 parameters of modules of your own, with their scales beside them"
@@ -35,11 +35,11 @@ def check_kind(name: str, param: torch.Tensor) -> None:
     """Refuse a parameter whose values are not the plain bytes of one dense tensor.
 
     Args:
-        name: its fully qualified name, for messages.
-        param: a parameter with a shape, on any device, "meta" included; only looked at.
+        name: the parameter's fully qualified name, for messages.
+        param: a parameter with a shape, on any device, "meta" included; not changed.
 
     Raises:
-        ModelError: it is a tensor subclass such as a quantised weight, sparse, nested, or of a dtype that chunks
+        ModelError: it is a tensor subclass such as a quantised weight, sparse, nested, or has a dtype that chunks
             cannot hold.
     """
     if _is_subclass(param):
@@ -76,7 +76,7 @@ def check_kind(name: str, param: torch.Tensor) -> None:
 
 
 def _is_subclass(param: torch.Tensor) -> bool:
-    """Whether a parameter is of a class that makes more of its values than torch's own parameters do."""
+    """Return whether a parameter's class does more with its values than torch's own parameters do."""
     kind = type(param)
     if kind in (nn.Parameter, torch.Tensor):
         return False

@@ -1,4 +1,4 @@
-"""What is known of a parameter without looking at its values."""
+"""Facts about a parameter that do not need its values."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ __all__ = ["ParamSpec"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParamSpec:
-    """What packing needs to know of one parameter."""
+    """What packing needs to know about one parameter."""
 
     name: str
-    """Fully qualified name: the first one `named_parameters` meets."""
+    """Fully qualified name: the first one in `named_parameters`."""
     index: int
     """Position in the model's parameter order."""
     shape: tuple[int, ...]
-    """Of what this rank holds."""
+    """Shape of the part that this rank holds."""
     dtype: torch.dtype
     """Dtype of the working weight."""
     is_trainable: bool
     split: TensorSplit | None = None
-    """Which part of the parameter that is, with tensor parallelism; None: all of it."""
+    """Division of the parameter under tensor parallelism; None if this rank holds all of it."""
 
     @property
     def full_shape(self) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
-"""What a model's own state dict calls its parameters and buffers: torch's wrappers of activations leave no trace there.
+"""Names of parameters and buffers in a model's own state dict, without torch's wrappers of activations.
 
-`torch.distributed.algorithms._checkpoint.checkpoint_wrapper` puts a module around another one and takes its own name
-out of state dicts. So do we, everywhere: a model has the same names before and after it is wrapped so, in checkpoints
-and saved weights too.
+`torch.distributed.algorithms._checkpoint.checkpoint_wrapper` puts a module around another one and removes its own name
+from state dicts. This package does the same everywhere: a model has the same names before and after such wrapping, in
+checkpoints and saved weights too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 __all__ = ["named_buffers", "named_modules", "named_params", "plain_name"]
 
 _WRAPPED = "_checkpoint_wrapped_module"
-"""What a wrapper calls the module that it wraps."""
+"""Attribute under which a wrapper holds the module that it wraps."""
 
 
 def plain_name(name: str) -> str:
@@ -35,6 +35,6 @@ def named_buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def named_modules(model: torch.nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Yield modules as torch does, by plain name: of a wrapper and what it wraps, which share one, the latter last."""
+    """Yield modules as torch does, by plain name; a wrapper and its module share a name, and the module comes last."""
     for name, module in model.named_modules(remove_duplicate=remove_duplicate):
         yield plain_name(name), module

@@ -1,7 +1,7 @@
-"""Parameters that torch.distributed.tensor has divided among ranks: which part is this rank's, and what shows it.
+"""Parameters that torch.distributed.tensor has divided among ranks: this rank's part, and the memory that shows it.
 
-A chunk holds the local part of each DTensor; the DTensor itself stays the model's parameter, and its local tensor is
-made to show the chunk. Nothing here imports torch.distributed.tensor: a process without DTensors does not pay for it.
+A chunk holds the local part of each DTensor. The DTensor itself remains the model's parameter, and its local tensor
+shows the chunk. Nothing here imports torch.distributed.tensor, so a process without DTensors does not load it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSplit:
-    """How a parameter is divided among the ranks of a tensor-parallel group, in equal parts of one dimension."""
+    """The division of a parameter among a tensor-parallel group: equal parts of one dimension."""
 
     dim: int
     rank: int
@@ -56,17 +56,17 @@ def is_dtensor(tensor: object) -> bool:
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what this rank holds of a tensor: of a DTensor its local tensor, of others the tensor itself."""
+    """Return what this rank holds of a tensor: the local tensor of a DTensor, otherwise the tensor itself."""
     local: torch.Tensor = tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
     return local
 
 
 def show_values(param: torch.Tensor, values: torch.Tensor) -> None:
-    """Let a parameter show other memory.
+    """Make a parameter show other memory.
 
     Args:
         param: a parameter or tensor, or a DTensor of the same dtype.
-        values: of the shape of what this rank holds of it.
+        values: tensor with the shape of what this rank holds of the parameter.
     """
     if is_dtensor(param):
         param._local_tensor = values.data  # type: ignore[attr-defined]
@@ -75,14 +75,14 @@ def show_values(param: torch.Tensor, values: torch.Tensor) -> None:
 
 
 def split_of(name: str, param: torch.Tensor) -> TensorSplit | None:
-    """Return how a parameter is divided.
+    """Return the division of a parameter.
 
     Args:
-        name: its name, for messages.
+        name: the parameter's name, for messages.
         param: any parameter.
 
     Returns:
-        None if this rank holds all of it.
+        The division; None if this rank holds all of the parameter.
 
     Raises:
         ModelError: it is a DTensor divided in a way that chunks cannot hold.
@@ -110,9 +110,9 @@ def split_of(name: str, param: torch.Tensor) -> TensorSplit | None:
 
 
 def take_local_gradient(param: torch.Tensor) -> torch.Tensor:
-    """Take the gradient of what this rank holds of a parameter out of `param.grad`.
+    """Take the gradient of this rank's part of a parameter out of `param.grad`.
 
-    A DTensor's may have been delivered as partial sums, or divided in another way; then all ranks of its mesh exchange.
+    A DTensor's gradient may be partial sums, or divided in another way; then all ranks of its mesh exchange.
 
     Args:
         param: the parameter; left without a gradient.
@@ -130,7 +130,7 @@ def take_local_gradient(param: torch.Tensor) -> torch.Tensor:
 
 
 def stand_in_for(param: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
-    """Return a tensor that is divided as a parameter is and has another dtype or device, without values.
+    """Return a tensor without values that is divided like a parameter and has another dtype or device.
 
     Args:
         param: a parameter.
@@ -158,10 +158,10 @@ def with_local_part(tensor_type: type[torch.Tensor], local: torch.Tensor, spec: 
     Args:
         tensor_type: DTensor.
         local: the part.
-        spec: mesh, placements and shape of the whole, as DTensors keep them.
+        spec: mesh, placements and shape of the whole, in DTensor's form.
 
     Returns:
-        The DTensor, no leaf of any graph.
+        The DTensor, which is not a leaf of any graph.
     """
     make: Callable[..., torch.Tensor] = tensor_type
     return make(local, spec, requires_grad=False)

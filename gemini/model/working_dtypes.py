@@ -1,16 +1,16 @@
-"""Which dtype each parameter and each buffer of a model gets, given the working dtype.
+"""The dtype of each parameter and buffer of a model, for a given working dtype.
 
 [Note: What a cast changes]
 Floating-point parameters of 16 bits or more get the working dtype; integers, bools and float8 keep theirs. In half
-precision some stay float32, as in transformers' `from_pretrained(dtype=...)`: what `_keep_in_fp32_modules_strict` of
-a module names, or for float16 alone `_keep_in_fp32_modules`, and what a transformers model has in float32 when it is
-built in the working dtype. Any module may have these attributes.
+precision some stay float32, as in transformers' `from_pretrained(dtype=...)`: those that a module's
+`_keep_in_fp32_modules_strict` names, or for float16 alone `_keep_in_fp32_modules`, and those that are float32 in a
+transformers model built in the working dtype. Any module may have these attributes.
 
-A buffer follows the parameters next to it: those of its module, else of the smallest module around it that has some.
-Where they are cast and the buffer has the dtype that they had, it is cast with them, or stays float32 as above. Where
-some have the working dtype already, the model was cast before, and its buffers have the dtypes they are meant to have.
-Where no transformers model says it, a float32 buffer that is not persistent stays: such are rotary tables, which code
-computes in float32, while persistent ones, such as the statistics of BatchNorm, are weights in all but name.
+A buffer follows the parameters next to it: those of its module, else of the smallest enclosing module that has some.
+Where these are cast and the buffer has the dtype that they had, it is cast with them, or stays float32 as above. Where
+some already have the working dtype, the model was cast before, and its buffers have their intended dtypes. Where no
+transformers model decides, a float32 buffer that is not persistent stays: rotary tables are of this kind, and code
+computes them in float32. Persistent ones, such as the statistics of BatchNorm, are treated as weights.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class WorkingDtypes:
     """Dtypes of a model's tensors while an engine manages it."""
 
     params: Mapping[str, torch.dtype]
-    """By the first name of each parameter."""
+    """Dtypes of parameters, by each one's first name."""
     buffers: Mapping[str, torch.dtype]
-    """By the first name of each buffer."""
+    """Dtypes of buffers, by each one's first name."""
 
 
 def choose_dtypes(model: torch.nn.Module, dtype: torch.dtype) -> WorkingDtypes:
@@ -54,7 +54,7 @@ def choose_dtypes(model: torch.nn.Module, dtype: torch.dtype) -> WorkingDtypes:
         dtype: the working dtype: bfloat16, float16 or float32.
 
     Returns:
-        The dtypes; those that do not change among them.
+        The dtypes, including those that do not change.
     """
     is_half = dtype in _HALF_DTYPES
     as_built = dict(_dtypes_as_built(model, dtype)) if is_half else {}
@@ -83,10 +83,10 @@ def choose_dtypes(model: torch.nn.Module, dtype: torch.dtype) -> WorkingDtypes:
 
 
 class _Neighbours:
-    """What becomes of the parameters next to each buffer.
+    """Finds out how the parameters next to each buffer are cast.
 
     Args:
-        model: the user's.
+        model: the user's model.
         params: dtype of each parameter, by its first name.
         dtype: the working dtype; parameters with another do not count.
     """
@@ -105,7 +105,7 @@ class _Neighbours:
                 self._below.setdefault(around, set()).add(param.dtype)
 
     def are_cast_from(self, dtype: torch.dtype, buffer_name: str) -> bool:
-        """Return whether the parameters next to a buffer are cast, all of them, and some from this dtype."""
+        """Return whether all parameters next to a buffer are cast, and some of them from this dtype."""
         owner = buffer_name.rpartition(".")[0]
         found = self._own.get(owner)
         if found is None:
@@ -161,12 +161,12 @@ def _dtypes_as_built(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tup
 
 
 def _build_on_meta(module: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Build another model of a transformers model's class and return its tensors' dtypes; empty where it cannot be."""
+    """Build another model of a transformers model's class and return its tensors' dtypes; empty if that fails."""
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("meta"):
             warnings.simplefilter("ignore")
             built = type(module)._from_config(copy.deepcopy(module.config), dtype=dtype)
-    except Exception as error:  # a user's own class may want more than a configuration
+    except Exception as error:  # a user's own class may need more than a configuration
         logger.debug("%s cannot be built from its configuration alone: %s", type(module).__name__, error)
         return {}
     tensors = [*built.named_parameters(remove_duplicate=False), *built.named_buffers(remove_duplicate=False)]

@@ -1,10 +1,10 @@
-"""The loss in slices for Hugging Face's causal language models, by one call on the model.
+"""The sliced loss for Hugging Face's causal language models, enabled by one call on the model.
 
 [Note: How a model gets its sliced loss]
-A forward with labels runs the model's own code, with two things exchanged while it lasts: the output layer returns
-`DeferredLogits` in place of logits, and `loss_function`, transformers' own place for it, computes the loss from these.
-So whatever else a model does (a router's loss, soft capping, scaling) happens as before, and what cannot be done
-without logits raises. A forward without labels is the model's own.
+A forward with labels runs the model's own code with two replacements: the output layer returns `DeferredLogits` in
+place of logits, and `loss_function`, transformers' own hook for it, computes the loss from these. So everything else in
+the model (a router's loss, soft capping, scaling) happens as before, and anything that needs the logits raises. A
+forward without labels is the model's own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["use_plain_loss", "use_sliced_loss"]
 
 _LOSS_NAME = "ForCausalLMLoss"
 LOSS_ARGUMENTS = frozenset({"logits", "labels", "vocab_size", "num_items_in_batch", "ignore_index", "shift_labels"})
-"""What that loss computes with; another name would be of something that is not known here."""
+"""Arguments with which that loss computes; any other name is unknown here."""
 _ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _REMEDY = "call linear_cross_entropy in a forward of your own"
 
@@ -38,21 +38,21 @@ def use_sliced_loss(
     slice_size: int | None = None,
     keep_logits: bool = False,
 ) -> None:
-    """Let a transformers causal language model compute its loss with `linear_cross_entropy`, from now on.
+    """Let a transformers causal language model compute its loss with `linear_cross_entropy` from now on.
 
     `model(input_ids=..., labels=...)` then returns the same loss as before and no logits; without labels, nothing
     changes. May be called before or after GeminiDDP or PEFT wrap the model, and again to change the slicing.
 
     Args:
-        model: a causal language model of transformers, or a wrapper with one inside; its `forward` is exchanged.
-        slicing: which dimension of the logits is cut, as for `linear_cross_entropy`.
+        model: a causal language model of transformers, or a wrapper with one inside; its `forward` is replaced.
+        slicing: dimension of the logits that is sliced, as in `linear_cross_entropy`.
         slice_size: rows, or tokens of the vocabulary, whose logits exist at once; None: chosen by their bytes.
-        keep_logits: hold the logits, once, from forward to backward: faster where they fit.
+        keep_logits: keep the logits once, from forward to backward: faster where they fit.
 
     Raises:
         ConfigError: an option has no meaning.
-        ModelError: the model has no output layer that is a Linear, or a loss of its own. In a forward with labels: the
-            model needs the logits for something other than this loss.
+        ModelError: the model has no output layer that is a Linear, or has another loss. In a forward with labels: the
+            model needs the logits for something besides this loss.
     """
     check_options("mean", 0.0, slicing, slice_size, keep_logits)
     inner = _causal_lm_in(model)
@@ -71,23 +71,23 @@ def use_plain_loss(model: torch.nn.Module) -> None:
     """Undo `use_sliced_loss`; does nothing to a model without it.
 
     Args:
-        model: as given to `use_sliced_loss`, or a wrapper of it.
+        model: a model given to `use_sliced_loss`, or a wrapper of it.
 
     Raises:
-        ModelError: there is no causal language model of transformers in it.
+        ModelError: it contains no causal language model of transformers.
     """
     inner = _causal_lm_in(model)
     forward = inner.__dict__.get("forward")
     if isinstance(forward, _SlicedLossForward):
         del inner.forward
-        if inner.forward != forward.plain:  # somebody else had exchanged it before
+        if inner.forward != forward.plain:  # other code had replaced it before
             inner.forward = forward.plain
 
 
 def _causal_lm_in(model: torch.nn.Module) -> Any:
     """Return the outermost model with an output layer and transformers' place for a loss."""
     for module in model.modules():
-        kind = type(module)  # wrappers pass on what their instances lack
+        kind = type(module)  # wrappers pass on attributes that their instances lack
         has_parts = hasattr(kind, "get_output_embeddings") and hasattr(kind, "loss_function")
         if has_parts and module.get_output_embeddings() is not None:  # type: ignore[operator]
             return module
@@ -95,7 +95,7 @@ def _causal_lm_in(model: torch.nn.Module) -> Any:
 
 
 def _check_loss_arguments(model: Any) -> None:
-    """Refuse a loss that takes more than is known here, which would be left out without a word."""
+    """Refuse a loss with unknown arguments, because they would be silently ignored."""
     params = inspect.signature(model.loss_function).parameters.values()
     unknown = [each.name for each in params if each.kind not in _ANY and each.name not in LOSS_ARGUMENTS]
     if unknown:
@@ -117,18 +117,18 @@ def _output_layer_of(model: Any) -> Any:
 
 @dataclass(eq=False)
 class _SlicedLossForward:
-    """Takes the place of a model's `forward`; an object, so that a copy of the model gets one of its own."""
+    """Replaces a model's `forward`; an object, so that a copy of the model gets its own."""
 
     model: Any
     plain: Callable[..., Any]
-    """The model's own, bound."""
+    """Model's own forward, bound."""
     slicing: Slicing
     slice_size: int | None
     keep_logits: bool
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
-        """Where `inspect.signature` looks."""
+        """Attribute that `inspect.signature` reads."""
         return self.plain
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -163,7 +163,7 @@ class _SlicedLossForward:
         shift_labels: torch.Tensor | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """Compute what transformers' ForCausalLMLoss does of the same arguments."""
+        """Compute what transformers' ForCausalLMLoss computes from the same arguments."""
         name = type(self.model).__name__
         if not isinstance(logits, DeferredLogits):
             raise ModelError(f"{name}: its logits do not come from its output layer alone; {_REMEDY}")
@@ -175,7 +175,7 @@ class _SlicedLossForward:
             assert labels is not None
             shift_labels = next_token_labels(labels, ignore_index=ignore_index)
         if logits.hidden.dtype is torch.float64:
-            logits = logits.float()  # transformers takes its losses in float32
+            logits = logits.float()  # transformers computes its losses in float32
         loss = linear_cross_entropy(
             logits.hidden,
             logits.weight,
@@ -196,7 +196,7 @@ class _SlicedLossForward:
 
 
 def _without_logits(output: Any) -> Any:
-    """Return a model's output without the place-holder: None in its place, or, in a tuple, nothing."""
+    """Return a model's output without the placeholder: None in its place, or removed from a tuple."""
     if isinstance(output, tuple):
         return tuple(value for value in output if not isinstance(value, DeferredLogits))
     deferred = [

@@ -1,4 +1,4 @@
-"""What stands for a language model's logits between its output layer and its loss: how to make them, not themselves."""
+"""Substitute for a language model's logits between its output layer and its loss: how to compute them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["DeferredLogits"]
 
 
 class DeferredLogits:
-    """The output layer's arguments, and what the model has done to its result since.
+    """The output layer's arguments, and the operations of the model on its result.
 
-    Elementwise operations (scaling, soft capping, casts) are written down, to be done to each slice. Any other use
-    raises ModelError: it needs the logits. Not a dataclass, whose tensors the engine would take for outputs.
+    Elementwise operations (scaling, soft capping, casts) are recorded and applied to each slice. Any other use raises
+    ModelError, because it needs the logits. Not a dataclass, because the engine would take its tensors for outputs.
 
     Args:
-        model_name: for error messages.
-        hidden: float [..., hidden_size].
-        weight: [vocabulary, hidden_size].
-        bias: [vocabulary].
+        model_name: name of the model, for error messages.
+        hidden: inputs of the output layer, float [..., hidden_size].
+        weight: weight of the output layer, [vocabulary, hidden_size].
+        bias: bias of the output layer, [vocabulary].
         steps: elementwise functions, in the order in which the model called them.
     """
 
@@ -44,7 +44,7 @@ class DeferredLogits:
 
     @property
     def logits_fn(self) -> LogitsFn | None:
-        """All steps in one; None if there are none."""
+        """All steps as one function; None if there are none."""
         if not self._steps:
             return None
 
@@ -57,12 +57,12 @@ class DeferredLogits:
 
     @property
     def device(self) -> torch.device:
-        """Device of the logits, were they there."""
+        """Device that the logits would have."""
         return self.hidden.device
 
     @property
     def shape(self) -> torch.Size:
-        """Shape of the logits, were they there."""
+        """Shape that the logits would have."""
         return torch.Size((*self.hidden.shape[:-1], len(self.weight)))
 
     def contiguous(self) -> DeferredLogits:
@@ -108,7 +108,7 @@ class DeferredLogits:
         raise logits._refusal(f"calls {getattr(func, '__name__', func)} on its logits")
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # probed for by Python and torch
+        if name.startswith("__"):  # Python and torch probe for these names
             raise AttributeError(name)
         raise self._refusal(f"reads logits.{name}")
 

@@ -1,4 +1,4 @@
-"""The output layer and the cross entropy in one, slice by slice, so that the logits are never whole in memory.
+"""The output layer and the cross entropy in one function, slice by slice, so that memory never holds all logits.
 
 Knows nothing of models or of the engine: plain functions of tensors.
 """
@@ -47,38 +47,39 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """Compute `F.cross_entropy(F.linear(hidden, weight, bias).float(), labels)` without holding all logits.
 
-    Exact but for the order of sums: the loss differs from torch's by a few units in the last place of float32 (float64
-    for float64 inputs); for slices of rows whose matrix products have the same bits, by none. Gradients flow to
-    `hidden`, `weight` and `bias`, once: not to second order. Half-precision gradients are summed over the slices in
-    float32. Autocast is honoured. Inside a model that a GeminiDDP manages, call it in the model's forward.
+    Exact except for the order of sums: the loss differs from torch's by a few units in the last place of float32
+    (float64 for float64 inputs); for slices of rows whose matrix products have the same bits, not at all. Gradients
+    flow to `hidden`, `weight` and `bias`, but not to second order. Half-precision gradients are summed over the slices
+    in float32. Autocast is respected. Inside a model that a GeminiDDP manages, call it in the model's forward.
 
     Args:
         hidden: inputs of the output layer, float [..., hidden_size].
-        weight: of the output layer, of the same dtype, [vocabulary, hidden_size].
-        labels: int64 [...], shaped as `hidden` without its last dimension; already shifted, see `next_token_labels`.
-        bias: of the output layer, [vocabulary].
-        ignore_index: label of positions that count neither in the loss nor in its mean.
-        reduction: "mean" over the positions that count (NaN if none does, as torch has it), "sum", or "none".
+        weight: weight of the output layer, of the same dtype, [vocabulary, hidden_size].
+        labels: int64 [...], in the shape of `hidden` without its last dimension; already shifted, see
+            `next_token_labels`.
+        bias: bias of the output layer, [vocabulary].
+        ignore_index: label of positions that do not count in the loss or its mean.
+        reduction: "mean" over the positions that count (NaN if none does, as in torch), "sum", or "none".
         label_smoothing: probability spread evenly over the vocabulary, in [0, 1].
         logits_fn: differentiable elementwise function of the logits, such as soft capping; gradients flow through it,
             but not to tensors it closes over. What it returns may be of a narrower dtype, not of a wider one than
             float32 (float64 for float64 inputs).
-        slicing: which dimension of the logits is cut; see [Note: Two ways to slice] in sliced_head.py.
+        slicing: dimension of the logits that is sliced; see [Note: Two ways to slice] in sliced_head.py.
         slice_size: rows, or tokens of the vocabulary, whose logits exist at once; None: 16 MiB of float32 logits on the
             CPU, 256 MiB elsewhere, and at least 64.
-        keep_logits: hold them after all, once and in the dtype of `hidden`, from forward to backward, which then needs
-            one matrix product in four less; changes no bit.
+        keep_logits: keep all logits once, in the dtype of `hidden`, from forward to backward, which then needs one
+            matrix product in four less; changes no bit.
 
     Returns:
-        The loss, float32 (float64 for float64 inputs), [] or, for "none", of the shape of `labels`.
+        The loss, float32 (float64 for float64 inputs), [] or, for "none", in the shape of `labels`.
 
     Raises:
-        ConfigError: shapes, dtypes or options do not fit together.
+        ConfigError: shapes, dtypes or options do not fit each other.
         IndexError: a label is neither `ignore_index` nor in the vocabulary; on a CUDA device, as for torch's own loss,
             an assertion on the device.
     """
     tensors = (hidden, weight, labels) if bias is None else (hidden, weight, labels, bias)
-    if has_torch_function(tensors):  # one function to those who watch, as an engine does
+    if has_torch_function(tensors):  # a single function for observers such as an engine
         return handle_torch_function(
             linear_cross_entropy,
             tensors,
@@ -114,14 +115,14 @@ def linear_cross_entropy(
     log_probs: torch.Tensor = TargetLogProbs.apply(
         rows, weight, bias, row_labels.where(is_counted, 0), head, weight_use
     )  # type: ignore[no-untyped-call]
-    # torch's own reduction of a vocabulary of one token: counts, ignores and sums in the order that torch does.
+    # torch's own reduction over a vocabulary of one token: counts, ignores and sums in torch's order.
     targets = torch.where(is_counted, 0, _IGNORED_ROW)
     loss = F.nll_loss(log_probs[:, None], targets, ignore_index=_IGNORED_ROW, reduction=reduction)
     return loss.reshape(labels.shape) if reduction == "none" else loss
 
 
 def next_token_labels(token_ids: torch.Tensor, *, ignore_index: int = -100) -> torch.Tensor:
-    """Return for each position the token after it, `ignore_index` for the last.
+    """Return the next token of each position, and `ignore_index` for the last one.
 
     Args:
         token_ids: int64 [..., positions].
@@ -134,7 +135,7 @@ def next_token_labels(token_ids: torch.Tensor, *, ignore_index: int = -100) -> t
 
 
 class LinearCrossEntropyLoss(torch.nn.Module):
-    """`linear_cross_entropy` as a module without parameters; the output layer's are given with each call.
+    """`linear_cross_entropy` as a module without parameters; each call is given those of the output layer.
 
     Args:
         ignore_index: label of positions that do not count.
@@ -143,7 +144,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         logits_fn: elementwise function of the logits.
         slicing: "rows" or "vocabulary".
         slice_size: rows, or tokens of the vocabulary, whose logits exist at once.
-        keep_logits: hold the logits from forward to backward.
+        keep_logits: keep the logits from forward to backward.
 
     Raises:
         ConfigError: an option has no meaning.

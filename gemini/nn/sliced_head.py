@@ -3,10 +3,10 @@
 [Note: Two ways to slice]
 *Rows*: all logits of `slice_size` positions at a time. Loss and gradients go through the same operations as torch's,
 but each slice adds to the whole gradient of the weight. *Vocabulary*: the logits of all positions for `slice_size`
-tokens at a time; each position's logsumexp is put together from the slices', and each slice of the weight's gradient is
-computed once. Either way backward computes the logits again, one matrix product more than keeping them (which
-`keeps_logits` does, for those who have the memory); why the gradients are not computed in forward, and which way is the
-default, stands in docs/decisions/0007.
+tokens at a time; each position's logsumexp is combined from the slices', and each slice of the weight's gradient is
+computed once. Either way backward computes the logits again, which is one matrix product more than keeping them (which
+`keeps_logits` does, if there is memory for it). docs/decisions/0007 says why the gradients are not computed in forward,
+and which way is the default.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ LogitsFn = Callable[[torch.Tensor], torch.Tensor]
 CPU_SLICE_NBYTES = 16 * 2**20
 DEVICE_SLICE_NBYTES = 256 * 2**20
 MIN_SLICE_LENGTH = 64
-"""Matrix products with a shorter side are slow."""
+"""Minimum length of a slice; matrix products with a shorter side are slow."""
 
 
 def default_slice_size(device: torch.device, other_numel: int) -> int:
     """Choose the length of slices so that float32 logits take `CPU_SLICE_NBYTES` or `DEVICE_SLICE_NBYTES`.
 
     Args:
-        device: where the logits are.
-        other_numel: extent of the dimension that is not cut.
+        device: device of the logits.
+        other_numel: extent of the dimension that is not sliced.
 
     Returns:
-        Rows or tokens, at least `MIN_SLICE_LENGTH`.
+        Number of rows or tokens, at least `MIN_SLICE_LENGTH`.
     """
     nbytes = CPU_SLICE_NBYTES if device.type == "cpu" else DEVICE_SLICE_NBYTES
     return max(MIN_SLICE_LENGTH, nbytes // (4 * max(1, other_numel)))
@@ -49,12 +49,12 @@ def default_slice_size(device: torch.device, other_numel: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlicedHead:
-    """How the logits are made and cut."""
+    """The way in which logits are made and sliced."""
 
     by_rows: bool
     """Whether a slice is some rows with all tokens, rather than all rows with some tokens."""
     slice_size: int
-    """Rows, or tokens, of a slice."""
+    """Number of rows or tokens in a slice."""
     smoothing: float
     """Probability that the target spreads evenly over the vocabulary."""
     logits_fn: LogitsFn | None
@@ -63,7 +63,7 @@ class SlicedHead:
     """Whether forward leaves the output layer's results, all slices of them, to backward."""
 
     def logits(self, linear: torch.Tensor) -> torch.Tensor:
-        """Return logits as the loss sees them, float32 or float64, from the output layer's, or an alias of these."""
+        """Return the logits for the loss, float32 or float64, from the output layer's; may be an alias of these."""
         if self.logits_fn is None:
             return linear.to(_sum_dtype(linear.dtype))
         logits = self.logits_fn(linear)
@@ -103,7 +103,7 @@ def _slices(total: int, slice_size: int) -> Iterator[slice]:
 
 
 class TargetLogProbs(torch.autograd.Function):
-    """Each row's log-probability of its target: the label or, smoothed, the label and the mean of all tokens.
+    """Log-probability of each row's target: the label or, smoothed, the label and the mean of all tokens.
 
     Source of the smoothed target: Szegedy et al. 2016, section 7.
     """
@@ -132,7 +132,7 @@ class TargetLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
         rows, weight, bias, labels, normalisers, *kept = ctx.saved_tensors
         sink = ctx.weight_use.sink if ctx.weight_use is not None and ctx.weight_use.is_open() else None
-        # Slices of rows each add to the whole gradient, which they must do in float32 and in one place.
+        # Slices of rows each add to the whole gradient, so it must be one tensor in float32.
         writing = None if sink is None or ctx.head.by_rows else sink.write()
         with torch.autocast(rows.device.type, enabled=False), writing or nullcontext() as place:
             grads = _Gradients(ctx.needs_input_grad, ctx.head, rows, weight, place)
@@ -155,7 +155,7 @@ def _log_probs_by_rows(
     labels: torch.Tensor,
     kept: list[torch.Tensor],
 ) -> torch.Tensor:
-    """Return log-probabilities of the targets, [rows]; `kept` is filled if the head keeps logits."""
+    """Return log-probabilities of the targets, [rows]; fills `kept` if the head keeps logits."""
     found = rows.new_empty(len(rows), dtype=_sum_dtype(rows.dtype))
     for part in _slices(len(rows), head.slice_size):
         linear = F.linear(rows[part], weight, bias)
@@ -176,7 +176,7 @@ def _log_probs_by_vocabulary(
     labels: torch.Tensor,
     kept: list[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log-probabilities of the targets, and every row's logsumexp, both [rows]; `kept` is filled as above."""
+    """Return log-probabilities of the targets, and every row's logsumexp, both [rows]; fills `kept` as above."""
     normalisers = rows.new_full((len(rows),), -torch.inf, dtype=_sum_dtype(rows.dtype))
     at_label, total = torch.zeros_like(normalisers), torch.zeros_like(normalisers)
     for part in _slices(len(weight), head.slice_size):
@@ -195,7 +195,7 @@ def _log_probs_by_vocabulary(
 
 
 def _smoothed(at_label: torch.Tensor, mean: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """Weigh as torch does; torch.lerp takes a difference, which is NaN where both are infinite."""
+    """Compute the weighted mean as torch does; torch.lerp takes a difference, which is NaN where both are infinite."""
     return (1 - smoothing) * at_label + smoothing * mean
 
 
@@ -204,7 +204,7 @@ def _part_of(bias: torch.Tensor | None, part: slice) -> torch.Tensor | None:
 
 
 def _places(labels: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return labels relative to a slice of the vocabulary, forced into it, and whether they lie in it; both [rows]."""
+    """Return labels relative to a slice of the vocabulary, clamped to it, and whether they are in it; both [rows]."""
     is_here = (labels >= part.start) & (labels < part.stop)
     return (labels - part.start).clamp(0, part.stop - part.start - 1), is_here
 
@@ -257,13 +257,13 @@ def _backward_by_vocabulary(
 def _grad_logits(
     probs: torch.Tensor, labels: torch.Tensor, grad: torch.Tensor, at_label: torch.Tensor, everywhere: float
 ) -> torch.Tensor:
-    """Turn probabilities into the gradient of the logits, in place: grad * (everywhere - probs), and more at the label.
+    """Turn probabilities into the logits' gradient in place: grad * (everywhere - probs), plus a term at the label.
 
     Args:
         probs: [rows, tokens]; overwritten.
         labels: int64 [rows], all within the tokens.
-        grad: of each row's log-probability, [rows].
-        at_label: what the label's gradient is more, [rows].
+        grad: gradient of each row's log-probability, [rows].
+        at_label: additional gradient of the label, [rows].
         everywhere: target probability of every token.
 
     Returns:
@@ -276,14 +276,14 @@ def _grad_logits(
 
 
 class _Gradients:
-    """Sums the gradients of rows, weight and bias over the slices, each in float32 where it is a sum of several.
+    """Sums the gradients of rows, weight and bias over the slices; a sum of several parts is in float32.
 
     Args:
-        needs: which of rows, weight and bias want a gradient.
-        head: how the logits are cut.
+        needs: whether rows, weight and bias each need a gradient.
+        head: the way in which logits are sliced.
         rows: [rows, hidden_size].
         weight: [tokens, hidden_size].
-        place: takes the weight's gradient, each slice once; None: it is made here.
+        place: takes the weight's gradient, each slice once; None: the gradient is allocated here.
     """
 
     def __init__(
@@ -302,12 +302,12 @@ class _Gradients:
         self._of_bias = weight.new_zeros(len(weight), dtype=sum_dtype) if needs[2] else None
 
     def add(self, row_part: slice, token_part: slice, grad_logits: torch.Tensor) -> None:
-        """Add what a slice's logits contribute.
+        """Add the contribution of a slice's logits.
 
         Args:
-            row_part: its rows.
-            token_part: its tokens.
-            grad_logits: gradient of its logits, [rows, tokens] of the weight's dtype.
+            row_part: the slice's rows.
+            token_part: the slice's tokens.
+            grad_logits: gradient of the slice's logits, [rows, tokens] of the weight's dtype.
         """
         if self._of_rows is not None:
             _add_product(self._of_rows[row_part], grad_logits, self._weight[token_part])
@@ -317,7 +317,7 @@ class _Gradients:
             self._of_bias[token_part] += grad_logits.sum(dim=0, dtype=self._of_bias.dtype)
 
     def _add_to_weight(self, token_part: slice, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Add `left @ right` to the gradient of some tokens, piece by piece.
+        """Add `left @ right` to the gradient of some tokens, part by part.
 
         With few rows a slice is the whole vocabulary. Its product would exist once more in full: on its way to the
         place, or in float32 inside an operator that has no instructions for half precision.
@@ -330,7 +330,7 @@ class _Gradients:
                 _add_product(self._of_weight[tokens], left[part], right)
 
     def result(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Return the gradients of rows, weight and bias; None where none was wanted, or the place has it."""
+        """Return the gradients of rows, weight and bias; None if none was needed, or if the place has it."""
         dtype = self._weight.dtype
         of_rows, of_weight, of_bias = (
             None if grad is None else grad.to(dtype) for grad in (self._of_rows, self._of_weight, self._of_bias)
@@ -339,10 +339,10 @@ class _Gradients:
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add `left @ right` to a total, which may be of a wider dtype, in place."""
+    """Add `left @ right` in place to a total, which may have a wider dtype."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
         return
-    # The product exists in the narrow dtype first: a piece of the whole at a time.
+    # The product first exists in the narrow dtype, one part of the whole at a time.
     for part in _slices(len(total), default_slice_size(total.device, total.shape[1])):
         total[part] += left[part] @ right

@@ -1,3 +1,3 @@
-"""What an engine says about itself."""
+"""Reports on an engine: memory, recordings, ranges for profilers."""
 
 __all__: list[str] = []

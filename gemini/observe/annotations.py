@@ -1,4 +1,4 @@
-"""Names for what profilers of torch and NVIDIA see: a range for each forward of a unit, a mark for its backward."""
+"""Names for profilers of torch and NVIDIA: a range for each forward of a unit, a mark for its backward."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["annotate"]
 
 
 class Engine(Protocol):
-    """What annotate asks of a GeminiDDP."""
+    """The part of GeminiDDP that annotate uses."""
 
     @property
     def runtime(self) -> Runtime:
-        """Its state."""
+        """The engine's runtime."""
 
 
 class _Annotator:
@@ -33,7 +33,7 @@ class _Annotator:
         self._open: list[tuple[int, Any]] = []
 
     def moment(self, kind: str, unit_id: int) -> None:
-        """Follow a moment; see MomentListener."""
+        """React to a moment; see MomentListener."""
         if kind == "enter":
             entered = record_function(f"gemini::forward {self._units[unit_id] or 'model'}")
             entered.__enter__()  # type: ignore[no-untyped-call]
@@ -41,13 +41,13 @@ class _Annotator:
         elif kind == "leave":
             if any(number == unit_id for number, _ in self._open):
                 while self._close_last() != unit_id:
-                    pass  # what activation checkpointing has left early
+                    pass  # a unit that activation checkpointing has left early
         else:
             with record_function(f"gemini::{kind} {self._units[unit_id]}"):
                 pass
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close all open ranges."""
         while self._open:
             self._close_last()
 
@@ -59,9 +59,9 @@ class _Annotator:
 
 @contextmanager
 def annotate(engine: Engine) -> Iterator[None]:
-    """Name what the engine does for torch.profiler and, inside `torch.autograd.profiler.emit_nvtx()`, for Nsight.
+    """Name the engine's work for torch.profiler and, inside `torch.autograd.profiler.emit_nvtx()`, for Nsight.
 
-    Costs a few microseconds a unit while the context is open, and nothing outside. Can be used together with
+    Costs a few microseconds per unit while the context is open, and nothing otherwise. Can be used together with
     `engine.record`.
 
     Args:

@@ -1,4 +1,4 @@
-"""What the engine's memory looks like and what its moves have cost, as data."""
+"""The engine's memory and the cost of its moves, as data."""
 
 from __future__ import annotations
 
@@ -21,52 +21,52 @@ __all__ = ["DiskWear", "MemoryReport", "TierReport", "UpdateReport", "check_pred
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierReport:
-    """One tier's bytes: what the formula says beside what was measured."""
+    """One tier's bytes: the formula's beside the measured ones."""
 
     tier: str
     budget_nbytes: int | None
-    """None: no such tier, or no limit."""
+    """Budget in bytes; None if the tier does not exist or has no limit."""
     planned_nbytes: dict[str, int]
-    """By purpose, computed before anything was allocated."""
+    """Planned bytes by purpose, computed before anything was allocated."""
     held_nbytes: dict[str, int]
-    """By purpose, as allocated now."""
+    """Allocated bytes by purpose."""
     peak_nbytes: int
-    """The most that was allocated at any time."""
+    """Maximum bytes allocated at any time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskWear:
-    """What training takes of the drive's life."""
+    """The share of the drive's life that training uses."""
 
     endurance_nbytes: int
-    """Bytes that the drive is rated to take, as configured."""
+    """Bytes that the drive is rated for, as configured."""
     life_share_per_step: float
-    """Part of that which one step writes."""
+    """Share of those bytes that one step writes."""
     num_steps_of_life: int | None
-    """Steps that a new drive is rated for; None if a step writes nothing."""
+    """Number of steps that a new drive is rated for; None if a step writes nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateReport:
-    """When updates of chunks ran."""
+    """The times at which chunks were updated."""
 
     overlap_asked: str
-    """`GeminiConfig.overlap`."""
+    """Mode in `GeminiConfig.overlap`."""
     overlap: str
-    """The mode in force, of the coming step."""
+    """Mode in force for the coming step."""
     why_not_asked: str | None
-    """Why that is not the mode asked for; None if it is, or "auto" was."""
+    """Reason why that is not the configured mode; None if it is, or if "auto" was configured."""
     num_updates: int
-    """Chunks that steps have updated, since construction."""
+    """Number of chunks that steps have updated since construction."""
     num_ahead: int
-    """Updates that were started ahead of the step."""
+    """Number of updates that were started ahead of the step."""
     num_redone: int
-    """Those of them that did not count."""
+    """Number of those that had to be redone."""
     busy_s: float | None
     """Seconds of the last step in which the update thread had something to read, compute or write; None before the
     second step."""
     step_s: float | None
-    """Seconds of that step, from the end of the one before to its own; None before the second step."""
+    """Seconds of that step, from the end of the previous step to its own end; None before the second step."""
 
     def __str__(self) -> str:
         why = "" if self.why_not_asked is None else f", but {self.why_not_asked}"
@@ -87,45 +87,45 @@ class MemoryReport:
     num_steps: int
     num_skipped_steps: int
     num_params: int
-    """Elements of all parameters."""
+    """Number of elements of all parameters."""
     num_chunks: int
     num_resident_chunks: int
     num_slots: int
     slot_nbytes: int
     accumulator_nbytes: int
-    """What the device holds now of gradients' sums; among its `held_nbytes`, but not planned."""
+    """Bytes of gradient sums on the device now; included in its `held_nbytes`, but not planned."""
     num_fetches: int
     num_misses: int
-    """Fetches that started only when the weights were needed."""
+    """Number of fetches that started only when the weights were needed."""
     num_trace_mismatches: int
     fetched_nbytes: int
     nvme_read_nbytes: int
-    """Since construction, and complete by now; so are the bytes written, the first weights and state among them."""
+    """Bytes read since construction, in completed transfers. The bytes written include the first weights and state."""
     nvme_written_nbytes: int
     nvme_read_nbytes_per_step: float | None
-    """Mean since the weights came home, skipped steps and evaluation included; None before the first step."""
+    """Mean since the weights were written home, including skipped steps and evaluation; None before the first step."""
     nvme_written_nbytes_per_step: float | None
     wear: DiskWear | None
-    """None unless NVMeConfig.endurance is known and a step was made."""
+    """Wear of the drive; None unless NVMeConfig.endurance is set and a step was made."""
     fetch_stall_s: float
     """Seconds that forward and backward waited for weights."""
     update_stall_s: float
     """Seconds that training waited for updates."""
     updates: UpdateReport
     non_model_peak_nbytes: int | None
-    """Activations and temporaries at their peak; None until measured (on the CPU: inside `engine.trace_memory()`)."""
+    """Peak bytes of activations and temporaries; None until measured (on the CPU: inside `engine.trace_memory()`)."""
     resident_set_nbytes: int
-    """Resident memory of the process now."""
+    """Resident memory of the process now, in bytes."""
     heap: HeapStatistics | None
-    """What torch's large CPU blocks take; None where torch keeps its own allocator, which does not count."""
+    """Statistics of torch's large CPU blocks; None where torch uses its own allocator, which does not count."""
     io_engine: str | None
-    """How the disk is driven; None without one."""
+    """I/O backend of the disk; None without a disk."""
     is_direct_io: bool | None
     instruction_set: str
     step_s: float | None
-    """Median seconds of the newest steps, from the start of forward to the end of the update; None before two."""
+    """Median seconds of recent steps, from the start of forward to the end of the update; None before two steps."""
     predicted: StepPrediction | None
-    """What the cost model expects of the next step; None without a hardware profile."""
+    """The cost model's prediction for the next step; None without a hardware profile."""
 
     def to_json(self) -> str:
         """Return the report as JSON."""
@@ -188,14 +188,14 @@ class MemoryReport:
 
 
 def wear_of(endurance_nbytes: int, *, written_nbytes_per_step: float) -> DiskWear:
-    """Relate what a step writes to the drive's rated endurance.
+    """Compare what a step writes with the drive's rated endurance.
 
     Args:
-        endurance_nbytes: bytes the drive is rated to take, more than 0.
-        written_nbytes_per_step: bytes of one step.
+        endurance_nbytes: bytes that the drive is rated for, more than 0.
+        written_nbytes_per_step: bytes that one step writes.
 
     Returns:
-        The share of one step, and how many there can be.
+        The share of one step, and the possible number of steps.
     """
     return DiskWear(
         endurance_nbytes=endurance_nbytes,
@@ -205,7 +205,7 @@ def wear_of(endurance_nbytes: int, *, written_nbytes_per_step: float) -> DiskWea
 
 
 def check_prediction(runtime: Runtime, profile: HardwareProfile | None, flops: StepFlops | None) -> None:
-    """Raise ConfigError unless `make_report` can use both of them, or is given neither."""
+    """Raise ConfigError unless `make_report` is given both of them or neither."""
     if profile is not None and not runtime.sharding.is_alone:
         raise ConfigError("GeminiDDP.memory_report: no prediction with several ranks: the network is not modelled")
     if (profile is None) is not (flops is None):
@@ -223,13 +223,13 @@ def check_prediction(runtime: Runtime, profile: HardwareProfile | None, flops: S
 def make_report(
     runtime: Runtime, profile: HardwareProfile | None, flops: StepFlops | None, *, disk_at_start: IoStats
 ) -> MemoryReport:
-    """Collect a report; cheap, moves nothing.
+    """Build a report; cheap, moves nothing.
 
     Args:
-        runtime: whose memory and moves.
-        profile: rates of the machine, for a prediction; None: there is none.
-        flops: operations of a step; given with `profile`.
-        disk_at_start: bytes the disk had moved when the first weights were home.
+        runtime: the runtime to report.
+        profile: the machine's rates, for a prediction; None: no prediction.
+        flops: operations of a step; given together with `profile`.
+        disk_at_start: bytes that the disk had moved when the first weights were written home.
 
     Returns:
         The report.

@@ -1,4 +1,4 @@
-"""Records one engine: describes it, tells everything that acts of the recorder, and follows the steps."""
+"""Records one engine: describes it, gives the recorder to all its parts, and follows the steps."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class RunRecorder:
     """Follows the steps of one engine while it is recorded; `gemini.GeminiDDP.record` makes it.
 
     Args:
-        runtime: the engine's.
-        writer: of the recording; closed with this.
-        steps: those whose moves are recorded, counted from now on; None: all.
+        runtime: the engine's runtime.
+        writer: the recording's writer; closed with this.
+        steps: steps whose moves are recorded, counted from now on; None: all.
     """
 
     def __init__(self, runtime: Runtime, writer: RecordingWriter, *, steps: Collection[int] | None) -> None:
@@ -43,24 +43,24 @@ class RunRecorder:
         self._steps = steps
         self._recorder = Recorder(writer, self._sample_memory)
         self._number = 0
-        self._begin_ns: int | None = None  # of the step under way, if one is
+        self._begin_ns: int | None = None  # start of the current step, if there is one
         self._is_detailed = False
         self._counted = self._count()
         runtime.passes.moments.add(self)
         runtime.listeners.add(self)
 
     def log(self, **values: float | torch.Tensor) -> None:
-        """Report numbers about the step under way, or between steps about the last one.
+        """Report numbers for the current step, or between steps for the last one.
 
         Args:
-            **values: numbers by name; the report knows `loss`, and `tokens`, of which it makes a rate. Tensors have one
-                element.
+            **values: numbers by name; the report knows `loss`, and `tokens`, which it turns into a rate. A tensor must
+                have one element.
         """
         step = self._number if self._begin_ns is not None else max(self._number - 1, 0)
         self._recorder.log(step, {name: _number(value) for name, value in values.items()})
 
     def moment(self, kind: str, unit_id: int) -> None:
-        """Follow a moment; see MomentListener."""
+        """React to a moment; see MomentListener."""
         if kind == "enter" and self._begin_ns is None and torch.is_grad_enabled():
             self._begin_step()
         if self._is_detailed:
@@ -82,7 +82,7 @@ class RunRecorder:
             self._recorder.moment("update", None)
 
     def close(self) -> None:
-        """Write what is left; nothing is recorded any more."""
+        """Write what is left and stop recording."""
         self._runtime.passes.moments.remove(self)
         self._runtime.listeners.remove(self)
         if self._is_detailed:
@@ -129,7 +129,7 @@ class RunRecorder:
         self._recorder.attach(_sources_of(self._runtime))
 
     def _count(self) -> dict[str, float]:
-        """Return counters that only grow, under the names of Step's fields."""
+        """Return counters that only grow, by the names of Step's fields."""
         stats, store = self._runtime.core.stats, self._runtime.resources.store
         disk = IoStats(nbytes_read=0, nbytes_written=0) if store is None else store.stats()
         return {
@@ -162,13 +162,13 @@ def _sources_of(runtime: Runtime) -> list[SpanSource]:
     sources: list[SpanSource] = [resources.pool]
     if resources.store is not None:
         sources.append(resources.store.span_source)
-    if isinstance(resources.transfers, CudaTransfers):  # copies of the others are the pool's
+    if isinstance(resources.transfers, CudaTransfers):  # copies of the other transfers are the pool's
         sources.append(resources.transfers)
     return sources
 
 
 def _other_nbytes(runtime: Runtime) -> int | None:
-    """Return the bytes in compute memory that are none of the engine's, None where nobody counts them."""
+    """Return the bytes in compute memory that are not the engine's; None where they are not counted."""
     transfers = runtime.resources.transfers
     if transfers.device.type == "cuda":
         held = runtime.resources.ledger.held_nbytes(MemoryTier.DEVICE)
@@ -188,16 +188,16 @@ def record_run(
     """Record an engine while the context is open; see gemini.GeminiDDP.record.
 
     Args:
-        runtime: the engine's.
-        directory: for the recording.
-        steps: those whose moves are recorded; None: all.
+        runtime: the engine's runtime.
+        directory: directory of the recording.
+        steps: steps whose moves are recorded; None: all.
         expected: as for `describe_run`.
 
     Yields:
         The recorder.
 
     Raises:
-        ConfigError: the engine is being recorded already.
+        ConfigError: the engine is already being recorded.
         OffloadIOError: the file cannot be made.
     """
     runtime.check_usable()
@@ -218,12 +218,12 @@ def describe_run(
     """Describe an engine for the head of a recording.
 
     Args:
-        runtime: the engine's.
-        predicted: what the cost model expects of a step, if it was asked.
-        activation_nbytes: what activations and temporaries are expected to take at their peak, if somebody knows.
+        runtime: the engine's runtime.
+        predicted: the cost model's prediction of a step, if there is one.
+        activation_nbytes: expected peak of activations and temporaries, if known.
 
     Returns:
-        The description, of the plan in force now.
+        The description, with the plan in force now.
     """
     plan, layout, demand = runtime.plan, runtime.layout, runtime.demand
     ledger = runtime.resources.ledger

@@ -1,4 +1,4 @@
-"""How bytes travel: host memory, the disk, the device, and the ways between them."""
+"""Transport of bytes between host memory, the disk and the device."""
 
 from gemini.offload.disk_offloader import DiskOffloader
 

@@ -1,7 +1,7 @@
 """Exact-size host memory, page aligned, page-locked for CUDA where there is one.
 
-torch's pinned allocator rounds every allocation up to a power of two; here a buffer takes its bytes rounded
-up to a page and nothing more. Each buffer is a mapping of its own, so it can be given back alone.
+torch's pinned allocator rounds every allocation up to a power of two. Here a buffer takes its bytes rounded up to a
+page and nothing more. Each buffer is its own mapping, so it can be freed alone.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ logger = logging.getLogger(__name__)
 
 HUGE_PAGE_NBYTES = 2 << 20
 MADV_WIPEONFORK = 18
-"""Of Linux's <sys/mman.h>; Python's mmap has no name for it."""
+"""Value from Linux's <sys/mman.h>; Python's mmap has no name for it."""
 
 NEVER_COPIED = frozenset({"state", "gradients"})
-"""Purposes of buffers that no device copies from or to; page-locking them, most of all memory, would buy nothing."""
+"""Purposes of buffers that no device copies from or to: most of the memory, for which page-locking gains nothing."""
 PORTABLE = 1  # cudaHostRegisterPortable: locked for every device of the process
 
 
 class MemorySource(Protocol):
-    """Where a buffer's memory comes from, if not from the system for this process alone."""
+    """A source of a buffer's memory, in place of private memory from the system."""
 
     @property
     def is_lockable(self) -> bool:
-        """Whether page-locking leaves the memory what it is; of what is copied on write it would make copies."""
+        """Whether page-locking leaves the memory unchanged; locking copy-on-write memory would copy it."""
         ...
 
     def take(self, nbytes: int) -> torch.Tensor:
@@ -51,14 +51,14 @@ class _Grant(NamedTuple):
 
 
 class HostArena:
-    """Hand out host buffers against the host budget.
+    """Hands out host buffers against the host budget.
 
     Args:
         ledger: charged for every buffer before it is mapped.
-        device: CUDA device for which buffers that it copies from or to are page-locked, so that copies run
-            asynchronously; None: there is none.
-        nodes: memory nodes to deal the pages of each buffer out over, so that one thread's first touch does not put
-            everything behind one memory controller; fewer than two leave it to the system.
+        device: CUDA device that copies from or to buffers, which are page-locked so that copies run asynchronously;
+            None if there is none.
+        nodes: memory nodes over which the pages of each buffer are spread, so that one thread's first touch does not
+            put everything behind one memory controller; with fewer than two the system decides.
     """
 
     def __init__(self, ledger: TierLedger, *, device: torch.device | None = None, nodes: Sequence[int] = ()) -> None:
@@ -72,16 +72,16 @@ class HostArena:
         """Map a buffer.
 
         Args:
-            nbytes: bytes wanted; rounded up to a page.
-            purpose: the ledger's word for what the bytes are for.
-            source: gives the memory; None: it is this process's alone.
+            nbytes: bytes needed; rounded up to a page.
+            purpose: the ledger's name for the purpose of the bytes.
+            source: provides the memory; None: private memory of this process.
 
         Returns:
-            uint8 tensor [rounded up bytes] on the CPU, zero unless a source holds something there, page aligned, with a
-            storage of its own.
+            uint8 tensor [rounded up bytes] on the CPU, page aligned, with a storage of its own; zero unless the source
+            holds content there.
 
         Raises:
-            OutOfTierMemoryError: the host budget or the machine cannot give the bytes.
+            OutOfTierMemoryError: the host budget or the machine does not have the bytes.
         """
         nbytes = round_up(max(nbytes, 1), IO_ALIGNMENT_NBYTES)
         with self._charging(nbytes, purpose):
@@ -94,18 +94,18 @@ class HostArena:
         return buffer
 
     def take_shared(self, file: MemoryFile, nbytes: int, purpose: str) -> SharedBuffer:
-        """Take the next part of a memory file, charged with this process's share of it.
+        """Take the next part of a memory file and charge this process's share of it.
 
         Args:
-            file: mapped.
-            nbytes: bytes wanted, whole pages.
-            purpose: the ledger's word for what the bytes are for.
+            file: the mapped file.
+            nbytes: bytes needed, in whole pages.
+            purpose: the ledger's name for the purpose of the bytes.
 
         Returns:
-            The part; its `view` is given back as a buffer from `allocate` is.
+            The part; free its `view` like a buffer from `allocate`.
 
         Raises:
-            OutOfTierMemoryError: the host budget or the machine cannot give the bytes.
+            OutOfTierMemoryError: the host budget or the machine does not have the bytes.
         """
         with self._charging(file.share_of(nbytes), purpose):
             buffer = file.take(nbytes)
@@ -117,7 +117,7 @@ class HostArena:
 
     @contextmanager
     def _charging(self, nbytes: int, purpose: str) -> Iterator[None]:
-        """Charge the ledger for what is mapped inside, unless the machine refuses it."""
+        """Charge the ledger for what is mapped inside the context, unless the machine refuses it."""
         self._ledger.charge(MemoryTier.HOST, purpose, nbytes)
         try:
             yield
@@ -137,11 +137,11 @@ class HostArena:
         self._buffers[buffer.data_ptr()] = _Grant(purpose, nbytes, is_locked)
 
     def free(self, buffer: torch.Tensor) -> None:
-        """Give a buffer back; its memory goes when the last view of it does."""
+        """Free a buffer; its memory is released with the last view of it."""
         self._give_back(buffer.data_ptr(), self._buffers.pop(buffer.data_ptr()))
 
     def close(self) -> None:
-        """Give every buffer back."""
+        """Free every buffer."""
         for address, grant in self._buffers.items():
             self._give_back(address, grant)
         self._buffers.clear()
@@ -149,7 +149,7 @@ class HostArena:
     def _give_back(self, address: int, grant: _Grant) -> None:
         self._ledger.credit(MemoryTier.HOST, grant.purpose, grant.nbytes)
         if grant.is_locked:
-            torch.cuda.synchronize(self._device)  # a copy that nobody waited for may still be under way
+            torch.cuda.synchronize(self._device)  # a copy that no thread waited for may still be running
             _cuda_runtime().cudaHostUnregister(address)
 
     def _lock(self, buffer: torch.Tensor) -> bool:
@@ -165,7 +165,7 @@ class HostArena:
 
 
 def _clear_last_error() -> None:
-    """Provoke the report of a failed call that torch did not see, which the next kernel would be blamed for."""
+    """Clear the error of a failed call that torch did not see, so that the next kernel is not blamed for it."""
     with suppress(RuntimeError):
         torch.ones(1, device="cuda")
 
@@ -175,16 +175,16 @@ def _cuda_runtime() -> Any:
 
 
 def _map_memory(nbytes: int) -> torch.Tensor:
-    """Map private anonymous memory, in huge pages as far as they fit in; returns uint8 [nbytes], zero.
+    """Map private anonymous memory, in huge pages as far as they fit; returns uint8 [nbytes], zero.
 
-    Huge pages are worth a third of the disk's bandwidth and most of what a transfer costs the processor
+    Huge pages gain a third of the disk's bandwidth and save most of the processor time of a transfer
     (docs/decisions/0010-huge-pages-for-host-memory.md). Kernels give them to private memory only, so a fork is told to
-    give the child zeros here: otherwise this process would copy every page it writes to while the child lives.
+    zeros to the child here: otherwise this process would copy every page it writes to while the child lives.
     """
     is_large = nbytes >= HUGE_PAGE_NBYTES
     mapping = mmap.mmap(-1, nbytes + is_large * HUGE_PAGE_NBYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     skip = -torch.frombuffer(mapping, dtype=torch.uint8).data_ptr() % HUGE_PAGE_NBYTES if is_large else 0
-    with suppress(OSError):  # a kernel before 4.14, where a fork copies what is written to
+    with suppress(OSError):  # a kernel before 4.14, where a fork copies pages that are written to
         mapping.madvise(MADV_WIPEONFORK, skip, nbytes)
     if is_large:
         with suppress(OSError):  # a kernel without huge pages

@@ -1,4 +1,4 @@
-"""How fast a disk is when the engine drives it: sustained reads, writes and both at once, in bytes per second.
+"""Sustained rates of a disk under the engine's access pattern: reads, writes and both at once, in bytes per second.
 
 Knows files and patterns of transfers. Must not know what the figures are used for.
 """
@@ -41,16 +41,16 @@ _log = logging.getLogger(__name__)
 BLOCK_NBYTES = 4 << 20
 QUEUE_DEPTH = 16
 NUM_BUFFERS = 2 * QUEUE_DEPTH
-"""More than the kernel takes at a time, so that it never waits for the caller."""
+"""Number of buffers: more than the kernel takes at a time, so that it never waits for the caller."""
 
 
 class IoPattern(enum.Enum):
-    """What a disk is asked for, in order of address."""
+    """A pattern of disk accesses, in order of address."""
 
     READ = "read"
     WRITE = "write"
     MIXED = "mixed"
-    """A read and a write in turn, half a file apart."""
+    """Alternating reads and writes, half a file apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,13 +60,13 @@ class DiskBandwidth:
     read_bytes_per_s: float
     write_bytes_per_s: float
     mixed_bytes_per_s: float
-    """Bytes read and bytes written together."""
+    """Bytes read and written per second, added up."""
     is_direct: bool
-    """Whether the page cache was bypassed; if not, these are not the disk's figures."""
+    """Whether the page cache was bypassed; if not, the figures are not the disk's."""
     loaded_mixed_bytes_per_s: float | None = None
-    """As `mixed_bytes_per_s`, while something else ran beside it; None: nothing did."""
+    """`mixed_bytes_per_s` while a load ran beside it; None if there was no load."""
     load_calls_per_s: float | None = None
-    """How often that ran."""
+    """Calls of the load per second; None if there was no load."""
 
 
 def measure_disk(
@@ -77,17 +77,17 @@ def measure_disk(
     engine: str = "auto",
     load: Callable[[], object] | None = None,
 ) -> DiskBandwidth:
-    """Measure the disk under a directory with a temporary file, of which nothing remains; blocks until done.
+    """Measure the disk of a directory with a temporary file, which is removed; blocks until done.
 
-    The file is written first: reading blocks that are merely reserved asks nothing of the disk.
+    The file is written first, because reading reserved but unwritten blocks does not use the disk.
 
     Args:
         path: directory on the disk.
         nbytes: length of the file, at least 8 MiB; rounded down to whole blocks of 4 MiB.
-        seconds: how long each of the three patterns runs, at least.
-        engine: as NVMeConfig.engine.
-        load: called over and over in a thread beside a fourth run, of both directions, to see what the two cost each
-            other; None: there is no such run.
+        seconds: minimum run time of each of the three patterns.
+        engine: as in NVMeConfig.engine.
+        load: called repeatedly in a thread during a fourth, mixed run, to measure how the two slow each other down;
+            None: no such run.
 
     Returns:
         The bandwidths.
@@ -104,7 +104,7 @@ def measure_disk(
             found = _measure(Path(directory) / "file", nbytes // BLOCK_NBYTES, seconds, choose_backend(engine), load)
     except OffloadIOError:
         raise
-    except OSError as error:  # the directory's
+    except OSError as error:  # the directory's error
         raise OffloadIOError("measure the disk of", os.fsdecode(path), error.errno or errno.EIO) from error
     if not found.is_direct:
         _log.warning("%s does not take O_DIRECT: its bandwidth was measured through the page cache", path)
@@ -119,7 +119,7 @@ def _measure(
     flags = IoOpenFlag.READ | IoOpenFlag.WRITE | IoOpenFlag.CREATE | IoOpenFlag.DIRECT
     with IoEngine(backend, queue_depth=QUEUE_DEPTH, num_threads=QUEUE_DEPTH) as engine:
         file = engine.open(path, flags)
-        path.unlink()  # so that it ends with the process, however that ends
+        path.unlink()  # so that the file ends with the process in any case
         fill_file(file, buffers, num_blocks)
         read, write, mixed = (run_pattern(file, pattern, buffers, num_blocks, seconds=seconds) for pattern in IoPattern)
         found = DiskBandwidth(
@@ -133,15 +133,15 @@ def _measure(
 
 
 class _CallingInThread:
-    """Call something over and over in a thread, from entering to leaving.
+    """Calls a function repeatedly in a thread while the context lasts.
 
     Args:
-        call: what is called.
+        call: the function.
     """
 
     def __init__(self, call: Callable[[], object]) -> None:
         self.calls_per_s = 0.0
-        """Known after leaving."""
+        """Calls per second; known after the context ends."""
         self._call = call
         self._is_over = threading.Event()
         self._error: BaseException | None = None
@@ -169,12 +169,12 @@ class _CallingInThread:
 
 
 def fill_file(file: IoFile, buffers: Sequence[torch.Tensor], num_blocks: int) -> None:
-    """Write every block of a file and wait until the device has it.
+    """Write every block of a file and wait until the device has stored it.
 
     Args:
         file: open for writing.
-        buffers: contents, one block each, used in turn.
-        num_blocks: blocks of the file.
+        buffers: contents, one block each, used in rotation.
+        num_blocks: number of blocks in the file.
 
     Raises:
         OffloadIOError: a write failed.
@@ -186,17 +186,17 @@ def fill_file(file: IoFile, buffers: Sequence[torch.Tensor], num_blocks: int) ->
 def run_pattern(
     file: IoFile, pattern: IoPattern, buffers: Sequence[torch.Tensor], num_blocks: int, *, seconds: float
 ) -> float:
-    """Read or write a file's blocks over and over.
+    """Read or write a file's blocks repeatedly.
 
     Args:
-        file: open for what the pattern does; every block has been written before.
-        pattern: what to do.
+        file: open for the pattern's operations; every block was written before.
+        pattern: the pattern.
         buffers: uint8 [one block] each, page aligned; all of them are in flight at once.
-        num_blocks: blocks of the file, at least two.
-        seconds: how long at least; what is in flight then is waited for, and counted.
+        num_blocks: number of blocks in the file, at least two.
+        seconds: minimum run time; transfers in flight at its end are awaited and counted.
 
     Returns:
-        Bytes per second, both directions together.
+        Bytes per second, both directions added up.
 
     Raises:
         OffloadIOError: a transfer failed.
@@ -210,11 +210,11 @@ def transfers_of(pattern: IoPattern, num_blocks: int) -> Iterator[tuple[IoOperat
     """Yield the transfers of a pattern, without end.
 
     Args:
-        pattern: what to do.
-        num_blocks: blocks of the file, at least two.
+        pattern: the pattern.
+        num_blocks: number of blocks in the file, at least two.
 
     Yields:
-        Direction and number of the block.
+        Direction and block number.
     """
     for index in itertools.count():
         if pattern is IoPattern.MIXED:
@@ -231,7 +231,7 @@ def _run(
     *,
     deadline: float | None,
 ) -> int:
-    """Carry out transfers, a buffer each in turn, until they or the time end; returns the bytes moved."""
+    """Run transfers, with the buffers in rotation, until they or the time end; return the bytes moved."""
     under_way: deque[IoTicket] = deque()
     nbytes = 0
     for (operation, block), buffer in zip(transfers, itertools.cycle(buffers), strict=False):

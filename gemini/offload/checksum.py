@@ -14,7 +14,7 @@ __all__ = ["CrcMethod", "crc32c"]
 
 
 class CrcMethod(enum.Enum):
-    """Who computes; all give the same value."""
+    """Implementation that computes the checksum; all give the same value."""
 
     AUTO = lib.GN_CRC_AUTO
     PORTABLE = lib.GN_CRC_PORTABLE
@@ -22,12 +22,12 @@ class CrcMethod(enum.Enum):
 
 
 def crc32c(tensor: torch.Tensor, crc: int = 0, *, method: CrcMethod = CrcMethod.AUTO) -> int:
-    """Compute the CRC-32C of a tensor's bytes, or continue one over them.
+    """Compute the CRC-32C of a tensor's bytes, or continue an earlier one.
 
     Args:
         tensor: contiguous, on the CPU, any dtype; read only.
-        crc: the CRC-32C of what comes before; 0 for nothing.
-        method: who computes.
+        crc: CRC-32C of the preceding bytes; 0 if there are none.
+        method: implementation to use.
 
     Returns:
         The checksum, 0 to 2^32 - 1.

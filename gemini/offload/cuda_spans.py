@@ -1,4 +1,4 @@
-"""When copies ran on a CUDA device: events around each, put on the host's clock by one that both have seen."""
+"""Times of copies on a CUDA device: events around each copy, converted to the host's clock by a common event."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ __all__ = ["CudaSpans", "TimedEvent"]
 
 
 class TimedEvent(Protocol):
-    """`torch.cuda.Event(enable_timing=True)`, as far as this module knows it."""
+    """The part of `torch.cuda.Event(enable_timing=True)` that this module uses."""
 
     def query(self) -> bool:
-        """Return whether the device has come to it."""
+        """Return whether the device has reached the event."""
 
     def synchronize(self) -> None:
-        """Block until it has."""
+        """Block until the device has reached the event."""
 
     def elapsed_time(self, end_event: Any) -> float:
-        """Return the milliseconds from here to a later event."""
+        """Return the milliseconds from this event to a later one."""
 
 
 class CudaSpans:
-    """The spans of one device's copies. Used by one thread at a time for each method.
+    """The spans of one device's copies. Each method is called by one thread at a time.
 
     Args:
-        record_event: puts an event with timing on the stream that is current, and returns it.
+        record_event: records an event with timing on the current stream, and returns it.
     """
 
     def __init__(self, record_event: Callable[[], TimedEvent]) -> None:
@@ -41,17 +41,17 @@ class CudaSpans:
         self._next_ticket = 1
 
     def begin(self) -> TimedEvent:
-        """Note that a copy is about to be put on the stream that is current."""
+        """Note that a copy is about to be submitted to the current stream."""
         return self._record_event()
 
     def end(self, begin: TimedEvent) -> int:
-        """Note that it has been, and return its ticket."""
+        """Note that the copy was submitted, and return its ticket."""
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
         self._pairs.append((ticket, begin, self._record_event()))
         return ticket
 
     def take(self) -> list[Span]:
-        """Return the spans of copies that have ended since the last call; stops at the first that has not."""
+        """Return the spans of copies that ended since the last call; stops at the first one still running."""
         spans = []
         while self._pairs and self._pairs[0][2].query():
             ticket, begin, end = self._pairs.popleft()

@@ -2,20 +2,21 @@
 
 [Note: differences from TensorNVMe]
 * A read keeps the record: a tensor can be read again, and writing it again replaces the record.
-* Every failure raises OffloadIOError, and a tensor whose write failed keeps its memory and its bytes. There, a full
-  disk or a short transfer lost data without a word.
-* Any dtype and any length; there, a single transfer stopped at 2 GiB.
+* Every failure raises OffloadIOError, and a tensor whose write failed keeps its memory and its bytes. In TensorNVMe, a
+  full disk or a short transfer silently lost data.
+* Any dtype and any length; in TensorNVMe, a single transfer ended at 2 GiB.
 * Tensors that cannot be parked (not contiguous, not on the CPU, part of a larger storage, memory that torch does not
-  own) are refused at once, before anything happens. A tensor that covers its storage is welcome even if other tensors
+  own) are refused at once, before anything happens. A tensor that covers its storage is accepted even if other tensors
   alias it: they lose and regain their bytes together.
-* A record belongs to the tensor object and vanishes with it, which gives its place in the file back.
+* A record belongs to the tensor object and is deleted with it, which frees its place in the file.
 * The synchronous calls use the chosen backend too.
-* A list is no unit on disk: what was written as a list may be read tensor by tensor and the other way round, in any
-  order. A list is written wholly or not: if one write fails, every tensor keeps its bytes.
-* Two operations on the same tensor are carried out in the order of the calls.
-* `close()` removes the file; so does the end of the process. CUDA is not needed. Missing parent directories are made.
+* A list is not a unit on disk: what was written as a list may be read tensor by tensor and the other way round, in
+  any order. A list is written completely or not at all: if one write fails, every tensor keeps its bytes.
+* Two operations on the same tensor run in the order of the calls.
+* `close()` removes the file, and so does the end of the process. CUDA is not needed. Missing parent directories are
+made.
 * No environment variables; `sync_read_events` waits for reads.
-The same as there: memory is freed, and callbacks run, when a write is found to be complete, inside a later call.
+As in TensorNVMe, memory is freed, and callbacks run, when a later call finds that a write is complete.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ _GROWTH_NBYTES = 64 << 20
 
 @dataclass(slots=True, kw_only=True)
 class _Record:
-    """Where the bytes of a tensor are."""
+    """Place of a tensor's bytes."""
 
     tensor_ref: weakref.ref[torch.Tensor]
     extent: Extent | None  # None: no bytes
@@ -66,24 +67,24 @@ class _Record:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Operation:
-    """A call under way: one or several tensors in one direction."""
+    """A running call: one or several tensors in one direction."""
 
     kind: IoOperation
     tensors: list[torch.Tensor]
     tickets: list[IoTicket]
     callback: Callable[[], None] | None
-    extents: list[Extent | None] = field(default_factory=list)  # of a write: where the bytes go
-    restored: list[torch.Tensor] = field(default_factory=list)  # of a read: tensors that had no memory before
+    extents: list[Extent | None] = field(default_factory=list)  # for a write: where the bytes go
+    restored: list[torch.Tensor] = field(default_factory=list)  # for a read: tensors that had no memory before
 
 
 class DiskOffloader:
-    """Move tensors' bytes to a file and back; a written tensor keeps its shape but not its memory.
+    """Moves tensors' bytes to a file and back; a written tensor keeps its shape but not its memory.
 
-    See [Note: differences from TensorNVMe]. Calls from several threads are carried out one after another.
+    See [Note: differences from TensorNVMe]. Thread-safe: calls from several threads run one after another.
 
     Args:
-        dir_name: directory for the file; made if missing.
-        n_entries: kernel requests in flight at most.
+        dir_name: directory for the file; made if it is missing.
+        n_entries: maximum number of kernel requests in flight.
         backend: "uring" ("io_uring"), "aio", "pthread" ("threads") or "auto".
 
     Raises:
@@ -100,6 +101,7 @@ class DiskOffloader:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OffloadIOError("make directory", str(path.parent), error.errno or errno.EIO) from error
+        # - Where bytes go
         self._lock = threading.RLock()
         self._engine = IoEngine(chosen, queue_depth=n_entries)
         try:
@@ -110,8 +112,9 @@ class DiskOffloader:
             raise
         self._remover = weakref.finalize(self, _remove_file, path, os.getpid())
         self._allocator = ExtentAllocator(0)
+        self._orphans: collections.deque[int] = collections.deque()  # ids of collected tensors, added without the lock
+        # - Tensors and running calls. Guarded by: `_lock`
         self._records: dict[int, _Record] = {}  # by id of the tensor
-        self._orphans: collections.deque[int] = collections.deque()  # ids of collected tensors
         self._operations: list[_Operation] = []  # oldest first
         self._errors: dict[IoOperation, list[BaseException]] = {kind: [] for kind in IoOperation}
         self._is_closed = False
@@ -136,7 +139,7 @@ class DiskOffloader:
         """Write tensors and free their memory.
 
         Args:
-            tensors: CPU, contiguous, each covering its whole storage, none of them twice.
+            tensors: CPU tensors, contiguous, each covering its whole storage, no tensor twice.
 
         Raises:
             TensorError: a tensor cannot be parked; nothing was done.
@@ -149,18 +152,18 @@ class DiskOffloader:
         """Give tensors their memory and bytes back.
 
         Args:
-            tensors: written before, by any call; bytes they hold now are overwritten.
+            tensors: tensors written by any earlier call; their present bytes are overwritten.
 
         Raises:
             TensorError: a tensor was never written, or its length changed; nothing was done.
             OffloadIOError: a read failed; tensors that had no memory before have none again, so that the read can be
-                tried once more.
+                tried again.
         """
         with self._lock:
             self._finish(self._start_read(tensors, None))
 
     def async_writev(self, tensors: Sequence[torch.Tensor], callback: Callable[[], None] | None = None) -> None:
-        """Start writing tensors, which must not change until the write has been waited for.
+        """Start writing tensors; they must not change until the write has been awaited.
 
         Args:
             tensors: as for sync_writev.
@@ -176,7 +179,7 @@ class DiskOffloader:
             self._start_write(tensors, callback)
 
     def async_readv(self, tensors: Sequence[torch.Tensor], callback: Callable[[], None] | None = None) -> None:
-        """Start giving tensors their bytes back; they must not be used until the read has been waited for.
+        """Start giving tensors their bytes back; they must not be used until the read has been awaited.
 
         Args:
             tensors: as for sync_readv.
@@ -216,9 +219,9 @@ class DiskOffloader:
         self._wait_for([IoOperation.READ, IoOperation.WRITE])
 
     def close(self) -> None:
-        """Wait for what is under way and remove the file; tensors that are only on disk are lost.
+        """Wait for running operations and remove the file; tensors that are only on disk are lost.
 
-        Closing again does nothing. Failures nobody asked for are logged.
+        Closing again does nothing. Failures that no call reported are logged.
         """
         with self._lock:
             if self._is_closed:
@@ -229,7 +232,7 @@ class DiskOffloader:
                     self._finish_noting(self._operations[0])
                 for kind in IoOperation:
                     for error in self._errors[kind]:
-                        _log.error("DiskOffloader closed with a failed %s nobody asked for: %s", kind.value, error)
+                        _log.error("DiskOffloader closed with an unreported failed %s: %s", kind.value, error)
             finally:
                 self._engine.close()
                 self._remover()
@@ -282,7 +285,7 @@ class DiskOffloader:
         return operation
 
     def _prepare(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Refuse what cannot be parked, then finish what is under way on the same tensors."""
+        """Refuse tensors that cannot be parked, then finish running operations on the same tensors."""
         if self._is_closed:
             raise OffloadIOError("use closed DiskOffloader on", self._file.path, errno.EBADF)
         for tensor in tensors:
@@ -306,7 +309,7 @@ class DiskOffloader:
 
     def _drop_record(self, key: int) -> None:
         record = self._records.get(key)
-        if record is not None and record.tensor_ref() is None:  # else the id has found a new tensor meanwhile
+        if record is not None and record.tensor_ref() is None:  # else the id belongs to a new tensor by now
             del self._records[key]
             self._free([record.extent])
 
@@ -336,14 +339,14 @@ class DiskOffloader:
         )
 
     def _finish(self, operation: _Operation) -> None:
-        """Wait for an operation and do what its outcome asks for."""
+        """Wait for an operation and handle its outcome."""
         error: OffloadIOError | None = None
         for ticket in operation.tickets:
             try:
                 ticket.wait()
             except OffloadIOError as failure:
                 error = error or failure
-        self._operations.remove(operation)  # not before: the wait can be interrupted from the keyboard
+        self._operations.remove(operation)  # not earlier: the wait can be interrupted from the keyboard
         if error is not None:
             self._free(operation.extents)
             _release(operation.restored)

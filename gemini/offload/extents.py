@@ -1,6 +1,6 @@
-"""Which bytes of a file, or of any address range, are taken.
+"""The allocated parts of a file, or of any address range.
 
-Pure bookkeeping: moves nothing and knows no files.
+Pure bookkeeping: moves no bytes and knows no files.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Extent:
 
 
 class ExtentAllocator:
-    """Hand out disjoint aligned extents of [0, capacity_nbytes): best fit, lowest address among equals.
+    """Hands out disjoint aligned extents of [0, capacity_nbytes): best fit, lowest address among equals.
 
-    Free neighbours are merged at once, so that giving everything back leaves one free extent. Allocating and
-    freeing take time logarithmic in the number of free extents, plus moving list elements.
+    Free neighbours are merged at once, so freeing everything leaves one free extent. Allocating and freeing take time
+    logarithmic in the number of free extents, plus moving list elements.
 
     Args:
         capacity_nbytes: bytes managed, rounded down to a multiple of 4096.
@@ -47,24 +47,24 @@ class ExtentAllocator:
         self._held_nbytes = 0
         self._taken: dict[int, Extent] = {}  # by offset
         self._free_starts: dict[int, Extent] = {}  # free extents by offset
-        self._free_ends: dict[int, Extent] = {}  # the same by end
+        self._free_ends: dict[int, Extent] = {}  # free extents by end
         self._free_by_fit: list[tuple[int, int]] = []  # (nbytes, offset), sorted
         if self._capacity_nbytes:
             self._add_free(Extent(0, self._capacity_nbytes))
 
     @property
     def capacity_nbytes(self) -> int:
-        """Bytes managed."""
+        """Number of bytes managed."""
         return self._capacity_nbytes
 
     @property
     def held_nbytes(self) -> int:
-        """Bytes of all extents handed out, rounding included."""
+        """Bytes of all allocated extents, rounding included."""
         return self._held_nbytes
 
     @property
     def free_extents(self) -> tuple[Extent, ...]:
-        """What is free, in order of address; no two are neighbours."""
+        """Free extents in order of address; no two are neighbours."""
         return tuple(self._free_starts[offset] for offset in sorted(self._free_starts))
 
     def allocate(self, nbytes: int) -> Extent:
@@ -74,7 +74,7 @@ class ExtentAllocator:
             nbytes: bytes needed, more than 0; rounded up to a multiple of 4096.
 
         Returns:
-            An extent that overlaps no other one handed out.
+            An extent that overlaps no other allocated one.
 
         Raises:
             ValueError: nbytes is not positive.
@@ -96,13 +96,13 @@ class ExtentAllocator:
         return extent
 
     def free(self, extent: Extent) -> None:
-        """Give an extent back.
+        """Free an extent.
 
         Args:
-            extent: as allocate() returned it.
+            extent: an extent from allocate().
 
         Raises:
-            ValueError: it is not handed out now (freed twice, or of another allocator).
+            ValueError: the extent is not allocated (freed twice, or from another allocator).
         """
         if not self.is_held(extent):
             raise ValueError(f"{extent} is not allocated: it was freed before or belongs to another allocator")
@@ -111,7 +111,7 @@ class ExtentAllocator:
         self._add_free(extent)
 
     def is_held(self, extent: Extent) -> bool:
-        """Return whether the extent is handed out now."""
+        """Return whether the extent is allocated."""
         return self._taken.get(extent.offset) == extent
 
     def grow(self, capacity_nbytes: int) -> None:
@@ -121,7 +121,7 @@ class ExtentAllocator:
             capacity_nbytes: the new capacity, rounded down to a multiple of 4096.
 
         Raises:
-            ValueError: it is below the present one.
+            ValueError: the new capacity is below the present one.
         """
         capacity = capacity_nbytes // IO_ALIGNMENT_NBYTES * IO_ALIGNMENT_NBYTES
         if capacity < self._capacity_nbytes:

@@ -1,9 +1,9 @@
-"""Where a chunk's bytes live between uses: a row of tiles, each in host memory, on disk or on the device.
+"""The place of a chunk's bytes between uses: a row of tiles, each in host memory, on disk or on the device.
 
-A tile on disk may have a spare place beside its own: what is written *ahead* goes there, unseen by readers, until
-`flip` makes it the tile's place and the old one the spare.
+A tile on disk may have a second, spare place. A write *ahead* goes to the spare place, where readers do not see it,
+until `flip` makes the spare place the tile's place and the old place the spare one.
 
-Knows bytes and tiers; knows nothing of what the bytes mean.
+Knows bytes and tiers, not what the bytes mean.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["TileRun", "TiledHome"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TileRun:
-    """Consecutive tiles of one tier, contiguous there."""
+    """Consecutive tiles in one tier, contiguous there."""
 
     tier: MemoryTier
     first_tile: int
@@ -43,7 +43,7 @@ class TileRun:
 
     @property
     def place(self) -> tuple[MemoryTier, bool]:
-        """Which buffer or extent the run lies in."""
+        """Tier of the run, and whether the run is in the extent of the spare places."""
         return self.tier, self.is_spare
 
 
@@ -51,16 +51,16 @@ class TiledHome:
     """The home of one chunk's working weights, state or gradients.
 
     Args:
-        tiers: tier of each tile.
+        tiers: the tier of each tile.
         tile_nbytes: bytes of each tile, multiples of the I/O alignment.
-        arena: source of host memory.
-        store: the disk tier; may be None if no tile lives there.
-        device_buffer: uint8 [sum of tile_nbytes] in device memory, if the tiles live there.
-        shared: the memory file's part, from the arena, that all tiles live in; None: the home has memory of its own.
-        source: gives the host memory; None: it is this process's alone.
-        spare_tiles: tiles on disk that get a spare place.
-        purpose: the ledger's word for these bytes.
-        record: what they are, for messages about the disk.
+        arena: the source of host memory.
+        store: the disk tier; may be None if no tile is on disk.
+        device_buffer: uint8 [sum of tile_nbytes] in device memory, if the tiles are there.
+        shared: the memory file's part, from the arena, that holds all tiles; None: the home has its own memory.
+        source: provides the host memory; None: private memory of this process.
+        spare_tiles: tiles on disk that have a spare place.
+        purpose: the ledger's name for the purpose of these bytes.
+        record: name of the content, for messages about the disk.
     """
 
     def __init__(
@@ -77,19 +77,23 @@ class TiledHome:
         purpose: str,
         record: str = "",
     ) -> None:
+        # - What it is
         self.tiers = tuple(tiers)
         self.tile_nbytes = tuple(tile_nbytes)
+        # - What holds bytes
         self._arena = arena
         self._store = store
         self.host_buffer: torch.Tensor | None = None
         self.device_buffer = device_buffer
         self._shared = shared
+        self._extents: dict[bool, Extent] = {}  # key: whether it is the extent of the spare places
+        # - Writes under way
         self.writes: list[tuple[TileRun, IoTicket]] = []
-        """Those of which it is not yet known that they have reached the disk, oldest first."""
+        """Writes that are not yet known to have reached the disk, oldest first."""
         self._writes_ahead: list[tuple[TileRun, IoTicket]] = []
-        self._extents: dict[bool, Extent] = {}  # by whether it is that of the spare places
+        # - Places of tiles
         self._places = self._places_by_tier()
-        self._spares: dict[int, TileRun] = {}  # the place of each such tile that is not its own at present
+        self._spares: dict[int, TileRun] = {}  # spare place of each tile that has one
         spare_nbytes = 0
         for tile in sorted(spare_tiles):
             assert self.tiers[tile] is MemoryTier.NVME
@@ -123,12 +127,12 @@ class TiledHome:
         return places
 
     def nbytes(self, tier: MemoryTier) -> int:
-        """Return the bytes of the tiles in one tier, spare places not counted."""
+        """Return the bytes of the tiles in one tier, without spare places."""
         return sum(n for t, n in zip(self.tiers, self.tile_nbytes, strict=True) if t is tier)
 
     @property
     def is_on_disk(self) -> bool:
-        """Whether any tile lives on disk."""
+        """Whether any tile is on disk."""
         return bool(self._extents)
 
     @property
@@ -138,11 +142,11 @@ class TiledHome:
 
     @property
     def is_writable(self) -> bool:
-        """Whether this process may write to the home; of a shared one only one process may."""
+        """Whether this process may write to the home; only one process may write to a shared home."""
         return self._shared is None or self._shared.writer is not None
 
     def refresh(self) -> None:
-        """Show what a shared home holds now, whatever this process has written to its parameters."""
+        """Show the present content of a shared home, whatever this process has written to its parameters."""
         if self._shared is not None:
             self._shared.refresh()
 
@@ -151,7 +155,7 @@ class TiledHome:
         return tile in self._spares
 
     def runs(self) -> list[TileRun]:
-        """Return the tiles as maximal runs that are contiguous in one tier, in order."""
+        """Return the tiles as the longest runs that are contiguous in one tier, in order."""
         runs: list[TileRun] = []
         for place in self._places:
             last = runs[-1] if runs else None
@@ -162,7 +166,7 @@ class TiledHome:
         return runs
 
     def tile(self, tile: int) -> torch.Tensor:
-        """Return a tile that lives in host or device memory, uint8 [its bytes]; to write to if that is allowed."""
+        """Return a tile that is in host or device memory, uint8 [its bytes]; writable if the home is."""
         buffer = self.device_buffer if self.tiers[tile] is MemoryTier.DEVICE else self.host_buffer
         if self._shared is not None and self._shared.writer is not None:
             buffer = self._shared.writer
@@ -175,11 +179,11 @@ class TiledHome:
         """Start reading a tile from disk.
 
         Args:
-            tile: its index; it lives on disk.
+            tile: index of a tile on disk.
             into: uint8 [its bytes], page aligned.
 
         Returns:
-            Ticket of the read.
+            The read's ticket.
         """
         return self.read_run(self._places[tile], into)
 
@@ -193,12 +197,12 @@ class TiledHome:
         """Start writing a tile to disk; later reads of this home wait for it.
 
         Args:
-            tile: its index; it lives on disk.
+            tile: index of a tile on disk.
             source: uint8 [its bytes], page aligned; untouched until the ticket completes.
-            ahead: write to the tile's spare place, which nobody reads before `flip`.
+            ahead: write to the tile's spare place, which is not read before `flip`.
 
         Returns:
-            Ticket of the write.
+            The write's ticket.
         """
         if not ahead:
             return self.write_run(self._places[tile], source)
@@ -207,9 +211,9 @@ class TiledHome:
         return ticket
 
     def write_run(self, run: TileRun, source: torch.Tensor) -> IoTicket:
-        """Start writing a run to disk from uint8 [run.nbytes]; as `write_tile`.
+        """Start writing a run to disk from uint8 [run.nbytes], as `write_tile` does.
 
-        It takes the place of an earlier write of the same run that has ended, however that ended.
+        It replaces an earlier write of the same run that has ended, with or without an error.
         """
         ticket = self._write(run, source)
         self.writes = [each for each in self.writes if each[0] != run or not each[1].is_done()]
@@ -222,12 +226,12 @@ class TiledHome:
 
     @contextmanager
     def opened(self, tile: int, transfers: Transfers, *, write: bool = False) -> Iterator[torch.Tensor]:
-        """Open a tile, wherever it lives; blocks until it is there, and with `write` until it is back.
+        """Open a tile in any tier; blocks until it is read, and with `write` until it is written back.
 
         Args:
-            tile: its index.
-            transfers: reaches the device.
-            write: whether changes reach the home when the context closes; after an exception they do not, but in host
+            tile: the tile's index.
+            transfers: gives access to device memory.
+            write: whether changes reach the home when the context ends. After an exception they do not, except in host
                 memory, where they are made in place.
 
         Yields:
@@ -255,25 +259,25 @@ class TiledHome:
             transfers.upload(self.tile(tile), buffer).wait_on_host()
 
     def flip(self, tiles: Iterable[int]) -> None:
-        """Let tiles live where they were last written ahead; where they lived becomes their spare place."""
+        """Make the places that were written ahead the tiles' places; the old places become the spare ones."""
         for tile in tiles:
             self._places[tile], self._spares[tile] = self._spares[tile], self._places[tile]
         self.writes = [*self.writes, *self._writes_ahead]
         self._writes_ahead = []
 
     def forget_ahead(self) -> None:
-        """Block until nothing is being written ahead; the spare places may then be written anew."""
+        """Block until no write ahead is running; the spare places may then be written again."""
         for _, ticket in self._writes_ahead:
             with suppress(OffloadIOError):
                 ticket.wait()
         self._writes_ahead = []
 
     def is_being_written(self) -> bool:
-        """Return whether a write has yet to reach the disk, so that a read would have to wait for it."""
+        """Return whether a write has not reached the disk yet, so that a read would have to wait for it."""
         return any(not ticket.is_done() for _, ticket in self.writes)
 
     def finish_writes(self) -> None:
-        """Block until everything written, but for what was written ahead, has reached the disk.
+        """Block until all writes have reached the disk, except writes ahead.
 
         Raises:
             OffloadIOError: a write failed.
@@ -283,7 +287,7 @@ class TiledHome:
         self.writes = []
 
     def close(self) -> None:
-        """Give the host memory and the disk space back; a write that failed no longer matters."""
+        """Free the host memory and the disk space; a failed write no longer matters."""
         if self.host_buffer is not None:
             self._arena.free(self.host_buffer)
             self.host_buffer = self._shared = None

@@ -1,6 +1,6 @@
 """Asynchronous reads and writes of tensors, on the native I/O engine.
 
-Knows files, buffers and tickets. Must not know chunks, extents or who wants the bytes.
+Knows files, buffers and tickets. Must not know chunks, extents or the user of the bytes.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-# A blocked native wait hears neither Ctrl-C nor close(): it is taken in slices of this length.
+# A blocked native wait does not react to Ctrl-C or close(), so a wait is divided into slices of this length.
 _WAIT_SLICE_NS = 50_000_000
 
 
@@ -80,17 +80,17 @@ class IoRequest:
     buffer: torch.Tensor | IoBuffer
     """CPU tensor, contiguous, any dtype; read only for a write, overwritten by a read."""
     offset: int
-    """First byte in the file."""
+    """First byte in the file, counted from 0."""
     record: str = ""
-    """What the bytes are, for messages."""
+    """Name of the content, for messages."""
 
 
 class IoTicket:
-    """The promise of one transfer; made by an IoEngine only.
+    """The handle of one transfer; made only by an IoEngine.
 
     Args:
-        engine: whose transfer it is.
-        request: what was asked for.
+        engine: the engine that runs the transfer.
+        request: the request.
         number: the native ticket.
         nbytes: length of the transfer.
     """
@@ -108,6 +108,7 @@ class IoTicket:
     )
 
     def __init__(self, engine: IoEngine, request: IoRequest, number: int, nbytes: int) -> None:
+        # - What was asked
         self._engine = engine
         self._file = request.file
         self._operation = request.operation
@@ -115,8 +116,9 @@ class IoTicket:
         self._record = request.record
         self._number = number
         self._nbytes = nbytes
+        # - What came of it
         self._is_over = False
-        self._outcome = (0, 0)  # status, bytes done; valid once it is over
+        self._outcome = (0, 0)  # status and bytes done; valid once it is over
 
     @property
     def nbytes(self) -> int:
@@ -131,12 +133,12 @@ class IoTicket:
         """Block until the transfer is complete. May be called again, and from several threads.
 
         Args:
-            timeout_s: give up after this many seconds; None: never.
+            timeout_s: maximum wait in seconds; None: no limit.
 
         Raises:
             OffloadIOError: the transfer failed or was cancelled by closing the engine.
-            CorruptRecordError: a verified file holds other bytes than were written.
-            TimeoutError: it is still under way.
+            CorruptRecordError: a verified file does not hold the bytes that were written.
+            TimeoutError: the transfer is still running.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while not self._is_over_within(self._slice_ns(deadline)):
@@ -173,11 +175,11 @@ class IoTicket:
 
 
 class IoFile:
-    """An open file; made by IoEngine.open only.
+    """An open file; made only by IoEngine.open.
 
     Args:
-        engine: through which the bytes go.
-        path: for messages.
+        engine: the engine that moves the bytes.
+        path: the path, for messages.
         number: the native file number.
     """
 
@@ -208,16 +210,16 @@ class IoFile:
         """Compare whole blocks of 4096 bytes that are read with what was last written there, by CRC-32C, from now on.
 
         Args:
-            nbytes: how much of the file, from its beginning on; takes 4 bytes of memory for each block.
+            nbytes: length of the verified part, from the file's beginning; takes 4 bytes of memory per block.
 
         Raises:
-            OffloadIOError: transfers are under way (EBUSY), or the file is closed (EBADF).
+            OffloadIOError: transfers are running (EBUSY), or the file is closed (EBADF).
         """
         with self._engine._borrow() as native:
             self._check("verify", lib.gn_io_verify(native, self._number, nbytes))
 
     def sync(self) -> None:
-        """Block until what was written is on the device (fdatasync).
+        """Block until written bytes are on the device (fdatasync).
 
         Raises:
             OffloadIOError: the device failed.
@@ -229,7 +231,7 @@ class IoFile:
         """Close the file.
 
         Raises:
-            OffloadIOError: transfers are under way (EBUSY), or it is closed already (EBADF).
+            OffloadIOError: transfers are running (EBUSY), or the file is already closed (EBADF).
         """
         with self._engine._borrow() as native:
             self._check("close", lib.gn_io_close(native, self._number))
@@ -240,12 +242,12 @@ class IoFile:
 
 
 class IoEngine:
-    """A queue to the kernel and the files opened through it. All methods may be called from any thread.
+    """A queue to the kernel and the files opened through it. Thread-safe: any thread may call any method.
 
     Args:
-        backend: how the kernel is asked.
-        queue_depth: kernel requests in flight at most, 1..4096; more wait inside the engine.
-        num_threads: threads of IoBackend.THREADS; the others ignore it.
+        backend: kernel interface to use.
+        queue_depth: maximum number of kernel requests in flight, 1..4096; further ones wait in the engine.
+        num_threads: number of threads of IoBackend.THREADS; other backends ignore it.
 
     Raises:
         OffloadIOError: the kernel refuses, or a value is out of range.
@@ -256,13 +258,16 @@ class IoEngine:
         status = lib.gn_io_create(handle, native_number(backend), queue_depth, num_threads)
         if status != 0:
             raise OffloadIOError("start I/O engine", backend.value, -status, hint=explain_refusal(backend))
+        # - What it is
         self.backend = backend
         self._native = handle[0]
-        self._pid = os.getpid()  # the child of a fork must not touch the lock, whose holder it may lack
-        self._condition = threading.Condition()  # guards everything below
+        self._pid = os.getpid()  # a forked child must not touch the lock, whose holder may not exist there
+        # - Threads inside the native engine. Guarded by: `_condition`
+        self._condition = threading.Condition()
         self._num_borrowers = 0
-        self._is_closed = False  # nothing new may enter the native engine
-        self._is_destroyed = False  # nobody is inside it any more, and every outcome is known
+        self._is_closed = False  # no new call may enter the native engine
+        self._is_destroyed = False  # no thread is in the native engine any more, and every outcome is known
+        # - Transfers. Guarded by: `_condition`
         self._in_flight: dict[int, object] = {}  # ticket -> owner of its buffer, oldest first
         self._failures: dict[int, tuple[int, int]] = {}  # ticket -> (status, bytes done)
         self._unasked_failures: set[int] = set()
@@ -276,15 +281,15 @@ class IoEngine:
         """Open a file.
 
         Args:
-            path: where it is; files are created with mode 0600.
-            flags: READ, WRITE or both, with CREATE, TRUNCATE and DIRECT as wanted.
-            descriptor: of the file to open anew, wherever it is now; `path` is then for messages alone.
+            path: the file's path; files are created with mode 0600.
+            flags: READ, WRITE or both, with CREATE, TRUNCATE and DIRECT as needed.
+            descriptor: descriptor of the file to reopen, wherever it is now; `path` is then used only in messages.
 
         Returns:
-            The file; the engine closes it with itself.
+            The file; the engine closes it when it is closed itself.
 
         Raises:
-            OffloadIOError: the file cannot be opened that way.
+            OffloadIOError: the file cannot be opened in this way.
         """
         name = os.fsdecode(path)
         opened = name if descriptor is None else f"/proc/self/fd/{descriptor}"
@@ -301,10 +306,10 @@ class IoEngine:
         complete in any order, even on the same bytes.
 
         Args:
-            requests: what to move.
+            requests: the transfers.
 
         Returns:
-            One ticket for each request, in their order.
+            One ticket per request, in the same order.
 
         Raises:
             ValueError: a tensor is not contiguous or not on the CPU, or an offset is negative; nothing was started.
@@ -344,26 +349,25 @@ class IoEngine:
         ]
 
     def stats(self) -> IoStats:
-        """Return the bytes moved since creation; after close(), until then."""
+        """Return the bytes moved since creation, or, after close(), until then."""
         with self._condition:
             return self._stats if self._is_destroyed else self._read_stats()
 
     def record_to(self, recorder: SpanRecorder | None) -> None:
-        """Tell a recorder of every transfer from now on, and keep when they run for `take_spans`; None: no longer."""
+        """Report every transfer to a recorder from now on and keep its times for `take_spans`; None: stop."""
         self._recorder = recorder
         with self._borrow() as native:
             lib.gn_io_keep_spans(native, 0 if recorder is None else MAX_SPANS)
 
     def take_spans(self) -> list[Span]:
-        """Return when the transfers ran that have completed since the last call, in order of completion."""
+        """Return the spans of transfers that completed since the last call, in order of completion."""
         with self._borrow() as native:
             return read_spans(lambda spans, count: lib.gn_io_take_spans(native, spans, count))
 
     def close(self) -> None:
-        """Complete what the kernel already has, cancel the rest, close the files. Closing again does nothing.
+        """Complete what the kernel has taken, cancel the rest, close the files. Closing again does nothing.
 
-        A ticket that was not known to be complete fails with ECANCELED from then on. In the child of a fork nothing
-        happens.
+        A ticket not known to be complete then fails with ECANCELED. Does nothing in a forked child.
         """
         if os.getpid() != self._pid:
             return
@@ -375,7 +379,7 @@ class IoEngine:
             self._condition.wait_for(lambda: self._num_borrowers == 0)
             self._drop_completed(len(self._in_flight))
             if self._unasked_failures:
-                _log.warning("I/O engine closed with %d failed transfers nobody asked for", len(self._unasked_failures))
+                _log.warning("I/O engine closed with %d unreported failed transfers", len(self._unasked_failures))
             self._failures.update(dict.fromkeys(self._in_flight, (-errno.ECANCELED, 0)))
             self._stats = self._read_stats()
             self._finalizer()
@@ -430,7 +434,7 @@ class IoEngine:
         return status, result.nbytes_done
 
     def _drop_completed(self, max_count: int) -> None:
-        """Let go of the oldest buffers whose transfers are complete, asked for or not; needs the lock."""
+        """Release the oldest buffers whose transfers are complete. Guarded by: `_condition`, which the caller holds."""
         result = ffi.new("gn_io_result *")
         while self._in_flight and max_count > 0:
             number = next(iter(self._in_flight))
@@ -450,6 +454,6 @@ class IoEngine:
 
 
 def _destroy(native: object, in_flight: dict[int, object]) -> None:
-    """End a native engine, then let go of the buffers it may have used until that moment."""
+    """Destroy a native engine, then release the buffers that it may have used until then."""
     lib.gn_io_destroy(native)
     in_flight.clear()

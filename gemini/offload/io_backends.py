@@ -1,4 +1,4 @@
-"""Which kernel interfaces for I/O there are, and which of them work on this machine."""
+"""The kernel interfaces for I/O, and which of them work on this machine."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def available_backends() -> tuple[IoBackend, ...]:
 
 
 def best_backend() -> IoBackend:
-    """Return the first of `available_backends`, without asking for the others: one of them takes a while to answer."""
+    """Return the first of `available_backends` without testing the others, because one of those tests takes a while."""
     return next(backend for backend in IoBackend if _works(backend))
 
 
@@ -56,7 +56,7 @@ def choose_backend(name: str) -> IoBackend:
         name: "auto" for the best one, or "io_uring", "aio" or "threads".
 
     Returns:
-        The backend; for "auto" without io_uring the next best, after a warning.
+        The backend; for "auto" without io_uring the next best one, after a warning.
 
     Raises:
         ConfigError: the name is unknown, or that backend does not work on this machine.

@@ -1,4 +1,4 @@
-"""What the I/O engine is asked with: directions, flags, buffers; and what it counts."""
+"""Arguments and counters of the I/O engine: directions, flags, buffers and statistics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class IoOperation(enum.Enum):
 
 
 class IoOpenFlag(enum.IntFlag):
-    """How a file is opened; the values are those of gn_io_open_flag."""
+    """Flags for opening a file; values are those of gn_io_open_flag."""
 
     READ = lib.GN_IO_OPEN_READ
     WRITE = lib.GN_IO_OPEN_WRITE
@@ -35,8 +35,8 @@ def empty_aligned(numel: int, dtype: torch.dtype) -> torch.Tensor:
     """Make a host tensor that direct I/O accepts.
 
     Args:
-        numel: elements; choose their bytes a multiple of 4096 if the whole tensor is to travel directly.
-        dtype: any.
+        numel: number of elements; for direct I/O on the whole tensor its bytes must be a multiple of 4096.
+        dtype: any dtype.
 
     Returns:
         Uninitialised CPU tensor [numel] whose address is a multiple of 4096.
@@ -52,11 +52,11 @@ class IoBuffer:
     """Memory that is not a tensor."""
 
     address: int
-    """First byte."""
+    """Address of the first byte."""
     nbytes: int
-    """Length."""
+    """Length in bytes."""
     owner: object
-    """Whatever keeps the memory valid; referenced until the transfer is complete."""
+    """Object that keeps the memory valid; referenced until the transfer is complete."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,7 @@ class IoStats:
     nbytes_written: int
 
     def __sub__(self, earlier: IoStats) -> IoStats:
-        """Return what was moved since an earlier look."""
+        """Return the bytes moved since an earlier reading."""
         return IoStats(
             nbytes_read=self.nbytes_read - earlier.nbytes_read,
             nbytes_written=self.nbytes_written - earlier.nbytes_written,
@@ -75,7 +75,7 @@ class IoStats:
 
 
 def describe_buffer(buffer: torch.Tensor | IoBuffer) -> IoBuffer:
-    """Return where a buffer of a transfer lies; refuses a tensor whose bytes are not one run of host memory."""
+    """Return the address range of a transfer's buffer; refuses a tensor whose bytes are not one run of host memory."""
     if isinstance(buffer, IoBuffer):
         return buffer
     if buffer.device.type != "cpu" or buffer.layout is not torch.strided or not buffer.is_contiguous():

@@ -1,13 +1,14 @@
-"""A file in memory, without a name, that holds buffers for several processes of a machine once.
+"""An unnamed file in memory that holds buffers once for several processes of a machine.
 
-One process, the writer, fills it; the others read. The kernel frees it with its last user, however that one ends. How a
-process comes to know of another's file is for gemini's callers to arrange.
+One process, the writer, fills it; the others read. The kernel frees it with its last user, however that process ends.
+The callers arrange how a process learns of another's file.
 
 [Note: One copy that everybody may write to]
-Parameters that show the file are ordinary tensors, and a program may write to them. A read-only mapping would end it
-with a signal. So where parameters show the file itself, it is mapped copy-on-write: a page somebody writes to becomes
-that process's own, all others stay common. Where the file is only copied from, to a device, nobody but the writer can
-write to it, and it is mapped as it is: page-locking a copy-on-write mapping would give each process its own copy.
+Parameters that show the file are ordinary tensors, and a program may write to them. With a read-only mapping, such a
+write would end the program with a signal. So where parameters show the file itself, it is mapped copy-on-write: a page
+that a process writes to becomes private to it, and all others stay shared. Where the file is only copied to a device,
+only the writer can write to it, and it is mapped as shared: page-locking a copy-on-write mapping would give each
+process its own copy.
 """
 
 from __future__ import annotations
@@ -26,64 +27,64 @@ from gemini.tiers import IO_ALIGNMENT_NBYTES, round_up
 __all__ = ["MemoryFile", "MemoryFileAddress", "SharedBuffer"]
 
 NAME = "gemini"
-"""What the system shows beside mappings; leads nobody to the file."""
+"""Name that the system shows beside mappings; it is no path to the file."""
 F_SEAL_FUTURE_WRITE = 0x0010
-"""Of Linux's <linux/fcntl.h>, from 5.1 on; Python's fcntl has no name for it."""
+"""Value from Linux's <linux/fcntl.h>, since 5.1; Python's fcntl has no name for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryFileAddress:
-    """Where another process of the machine finds a memory file."""
+    """The address at which another process of the machine finds a memory file."""
 
     pid: int
     descriptor: int
     inode: int
-    """Tells the file from another one that has come to be at the same place."""
+    """Inode, which tells the file from a later one at the same place."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SharedBuffer:
-    """A part of a memory file, in one process."""
+    """A part of a memory file in one process."""
 
     view: torch.Tensor
-    """uint8 [nbytes], page aligned, with a storage of its own: what this process reads."""
+    """Memory that this process reads: uint8 [nbytes], page aligned, with a storage of its own."""
     writer: torch.Tensor | None
-    """uint8 [nbytes]: what the writer writes and all read; None in other processes."""
+    """Memory that the writer writes and all processes read: uint8 [nbytes]; None in other processes."""
     mappings: tuple[mmap.mmap, ...]
-    """What they lie in."""
+    """Mappings that contain both views."""
     offset: int
-    """First byte, in the file."""
+    """First byte in the file."""
 
     def refresh(self) -> None:
-        """Show what the file holds now, and count its pages as resident here only when they are next used.
+        """Show the file's present content, and count its pages as resident here only from their next use.
 
-        Of pages that this process has written to in a view of its own, its copies are dropped.
+        Private copies of pages that this process has written to are dropped.
         """
         for mapping in self.mappings:
             mapping.madvise(mmap.MADV_DONTNEED, self.offset, self.view.numel())
 
 
 class MemoryFile:
-    """One process's hold of a memory file: from `create` or `open` until `close`, which what was taken outlives.
+    """One process's hold on a memory file, from `create` or `open` until `close`; parts that were taken remain.
 
     Args:
-        descriptor: of the file, for reading and writing; closed with this.
+        descriptor: descriptor of the file for reading and writing; closed with this.
         is_writer: whether this process fills the file.
     """
 
     def __init__(self, descriptor: int, *, is_writer: bool) -> None:
         self.is_writer = is_writer
         self.num_users = 1
-        """Processes among which the file's bytes are counted."""
+        """Number of processes among which the file's bytes are divided."""
         self._descriptor = descriptor
         self._nbytes = self._taken_nbytes = 0
         self._is_read_in_place = False
         self._mappings: tuple[mmap.mmap, ...] = ()
-        """What parameters or copies read, and then, if it is another one, what the writer writes to."""
+        """Mapping that parameters or copies read, followed by the writer's mapping if that is a different one."""
 
     @staticmethod
     def create() -> MemoryFile:
-        """Make an empty file, which this process will fill.
+        """Make an empty file, which this process fills.
 
         Returns:
             The file.
@@ -96,16 +97,16 @@ class MemoryFile:
 
     @staticmethod
     def open(address: MemoryFileAddress) -> MemoryFile:
-        """Open the file of another process, which must still hold it.
+        """Open another process's file, which that process must still hold.
 
         Args:
-            address: the file's.
+            address: the file's address.
 
         Returns:
             The file.
 
         Raises:
-            OSError: the process is gone, out of sight or another user's, or has another file there.
+            OSError: the process is gone, invisible or another user's, or has another file there.
         """
         path = f"/proc/{address.pid}/fd/{address.descriptor}"
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -116,19 +117,19 @@ class MemoryFile:
 
     @property
     def address(self) -> MemoryFileAddress:
-        """Where other processes find the file."""
+        """Address at which other processes find the file."""
         inode = os.fstat(self._descriptor).st_ino
         return MemoryFileAddress(pid=os.getpid(), descriptor=self._descriptor, inode=inode)
 
     def share_of(self, nbytes: int) -> int:
-        """Return the bytes, whole pages, that each user counts for a part of the file."""
+        """Return the bytes, in whole pages, that each user counts for a part of the file."""
         return round_up(-(-nbytes // self.num_users), IO_ALIGNMENT_NBYTES)
 
     def lay_out(self, nbytes: int, *, is_read_in_place: bool) -> None:
-        """Say what the file will be; all its users say the same.
+        """Declare the file's layout; all its users declare the same.
 
         Args:
-            nbytes: length of all parts together, whole pages.
+            nbytes: length of all parts together, in whole pages.
             is_read_in_place: whether parameters will show the file itself; see [Note: One copy that everybody may
                 write to].
         """
@@ -138,10 +139,10 @@ class MemoryFile:
         """Return the next part of the file; all its users take the same parts in the same order.
 
         Args:
-            nbytes: whole pages, more than 0.
+            nbytes: length in whole pages, more than 0.
 
         Returns:
-            The part, zero until the writer writes.
+            The part; zero until the writer writes.
 
         Raises:
             OSError: the machine refuses.
@@ -160,25 +161,25 @@ class MemoryFile:
             ways.append(mmap.MAP_SHARED)
         self._mappings = tuple(mmap.mmap(self._descriptor, self._nbytes, flags=way) for way in ways)
         for mapping in self._mappings:
-            with suppress(OSError):  # a kernel without huge pages; most give none to such files unless told to
+            with suppress(OSError):  # a kernel without huge pages; most provide none for memory files by default
                 mapping.madvise(mmap.MADV_HUGEPAGE)
 
     def reserve(self, buffer: SharedBuffer) -> None:
-        """Claim the memory of a part now, where a shortage is an error; in the first write it would be a signal.
+        """Claim a part's memory now, where a shortage is an error; at the first write it would be a signal.
 
         Args:
-            buffer: the part; only the writer claims.
+            buffer: the part; only the writer claims it.
 
         Raises:
-            OSError: there is not enough.
+            OSError: there is not enough memory.
         """
         if buffer.writer is not None:
             os.posix_fallocate(self._descriptor, buffer.offset, buffer.writer.numel())
 
     def seal(self) -> None:
-        """Refuse, for good and to everybody, another length, and writing but through what has been taken.
+        """Permanently fix the length, and forbid writing except through parts that were taken.
 
-        The writer does so, once all users have taken their parts; others' calls do nothing.
+        The writer calls this once all users have taken their parts; calls by other processes do nothing.
         """
         if not self.is_writer:
             return
@@ -189,7 +190,7 @@ class MemoryFile:
             fcntl.fcntl(self._descriptor, fcntl.F_ADD_SEALS, length)
 
     def close(self) -> None:
-        """Let go of the file; what has been taken stays until nobody refers to it. Idempotent."""
+        """Close the file; parts that were taken stay until nothing refers to them. Idempotent."""
         self._mappings = ()
         if self._descriptor >= 0:
             os.close(self._descriptor)

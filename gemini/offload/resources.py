@@ -1,4 +1,4 @@
-"""What one engine owns outside its chunks: budgets, memory, disk, threads and the way between them."""
+"""The resources of an engine outside its chunks: budgets, memory, disk, threads and transfers."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ logger = logging.getLogger(__name__)
 
 SIMULATED = "simulated"
 MARGIN = 0.9
-"""Part of what is free that is taken where the user gave no budget."""
+"""Fraction of the free amount that is taken where the user set no budget."""
 MAX_DEFAULT_THREADS = 16
 
 
 class Granter(Protocol):
-    """Who has granted memory and disk."""
+    """The grant of the memory and the disk that an engine takes."""
 
     def close(self, *, keep: bool = False) -> None:
-        """Take everything back; with `keep`, all but what would outlive the process."""
+        """End the grant; with `keep`, what is meant to outlive the process stays granted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
-    """Everything with a life cycle that chunks share; `close` ends it in the right order."""
+    """The resources with a life cycle that chunks share; `close` ends them in the right order."""
 
     ledger: TierLedger
     arena: HostArena
@@ -50,13 +50,13 @@ class Resources:
     store: DiskStore | None
     isa: Isa
     granted_by: Granter | None = None
-    """Who has granted memory and disk, and is told when they are given back; None if nobody was asked."""
+    """Grant of memory and disk, ended when they are given back; None if nobody was asked."""
 
     def close(self, *, keep: bool = False) -> None:
-        """End all I/O and threads and give all memory and the swap file back.
+        """End all I/O and threads, and free all memory and the swap file.
 
         Args:
-            keep: whether what would outlive the process outlives this.
+            keep: whether state that is meant to outlive the process is kept.
         """
         self.transfers.synchronize()
         if self.store is not None:
@@ -68,7 +68,7 @@ class Resources:
 
 
 def available_host_nbytes() -> int:
-    """Return the bytes of memory that could be taken now, by the machine's count and by the control group's."""
+    """Return the bytes of memory that can be taken now, limited by both the machine and the control group."""
     available = int(psutil.virtual_memory().available)
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
@@ -82,13 +82,13 @@ def device_of(config: GeminiConfig) -> torch.device | str | None:
     """Return the CUDA device, "simulated", or None for the CPU.
 
     Args:
-        config: what the user asked for.
+        config: the user's configuration.
 
     Returns:
-        What forward and backward run on.
+        The device that forward and backward run on.
 
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: the device does not exist.
     """
     wanted = config.device
     if wanted is None:
@@ -114,13 +114,13 @@ def budgets_of(config: GeminiConfig) -> dict[MemoryTier, int | None]:
     """Turn the configured budgets into bytes.
 
     Args:
-        config: where a budget is None, what is free now counts, less a tenth.
+        config: the configuration; where a budget is None, it is what is free now, less a tenth.
 
     Returns:
         Bytes per tier; None for a tier that does not exist (the device on a CPU, NVMe without a directory).
 
     Raises:
-        ConfigError: a device budget was given for a computation that was put on the CPU by name.
+        ConfigError: a device budget was set although the device is explicitly the CPU.
     """
     device = device_of(config)
     if device is None:
@@ -161,13 +161,13 @@ def open_resources(
     """Start threads, claim the swap file and prepare memory.
 
     Args:
-        config: what the user asked for.
-        budgets: from `budgets_of`.
-        disk_nbytes: bytes the swap file must hold; 0 leaves the disk alone.
-        rank: whose swap file it is.
-        kept: makes the swap file one that outlives the process; None: it is scratch space.
-        given: the swap file, if somebody gives it; None: the engine makes its own.
-        granted_by: has granted memory and disk, and is closed with them; None: nobody was asked.
+        config: the user's configuration.
+        budgets: budgets from `budgets_of`.
+        disk_nbytes: bytes that the swap file must hold; 0: the disk is not used.
+        rank: the rank that owns the swap file.
+        kept: makes the swap file outlive the process; None: the file is scratch space.
+        given: a swap file made by the memory service; None: the engine makes its own.
+        granted_by: grant of memory and disk, closed with them; None if nobody was asked.
 
     Returns:
         The resources; the caller closes them.
@@ -209,14 +209,14 @@ def _open_store(
     kept: KeptSwap | None,
     given: GivenFile | None,
 ) -> DiskStore | None:
-    """Claim the swap file, if one is needed."""
+    """Claim the swap file if one is needed."""
     nvme = config.nvme
     if nvme is None:
         if disk_nbytes:
             raise ConfigError("this plan puts bytes on disk: give GeminiConfig(nvme=NVMeConfig(path=..., budget=...))")
         return None
     if not disk_nbytes and config.service is None:
-        check_directory(Path(nvme.path))  # a mistake would show only when a larger model needs the disk
+        check_directory(Path(nvme.path))  # else a mistake would only show when a larger model needs the disk
     if not disk_nbytes:
         return None
     if nvme.verify:

@@ -1,7 +1,7 @@
-"""Reusable buffers for chunks, in compute memory and, on their way there, in host memory.
+"""Reusable buffers for chunks, in compute memory and in host memory for chunks on their way there.
 
-An engine has as many slots, of one size, as its plan says. A ChunkManager used by itself makes and drops them as its
-chunks come and go.
+An engine has as many slots, of one size, as its plan says. A ChunkManager that is used alone makes and drops slots as
+its chunks come and go.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ __all__ = ["FixedSlots", "GrowingSlots", "SlotSource"]
 
 
 class SlotSource(Protocol):
-    """Where buffers for chunks come from."""
+    """A source of buffers for chunks."""
 
     reuses_buffers: bool
-    """Whether a buffer that was given back may be handed out again while someone still looks at it."""
+    """Whether a returned buffer may be handed out again while something still refers to it."""
 
     def acquire(self, nbytes: int) -> torch.Tensor | None:
-        """Return uint8 memory of at least `nbytes`, None if nothing is free."""
+        """Return uint8 memory of at least `nbytes`; None if nothing is free."""
 
     def give_back(self, buffer: torch.Tensor) -> None:
-        """Return a buffer from `acquire`."""
+        """Give back a buffer from `acquire`."""
 
     def num_free(self) -> int:
-        """Return how many buffers can be had without anything being given back, as far as is known."""
+        """Return how many buffers are available without waiting for others, as far as is known."""
 
     def close(self) -> None:
         """Free every buffer; none may be in use."""
@@ -40,9 +40,9 @@ class FixedSlots:
 
     Args:
         transfers: source of the memory.
-        num_slots: how many.
-        slot_nbytes: bytes of each.
-        purpose: the ledger's word for them.
+        num_slots: number of buffers.
+        slot_nbytes: bytes of each buffer.
+        purpose: the ledger's name for the purpose of these bytes.
     """
 
     reuses_buffers = True
@@ -55,12 +55,12 @@ class FixedSlots:
         self._free = list(reversed(self._all))
 
     def acquire(self, nbytes: int) -> torch.Tensor | None:
-        """Return a free buffer, None if all are taken."""
+        """Return a free buffer; None if all are taken."""
         assert nbytes <= self._slot_nbytes, f"a chunk of {nbytes} bytes does not fit a slot of {self._slot_nbytes}"
         return self._free.pop() if self._free else None
 
     def give_back(self, buffer: torch.Tensor) -> None:
-        """Return a buffer."""
+        """Give back a buffer."""
         self._free.append(buffer)
 
     def num_free(self) -> int:
@@ -75,11 +75,11 @@ class FixedSlots:
 
 
 class GrowingSlots:
-    """Buffers of the size asked for, as long as the tier's budget lasts.
+    """Buffers of the requested size, as long as the tier's budget lasts.
 
     Args:
         transfers: source of the memory.
-        purpose: the ledger's word for them.
+        purpose: the ledger's name for the purpose of these bytes.
     """
 
     reuses_buffers = False
@@ -89,7 +89,7 @@ class GrowingSlots:
         self._purpose = purpose
 
     def acquire(self, nbytes: int) -> torch.Tensor | None:
-        """Return a new buffer, None if the budget does not allow it."""
+        """Return a new buffer; None if the budget does not allow it."""
         try:
             return self._transfers.allocate(nbytes, self._purpose)
         except OutOfTierMemoryError:
@@ -100,8 +100,8 @@ class GrowingSlots:
         self._transfers.free(buffer, self._purpose)
 
     def num_free(self) -> int:
-        """Return 0: whether there is room shows only when it is asked for."""
+        """Return 0: only a request shows whether there is room."""
         return 0
 
     def close(self) -> None:
-        """Do nothing: a buffer given back is freed at once."""
+        """Do nothing: a buffer is freed as soon as it is given back."""

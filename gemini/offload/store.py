@@ -1,6 +1,6 @@
-"""The disk tier: one preallocated swap file for each rank.
+"""The disk tier: one preallocated swap file per rank.
 
-Knows the file and which extents of it are taken; whose it is, is swap_file's. Must not know what the bytes mean.
+Knows the file and which of its extents are allocated; swap_file knows its owner. Must not know what the bytes mean.
 """
 
 from __future__ import annotations
@@ -63,20 +63,20 @@ class ExtentTransfer:
 
 
 class DiskStore:
-    """Hand out extents of a swap file and move tensors to and from them. All methods may be called from any thread.
+    """Hands out extents of a swap file and moves tensors to and from them. Thread-safe: any thread may call any method.
 
     Transfers bypass the page cache where address, length and offset are multiples of 4096 (see
     gemini.offload.io.empty_aligned) and the file system allows it.
 
     Args:
-        config: directory, budget and how to ask the kernel.
+        config: directory, budget and I/O backend.
         capacity_nbytes: bytes to reserve for extents, rounded up to a multiple of 4096; the file is one block longer.
-        rank: whose file it is; part of its name.
-        kept: outlives the process, with what is in it; None: the file is scratch space, removed by `close`.
-        given: the file, of one block more than the capacity; None: one is made in the configured directory.
+        rank: the rank that owns the file; part of its name.
+        kept: makes the file outlive the process with its content; None: the file is scratch space, removed by `close`.
+        given: an existing file, one block longer than the capacity; None: one is made in the configured directory.
 
     Raises:
-        CheckpointMismatchError: the file to be kept holds something else than it should.
+        CheckpointMismatchError: the file to be kept does not hold the expected content.
         ConfigError: the configured engine does not work on this machine.
         OutOfTierMemoryError: the capacity exceeds the configured budget.
         OffloadIOError: the directory is missing or not writable, another run uses it, or the device is full.
@@ -101,10 +101,12 @@ class DiskStore:
             )
         backend = choose_backend(config.engine)
         own_path = Path(config.path).absolute() / f"gemini-rank{rank}.{'swap' if kept is None else 'kept'}"
-        self._path = own_path if given is None else given.path
-        self._lock = threading.Lock()  # guards the allocator
+        # - Extents. Guarded by: `_lock`
+        self._lock = threading.Lock()
         self._allocator = ExtentAllocator(round_up(capacity_nbytes, IO_ALIGNMENT_NBYTES))
-        self._records: dict[Extent, str] = {}  # what the extents handed out hold, for messages
+        self._records: dict[Extent, str] = {}  # content of each allocated extent, for messages
+        # - The file
+        self._path = own_path if given is None else given.path
         self._wants_direct = config.direct
         self._verifies = config.verify
         if given is not None:
@@ -135,12 +137,12 @@ class DiskStore:
 
     @property
     def path(self) -> Path:
-        """The swap file."""
+        """Path of the swap file."""
         return self._path
 
     @property
     def backend(self) -> IoBackend:
-        """How the kernel is asked for bytes."""
+        """Kernel interface in use."""
         return self._engine.backend
 
     @property
@@ -150,21 +152,21 @@ class DiskStore:
 
     @property
     def capacity_nbytes(self) -> int:
-        """Bytes reserved for extents."""
+        """Number of bytes reserved for extents."""
         return self._allocator.capacity_nbytes
 
     @property
     def held_nbytes(self) -> int:
-        """Bytes of all extents handed out."""
+        """Bytes of all allocated extents."""
         with self._lock:
             return self._allocator.held_nbytes
 
     def allocate(self, nbytes: int, *, record: str = "") -> Extent:
-        """Take an extent of at least `nbytes` > 0; its contents are undefined.
+        """Take an extent of at least `nbytes` > 0; its content is undefined.
 
         Args:
             nbytes: bytes needed; rounded up to a multiple of 4096.
-            record: what it will hold, for messages.
+            record: name of the future content, for messages.
 
         Returns:
             The extent.
@@ -179,13 +181,13 @@ class DiskStore:
             return extent
 
     def free(self, extent: Extent) -> None:
-        """Give an extent back; no transfer may be under way on it.
+        """Free an extent; no transfer may be running on it.
 
         Args:
-            extent: as allocate() returned it.
+            extent: an extent from allocate().
 
         Raises:
-            ValueError: it is not allocated.
+            ValueError: the extent is not allocated.
         """
         with self._lock:
             self._allocator.free(extent)
@@ -203,7 +205,7 @@ class DiskStore:
         """Start filling tensors from extents; does not wait for the device.
 
         Args:
-            transfers: what to read; the tensors must not be used until their tickets are complete.
+            transfers: the reads; the tensors must not be used until their tickets are complete.
 
         Returns:
             One ticket for each transfer; order of completion is undefined.
@@ -219,7 +221,7 @@ class DiskStore:
         """Start writing tensors to extents; does not wait for the device.
 
         Args:
-            transfers: what to write; the tensors must not change until their tickets are complete.
+            transfers: the writes; the tensors must not change until their tickets are complete.
 
         Returns:
             One ticket for each transfer; order of completion is undefined.
@@ -233,7 +235,7 @@ class DiskStore:
 
     @property
     def span_source(self) -> SpanSource:
-        """Who knows when the transfers ran."""
+        """Source of the transfers' spans."""
         return self._engine
 
     def stats(self) -> IoStats:
@@ -241,9 +243,9 @@ class DiskStore:
         return self._engine.stats()
 
     def close(self) -> None:
-        """Complete what the kernel already has, cancel the rest, give up the file, and remove it unless it is kept.
+        """Complete what the kernel has taken, cancel the rest, release the file, and remove it unless it is kept.
 
-        Closing again does nothing. In the child of a fork nothing of the parent's is touched.
+        Closing again does nothing. In a forked child nothing of the parent's is touched.
         """
         if hasattr(self, "_engine"):
             self._engine.close()
@@ -264,7 +266,7 @@ class DiskStore:
         self._file = self._engine.open(self._path, flags, descriptor=self._fd)
         if self._verifies:
             self._file.verify(HEADER_NBYTES + self.capacity_nbytes)
-        # The first direct transfer shows whether the file system means what it said at open.
+        # Only the first direct transfer shows whether the file system supports what it accepted at open.
         block = empty_aligned(HEADER_NBYTES, torch.uint8)
         block.copy_(torch.frombuffer(bytearray(header), dtype=torch.uint8))
         self._file.write(block, 0).wait()

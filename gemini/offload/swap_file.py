@@ -1,8 +1,8 @@
-"""The swap file of the disk tier and whose it is.
+"""The swap file of the disk tier and its ownership.
 
 [Note: swap file]
-`gemini-rank{rank}.swap` belongs to whoever holds an exclusive flock(2) on it, so that a killed process gives it up
-without doing anything; its file is then taken over. The first 4096 bytes are a header, little endian and padded with
+`gemini-rank{rank}.swap` belongs to the process that holds an exclusive flock(2) on it. So a killed process releases it
+automatically, and its file is then taken over. The first 4096 bytes are a header, little endian and padded with
 zeros; extents count from its end:
 
     offset  type      field
@@ -11,25 +11,24 @@ zeros; extents count from its end:
     12      uint32    process id of the owner
     16      float64   time of creation, seconds since the epoch
     24      uint64    capacity in bytes, header not counted
-    32      64 bytes  host name of the owner, UTF-8, cut, padded with zeros
+    32      64 bytes  host name of the owner, UTF-8, truncated, padded with zeros
 
-Nothing in the file outlives the process: it is scratch space, and its owner removes it. A file that bears the magic
-and that nobody holds is therefore free for the taking, whatever its version; one that does not bear it is left alone.
-The header is on the device before anything else is done with the file, so that this is known even after a crash of
-the whole machine.
+The content does not outlive the process: it is scratch space, and its owner removes the file. A file that has the magic
+and no owner may therefore be taken, whatever its version; a file without the magic is left alone. The header is on the
+device before anything else is done with the file, so that this also holds after a crash of the whole machine.
 
 [Note: kept swap file]
 `gemini-rank{rank}.kept` is locked in the same way and holds what a commit file (commit_file.py) refers to. It outlives
-its processes; whoever owns the commit file removes it. Its header:
+its processes; the owner of the commit file removes it. Its header:
 
     offset  type      field
     0       8 bytes   magic, b"GEMKEPT" and a zero byte
-    8       uint64    identity: the commit file's
+    8       uint64    identity of the commit file
     16      uint64    capacity in bytes, header not counted
 
-A process that ends may leave transfers behind that the kernel still carries out. Reserving the file's space anew waits
-for those (inode_dio_wait, in ext4's and XFS's fallocate), so it comes before anything else is done with the file or
-with the memory that was to be written.
+When a process ends, the kernel may still carry out its transfers. Reserving the file's space again waits for them
+(inode_dio_wait, in ext4's and XFS's fallocate), so this comes before anything else is done with the file or with the
+memory that was to be written.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ _MAGIC = b"GEMSWAP\0"
 _FORMAT_VERSION = 2
 _HOST_NBYTES = 64
 HEADER_NBYTES = IO_ALIGNMENT_NBYTES
-"""Where extents begin."""
+"""First byte of the extents."""
 
 
 _KEPT_HEADER = struct.Struct("<8sQQ")
@@ -75,30 +74,30 @@ _KEPT_MAGIC = b"GEMKEPT\0"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GivenFile:
-    """A swap file that somebody else has made, who has reserved its space and removes it."""
+    """A swap file whose maker, outside this process, has reserved its space and removes it."""
 
     path: Path
-    """For messages."""
+    """Path for messages."""
     fd: int
-    """For reading and writing; stays its owner's."""
+    """Descriptor for reading and writing; its maker closes it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptSwap:
-    """The other half of a state whose first half is in a commit file; see [Note: kept swap file]."""
+    """The second half of a state whose first half is in a commit file; see [Note: kept swap file]."""
 
     identity: int
-    """The commit file's."""
+    """Identity of the commit file."""
     has_content: bool
-    """Whether the file must hold what was committed; else what it holds is of no use to anybody."""
+    """Whether the file must hold what was committed; otherwise its content is not needed."""
 
     def claim(self, path: Path, fd: int, capacity_nbytes: int) -> bytes:
-        """Make sure that a file that `take_kept_file` has locked is this one, and has its space.
+        """Check that a file locked by `take_kept_file` is the expected one, and reserve its space.
 
         Args:
-            path: for messages.
-            fd: the file.
-            capacity_nbytes: bytes for extents.
+            path: path for messages.
+            fd: descriptor of the file.
+            capacity_nbytes: bytes reserved for extents.
 
         Returns:
             The header, a block of 4096 bytes.
@@ -139,22 +138,22 @@ class SwapHeader:
     """Seconds since the epoch."""
     capacity_nbytes: int
     host: str
-    """Name of the machine the owner runs on: those that share a file system have processes of the same number."""
+    """Name of the owner's machine, because machines that share a file system may use the same process ids."""
 
     @property
     def owner(self) -> str:
-        """Who made the file, in words."""
+        """Description of the file's owner."""
         return f"process {self.pid} on {self.host}" if self.host.isprintable() and self.host else f"process {self.pid}"
 
     def pack(self) -> bytes:
-        """Return the block, 4096 bytes."""
+        """Return the header block, 4096 bytes."""
         host = self.host.encode("utf-8", "replace")[:_HOST_NBYTES]
         fields = _HEADER.pack(_MAGIC, _FORMAT_VERSION, self.pid, self.created_s, self.capacity_nbytes, host)
         return fields.ljust(HEADER_NBYTES, b"\0")
 
     @staticmethod
     def unpack(block: bytes) -> SwapHeader | None:
-        """Read a block, which may hold anything; None if it is not a header of this version."""
+        """Read a block with any content; None if it is not a header of this version."""
         if len(block) < _HEADER.size or not bears_magic(block):
             return None
         _, version, pid, created_s, capacity_nbytes, host = _HEADER.unpack_from(block)
@@ -169,18 +168,18 @@ class SwapHeader:
 
 
 def bears_magic(block: bytes) -> bool:
-    """Return whether a file that begins with these bytes is a swap file, of any version."""
+    """Return whether a file that begins with these bytes is a swap file of any version."""
     return block.startswith(_MAGIC)
 
 
 def remove_abandoned(directory: Path) -> list[Path]:
-    """Remove the swap files of processes that are gone.
+    """Remove the swap files of dead processes.
 
     Args:
-        directory: where to look.
+        directory: the directory to search.
 
     Returns:
-        What was removed. Files that cannot be are left, as those of living processes are.
+        The removed files. Files of living processes stay, and so do files that cannot be removed.
     """
     removed = []
     for path in sorted(directory.glob("gemini-rank*.swap")):
@@ -202,7 +201,7 @@ def remove_abandoned(directory: Path) -> list[Path]:
 
 
 def take_file(path: Path) -> int:
-    """Open and lock the swap file, taking over one whose owner is gone; returns the descriptor of the lock."""
+    """Open and lock the swap file, taking over the file of a dead owner; return the lock's descriptor."""
     check_directory(path.parent)
     while True:
         try:
@@ -217,20 +216,20 @@ def take_file(path: Path) -> int:
         except BaseException:
             os.close(fd)
             raise
-        os.close(fd)  # its owner removed it between our open and our lock
+        os.close(fd)  # its owner removed it between this process's open and lock
 
 
 def take_kept_file(path: Path) -> int:
-    """Open and lock a swap file that outlives its processes, made if it is not there; returns the descriptor.
+    """Open and lock a swap file that outlives its processes, made if it is missing; return the descriptor.
 
     Args:
-        path: where it is.
+        path: the file's path.
 
     Returns:
         The descriptor that holds the lock.
 
     Raises:
-        OffloadIOError: another process holds it, or something else lies there, or the directory is of no use.
+        OffloadIOError: another process holds it, something else is at the path, or the directory cannot be used.
     """
     check_directory(path.parent)
     try:
@@ -249,7 +248,7 @@ def take_kept_file(path: Path) -> int:
 
 
 def check_directory(directory: Path) -> None:
-    """Raise OffloadIOError if there is no such directory."""
+    """Raise OffloadIOError if the directory does not exist."""
     try:
         is_directory = directory.is_dir()
         directory.stat()
@@ -309,7 +308,7 @@ def _empty_stale_file(path: Path, fd: int) -> None:
 def reserve(path: Path, fd: int, header: bytes, nbytes: int) -> None:
     """Write a locked file's header to the device and reserve its space, or raise OffloadIOError."""
     try:
-        os.pwrite(fd, header, 0)  # first of all, so that whoever finds the lock taken can name us
+        os.pwrite(fd, header, 0)  # first, so that a process that finds the lock taken can name this one
         os.fsync(fd)
         os.posix_fallocate(fd, 0, nbytes)
     except OSError as error:
@@ -326,7 +325,7 @@ def reserve(path: Path, fd: int, header: bytes, nbytes: int) -> None:
 
 
 def remove_file(path: Path, fd: int, pid: int) -> None:
-    """Remove a swap file and give up its lock; the child of a fork only drops its descriptor."""
+    """Remove a swap file and release its lock; a forked child only closes its descriptor."""
     try:
         if os.getpid() == pid and _is_same_file(path, fd):
             os.unlink(path)
@@ -337,5 +336,5 @@ def remove_file(path: Path, fd: int, pid: int) -> None:
 
 
 def leave_file(path: Path, fd: int, pid: int) -> None:
-    """Give up the lock of a swap file that is kept; arguments as for `remove_file`."""
+    """Release the lock of a swap file that is kept; arguments as for `remove_file`."""
     os.close(fd)

@@ -1,15 +1,15 @@
-"""How bytes travel between host memory and compute memory.
+"""Transport of bytes between host memory and compute memory.
 
-Three engines with one interface: the CPU (compute memory is host memory, nothing travels), the simulated
-device (host memory that plays a device, copied by the worker pool) and CUDA (copies on streams of their own,
-ordered by events). Nothing outside this module knows which one it talks to.
+There are three implementations of one interface: the CPU (compute memory is host memory, so nothing is copied), the
+simulated device (host memory that acts as a device, copied by the worker pool) and CUDA (copies on separate streams,
+ordered by events). Code outside this module does not know which one it uses.
 
 [Note: Which compute a copy follows]
-A copy must not overwrite device memory that compute still reads, nor read what compute has yet to write. In the thread
-that computes, "all that its current stream has been given so far" says it. Another thread has a current stream of its
-own, the default one, which knows nothing of a training loop that runs under `torch.cuda.stream(...)`; and where both
-are the default stream, "so far" includes whatever forward has been given meanwhile, which the copy would wait for in
-vain. So who lets another thread copy takes a `mark` first, in the thread that computes, and passes it on.
+A copy must not overwrite device memory that compute still reads, nor read what compute has not written yet. In the
+thread that computes, this means "everything that its current stream has been given so far". Another thread has another
+current stream, the default one, which knows nothing of a training loop under `torch.cuda.stream(...)`. Where both are
+the default stream, "so far" includes what forward was given in the meantime, and the copy would wait for that without
+need. So code that lets another thread copy first takes a `mark`, in the thread that computes, and passes it on.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, TierLedger, format_nby
 __all__ = ["CpuTransfers", "CudaTransfers", "Mark", "Move", "SimulatedTransfers", "Traffic", "Transfers"]
 
 Mark = object
-"""A point in what compute has been given; only the transfers that made it know what it is."""
+"""Point in the sequence of submitted compute; its content is known only to the transfers that made it."""
 
 
 class Traffic:
-    """Bytes and copies between host and device since construction. Safe to use from several threads."""
+    """Bytes and copies between host and device since construction. Thread-safe."""
 
     def __init__(self) -> None:
         self.uploaded_nbytes = 0
@@ -57,46 +57,46 @@ class Traffic:
 
 
 class Move(Protocol):
-    """One copy under way."""
+    """A running copy."""
 
     def is_done(self) -> bool:
-        """Return whether both buffers may be reused by the host."""
+        """Return whether the host may reuse both buffers."""
 
     def wait_on_host(self) -> None:
         """Block until the copy has ended."""
 
     def wait_on_compute(self) -> None:
-        """Make compute submitted from now on see the result; blocks only where compute is the host itself."""
+        """Let compute that is submitted from now on see the result; blocks only where the host itself computes."""
 
 
 class Transfers(Protocol):
     """A compute device's memory and the copies to and from it."""
 
     device: torch.device
-    """Where tensors that forward and backward use are."""
+    """Device of the tensors that forward and backward use."""
     compute_tier: MemoryTier
     """DEVICE, or HOST where compute memory is host memory."""
     traffic: Traffic
-    """What has been copied."""
+    """Counters of copies."""
 
     def allocate(self, nbytes: int, purpose: str) -> torch.Tensor:
         """Return uint8 [nbytes rounded up to a page] of compute memory with a storage of its own."""
 
     def free(self, buffer: torch.Tensor, purpose: str) -> None:
-        """Give compute memory back; copies and kernels already submitted may still use it."""
+        """Free compute memory; copies and kernels that were already submitted may still use it."""
 
     def mark(self) -> Mark:
-        """Mark what the calling thread has given compute so far."""
+        """Mark what the calling thread has submitted to compute so far."""
 
     def upload(self, dst: torch.Tensor, src: torch.Tensor, *, after: Mark | None = None, record: str = "") -> Move:
         """Start a copy from host to compute memory.
 
         Args:
             dst: compute memory.
-            src: host memory, as many bytes; untouched until the host has seen the copy end.
-            after: the compute that comes first; None: all that the calling thread has submitted so far. Needed in a
-                thread that does not compute; see [Note: Which compute a copy follows].
-            record: what is copied, for recordings.
+            src: host memory of as many bytes; unchanged until the host has seen the copy end.
+            after: compute that the copy follows; None: everything that the calling thread has submitted so far. Needed
+                in a thread that does not compute; see [Note: Which compute a copy follows].
+            record: name of the content, for recordings.
 
         Returns:
             The copy.
@@ -113,7 +113,7 @@ class CpuTransfers:
     """Compute memory is host memory: buffers come from the arena and nothing is ever copied.
 
     Args:
-        arena: source of all memory.
+        arena: the source of all memory.
     """
 
     device = torch.device("cpu")
@@ -132,7 +132,7 @@ class CpuTransfers:
         self._arena.free(buffer)
 
     def mark(self) -> Mark:
-        """Return nothing in particular: compute on the CPU is synchronous."""
+        """Return an empty mark: compute on the CPU is synchronous."""
         return None
 
     def upload(self, dst: torch.Tensor, src: torch.Tensor, *, after: Mark | None = None, record: str = "") -> Move:
@@ -148,7 +148,7 @@ class CpuTransfers:
 
 
 class SimulatedTransfers:
-    """Host memory that plays a device: a budget and buffers of its own, asynchronous copies by the worker pool.
+    """Host memory that acts as a device: it has a budget and buffers, and the worker pool copies asynchronously.
 
     Args:
         ledger: charged for device memory.
@@ -170,11 +170,11 @@ class SimulatedTransfers:
         return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
 
     def free(self, buffer: torch.Tensor, purpose: str) -> None:
-        """Credit the device."""
+        """Free a buffer and credit the device."""
         self._ledger.credit(MemoryTier.DEVICE, purpose, buffer.numel())
 
     def mark(self) -> Mark:
-        """Return nothing in particular: compute on the CPU is synchronous."""
+        """Return an empty mark: compute on the CPU is synchronous."""
         return None
 
     def upload(self, dst: torch.Tensor, src: torch.Tensor, *, after: Mark | None = None, record: str = "") -> Move:
@@ -205,10 +205,10 @@ class _PoolMove:
 
 
 class CudaTransfers:
-    """A CUDA device: uploads and downloads run on streams of their own behind events.
+    """A CUDA device: uploads and downloads run on their own streams behind events.
 
-    Compute is whatever stream is current when a method is called; both directions start after what that
-    stream has been given so far, so a buffer may be refilled as soon as its last user has been *submitted*.
+    Compute is the stream that is current when a method is called. Both directions start after what that stream has been
+    given so far, so a buffer may be refilled as soon as its last user was *submitted*.
 
     Args:
         device: the CUDA device, index included; it need not be the current one.
@@ -230,14 +230,14 @@ class CudaTransfers:
         """Return uint8 [nbytes rounded up to a page] from torch's caching allocator.
 
         Args:
-            nbytes: bytes wanted.
-            purpose: the ledger's word for what they are for.
+            nbytes: bytes needed.
+            purpose: the ledger's name for the purpose of the bytes.
 
         Returns:
             The buffer; its memory belongs to the stream that is current now.
 
         Raises:
-            OutOfTierMemoryError: the budget, or the device, cannot give the bytes.
+            OutOfTierMemoryError: the budget or the device does not have the bytes.
         """
         nbytes = round_up(max(nbytes, 1), IO_ALIGNMENT_NBYTES)
         self._ledger.charge(MemoryTier.DEVICE, purpose, nbytes)
@@ -272,12 +272,12 @@ class CudaTransfers:
         return self._copy(self._download_stream, dst, src, after=self.mark(), operation="download", record=record)
 
     def record_to(self, recorder: SpanRecorder | None) -> None:
-        """Tell a recorder of every copy from now on, and keep when they run for `take_spans`; None: no longer."""
+        """Report every copy to a recorder from now on and keep its times for `take_spans`; None: stop."""
         self._spans = None if recorder is None else CudaSpans(self._timed_event)
         self._recorder = recorder
 
     def take_spans(self) -> list[Span]:
-        """Return when the copies ran that have ended since the last call."""
+        """Return the spans of copies that ended since the last call."""
         return [] if self._spans is None else self._spans.take()
 
     def _timed_event(self) -> torch.cuda.Event:
@@ -297,15 +297,17 @@ class CudaTransfers:
     ) -> Move:
         assert isinstance(after, torch.cuda.Event)
         stream.wait_event(after)
-        # The outer context is for threads and programs whose current device is another one: leaving the inner one
-        # alone would select that device, and so make a context, and take memory, on a device that is not ours.
+        # The outer context is for threads and programs whose current device is another one. Without it, leaving the
+        # inner one
+        # would select that other device, and so make a context and take memory on a device that the engine does not
+        # use.
         with torch.cuda.device(self.device), torch.cuda.stream(stream), torch.no_grad():
             recorder, spans = self._recorder, self._spans
             begin = None if spans is None else spans.begin()
             dst.copy_(src, non_blocking=True)
             if recorder is not None and spans is not None and begin is not None:
                 recorder.submitted(self, spans.end(begin), operation=operation, record=record, nbytes=src.nbytes)
-            # The host sleeps while it waits: the worker pool has better uses for a processor than spinning.
+            # The host sleeps while it waits, because the worker pool needs the processor.
             event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             event.record(stream)
         return _CudaMove(event, self.device)

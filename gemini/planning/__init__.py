@@ -1,3 +1,3 @@
-"""What a run would need, without running it."""
+"""What a run needs, computed without running it."""
 
 __all__: list[str] = []

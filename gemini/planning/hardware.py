@@ -1,6 +1,6 @@
-"""What this machine can do, measured in a few seconds with the engine's own means, for the cost model.
+"""Rates of this machine for the cost model, measured in a few seconds with the engine's own means.
 
-Rates are those of the engine's threads, buffers, copies and I/O engine, so that a prediction is about this runtime.
+The engine's threads, buffers, copies and I/O engine are used, so that a prediction applies to this runtime.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ MATRIX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_MATRIX_SIZE = 256
 MAX_MATRIX_SIZE = 8192
 PRODUCT_S = 0.01
-"""A product that takes this long is large enough; half precision on a processor without it gets there at once."""
+"""Seconds after which a product is large enough; half precision on a processor without it takes this long at once."""
 BUFFER_NBYTES = 64 << 20
-"""Of each buffer that is swept or copied; several together are beyond any cache."""
+"""Bytes of each buffer that is swept or copied; several together exceed any cache."""
 MIN_SHARE = 0.01
-"""Of what runs beside something else; noise must not make it nothing, or more than all."""
+"""Minimum share of a rate that remains beside other work; noise must not make it zero, nor more than all."""
 PURPOSE = "hardware profile"
 
 
@@ -49,23 +49,23 @@ def measure_hardware(
     disk_seconds: float = 1.0,
     disk_nbytes: int = 1 << 30,
 ) -> HardwareProfile:
-    """Measure the rates that the cost model needs; blocks, takes 0.5 GiB of memory, leaves nothing behind.
+    """Measure the rates that the cost model needs. Blocks, takes 0.5 GiB of memory, and leaves nothing behind.
 
     Args:
-        directory: on the disk of the swap file. None: leave disks alone.
-        device: as GeminiConfig.device.
-        seconds: how long each rate but the disk's is measured, at least.
-        disk_seconds: how long the disk reads, writes, does both, and does both beside matrix products, each. Drives
-            burst: the longer, the nearer to what they sustain.
-        disk_nbytes: length of the file that is written there for a while.
+        directory: a directory on the swap file's disk; None: no disk is measured.
+        device: as in GeminiConfig.device.
+        seconds: minimum time for each rate except the disk's.
+        disk_seconds: minimum time for each of the disk's rates: reads, writes, both, and both beside matrix products.
+            Drives burst: the longer it is, the closer the rates are to the sustained ones.
+        disk_nbytes: length of a temporary file on that disk.
 
     Returns:
         The profile.
 
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: the device does not exist.
         OffloadIOError: the disk is full or fails.
-        OutOfTierMemoryError: there is not memory enough.
+        OutOfTierMemoryError: there is not enough memory.
     """
     config = GeminiConfig(device=device)
     resources = open_resources(config, budgets_of(config), disk_nbytes=0)
@@ -87,12 +87,12 @@ def measure_hardware(
 def save_profile(
     profile: HardwareProfile, path: str | os.PathLike[str], machine: MachineDescription | None = None
 ) -> None:
-    """Write a profile as JSON; rates that are not known are null.
+    """Write a profile as JSON; unknown rates are null.
 
     Args:
-        profile: what was measured.
+        profile: the measured rates.
         path: file to make or overwrite.
-        machine: where; gemini.planning.machine.load_machine reads it.
+        machine: the machine's description; gemini.planning.machine.load_machine reads it.
     """
     document = dataclasses.asdict(profile)
     if machine is not None:
@@ -104,7 +104,7 @@ def load_profile(path: str | os.PathLike[str]) -> HardwareProfile:
     """Read a profile.
 
     Args:
-        path: file that `save_profile` has written.
+        path: a file that `save_profile` wrote.
 
     Returns:
         The profile.
@@ -144,7 +144,7 @@ def _measure_products(resources: Resources, seconds: float) -> dict[str, float]:
 
 
 def _least_time(resources: Resources, size: int, dtype: torch.dtype) -> float:
-    """Return the seconds of one product, the least of three: a single one may have been interrupted."""
+    """Return the seconds of one product, the least of three, because a single one may have been interrupted."""
     return min(_time_product(resources, size, dtype, seconds=0.0) for _ in range(3))
 
 
@@ -155,8 +155,8 @@ def _time_product(resources: Resources, size: int, dtype: torch.dtype, *, second
 
 
 def _measure_sweep(resources: Resources, seconds: float) -> float:
-    """Return bytes per second of a pass like Adam's: one buffer is read, three are read and written."""
-    buffers = [resources.arena.allocate(BUFFER_NBYTES, PURPOSE).fill_(1) for _ in range(4)]  # pages that exist
+    """Return the bytes per second of a pass like Adam's: one buffer is read, three are read and written."""
+    buffers = [resources.arena.allocate(BUFFER_NBYTES, PURPOSE).fill_(1) for _ in range(4)]  # touched pages
     sweep_s = _time(resources, lambda: resources.pool.submit_sweep(buffers[:1], buffers[1:]).wait(), seconds)
     for buffer in buffers:
         resources.arena.free(buffer)

@@ -1,4 +1,4 @@
-"""What this machine is: processor, memory, device and disk, as far as rates depend on them."""
+"""Description of this machine: processor, memory, device and disk, as far as rates depend on them."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class MachineDescription:
 
     processor: str
     num_cpus: int
-    """Logical processors that this process may use."""
+    """Number of logical processors that this process may use."""
     instruction_sets: tuple[str, ...]
-    """Those of the native kernels that run here, slowest first."""
+    """Instruction sets of the native kernels that run here, slowest first."""
     num_memory_nodes: int
-    """0 if the system does not tell."""
+    """Number of memory nodes; 0 if the system does not tell."""
     memory_nbytes: int
     device: str | None
     """Name of the first CUDA device; None if there is none."""
     device_memory_nbytes: int | None
     disk_nbytes: int | None
-    """Of the file system that was measured; None if none was."""
+    """Size of the measured file system in bytes; None if none was measured."""
     disk_free_nbytes: int | None
 
 
@@ -43,13 +43,13 @@ def describe_machine(directory: str | os.PathLike[str] | None = None) -> Machine
     """Describe this machine; takes no memory and no time.
 
     Args:
-        directory: on the disk to describe; None: no disk.
+        directory: a directory on the disk to describe; None: no disk.
 
     Returns:
         The description.
 
     Raises:
-        OSError: there is no such directory.
+        OSError: the directory does not exist.
     """
     topology = read_topology()
     disk = None if directory is None else shutil.disk_usage(directory)
@@ -68,13 +68,13 @@ def describe_machine(directory: str | os.PathLike[str] | None = None) -> Machine
 
 
 def load_machine(path: str | os.PathLike[str]) -> MachineDescription | None:
-    """Read the machine of a profile's file.
+    """Read the machine's description from a profile's file.
 
     Args:
-        path: file that gemini.planning.hardware.save_profile has written.
+        path: a file that gemini.planning.hardware.save_profile wrote.
 
     Returns:
-        The description; None if the file has rates alone.
+        The description; None if the file has only rates.
 
     Raises:
         ConfigError: the file is not a profile.

@@ -1,7 +1,7 @@
-"""Forward and backward without memory or work: what a step's activations take, and what it has to compute.
+"""Forward and backward without memory or work, to find what a step's activations take and what it computes.
 
-A model runs on fake tensors, which have shapes and storages and no bytes. The engine's own hooks and slices are on it,
-so that gradients leave autograd where they do in training. Must not know what is done with the figures.
+A model runs on fake tensors, which have shapes and storages but no bytes. The engine's own hooks and slices are
+attached, so that gradients leave autograd where they do in training. Must not know how the figures are used.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ __all__ = ["LossFn", "Rehearsal", "rehearse"]
 aten = torch.ops.aten
 
 LossFn = Callable[[torch.nn.Module], torch.Tensor]
-"""Makes a batch on the CPU, gives it to the model, and returns what backward starts from."""
+"""Function that makes a batch on the CPU, gives it to the model, and returns the tensor that backward starts from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rehearsal:
-    """What one forward and backward ask of compute memory and of the processor."""
+    """Memory and compute that one forward and backward need."""
 
     peak_nbytes: int
-    """The most that activations, temporaries and gradients with autograd take at once."""
+    """Peak bytes of activations, temporaries and gradients that autograd holds."""
     checkpoint_nbytes: int
-    """What waits in host memory beside a device for sliced blocks' backward; 0 without a device or slices."""
+    """Bytes that wait in host memory for sliced blocks' backward; 0 without a device or without slices."""
     work: StepFlops
 
 
@@ -55,15 +55,15 @@ def rehearse(
 ) -> Rehearsal:
     """Run a model's forward and backward on fake tensors.
 
-    Where what is computed depends on values, an answer is assumed: every row of an embedding that a batch names is
-    another one, and no condition on values (a label out of range) holds.
+    Where a computation depends on values, an answer is assumed: every row of an embedding in a batch is a different
+    one, and no condition on values (a label out of range) holds.
 
     Args:
-        model: on any device; has its own parameters and hooks back afterwards.
-        loss_fn: runs it.
-        config: dtype, slices and accumulation of gradients.
-        layout: of this model, with this dtype.
-        has_device: whether compute memory is a tier of its own, from which gradients are copied.
+        model: a model on any device; its own parameters and hooks are restored afterwards.
+        loss_fn: runs the model.
+        config: dtype, slices and gradient accumulation.
+        layout: the layout of this model with this dtype.
+        has_device: whether compute memory is a separate tier, from which gradients are copied.
 
     Returns:
         Bytes and operations.
@@ -102,7 +102,7 @@ def _count(model: torch.nn.Module, loss_fn: LossFn, fakes: FakeTensorMode, check
             loss = loss_fn(model)
             forward_flops, forward_nbytes = counter.flops, counter.nbytes
             loss.backward()  # type: ignore[no-untyped-call]
-    except (RuntimeError, NotImplementedError) as error:  # fake tensors' own errors are several kinds of these
+    except (RuntimeError, NotImplementedError) as error:  # fake tensors raise several kinds of these errors
         raise ModelError(
             f"{type(model).__name__}: its forward and backward cannot be rehearsed without values "
             f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}); give its activations instead"
@@ -153,13 +153,13 @@ def _fake_parameter(param: torch.nn.Parameter, fakes: FakeTensorMode, dtype: tor
 
 
 class _Events:
-    """What the hooks tell, of which only gradients matter here; see gemini.autograd.events.RuntimeEvents.
+    """Receives the hooks' events, of which only gradients matter here; see gemini.autograd.events.RuntimeEvents.
 
     Args:
-        params: those that are trained.
+        params: the trained parameters.
         fakes: makes memory for gradients.
-        config: says in which dtype they wait.
-        is_written_in_place: whether uses of a parameter may write where its gradient waits.
+        config: the configuration, which gives the dtype of waiting gradients.
+        is_written_in_place: whether uses of a parameter may write directly into its waiting gradient.
     """
 
     def __init__(
@@ -215,7 +215,7 @@ class _Events:
 
     def put_gradient(self, param: torch.nn.Parameter, gradient: torch.Tensor) -> None:
         if not self._waiting:
-            gradient.reshape(-1)  # on its way into a slot; a copy if it is transposed
+            gradient.reshape(-1)  # as on its way into a slot; a copy if it is transposed
 
     def write_gradient(self, param: torch.nn.Parameter) -> AbstractContextManager[GradientPlace] | None:
         if id(param) not in self._waiting:
@@ -230,7 +230,7 @@ class _Events:
 
 
 class _SharedUseMode(TorchFunctionMode):
-    """Calls functions that are given parameters as an engine does, whose parameters see to that themselves."""
+    """Calls functions that are given parameters as an engine does."""
 
     def __init__(self, hooks: HookSet) -> None:
         super().__init__()
@@ -244,15 +244,15 @@ class _SharedUseMode(TorchFunctionMode):
 
 
 class _Checkpoints:
-    """Sliced blocks' batches, which wait in host memory and come back for backward."""
+    """Batches of sliced blocks, which wait in host memory until backward."""
 
     def __init__(self) -> None:
         self.nbytes = 0
-        """Of all blocks, which wait at the same time at the end of forward."""
+        """Bytes of all blocks, which all wait at the end of forward."""
 
     @contextmanager
     def keeping(self, batch: torch.Tensor) -> Iterator[None]:
-        """Count what autograd would keep of a batch, and keep its shape alone."""
+        """Count what autograd would keep of a batch, and keep only its shape."""
         key = batch.untyped_storage()._cdata
 
         def pack(tensor: torch.Tensor) -> object:
@@ -272,13 +272,13 @@ class _Checkpoints:
 
 
 class _OperationCounter(StorageCounter):  # type: ignore[no-untyped-call]
-    """Counts operations of matrix products and, of all others, bytes, beside the storages."""
+    """Counts operations of matrix products, bytes of all other operations, and storages."""
 
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0.0
         self.nbytes = 0
-        """Read and written by what is no matrix product and no view."""
+        """Bytes read and written by everything except matrix products and views."""
         self._formulas = FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS).flop_registry
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -296,7 +296,7 @@ class _OperationCounter(StorageCounter):  # type: ignore[no-untyped-call]
 
 
 def _traffic_nbytes(args: Any, kwargs: Any, output: Any) -> int:
-    """Return the bytes of an operation's tensors; what it changes in place is read and written."""
+    """Return the bytes of an operation's tensors; tensors changed in place are read and written."""
     return sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in tensors_in((args, kwargs, output)))
 
 
@@ -332,4 +332,4 @@ def _truth(tensor: torch.Tensor) -> bool:
 
 
 _ASSUMED: dict[Any, Callable[..., Any]] = {aten._unique2: _unique, aten._local_scalar_dense: _truth}
-"""Operations whose outputs depend on values: the largest there could be, and no for a question."""
+"""Operations whose outputs depend on values, with the assumed answer: the largest output, and no for a condition."""

@@ -1,7 +1,7 @@
-"""What training a model on a machine would take, before anything is allocated: placement, peaks, time, wear.
+"""What training a model on a machine needs: placement, peaks, time and wear, computed before any allocation.
 
-Draws the blueprint that the engine draws and rehearses a step; the formulas are those of gemini.placement. Must not
-know where models come from nor how plans are shown.
+Uses the engine's blueprint and rehearses a step; the formulas are those of gemini.placement. Must not know where models
+come from or how plans are shown.
 """
 
 from __future__ import annotations
@@ -34,45 +34,45 @@ from gemini.tiers import MemoryTier, format_nbytes
 __all__ = ["PROCESS_NBYTES", "MachineMemory", "TrainingPlan", "plan_step", "plan_training", "remedies"]
 
 PROCESS_NBYTES = 512 << 20
-"""What the interpreter, torch and transformers take of host memory before a model is built."""
+"""Host memory of the interpreter, torch and transformers before a model is built."""
 HEAP_SLACK = 1 / 16
-"""Part of the activations that the CPU's heap may hold beyond them, see docs/memory_model.md."""
+"""Fraction of the activations that the CPU's heap may hold in addition, see docs/memory_model.md."""
 SECONDS_PER_DAY = 86_400
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineMemory:
-    """Bytes of a machine that training may take in all."""
+    """Bytes of a machine that training may use in total."""
 
     device: int | None
-    """Of the device's memory, activations included; None: forward and backward run on the processor."""
+    """Device memory, activations included; None if forward and backward run on the processor."""
     host: int
-    """Of main memory, the process itself included, and activations if there is no device."""
+    """Main memory, including the process itself, and activations if there is no device."""
     nvme: int | None
-    """Of the disk; None: there is none."""
+    """Disk space; None if there is no disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingPlan:
-    """What training takes with one configuration."""
+    """What training needs with one configuration."""
 
     config: GeminiConfig
-    """With budgets and reserves filled in: an engine that is given it places its chunks as planned."""
+    """Configuration with budgets and reserves filled in; an engine that is given it places its chunks as planned."""
     blueprint: Blueprint
     rehearsal: Rehearsal
     num_tokens: int
-    """Of a step."""
+    """Number of tokens in a step."""
     work: StepWork
     prediction: StepPrediction | None
-    """None without a hardware profile."""
+    """Predicted time of a step; None without a hardware profile."""
 
     @property
     def num_params(self) -> int:
-        """Elements of all parameters."""
+        """Number of elements of all parameters."""
         return sum(place.spec.numel for place in self.blueprint.layout.place_by_name.values())
 
     def peak_by_purpose(self, tier: MemoryTier) -> dict[str, int]:
-        """Return the bytes that a tier holds at its peak, largest first; a process's own are not among them."""
+        """Return the bytes that a tier holds at its peak, largest first, without the process's own."""
         purposes = dict(self.blueprint.memory.by_purpose[tier])
         compute_tier = MemoryTier.DEVICE if self.blueprint.shape.has_device else MemoryTier.HOST
         if tier is compute_tier:
@@ -87,14 +87,14 @@ class TrainingPlan:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Tokens per second; None without a prediction."""
+        """Number of tokens per second; None without a prediction."""
         return None if self.prediction is None else self.num_tokens / self.prediction.step_s
 
     @property
     def compute_bound_tokens(self) -> int | None:
-        """Tokens of a step from which on compute is the bottleneck, in sequences of the same length; None if unknown.
+        """Tokens per step at which compute becomes the bottleneck, for sequences of the same length; None if unknown.
 
-        Compute grows with the tokens, traffic does not; the passes that compute makes over its own memory are its own.
+        Compute grows with the tokens, traffic does not; compute includes its passes over its own memory.
         """
         if self.prediction is None:
             return None
@@ -107,7 +107,7 @@ class TrainingPlan:
 
     @property
     def wear(self) -> DiskWear | None:
-        """What a step takes of the drive's life; None if its endurance is not configured."""
+        """Share of the drive's life that a step takes; None if its endurance is not configured."""
         nvme = self.config.nvme
         if nvme is None or nvme.endurance_nbytes is None:
             return None
@@ -115,7 +115,7 @@ class TrainingPlan:
 
     @property
     def days_of_life(self) -> float | None:
-        """Days of training until the drive has taken what it is rated for; None if unknown, or nothing is written."""
+        """Days of training until the drive's rated endurance is used up; None if unknown, or if nothing is written."""
         if self.wear is None or self.wear.num_steps_of_life is None or self.prediction is None:
             return None
         return self.wear.num_steps_of_life * self.prediction.step_s / SECONDS_PER_DAY
@@ -134,11 +134,11 @@ def plan_step(
 
     Args:
         model: the user's model.
-        loss_fn: runs it on one batch, the whole of a step.
-        config: what the engine will be told; device and budgets are taken from `memory`.
-        num_tokens: of the batch, for rates.
-        memory: of the machine to plan for.
-        profile: its rates, for the time of a step; None: no time.
+        loss_fn: runs it on one batch, which is a whole step.
+        config: the engine's configuration; device and budgets are taken from `memory`.
+        num_tokens: number of tokens in the batch, for rates.
+        memory: memory of the machine to plan for.
+        profile: the machine's rates, for the time of a step; None: no time.
 
     Returns:
         The plan.
@@ -161,15 +161,15 @@ def plan_training(
     memory: MachineMemory,
     profile: HardwareProfile | None = None,
 ) -> TrainingPlan:
-    """Plan with a rehearsal made before, as for other budgets; see `plan_step`.
+    """Plan with an earlier rehearsal, for example for other budgets; see `plan_step`.
 
     Args:
         model: the user's model.
-        config: what the engine will be told.
-        rehearsal: of this model with this configuration.
-        num_tokens: of the batch that was rehearsed.
-        memory: of the machine to plan for.
-        profile: its rates; None: no time.
+        config: the engine's configuration.
+        rehearsal: the rehearsal of this model with this configuration.
+        num_tokens: number of tokens in the rehearsed batch.
+        memory: memory of the machine to plan for.
+        profile: the machine's rates; None: no time.
 
     Returns:
         The plan.
@@ -203,7 +203,7 @@ def _nbytes(budget: str | int | None) -> int:
 
 
 def _with_budgets(config: GeminiConfig, rehearsal: Rehearsal, memory: MachineMemory) -> GeminiConfig:
-    """Return the configuration for a machine, with what the rehearsal says set aside, or raise OutOfTierMemoryError."""
+    """Return the configuration for a machine with the rehearsal's needs reserved, or raise OutOfTierMemoryError."""
     has_device = memory.device is not None
     activations_nbytes = int(rehearsal.peak_nbytes * NON_MODEL_MARGIN)
     host_nbytes = memory.host - PROCESS_NBYTES
@@ -242,7 +242,7 @@ def _check_room(tier: MemoryTier, nbytes: int | None, needed_nbytes: int) -> Non
 
 
 def _predict(config: GeminiConfig, blueprint: Blueprint, work: StepWork, profile: HardwareProfile) -> StepPrediction:
-    """Predict a step in the overlap that the engine settles on: asked for "auto", the quickest there is."""
+    """Predict a step in the overlap that the engine chooses; for "auto", in the fastest one."""
     has_device = blueprint.shape.has_device
     dtype = str(config.dtype).removeprefix("torch.")
 
@@ -253,7 +253,7 @@ def _predict(config: GeminiConfig, blueprint: Blueprint, work: StepWork, profile
 
 
 def _modes(config: GeminiConfig, blueprint: Blueprint, work: StepWork) -> Iterator[OverlapMode]:
-    """Yield the overlaps that are possible, the plainest first; at least one."""
+    """Yield the possible overlaps, the simplest first; at least one."""
     can_run_ahead = blueprint.shape.has_spares and work.ahead != Work()
     if config.overlap == "auto":
         has_traffic = blueprint.shape.has_device or work.update.nvme_written_nbytes > 0
@@ -267,16 +267,16 @@ def _modes(config: GeminiConfig, blueprint: Blueprint, work: StepWork) -> Iterat
 
 
 def remedies(model: torch.nn.Module, config: GeminiConfig, rehearsal: Rehearsal, *, memory: MachineMemory) -> list[str]:
-    """Find single changes with which a training that does not fit would; each has been planned.
+    """Find single changes that would make a training fit; each of them has been planned.
 
     Args:
         model: the user's model.
         config: as for `plan_training`, which has raised OutOfTierMemoryError.
-        rehearsal: of this model with this configuration.
-        memory: of the machine.
+        rehearsal: the rehearsal of this model with this configuration.
+        memory: the machine's memory.
 
     Returns:
-        What to change, in words; empty if no single change will do.
+        Descriptions of the changes; empty if no single change is enough.
     """
     unlimited = 1 << 60
 
@@ -305,7 +305,7 @@ def remedies(model: torch.nn.Module, config: GeminiConfig, rehearsal: Rehearsal,
 
 
 def _least(too_few: int, fits: Callable[[int], bool]) -> int:
-    """Return a number of bytes that fits, a little above the least; `too_few` does not fit, but enough would."""
+    """Return a number of bytes that fits, a little above the lowest; `too_few` does not fit, `enough` does."""
     step = max(64 << 20, too_few // 32)
     low, high = too_few // step, 2 * (too_few // step) + 1
     while not fits(high * step):

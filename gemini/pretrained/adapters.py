@@ -1,9 +1,9 @@
-"""peft's adapters: which weights are theirs, and the files that describe them.
+"""peft's adapters: their weights, and the files that describe them.
 
 [Note: Adapters that peft computes]
-Most adapters are parameters and buffers, saved under other names: what they are called is learned from peft with
-tensors on the meta device, and their values are streamed. Some are computed when they are saved: prompts by their
-encoder, those of VB-LoRA and AdaLoRA from logits and ranks. For these peft is asked once more, with the adapters' own
+Most adapters are parameters and buffers that are saved under other names. peft is run with tensors on the meta device
+to learn these names, and the values are streamed. Some adapters are computed when they are saved: prompts by their
+encoder, those of VB-LoRA and AdaLoRA from logits and ranks. For these, peft runs once more, with the adapters' own
 weights in memory.
 """
 
@@ -26,15 +26,15 @@ __all__ = ["Adapters", "find_adapters", "write_adapter_configs"]
 
 
 class Weights(Protocol):
-    """A model's weights and persistent buffers as they are to be saved."""
+    """A model's weights and persistent buffers, as they will be saved."""
 
     state: dict[str, torch.Tensor]
-    """On the meta device, by name."""
+    """Tensors on the meta device, by name."""
     canonical: dict[str, str]
-    """For each name of a parameter its first one."""
+    """First name of a parameter, by each of its names."""
 
     def read(self, name: str) -> torch.Tensor:
-        """Return values, a copy on the CPU."""
+        """Return the values as CPU copies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,23 +42,23 @@ class Adapters:
     """What peft saves of a model."""
 
     files: list[tuple[str, tuple[Conversion, ...]]]
-    """One for each adapter: its path, and what goes into it under which name."""
+    """Path of each adapter, and the conversions that give its content by name."""
     values: dict[str, torch.Tensor]
-    """All of the adapters' own weights, if peft computes something from them; else nothing."""
+    """All of the adapters' own weights if peft computes something from them; otherwise empty."""
 
 
 def find_adapters(model: Any, weights: Weights) -> Adapters:
     """Find out what peft saves of a model; see [Note: Adapters that peft computes]. All ranks call.
 
     Args:
-        model: with adapters.
-        weights: the model's.
+        model: a model with adapters.
+        weights: the model's weights.
 
     Returns:
         Files and values.
 
     Raises:
-        ConfigError: peft computes what it saves from the base model's weights.
+        ConfigError: peft computes saved values from the base model's weights.
     """
     files: list[tuple[str, tuple[Conversion, ...]]] = []
     values: dict[str, torch.Tensor] = {}
@@ -66,7 +66,7 @@ def find_adapters(model: Any, weights: Weights) -> Adapters:
         file = ADAPTER_FILE if adapter == "default" else f"{adapter}/{ADAPTER_FILE}"
         try:
             conversions, is_computed = _conversions(model, adapter, weights.state)
-        except Exception:  # of many types: what depends on values cannot be computed without
+        except Exception:  # errors of many types: computations that need values fail without them
             conversions, is_computed = [], True
         if is_computed:
             values = values or {name: weights.read(name) for name in _own_names(model, weights)}
@@ -113,7 +113,7 @@ def _conversions(model: Any, adapter: str, state: Mapping[str, torch.Tensor]) ->
 
 @dataclass(frozen=True, slots=True)
 class _Computed:
-    """A conversion of nothing to a tensor that is there."""
+    """Return a conversion without sources whose target is a given tensor."""
 
     target: str
     value: torch.Tensor
@@ -123,22 +123,22 @@ class _Computed:
 
 
 def write_adapter_configs(model: Any, weights: Weights, adapters: Adapters, place: Path) -> None:
-    """Let peft write everything but the weights; on the first rank alone.
+    """Let peft write everything except the weights, on the first rank only.
 
     Args:
-        model: with adapters.
-        weights: the model's.
-        adapters: from `find_adapters`.
+        model: a model with adapters.
+        weights: the model's weights.
+        adapters: the result of `find_adapters`.
         place: an empty directory.
 
     Raises:
-        OffloadIOError: something cannot be written.
+        OffloadIOError: a file cannot be written.
     """
     state = {name: torch.empty(0) for name in weights.state} | adapters.values
     modes = [(config, config.inference_mode) for config in model.peft_config.values()]
     try:
         for config, _ in modes:
-            config.inference_mode = True  # as saved; and no prompt encoder is run, whose weights all ranks would gather
+            config.inference_mode = True  # as saved; and no prompt encoder runs, whose weights all ranks gather
         with naming_file("write", place), _showing(model, adapters.values, weights.canonical):
             model.save_pretrained(str(place), state_dict=state)
             for file in place.rglob(ADAPTER_FILE):

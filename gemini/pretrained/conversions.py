@@ -1,7 +1,7 @@
-"""What transformers does to the names and shapes of weights between a checkpoint and a model, one conversion at a time.
+"""transformers' changes to names and shapes of weights between a checkpoint and a model, one conversion at a time.
 
-Most tensors are renamed at most. Some models compute with weights in another form than they store them, such as all
-experts of a layer in one tensor; there a *conversion* takes several tensors to several others, and needs them whole.
+Most tensors are at most renamed. Some models compute with weights in another form than the stored one, for example with
+all experts of a layer in one tensor. A *conversion* then takes several tensors to several others, and needs them whole.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """How some tensors become others."""
+    """A conversion of some tensors into others."""
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
     convert: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
-    """Takes all sources to all targets, by name, in memory or on the meta device; None: the only source is, as it is,
-    the only target."""
+    """Function from all sources to all targets, by name, in memory or on the meta device; None if the only source is
+    the only target, unchanged."""
 
 
 def is_transformers_model(model: torch.nn.Module) -> bool:
@@ -43,7 +43,7 @@ def is_transformers_model(model: torch.nn.Module) -> bool:
 
 
 def import_transformers(what: str) -> tuple[Any, Any]:
-    """Import what is needed of transformers.
+    """Import the needed modules of transformers.
 
     Args:
         what: the caller, for the message.
@@ -52,7 +52,7 @@ def import_transformers(what: str) -> tuple[Any, Any]:
         The modules `transformers` and `transformers.core_model_loading`.
 
     Raises:
-        ConfigError: it is not installed, or too old.
+        ConfigError: transformers is not installed, or too old.
     """
     try:
         import transformers
@@ -71,15 +71,15 @@ def _conversions_of(model: Any, *, with_legacy: bool) -> list[Any]:
 def match_names(
     model: Any, state: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]
 ) -> tuple[list[Conversion], list[str]]:
-    """Find out how a checkpoint's tensors become a model's, as `from_pretrained` does.
+    """Find out how a checkpoint's tensors become a model's, in the way of `from_pretrained`.
 
     Args:
-        model: of transformers; remembers which renamings its checkpoint needed, and saving undoes these.
+        model: a model of transformers; it remembers the renamings that its checkpoint needed, and saving undoes them.
         state: the model's parameters and persistent buffers, by name; only shapes count.
         stored: the checkpoint's tensors, on the meta device.
 
     Returns:
-        Conversions, whose targets are names in `state`, and the names for which the model has no place.
+        Conversions, whose targets are names in `state`, and the names without a place in the model.
 
     Raises:
         CheckpointMismatchError: tensors cannot be converted.
@@ -95,7 +95,7 @@ def match_names(
     unexpected: list[str] = []
     for name in sorted(stored, key=loading.dot_natural_key):
         renamed, pattern = loading.rename_source_key(name, renamings, converters, prefix, state)
-        if renamed not in state and name in state:  # it has its name already
+        if renamed not in state and name in state:  # it already has its name
             renamed, pattern = loading.rename_source_key(name, [], [], prefix, state)
         if renamed in state:
             groups.setdefault(renamed, []).append((name, pattern))
@@ -132,7 +132,7 @@ def _loading_conversion(
     names = tuple(name for name, _ in sources)
     try:
         targets = tuple(convert({name: stored[name] for name in names}))
-    except Exception as error:  # transformers' operations raise whatever they meet
+    except Exception as error:  # transformers' operations raise errors of any type
         raise CheckpointMismatchError(
             f"{target}: cannot be made of the {len(names)} tensors that the checkpoint has for it, {names[0]} and so "
             f"on: {type(error).__name__}: {error}; is it complete, and of this model?"
@@ -141,14 +141,14 @@ def _loading_conversion(
 
 
 def save_conversions(model: Any, state: Mapping[str, torch.Tensor]) -> list[Conversion]:
-    """Find out how a model's tensors become a checkpoint's, as transformers' `save_pretrained` has it.
+    """Find out how a model's tensors become a checkpoint's, in the way of transformers' `save_pretrained`.
 
     Args:
-        model: of transformers.
-        state: what is to be saved, by name in the model, on the meta device.
+        model: a model of transformers.
+        state: the tensors to be saved, by name in the model, on the meta device.
 
     Returns:
-        Conversions, whose sources are names in `state` and which have every one of them.
+        Conversions, whose sources are names in `state`; together they use each name.
 
     Raises:
         ConfigError: transformers is missing or too old.
@@ -169,7 +169,7 @@ def save_conversions(model: Any, state: Mapping[str, torch.Tensor]) -> list[Conv
 
 
 def _groups_converted_together(model: Any, names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Group tensors by the conversion that takes them back into their stored form."""
+    """Group tensors by the conversion that restores their stored form."""
     transforms = getattr(model, "_weight_conversions", None)
     if transforms is None:
         transforms = _conversions_of(model, with_legacy=False)
@@ -183,15 +183,15 @@ def _groups_converted_together(model: Any, names: Iterable[str]) -> list[tuple[s
 
 
 def ignored_names(model: Any, names: Iterable[str], *, attribute: str) -> set[str]:
-    """Return the names that a transformers model declares to be of no interest.
+    """Return the names that a transformers model declares irrelevant.
 
     Args:
-        model: of transformers, or any other.
-        names: in its state dict or in a checkpoint.
-        attribute: which of its lists of patterns, such as "_keys_to_ignore_on_load_missing".
+        model: a model of transformers, or any other.
+        names: names in its state dict or in a checkpoint.
+        attribute: name of one of its lists of patterns, such as "_keys_to_ignore_on_load_missing".
 
     Returns:
-        Those among `names`.
+        The declared ones among `names`.
     """
     patterns = [*(getattr(model, attribute, None) or ())]
     return {name for name in names if any(re.search(pattern, name) for pattern in patterns)}

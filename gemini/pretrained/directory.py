@@ -1,11 +1,11 @@
-"""Replace a directory's files by new ones that have been written aside, so that old and new are never mixed.
+"""Replaces a directory's files by new ones that were written elsewhere, so that old and new are never mixed.
 
-    DIR/.saving/    the new files, until all are on the drive; if a process was killed before, of no use
-    DIR/.saved/     the new files, all on the drive, while they are moved up
+    DIR/.saving/    the new files, until all are on the drive; useless if the process was killed before that DIR/.saved/
+    the new files, all on the drive, while they are moved up
 
-The old files are untouched until the new ones are all there. When these are moved up, the files by which a checkpoint
-is recognised go first and come last: whoever is killed between leaves a directory that is refused, with the rest of the
-new files in `.saved`, and not one with weights of both. The next save moves them up before it begins.
+The old files are untouched until all new ones are there. When these are moved up, the files that identify a checkpoint
+are removed first and added last. So a process that is killed in between leaves a directory that is refused, with the
+remaining new files in `.saved`, and not one with weights of both. The next save moves them up before it begins.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ __all__ = ["NewFiles"]
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _ENTRIES = (SINGLE_FILE, INDEX)
 _KEPT = ("README.md",)
-"""What the user may have written; a new one does not replace it."""
+"""Files that the user may have written; a new one does not replace an existing one."""
 
 
 class NewFiles:
-    """The files that are to replace a directory's; they are put together in `place`.
+    """The files that will replace a directory's; they are collected in `place`.
 
     Args:
-        path: the directory; made if need be.
+        path: the directory; made if needed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,10 +42,10 @@ class NewFiles:
         self._lock = DirectoryLock(path)
 
     def begin(self) -> None:
-        """Lock the directory and make an empty place; what a process that was killed has left is cleared up.
+        """Lock the directory and make an empty place; leftovers of a killed process are cleared.
 
         Raises:
-            OffloadIOError: it cannot be made, or another process is saving into it.
+            OffloadIOError: the directory cannot be made, or another process saves into it.
         """
         with naming_file("create directory", self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -62,19 +62,19 @@ class NewFiles:
             raise
 
     def abandon(self) -> None:
-        """Remove what has been put together since `begin`, if anything has; complete files stay."""
+        """Remove what has been collected since `begin`; complete files stay."""
         if self._lock.is_held:
             shutil.rmtree(self.place, ignore_errors=True)
             self._lock.release()
 
     def commit(self) -> None:
-        """Replace the directory's files, once the new ones are on the drive; shards of an earlier save go too.
+        """Replace the directory's files once the new ones are on the drive; shards of an earlier save are removed.
 
         Raises:
-            OffloadIOError: something could not be written or moved.
+            OffloadIOError: a file could not be written or moved.
         """
         with naming_file("complete", self.place):
-            for file in sorted(self.place.rglob("*"), reverse=True):  # what is in a directory before it
+            for file in sorted(self.place.rglob("*"), reverse=True):  # a directory's contents before the directory
                 _sync(file)
             _sync(self.place)
             self.place.rename(self._complete)
@@ -84,7 +84,7 @@ class NewFiles:
         self._lock.release()
 
     def _move_up(self) -> None:
-        """Move complete files into the directory; what a process that was killed has done of it is not done again."""
+        """Move complete files into the directory, continuing where a killed process stopped."""
         new = sorted(file.relative_to(self._complete) for file in self._complete.rglob("*") if file.is_file())
         entries = [file for file in new if file.name in (*_ENTRIES, ADAPTER_FILE)]
         old = {self.path / file for file in entries}

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint directory in Hugging Face's layout, whichever of its files they are in."""
+"""The tensors of a checkpoint directory in Hugging Face's layout, in one file or several."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ CONFIG = "config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 SAVING = ".saving"
-"""Where a save puts its files together."""
+"""Name of the directory in which a save collects its files."""
 SAVED = ".saved"
-"""Where they are once all are complete, until they are in their places."""
+"""Name of the directory with complete files that are not yet in their final places."""
 
 
 def check_directory(path: Path) -> None:
-    """Make sure that a directory holds a checkpoint that can be loaded.
+    """Check that a directory holds a checkpoint that can be loaded.
 
     Args:
         path: the directory.
 
     Raises:
-        CheckpointError: it does not; says what to do.
-        OffloadIOError: it cannot be read.
+        CheckpointError: it does not; the message says what to do.
+        OffloadIOError: the directory cannot be read.
     """
     with naming_file("read", path):
         _check_directory(path)
@@ -102,7 +102,7 @@ class CheckpointFiles:
         path: the directory.
 
     Raises:
-        CheckpointError: it is not a checkpoint, or a file is missing, damaged or cut short.
+        CheckpointError: it is not a checkpoint, or a file is missing, damaged or truncated.
         OffloadIOError: a file cannot be opened or read.
 
     Attributes:
@@ -126,7 +126,7 @@ class CheckpointFiles:
         self.entries: dict[str, TensorEntry] = {name: each.entries[name] for name, each in self._readers.items()}
 
     def _open_all(self, index: Path) -> dict[str, SafetensorsReader]:
-        """Open the files that an index names; return that of each tensor, of one in several files the index's."""
+        """Open the files that an index names; return each tensor's file, as the index has it if there are several."""
         file_of = _read_json(index).get("weight_map")
         if not isinstance(file_of, dict) or not all(isinstance(name, str) for name in file_of.values()):
             raise CheckpointError(f"{index} is damaged: expected the file of each tensor under weight_map")
@@ -149,23 +149,23 @@ class CheckpointFiles:
         return self._files.enter_context(SafetensorsReader(path))
 
     def identity_of(self, name: str) -> tuple[int, ...]:
-        """Return which file a tensor is in: device, inode, length and time of the last change."""
+        """Return the identity of a tensor's file: device, inode, length and time of the last change."""
         return self._readers[name].identity
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
-        """Read elements [begin, end) of a tensor, in row-major order; None: to its end.
+        """Read elements [begin, end) of a tensor in row-major order; None: to its end.
 
         Args:
-            name: of the tensor.
+            name: name of the tensor.
             begin: first element.
-            end: one past the last.
+            end: one past the last element.
 
         Returns:
-            1D, on the CPU, of the file's dtype.
+            The elements, 1D, on the CPU, in the file's dtype.
 
         Raises:
-            OffloadIOError: they cannot be read.
-            CheckpointError: the file was cut short meanwhile.
+            OffloadIOError: the elements cannot be read.
+            CheckpointError: the file was truncated since it was opened.
         """
         return self._readers[name].read(name, begin, end)
 

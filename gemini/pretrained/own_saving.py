@@ -1,7 +1,7 @@
-"""Models that save themselves in a way of their own: they do so with all weights in memory.
+"""Models with their own way of saving: they save with all weights in memory.
 
-What transformers and peft write is known, and is streamed. What a subclass writes besides, or under other names, only
-it knows: its `save_pretrained` runs while the model's parameters are plain tensors, whatever it reads and however.
+What transformers and peft write is known, and is streamed. What a subclass writes in addition, or under other names, is
+not: so its `save_pretrained` runs while the model's parameters are plain tensors, and may read anything.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ __all__ = ["has_own_saving", "save_by_itself", "showing"]
 _KNOWN_OWNERS = ("transformers.modeling_utils", "peft.peft_model")
 """Modules whose `save_pretrained` is streamed."""
 _HARMLESS_HOOKS = ("gemini.", "torch.distributed.algorithms._checkpoint.")
-"""Where hooks of state dicts come from that leave them what they would be: ours, and torch's wrapper of activations."""
+"""Modules whose hooks leave state dicts unchanged: this package's, and torch's wrapper of activations."""
 
 
 def has_own_saving(model: torch.nn.Module) -> bool:
-    """Return whether a model saves otherwise than transformers or peft would, so that only it can.
+    """Return whether a model saves in another way than transformers or peft, so that only it can do it.
 
-    It does if its `save_pretrained` is not theirs, if a class or hook changes its state dict, or if it has adapters of
-    `add_adapter`.
+    It does if its `save_pretrained` is not theirs, if a class or hook changes its state dict, or if it has adapters
+    from `add_adapter`.
     """
     saver = _owner_of(model, "save_pretrained")
     if saver is None:
@@ -42,7 +42,7 @@ def has_own_saving(model: torch.nn.Module) -> bool:
 
 
 def _owner_of(module: torch.nn.Module, method: str) -> str | None:
-    """Return the name of the Python module that a method comes from; None: there is no such method."""
+    """Return the name of the Python module that defines a method; None if there is no such method."""
     if method in vars(module):
         return ""
     owner = next((kind for kind in type(module).__mro__ if method in vars(kind)), None)
@@ -58,18 +58,18 @@ def _changes_state_dict(module: torch.nn.Module) -> bool:
 
 
 def _inner(hook: Any) -> Any:
-    while hasattr(hook, "func"):  # of functools.partial
+    while hasattr(hook, "func"):  # functools.partial
         hook = hook.func
-    return getattr(hook, "hook", hook)  # as torch wraps those of register_state_dict_pre_hook
+    return getattr(hook, "hook", hook)  # torch's wrapper in register_state_dict_pre_hook
 
 
 @contextmanager
 def showing(model: torch.nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Let a model's parameters be plain tensors while the context is open; it must not be run meanwhile.
+    """Make a model's parameters plain tensors while the context is open; it must not run meanwhile.
 
     Args:
-        model: a wrapped one.
-        values: those of some of its parameters or all, by canonical name. Parameters without one stay what they are.
+        model: a wrapped model.
+        values: values of all or some of its parameters, by canonical name. Parameters without values stay unchanged.
 
     Yields:
         Nothing.
@@ -99,13 +99,13 @@ def save_by_itself(model: Any, place: Path, *, max_shard_size: int | str | None)
     """Call a model's own `save_pretrained`, inside `showing`.
 
     Args:
-        model: that has one.
+        model: a model with its own `save_pretrained`.
         place: an empty directory.
-        max_shard_size: passed on where it is known; None: the method's own.
+        max_shard_size: passed on if the method knows it; None: the method's default.
 
     Raises:
-        OffloadIOError: something cannot be written.
-        CheckpointError: it raised another error.
+        OffloadIOError: a file cannot be written.
+        CheckpointError: the method raised another error.
     """
     save: Callable[..., Any] = model.save_pretrained
     known = inspect.signature(save).parameters.values()

@@ -1,8 +1,8 @@
-"""Save weights as transformers, or peft, would: in files that are filled a tile at a time from wherever weights live.
+"""Saves weights as transformers or peft would, in files that are filled tile by tile from any tier.
 
 The safetensors library writes a file from tensors that are all in memory; SafetensorsWriter takes them piece by piece.
-Of a parameter that is stored as the model computes with it a tile is in memory at a time (with several ranks, which put
-it together, the parameter); of those that transformers converts, what the conversion takes and gives.
+If a parameter is stored as the model computes with it, one tile is in memory at a time (with several ranks, which join
+it, the parameter). If transformers converts it, the sources and targets of the conversion are in memory.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ SAVED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """A file to be written, and what goes into it."""
+    """A file to be written, and its content."""
 
     path: Path
-    """In the directory."""
+    """Path in the directory."""
     conversions: tuple[Conversion, ...]
 
 
@@ -103,17 +103,17 @@ def save_pretrained(
 
 @contextmanager
 def showing_weights(runtime: Runtime, model: torch.nn.Module) -> Iterator[None]:
-    """Let a wrapped model's parameters be plain tensors with its working weights; all in memory, on all ranks.
+    """Make a wrapped model's parameters plain tensors with its working weights; all in memory, on all ranks.
 
     Args:
-        runtime: the engine's.
-        model: the user's; it must not be run meanwhile.
+        runtime: the engine's runtime.
+        model: the user's model; it must not run meanwhile.
 
     Yields:
         Nothing.
 
     Raises:
-        ModelError: the engine is closed, its state was lost, or the model has other parameters than were wrapped.
+        ModelError: the engine is closed, its state was lost, or the model's parameters are not those that were wrapped.
     """
     runtime.check_usable()
     check_unchanged(model, runtime, runtime.layout.place_by_name)
@@ -156,17 +156,17 @@ def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 class Weights:
-    """A model's weights and persistent buffers as they are to be saved; with several ranks all read the same.
+    """A model's weights and persistent buffers as they will be saved; with several ranks all read the same.
 
     Args:
-        runtime: the engine's.
-        model: the user's.
-        dtype: of what is floating-point and trained or frozen; None: the working dtype.
+        runtime: the engine's runtime.
+        model: the user's model.
+        dtype: dtype of floating-point tensors that are trained or frozen; None: the working dtype.
 
     Attributes:
-        canonical: for each name of a parameter its first one.
-        state: dtype and shape of each by its name in the model, on the meta device; of what has several names the
-            first, or that under which transformers expects it, or if there are adapters all, of which peft chooses.
+        canonical: first name of a parameter, by each of its names.
+        state: dtype and shape of each tensor by its name in the model, on the meta device. A tensor of several names
+            has the first, or the one that transformers expects, or with adapters all, of which peft chooses.
     """
 
     def __init__(self, runtime: Runtime, model: torch.nn.Module, dtype: torch.dtype | None) -> None:
@@ -196,7 +196,7 @@ class Weights:
         return torch.empty(spec.full_shape, dtype=self._dtype if is_cast else spec.dtype, device="meta")
 
     def read_params(self) -> dict[str, torch.Tensor]:
-        """Return all parameters by their first names, copies on the CPU."""
+        """Return all parameters by their first names, as CPU copies."""
         found = {}
         for name in dict.fromkeys(self.canonical.values()):
             wanted = self._on_meta(name)
@@ -205,11 +205,11 @@ class Weights:
 
     @property
     def saved_dtype(self) -> torch.dtype:
-        """The dtype that a plain model has that is loaded from what is saved."""
+        """Dtype of a plain model that is loaded from the saved files."""
         return self._dtype or self._runtime.config.dtype
 
     def runs(self, name: str) -> Iterator[torch.Tensor]:
-        """Yield a tensor's values, 1D on the CPU, in order; each is to be used before the next one is asked for."""
+        """Yield a tensor's values, 1D on the CPU, in order; each must be used before the next one is requested."""
         if name in self._buffers:
             yield local_part(self._buffers[name]).detach().cpu().reshape(-1)
             return
@@ -226,11 +226,11 @@ class Weights:
             yield run.to(dtype)
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a tensor, a copy on the CPU."""
+        """Return a tensor as a CPU copy."""
         return _filled(self.state[name], self.runs(name))
 
     def shapes_of(self, file: _File) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Return dtype and shape of everything in a file, by its name there."""
+        """Return dtype and shape of everything in a file, by name in the file."""
         found: dict[str, torch.Tensor] = {}
         for conversion in file.conversions:
             sources = {name: self.state[name] for name in conversion.sources}
@@ -241,7 +241,7 @@ class Weights:
         return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()}
 
     def convert(self, conversion: Conversion) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield what a conversion gives, by name, each in runs as `runs` does."""
+        """Yield the targets of a conversion, by name, each in runs as `runs` does."""
         if conversion.convert is None:
             for run in self.runs(conversion.sources[0]):
                 yield conversion.targets[0], run
@@ -262,7 +262,7 @@ def _filled(wanted: torch.Tensor, runs: Iterator[torch.Tensor]) -> torch.Tensor:
 
 
 def _plan_files(model: torch.nn.Module, weights: Weights, adapters: Adapters | None, shard_nbytes: int) -> list[_File]:
-    """Share the weights out among files."""
+    """Distribute the weights among files."""
     if adapters is not None:
         return [_File(Path(name), conversions) for name, conversions in adapters.files]
     state = weights.state
@@ -289,7 +289,7 @@ def _plan_files(model: torch.nn.Module, weights: Weights, adapters: Adapters | N
 
 
 def _write_index(files: list[_File], weights: Weights, place: Path) -> None:
-    """Say which file each tensor is in, if there are several of a model."""
+    """Write the index that names each tensor's file, if a model has several files."""
     if len(files) == 1 or files[0].path.parent != Path(".") or not files[0].path.name.startswith("model-"):
         return
     shapes = {file.path.name: weights.shapes_of(file) for file in files}
@@ -304,7 +304,7 @@ def _write_index(files: list[_File], weights: Weights, place: Path) -> None:
 
 
 def _describe_model(model: Any, place: Path, weights: Weights) -> None:
-    """Write what a model is built from: its configurations, and its code if that is not transformers' own."""
+    """Write the files from which a model is built: its configurations, and its code if it is not in transformers."""
     if not is_transformers_model(model):
         return
     config = copy.deepcopy(model.config)
@@ -321,14 +321,14 @@ def _describe_model(model: Any, place: Path, weights: Weights) -> None:
 
 
 class _Output:
-    """The files on the first rank; elsewhere nothing. After an error it does nothing more if others read with us.
+    """The files on the first rank; nothing on others. After an error it does nothing more, if other ranks read along.
 
     Args:
-        place: where the files are made; None: on another rank.
-        is_alone: whether there is one rank, so that errors can be raised at once.
+        place: directory in which the files are made; None on other ranks.
+        is_alone: whether there is only one rank, so that errors can be raised at once.
 
     Attributes:
-        failure: what went wrong, to be raised on all ranks at the end.
+        failure: the error, which is raised on all ranks at the end.
     """
 
     def __init__(self, place: Path | None, *, is_alone: bool) -> None:
@@ -348,7 +348,7 @@ class _Output:
             self.failure = error
 
     def open(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        """Begin a file."""
+        """Start a file."""
         if self._place is None or self.failure is not None:
             return
         with self._noting_failure():
@@ -363,14 +363,14 @@ class _Output:
                 self._writer.append(name, values)
 
     def close(self) -> None:
-        """End the file."""
+        """Complete the file."""
         if self._writer is not None:
             with self._noting_failure():
                 self._writer.close()
             self._writer = None
 
     def abort(self) -> None:
-        """Close the file as it is; idempotent."""
+        """Close the file in its present state; idempotent."""
         if self._writer is not None:
             self._writer.abort()
             self._writer = None

@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint as the first values of a model: each parameter is read when its home is written.
 
-Of a parameter that is stored as the model computes with it, a tile's worth is in memory at a time; of one that has to
-be converted, what the conversion takes and gives.
+If a parameter is stored as the model computes with it, one tile is in memory at a time. If it must be converted, the
+sources and targets of the conversion are in memory.
 """
 
 from __future__ import annotations
@@ -38,43 +38,43 @@ __all__ = ["LoadingReport", "PretrainedWeights", "open_pretrained"]
 logger = logging.getLogger(__name__)
 
 COMPARED_NUMEL = 1 << 20
-"""Elements of two tensors that are compared at once."""
+"""Number of elements that are compared at once."""
 SAMPLED_NUMEL = 64
-"""Elements of each tensor by which ranks compare their checkpoints."""
+"""Number of elements of each tensor by which ranks compare their checkpoints."""
 NAMES_SHOWN = 8
-"""Names in a message at most."""
+"""Maximum number of names in a message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadingReport:
-    """What of a checkpoint and a model did not belong together; the names are those that transformers reports."""
+    """The differences between a checkpoint and a model; the names are those that transformers reports."""
 
     path: Path
-    """The checkpoint."""
+    """Directory of the checkpoint."""
     missing_keys: tuple[str, ...]
-    """Of the model, not in the checkpoint: they have the values that the model had or its own initialisation gave."""
+    """Names only in the model, not in the checkpoint: they keep the model's or its own initialisation's values."""
     unexpected_keys: tuple[str, ...]
-    """In the checkpoint, without a place in the model: they were passed over."""
+    """Names in the checkpoint without a place in the model; they were ignored."""
     untied_keys: tuple[str, ...]
-    """Tied in the model as it was built, but with values of their own in the checkpoint: they are tied no more."""
+    """Names tied in the model as built, but with different values in the checkpoint: they are no longer tied."""
 
 
 def open_pretrained(model: torch.nn.Module, path: Path, sharding: Sharding) -> PretrainedWeights:
-    """Open a checkpoint for a model; reads no weights but those that may or may not be tied, and with ranks a few.
+    """Open a checkpoint for a model; reads only weights that may be tied, and with several ranks a few samples.
 
     Args:
-        model: on the meta device or not. If the checkpoint has different values for weights that it ties, they are
-            tied no more, as transformers has it.
+        model: a model on any device. If the checkpoint has different values for weights that the model ties, they are
+            no longer tied, as in transformers.
         path: the checkpoint's directory.
         sharding: the ranks that share the model, all of which call.
 
     Returns:
-        The weights, to be closed.
+        The weights; the caller closes them.
 
     Raises:
         CheckpointError: there is no checkpoint, it is damaged, or a file is missing.
-        CheckpointMismatchError: it is of another model; or another rank has another checkpoint, or none.
-        ConfigError: the model is of transformers, which is too old.
+        CheckpointMismatchError: it belongs to another model; or another rank has another checkpoint, or none.
+        ConfigError: the model needs transformers, which is too old.
         OffloadIOError: a file cannot be opened or read.
         CollectiveError: a rank did not take part.
     """
@@ -85,7 +85,7 @@ def open_pretrained(model: torch.nn.Module, path: Path, sharding: Sharding) -> P
             files = on_error.enter_context(CheckpointFiles(path))
             weights = on_error.enter_context(PretrainedWeights(model, files))
             samples += () if sharding.is_alone else _samples(files)
-        except Exception as error:  # transformers' conversions may raise anything; others must not wait for this rank
+        except Exception as error:  # conversions may raise anything; other ranks must not wait for this one
             failure = error
         agree_on_loading(sharding, failure, samples, what="checkpoints")
         assert weights is not None
@@ -95,7 +95,7 @@ def open_pretrained(model: torch.nn.Module, path: Path, sharding: Sharding) -> P
 
 
 def _samples(files: CheckpointFiles) -> Iterator[str]:
-    """Yield what tells one checkpoint from another: each tensor's name, dtype, shape and first elements."""
+    """Yield what distinguishes checkpoints: each tensor's name, dtype, shape and first elements."""
     for name, entry in sorted(files.entries.items()):
         first = files.read(name, 0, min(entry.numel, SAMPLED_NUMEL))
         yield f"{name} {entry.dtype} {entry.shape} {checksum_of(first)}"
@@ -104,21 +104,21 @@ def _samples(files: CheckpointFiles) -> Iterator[str]:
 class PretrainedWeights:
     """The values of a model's parameters and buffers in a checkpoint; see `open_pretrained`.
 
-    A context manager that closes the checkpoint's files; after an error the model is what it was.
+    A context manager that closes the checkpoint's files; after an error the model is as before.
 
     Args:
-        model: whose they are to be.
-        files: the checkpoint; this closes it.
+        model: the model that gets the values.
+        files: the checkpoint's files; closed with this.
 
     Attributes:
-        report: what did not belong together.
+        report: the differences between checkpoint and model.
     """
 
     def __init__(self, model: torch.nn.Module, files: CheckpointFiles) -> None:
         self._files = files
-        self._converted: dict[str, torch.Tensor] = {}  # what the last conversion gave and nobody has taken yet
+        self._converted: dict[str, torch.Tensor] = {}  # results of the last conversion that were not taken yet
         self._undo = ExitStack()
-        """Makes the model what it was."""
+        """Undoes the changes to the model."""
         base = base_model_of(model)
         names = state_names(model)
         tensors = {
@@ -135,7 +135,7 @@ class PretrainedWeights:
         self._name_in_state = {
             canonical.get(place, place): name for name in self._conversion_of for place in names[name]
         }
-        missing: dict[str, str] = {}  # of tied weights one name
+        missing: dict[str, str] = {}  # one name of tied weights
         for name, places in names.items():
             weight = canonical.get(places[0], places[0])
             if weight not in self._name_in_state:
@@ -170,7 +170,7 @@ class PretrainedWeights:
                 )
 
     def _on_meta(self, name: str) -> torch.Tensor:
-        """Return what a weight is in the checkpoint, once converted, without its values."""
+        """Return a weight's dtype and shape in the checkpoint, after conversion, without its values."""
         conversion = self._conversion_of[name]
         stored = {source: _meta_twin(self._files.entries[source]) for source in conversion.sources}
         return stored[conversion.sources[0]] if conversion.convert is None else conversion.convert(stored)[name]
@@ -178,7 +178,7 @@ class PretrainedWeights:
     def _untie(
         self, model: torch.nn.Module, names: Mapping[str, list[str]], canonical: Mapping[str, str]
     ) -> tuple[str, ...]:
-        """Give tied parameters that have different values in the checkpoint one each; return their names."""
+        """Separate tied parameters that have different values in the checkpoint; return their names."""
         modules = dict(named_modules(model, remove_duplicate=False))
         first: dict[str, str] = {}
         untied = []
@@ -212,19 +212,19 @@ class PretrainedWeights:
         return all(torch.equal(left[run].float(), right[run].float()) for run in runs)
 
     def values_of(self, name: str) -> FlatValues | None:
-        """Return a parameter's values by its canonical name; None: the checkpoint has none."""
+        """Return a parameter's values by its canonical name; None if the checkpoint has none."""
         found = self._name_in_state.get(name)
         return None if found is None else self._values_in_state(found)
 
     def buffer_of(self, name: str) -> torch.Tensor | None:
-        """Return a buffer's value in its shape, on the CPU; None: the checkpoint has none."""
+        """Return a buffer's value in its shape, on the CPU; None if the checkpoint has none."""
         found = self._name_in_state.get(name)
         if found is None:
             return None
         return self._values_in_state(found)[:].view(self._on_meta(found).shape)
 
     def identity_of(self, name: str) -> str | None:
-        """Return words that stand for a parameter's values: what of which files, of when; None: it has none."""
+        """Return a text that identifies a parameter's values by sources, files and times; None if there are none."""
         found = self._name_in_state.get(name)
         if found is None:
             return None
@@ -264,7 +264,7 @@ class PretrainedWeights:
 
 @dataclass(frozen=True, slots=True)
 class _StoredValues:
-    """A tensor in a file, read when it is asked for."""
+    """A tensor in a file, read on demand."""
 
     files: CheckpointFiles
     name: str
@@ -291,7 +291,7 @@ def _harmless(model: torch.nn.Module, unexpected: list[str]) -> set[str]:
     """Return the names that a model without a place for them has always had in its checkpoints."""
     ignored = ignored_names(model, unexpected, attribute="_keys_to_ignore_on_load_unexpected")
     buffers = [name for name, _ in model.named_buffers()]
-    for name in ("rotary_emb.inv_freq", "position_ids"):  # were persistent in earlier versions of transformers
+    for name in ("rotary_emb.inv_freq", "position_ids"):  # these were persistent in earlier versions of transformers
         if any(buffer.endswith(name) for buffer in buffers):
             ignored |= {each for each in unexpected if re.search(rf"(^|\.){re.escape(name)}$", each)}
     return ignored

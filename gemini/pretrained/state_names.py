@@ -1,7 +1,7 @@
-"""What a model's parameters and buffers are called in its checkpoints, before transformers renames anything.
+"""Names of a model's parameters and buffers in its checkpoints, before transformers renames anything.
 
-In a model with peft's adapters the base model's weights have other names than in the base model, some of them are
-there twice, and the adapters' own are not in its checkpoints at all.
+In a model with peft's adapters, the base model's weights have other names than in the base model, some of them exist
+twice, and the adapters' own weights are not in its checkpoints.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ def has_adapters(model: torch.nn.Module) -> bool:
 
 
 def base_model_of(model: torch.nn.Module) -> Any:
-    """Return the model whose checkpoints these are: with adapters the one inside, else the model itself."""
+    """Return the model to which the checkpoints belong: with adapters the one inside, otherwise the model itself."""
     model_with_adapters: Any = model
     return model_with_adapters.get_base_model() if has_adapters(model) else model
 
 
 def state_names(model: torch.nn.Module) -> dict[str, list[str]]:
-    """Return by its name in the base model's state dict what each weight or persistent buffer is called in the model.
+    """Return the names in the model of each weight or persistent buffer, by its name in the base model's state dict.
 
     Args:
-        model: with or without adapters.
+        model: a model with or without adapters.
 
     Returns:
-        Full names in the model, several where peft keeps a copy to be trained; adapters are left out.
+        Full names in the model, several where peft keeps a copy to be trained; without adapters' weights.
     """
     names = [*dict(named_params(model, remove_duplicate=False)), *canonical_buffers(model)]
     if not has_adapters(model):

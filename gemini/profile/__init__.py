@@ -1,4 +1,4 @@
-"""What happens in a step, moment by moment: recorded, read back, and shown. It knows no tensors."""
+"""Records the events of a step, reads them back and shows them. Knows no tensors."""
 
 from gemini.profile.recording import Recording, read_recording
 

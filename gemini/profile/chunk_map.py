@@ -1,4 +1,4 @@
-"""Where each chunk is at each moment of a step."""
+"""The place of each chunk at each moment of a step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["ChunkMap", "Place", "chunk_map", "describe_moment"]
 
 
 class Place(enum.Enum):
-    """Where a chunk's working weights are, or what is done with them; values are for readers."""
+    """State or operation of a chunk's working weights; values are for readers."""
 
     NVME = "at home on NVMe"
     HOST = "at home in host memory"
@@ -37,22 +37,22 @@ _PLACE_OF_STATE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkMap:
-    """Chunks by moment."""
+    """Places of chunks, by moment."""
 
     moments: tuple[Moment, ...]
     places: tuple[tuple[Place, ...], ...]
-    """By chunk id, then by moment."""
+    """Place of each chunk, by chunk id, then by moment."""
 
 
 def chunk_map(recording: Recording, step: Step) -> ChunkMap:
-    """Draw up the map of one step.
+    """Build the map of one step.
 
     Args:
-        recording: the rank's.
-        step: one with details.
+        recording: the rank's recording.
+        step: a step with details.
 
     Returns:
-        What holds just after each moment.
+        The map; each place holds from just after its moment.
     """
     moments = tuple(moment for moment in recording.moments if step.begin_ns <= moment.at_ns <= step.end_ns)
     times: dict[int, list[int]] = defaultdict(list)
@@ -71,7 +71,7 @@ def chunk_map(recording: Recording, step: Step) -> ChunkMap:
 
 
 def describe_moment(moment: Moment, units: tuple[str, ...]) -> str:
-    """Say what a moment is: "enter transformer.h.3"."""
+    """Return a moment's name: "enter transformer.h.3"."""
     if moment.unit_id is None:
         return moment.kind
     name = units[moment.unit_id] or "the model"

@@ -1,4 +1,4 @@
-"""What a recording says of the run before its first event: the plan, in numbers and in words."""
+"""The head of a recording, written before its first event: the plan in numbers and words."""
 
 from __future__ import annotations
 
@@ -20,42 +20,42 @@ class ChunkDescription:
     name: str
     unit_id: int
     nbytes: int
-    """Of the working weights in compute memory."""
+    """Bytes of the working weights in compute memory."""
     is_trainable: bool
     is_resident: bool
     homes: dict[str, dict[str, int]]
-    """Bytes by tier, of its "weights", "state" and "gradients"."""
+    """Bytes by tier, for each of "weights", "state" and "gradients"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierDescription:
-    """One tier and what is planned for it."""
+    """One tier and its plan."""
 
     tier: str
     budget_nbytes: int | None
-    """None: no such tier, or no limit."""
+    """Budget in bytes; None if the tier does not exist or has no limit."""
     planned_nbytes: dict[str, int]
-    """By purpose."""
+    """Planned bytes by purpose."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What the cost model expects of a step."""
+    """The cost model's prediction for a step."""
 
     step_s: float
     seconds: dict[str, float]
-    """How long each channel is busy."""
+    """Busy seconds of each channel."""
     bottleneck: str
     overlap: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunDescription:
-    """The run, as it was when the recording began."""
+    """The run at the recording's beginning."""
 
     rank: int
     began_ns: int
-    """Of the events' clock."""
+    """Beginning of the recording, on the events' clock."""
     began_unix_s: float
     compute_tier: str
     dtype: str
@@ -66,12 +66,12 @@ class RunDescription:
     units: tuple[str, ...]
     """Module names by unit id; the first is the model itself, ""."""
     chunks: tuple[ChunkDescription, ...]
-    """By id."""
+    """Chunks by id."""
     tiers: tuple[TierDescription, ...]
     predicted: Prediction | None
-    """None without a hardware profile."""
+    """Predicted time of a step; None without a hardware profile."""
     predicted_activation_nbytes: int | None = None
-    """Peak of activations and temporaries in compute memory, by a rehearsal; None without one."""
+    """Predicted peak of activations and temporaries in compute memory, from a rehearsal; None without one."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON can write them."""
@@ -82,13 +82,13 @@ class RunDescription:
         """Read what `to_json` returned.
 
         Args:
-            fields: from JSON; unknown ones are ignored.
+            fields: fields read from JSON; unknown ones are ignored.
 
         Returns:
             The description.
 
         Raises:
-            RecordingError: a field is missing or of another form.
+            RecordingError: a field is missing or has another form.
         """
         try:
             known = {

@@ -1,4 +1,4 @@
-"""What a recording is made of: events, and the lines of text that they are written as.
+"""The events of a recording, and the lines of text that they are written as.
 
 All times are nanoseconds of one clock, time.perf_counter_ns of the process that was recorded.
 """
@@ -31,36 +31,36 @@ FORMAT_VERSION = 1
 
 
 class Step(NamedTuple):
-    """One optimizer step that has ended, and what it has cost; every step has one."""
+    """A completed optimizer step and its cost; every step has one."""
 
     number: int
-    """Steps since the recording began, from 0 on."""
+    """Number of steps since the recording began, from 0."""
     begin_ns: int
-    """The start of forward."""
+    """Start of forward."""
     end_ns: int
-    """The end of the optimizer's step."""
+    """End of the optimizer's step."""
     is_detailed: bool
     """Whether its moves were recorded."""
     weights_stall_s: float
-    """Seconds that forward and backward waited for weights since the step before."""
+    """Seconds that forward and backward waited for weights since the previous step."""
     update_stall_s: float
-    """Seconds that training waited for updates since then."""
+    """Seconds that training waited for updates since the previous step."""
     num_fetches: int
     num_misses: int
-    """Fetches that started only when the weights were needed."""
+    """Number of fetches that started only when the weights were needed."""
     fetched_nbytes: int
     nvme_read_nbytes: int
     nvme_written_nbytes: int
 
 
 class Moment(NamedTuple):
-    """A unit is entered or left, backward reaches it, or the step's updates begin."""
+    """A unit is entered or left, backward reaches a unit, or the step's updates begin."""
 
     at_ns: int
     kind: str
-    """"enter", "leave", "backward" or "update"."""
+    """Kind: "enter", "leave", "backward" or "update"."""
     unit_id: int | None
-    """0: the model; None: no unit's."""
+    """Unit id, 0 for the model itself; None for a moment of no unit."""
 
 
 class ChunkChange(NamedTuple):
@@ -73,12 +73,12 @@ class ChunkChange(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A native job or a transfer that has completed."""
+    """A completed native job or transfer."""
 
     operation: str
-    """"read", "write", "upload", "download", "copy", "gradient" or "adam update"."""
+    """Operation: "read", "write", "upload", "download", "copy", "gradient" or "adam update"."""
     what: str
-    """"weights", "state", "gradients", "activations" or ""."""
+    """Content: "weights", "state", "gradients", "activations" or ""."""
     chunk_id: int | None
     begin_ns: int
     end_ns: int
@@ -86,28 +86,28 @@ class Work(NamedTuple):
 
 
 class Stall(NamedTuple):
-    """The thread that trains waits."""
+    """The training thread waits."""
 
     reason: str
-    """"weights" or "update"."""
+    """Reason: "weights" or "update"."""
     chunk_id: int
     begin_ns: int
     end_ns: int
 
 
 class MemorySample(NamedTuple):
-    """Bytes that a tier holds from a time on."""
+    """Bytes that a tier holds from a given time on."""
 
     at_ns: int
     tier: str
     held_nbytes: dict[str, int]
-    """Of the engine's, by purpose."""
+    """The engine's bytes by purpose."""
     other_nbytes: int | None
-    """Of everybody else's that can be seen: torch's tensors in compute memory; None: nobody knows."""
+    """Visible bytes of other owners, in compute memory those of torch's tensors; None if not known."""
 
 
 class Logged(NamedTuple):
-    """Numbers that the training loop reports about a step."""
+    """Numbers that the training loop reports for a step."""
 
     step: int
     values: dict[str, float]
@@ -137,10 +137,10 @@ def decode_line(line: str) -> Event | None:
     """Read what `encode_line` wrote.
 
     Args:
-        line: one line.
+        line: the line.
 
     Returns:
-        The event; None if it is of a kind that this version does not know.
+        The event; None if this version does not know its kind.
 
     Raises:
         RecordingError: the line is not an event.

@@ -1,4 +1,4 @@
-"""Figures as plotly.js takes them: plain data and layout, without colours of paper and text, which the page chooses."""
+"""Figures as plotly.js takes them: data and layout, without the colours of paper and text, which the page chooses."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from gemini.tiers import format_nbytes
 __all__ = ["Figure", "channels_figure", "map_figure", "memory_figure", "run_figures", "timeline_figure"]
 
 Figure = dict[str, Any]
-"""`data` and `layout` of plotly.js."""
+"""Object with `data` and `layout` of plotly.js."""
 
 PALETTE = ("#4c78a8", "#54a24b", "#b279a2", "#eeca3b", "#72b7b2", "#9d755d", "#439894", "#83bcb6", "#88d27a")
-"""Of Vega's category20: told apart on white and on black, and by most who see colours otherwise."""
+"""Colours from Vega's category20, distinct on white and on black, and for most colour-blind readers."""
 NON_MODEL_COLOR, STALL_COLOR, LINE_COLOR = "#f58518", "#e45756", "#888888"
 PLACE_COLORS = {
     Place.NVME: "#b9b9c6",
@@ -42,22 +42,22 @@ LABEL_COLORS = {
     "gradient": "#eeca3b",
 }
 CONTENT_COLORS = {"weights": "#54a24b", "state": "#9a78c2", "gradients": "#eeca3b", "activations": "#f58518"}
-"""Of copies and transfers, by what they carry."""
+"""Colours of copies and transfers by content."""
 LONG_STEP_NS = 2_000_000_000
-"""From here on a step is drawn in seconds."""
+"""Length from which a step is drawn in seconds."""
 MAX_TICKS = 20
-"""Steps that are numbered one by one."""
+"""Maximum number of steps that are numbered one by one."""
 NUM_PIXELS = 1500
-"""Of a step's length; things closer than one are drawn as one."""
+"""Number of pixels for a step's length; things closer than one pixel are drawn as one."""
 
 
 def memory_figure(series: TierSeries, step: Step, *, activation_nbytes: int | None = None) -> Figure:
     """Draw one tier's bytes over a step: model data stacked, then non-model data; budget, plan and prediction as lines.
 
     Args:
-        series: of the tier.
+        series: the tier's series.
         step: the step.
-        activation_nbytes: non-model data that are expected in it; None: nobody knows.
+        activation_nbytes: expected non-model data in the tier; None: not known.
 
     Returns:
         The figure.
@@ -78,7 +78,7 @@ def memory_figure(series: TierSeries, step: Step, *, activation_nbytes: int | No
         lines["planned, with activations"] = planned + activation_nbytes
     top = max((sum(values) for values in zip(*(trace["y"] for trace in traces), strict=True)), default=0)
     for name, nbytes in lines.items():
-        if nbytes and nbytes <= 4 * top:  # a budget far away would leave the rest flat
+        if nbytes and nbytes <= 4 * top:  # a distant budget would flatten the rest
             traces.append(_level(name, nbytes, _since(step, (step.begin_ns, step.end_ns))))
     values, texts = _byte_ticks(max([top, *(max(trace["y"]) for trace in traces if "stackgroup" not in trace)]))
     layout = {
@@ -132,7 +132,7 @@ def _level(name: str, nbytes: int, ends_ms: Sequence[float]) -> Figure:
 
 
 def map_figure(found: ChunkMap, recording: Recording) -> Figure:
-    """Draw where each chunk is at each moment, a column for each."""
+    """Draw the place of each chunk at each moment, one column per moment."""
     run = recording.run
     places = list(Place)
     number = {place: index for index, place in enumerate(places)}
@@ -168,7 +168,7 @@ def map_figure(found: ChunkMap, recording: Recording) -> Figure:
 def timeline_figure(bars: Sequence[Bar], stalls: Sequence[ExplainedStall], recording: Recording, step: Step) -> Figure:
     """Draw a step's lanes, with waits marked across all of them."""
     gap_ns = max(1, (step.end_ns - step.begin_ns) // NUM_PIXELS)
-    apart = [bar for bar in bars if bar.lane == "compute"]  # one after the other, and few
+    apart = [bar for bar in bars if bar.lane == "compute"]  # few, one after the other
     shown = [*apart, *merge_bars([bar for bar in bars if bar.lane != "compute"], gap_ns=gap_ns)]
     rows = rows_of(shown)
     heights = Counter({bar.lane: 0 for bar in shown})
@@ -239,7 +239,7 @@ def _wait_mark(bar: Bar, step: Step) -> Figure:
 
 
 def _color_of(label: str) -> str:
-    """Return the colour of what is done, or else of what it is done to: the last word of the label."""
+    """Return the colour of the operation, or else of its object, the last word of the label."""
     return LABEL_COLORS.get(label) or CONTENT_COLORS.get(label.rpartition(" ")[2], LINE_COLOR)
 
 
@@ -282,7 +282,7 @@ def channels_figure(measured: dict[str, float], predicted: dict[str, float] | No
 
 
 def run_figures(series: RunSeries) -> dict[str, Figure]:
-    """Draw loss, rate and time over the steps; what nobody reported is left out."""
+    """Draw loss, rate and time over the steps; quantities without values are left out."""
     figures = {}
     for key, values, title in (
         ("loss", series.loss, "loss"),

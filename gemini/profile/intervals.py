@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 __all__ = ["Interval", "clip", "join_close", "overlap_ns", "pack_rows", "total_ns", "union"]
 
 Interval = tuple[int, int]
-"""Beginning and end; what has no length covers nothing."""
+"""Beginning and end; an interval of length 0 covers nothing."""
 
 
 def clip(interval: Interval, window: Interval) -> Interval:
-    """Return the part of an interval inside a window; one of no length if there is none."""
+    """Return the part of an interval inside a window; an interval of length 0 if there is none."""
     begin = min(max(interval[0], window[0]), window[1])
     return begin, max(begin, min(interval[1], window[1]))
 
@@ -45,18 +45,18 @@ def overlap_ns(first: Iterable[Interval], second: Iterable[Interval]) -> int:
 
 
 def pack_rows(intervals: Sequence[Interval]) -> list[int]:
-    """Give each interval a row in which it overlaps no other one, in as few rows as can be.
+    """Give each interval a row in which it overlaps no other one, with as few rows as possible.
 
     Args:
-        intervals: in any order.
+        intervals: intervals in any order.
 
     Returns:
-        Each one's row, from 0 on, in their order.
+        The row of each interval, from 0, in the given order.
 
     Source: interval partitioning, Kleinberg & Tardos, Algorithm Design, section 4.1.
     """
     rows = [0] * len(intervals)
-    free: list[int] = []  # rows that somebody has left
+    free: list[int] = []  # rows that are free again
     taken: list[tuple[int, int]] = []  # (end, row) of the others
     num_rows = 0
     for index in sorted(range(len(intervals)), key=lambda i: intervals[i]):

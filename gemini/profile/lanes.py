@@ -1,4 +1,4 @@
-"""Who was busy when, in one step: compute, waits, both directions of copies, the optimizer, host memory, the disk."""
+"""Activity in one step, by lane: compute, waits, both directions of copies, the optimizer, host memory, the disk."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _LANE_OF_OPERATION = {
     "write": "NVMe write",
 }
 LANES = (COMPUTE, WAITS, *dict.fromkeys(_LANE_OF_OPERATION.values()))
-"""Top to bottom."""
+"""Names of the lanes, top to bottom."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bar:
-    """Something that lasts, in a lane."""
+    """One activity in a lane."""
 
     lane: str
     label: str
-    """What is done: "forward", "read state", ..."""
+    """Label: "forward", "read state", ..."""
     chunk_id: int | None = None
     unit_id: int | None = None
     begin_ns: int
@@ -41,7 +41,7 @@ class Bar:
 
     @property
     def interval(self) -> Interval:
-        """From when to when."""
+        """Beginning and end."""
         return self.begin_ns, self.end_ns
 
 
@@ -51,14 +51,14 @@ def lane_of(operation: str) -> str:
 
 
 def bars_of_step(recording: Recording, step: Step) -> list[Bar]:
-    """Return what happened in a step, cut to it, in the order of lanes and times.
+    """Return the activities in a step, cut to it, in the order of lanes and times.
 
     Args:
-        recording: the rank's.
-        step: one with details.
+        recording: the rank's recording.
+        step: a step with details.
 
     Returns:
-        The bars, none of them empty.
+        The bars; none has length 0.
     """
     window = (step.begin_ns, step.end_ns)
     moments = [moment for moment in recording.moments if window[0] <= moment.at_ns <= window[1]]
@@ -92,14 +92,14 @@ def _bar_of_work(work: Work, window: Interval) -> Bar:
 
 
 def compute_bars(moments: Iterable[Moment], *, end_ns: int) -> list[Bar]:
-    """Turn a step's moments into what compute did: units forward, units backward, and what comes after them.
+    """Turn a step's moments into compute's activities: units forward, units backward, and what follows.
 
-    Backward tells only when it reaches a unit, so a unit's backward lasts until the next one's, and the last one's
-    until the optimizer begins; between the units of a forward runs the model's own code.
+    Backward only reports when it reaches a unit. So a unit's backward lasts until the next unit's, and the last one's
+    until the optimizer begins. Between the units of a forward, the model's own code runs.
 
     Args:
-        moments: of one step, in order.
-        end_ns: the step's end.
+        moments: the moments of one step, in order.
+        end_ns: end of the step.
 
     Returns:
         Bars that do not overlap, in order.
@@ -138,14 +138,14 @@ def compute_bars(moments: Iterable[Moment], *, end_ns: int) -> list[Bar]:
 
 
 def merge_bars(bars: Sequence[Bar], *, gap_ns: int) -> list[Bar]:
-    """Make one bar of those that are alike and as good as touch, so that a picture has no more than it can show.
+    """Merge equal bars that almost touch, so that a picture has no more bars than it can show.
 
     Args:
-        bars: of any lanes.
-        gap_ns: gaps of this length and less disappear.
+        bars: bars of any lanes.
+        gap_ns: gaps up to this length are closed.
 
     Returns:
-        Bars that cover what these covered and those gaps; bytes add up.
+        Bars that cover the given bars and the closed gaps; bytes are added up.
     """
     groups: dict[tuple[str, str, int | None, int | None], list[Bar]] = defaultdict(list)
     for bar in bars:

@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: data, plotly.js and all."""
+"""The report as one self-contained HTML file, with its data and plotly.js."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def html_page(recording: Recording) -> str:
     """Draw a recording.
 
     Args:
-        recording: one rank's.
+        recording: one rank's recording.
 
     Returns:
-        The page, ASCII but for plotly.js: about 5 MB of library and some hundred kilobytes for each step with details.
+        The page, ASCII except for plotly.js: about 5 MB of library and some hundred kilobytes per step with details.
 
     Raises:
         RecordingError: plotly is not installed.
@@ -38,7 +38,7 @@ def html_page(recording: Recording) -> str:
 
 
 def _split(text: str, *marks: str) -> list[str]:
-    """Cut a text at marks that occur once each, in their order."""
+    """Split a text at marks that occur once each, in their order."""
     parts = []
     for mark in marks:
         part, found, text = text.partition(mark)

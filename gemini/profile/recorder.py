@@ -1,7 +1,7 @@
-"""Takes down what happens, from several threads, in bounded memory.
+"""Records events from several threads in bounded memory.
 
-What is recorded is told here by those who do it; while nobody records they have None instead and one test to make.
-Native jobs and transfers are told when they are submitted and keep their times themselves; the two meet in `flush`.
+The code that acts reports its events here; without a recording it holds None and makes one test. Native jobs and
+transfers are reported when they are submitted and keep their times themselves; `flush` joins the two.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from gemini.profile.recording import RecordingWriter
 __all__ = ["Recorder"]
 
 MAX_WAITING = 4096
-"""Events that wait in memory before they are written, and jobs under way before their spans are fetched."""
+"""Maximum number of events that wait in memory to be written, and of running jobs whose spans are not fetched."""
 
 MAX_UNMATCHED = 64
-"""Spans of jobs that nobody has told of: threads that are about to, and jobs from before the recording."""
+"""Maximum number of spans of unreported jobs: a thread is about to report them, or they began before the recording."""
 
 _RECORD = re.compile(r"(?:(weights|state|gradients) of )?chunk (\d+)\b")
 
@@ -40,7 +40,7 @@ class Recorder:
     """One rank's recorder.
 
     Args:
-        writer: closed here.
+        writer: the recording's writer; closed with this.
         sample_memory: returns what every tier holds now.
     """
 
@@ -50,9 +50,9 @@ class Recorder:
         self._events: deque[Event] = deque()
         self._submitted: dict[tuple[int, int], _Submitted] = {}
         self._sources: dict[int, SpanSource] = {}
-        self._unmatched: list[tuple[int, Span]] = []  # whoever submitted may be about to say so
+        self._unmatched: list[tuple[int, Span]] = []  # the submitting thread may be about to report it
         self._held: dict[str, MemorySample] = {}
-        self._lock = threading.Lock()  # guards flush; deques and dicts guard themselves
+        self._lock = threading.Lock()  # flush runs under it; deques and dicts need no lock
 
     # ---------------------------------------------------------------- told by those who act
 
@@ -64,15 +64,15 @@ class Recorder:
             self.flush()
 
     def chunk_became(self, chunk_id: int, state: str) -> None:
-        """Note that a chunk enters a state."""
+        """Record that a chunk enters a state."""
         self._events.append(ChunkChange(time.perf_counter_ns(), chunk_id, state))
 
     def stalled(self, reason: str, chunk_id: int, begin_s: float, end_s: float) -> None:
-        """Note that the thread that trains has waited; times are those of time.perf_counter."""
+        """Record that the training thread waited; times are those of time.perf_counter."""
         self._events.append(Stall(reason, chunk_id, round(begin_s * 1e9), round(end_s * 1e9)))
 
     def moment(self, kind: str, unit_id: int | None) -> None:
-        """Note a moment, and what every tier holds then."""
+        """Record a moment, and what every tier holds then."""
         self._events.append(Moment(time.perf_counter_ns(), kind, unit_id))
         for sample in self._sample_memory():
             held = self._held.get(sample.tier)
@@ -83,25 +83,25 @@ class Recorder:
             self.flush()
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Note numbers that the training loop reports about a step."""
+        """Record numbers that the training loop reports for a step."""
         self.add(Logged(step, values))
 
     def add(self, event: Event) -> None:
-        """Note an event, and write all of them."""
+        """Record an event, and write all events."""
         self._events.append(event)
         self.flush()
 
     # ---------------------------------------------------------------- life
 
     def attach(self, sources: Iterable[SpanSource]) -> None:
-        """Be told of all jobs and transfers from now on."""
+        """Receive all jobs and transfers from now on."""
         self._held.clear()
         for source in sources:
             self._sources[id(source)] = source
             source.record_to(self)
 
     def detach(self) -> None:
-        """Be told of none any more; times of what is under way are not known."""
+        """Receive no further jobs; the times of running ones are lost."""
         self.flush()
         for source in self._sources.values():
             with suppress(GeminiError):
@@ -110,7 +110,7 @@ class Recorder:
             waiting.clear()
 
     def flush(self) -> None:
-        """Write everything that is known by now."""
+        """Write everything that is known so far."""
         with self._lock:
             self._match_spans()
             events = [self._events.popleft() for _ in range(len(self._events))]
@@ -123,7 +123,7 @@ class Recorder:
 
     def _match_spans(self) -> None:
         for key, source in self._sources.items():
-            with suppress(GeminiError):  # the engine has been closed: nothing runs there any more
+            with suppress(GeminiError):  # the engine is closed, so no job runs there any more
                 self._unmatched += [(key, span) for span in source.take_spans()]
         unmatched, self._unmatched = self._unmatched, []
         for key, span in unmatched:
@@ -137,6 +137,6 @@ class Recorder:
 
 
 def _parse(record: str) -> tuple[str, int | None]:
-    """Split what a record is called into what it holds and whose it is."""
+    """Split a record's name into its content and its chunk."""
     match = _RECORD.match(record)
     return (record, None) if match is None else (match[1] or "", int(match[2]))

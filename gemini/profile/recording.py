@@ -1,7 +1,7 @@
 """Recordings as files: a line that describes the run, then a line for each event.
 
-Lines are handed to the system a block at a time, so a process that is killed loses the last block at most; a last line
-that is torn is left out when the file is read.
+Lines are given to the system in blocks, so a killed process loses the last block at most. When the file is read, an
+incomplete last line is left out.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ __all__ = ["RECORDING_NAME", "Recording", "RecordingWriter", "path_of", "read_re
 logger = logging.getLogger(__name__)
 
 RECORDING_NAME = "recording"
-"""The directory of a recording in that of a run which has others, too."""
+"""Directory name of a recording in a run's directory that also has other contents."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recording:
-    """What was recorded of one rank. Events of a kind are in the order in which they were told."""
+    """The recording of one rank. Events of a kind are in the order in which they were reported."""
 
     run: RunDescription
     steps: list[Step] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Recording:
     """Numbers that the training loop reported, by step."""
 
     def add(self, event: Event) -> None:
-        """Put an event where it belongs."""
+        """Add an event to the list of its kind."""
         if isinstance(event, Logged):
             self.logged.setdefault(event.step, {}).update(event.values)
             return
@@ -70,7 +70,7 @@ class Recording:
 
     @property
     def detailed_steps(self) -> list[Step]:
-        """The steps whose moves were recorded."""
+        """Steps whose moves were recorded."""
         return [step for step in self.steps if step.is_detailed]
 
     def step(self, number: int | None = None) -> Step:
@@ -83,7 +83,7 @@ class Recording:
             The step.
 
         Raises:
-            RecordingError: there is none.
+            RecordingError: no step has its moves recorded.
         """
         detailed = self.detailed_steps
         found = [step for step in detailed if number in (None, step.number)]
@@ -106,8 +106,8 @@ class RecordingWriter:
     """Writes a recording; a context manager.
 
     Args:
-        directory: made if it is not there; a recording of the same rank in it is replaced.
-        run: what the recording says of the run.
+        directory: made if it is missing; a recording of the same rank in it is replaced.
+        run: description of the run.
 
     Raises:
         OffloadIOError: the file cannot be made.
@@ -124,7 +124,7 @@ class RecordingWriter:
             self._file.flush()
 
     def write(self, events: Iterable[Event]) -> None:
-        """Append events and hand them to the system; if it refuses, say so once and write no more: training goes on."""
+        """Append events and give them to the system; if it refuses, warn once and write no more: training goes on."""
         if self._has_failed:
             return
         try:
@@ -136,7 +136,7 @@ class RecordingWriter:
 
     def close(self) -> None:
         """Close the file. Idempotent."""
-        with suppress(OSError):  # which `write` has told of
+        with suppress(OSError):  # `write` has already reported it
             self._file.close()
 
     def __enter__(self) -> RecordingWriter:
@@ -149,17 +149,17 @@ class RecordingWriter:
 
 
 def read_recording(directory: Path, *, rank: int = 0) -> Recording:
-    """Read what was recorded so far of a run, which may still be going on or have been killed.
+    """Read what has been recorded of a run, which may still be running or have been killed.
 
     Args:
-        directory: as given to `engine.record`, or as `output.path` in a training file; or a rank's own file.
-        rank: whose recording.
+        directory: the directory given to `engine.record`, or `output.path` of a training file; or a rank's own file.
+        rank: the rank whose recording is read.
 
     Returns:
-        The recording; events of kinds that this version does not know, and a torn last line, are left out.
+        The recording; events of unknown kinds and an incomplete last line are left out.
 
     Raises:
-        RecordingError: there is no recording, it is of a later version, or a line is damaged.
+        RecordingError: there is no recording, it has a later version, or a line is damaged.
     """
     path = path_of(directory, rank)
     if not path.exists() and (directory / RECORDING_NAME).is_dir():  # `python -m gemini train` wrote it there

@@ -1,4 +1,4 @@
-"""What a report shows, as data: tiles, tables and figures, grouped by tab. The page and the terminal draw them."""
+"""The content of a report as data: tiles, tables and figures, grouped by tab. The page and the terminal draw them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gemini.tiers import format_nbytes
 __all__ = ["TABS", "Part", "chunk_table", "expectations_table", "facts_of", "report_of", "stall_tables", "step_tiles"]
 
 Part = dict[str, Any]
-"""Any of `title`, `note`, `tiles`, `table` and `figure`."""
+"""A part of a report: any of `title`, `note`, `tiles`, `table` and `figure`."""
 
 TABS = (
     {"key": "overview", "title": "Overview", "of_run": False},
@@ -30,7 +30,7 @@ TABS = (
     {"key": "plan", "title": "Plan", "of_run": True},
 )
 MAX_ROWS = 12
-"""Of the table of single waits."""
+"""Maximum number of rows in the table of single waits."""
 
 
 def report_of(recording: Recording) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def report_of(recording: Recording) -> dict[str, Any]:
 
 
 def facts_of(recording: Recording) -> str:
-    """Return one line about a run: when, how long, how large."""
+    """Return one line about a run: date, duration and size."""
     run = recording.run
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.began_unix_s))
     detailed = ", ".join(str(step.number) for step in recording.detailed_steps) or "none"
@@ -164,13 +164,14 @@ def expectations_table(recording: Recording, step: Step) -> Part:
             )
     return {
         "title": "Expected beside measured",
-        "note": "Activations are measured at moments: what comes and goes inside of a unit is expected, and not seen.",
+        "note": "Measured activations are sampled between layers, so short-lived peaks inside a layer are missing; the "
+        "prediction includes them.",
         "table": {"head": ["", "expected", "measured"], "rows": rows, "numbers": [1, 2]},
     }
 
 
 def stall_tables(recording: Recording, stalls: list[ExplainedStall]) -> list[Part]:
-    """Return why training waited: by cause, and the longest waits one by one."""
+    """Return the causes of waits, and the longest waits one by one."""
     causes = [[cause, f"{seconds * 1e3:.2f}"] for cause, seconds in seconds_by_cause(stalls).items()]
     longest = sorted(stalls, key=lambda each: -each.seconds)[:MAX_ROWS]
     rows = [

@@ -14,27 +14,27 @@ from gemini.profile.recording import Recording
 __all__ = ["RunSeries", "TierSeries", "measured_channels", "memory_of_step", "run_series"]
 
 NON_MODEL_PURPOSES = frozenset({"activation checkpoints"})
-"""Of what the ledger counts, all else is model data and the buffers it passes through."""
+"""Purposes in the ledger that are not model data; all others are model data and its buffers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierSeries:
-    """What one tier holds from each of some times on."""
+    """One tier's bytes, each value from a given time on."""
 
     tier: TierDescription
     times_ns: tuple[int, ...]
     model_nbytes: dict[str, tuple[int, ...]]
-    """By purpose: weights, gradients, state, and the buffers they pass through."""
+    """Bytes by purpose: weights, gradients, state, and the buffers they pass through."""
     non_model_nbytes: tuple[int | None, ...]
-    """Activations and temporaries; None where nobody counts them."""
+    """Bytes of activations and temporaries; None where they are not counted."""
 
 
 def memory_of_step(recording: Recording, step: Step) -> list[TierSeries]:
     """Return what each tier held in a step; tiers that held nothing are left out.
 
     Args:
-        recording: the rank's.
-        step: one with details.
+        recording: the rank's recording.
+        step: a step with details.
 
     Returns:
         Step functions: each value holds until the next time; the last time is the step's end.
@@ -45,7 +45,7 @@ def memory_of_step(recording: Recording, step: Step) -> list[TierSeries]:
         before = [sample for sample in samples if sample.at_ns < step.begin_ns][-1:]
         samples = [*before, *(sample for sample in samples if sample.at_ns >= step.begin_ns)]
         if samples:
-            samples.append(samples[-1]._replace(at_ns=step.end_ns))  # what nothing has changed holds to the end
+            samples.append(samples[-1]._replace(at_ns=step.end_ns))  # the last values hold to the end
             found.append(_tier_series(tier, samples, step.begin_ns))
     return found
 
@@ -73,16 +73,16 @@ def _non_model_nbytes(sample: MemorySample) -> int | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSeries:
-    """A value for each step; None where nobody reported one."""
+    """One value per step; None where none was reported."""
 
     steps: tuple[int, ...]
     seconds: tuple[float, ...]
-    """From the start of forward to the end of the optimizer's step."""
+    """Seconds from the start of forward to the end of the optimizer's step."""
     weights_stall_s: tuple[float, ...]
     update_stall_s: tuple[float, ...]
     loss: tuple[float | None, ...]
     tokens_per_s: tuple[float | None, ...]
-    """Over all the time since the step before."""
+    """Tokens per second, over all the time since the previous step."""
 
 
 def run_series(recording: Recording) -> RunSeries:
@@ -106,19 +106,19 @@ def run_series(recording: Recording) -> RunSeries:
 
 
 def _finite(value: float | None) -> float | None:
-    """Return a number that can be drawn: JSON has no others."""
+    """Return a number that can be drawn, because JSON has no infinite ones; else None."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def measured_channels(bars: list[Bar]) -> dict[str, float]:
-    """Return the seconds that each channel of the cost model was busy in a step, as far as that is recorded.
+    """Return each channel's busy seconds in a step, as far as they are recorded; channels are those of the cost model.
 
     Args:
-        bars: of the step.
+        bars: the step's bars.
 
     Returns:
-        By the names of gemini.placement.cost_model.Channel; waits are not compute. What a device does in its own
-        memory is part of its compute.
+        Seconds by name of gemini.placement.cost_model.Channel. Waits are not compute. A device's work in its own memory
+        is part of its compute.
     """
     busy = busy_s_by_lane(bars)
     waits = [bar.interval for bar in bars if bar.lane == "waits"]

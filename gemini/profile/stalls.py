@@ -1,4 +1,4 @@
-"""Why training waited: every wait is shared out among what its chunk was being done to meanwhile."""
+"""The causes of waits: every wait is divided among the operations on its chunk during the wait."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from gemini.profile.recording import Recording
 __all__ = ["ExplainedStall", "explain_stall", "seconds_by_cause", "stalls_of_step"]
 
 QUEUED = "others first"
-"""The chunk's own work had to wait for that of others."""
+"""Cause: the chunk's own work waited for work of other chunks."""
 IDLE = "nothing under way"
-"""Neither the chunk nor any other was being worked for: bookkeeping, or work that nobody records."""
+"""Cause: no recorded work for any chunk, only bookkeeping or unrecorded work."""
 _PRIORITY = ("read", "upload", "copy", "adam update", "gradient", "write", "download")
-"""What counts where several things are done to a chunk at once: the first stage comes first, the rest wait for it."""
+"""Operations by precedence, where several run on one chunk at once: the first stage counts, the rest wait for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExplainedStall:
-    """A wait and what it was spent on."""
+    """A wait and its causes."""
 
     stall: Stall
     was_late: bool
     """Whether the fetch began only when the weights were needed."""
     spent_ns: dict[str, int]
-    """By cause, longest first; they add up to the wait."""
+    """Nanoseconds by cause, longest first; they add up to the wait."""
 
     @property
     def seconds(self) -> float:
-        """How long it was."""
+        """Length of the wait."""
         return (self.stall.end_ns - self.stall.begin_ns) / 1e9
 
     @property
     def cause(self) -> str:
-        """What most of it was spent on."""
+        """Cause of the largest part."""
         return next(iter(self.spent_ns), IDLE)
 
 
@@ -44,11 +44,11 @@ def stalls_of_step(recording: Recording, step: Step) -> list[ExplainedStall]:
     """Explain the waits that began in a step.
 
     Args:
-        recording: the rank's.
-        step: one with details.
+        recording: the rank's recording.
+        step: a step with details.
 
     Returns:
-        In their order; those too short for the clock are left out.
+        The waits in order, without those too short for the clock.
     """
     return [
         explain_stall(stall, recording.work, recording.chunk_changes)
@@ -58,15 +58,15 @@ def stalls_of_step(recording: Recording, step: Step) -> list[ExplainedStall]:
 
 
 def explain_stall(stall: Stall, work: Sequence[Work], changes: Sequence[ChunkChange]) -> ExplainedStall:
-    """Share a wait out among its causes.
+    """Divide a wait among its causes.
 
-    At each time the cause is what was done then to what is waited for, the earliest stage if it was several things;
-    else that others were being worked for; else nothing.
+    At each time the cause is the operation on the awaited chunk, the earliest stage if there are several; else work for
+    other chunks; else nothing.
 
     Args:
         stall: the wait.
-        work: all that is known.
-        changes: of all chunks.
+        work: all recorded work.
+        changes: changes of all chunks.
 
     Returns:
         The wait with its causes.
@@ -91,7 +91,7 @@ def explain_stall(stall: Stall, work: Sequence[Work], changes: Sequence[ChunkCha
 
 
 def _cause(stall: Stall, running: Sequence[Work]) -> str:
-    """Say what a wait was for at a time when some work ran; a wait for weights is for none of the state's."""
+    """Return the cause of a wait while some work ran; a wait for weights never counts work on state."""
     own = [
         work
         for work in running

@@ -31,11 +31,11 @@ def terminal_view(recording: Recording, step: Step) -> RenderableType:
     """Draw one step of a recording.
 
     Args:
-        recording: one rank's.
-        step: one with details.
+        recording: one rank's recording.
+        step: a step with details.
 
     Returns:
-        What a rich console prints.
+        An object that a rich console prints.
     """
     bars = bars_of_step(recording, step)
     summary = Table(show_header=False, box=None, pad_edge=False)
@@ -58,16 +58,16 @@ def _titled(part: Part) -> RenderableType:
 
 
 def lane_strip(bars: Sequence[Bar], *, begin_ns: int, end_ns: int, width: int) -> str:
-    """Draw how much of each part of a span of time bars cover.
+    """Draw the share of each part of a time span that bars cover.
 
     Args:
-        bars: of one lane.
-        begin_ns: where the strip begins.
-        end_ns: where it ends, later.
-        width: characters.
+        bars: bars of one lane.
+        begin_ns: beginning of the strip.
+        end_ns: end of the strip, later.
+        width: number of characters.
 
     Returns:
-        A character for each part, from a space for nothing to a full block for all of it.
+        One character per part, from a space for nothing to a full block for complete cover.
     """
     edges = [begin_ns + (end_ns - begin_ns) * index // width for index in range(width + 1)]
     strip = ""

@@ -16,20 +16,20 @@ __all__ = ["chrome_trace"]
 
 STEP_THREAD = 0
 MAX_ROWS_PER_LANE = 1000
-"""Threads are numbered by lane, then by row in it."""
+"""Maximum number of rows in a lane; threads are numbered by lane, then by row."""
 
 
 def chrome_trace(recording: Recording) -> dict[str, Any]:
     """Return a recording's steps with details as trace events.
 
-    A lane is a thread, or several where its bars overlap; within a thread they follow each other. What each tier holds
-    is a counter.
+    A lane is a thread, or several threads where its bars overlap; the bars of a thread do not overlap. The bytes of
+    each tier are a counter.
 
     Args:
-        recording: one rank's.
+        recording: one rank's recording.
 
     Returns:
-        What to write as JSON; events in the order of time, in microseconds since the recording began.
+        The data to write as JSON; events in the order of time, in microseconds since the recording began.
     """
     rank, began_ns = recording.run.rank, recording.run.began_ns
 

@@ -1,4 +1,4 @@
-"""Whether what was read from JSON has the types that are declared for it."""
+"""Checks whether values read from JSON have their declared types."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["fits", "unfit_fields"]
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Return whether a value is of a type.
+    """Return whether a value has a type.
 
     Args:
-        value: read from JSON, or a dataclass of such values.
-        hint: a class, a union, or a tuple or dict of a kind; an int is a float, too, and a bool no int.
+        value: a value from JSON, or a dataclass of such values.
+        hint: a class, a union, or a tuple or dict of one kind; an int is also a float, but a bool is not an int.
 
     Returns:
-        Whether it is, with all that is in it.
+        Whether the value and everything in it has the type.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
@@ -37,7 +37,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def unfit_fields(record: Any) -> list[str]:
-    """Return the names of a record's fields whose values are of other types than declared.
+    """Return the names of a record's fields whose values do not have the declared type.
 
     Args:
         record: a dataclass or NamedTuple.

@@ -9,10 +9,10 @@ __all__ = ["plan_in_words"]
 
 
 def plan_in_words(run: RunDescription) -> str:
-    """Say where everything lives and what that means for a step.
+    """Describe where everything is stored and what that means for a step.
 
     Args:
-        run: what was recorded of it.
+        run: description of the run.
 
     Returns:
         Sentences.

@@ -1,3 +1,3 @@
-"""The ranks of a job, whoever connects them; `zero` implements it."""
+"""The ranks of a job, independent of the library that connects them; `zero` implements it."""
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""Makes sure that ranks that share a model go the same way: all or none, with the same."""
+"""Agreement of ranks that share a model: all of them proceed, with the same values, or none does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["agree", "agree_on_loading", "fingerprint_of", "least_of", "on_all_ra
 
 Tier = TypeVar("Tier")
 NO_BUDGET = -1
-"""Among numbers: there is no budget."""
+"""Number that represents a missing budget."""
 
 
 def fingerprint_of(texts: Iterable[str]) -> int:
@@ -28,17 +28,17 @@ def fingerprint_of(texts: Iterable[str]) -> int:
 
 
 def agree_on_loading(sharding: Sharding, error: Exception | None, texts: Iterable[str], *, what: str = "names") -> None:
-    """Let no rank load unless all can, and all load the same; with several ranks all must call.
+    """Let no rank load unless all can, and all load the same; all ranks must call.
 
     Args:
         sharding: the ranks.
-        error: why this rank cannot load.
-        texts: what tells what it is about to load from anything else, in order.
-        what: what these are, for the message.
+        error: the reason why this rank cannot load, if any.
+        texts: texts that identify what this rank is about to load, in order.
+        what: name of these things, for the message.
 
     Raises:
         Exception: `error`.
-        CheckpointMismatchError: another rank has an error, or was given something else.
+        CheckpointMismatchError: another rank has an error, or was given other texts.
         CollectiveError: a rank did not take part.
     """
     own = torch.tensor([error is not None, fingerprint_of(texts)], dtype=torch.int64)
@@ -62,14 +62,14 @@ def agree(
     what: str = "the checkpoint",
     error_type: type[GeminiError] = CheckpointError,
 ) -> list[list[int]]:
-    """Exchange some numbers, unless a rank has failed; with several ranks all must call.
+    """Exchange numbers, unless a rank has failed; all ranks must call.
 
     Args:
         sharding: the ranks.
-        error: why this rank has failed, None if it has not.
-        values: this rank's numbers, as many on all ranks.
-        what: what may have failed, for messages.
-        error_type: what to raise when it has on another rank.
+        error: the failure of this rank; None if there is none.
+        values: this rank's numbers; all ranks give the same count.
+        what: name of the operation, for messages.
+        error_type: type of error to raise when another rank has failed.
 
     Returns:
         Each rank's numbers.
@@ -77,7 +77,7 @@ def agree(
     Raises:
         Exception: `error`, if there is one.
         GeminiError: of `error_type`: another rank has failed.
-        CollectiveError: a rank has died, stalled or gone another way.
+        CollectiveError: a rank has died, stalled or called something else.
     """
     if isinstance(error, CollectiveError):
         table = [[int(error is None), *values]]
@@ -88,7 +88,7 @@ def agree(
         if error is not None:
             raise error
     finally:
-        del error  # it refers to this frame, which would keep everything that its traceback knows
+        del error  # it refers to this frame, which would keep everything that its traceback refers to
     if not all(row[0] for row in table):
         failed = [str(rank) for rank, row in zip(sharding.group.ranks, table, strict=True) if not row[0]]
         raise error_type(f"{what} has failed on rank {', '.join(failed)}; see the error there")
@@ -99,7 +99,7 @@ def agree(
 def on_all_ranks(
     sharding: Sharding, *, what: str = "the checkpoint", error_type: type[GeminiError] = CheckpointError
 ) -> Iterator[None]:
-    """Raise, if what is inside has failed on some rank, on all of them; see `agree`."""
+    """Raise on all ranks if the context's code has failed on any of them; see `agree`."""
     error: Exception | None = None
     try:
         yield
@@ -108,19 +108,19 @@ def on_all_ranks(
     try:
         agree(sharding, error, what=what, error_type=error_type)
     finally:
-        del error  # as there
+        del error  # as above
 
 
 def least_of(group: ShardGroup, budgets: Mapping[Tier, int | None], *, name: str = "budgets") -> dict[Tier, int | None]:
-    """Return the least of all ranks' budgets; all must call.
+    """Return the lowest budgets of all ranks; all must call.
 
     Args:
         group: the ranks.
-        budgets: this rank's, bytes; None: there is none, on all ranks.
-        name: what they are, for messages.
+        budgets: this rank's budgets in bytes; None for a tier without a budget, on all ranks.
+        name: name of the budgets, for messages.
 
     Returns:
-        The same on all ranks.
+        The budgets, the same on all ranks.
 
     Raises:
         CollectiveError: a rank did not take part.

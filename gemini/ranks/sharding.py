@@ -1,7 +1,7 @@
-"""What the engine knows of other ranks: which run of a chunk is its own, and whom to ask for the rest.
+"""The engine's view of other ranks: the part of a chunk that this rank owns, and the operations that get the rest.
 
-Homes, tiles, gradients at home and optimizer state are those of the shard that this rank owns; compute memory holds
-whole chunks. How shards are cut and how bytes reach other ranks is for an implementation of `ShardGroup` to know.
+Homes, tiles, gradients at home and optimizer state are those of this rank's shard; compute memory holds whole chunks.
+An implementation of `ShardGroup` decides how shards are cut and how bytes reach other ranks.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkShard:
-    """The run of a chunk's elements that one rank owns, once the chunk is padded so that all ranks' are equal."""
+    """The run of a chunk's elements that one rank owns; the chunk is padded so that all ranks' runs have one length."""
 
     rank: int
     num_ranks: int
     numel: int
-    """Elements of each rank's shard, more than 0."""
+    """Number of elements in each rank's shard, more than 0."""
 
     @property
     def begin(self) -> int:
-        """First element, in the padded chunk; may lie beyond the chunk itself."""
+        """First element in the padded chunk; may be beyond the chunk itself."""
         return self.rank * self.numel
 
     @property
@@ -48,7 +48,7 @@ class ChunkShard:
 
     @property
     def whole_numel(self) -> int:
-        """Elements of the padded chunk."""
+        """Number of elements in the padded chunk."""
         return self.num_ranks * self.numel
 
     def of_rank(self, rank: int) -> ChunkShard:
@@ -57,43 +57,43 @@ class ChunkShard:
 
 
 class RankAxis(Enum):
-    """A direction in the grid of ranks: those that differ from this one in that direction alone."""
+    """A direction in the grid of ranks: the ranks that differ from this one only in that direction."""
 
     SHARD = "shard"
-    """Ranks that hold one replica of the model together, each a shard of every chunk."""
+    """Ranks that together hold one replica of the model, each a shard of every chunk."""
     REPLICA = "replica"
     """Ranks that hold the same shard."""
     TENSOR = "tensor"
-    """Ranks that hold other parts of each parameter, or copies; they are given the same batch."""
+    """Ranks that hold other parts of each parameter, or copies; all get the same batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankGrid:
-    """How the ranks are arranged, and where this one is."""
+    """The grid of ranks and this rank's place in it."""
 
     num_shards: int
     num_replicas: int = 1
     replica: int = 0
-    """This rank's, from 0."""
+    """Replica of this rank, from 0."""
     num_tensor_ranks: int = 1
-    """Ranks among which parameters are divided before they are laid out in chunks."""
+    """Number of ranks among which parameters are divided before they are laid out in chunks."""
     tensor_rank: int = 0
-    """This rank's place among them, from 0."""
+    """This rank's place among the tensor ranks, from 0."""
 
     @property
     def num_batches(self) -> int:
-        """Parts of the global batch, over which gradients are averaged."""
+        """Number of parts of the global batch, over which gradients are averaged."""
         return self.num_replicas * self.num_shards
 
 
 class Collective(Protocol):
-    """An operation of several ranks under way."""
+    """A running operation of several ranks."""
 
     def wait(self) -> None:
-        """Make compute submitted from now on see the result; blocks where compute is the host itself.
+        """Let compute that is submitted from now on see the result; blocks where the host itself computes.
 
         Raises:
-            CollectiveError: a rank has died, stalled or gone another way.
+            CollectiveError: a rank has died, stalled or called something else.
         """
 
 
@@ -102,17 +102,17 @@ class ShardGroup(Protocol):
 
     @property
     def rank(self) -> int:
-        """This process's number among all processes, from 0; for messages and names of files."""
+        """Number of this process among all processes, from 0; for messages and names of files."""
         ...
 
     @property
     def grid(self) -> RankGrid:
-        """How the ranks are arranged."""
+        """The grid of ranks."""
         ...
 
     @property
     def ranks(self) -> Sequence[int]:
-        """The numbers of all ranks that share the model, in the order of the rows of `gather_values`."""
+        """Numbers of all ranks that share the model, in the order of the rows of `gather_values`."""
         ...
 
     def shard_of(self, numel: int, itemsize: int) -> ChunkShard | None:
@@ -133,10 +133,10 @@ class ShardGroup(Protocol):
 
         Args:
             whole: uint8 [num_ranks * n] in compute memory; holds this rank's n bytes in their place, the rest is
-                overwritten. Untouched by others until the result has been waited for.
-            name: what is gathered, for messages.
-            axis: among which ranks.
-            after: copies into `whole` under way.
+                overwritten. It must not be used until the result has been awaited.
+            name: name of the content, for messages.
+            axis: the ranks that take part.
+            after: running copies into `whole`.
 
         Returns:
             The operation.
@@ -148,14 +148,14 @@ class ShardGroup(Protocol):
     def exchange(
         self, sent: torch.Tensor, received: torch.Tensor, *, name: str, axis: RankAxis = RankAxis.SHARD
     ) -> Collective:
-        """Start sending each rank of an axis its part of a buffer, and receiving this rank's part of everyone's.
+        """Start sending each rank of an axis its part of a buffer, and receiving this rank's part from each of them.
 
         Args:
             sent: uint8 [num_ranks * n] in compute memory, the parts in rank order; unchanged until the result has been
-                waited for.
+                awaited.
             received: as many bytes; overwritten, in rank order.
-            name: what is exchanged, for messages.
-            axis: among which ranks.
+            name: name of the content, for messages.
+            axis: the ranks that take part.
 
         Returns:
             The operation.
@@ -165,55 +165,55 @@ class ShardGroup(Protocol):
         """
 
     def gather_values(self, values: torch.Tensor, *, name: str) -> torch.Tensor:
-        """Return everyone's values; blocks until all ranks have called.
+        """Return the values of all ranks; blocks until all ranks have called.
 
-        It also makes sure that all ranks have asked for the same operations since the last time.
+        It also checks that all ranks have asked for the same operations since the last call.
 
         Args:
-            values: [n] on the CPU, of any dtype; of the same length everywhere.
-            name: what is gathered, for messages.
+            values: [n] on the CPU, of any dtype; the same length on all ranks.
+            name: name of the content, for messages.
 
         Returns:
             [num_tensor_ranks * num_replicas * num_shards, n] on the CPU, the same bits on every rank.
 
         Raises:
-            CollectiveError: a rank has died, stalled or gone another way.
+            CollectiveError: a rank has died, stalled or called something else.
         """
 
     def gather_along(self, axes: Sequence[RankAxis], values: torch.Tensor, *, name: str) -> torch.Tensor:
-        """Return the values of the ranks along some axes only; else as `gather_values`.
+        """Return the values of the ranks along some axes; otherwise as `gather_values`.
 
         Args:
-            axes: which; the same on all ranks.
-            values: [n] on the CPU, of any dtype; of the same length everywhere.
-            name: what is gathered, for messages.
+            axes: the axes; the same on all ranks.
+            values: [n] on the CPU, of any dtype; the same length on all ranks.
+            name: name of the content, for messages.
 
         Returns:
             [num_ranks, n] on the CPU; along the first axis rows follow one another.
 
         Raises:
-            CollectiveError: a rank has died, stalled or gone another way.
+            CollectiveError: a rank has died, stalled or called something else.
         """
 
     def check(self) -> None:
-        """Raise CollectiveError if an operation has failed: ranks may have gone different ways since."""
+        """Raise CollectiveError if an operation has failed, after which ranks may have called different operations."""
 
     def close(self) -> None:
-        """Give up what belongs to this group alone; waits for no other rank."""
+        """Release what belongs to this group alone; does not wait for other ranks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sharding:
-    """With whom a model is shared, and how much of it."""
+    """The group that shares a model, and the parts of the model that it shares."""
 
     group: ShardGroup
     node_ranks: tuple[int, ...]
-    """The ranks on this machine, this one among them, in the order of `group.ranks`."""
+    """Ranks on this machine, including this one, in the order of `group.ranks`."""
     stage: int
-    """1: the optimizer's state is sharded; 2: and gradients; 3: and working weights."""
+    """Stage: 1 shards the optimizer's state; 2 also gradients; 3 also working weights."""
     frozen_file: MemoryFile | None = None
-    """Holds the frozen weights that live in host memory, whole, for all of the ranks on this machine; None: each rank
-    keeps its shards of them. The ranks must meet between construction, when one of them fills it, and the first use."""
+    """Memory file with the complete frozen weights in host memory, for all ranks on this machine; None if each rank
+    keeps its own shards. One rank fills it at construction, and the ranks must meet before the first use."""
     is_alone: bool = False
     """Whether chunks are not cut and nothing is exchanged, because this rank has the model to itself."""
 

@@ -1,3 +1,3 @@
-"""Fine-tuning from a file: what `python -m gemini train` reads, and how text becomes batches."""
+"""Fine-tuning from a file: the settings of `python -m gemini train`, and the way from text to batches."""
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""Text to rows of token ids: files are read by Hugging Face's datasets, which also keeps what was made of them."""
+"""Turns text into rows of token ids. Hugging Face's datasets reads the files and caches the results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["IGNORED", "Collator", "find_files", "load_rows", "pack"]
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
-"""The label of a token whose prediction does not count, as in transformers."""
+"""Label of a token whose prediction does not count, as in transformers."""
 
 _KINDS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -32,16 +32,16 @@ def load_rows(files: Sequence[str], settings: DataSettings, tokenizer: Any, *, n
 
     Args:
         files: patterns of file names.
-        settings: how.
-        tokenizer: transformers', with an end-of-sequence token.
-        name: of the setting, for messages.
+        settings: settings of the data.
+        tokenizer: transformers' tokenizer, with an end-of-sequence token.
+        name: name of the setting, for messages.
 
     Returns:
-        A datasets.Dataset of rows with `input_ids` and `labels`, lists of as many ints: `sequence_length` with
-        packing, else at most that. Those of which nothing is learnt are left out, with a warning.
+        A datasets.Dataset of rows with `input_ids` and `labels`, lists of the same number of ints: `sequence_length`
+        with packing, otherwise at most that. Rows without a token to learn are left out, with a warning.
 
     Raises:
-        ConfigError: there are no such files, they are not in the form, or nothing in them can be learnt.
+        ConfigError: no file is found, files have another form, or they contain nothing to learn.
     """
     kind, paths = find_files(files, name=name)
     examples = _read_examples(kind, paths, name=name)
@@ -78,7 +78,7 @@ def _read_examples(kind: str, paths: list[str], *, name: str) -> Any:
     options = {"sample_by": "document"} if kind == "text" else {}
     try:
         return datasets.load_dataset(kind, data_files=list(map(glob.escape, paths)), split="train", **options)
-    except Exception as error:  # of many types: the files may hold anything
+    except Exception as error:  # errors of many types, because files may hold anything
         reason = _first_broken_line(paths) or " ".join(str(error.__cause__ or error).split())
         if "corresponds to no data" in reason:
             reason = "there are no examples"
@@ -86,7 +86,7 @@ def _read_examples(kind: str, paths: list[str], *, name: str) -> Any:
 
 
 def _first_broken_line(paths: Sequence[str]) -> str | None:
-    """Say where files of JSON lines are none, which those who read them do not; None if they are, or are no such."""
+    """Return the first invalid line of JSON lines files, which their readers do not name; None if there is none."""
     for path in paths:
         if Path(path).suffix.lower() != ".jsonl":
             continue
@@ -101,10 +101,10 @@ def _first_broken_line(paths: Sequence[str]) -> str | None:
 
 
 def _without_idle_rows(rows: Any, *, length: int, name: str) -> Any:
-    """Leave out rows of which no token's prediction counts, such as those that a prompt has filled."""
+    """Leave out rows without a token whose prediction counts, for example rows filled by a prompt."""
 
     def teaches(labels: list[list[int]]) -> list[bool]:
-        return [any(label != IGNORED for label in each[1:]) for each in labels]  # nothing predicts the first
+        return [any(label != IGNORED for label in each[1:]) for each in labels]  # no token predicts the first one
 
     kept = rows.filter(teaches, batched=True, input_columns="labels", desc=f"{name}: rows")
     if not len(kept):
@@ -122,17 +122,17 @@ def _without_idle_rows(rows: Any, *, length: int, name: str) -> Any:
 
 
 def find_files(patterns: Sequence[str], *, name: str) -> tuple[str, list[str]]:
-    """Find files, and what they are.
+    """Find files and their kind.
 
     Args:
-        patterns: names of files; may have wildcards.
-        name: of the setting, for messages.
+        patterns: names of files, with or without wildcards.
+        name: name of the setting, for messages.
 
     Returns:
-        The kind, "text", "json" or "parquet", and the files in the order of their names.
+        The kind, "text", "json" or "parquet", and the files sorted by name.
 
     Raises:
-        ConfigError: a pattern finds nothing, or they are of several kinds or of an unknown one.
+        ConfigError: a pattern finds no file, or the files have several kinds or an unknown one.
     """
     paths: set[str] = set()
     for pattern in patterns:
@@ -159,11 +159,11 @@ def _join(segments: Sequence[Segment], settings: DataSettings) -> tuple[list[int
 
 
 def pack(sequences: Iterable[Sequence[int]], length: int) -> list[list[int]]:
-    """Put sequences one after another and cut them into rows; what does not fill one is dropped.
+    """Concatenate sequences and cut them into rows; an incomplete last row is dropped.
 
     Args:
-        sequences: of any lengths.
-        length: of a row.
+        sequences: sequences of any lengths.
+        length: length of a row.
 
     Returns:
         The rows.

@@ -1,4 +1,4 @@
-"""Which working dtype this machine computes in fastest."""
+"""Chooses the working dtype in which this machine computes fastest."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import torch
 __all__ = ["DTYPES", "choose_dtype"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""By the names that people type."""
+"""Dtypes by the names in settings."""
 
 
 def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """Return the working dtype and the reason.
 
-    Processors without bfloat16 instructions emulate them, up to a hundred times slower than float32, and others run
-    them several times faster: on the CPU "auto" measures a small matrix product in both, in well under a second.
+    Processors without bfloat16 instructions emulate them, up to a hundred times slower than float32; others run
+    bfloat16 several times faster. So "auto" on the CPU measures a small matrix product in both, in well under a second.
 
     Args:
         name: "bf16", "fp16", "fp32" or "auto".
-        device: compute device.
+        device: the compute device.
 
     Returns:
-        The dtype, and a phrase for people.
+        The dtype, and a phrase that explains it to users.
     """
     if name in DTYPES:
         return DTYPES[name], f"{name}, as asked for"
@@ -38,7 +38,7 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
 def _matmul_gflops(dtype: torch.dtype) -> float:
     left, right = torch.ones(128, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
     seconds = []
-    for _ in range(8):  # the first one warms up
+    for _ in range(8):  # the first run warms up
         start = time.perf_counter()
         left @ right
         seconds.append(time.perf_counter() - start)

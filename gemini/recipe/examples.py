@@ -1,4 +1,4 @@
-"""Examples to tokens: what of each the model is given, and what it is to learn to write."""
+"""Turns examples into tokens, divided into what the model is given and what it learns to write."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ _COLUMNS = {
     "completion": {"prompt", "completion"},
     "text": {"text"},
 }
-"""What each form needs; the first that fits is taken."""
+"""Columns that each form needs; the first form that fits is chosen."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A piece of an example."""
+    """A part of an example."""
 
     ids: list[int]
     counts: bool
-    """Whether the model is to learn to write it."""
+    """Whether the model learns to write it."""
 
 
 def form_of(columns: Iterable[str], asked: str, *, name: str) -> str:
     """Return the form of examples.
 
     Args:
-        columns: names of theirs.
-        asked: what the settings say, perhaps "auto".
-        name: of the setting, for messages.
+        columns: names of the examples' columns.
+        asked: the form in the settings, possibly "auto".
+        name: name of the setting, for messages.
 
     Returns:
         "messages", "instruction", "completion" or "text".
 
     Raises:
-        ConfigError: the columns that it needs are not there.
+        ConfigError: the columns that the form needs are missing.
     """
     present = set(columns)
     if asked != "auto" and not _COLUMNS[asked] <= present:
@@ -57,20 +57,20 @@ def form_of(columns: Iterable[str], asked: str, *, name: str) -> str:
 
 
 def segments_of(example: Mapping[str, Any], form: str, tokenizer: Any, *, name: str) -> list[Segment]:
-    """Cut an example into what the model is given and what it is to learn to write, as tokens.
+    """Divide an example into what the model is given and what it learns to write, as tokens.
 
     Args:
-        example: one, with the columns of its form.
-        form: as from `form_of`.
-        tokenizer: transformers'.
-        name: of the setting, for messages.
+        example: an example with the columns of its form.
+        form: a form from `form_of`.
+        tokenizer: transformers' tokenizer.
+        name: name of the setting, for messages.
 
     Returns:
-        Its segments, in order, the end-of-sequence token or the chat template's own end included.
+        Its segments in order, including the end-of-sequence token or the end of the chat template.
 
     Raises:
-        ConfigError: a column has no text where one is needed; or messages, and the tokenizer has no chat template, or
-            one that rewrites what was said before.
+        ConfigError: a column has no text where it is needed; or the form is messages, and the tokenizer has no chat
+            template, or has one that rewrites earlier messages.
     """
     if form == "messages":
         return _segments_of_chat(_messages_of(example, name=name), tokenizer, name=name)
@@ -94,7 +94,7 @@ def segments_of(example: Mapping[str, Any], form: str, tokenizer: Any, *, name: 
 
 
 def _text_of(fields: Mapping[str, Any], key: str, *, name: str) -> str:
-    """Return a column's text, or a message's; a tokenizer would take some other things, too, for what they are not."""
+    """Return the text of a column or message; a tokenizer would silently accept some other types."""
     value = fields.get(key)
     if not isinstance(value, str):
         raise ConfigError(f"{name}: {key}: expected a text, got {reprlib.repr(value)}")
@@ -112,14 +112,14 @@ def _messages_of(example: Mapping[str, Any], *, name: str) -> Sequence[Mapping[s
 
 
 def _encode(tokenizer: Any, text: str, *, is_first: bool) -> list[int]:
-    """Return a text's tokens; those that the tokenizer puts at a beginning only there, those at an end never."""
+    """Return a text's tokens. Special tokens of a beginning are added only there, those of an end never."""
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     starts = is_first and tokenizer.bos_token_id is not None and getattr(tokenizer, "add_bos_token", False)
     return [tokenizer.bos_token_id, *ids] if starts else ids
 
 
 def _segments_of_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any, *, name: str) -> list[Segment]:
-    """Cut a conversation where the assistant begins and ends, by what each message adds to the one before."""
+    """Divide a conversation where the assistant's messages begin and end, by the text that each message adds."""
     if tokenizer.chat_template is None:
         raise ConfigError(f"{name}: messages need a tokenizer with a chat template, and this one has none")
 
@@ -128,7 +128,7 @@ def _segments_of_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any, *, 
             tokens = tokenizer.apply_chat_template(
                 list(messages[:count]), add_generation_prompt=asks, tokenize=True, return_dict=False
             )
-        except Exception as error:  # of the template's own choice, too
+        except Exception as error:  # errors of the template's own choice, too
             raise ConfigError(f"{name}: the tokenizer's chat template refuses the messages: {error}") from error
         return list(tokens)
 
@@ -145,7 +145,7 @@ def _segments_of_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any, *, 
 
 
 def _extend(segments: list[Segment], before: list[int], now: list[int], *, counts: bool, name: str) -> list[int]:
-    """Add what the tokens of a conversation have that they had not before."""
+    """Append the tokens of a conversation that are new since the previous call."""
     if now[: len(before)] != before:
         raise ConfigError(
             f"{name}: the tokenizer's chat template rewrites earlier messages when later ones are added, so that the "

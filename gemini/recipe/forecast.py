@@ -1,4 +1,4 @@
-"""What a batch is expected to take, counted before the model has any memory: operations, activations, seconds."""
+"""The expected needs of a batch, counted before the model has any memory: operations, activations, seconds."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """What forward and backward of one full batch take."""
+    """What forward and backward of one full batch need."""
 
     flops_per_token: float
-    """Of matrix products, forward and backward, without what is computed a second time to save memory."""
+    """Operations of matrix products per token, forward and backward, without recomputation."""
     rehearsal: Rehearsal
-    """With that."""
+    """Rehearsal that includes recomputation."""
 
 
 def forecast_batch(
@@ -38,14 +38,14 @@ def forecast_batch(
     sequence_length: int,
     save_memory: Callable[[], None],
 ) -> Forecast | None:
-    """Rehearse a batch twice: plain, and as it will be trained on.
+    """Rehearse a batch twice: once plainly, and once as it will be trained on.
 
     Args:
         model: a causal language model of transformers on the meta device.
-        config: the engine's.
-        num_rows: of the batch.
-        sequence_length: tokens of each.
-        save_memory: lets the model compute again what it would have kept; always called, and once.
+        config: the engine's configuration.
+        num_rows: number of rows in the batch.
+        sequence_length: tokens in each row.
+        save_memory: lets the model recompute activations; always called, exactly once.
 
     Returns:
         The forecast; None if the model's forward needs values, which a rehearsal does not have.
@@ -60,7 +60,7 @@ def forecast_batch(
         has_device = config.device is not None and torch.device(config.device).type != "cpu"
         try:
             return rehearse(model, loss_of, config, draw_layout(model, config), has_device=has_device)
-        except Exception as error:  # of whatever kind a model's own code raises: training does without
+        except Exception as error:  # errors of any type from a model's own code; training works without a forecast
             logger.info("nothing is predicted of %s: %s", type(model).__name__, error)
             return None
 
@@ -76,17 +76,17 @@ def forecast_batch(
 def predict_step(
     engine: GeminiDDP, forecast: Forecast, profile: HardwareProfile, *, num_batches: int
 ) -> StepPrediction | None:
-    """Predict the time of a step under the plan that an engine has settled on.
+    """Predict the time of a step under the plan that an engine has chosen.
 
     Args:
-        engine: built from the model that was rehearsed.
-        forecast: of a batch.
-        profile: rates of this machine.
-        num_batches: of a step.
+        engine: an engine built from the rehearsed model.
+        forecast: the forecast of a batch.
+        profile: this machine's rates.
+        num_batches: number of batches in a step.
 
     Returns:
-        The prediction; None if the profile lacks a rate, or the step has several batches, for each of which weights
-        travel again, as the cost model does not know.
+        The prediction; None if the profile lacks a rate, or if the step has several batches: weights then travel again
+        for each of them, which the cost model does not know.
     """
     if num_batches != 1:
         return None

@@ -1,4 +1,4 @@
-"""What is trained: a model described without memory, its tokenizer, and adapters."""
+"""The trained model: its description without memory, its tokenizer, and adapters."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ __all__ = ["build_model", "find_model", "read_config", "read_tokenizer", "save_a
 
 
 def find_model(settings: ModelSettings) -> Path:
-    """Return the model's directory, or config.json; a name of the hub is downloaded.
+    """Return the path of the model's directory or config.json; a model of the hub is downloaded.
 
     Args:
-        settings: which.
+        settings: settings of the model.
 
     Returns:
-        A path that exists.
+        An existing path.
 
     Raises:
-        ConfigError: there is none, here or there.
+        ConfigError: the model is neither a path nor in the hub.
     """
     source = settings.path or settings.config
     assert source is not None
@@ -41,7 +41,7 @@ def find_model(settings: ModelSettings) -> Path:
 
     try:
         return Path(huggingface_hub.snapshot_download(source, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.onnx"]))
-    except Exception as error:  # of many types, from the network's to the name's
+    except Exception as error:  # errors of many types, from the network or the name
         raise ConfigError(
             f"{name}: there is no directory {source}, and the hub has no such model here: {_told(error)}"
         ) from error
@@ -51,19 +51,19 @@ def read_tokenizer(settings: ModelSettings, source: Path) -> Any:
     """Read a tokenizer.
 
     Args:
-        settings: perhaps name its directory.
-        source: the model's, where it is otherwise.
+        settings: settings of the model, which may name the tokenizer's directory.
+        source: the model's directory, which is the default.
 
     Returns:
         transformers' tokenizer.
 
     Raises:
-        ConfigError: there is none, or it has no end-of-sequence token.
+        ConfigError: there is no tokenizer, or it has no end-of-sequence token.
     """
     directory = source if settings.tokenizer is None else Path(settings.tokenizer).expanduser()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    except Exception as error:  # of many types: the files may hold anything
+    except Exception as error:  # errors of many types, because the files may hold anything
         raise ConfigError(
             f"model.tokenizer: {directory}: expected a directory with a tokenizer: {_told(error)}"
         ) from error
@@ -76,17 +76,17 @@ def read_config(source: Path) -> Any:
     """Read a model's configuration.
 
     Args:
-        source: its directory, or config.json.
+        source: the model's directory or config.json.
 
     Returns:
         transformers' configuration.
 
     Raises:
-        ConfigError: there is none, or a broken one.
+        ConfigError: there is no configuration, or it is invalid.
     """
     try:
         return transformers.AutoConfig.from_pretrained(source)
-    except Exception as error:  # of many types: the file may hold anything
+    except Exception as error:  # errors of many types, because the file may hold anything
         raise ConfigError(f"model: {source}: expected a model's configuration: {_told(error)}") from error
 
 
@@ -94,21 +94,21 @@ def build_model(settings: ModelSettings, config: Any, *, num_tokens: int, sequen
     """Describe the model without giving it memory.
 
     Args:
-        settings: perhaps ask for adapters.
-        config: from `read_config`.
-        num_tokens: of the tokenizer.
-        sequence_length: of the longest row.
+        settings: settings of the model, which may ask for adapters.
+        config: a configuration from `read_config`.
+        num_tokens: number of tokens that the tokenizer knows.
+        sequence_length: length of the longest row.
 
     Returns:
-        transformers' model on the meta device, or peft's around it, in training mode.
+        transformers' model on the meta device, or peft's model around it, in training mode.
 
     Raises:
-        ConfigError: it is no causal language model, or does not fit the tokenizer, the rows or the adapters.
+        ConfigError: it is not a causal language model, or does not fit the tokenizer, the rows or the adapters.
     """
     try:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    except Exception as error:  # of many types: a configuration may hold anything
+    except Exception as error:  # errors of many types, because a configuration may hold anything
         raise ConfigError(f"model: expected a causal language model's configuration: {_told(error)}") from error
     num_embeddings = model.get_input_embeddings().num_embeddings
     if num_tokens > num_embeddings:
@@ -117,22 +117,22 @@ def build_model(settings: ModelSettings, config: Any, *, num_tokens: int, sequen
         )
     check_positions(config, sequence_length, name="data.sequence_length")
     model.config.use_cache = False
-    model.loss_type = model.loss_type or "ForCausalLM"  # None where the class's name does not tell; it would warn
+    model.loss_type = model.loss_type or "ForCausalLM"  # None, with a warning, if the class's name does not tell
     return (model if settings.lora is None else _add_adapters(model, settings.lora)).train()
 
 
 def save_activation_memory(model: Any, *, has_checkpoints: bool) -> None:
-    """Let a model compute again in backward what it would otherwise keep.
+    """Let a model recompute in backward what it would otherwise keep.
 
     Args:
-        model: from `build_model`.
-        has_checkpoints: whether blocks do so; the loss does wherever it can.
+        model: a model from `build_model`.
+        has_checkpoints: whether blocks recompute; the loss recomputes wherever it can.
     """
     if has_checkpoints:
-        # The second name is the one before transformers 5.
+        # The second name is used before transformers 5.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    with suppress(ModelError):  # its output layer is of another kind, such as an adapter: its own loss serves
+    with suppress(ModelError):  # another kind of output layer, such as an adapter: the model's own loss is used
         use_sliced_loss(model.get_base_model() if hasattr(model, "peft_config") else model)
 
 
@@ -153,12 +153,12 @@ def _add_adapters(model: Any, settings: LoraSettings) -> Any:
         adapted = peft.get_peft_model(model, config)
     except (ValueError, re.error) as error:
         raise ConfigError(f"{name}: {_told(error)}") from error
-    adapted.enable_input_require_grads()  # whose gradients activation checkpointing needs
+    adapted.enable_input_require_grads()  # activation checkpointing needs their gradients
     return adapted
 
 
 def _check_names(model: Any, names: Sequence[str], *, name: str) -> None:
-    """Refuse names of no module, which peft passes over as long as others are found."""
+    """Refuse names that match no module; peft ignores them as long as other names match."""
     modules = [path for path, _ in model.named_modules()]
     for each in names:
         if not any(path == each or path.endswith(f".{each}") for path in modules):
@@ -171,6 +171,6 @@ def _is_linear(module: torch.nn.Module) -> bool:
 
 
 def _told(error: Exception) -> str:
-    """Return what an error says in a line; those of transformers go on for pages, or have it in the second line."""
+    """Return an error's text as one line; transformers' errors fill pages, or have the cause in their second line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])

@@ -1,10 +1,8 @@
-"""The output directory of a run: whose it is, what the run began with, and where one may go on from.
+"""The output directory of a run: its owner, the settings the run began with, and the point from which to resume.
 
-OUTPUT/settings.json     what the run began with
-OUTPUT/log.csv           a row for each step that was logged
+OUTPUT/settings.json     settings that the run began with OUTPUT/log.csv           one row per logged step
 OUTPUT/recording/        for `python -m gemini report`
-OUTPUT/checkpoint-N/     after step N
-OUTPUT/model/            when it is trained
+OUTPUT/checkpoint-N/     state after step N OUTPUT/model/            the trained model
 """
 
 from __future__ import annotations
@@ -35,38 +33,38 @@ _MAY_CHANGE = {
     "memory": None,
     "output": None,
 }
-"""What a resumed run may do otherwise: it changes no number, or only how far the run goes. None: all of a section."""
+"""Settings that may change on resume: they change no number, or only how far the run goes. None: the whole section."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """Where a run begins."""
+    """The point at which a run begins."""
 
     checkpoint: Path | None
-    """None: at the very beginning."""
+    """Checkpoint to start from; None for the very beginning."""
     dtype: str | None
-    """Working dtype that the run has had so far; None: none yet."""
+    """Working dtype of the run so far; None if it has none yet."""
 
 
 @contextmanager
 def claimed(path: Path) -> Iterator[None]:
-    """Make a run's directory, and keep other runs out of it while the context is open.
+    """Make a run's directory, and keep other runs out while the context is open.
 
     Args:
-        path: of the directory.
+        path: path of the directory.
 
     Yields:
         Nothing.
 
     Raises:
-        ConfigError: another run is training into it.
-        OffloadIOError: it cannot be made.
+        ConfigError: another run trains into the directory.
+        OffloadIOError: the directory cannot be made.
     """
     with naming_file("make the directory output.path,", path):
         path.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with suppress(OSError):  # of file systems without locks
+        with suppress(OSError):  # file systems without locks
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -79,17 +77,17 @@ def claimed(path: Path) -> Iterator[None]:
 
 
 def find_start(settings: Settings, *, resume: bool) -> Start:
-    """Find where a run begins.
+    """Find the point at which a run begins.
 
     Args:
-        settings: of the run.
-        resume: whether it is to go on from the last complete checkpoint in its directory.
+        settings: settings of the run.
+        resume: whether to continue from the last complete checkpoint in its directory.
 
     Returns:
         That checkpoint, or the beginning of a new run.
 
     Raises:
-        ConfigError: the directory has a run that is not to be gone on with, or none that could be; or the run began
+        ConfigError: the directory contains a run that must not be continued, or no run that can be; or the run began
             with other settings.
     """
     path = settings.output.path
@@ -104,7 +102,7 @@ def find_start(settings: Settings, *, resume: bool) -> Start:
     if checkpoint is None:
         raise ConfigError(f"--resume: there is no complete checkpoint in {path}; start without it")
     kept = _read_kept(path)
-    if kept is None:  # by an earlier version
+    if kept is None:  # written by an earlier version
         return Start(checkpoint=checkpoint, dtype=None)
     changes = _changes(kept["settings"], settings.model_dump(mode="json"))
     if changes:
@@ -116,11 +114,11 @@ def find_start(settings: Settings, *, resume: bool) -> Start:
 
 
 def keep_settings(settings: Settings, *, dtype: str) -> None:
-    """Write down what a run begins with.
+    """Write down the settings with which a run begins.
 
     Args:
-        settings: of the run.
-        dtype: working dtype, by the name it has in settings.
+        settings: settings of the run.
+        dtype: name of the working dtype in settings.
 
     Raises:
         OffloadIOError: the file cannot be written.
@@ -144,7 +142,7 @@ def _read_kept(path: Path) -> dict[str, Any] | None:
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Say which settings differ that make a run another one; those that one of the two does not know do not count."""
+    """Return the changed settings that make it another run; settings unknown to either of the two do not count."""
     found = []
     for section, may_change in _MAY_CHANGE.items():
         if may_change is None:

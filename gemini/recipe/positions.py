@@ -1,4 +1,4 @@
-"""Whether a model can be given sequences of a length."""
+"""Checks that a model has enough positions for a sequence length."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ __all__ = ["check_positions"]
 
 
 def check_positions(config: Any, sequence_length: int, *, name: str) -> None:
-    """Refuse sequences that a model has no positions for.
+    """Refuse sequences that are longer than a model's positions.
 
-    Those that are learnt end in an index out of range, others in values the model has never seen.
+    Learned positions would fail with an index out of range, others would take values that the model has never seen.
 
     Args:
-        config: transformers'.
-        sequence_length: tokens.
-        name: of the setting, for messages.
+        config: transformers' configuration.
+        sequence_length: number of tokens.
+        name: name of the setting, for messages.
 
     Raises:
         ConfigError: there are too few positions.

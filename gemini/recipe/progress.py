@@ -1,4 +1,4 @@
-"""What is seen of a run while it goes on: a line on the terminal, rows of log.csv."""
+"""The visible progress of a run: a line in the terminal, and rows of log.csv."""
 
 from __future__ import annotations
 
@@ -43,29 +43,29 @@ COLUMNS = (
     "host_nbytes",
     "nvme_nbytes",
 )
-"""Of log.csv."""
+"""Columns of log.csv."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Counters of a run at one moment; all but `tiers` only grow."""
+    """Counters of a run at one moment; all except `tiers` only grow."""
 
     seconds: float
     steps: int
     tokens: int
-    """Real ones."""
+    """Number of real tokens."""
     padded_tokens: int
-    """Those and padding."""
+    """Number of tokens including padding."""
     stall_s: float
     """Seconds that compute has waited for weights and updates."""
     fetched_nbytes: int
     nvme_read_nbytes: int
     nvme_written_nbytes: int
     tiers: dict[str, int]
-    """Bytes held now."""
+    """Bytes held now, by tier."""
 
     def after_pause(self, begin: Snapshot, end: Snapshot) -> Snapshot:
-        """Return this one as if nothing had been done between two others that came later."""
+        """Return this snapshot without what happened between two later ones."""
         grown = {name: getattr(end, name) - getattr(begin, name) for name in _COUNTERS}
         return dataclasses.replace(self, **{name: getattr(self, name) + grown[name] for name in _COUNTERS})
 
@@ -75,21 +75,21 @@ _COUNTERS = tuple(field.name for field in dataclasses.fields(Snapshot) if field.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Utilization:
-    """What model FLOPs utilization (MFU) is computed from."""
+    """The inputs of model FLOPs utilization (MFU)."""
 
     flops_per_token: float
-    """Operations that the model asks for, forward and backward, without what is computed a second time."""
+    """Operations per token that the model needs, forward and backward, without recomputation."""
     peak_flops_per_s: float
-    """Of large matrix products in the working dtype, as measured on this machine."""
+    """Operations per second of large matrix products in the working dtype, as measured on this machine."""
 
     def share(self, tokens_per_s: float) -> float:
-        """Return the share of the peak that a rate amounts to; may pass 1 where the peak was measured too low.
+        """Return a rate's share of the peak; more than 1 if the peak was measured too low.
 
-        Source: Chowdhery et al. 2022 (PaLM), appendix B: tokens per second over those at the peak, where operations
-        of rematerialization do not count. There the peak is the data sheet's.
+        Source: Chowdhery et al. 2022 (PaLM), appendix B: tokens per second divided by those at the peak; operations of
+        rematerialization do not count. There the peak is the data sheet's.
 
         Args:
-            tokens_per_s: forward and backward, padding included: it is computed too.
+            tokens_per_s: tokens per second of forward and backward, including padding, which is also computed.
 
         Returns:
             The share.
@@ -99,14 +99,14 @@ class Utilization:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How fast a run went between two moments."""
+    """The pace of a run between two moments."""
 
     seconds: float
-    """Of a step."""
+    """Seconds per step."""
     tokens_per_s: float
     padded_tokens_per_s: float
     mfu: float | None
-    """None without what it is computed from."""
+    """Model FLOPs utilization; None if its inputs are not known."""
     stall_share: float
     fetched_gb_per_s: float
     nvme_read_gb_per_s: float
@@ -130,25 +130,29 @@ def pace_between(before: Snapshot, after: Snapshot, utilization: Utilization | N
 
 
 class ProgressCallback(transformers.TrainerCallback):
-    """Shows and keeps what a GeminiTrainer logs, and adds the pace to it; a context manager.
+    """Shows and stores what a GeminiTrainer logs, and adds the pace; a context manager.
 
-    The pace is that of training: evaluating and saving do not count.
+    The pace is that of training, without evaluation and saving.
 
     Args:
-        path: of log.csv. A new run replaces it; one that is resumed goes on behind the row of its step.
-        console: for the line.
-        utilization: what MFU is computed from; None: it is left out.
+        path: path of log.csv. A new run replaces it; a resumed run continues after its step's row.
+        console: console for the progress line.
+        utilization: the inputs of MFU; None: MFU is left out.
     """
 
     def __init__(self, path: Path, console: Console, utilization: Utilization | None = None) -> None:
+        # - What was asked
         self._path = path
         self._utilization = utilization
-        self._num_tokens = self._num_padded_tokens = 0
+        # - The engine that is followed
         self._engine: GeminiDDP | None = None
         self._record: Callable[[], RunRecorder] | None = None
         self._recorder: RunRecorder | None = None
+        # - What the pace is computed from
+        self._num_tokens = self._num_padded_tokens = 0
         self._before: Snapshot | None = None
-        self._pause: Snapshot | None = None  # when training paused, if it does
+        self._pause: Snapshot | None = None  # start of a pause in training, if there is one
+        # - What is shown
         columns = (
             rich.progress.BarColumn(12),
             rich.progress.MofNCompleteColumn(),
@@ -168,15 +172,15 @@ class ProgressCallback(transformers.TrainerCallback):
 
     @property
     def has_recorded(self) -> bool:
-        """Whether a recording was begun."""
+        """Whether a recording was started."""
         return self._recorder is not None
 
     def follow(self, engine: GeminiDDP, record: Callable[[], RunRecorder] | None) -> None:
-        """Take an engine's counters when training begins; `record` begins a recording, which hears of losses then."""
+        """Use an engine's counters when training begins; `record` begins a recording, which then gets the losses."""
         self._engine, self._record = engine, record
 
     def count(self, batch: Mapping[str, torch.Tensor]) -> None:
-        """Count the tokens of a batch that is trained on: `input_ids`, and `attention_mask` if it is padded."""
+        """Count the tokens of a training batch: `input_ids`, and `attention_mask` if it is padded."""
         numel = batch["input_ids"].numel()
         self._num_padded_tokens += numel
         self._num_tokens += int(batch["attention_mask"].sum()) if "attention_mask" in batch else numel
@@ -191,13 +195,13 @@ class ProgressCallback(transformers.TrainerCallback):
         self._before = self._snapshot(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move the bar."""
+        """Advance the bar."""
         assert self._task is not None
         self._bar.update(self._task, completed=state.global_step)
         self._note_pause(state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note that training pauses, if it does."""
+        """Note that training pauses for evaluation or saving, if it does."""
         self._note_pause(state, control)
 
     def _note_pause(self, state: Any, control: Any) -> None:
@@ -205,11 +209,11 @@ class ProgressCallback(transformers.TrainerCallback):
             self._pause = self._snapshot(state.global_step)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave evaluation out of the pace."""
+        """Exclude evaluation from the pace."""
         self._end_pause(state)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave saving out of the pace."""
+        """Exclude saving from the pace."""
         self._end_pause(state)
 
     def _end_pause(self, state: Any) -> None:
@@ -220,7 +224,7 @@ class ProgressCallback(transformers.TrainerCallback):
         self._pause = now
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Add the pace to what is logged; show and keep all of it."""
+        """Add the pace to what is logged; show and store all of it."""
         if not logs or self._before is None or "train_runtime" in logs:
             return
         values: dict[str, Any] = {"step": state.global_step, **logs}
@@ -281,7 +285,7 @@ def _rate(per_s: float) -> str:
 
 
 def _begin_log(path: Path, *, step: int) -> None:
-    """Write the head of a log, and again the rows up to a step of one that is there: what came after is done again."""
+    """Write the log's header, and keep an existing log's rows up to a step, because later steps are done again."""
     rows: list[dict[str, Any]] = []
     with naming_file("write", path):
         if step and path.exists():

@@ -1,4 +1,4 @@
-"""One training run from its settings: model, data and memory come together in Hugging Face's Trainer."""
+"""One training run: brings the settings' model, data and memory together in Hugging Face's Trainer."""
 
 from __future__ import annotations
 
@@ -37,33 +37,33 @@ __all__ = ["FinishedRun", "train"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedRun:
-    """How a run ended."""
+    """The result of a run."""
 
     path: Path
-    """What was saved last: the trained model, or a checkpoint if a signal has ended the run."""
+    """Path of what was saved last: the trained model, or a checkpoint if a signal ended the run."""
     recording: Path | None
-    """None: nothing was recorded."""
+    """Path of the recording; None if nothing was recorded."""
     stopped_by: signal.Signals | None
-    """None: it was trained to its end."""
+    """Signal that ended the run; None if it was trained to its end."""
     loss: float | None
-    """The last that was logged."""
+    """Last loss that was logged."""
     report: MemoryReport
 
 
 def train(settings: Settings, *, resume: bool, console: Console, profile: HardwareProfile | None = None) -> FinishedRun:
-    """Train; everything that can be checked is, before weights are read.
+    """Train, after checking everything that can be checked before weights are read.
 
     Args:
-        settings: what, on what, how, where.
-        resume: whether to go on from the last complete checkpoint in the output directory.
-        console: shows how it goes.
-        profile: rates of this machine, for MFU and predictions; None: they are not known.
+        settings: the settings of the training file.
+        resume: whether to continue from the last complete checkpoint in the output directory.
+        console: shows the progress.
+        profile: this machine's rates, for MFU and predictions; None: they are not known.
 
     Returns:
-        How it ended.
+        The result.
 
     Raises:
-        ConfigError: settings do not fit one another, the files, the machine or the run that is resumed.
+        ConfigError: settings do not fit each other, the files, the machine or the resumed run.
         GeminiError: see GeminiDDP and GeminiDDP.load_checkpoint.
     """
     _check_loggers(settings.output.report_to)
@@ -96,7 +96,7 @@ def train(settings: Settings, *, resume: bool, console: Console, profile: Hardwa
 def _build_trainer(
     settings: Settings, start: Start, console: Console, profile: HardwareProfile | None, stack: ExitStack
 ) -> _Trainer:
-    """Read everything but the weights, then those; what has an end is left to the stack."""
+    """Read everything except the weights, then the weights; the stack closes what must be closed."""
     device = torch.device(settings.memory.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype, reason = choose_dtype(start.dtype or settings.model.dtype, device)
     console.print(f"Working weights on {device}: {reason}")
@@ -147,7 +147,7 @@ def _build_trainer(
 
 
 def _check_loaded(engine: GeminiDDP, source: Path) -> None:
-    """Refuse weights that would stay random in a model that is to be fine-tuned."""
+    """Refuse weights that would stay random in a model to be fine-tuned."""
     missing = engine.loading_report.missing_keys if engine.loading_report is not None else ()
     if missing:
         raise ConfigError(
@@ -164,7 +164,7 @@ def _check_loggers(names: list[Any]) -> None:
 
 
 def _load_data(settings: Settings, tokenizer: Any, console: Console) -> tuple[Any, Any]:
-    """Return rows to train on and, if there are files of them, rows to evaluate on."""
+    """Return rows for training and, if there are files for it, rows for evaluation."""
     data = settings.data
     rows = load_rows(data.files, data, tokenizer, name="data.files")
     console.print(f"{len(rows):,} rows of up to {data.sequence_length:,} tokens")
@@ -176,7 +176,7 @@ def _load_data(settings: Settings, tokenizer: Any, console: Console) -> tuple[An
 def _utilization(
     forecast: Forecast | None, profile: HardwareProfile | None, dtype: torch.dtype, console: Console
 ) -> Utilization | None:
-    """Return what MFU is computed from; if it is not known, say how to get it."""
+    """Return the inputs of MFU; if they are not known, print how to get them."""
     peak = None if profile is None else profile.matrix_rates.get(str(dtype).removeprefix("torch."))
     if peak is None:
         console.print("MFU is left out: this machine's peak is not known. Measure it once: python -m gemini bench")
@@ -194,7 +194,7 @@ def _record(
     profile: HardwareProfile | None,
     stack: ExitStack,
 ) -> RunRecorder:
-    """Begin a recording, with what is expected of the run."""
+    """Start a recording that includes what is expected of the run."""
     predicted = None
     if forecast is not None and profile is not None:
         num_batches = settings.training.gradient_accumulation
@@ -208,7 +208,7 @@ def _record(
 
 
 class _Trainer(GeminiTrainer):
-    """Builds its engine from a directory's weights, and leaves the end of it to a stack."""
+    """Builds its engine from a directory's weights, and registers its end with a stack."""
 
     def __init__(self, stack: ExitStack, weights: Path | None, progress: ProgressCallback, **kwargs: Any) -> None:
         self._stack = stack
@@ -221,14 +221,14 @@ class _Trainer(GeminiTrainer):
         return self._stack.enter_context(GeminiDDP(model, config, weights=self._weights))
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Take no step in a run that is resumed when it has taken all: the trainer looks behind each step only."""
+        """Take no step in a resumed run that is complete: the trainer only checks after each step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Count a batch, and train on it."""
+        """Count a batch and train on it."""
         self.progress.count(inputs)
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         return loss
@@ -238,14 +238,14 @@ check_seams(_Trainer, transformers.Trainer, added={"build_engine"})
 
 
 class _StopCallback(transformers.TrainerCallback):
-    """Saves and ends after the step in which a signal came, unless that was the last one anyway."""
+    """Saves and ends after the step in which a signal came, unless that is the last step anyway."""
 
     def __init__(self, stop: StopOnSignals) -> None:
         self._stop = stop
         self.stopped_by: signal.Signals | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look for a signal."""
+        """Check for a signal."""
         if self._stop.should_stop() and state.global_step < state.max_steps:
             self.stopped_by = self._stop.received
             control.should_save = control.should_training_stop = True

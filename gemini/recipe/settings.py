@@ -1,7 +1,7 @@
-"""What a training file may say: the settings, their defaults, and what each is for.
+"""The settings of a training file, their defaults and their descriptions.
 
-The descriptions below are the documentation: `python -m gemini init` writes them into the file it makes. Whether
-values fit together is for those who use them to know; here each is checked on its own.
+The descriptions below are the documentation: `python -m gemini init` writes them into the file that it makes. Each
+value is checked here alone; the code that uses values checks whether they fit each other.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _check_endurance(endurance: str) -> str:
 
 @contextmanager
 def _as_value_error(name: str) -> Iterator[None]:
-    """Let pydantic, which adds the setting's own name, tell what is wrong with a value."""
+    """Report an invalid value through pydantic, which adds the setting's name."""
     try:
         yield
     except ConfigError as error:
@@ -73,7 +73,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 def section_in(annotation: Any) -> type[BaseModel] | None:
-    """Return the section that a setting of this type is, perhaps optionally; None if it is a plain value."""
+    """Return the section class of a setting's type, optional or not; None if the setting is a plain value."""
     kinds = (annotation, *getattr(annotation, "__args__", ()))
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
@@ -84,7 +84,7 @@ class _Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_what_is_easily_meant_otherwise(cls, value: Any, info: ValidationInfo) -> Any:
-        """Let true be no 1, and an empty name not the directory one happens to be in."""
+        """Refuse true as a number, and an empty name as the current directory."""
         assert info.field_name is not None
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
             raise ValueError("expected a value, not yes or no")
@@ -95,7 +95,7 @@ class _Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _fill_empty_sections(cls, values: Any) -> Any:
-        """Let a section of which all is commented out have its defaults; ask what is meant where none is one, too."""
+        """Use defaults where all settings of a section are commented out; refuse an empty optional section."""
         empty = [name for name in cls.model_fields if isinstance(values, dict) and values.get(name, "") is None]
         for name in empty:
             annotation = cls.model_fields[name].annotation

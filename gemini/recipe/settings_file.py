@@ -28,11 +28,11 @@ def read_settings(path: Path) -> Settings:
         path: a YAML file.
 
     Returns:
-        The settings; paths in them are as they were written.
+        The settings; paths in them are unchanged.
 
     Raises:
-        ConfigError: something in it is wrong; says where, what was expected and what it may have been meant to be.
-        OffloadIOError: it cannot be read.
+        ConfigError: a setting is wrong; the message names the place, the expected value and a likely correction.
+        OffloadIOError: the file cannot be read.
     """
     try:
         with naming_file("read", path):
@@ -47,20 +47,20 @@ def parse_settings(text: str, *, source: str) -> Settings:
 
     Args:
         text: YAML.
-        source: what to call it in messages.
+        source: name of the text in messages.
 
     Returns:
         The settings.
 
     Raises:
-        ConfigError: something in it is wrong.
+        ConfigError: a setting is wrong.
     """
     try:
         lines, values = _read_yaml(text, source)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
         raise ConfigError(f"{source}:{line}: this is not YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # of numbers and dates that there are not
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # invalid numbers and dates
         raise ConfigError(f"{source}: this is not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise ConfigError(f"{source}: expected sections and settings, got values within values without end") from None
@@ -84,7 +84,7 @@ def _read_yaml(text: str, source: str) -> tuple[dict[Place, int], Any]:
 
 
 def _lines_of(node: yaml.Node, place: Place, source: str) -> Iterator[tuple[Place, int]]:
-    """Yield where each value stands, counting from 1; refuse keys that are there twice, which YAML lets pass."""
+    """Yield the line of each value, from 1; refuse duplicate keys, which YAML allows."""
     yield place, node.start_mark.line + 1
     if isinstance(node, yaml.MappingNode):
         seen = set()
@@ -106,7 +106,7 @@ def _lines_of(node: yaml.Node, place: Place, source: str) -> Iterator[tuple[Plac
 
 
 def _describe(error: Any, lines: dict[Place, int], source: str) -> str:
-    """Return one line about one error of pydantic's."""
+    """Return one line for one of pydantic's errors."""
     place = tuple(error["loc"])
     while place not in lines and place:  # pydantic adds the members of unions
         place = place[:-1]
@@ -137,13 +137,13 @@ def _section_of(place: Place) -> dict[str, FieldInfo]:
 
 
 def write_template(known: dict[str, dict[str, Any]]) -> str:
-    """Return a training file with every setting, its default and what it is for.
+    """Return a training file with every setting, its default and its description.
 
     Args:
-        known: values that are known already, by section and key; the other settings stand there as comments.
+        known: known values by section and key; the other settings are written as comments.
 
     Returns:
-        YAML that `parse_settings` takes, if `known` has all that has no default.
+        YAML that `parse_settings` accepts, if `known` contains everything without a default.
     """
     lines = ["# A training file: python -m gemini train THIS", "# What is commented out has the value shown."]
     for name, field in Settings.model_fields.items():
@@ -173,7 +173,7 @@ def _template_of(section: type[pydantic.BaseModel], known: dict[str, Any], *, in
 
 
 def _examples(section: type[pydantic.BaseModel]) -> dict[str, Any]:
-    """Return values of an optional section's required settings, so that it can be uncommented as it stands."""
+    """Return values for an optional section's required settings, so that it can be uncommented unchanged."""
     examples = {"path": "/nvme/swap", "budget": "100GiB"}
     return {name: examples[name] for name, field in section.model_fields.items() if field.is_required()}
 

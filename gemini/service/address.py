@@ -1,4 +1,4 @@
-"""Where a service listens: `unix:PATH`."""
+"""The address of a service: `unix:PATH`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looking at the service, and ending jobs or the service itself."""
+"""The commands that inspect the service, end jobs, or end the service itself."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ __all__ = ["Administration"]
 logger = logging.getLogger(__name__)
 
 ROWS_IN_PART = 64
-"""Of ranks, and of shared chunks; keeps a packet within its bounds."""
+"""Maximum number of rows (ranks or shared chunks) in one part of the answer; keeps a packet within its limit."""
 
 
 class Administration:
     """Answers `ps`, `evict` and `drain`.
 
     Args:
-        state: of the service.
-        stop: ends it.
+        state: the service's state.
+        stop: ends the service.
     """
 
     def __init__(self, state: ServiceState, stop: Callable[[], None]) -> None:
         self.is_draining = False
         self.is_ending = False
-        """Whether connections that end now are the service's doing, and leave what they hold as it is."""
+        """Whether the service itself is closing connections now; if so, it leaves what the clients hold as it is."""
         self._state, self._stop = state, stop
         self._drain_evicts_after_s: float | None = None
 
     def may_administer(self, user: int) -> bool:
-        """Return whether somebody may see and end other users' jobs: root, and whose service it is."""
+        """Return whether a user may see and end other users' jobs: root and the service's own user may."""
         return user in (0, os.geteuid())
 
     def handle(self, session: Session, message: AskState | Evict | Drain) -> None:
@@ -56,7 +56,7 @@ class Administration:
     # Ending
 
     def begin_drain(self, timeout_s: float | None) -> None:
-        """Grant no more, and stop when no job is left.
+        """Grant nothing more, and stop when no job is left.
 
         Args:
             timeout_s: seconds after which jobs are evicted; None: never.
@@ -85,14 +85,14 @@ class Administration:
         session.done(message.id)
 
     def evict(self, job: JobKey, timeout_s: float) -> bool:
-        """End a job: what is kept of it is freed now, its processes are asked to end, and then killed.
+        """End a job: free its kept state now, ask its processes to end, and then kill them.
 
         Args:
-            job: which.
+            job: the job to end.
             timeout_s: seconds from SIGTERM to SIGKILL.
 
         Returns:
-            Whether there is such a job.
+            Whether the job exists.
         """
         service = self._state
         sessions = [each for each in service.sessions if each.member is not None and each.member.job == job]
@@ -117,7 +117,7 @@ class Administration:
         try:
             signal.pidfd_send_signal(process, number)
         except ProcessLookupError:
-            pass  # its end is about to be noticed
+            pass  # the connection's end is about to be noticed
         except PermissionError:
             logger.warning("process %d may not be signalled by this user: only its leases are ended", session.pid)
             session.connection.close()
@@ -140,7 +140,7 @@ class Administration:
         session.connection.send(state)
 
     def host_state(self) -> TierState:
-        """Return what host memory is taken by."""
+        """Return how host memory is used."""
         ledger, kept = self._state.ledger, self._kept_nbytes()[0]
         warm = ledger.shared.warm_nbytes()
         return TierState(
@@ -152,7 +152,7 @@ class Administration:
         )
 
     def disk_state(self) -> TierState:
-        """Return what disk is taken by."""
+        """Return how the disk is used."""
         ledger, kept = self._state.ledger, self._kept_nbytes()[1]
         return TierState(total=ledger.budget.disk, leased=ledger.held().disk - kept, kept=kept, shared=0, warm=0)
 
@@ -161,7 +161,7 @@ class Administration:
         return sum(each.host for each in amounts), sum(each.disk for each in amounts)
 
     def member_rows(self, user: int | None = None) -> list[MemberRow]:
-        """Return all ranks that are here, kept or expected; of one user, or of all."""
+        """Return all ranks that are connected, kept or expected; with `user`, only that user's."""
         service, now_s = self._state, time.monotonic()
         rows = [self._session_row(each, each.member, now_s) for each in service.sessions if each.member is not None]
         for member, kept in service.desk.kept.items():
@@ -226,7 +226,7 @@ class Administration:
         )
 
     def shared_rows(self, user: int | None = None) -> list[SharedRow]:
-        """Return all shared chunks; of one user, or of all."""
+        """Return all shared chunks; with `user`, only that user's."""
         now_s = time.monotonic()
         return [
             SharedRow(

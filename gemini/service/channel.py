@@ -1,6 +1,7 @@
-"""A client's end of the connection: one background thread receives, any thread asks. Knows messages, not leases.
+"""A client's end of the connection: one background thread receives, and any thread may ask. Knows messages, not leases.
 
-When the service dies the thread says so once and tries to find it again, every second; who waits for an answer is told.
+When the service dies, the thread logs it once, tells callers that wait for an answer, and tries to reconnect every
+second.
 """
 
 from __future__ import annotations
@@ -35,38 +36,38 @@ logger = logging.getLogger(__name__)
 
 RETRY_S = 1.0
 ANSWER_TIMEOUT_S = 30.0
-"""For what the service answers at once."""
+"""Seconds to wait for an answer that the service gives at once."""
 
 Descriptors: TypeAlias = tuple[int, ...]
 Answer: TypeAlias = tuple[ServiceMessage, Descriptors]
 Exchange: TypeAlias = Callable[[ClientMessage, Sequence[int]], Answer]
-"""Sends a message with descriptors and returns its answer, in the channel's thread, while a connection begins."""
+"""Sends a message with descriptors and returns the answer; called in the channel's thread while it connects."""
 
 
 class NoServiceError(ServiceError):
-    """Nobody answers at an address."""
+    """No service answers at the address."""
 
 
 class ConnectionLostError(ServiceError):
-    """The service is gone, and has not come back yet."""
+    """The connection to the service is lost and not yet restored."""
 
 
 class Pending:
-    """An answer that is waited for.
+    """An answer that has not arrived yet.
 
     Args:
-        changed: shared by all answers of a channel.
+        changed: condition that all answers of a channel share.
     """
 
     def __init__(self, changed: threading.Condition) -> None:
         self.reason = ""
-        """Why there is none yet, in the service's words."""
+        """Reason why there is no answer yet, in the service's words."""
         self._changed = changed
         self._answer: Answer | None = None
         self._is_lost = self._is_abandoned = False
 
     def resolve(self, answer: Answer) -> None:
-        """Give the answer to who waits; called by the channel's thread, with the condition held."""
+        """Set the answer. Called from: the channel's thread, which holds the condition."""
         if self._is_abandoned:
             close_all(answer[1])
         elif isinstance(answer[0], Waiting):
@@ -75,11 +76,11 @@ class Pending:
             self._answer = answer
 
     def lose(self) -> None:
-        """Say that there will be no answer; as `resolve`."""
+        """Record that no answer will come. Called from: the channel's thread, which holds the condition."""
         self._is_lost = True
 
     def abandon(self) -> None:
-        """Take the answer, if it ever comes, for nothing."""
+        """Discard the answer if it ever comes."""
         with self._changed:
             self._is_abandoned = True
             if self._answer is not None:
@@ -87,18 +88,18 @@ class Pending:
                 self._answer = None
 
     def wait(self, timeout_s: float | None, on_wait: Callable[[str], None] | None = None) -> Answer:
-        """Return the answer when it is there; Ctrl-C interrupts this in the main thread.
+        """Wait for the answer and return it; Ctrl-C interrupts this in the main thread.
 
         Args:
-            timeout_s: seconds to wait at most; None: for ever.
-            on_wait: is told why there is no answer yet, each time that changes, in this thread.
+            timeout_s: maximum wait in seconds; None: no limit.
+            on_wait: called in this thread with the reason for the wait, each time it changes.
 
         Returns:
-            The message, and descriptors that are the caller's now.
+            The message, and its descriptors, which the caller now owns.
 
         Raises:
-            ConnectionLostError: the service has died meanwhile.
-            TimeoutError: so much time has passed.
+            ConnectionLostError: the service died during the wait.
+            TimeoutError: the time limit passed.
         """
         until_s = None if timeout_s is None else time.monotonic() + timeout_s
         told = ""
@@ -122,17 +123,17 @@ class Pending:
 
 
 class Channel:
-    """A connection to the service that comes back when the service does.
+    """A connection to a service that reconnects when the service returns.
 
     Args:
         path: the service's socket.
         hello: the first message.
-        resume: called in the channel's thread on every connection after the first, before anybody else may ask.
-        resumed: called there as soon as others may.
+        resume: called in the channel's thread on every connection after the first, before other threads may ask.
+        resumed: called in the channel's thread as soon as other threads may ask.
 
     Raises:
         NoServiceError: no service is there; the message says how to start one.
-        ServiceError: it refuses.
+        ServiceError: the service refuses.
     """
 
     def __init__(
@@ -143,16 +144,22 @@ class Channel:
         resume: Callable[[Exchange], None] | None = None,
         resumed: Callable[[], None] | None = None,
     ) -> None:
+        # - What others may see
         self.num_messages = 0
-        """Sent and received since the first connection began."""
+        """Number of messages sent and received since the first connection began."""
         self.is_ending = False
-        """Whether the service is about to end the connection, which is then no news."""
+        """Whether the service is expected to end the connection; the end is then not logged."""
+        # - How a connection begins
         self._path, self._hello = path, hello
         self._resume, self._resumed = resume, resumed
+        # - Answers that are awaited
         self._changed = threading.Condition()
         self._pending: dict[int, Pending] = {}
+        """Pending answers by message number. Guarded by: `_changed`."""
         self._last_id = 0
+        """Number of the last message. Guarded by: `_changed`."""
         self._is_closed = False
+        # - The connection and its thread
         self._process = os.getpid()
         self._socket: socket.socket | None = None
         self._wake_receiver, self._wake_sender = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -169,7 +176,7 @@ class Channel:
             raise
         connected.setblocking(False)
         self._socket = connected
-        # The thread ends with the channel, not the other way round; after a fork the child's copy is only descriptors.
+        # The thread ends with the channel, not the other way round; after a fork the child's copy has only descriptors.
         reference = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _forget_in_child(reference()))
         self._thread = threading.Thread(target=self._run, name="gemini-service", daemon=True)
@@ -177,12 +184,12 @@ class Channel:
 
     @property
     def is_connected(self) -> bool:
-        """Whether the service is there, as far as is known."""
+        """Whether the service is connected, as far as is known."""
         return self._socket is not None and not self.is_foreign
 
     @property
     def is_foreign(self) -> bool:
-        """Whether this is a forked child's copy, which does nothing."""
+        """Whether this is a copy in a forked child; such a copy does nothing."""
         return self._process != os.getpid()
 
     def new_id(self) -> int:
@@ -195,43 +202,41 @@ class Channel:
         """Send a message.
 
         Args:
-            request: its `id`.
-            message: of this connection.
-            descriptors: to give beside it.
+            request: the message's `id`.
+            message: the message to send.
+            descriptors: file descriptors to send with it.
 
         Returns:
-            Its answer, to be waited for.
+            The pending answer.
 
         Raises:
-            ConnectionLostError: the service is not there.
+            ConnectionLostError: the service is not connected.
         """
         pending = Pending(self._changed)
         with self._changed:
             if self._socket is None or self._is_closed:
-                raise ConnectionLostError(
-                    f"the memory service at unix:{self._path} is gone; it is looked for every second"
-                )
+                raise ConnectionLostError(f"the memory service at unix:{self._path} is gone; reconnecting every second")
             self._pending[request] = pending
             try:
                 self._send(self._socket, message, descriptors)
-            except OSError as error:  # its end is about to be noticed
+            except OSError as error:  # the connection's end is about to be noticed
                 del self._pending[request]
                 raise ConnectionLostError(f"the memory service at unix:{self._path} is gone ({error})") from error
         return pending
 
     def ask(self, request: int, message: ClientMessage, descriptors: Sequence[int] = ()) -> Answer:
-        """Send a message and return its answer, which the service gives at once.
+        """Send a message that the service answers at once, and return the answer.
 
         Args:
-            request: its `id`.
-            message: of this connection.
-            descriptors: to give beside it.
+            request: the message's `id`.
+            message: the message to send.
+            descriptors: file descriptors to send with it.
 
         Returns:
-            The message, and descriptors that are the caller's now.
+            The message, and its descriptors, which the caller now owns.
 
         Raises:
-            ServiceError: the service is gone, or does not answer.
+            ServiceError: the connection is lost, or the service does not answer.
         """
         pending = self.begin(request, message, descriptors)
         try:
@@ -247,7 +252,7 @@ class Channel:
             raise
 
     def post(self, message: ClientMessage) -> None:
-        """Send a message whose answer does not matter; to a service that is gone, nothing."""
+        """Send a message whose answer does not matter; do nothing if the connection is lost."""
         with self._changed:
             if self._socket is not None:
                 try:
@@ -256,17 +261,17 @@ class Channel:
                     logger.debug("a message to the memory service is lost: %s", error)
 
     def wait_connected(self, timeout_s: float | None) -> bool:
-        """Wait until the service is there; return whether it is. Ctrl-C interrupts this in the main thread."""
+        """Wait until the service is connected; return whether it is. Ctrl-C interrupts this in the main thread."""
         with self._changed:
             return self._changed.wait_for(lambda: self._socket is not None or self._is_closed, timeout_s)
 
     def wait_lost(self) -> None:
-        """Wait until the service is gone. Ctrl-C interrupts this in the main thread."""
+        """Wait until the connection is lost. Ctrl-C interrupts this in the main thread."""
         with self._changed:
             self._changed.wait_for(lambda: self._socket is None)
 
     def close(self) -> None:
-        """End the connection and the thread. Idempotent; nothing in a forked child."""
+        """End the connection and the thread. Idempotent; does nothing in a forked child."""
         if self.is_foreign:
             return
         with self._changed:
@@ -296,7 +301,7 @@ class Channel:
         self._lose()
 
     def _receive(self, connected: socket.socket) -> bool:
-        """Take a packet, if there is one; return whether the service is still there."""
+        """Receive a packet if there is one; return whether the service is still connected."""
         try:
             packet = receive_packet(connected)
             if not packet.payload:
@@ -403,7 +408,7 @@ class Channel:
         os.close(self._wake_sender)
 
     def forget(self) -> None:
-        """Close a forked child's copies of the descriptors; no lock is taken, as its owner may not exist here."""
+        """Close a forked child's copies of the descriptors; take no lock, as its owner may not exist in the child."""
         if not self._is_closed:
             if self._socket is not None:
                 os.close(self._socket.detach())

@@ -1,9 +1,9 @@
 """A job's side of the node's memory service: leases, kept state and shared chunks.
 
 [Note: What the service's death changes]
-Nothing that a client holds: memory is its own, or mapped; files are open. A thread of the client's notices, warns once
-and tells a new service, as soon as there is one, what the client holds. Until then `lease` and `shared` wait, what has
-been freed is simply not told, and all else raises ServiceError.
+Nothing that a client holds is lost: its memory is its own or mapped, and its files are open. A thread of the client
+notices the death, warns once, and tells a new service, as soon as there is one, what the client holds. Until then
+`lease` and `shared` wait, freed memory is not reported, and every other call raises ServiceError.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ BYE_TIMEOUT_S = 5.0
 
 
 class ServiceClient:
-    """One rank's connection to the node's memory service. Threads may use it; a forked child's copy does nothing.
+    """One rank's connection to the node's memory service. Thread-safe; a forked child's copy does nothing.
 
     See [Note: What the service's death changes].
 
     Args:
         path: the service's socket.
-        hello: who this is.
+        hello: the rank's first message, which identifies it.
 
     Raises:
         ServiceError: no service is there, or it refuses.
@@ -70,26 +70,28 @@ class ServiceClient:
         self._hello = hello
         self._lock = threading.Lock()
         self._leases: list[Lease] = []
+        """Leases that have not ended. Guarded by: `_lock`."""
         self._chunks: dict[str, SharedChunk] = {}
+        """Shared chunks by key. Guarded by: `_lock`."""
         self._adopted: list[Lease | SharedChunk] = []
         self._channel = Channel(path, hello, resume=self._resume, resumed=self._end_meanwhile)
         self.kept: Kept | None = self._channel.welcome.kept
-        """What was kept of this rank's predecessor, until it is taken or dropped; None: nothing."""
+        """State kept from this rank's predecessor, until it is taken or dropped; None if nothing is kept."""
 
     @staticmethod
     def connect(address: str, *, job: str, rank: int = 0, num_ranks: int = 1, priority: int = 0) -> ServiceClient:
         """Connect to a service.
 
         Args:
-            address: such as "unix:/run/gemini/service.sock".
-            job: a name of the user's choosing, printable ASCII without spaces, the same for all ranks and after a
-                restart, and for one job at a time.
-            rank: of this process.
-            num_ranks: of the job.
-            priority: -100 to 100; above 0 is for root and the service's own user.
+            address: for example "unix:/run/gemini/service.sock".
+            job: a name that the user chooses: printable ASCII without spaces, the same for all ranks and after a
+                restart, and used by one job at a time.
+            rank: this process's rank.
+            num_ranks: number of ranks of the job.
+            priority: -100 to 100; only root and the service's own user may use more than 0.
 
         Returns:
-            The client; `close` it.
+            The client; the caller closes it.
 
         Raises:
             ConfigError: the address has another form.
@@ -101,22 +103,22 @@ class ServiceClient:
 
     @property
     def num_messages(self) -> int:
-        """Messages sent and received so far; training adds none."""
+        """Number of messages sent and received so far; training adds none."""
         return self._channel.num_messages
 
     @property
     def is_connected(self) -> bool:
-        """Whether the service is there."""
+        """Whether the service is connected."""
         return self._channel.is_connected
 
     def budget(self) -> NodeBudget:
-        """Ask what there is.
+        """Ask for the node's budget.
 
         Returns:
-            Totals, what is free, and a fair share, bytes.
+            Totals, free amounts and a fair share, in bytes.
 
         Raises:
-            ServiceError: the service is gone.
+            ServiceError: the connection is lost.
         """
         answer, _ = self.ask(lambda id: AskBudget(id=id))
         assert isinstance(answer, Budget)
@@ -139,24 +141,25 @@ class ServiceClient:
         timeout_s: float | None = None,
         on_wait: Callable[[str], None] | None = None,
     ) -> Lease:
-        """Ask for memory and wait until it is granted; with several ranks, until all have asked and all can be granted.
+        """Ask for memory and wait until it is granted; several ranks wait until all have asked and all can be granted.
 
-        A rank that holds a lease or a shared chunk already does not wait: so nobody holds a part and waits for
-        another's.
+        A rank that already holds a lease or a shared chunk does not wait. So no rank holds a part while it waits for
+        another rank's.
 
         Args:
-            host_nbytes: of host memory, which the client then allocates itself.
-            disk_nbytes: of disk; 0: none.
-            shared: keys and lengths of the shared chunks that this rank will ask for (`shared`), counted once for all
-                who use them, and not at all if they are there.
-            timeout_s: seconds to wait; None: for ever.
-            on_wait: is told what is waited for, each time that changes, in this thread.
+            host_nbytes: host memory in bytes; the client allocates it itself once it is granted.
+            disk_nbytes: disk space in bytes; 0 for none.
+            shared: keys and lengths of the shared chunks that this rank will ask for (`shared`). A chunk counts once
+                for all its users, and not at all if it exists.
+            timeout_s: maximum wait in seconds; None: no limit.
+            on_wait: called in this thread with the reason for the wait, each time it changes.
 
         Returns:
             The lease.
 
         Raises:
-            OutOfTierMemoryError: it can never be granted, or not now to a rank that holds something.
+            OutOfTierMemoryError: it can never be granted, or this rank already holds something and it cannot be granted
+                now.
             ServiceError: it was not granted in time, or the service refuses.
         """
         wanted = dict(shared or {})
@@ -169,13 +172,13 @@ class ServiceClient:
         return self._add_lease(answer, descriptors)
 
     def take_kept(self) -> KeptState:
-        """Take over what was kept of this rank's predecessor.
+        """Take over the state kept from this rank's predecessor.
 
         Returns:
-            It, with the lease it is part of.
+            The state, with the lease that it belongs to.
 
         Raises:
-            ServiceError: nothing is kept, or the service is gone.
+            ServiceError: nothing is kept, or the connection is lost.
         """
         kept = self.kept
         answer, descriptors = self.ask(lambda id: TakeKept(id=id))
@@ -187,16 +190,16 @@ class ServiceClient:
         return KeptState(lease=lease, fd=lease.keep_fd, nbytes=answer.file_nbytes, meta=kept.meta)
 
     def drop_kept(self) -> None:
-        """Free what was kept of this rank's predecessor.
+        """Free the state kept from this rank's predecessor.
 
         Raises:
-            ServiceError: the service is gone.
+            ServiceError: the connection is lost.
         """
         self.ask(lambda id: DropKept(id=id))
         self.kept = None
 
     def take_back(self, lease: Lease) -> bool:
-        """End a lease, as `Lease.end` does; return whether it is for the caller to close its descriptors."""
+        """End a lease, as `Lease.end` does; return whether the caller must close its descriptors."""
         with self._lock:
             if lease.is_ended or self._channel.is_foreign:
                 return False
@@ -221,22 +224,23 @@ class ServiceClient:
         timeout_s: float | None = None,
         on_wait: Callable[[str], None] | None = None,
     ) -> SharedChunk:
-        """Find a shared chunk, wait for whoever fills it, or get the task.
+        """Find a shared chunk, wait for the process that fills it, or get the task of filling it.
 
-        A filled chunk that this client has already is the same object again.
+        If this client already has a filled chunk, the same object is returned again.
 
         Args:
-            key: names the content, as a fingerprint of its source; each user's own; at most 48 printable characters.
+            key: name of the content, for example a fingerprint of its source; keys belong to one user; at most 48
+                printable characters.
             nbytes: its length.
-            timeout_s: seconds to wait for another process that fills it; None: for ever.
-            on_wait: is told what is waited for, each time that changes, in this thread.
+            timeout_s: maximum wait in seconds for another process that fills the chunk; None: no limit.
+            on_wait: called in this thread with the reason for the wait, each time it changes.
 
         Returns:
             The chunk, filled or to be filled.
 
         Raises:
-            OutOfTierMemoryError: there is no room for a new one now; declare it when asking for a lease.
-            ServiceError: the key stands for another length, the time is over, or the service refuses.
+            OutOfTierMemoryError: there is no room for a new chunk now; declare it when asking for a lease.
+            ServiceError: the key belongs to a chunk of another length, the time limit passed, or the service refuses.
         """
         with self._lock:
             before = self._chunks.get(key)
@@ -252,10 +256,10 @@ class ServiceClient:
         return chunk
 
     def release_shared(self, chunk: SharedChunk) -> None:
-        """Say that a shared chunk is no longer used here, and close its descriptor; mappings stay valid. Idempotent.
+        """Report that a shared chunk is no longer used here, and close its descriptor; mappings stay valid. Idempotent.
 
         Args:
-            chunk: of this client.
+            chunk: a chunk of this client.
         """
         with self._lock:
             if chunk.is_released or self._channel.is_foreign:
@@ -280,7 +284,7 @@ class ServiceClient:
                 raise ConnectionLostError("no service knows of it")
             answer, (filled,) = self.ask(lambda id: FillDone(id=id, key=chunk.key, digest=digest))
             assert isinstance(answer, SharedGiven)
-        except ConnectionLostError:  # the next service is told that it is filled
+        except ConnectionLostError:  # the next service is told that the chunk is filled
             filled = open_read_only(chunk.fd)
         with self._lock:
             before, chunk.fd, chunk.digest = chunk.fd, filled, digest
@@ -289,7 +293,7 @@ class ServiceClient:
     # The end
 
     def close(self, *, keep: bool = False) -> None:
-        """End the connection and all leases, and close their descriptors. Idempotent; nothing in a forked child.
+        """End the connection and all leases, and close their descriptors. Idempotent; does nothing in a forked child.
 
         Args:
             keep: whether a kept file stays for a successor, with its lease, as if this process had been killed.
@@ -322,16 +326,16 @@ class ServiceClient:
     # Asking
 
     def ask(self, message_of: Callable[[int], ClientMessage]) -> Answer:
-        """Ask what the service answers at once.
+        """Send a message that the service answers at once, and return the answer.
 
         Args:
-            message_of: returns the message, given its number.
+            message_of: returns the message for a given number.
 
         Returns:
-            The answer, and descriptors that are the caller's.
+            The answer, and its descriptors, which the caller now owns.
 
         Raises:
-            ServiceError: the service refuses, or is gone.
+            ServiceError: the service refuses, or the connection is lost.
         """
         request = self._channel.new_id()
         return _accepted(self._channel.ask(request, message_of(request)))
@@ -342,7 +346,7 @@ class ServiceClient:
     def _ask_patiently(
         self, message_of: Callable[[int], ClientMessage], timeout_s: float | None, on_wait: Callable[[str], None] | None
     ) -> Answer:
-        """Ask what may take its time, and ask again if the service dies meanwhile."""
+        """Send a message whose answer may take time, and send it again if the service dies during the wait."""
         until_s = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             left_s = None if until_s is None else max(0.0, until_s - time.monotonic())
@@ -404,7 +408,7 @@ class ServiceClient:
             logger.warning("the new memory service does not count this process's lease: %s", answer.text)
 
     def _end_meanwhile(self) -> None:
-        """Tell the new service what has been given back while it was told what there is."""
+        """Tell the new service what was given back while the client was reporting what it holds."""
         for each in self._adopted:
             if isinstance(each, Lease) and each.is_ended:
                 self._tell(lambda id, number=each.number: EndLease(id=id, lease=number))  # type: ignore[misc]
@@ -414,7 +418,7 @@ class ServiceClient:
 
 
 def _accepted(answer: Answer) -> Answer:
-    """Return an answer that is no refusal."""
+    """Return an answer that is not a refusal."""
     message, _ = answer
     if isinstance(message, Refused):
         if message.kind in ("never-fits", "full"):

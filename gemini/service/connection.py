@@ -30,40 +30,44 @@ __all__ = ["Connection", "MessageHandler", "ProtocolError"]
 logger = logging.getLogger(__name__)
 
 MAX_UNSENT_PACKETS = 256
-"""A client that reads none of so many answers is cut off."""
+"""Maximum number of unread answers; a client that reads none of them is disconnected."""
 MAX_PACKETS_PER_TURN = 16
-"""Then other clients have theirs."""
+"""Maximum number of packets that one client has handled before other clients get their turn."""
 MAX_LAST_PACKETS = 1024
-"""Of a process that has died; Linux keeps no more for a socket unless told to."""
+"""Maximum number of packets read from a process that has died; Linux keeps no more for a socket by default."""
 
 MessageHandler: TypeAlias = Callable[[ClientMessage, tuple[int, ...]], None]
-"""Is given a message and its descriptors, which it closes; raises ProtocolError to end the connection."""
+"""Function that handles a message and its descriptors, which it closes; raises ProtocolError to end the connection."""
 
 
 class ProtocolError(Exception):
-    """A client does what the protocol does not allow."""
+    """A client violates the protocol."""
 
 
 class Connection:
-    """Receives a client's messages and sends it others, until either side ends it.
+    """Receives a client's messages and sends it others, until either side ends the connection.
 
-    Ends are noticed by the socket, and by the process: a child that it forked may hold the socket open for longer.
+    The end is noticed on the socket and by the process: a forked child of the client may hold the socket open for
+    longer.
 
     Args:
-        connected: SOCK_SEQPACKET; closed with this.
+        connected: SOCK_SEQPACKET socket; this object closes it.
         on_message: called for each message.
-        on_end: called once, when the connection has ended for whatever reason.
+        on_end: called once, when the connection has ended for any reason.
     """
 
     def __init__(self, connected: socket.socket, on_message: MessageHandler, on_end: Callable[[], None]) -> None:
         connected.setblocking(False)
+        # - The client
         self.peer = peer_credentials(connected)
         self.process: int | None = None
-        """A descriptor of the peer's process (pidfd); None: it cannot be seen from here."""
+        """Descriptor of the peer's process (pidfd); None if the process cannot be seen from here."""
+        # - What has happened
         self.num_received = 0
         self.is_closed = False
         self.is_malformed = False
-        """Whether it was ended because of what came."""
+        """Whether the connection was ended because a packet was malformed."""
+        # - What carries messages
         self._socket = connected
         self._on_message, self._on_end = on_message, on_end
         self._unsent: deque[tuple[bytes, tuple[int, ...]]] = deque()
@@ -76,11 +80,11 @@ class Connection:
             logger.debug("process %d of a client cannot be watched: %s", self.peer.pid, error)
 
     def send(self, message: ServiceMessage, descriptors: tuple[int, ...] = ()) -> None:
-        """Send a message, now or when the client has read others; to an ended connection, nothing.
+        """Send a message, now or when the client has read earlier ones; do nothing if the connection has ended.
 
         Args:
-            message: what to say.
-            descriptors: to give beside it; the caller keeps its own.
+            message: the message to send.
+            descriptors: file descriptors to send with it; the caller keeps its own.
         """
         if self.is_closed:
             return
@@ -109,7 +113,7 @@ class Connection:
             self.process = None
 
     def receive_now(self) -> None:
-        """Handle what has come but was not yet read; bounded, as a child of a dead client may go on sending."""
+        """Handle packets that arrived but are unread; limited, because a child of a dead client may keep sending."""
         for _ in range(MAX_LAST_PACKETS):
             if self.is_closed or not self._receive_one():
                 return
@@ -120,7 +124,7 @@ class Connection:
                 return
 
     def _receive_last(self) -> None:
-        """The process has died: take what it said before, and end."""
+        """Read what the dead process sent before its end, and close."""
         self.receive_now()
         self.close()
 
@@ -147,7 +151,7 @@ class Connection:
         return True
 
     def _refuse(self, error: Exception) -> None:
-        # Not louder: whoever may connect could fill the log.
+        # Logged at a low level: anyone who may connect could fill the log.
         logger.debug("the connection of process %d (user %d) is ended: %s", self.peer.pid, self.peer.user, error)
         self.is_malformed = True
         self.close()
@@ -170,5 +174,5 @@ class Connection:
             self._loop.remove_writer(self._socket)
         except BlockingIOError:
             self._loop.add_writer(self._socket, self._send_unsent)
-        except OSError:  # gone; what it said before has still to be read
+        except OSError:  # the peer is gone; what it sent before must still be read
             self._loop.remove_writer(self._socket)

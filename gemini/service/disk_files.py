@@ -1,4 +1,4 @@
-"""The service's files on disk: one for each lease, preallocated, without a way to them but their descriptors."""
+"""The service's files on disk: one per lease, preallocated, and reachable only through descriptors."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _LOCK_NAME = ".gemini-service.lock"
 
 
 def lock_file(path: Path) -> int:
-    """Make sure that one service at a time uses something.
+    """Lock a resource, so that only one service at a time uses it.
 
     Args:
-        path: of a file that stands for it; it is made and stays.
+        path: lock file that represents the resource; it is created and stays.
 
     Returns:
-        A descriptor; the lock ends with it, or with the process.
+        A descriptor; the lock ends when it is closed or the process ends.
 
     Raises:
-        ServiceError: another service has it.
+        ServiceError: another service holds the lock.
         OffloadIOError: the file cannot be opened.
     """
     with naming_file("open", path):
@@ -41,14 +41,14 @@ def lock_file(path: Path) -> int:
 
 
 class DiskFiles:
-    """The files of leases in one directory, which this service has to itself; a context manager.
+    """The files of leases in one directory, which only this service uses; a context manager.
 
     Args:
         directory: must exist.
 
     Raises:
-        ServiceError: another service uses it.
-        OffloadIOError: it cannot be used.
+        ServiceError: another service uses the directory.
+        OffloadIOError: the directory cannot be used.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -56,26 +56,26 @@ class DiskFiles:
         self._lock = lock_file(self.directory / _LOCK_NAME)
 
     def new_name(self, user: int) -> str:
-        """Return a name nobody has had; it says whose the file is."""
+        """Return a name that was never used before; it contains the owner's user id."""
         return f"gemini-lease-{user}-{secrets.token_hex(8)}.swap"
 
     def user_of(self, name: str) -> int | None:
-        """Return whose file a name means; None: it is not one of ours."""
+        """Return the owner's user id in a file name; None if it is not one of these files."""
         match = _NAME_PATTERN.fullmatch(name)
         return int(match[1]) if match else None
 
     def create(self, name: str, nbytes: int) -> int:
-        """Make a file and take its space; blocks, for long where the file system writes zeros.
+        """Create a file and reserve its space. Blocks, for long where the file system writes zeros.
 
         Args:
-            name: of `new_name`.
+            name: a name from `new_name`.
             nbytes: its length.
 
         Returns:
-            A descriptor for reading and writing; who gets it may set O_DIRECT on it (F_SETFL).
+            A descriptor for reading and writing; its user may set O_DIRECT on it (F_SETFL).
 
         Raises:
-            OffloadIOError: the file system refuses; nothing is left of the file.
+            OffloadIOError: the file system refuses; no part of the file is left.
         """
         path = self.directory / name
         with naming_file("reserve", path):
@@ -94,12 +94,12 @@ class DiskFiles:
             return os.open(self.directory / name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
 
     def remove(self, name: str) -> None:
-        """Free a file's space as soon as nobody has it open; one that is gone is no error."""
+        """Remove a file; its space is freed when no process has it open. A missing file is no error."""
         with suppress(FileNotFoundError):
             (self.directory / name).unlink()
 
     def existing(self) -> dict[str, int]:
-        """Return the lengths of the files that are there, of whichever service, by name."""
+        """Return the lengths of the existing files by name, including those of other services."""
         return {
             entry.name: entry.stat(follow_symlinks=False).st_size
             for entry in os.scandir(self.directory)
@@ -107,7 +107,7 @@ class DiskFiles:
         }
 
     def close(self) -> None:
-        """Let another service use the directory; the files stay."""
+        """Release the directory for other services; the files stay."""
         os.close(self._lock)
 
     def __enter__(self) -> DiskFiles:

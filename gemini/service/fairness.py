@@ -1,4 +1,4 @@
-"""Who is next, and how much is a fair share: arithmetic on plain numbers."""
+"""The order of service and fair shares: arithmetic on plain numbers."""
 
 from __future__ import annotations
 
@@ -22,36 +22,37 @@ class Amount:
         return Amount(self.host - other.host, self.disk - other.disk)
 
     def fits_in(self, free: Amount) -> bool:
-        """Return whether there is room; what needs nothing fits even where less than nothing is free."""
+        """Return whether there is room. An amount of zero fits even where the free amount is negative."""
         return (self.host == 0 or self.host <= free.host) and (self.disk == 0 or self.disk <= free.disk)
 
 
 def dominant_share(held: Amount, budget: Amount) -> float:
-    """Return the fraction of the tier of which most is held.
+    """Return the largest fraction of any tier that is held.
 
     Args:
-        held: by one user or job.
-        budget: of the node.
+        held: bytes held by one user or job.
+        budget: the node's budget.
 
     Returns:
-        From 0 up.
+        A fraction, 0 or more.
 
-    Source: Ghodsi et al. 2011, "Dominant Resource Fairness", section 3: to serve who has the smallest one is max-min
-    fair over several resources.
+    Source: Ghodsi et al. 2011, "Dominant Resource Fairness", section 3: serving the party with the smallest dominant
+    share first is max-min fair over several resources.
     """
     pairs = ((held.host, budget.host), (held.disk, budget.disk))
     return max(amount / total if total else float(amount > 0) for amount, total in pairs)
 
 
 def fair_share(total: int, demands: Iterable[int]) -> int:
-    """Return what one more party gets of a resource if it would take whatever it can get.
+    """Return the part of a resource that one more party gets if its demand is unlimited.
 
     Args:
         total: bytes to be shared.
-        demands: bytes that each of the others wants at most.
+        demands: maximum bytes that each of the other parties wants.
 
     Returns:
-        The level of max-min fairness: who wants less than an equal part gets it all, and the rest is cut equally.
+        The level of max-min fairness: a party that wants less than an equal part gets all of it; the rest is divided
+        equally.
 
     Source: Bertsekas & Gallager 1992, "Data Networks", section 6.5.2 (water filling).
     """

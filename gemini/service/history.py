@@ -1,4 +1,4 @@
-"""What the page and the metrics show of a service, and a bounded past of it."""
+"""What the page and the metrics show of a service, with a limited history."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ if TYPE_CHECKING:
 __all__ = ["Drive", "History", "Sample", "drive_of"]
 
 MAX_SAMPLES = 900
-"""Half an hour of one every two seconds."""
+"""Number of samples kept: half an hour at one every two seconds."""
 SAMPLE_S = 2.0
 SECTOR_NBYTES = 512
-"""In /proc/diskstats, whatever the drive's own are."""
+"""Sector size in /proc/diskstats, whatever the drive's own sector size is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """The node at one moment."""
+    """The node's state at one moment."""
 
     time_s: float
-    """Since the epoch."""
+    """Time in seconds since the epoch."""
     host: tuple[int, int, int, int]
     """Bytes leased, kept, shared and unused."""
     disk: tuple[int, int]
     """Bytes leased and kept."""
     read_rate: float
-    """Of the drive, by all programs, bytes a second."""
+    """Bytes per second read from the drive by all programs."""
     write_rate: float
 
 
 @dataclass(frozen=True, slots=True)
 class Drive:
-    """A block device, as the kernel counts it."""
+    """A block device and the kernel's counters for it."""
 
     major: int
     minor: int
 
     def counters(self) -> tuple[int, int] | None:
-        """Return the bytes read from it and written to it since the machine began; None: it is not counted.
+        """Return the bytes read from and written to it since the machine started; None if they are not counted.
 
         Source: Linux's Documentation/admin-guide/iostats.rst, fields 3 and 7 after the name.
         """
@@ -58,7 +58,7 @@ class Drive:
 
 
 def drive_of(directory: Path | None) -> Drive | None:
-    """Return the drive that a directory is on; None: there is none that the kernel counts, as below a network."""
+    """Return the drive that holds a directory; None if the kernel counts none, for example on a network file system."""
     if directory is None:
         return None
     device = directory.stat().st_dev
@@ -67,11 +67,11 @@ def drive_of(directory: Path | None) -> Drive | None:
 
 
 class History:
-    """Samples of a service, the oldest forgotten.
+    """Samples of a service; the oldest are dropped.
 
     Args:
-        service: which.
-        endurance_nbytes: what the drive is rated for in its life; None: not known.
+        service: the service to sample.
+        endurance_nbytes: total bytes the drive is rated for; None: not known.
     """
 
     def __init__(self, service: NodeService, *, endurance_nbytes: int | None) -> None:
@@ -83,7 +83,7 @@ class History:
         self._last_s = time.monotonic()
 
     def sample(self) -> None:
-        """Take one."""
+        """Take one sample."""
         administration, now_s = self._service.administration, time.monotonic()
         host, disk = administration.host_state(), administration.disk_state()
         counters = self._drive.counters() if self._drive is not None else None
@@ -104,13 +104,13 @@ class History:
         )
 
     def drive_nbytes(self) -> tuple[int, int] | None:
-        """Return the bytes read and written since the service began, by all programs; None: not counted."""
+        """Return the bytes that all programs read and wrote since the service started; None if not counted."""
         if self._last is None or self._first is None:
             return None
         return self._last[0] - self._first[0], self._last[1] - self._first[1]
 
     def state(self) -> dict[str, Any]:
-        """Return all that the page shows, as JSON's types."""
+        """Return everything that the page shows, in JSON types."""
         service, administration = self._service, self._service.administration
         moved = self.drive_nbytes()
         written = None if moved is None else moved[1]

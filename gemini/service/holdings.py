@@ -28,75 +28,75 @@ logger = logging.getLogger(__name__)
 
 
 class Holder(Protocol):
-    """What a holding asks of the client that it belongs to; see ServiceClient."""
+    """What a holding needs of the client that it belongs to; see ServiceClient."""
 
     def ask(self, message_of: Callable[[int], ClientMessage]) -> Answer:
-        """Ask what the service answers at once."""
+        """Send a message that the service answers at once, and return the answer."""
 
     def take_back(self, lease: Lease) -> bool:
-        """End a lease; return whether it is for the caller to close its descriptors."""
+        """End a lease; return whether the caller must close its descriptors."""
 
     def release_shared(self, chunk: SharedChunk) -> None:
-        """Say that a shared chunk is no longer used here, and close its descriptor."""
+        """Report that a shared chunk is no longer used here, and close its descriptor."""
 
     def finish_filling(self, chunk: SharedChunk, digest: str) -> None:
-        """Seal a chunk and say that it is filled."""
+        """Seal a chunk and report that it is filled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeBudget:
-    """What the service has to grant, bytes."""
+    """What the service can grant, in bytes."""
 
     host_total: int
     host_free: int
-    """Shared chunks that nobody uses counted as free."""
+    """Free host memory; shared chunks without users count as free."""
     host_share: int
-    """What max-min fairness gives this rank if its job wants all it can get; it may have to wait for it."""
+    """Max-min fair part for this rank if its job wants as much as possible; the rank may have to wait for it."""
     disk_total: int
     disk_free: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskLease:
-    """A file on the node's disk: its bytes from 0 to `nbytes` are the lease's, reserved, of any content."""
+    """A file on the node's disk; its bytes 0 to `nbytes` are reserved for the lease, with any content."""
 
     path: Path
-    """For messages: only the service's user can open it."""
+    """Path for messages; only the service's user can open the file."""
     fd: int
-    """For reading and writing, through the page cache until F_SETFL sets O_DIRECT. Closed with the lease."""
+    """Descriptor for reading and writing, through the page cache until F_SETFL sets O_DIRECT. Closed with the lease."""
     nbytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptState:
-    """What a rank's predecessor left when it was killed."""
+    """State that a rank's predecessor left when it was killed."""
 
     lease: Lease
-    """Now this client's, with its disk file."""
+    """Lease with its disk file; it belongs to this client now."""
     fd: int
-    """The kept memory file's, for reading and writing; closed with the lease."""
+    """Descriptor of the kept memory file, for reading and writing; closed with the lease."""
     nbytes: int
     meta: bytes
-    """What the predecessor last gave `Lease.set_meta`."""
+    """Description that the predecessor last gave to `Lease.set_meta`."""
 
 
 class Lease:
-    """Host memory and disk that this client may take, until `end`. Made by `ServiceClient.lease`.
+    """Host memory and disk that this client may use until `end`. Made by `ServiceClient.lease`.
 
     Args:
-        client: whose.
-        granted: the service's words.
-        descriptors: of the disk file, if there is one, and of the kept file, if there is one; closed with this.
+        client: the client that holds it.
+        granted: the service's answer.
+        descriptors: those of the disk file and of the kept file, as far as there are any; closed with this.
     """
 
     def __init__(self, client: Holder, granted: LeaseGranted, descriptors: tuple[int, ...]) -> None:
         self.host_nbytes = granted.host_nbytes
         self.disk: DiskLease | None = None
         self.keep_fd: int | None = None
-        """Of the kept memory file; None: there is none."""
+        """Descriptor of the kept memory file; None if there is none."""
         self.meta = b""
         self.number = granted.lease
-        """The service's; a new service gives another one."""
+        """Number that the service gave the lease; a new service gives another one."""
         self.is_ended = False
         self._client = client
         rest = list(descriptors)
@@ -106,16 +106,16 @@ class Lease:
             self.keep_fd = rest.pop(0)
 
     def keep_file(self, nbytes: int) -> int:
-        """Make a memory file that the service keeps for a successor when this process is killed, with the lease.
+        """Make a memory file that the service keeps, with the lease, for a successor when this process is killed.
 
         Args:
-            nbytes: its length, counted in the lease's host bytes; fixed.
+            nbytes: its fixed length, counted in the lease's host bytes.
 
         Returns:
-            A descriptor for reading and writing, closed with the lease. Memory is taken as it is written.
+            A descriptor for reading and writing, closed with the lease. Memory is taken when it is written.
 
         Raises:
-            ServiceError: the rank has such a file, the lease is smaller, or the service is gone.
+            ServiceError: the rank already has a kept file, the lease is smaller, or the connection is lost.
         """
         answer, descriptors = self._client.ask(lambda id: KeepFile(id=id, lease=self.number, nbytes=nbytes))
         assert isinstance(answer, FileGiven)
@@ -123,9 +123,9 @@ class Lease:
         return self.keep_fd
 
     def set_meta(self, meta: bytes) -> None:
-        """Keep a description beside the kept file; while no service is there, for the next one.
+        """Store a description of the kept file; without a connection, it is sent to the next service.
 
-        Of a predecessor's shared chunks, those that this client has not asked for are given up with it.
+        This also gives up those of the predecessor's shared chunks that this client has not asked for.
 
         Args:
             meta: at most 16 KiB.
@@ -142,13 +142,13 @@ class Lease:
             logger.debug("the next service will be told: %s", error)
 
     def end(self) -> None:
-        """Give everything back, and close the descriptors. Idempotent; nothing in a forked child."""
+        """Give everything back and close the descriptors. Idempotent; does nothing in a forked child."""
         if self._client.take_back(self):
             close_all(self.descriptors)
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        """Of the disk file and the kept file, as far as there are any."""
+        """Descriptors of the disk file and the kept file, as far as there are any."""
         disk = () if self.disk is None else (self.disk.fd,)
         return disk if self.keep_fd is None else (*disk, self.keep_fd)
 
@@ -160,44 +160,44 @@ class Lease:
 
 
 class SharedChunk:
-    """Read-only bytes that all processes of a user map once, or the task of filling them; a context manager.
+    """Read-only bytes that all processes of a user share, or the task of filling them; a context manager.
 
-    Leaving the context gives up a chunk that is not filled, so that somebody else fills it; a filled one stays until
+    Leaving the context gives up an unfilled chunk, so that another process can fill it; a filled one stays until
     `ServiceClient.release_shared`. Made by `ServiceClient.shared`.
 
     Args:
-        client: whose.
-        key: of the chunk.
-        given: the service's words.
-        fd: closed with this.
+        client: the client that has it.
+        key: key of the chunk.
+        given: the service's answer.
+        fd: descriptor; closed with this.
     """
 
     def __init__(self, client: Holder, key: str, given: SharedGiven, fd: int) -> None:
         self.key = key
         self.nbytes = given.nbytes
         self.digest = given.digest
-        """Empty: not filled."""
+        """Digest of the content; empty if the chunk is not filled."""
         self.fd = fd
-        """Read-only if the chunk is filled, else for the filler to map and write."""
+        """Descriptor: read-only if the chunk is filled, else for the filler to map and write."""
         self.is_released = False
         self.is_own = False
-        """Whether only this process has it, as a new service had another one of its key already."""
+        """Whether only this process has the chunk, because a new service already had another one with its key."""
         self._client = client
 
     @property
     def is_filled(self) -> bool:
-        """Whether the bytes are there, for good."""
+        """Whether the chunk is filled; it stays filled."""
         return bool(self.digest)
 
     def fill_done(self, digest: str) -> None:
-        """Seal what has been written, and give it to all who wait; `fd` is then another one, read-only.
+        """Seal what was written and give it to all waiting processes; `fd` is then a new, read-only descriptor.
 
         Args:
-            digest: of the content, at most 128 printable characters. If the user has a chunk of it already, under
-                another key, that one is used and this one dropped.
+            digest: digest of the content, at most 128 printable characters. If the user has another chunk with this
+                digest under another key, that one is used and this one is dropped.
 
         Raises:
-            ServiceError: it is mapped for writing still; unmap it first.
+            ServiceError: the chunk is still mapped for writing; unmap it first.
         """
         self._client.finish_filling(self, digest)
 

@@ -1,4 +1,4 @@
-"""The service's page and metrics over HTTP: to look at, and nothing else."""
+"""The service's page and metrics over HTTP; read only."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ HEADERS = {
     "connect-src 'self'; img-src data:; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
 }
-"""The page asks nobody but this server for anything."""
+"""Headers that restrict the page to requests to this server."""
 
 
 def parse_http_address(text: str) -> tuple[str, int]:
-    """Return where to listen.
+    """Return the address to listen on.
 
     Args:
         text: HOST:PORT, or [HOST]:PORT for IPv6.
 
     Returns:
-        Host and port; port 0 is any that is free.
+        Host and port; port 0 selects any free port.
 
     Raises:
         ConfigError: it has another form.
@@ -53,9 +53,9 @@ class HttpServer:
     """Serves `/`, `/state.json` and `/metrics` while its context lasts.
 
     Args:
-        service: what to show.
+        service: the service to show.
         address: HOST:PORT.
-        endurance_nbytes: what the drive is rated for; None: not known.
+        endurance_nbytes: total bytes the drive is rated for; None: not known.
 
     Raises:
         ConfigError: the address has another form.
@@ -103,7 +103,7 @@ class HttpServer:
     async def _only_for_this_host(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        """Answer only to addresses and to this host's name: a name of somebody else's may lead here (DNS rebinding)."""
+        """Answer only requests for an address or this host's name; other domain names may lead here (DNS rebinding)."""
         name = request.url.host or ""
         if name not in ("localhost", self._host) and not _is_address(name):
             raise web.HTTPForbidden(text="ask by address, or as localhost")

@@ -1,4 +1,4 @@
-"""Leases from request to end: the queue's decisions, carried out. Knows sessions, not sockets or other requests."""
+"""Leases from request to end: carries out the queue's decisions. Knows sessions, not sockets or other requests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["KeptRank", "LeaseDesk", "LostLease"]
 logger = logging.getLogger(__name__)
 
 MAX_LEASES = 64
-"""Of one rank."""
+"""Maximum number of leases of one rank."""
 
 
 @dataclass(slots=True)
@@ -40,25 +40,25 @@ class KeptRank:
 
 @dataclass(slots=True)
 class LostLease:
-    """A lease that a service before granted, and whose client has not come back yet."""
+    """A lease that an earlier service granted and whose client has not come back yet."""
 
     number: int
-    """In this service's ledger."""
+    """Number in this service's ledger."""
     entry: LeaseEntry
 
     def is_over(self) -> bool:
-        """Return whether its process is known to have died."""
+        """Return whether the client's process is known to have died."""
         return self.entry.pid > 0 and process_start(self.entry.pid) != self.entry.process_start
 
 
 class LeaseDesk:
-    """All leases of the node, and who waits for one.
+    """All leases of the node, and the requests that wait for one.
 
     Args:
         ledger: counts what is leased.
         queue: decides who gets what, and when.
-        drop_shared: forgets warm shared chunks, user and key, that had to make room.
-        record_change: returns what resolves when leases as they are now are written down.
+        drop_shared: forgets warm shared chunks, given by user and key, that had to make room.
+        record_change: returns a future that is done when the current leases are written to the manifest.
     """
 
     def __init__(
@@ -69,21 +69,24 @@ class LeaseDesk:
         drop_shared: Callable[[list[tuple[int, str]]], None],
         record_change: Callable[[], asyncio.Future[None]],
     ) -> None:
+        # - What leases are taken from
         self.ledger, self.queue = ledger, queue
         self.disk: DiskFiles | None = None
-        """Where files are; None: there is no disk to lease."""
+        """Directory of the lease files; None if there is no disk to lease."""
+        # - Leases without a client
         self.kept: dict[Member, KeptRank] = {}
         self.lost: list[LostLease] = []
+        # - Requests on their way to leases
         self.num_granted = 0
         self._drop_shared, self._record_change = drop_shared, record_change
         self._asked: dict[int, tuple[Session, int, str]] = {}
-        """Session, its request and the reason it was last told, by the queue's number."""
+        """Session, request number and last reason told, by the queue's number."""
         self._handing_over: set[asyncio.Task[None]] = set()
 
     # Asking
 
     def ask(self, session: Session, message: AskLease) -> None:
-        """Put a request in; the answer comes when there is one."""
+        """Enqueue a request; the answer is sent when the queue has decided."""
         assert session.member is not None
         if message.disk_nbytes and self.disk is None:
             return session.refuse(
@@ -115,14 +118,14 @@ class LeaseDesk:
         self.decide()
 
     def refuse_all(self, text: str) -> None:
-        """Tell all who wait that nothing will be granted any more."""
+        """Tell all waiting clients that nothing will be granted any more."""
         for number, (session, request, _) in self._asked.items():
             self.queue.withdraw(number)
             session.refuse(request, "draining", text)
         self._asked.clear()
 
     def decide(self) -> None:
-        """Grant and refuse whatever can be now; tell those who are new why they wait."""
+        """Grant and refuse everything that can be decided now; tell new requests why they wait."""
         decisions = self.queue.decide()
         self._drop_shared(decisions.dropped)
         for number, (kind, text) in decisions.refused.items():
@@ -136,12 +139,12 @@ class LeaseDesk:
                 self._tell_reason(number, session, request)
 
     def tell_reasons(self) -> None:
-        """Tell those who wait why, if that has changed."""
+        """Tell waiting clients the reason for their wait, if it has changed."""
         for number, (session, request, _) in list(self._asked.items()):
             self._tell_reason(number, session, request)
 
     def reason_of(self, session: Session) -> str | None:
-        """Return what a client was told it waits for; None: it waits for no lease."""
+        """Return the reason that a client was told for its wait; None if it waits for no lease."""
         return next((reason for asker, _, reason in self._asked.values() if asker is session), None)
 
     def _tell_reason(self, number: int, session: Session, request: int) -> None:
@@ -167,7 +170,7 @@ class LeaseDesk:
         task.add_done_callback(self._handing_over.discard)
 
     async def _hand_over(self, session: Session, record: LeaseRecord) -> None:
-        """See to the file and the manifest, then tell the client, if it has not gone meanwhile."""
+        """Prepare the file and the manifest, then tell the client if it is still connected."""
         written = self._record_change()
         descriptors: tuple[int, ...] = ()
         if self.disk is not None and record.disk_name:
@@ -211,7 +214,7 @@ class LeaseDesk:
         session.connection.send(FileGiven(message.id), (record.keep_file,))
 
     def set_meta(self, session: Session, message: SetMeta) -> None:
-        """Remember a client's own description of its kept file, which is no longer its predecessor's then."""
+        """Store a client's own description of its kept file in place of its predecessor's."""
         record = session.leases.get(message.lease)
         if record is None:
             return session.refuse(message.id, "unknown", f"this rank has no lease {message.lease}")
@@ -241,7 +244,7 @@ class LeaseDesk:
         close_all(files)
 
     def drop_kept(self, member: Member) -> bool:
-        """Free what is kept of a rank; return whether there was anything."""
+        """Free what is kept of a rank; return whether anything was kept."""
         kept = self.kept.pop(member, None)
         if kept is not None:
             self._free(kept.record)
@@ -249,7 +252,7 @@ class LeaseDesk:
         return kept is not None
 
     def expire_kept(self, before_s: float) -> None:
-        """Free what is kept since before then."""
+        """Free everything that has been kept since before the given time."""
         for member in [member for member, kept in self.kept.items() if kept.since_s < before_s]:
             logger.info("rank %d of job %s has not come back; what was kept is freed", member.rank, member.job.name)
             self.drop_kept(member)
@@ -257,11 +260,11 @@ class LeaseDesk:
     # Ending
 
     def end(self, session: Session, number: int) -> None:
-        """Take a client's lease back, with all that belongs to it; who waits is not looked at."""
+        """End a client's lease with everything that belongs to it, without looking at the queue."""
         self._free(session.leases.pop(number))
 
     def end_session(self, session: Session, *, keep: bool, now_s: float) -> None:
-        """Free what a client held that has ended, or keep it for its successor."""
+        """Free what an ended client held, or keep it for its successor."""
         for number, (asker, request, _) in list(self._asked.items()):
             if _job_of(asker) == _job_of(session):
                 self.queue.withdraw(number)
@@ -273,7 +276,7 @@ class LeaseDesk:
             if keep and record.keep_file >= 0 and session.member is not None:
                 del session.leases[number]
                 record.request = -1
-                self.drop_kept(session.member)  # what it has not taken of its own predecessor
+                self.drop_kept(session.member)  # the kept state that it did not take from its own predecessor
                 self.kept[session.member] = KeptRank(record, session.num_ranks, session.priority, now_s)
                 self.ledger.keep(number)
                 self._record_change()
@@ -292,13 +295,13 @@ class LeaseDesk:
     # Adopting
 
     def expect(self, entry: LeaseEntry) -> None:
-        """Count a lease of a service before, whose client may still be there."""
+        """Count a lease of an earlier service whose client may still be there."""
         member = Member(JobKey(entry.user, entry.job), entry.rank)
         number = self.ledger.adopt(member, Amount(entry.host_nbytes, entry.disk_nbytes))
         self.lost.append(LostLease(number, entry))
 
     def adopt(self, session: Session, message: AdoptLease, descriptors: tuple[int, ...]) -> None:
-        """Count what a client was granted by a service before; takes over the descriptors."""
+        """Count what an earlier service granted to a client; takes over the descriptors."""
         assert session.member is not None
         amount = Amount(message.host_nbytes, message.disk_nbytes)
         lost = next((each for each in self.lost if self._means(each, session.member, message)), None)
@@ -329,7 +332,7 @@ class LeaseDesk:
     def _adoption_refusal(
         self, amount: Amount, lost: LostLease | None, message: AdoptLease, descriptors: tuple[int, ...]
     ) -> str:
-        """Return why a lease is not adopted; empty: it is."""
+        """Return why a lease is not adopted; empty if it is."""
         if bool(message.disk_name) != bool(message.disk_nbytes):
             return "a lease with disk has a file there, and one without has none"
         if len(descriptors) > 1 or not all(is_sealed_length(each) for each in descriptors):
@@ -343,22 +346,22 @@ class LeaseDesk:
         return ""
 
     def _adoptable(self, entry: LeaseEntry) -> Amount:
-        """Return how much a lost lease may have been; of a file that no manifest knew, only the disk is certain."""
+        """Return the possible size of a lost lease; of a file that is in no manifest, only the disk part is certain."""
         host = entry.host_nbytes if entry.job else max(self.ledger.free().host, 0)
         return Amount(host, entry.disk_nbytes)
 
     def expire_lost(self, *, is_grace_over: bool) -> None:
-        """Free leases whose clients have died meanwhile, or, if they cannot be seen, have had time to come back."""
+        """Free leases whose clients have died, or whose unseen clients have not come back within the grace period."""
         for lost in list(self.lost):
             if lost.is_over() or (lost.entry.pid == 0 and is_grace_over):
                 self._forget_lost(lost)
 
     def forget_lost_of(self, member: Member, *, pid: int | None = None) -> None:
-        """Free what a service before granted a rank and the rank never came to know of, or has ended meanwhile.
+        """Free what an earlier service granted to a rank and the rank either never learned of or has ended since.
 
         Args:
             member: the rank.
-            pid: what other processes were granted stays, and all if it is 0, not known; None: nothing stays.
+            pid: process whose grants are freed; 0 (not known): all grants stay; None: none stays.
         """
         for lost in list(self.lost):
             entry = lost.entry

@@ -1,16 +1,16 @@
-"""Who waits for a node's memory, and who is next: pure decisions, no clock and no I/O.
+"""The queue for a node's memory and its order: pure decisions, no clock and no I/O.
 
 [Note: Nobody holds while waiting]
 A rank that holds something, a lease or a shared chunk, never waits for more: it is granted what is free, or refused.
-And a job of several ranks is granted what all of them ask for at once, or none of it (a *gang*). So jobs cannot each
-hold a part and wait for the other's.
+A job of several ranks is granted what all of them ask for at once, or nothing (such a set of requests is a *gang*).
+So no two jobs each hold a part while they wait for the other's.
 
 [Note: Nobody is overtaken for ever]
-Gangs are looked at by priority, then by the dominant share that their user holds, then their job, then by arrival.
-One that does not fit is passed over, so that no memory lies idle behind it, but only `MAX_OVERTAKEN` times by gangs
-of its own or a lower priority that came later; then it is *due*: nobody of its priority or a lower one is granted
-anything until it has been. A stream of small requests can so delay a big one, by a bounded number of them, and not
-starve it.
+Gangs are considered by priority, then by the dominant share that their user holds, then by job, then by arrival. A
+gang that does not fit is passed over, so that no memory lies idle behind it. It is passed over at most
+`MAX_OVERTAKEN` times by gangs of its own or a lower priority that came later. After that it is *due*: no gang of its
+priority or a lower one is granted anything before it. So a stream of small requests delays a big one only by a
+limited number of requests, and does not starve it.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ MAX_OVERTAKEN = 8
 
 @dataclass(frozen=True, slots=True)
 class Decisions:
-    """What came of looking at everybody who waits."""
+    """Result of one pass over the queue."""
 
     granted: list[int]
-    """Numbers of requests that are now leases."""
+    """Numbers of the requests that became leases."""
     refused: dict[int, tuple[str, str]]
-    """Numbers of requests that ended otherwise: kind ("never-fits" or "full") and why."""
+    """Kind ("never-fits" or "full") and reason of each refused request, by number."""
     dropped: list[tuple[int, str]]
-    """User and key of warm chunks that made room."""
+    """User and key of the warm chunks that made room."""
 
 
 @dataclass(slots=True)
@@ -49,7 +49,7 @@ class _Gang:
     num_ranks: int
     requests: dict[int, LeaseRequest] = field(default_factory=dict)
     arrival: int = 0
-    """Of its latest request."""
+    """Arrival of its latest request."""
     num_overtaken: int = 0
 
     @property
@@ -62,17 +62,17 @@ class _Gang:
 
 
 class LeaseQueue:
-    """Who waits for a lease, in which order, and whether who does not wait may have more.
+    """The requests that wait for a lease, their order, and the answer to requests that do not wait.
 
     Args:
-        ledger: what is granted; changed by `decide` and `hold_shared` as they decide.
+        ledger: what is granted; `decide` and `hold_shared` change it.
     """
 
     def __init__(self, ledger: NodeLedger) -> None:
         self.ledger = ledger
         self._gangs: dict[JobKey, _Gang] = {}
         self._growth: list[tuple[LeaseRequest, int]] = []
-        """Requests of ranks that hold something, with their priority: answered by the next `decide`."""
+        """Requests of ranks that hold something, with their priority; the next `decide` answers them."""
 
     # Asking
 
@@ -85,20 +85,20 @@ class LeaseQueue:
         priority: int = 0,
         shared: Mapping[str, int] | None = None,
     ) -> int:
-        """Put a request in, for `decide` to decide.
+        """Enqueue a request for `decide` to decide.
 
         Args:
-            member: who asks.
-            amount: what for itself.
-            num_ranks: of its job; all must ask before any is granted.
-            priority: higher is served first.
-            shared: lengths of the shared chunks it will use, by key.
+            member: the rank that asks.
+            amount: memory for the rank itself.
+            num_ranks: number of ranks of its job; all must ask before any is granted.
+            priority: a higher one is served first.
+            shared: lengths of the shared chunks that the rank will use, by key.
 
         Returns:
-            The request's number, and the lease's once it is granted.
+            The request's number, and the lease's number once it is granted.
 
         Raises:
-            ServiceError: the rank waits already.
+            ServiceError: the rank already waits.
         """
         gang = self._gangs.get(member.job)
         if gang is not None and member.rank in gang.requests:
@@ -115,7 +115,7 @@ class LeaseQueue:
         return request.number
 
     def withdraw(self, number: int) -> None:
-        """Forget a request; one that is unknown, or granted, is left alone."""
+        """Forget a request; an unknown or granted one is left alone."""
         for job, gang in list(self._gangs.items()):
             gang.requests = {rank: each for rank, each in gang.requests.items() if each.number != number}
             if not gang.requests:
@@ -123,10 +123,10 @@ class LeaseQueue:
         self._growth = [(each, priority) for each, priority in self._growth if each.number != number]
 
     def decide(self) -> Decisions:
-        """Grant whatever can be granted now, and refuse what never can.
+        """Grant everything that can be granted now, and refuse everything that can never be granted.
 
         Returns:
-            What changed. Nothing is left that could be granted before something ends.
+            What changed. No remaining request can be granted before something ends.
         """
         result = Decisions([], {}, [])
         self._refuse_impossible(result)
@@ -157,16 +157,16 @@ class LeaseQueue:
         return " and ".join(short)
 
     def hold_shared(self, member: Member, key: str, nbytes: int, *, priority: int = 0) -> list[tuple[int, str]] | None:
-        """Count a rank as a user of a shared chunk, new or there.
+        """Count a rank as a user of a new or existing shared chunk.
 
         Args:
-            member: the user; its user's chunks are meant.
-            key: which.
-            nbytes: length of a new one.
-            priority: of its job.
+            member: the rank; the chunk belongs to the rank's user.
+            key: the chunk's key.
+            nbytes: length of a new chunk.
+            priority: priority of the rank's job.
 
         Returns:
-            User and key of warm chunks that made room; None: there is no room, and nothing is counted.
+            User and key of the warm chunks that made room; None if there is no room and nothing was counted.
         """
         request = LeaseRequest(0, member, Amount(), {key: nbytes})
         if not self._may_grow(request, priority):
@@ -185,7 +185,7 @@ class LeaseQueue:
         return fair_share(max(total, 0), wanted.values())
 
     def waiting(self) -> dict[int, Member]:
-        """Return who waits, by the request's number."""
+        """Return the ranks that wait, by request number."""
         return {each.number: each.member for gang in self._gangs.values() for each in gang.requests.values()}
 
     # Deciding

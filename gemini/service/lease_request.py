@@ -1,4 +1,4 @@
-"""What a rank asks for, and sums of it."""
+"""What a rank asks for, and sums of requests."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ __all__ = ["LeaseRequest", "own_amount", "shared_nbytes", "whole_amount"]
 
 @dataclass(frozen=True, slots=True)
 class LeaseRequest:
-    """Memory for itself, and shared chunks that it will use."""
+    """Memory for the rank itself, and the shared chunks that it will use."""
 
     number: int
-    """Of the request, and of the lease that it becomes; 0: it is for shared chunks only and becomes none."""
+    """Number of the request and of the lease that it becomes; 0 if it is for shared chunks only."""
     member: Member
     amount: Amount
-    """For itself."""
+    """Memory for the rank itself."""
     shared: dict[str, int]
-    """Lengths of the chunks, by key."""
+    """Lengths of the shared chunks, by key."""
 
 
 def own_amount(requests: Iterable[LeaseRequest]) -> Amount:
-    """Return what requests are for without the shared chunks."""
+    """Return the sum of what requests ask for, without the shared chunks."""
     total = Amount()
     for each in requests:
         total += each.amount
@@ -38,6 +38,6 @@ def shared_nbytes(requests: Iterable[LeaseRequest]) -> dict[tuple[int, str], int
 
 
 def whole_amount(requests: Iterable[LeaseRequest]) -> Amount:
-    """Return what requests would hold together if nothing they share were there yet."""
+    """Return what requests would hold together if none of their shared chunks existed yet."""
     requests = list(requests)
     return own_amount(requests) + Amount(host=sum(shared_nbytes(requests).values()))

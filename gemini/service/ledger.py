@@ -1,4 +1,4 @@
-"""Who holds how much of a node's memory: sums only, no clock and no I/O."""
+"""The amounts that ranks hold of a node's memory: sums only, no clock and no I/O."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["NodeLedger"]
 
 
 class NodeLedger:
-    """The node's budgets and what is granted of them.
+    """The node's budgets and what is granted from them.
 
     Args:
-        budget: bytes of each tier; the sum of what is held never exceeds it, unless `adopt` says so.
-        shared: the node's shared chunks, which take of the budget too.
+        budget: bytes of each tier; the sum of what is held never exceeds it, except after `adopt`.
+        shared: the node's shared chunks, which also count against the budget.
     """
 
     def __init__(self, budget: Amount, shared: SharedHolds) -> None:
@@ -34,10 +34,10 @@ class NodeLedger:
     # Holding
 
     def take(self, requests: Collection[LeaseRequest]) -> list[tuple[int, str]]:
-        """Grant requests, which fit; the longest unused warm chunks make room.
+        """Grant requests that fit; the warm chunks that were unused for longest make room.
 
         Args:
-            requests: whose numbers are now those of leases.
+            requests: the requests; their numbers become those of leases.
 
         Returns:
             User and key of the chunks that made room.
@@ -58,11 +58,11 @@ class NodeLedger:
         return dropped
 
     def adopt(self, member: Member, amount: Amount) -> int:
-        """Count what somebody holds already, whether or not it fits.
+        """Count what a rank already holds, whether or not it fits.
 
         Args:
-            member: the holder.
-            amount: what it holds.
+            member: the rank.
+            amount: what the rank holds.
 
         Returns:
             The new lease's number.
@@ -72,7 +72,7 @@ class NodeLedger:
         return number
 
     def end(self, number: int) -> None:
-        """Take a lease back."""
+        """End a lease."""
         del self._leases[number]
 
     def keep(self, number: int) -> None:
@@ -82,17 +82,17 @@ class NodeLedger:
         self.shared.keep(member)
 
     def take_kept(self, member: Member, number: int) -> None:
-        """Let a kept lease be that of a rank's new process; chunks kept with it stay so until `release_kept`."""
+        """Give a kept lease to a rank's new process; chunks kept with it stay kept until `release_kept`."""
         self._leases[number] = (member, self._leases[number][1])
 
     # Looking
 
     def lease(self, number: int) -> tuple[Member, Amount] | None:
-        """Return whose a lease is and what it holds; None: there is no such lease."""
+        """Return a lease's rank and amount; None if there is no such lease."""
         return self._leases.get(number)
 
     def held(self, *, user: int | None = None, job: JobKey | None = None, member: Member | None = None) -> Amount:
-        """Return what leases hold: all, or a user's, a job's or a rank's."""
+        """Return what leases hold: all of them, or only those of a user, a job or a rank."""
         total = Amount()
         for holder, amount in self._leases.values():
             if (
@@ -115,10 +115,11 @@ class NodeLedger:
         return any(holder == member for holder, _ in self._leases.values()) or self.shared.has_user(member)
 
     def free(self, requests: Collection[LeaseRequest] = ()) -> Amount:
-        """Return what could be granted, warm chunks counted as free; negative if more is adopted than there is.
+        """Return what can be granted; warm chunks count as free. Negative if more was adopted than there is.
 
         Args:
-            requests: for which it is; warm chunks that they name are not counted, as they will be used.
+            requests: requests to be granted; warm chunks that they name do not count as free, because they will be
+                used.
 
         Returns:
             Bytes of each tier.
@@ -127,7 +128,7 @@ class NodeLedger:
         return self.budget - self.held() - Amount(host=used_nbytes)
 
     def missing(self, requests: Collection[LeaseRequest]) -> Amount:
-        """Return what granting would add to what is held."""
+        """Return what granting requests would add to the total held."""
         wanted = shared_nbytes(requests)
         absent = [nbytes for where, nbytes in wanted.items() if where not in self.shared.holds]
         return own_amount(requests) + Amount(host=sum(absent))

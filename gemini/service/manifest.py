@@ -1,4 +1,4 @@
-"""What the service writes down so that a successor knows of the leases that living clients still hold."""
+"""The service's record of its leases, from which a successor learns what living clients still hold."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ class LeaseEntry(msgspec.Struct, frozen=True, kw_only=True):
     job: str
     rank: int
     pid: int
-    """0: could not be seen."""
+    """Process id; 0 if the process cannot be seen."""
     process_start: int
-    """Clock ticks from the machine's start to the process's; tells it from a later one of its number."""
+    """Clock ticks from the machine's start to the process's; tells it from a later process with the same id."""
     host_nbytes: int
     disk_nbytes: int
     disk_name: str
 
 
 def unknown_lease(user: int, disk_name: str, disk_nbytes: int) -> LeaseEntry:
-    """Return the entry of a file that no manifest knows."""
+    """Return the entry of a file that is in no manifest."""
     return LeaseEntry(
         number=0,
         user=user,
@@ -68,7 +68,7 @@ class SharedEntry(msgspec.Struct, frozen=True, kw_only=True):
     key: str
     nbytes: int
     processes: list[tuple[int, int]]
-    """Number and start of each client's."""
+    """Process id and start of each client."""
 
     def is_over(self) -> bool:
         """Return whether all its processes are known to have died."""
@@ -76,7 +76,7 @@ class SharedEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """The file's content."""
+    """Content of the manifest file."""
 
     version: int
     leases: list[LeaseEntry]
@@ -84,7 +84,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def process_start(pid: int) -> int:
-    """Return when a process started, in clock ticks since the machine did; 0: there is none.
+    """Return a process's start in clock ticks since the machine's start; 0 if there is no such process.
 
     Source: proc_pid_stat(5), field 22; the second field, in parentheses, may contain anything.
     """
@@ -97,13 +97,13 @@ def process_start(pid: int) -> int:
 
 
 def read_manifest(path: Path) -> Manifest | None:
-    """Return what a predecessor wrote.
+    """Read the manifest of an earlier service.
 
     Args:
-        path: of the file.
+        path: path of the manifest.
 
     Returns:
-        None: there is none, or none that this version can read, which a warning then says.
+        The manifest; None if there is none, or none that this version can read, which is logged as a warning.
     """
     try:
         manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
@@ -116,11 +116,11 @@ def read_manifest(path: Path) -> Manifest | None:
 
 
 class ManifestWriter:
-    """Writes the manifest whole, aside, and then in place of the last one; a write serves all who asked before it.
+    """Writes the manifest to a second file and then replaces the old one; one write serves all requests before it.
 
     Args:
-        path: of the file.
-        describe: returns what is to be written at the time.
+        path: path of the manifest.
+        describe: returns the current content.
     """
 
     def __init__(self, path: Path, describe: Callable[[], Manifest]) -> None:
@@ -132,7 +132,7 @@ class ManifestWriter:
         self._has_warned = False
 
     def changed(self) -> asyncio.Future[None]:
-        """Return a future that is done when what holds now is written, or cannot be."""
+        """Return a future that is done when the current content has been written or could not be written."""
         done = asyncio.get_running_loop().create_future()
         self._waiting.append(done)
         self._is_dirty.set()
@@ -141,7 +141,7 @@ class ManifestWriter:
         return done
 
     async def close(self) -> None:
-        """Write what is left to write, and stop."""
+        """Write what is still unwritten, and stop."""
         if self._task is not None:
             if self._is_dirty.is_set():
                 await self.changed()
@@ -167,16 +167,16 @@ class ManifestWriter:
 
 
 async def write_whole(path: Path, content: bytes) -> None:
-    """Replace a file by another one, so that a reader finds the one or the other, whole.
+    """Replace a file atomically: a reader finds either the old or the new content, complete.
 
-    Not flushed to the drive: after a power failure no client lives that it could tell of.
+    The file is not flushed to the drive: after a power failure there are no living clients to report.
 
     Args:
-        path: of the file; for a moment there is another one beside it.
-        content: of the new one.
+        path: path of the file; for a moment there is a second file beside it.
+        content: the new content.
 
     Raises:
-        OffloadIOError: it cannot be written.
+        OffloadIOError: the file cannot be written.
     """
     aside = path.with_name(path.name + ".new")
     try:

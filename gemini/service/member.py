@@ -1,4 +1,4 @@
-"""Who a client of the memory service is."""
+"""The identity of a client of the memory service."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["JobKey", "Member"]
 
 @dataclass(frozen=True, slots=True, order=True)
 class JobKey:
-    """A job: names are each user's own."""
+    """A job; its name is unique among its user's jobs."""
 
     user: int
     name: str

@@ -1,4 +1,4 @@
-"""Memory files: bytes without a name that several processes can map, and that the kernel seals. Knows no protocol."""
+"""Memory files: unnamed bytes that several processes can map and that the kernel can seal. Knows no protocol."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import os
 __all__ = ["create_memory_file", "is_sealed_length", "is_sealed_whole", "nbytes_of", "open_read_only", "seal_whole"]
 
 NAME = "gemini-service"
-"""What the system shows beside mappings; leads nobody to the file."""
+"""Name that the system shows beside mappings; it is no path to the file."""
 _LENGTH_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _ALL_SEALS = _LENGTH_SEALS | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
 
 def create_memory_file(nbytes: int) -> int:
-    """Make a memory file whose length nobody can change, so that no mapping of it can end in SIGBUS.
+    """Make a memory file of fixed length, so that no mapping of it can cause SIGBUS.
 
     Args:
-        nbytes: its length; memory is taken when it is written.
+        nbytes: length in bytes; memory is taken when it is written.
 
     Returns:
-        A descriptor for reading and writing, the caller's to close.
+        A descriptor for reading and writing; the caller closes it.
 
     Raises:
         OSError: the system refuses.
@@ -36,13 +36,13 @@ def create_memory_file(nbytes: int) -> int:
 
 
 def seal_whole(descriptor: int) -> None:
-    """Refuse writing, for good and to everybody; a file that is sealed already is left alone.
+    """Forbid all writing permanently; a file that is already sealed is left alone.
 
     Args:
-        descriptor: of the file, opened for writing.
+        descriptor: descriptor of the file, open for writing.
 
     Raises:
-        OSError: EBUSY: somebody still has it mapped for writing.
+        OSError: EBUSY: a process still has the file mapped for writing.
     """
     if not is_sealed_whole(descriptor):
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _ALL_SEALS)
@@ -54,24 +54,24 @@ def is_sealed_length(descriptor: int) -> bool:
 
 
 def is_sealed_whole(descriptor: int) -> bool:
-    """Return whether this is a memory file that nobody can change any more."""
+    """Return whether this is a memory file that can no longer be changed."""
     return _seals_of(descriptor) & _ALL_SEALS == _ALL_SEALS
 
 
 def nbytes_of(descriptor: int) -> int:
-    """Return a memory file's length; call it on what `is_sealed_length`, as other files may keep one waiting."""
+    """Return a memory file's length; first check `is_sealed_length`, because the call may block on other files."""
     return os.fstat(descriptor).st_size
 
 
 def open_read_only(descriptor: int) -> int:
-    """Open the same file once more, for reading.
+    """Open the same file again, for reading.
 
     Args:
-        descriptor: of a memory file.
+        descriptor: descriptor of a memory file.
 
     Returns:
-        Another descriptor. Mappings of it cannot be made writable, and kernels before 6.7 allow shared mappings of
-        a sealed file through no other.
+        A new descriptor. Its mappings cannot be made writable, and kernels before 6.7 allow shared mappings of
+        a sealed file only through such a descriptor.
 
     Raises:
         OSError: the system refuses.

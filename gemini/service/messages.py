@@ -1,8 +1,8 @@
 """The protocol: what clients and the service say to each other, one message a packet, in MessagePack.
 
-A connection begins with `Hello` (a rank of a job) or `Visit` (somebody who looks or administers), answered by
-`Welcome`. Every later message of the client carries an `id` of its choosing; the answer repeats it, and `Waiting` may
-come before it. Descriptors travel beside the packet (SCM_RIGHTS). docs/service.md has the table. Knows no sockets.
+A connection begins with `Hello` (a rank of a job) or `Visit` (a program that inspects or administers). The answer is
+`Welcome`. Every later client message carries an `id` that the client chooses; the answer repeats it, and `Waiting` may
+precede it. Descriptors travel beside the packet (SCM_RIGHTS). docs/service.md has the table. Knows no sockets.
 """
 
 from __future__ import annotations
@@ -64,35 +64,35 @@ __all__ = [
 ]
 
 PROTOCOL_VERSION = 1
-"""Of both sides; a service answers another one with `Refused(kind="version")`."""
+"""Version that both sides speak; a service answers any other one with `Refused(kind="version")`."""
 MAX_PACKET_NBYTES = 64 << 10
 MAX_NAME_LENGTH = 128
-"""Characters of a job's name or a digest."""
+"""Maximum number of characters of a job's name or a digest."""
 MAX_META_NBYTES = 16 << 10
 MAX_RANKS = 4096
 MAX_KEYS = 1024
-"""Shared chunks that one lease may ask for."""
+"""Maximum number of shared chunks that one lease may ask for."""
 MAX_KEY_LENGTH = 48
-"""Characters of a shared chunk's key; so many keys fit a packet."""
+"""Maximum number of characters of a shared chunk's key; `MAX_KEYS` of them fit into a packet."""
 
 Nbytes: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 56)]
 Key: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_KEY_LENGTH, pattern=r"^[!-~]+$")]
-"""Of a shared chunk."""
+"""Key of a shared chunk."""
 Number: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
-"""Of a request or a lease."""
+"""Number of a request or a lease."""
 Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME_LENGTH, pattern=r"^[!-~]+$")]
-"""Printable ASCII without spaces, so that it can be shown anywhere."""
+"""Name in printable ASCII without spaces, so that it can be shown anywhere."""
 Meta: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=MAX_META_NBYTES)]
 Rank: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=MAX_RANKS)]
 Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1e7)]
 
 
 class MalformedMessageError(Exception):
-    """A packet is no message of the protocol."""
+    """A packet is not a message of the protocol."""
 
 
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="hello"):
-    """I am this rank of this job; whose, the kernel says."""
+    """I am this rank of this job; the kernel tells the user."""
 
     version: int
     job: Name
@@ -102,36 +102,36 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="hello"
 
 
 class Visit(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="visit"):
-    """I only look, or administer."""
+    """I only inspect or administer."""
 
     version: int
 
 
 class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What every message after the first carries."""
+    """Base of every message after the first."""
 
     id: Number
-    """Chosen by the client; the answer repeats it."""
+    """Number that the client chooses; the answer repeats it."""
 
 
 class AskBudget(Request, frozen=True, tag="ask-budget"):
-    """How much is there? Answer: `Budget`."""
+    """How much memory is there? Answer: `Budget`."""
 
 
 class AskLease(Request, frozen=True, tag="ask-lease"):
-    """Grant this, now or when it can be. Answer: `Waiting` any number of times, then `LeaseGranted`."""
+    """Grant this now or later. Answer: `Waiting` any number of times, then `LeaseGranted`."""
 
     host_nbytes: Nbytes
     disk_nbytes: Nbytes
     shared: Annotated[dict[Key, Nbytes], msgspec.Meta(max_length=MAX_KEYS)]
-    """Keys and lengths of the shared chunks that this rank will find; what exists already costs nothing."""
+    """Keys and lengths of the shared chunks that this rank will find; existing ones cost nothing."""
 
 
 class Withdraw(Request, frozen=True, tag="withdraw"):
-    """I no longer want what I asked for, granted meanwhile or not. Answer: `Done`."""
+    """I no longer want what I asked for, whether or not it was granted. Answer: `Done`."""
 
     request: Number
-    """The `AskLease` or `FindShared`."""
+    """Number of the `AskLease` or `FindShared`."""
 
 
 class EndLease(Request, frozen=True, tag="end-lease"):
@@ -144,7 +144,7 @@ class KeepFile(Request, frozen=True, tag="keep-file"):
     """Make a memory file that outlives me. Answer: `FileGiven` with its descriptor."""
 
     lease: Number
-    """Whose host bytes it is part of."""
+    """Number of the lease whose host bytes the file is part of."""
     nbytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 56)]
 
 
@@ -175,11 +175,11 @@ class FillDone(Request, frozen=True, tag="fill-done"):
 
     key: Key
     digest: Name
-    """Of the content: two keys with one digest become one chunk."""
+    """Digest of the content; two keys with one digest become one chunk."""
 
 
 class GiveUpFill(Request, frozen=True, tag="give-up-fill"):
-    """Somebody else may fill it. Answer: `Done`."""
+    """Another client may fill it. Answer: `Done`."""
 
     key: Key
 
@@ -191,13 +191,13 @@ class ReleaseShared(Request, frozen=True, tag="release-shared"):
 
 
 class AdoptLease(Request, frozen=True, tag="adopt-lease"):
-    """Your predecessor granted me this. Answer: `LeaseGranted` with another number, or `Refused`.
+    """An earlier service granted me this. Answer: `LeaseGranted` with another number, or `Refused`.
 
-    With the keep file's descriptor, if there is one.
+    Carries the keep file's descriptor, if there is one.
     """
 
     lease: Number
-    """Its number there."""
+    """Number that the earlier service gave it."""
     host_nbytes: Nbytes
     disk_nbytes: Nbytes
     disk_name: Annotated[str, msgspec.Meta(max_length=MAX_NAME_LENGTH)]
@@ -205,45 +205,45 @@ class AdoptLease(Request, frozen=True, tag="adopt-lease"):
 
 
 class AdoptShared(Request, frozen=True, tag="adopt-shared"):
-    """I use this shared chunk, or am filling it: here is its descriptor. Answer: `Done`."""
+    """I use this shared chunk, or am filling it; its descriptor is attached. Answer: `Done`."""
 
     key: Key
     digest: Annotated[str, msgspec.Meta(max_length=MAX_NAME_LENGTH)]
-    """Empty: I am still filling it."""
+    """Digest of the content; empty if I am still filling it."""
 
 
 class AdoptEnd(Request, frozen=True, tag="adopt-end"):
-    """That was all I have of your predecessor. Answer: `Done`."""
+    """That was everything I have from the earlier service. Answer: `Done`."""
 
 
 class Bye(Request, frozen=True, tag="bye"):
-    """I end. Answer: `Done`."""
+    """I am closing the connection. Answer: `Done`."""
 
     keep: bool
-    """Whether what would be kept if I were killed is kept now too."""
+    """Whether to keep now what would be kept if I were killed."""
 
 
 class AskState(Request, frozen=True, tag="ask-state"):
-    """Who holds what? Answer: `NodeState`, a part of it."""
+    """What does each rank hold? Answer: `NodeState`, a part of it."""
 
     part: Number
-    """0, and on until a part is the last; what changes meanwhile may be in none of them, or two."""
+    """Part number, counted from 0 until the last part; what changes in between may appear in none or two of them."""
 
 
 class Evict(Request, frozen=True, tag="evict"):
-    """End this job: ask its processes, and after a while kill them. Answer: `Done` at once."""
+    """End this job: ask its processes to end, and later kill them. Answer: `Done` at once."""
 
     job: Name
     user: Annotated[int, msgspec.Meta(ge=-1, le=1 << 32)]
-    """-1: mine."""
+    """User id; -1 for my own."""
     timeout_s: Seconds
 
 
 class Drain(Request, frozen=True, tag="drain"):
-    """Grant no more, wait for the jobs that run, then end. Answer: `Done` at once."""
+    """Grant nothing more, wait for the running jobs, then end. Answer: `Done` at once."""
 
     timeout_s: Seconds | None
-    """After which jobs are evicted; None: never."""
+    """Seconds after which jobs are evicted; None: never."""
 
 
 class Kept(msgspec.Struct, frozen=True):
@@ -257,15 +257,15 @@ class Kept(msgspec.Struct, frozen=True):
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
-    """The first message's answer."""
+    """Answer to the first message."""
 
     version: int
     kept: Kept | None
-    """Of the same rank of the same job of the same user."""
+    """State kept for the same rank of the same job of the same user; None if nothing is kept."""
 
 
 class Budget(msgspec.Struct, frozen=True, tag="budget"):
-    """Answer to `AskBudget`, bytes."""
+    """Answer to `AskBudget`, in bytes."""
 
     id: int
     host_total: int
@@ -276,43 +276,43 @@ class Budget(msgspec.Struct, frozen=True, tag="budget"):
 
 
 class Waiting(msgspec.Struct, frozen=True, tag="waiting"):
-    """Not yet, and why."""
+    """The request is not granted yet, with the reason."""
 
     id: int
     reason: str
 
 
 class LeaseGranted(msgspec.Struct, frozen=True, tag="lease-granted"):
-    """Answer to `AskLease`, `TakeKept` and `AdoptLease`; descriptors of disk file and keep file beside it."""
+    """Answer to `AskLease`, `TakeKept` and `AdoptLease`, with the descriptors of the disk file and the keep file."""
 
     id: int
     lease: int
     host_nbytes: int
     disk_nbytes: int
     disk_path: str
-    """Empty: no disk."""
+    """Path of the disk file; empty if there is none."""
     file_nbytes: int
-    """Of the keep file; 0: none."""
+    """Length of the keep file in bytes; 0 if there is none."""
 
 
 class FileGiven(msgspec.Struct, frozen=True, tag="file-given"):
-    """Answer to `KeepFile`; a descriptor for reading and writing beside it."""
+    """Answer to `KeepFile`, with a descriptor for reading and writing."""
 
     id: int
 
 
 class SharedGiven(msgspec.Struct, frozen=True, tag="shared-given"):
-    """Answer to `FindShared` and `FillDone`; a descriptor beside it, read-only if it is filled."""
+    """Answer to `FindShared` and `FillDone`, with a descriptor, which is read-only if the chunk is filled."""
 
     id: int
     is_filled: bool
     nbytes: int
     digest: str
-    """Empty: not filled."""
+    """Digest of the content; empty if the chunk is not filled."""
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
-    """It is so."""
+    """The request was carried out."""
 
     id: int
 
@@ -324,7 +324,7 @@ REFUSED_KINDS: tuple[str, ...] = get_args(RefusedKind)
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
-    """No."""
+    """The request was refused."""
 
     id: int
     kind: RefusedKind
@@ -337,10 +337,10 @@ class TierState(msgspec.Struct, frozen=True):
     total: int
     leased: int
     kept: int
-    """Of dead ranks."""
+    """Bytes kept for dead ranks."""
     shared: int
     warm: int
-    """Shared chunks that nobody uses."""
+    """Bytes of shared chunks without users."""
 
 
 class MemberRow(msgspec.Struct, frozen=True):
@@ -351,9 +351,9 @@ class MemberRow(msgspec.Struct, frozen=True):
     rank: int
     num_ranks: int
     pid: int
-    """0: none."""
+    """Process id; 0 if there is none."""
     state: str
-    """"idle", "waiting", "running", "kept" or "lost" (leased before the service began again, not seen since)."""
+    """State: "idle", "waiting", "running", "kept" or "lost" (leased before the service restarted, not seen since)."""
     host_nbytes: int
     disk_nbytes: int
     shared_nbytes: int
@@ -401,7 +401,7 @@ MemberMessage: TypeAlias = (
     | AdoptEnd
     | Bye
 )
-"""What a rank of a job says without giving a descriptor."""
+"""Any message of a job's rank that carries no descriptor."""
 ClientMessage: TypeAlias = MemberMessage | Hello | Visit | AdoptLease | AdoptShared | AskState | Evict | Drain
 ServiceMessage: TypeAlias = (
     Welcome | Budget | Waiting | LeaseGranted | FileGiven | SharedGiven | Done | Refused | NodeState
@@ -417,10 +417,10 @@ def encode_message(message: ClientMessage | ServiceMessage) -> bytes:
     """Return a message's packet.
 
     Args:
-        message: of either side.
+        message: a message of either side.
 
     Returns:
-        At most `MAX_PACKET_NBYTES`, which the messages' own bounds see to.
+        At most `MAX_PACKET_NBYTES` bytes, which the messages' own limits guarantee.
     """
     packet = _encoder.encode(message)
     assert len(packet) <= MAX_PACKET_NBYTES, f"{type(message).__name__} of {len(packet)} bytes"
@@ -431,13 +431,13 @@ def decode_client_message(packet: bytes) -> ClientMessage:
     """Return the client's message in a packet.
 
     Args:
-        packet: as received.
+        packet: the packet as received.
 
     Returns:
         The message, of the declared types, lengths and ranges.
 
     Raises:
-        MalformedMessageError: it is anything else.
+        MalformedMessageError: the packet is anything else.
     """
     return _decode(_client_decoder, packet)
 
@@ -446,13 +446,13 @@ def decode_service_message(packet: bytes) -> ServiceMessage:
     """Return the service's message in a packet.
 
     Args:
-        packet: as received.
+        packet: the packet as received.
 
     Returns:
         The message.
 
     Raises:
-        MalformedMessageError: it is none, as from a service of another version.
+        MalformedMessageError: the packet is not a message, for example because the service has another version.
     """
     return _decode(_service_decoder, packet)
 

@@ -22,8 +22,8 @@ class ServiceCollector(Collector):
     """All metrics of one service.
 
     Args:
-        service: which.
-        history: knows the drive.
+        service: the service to report.
+        history: its history, which knows the drive.
     """
 
     def __init__(self, service: NodeService, history: History) -> None:

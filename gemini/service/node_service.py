@@ -1,6 +1,6 @@
-"""The service: takes connections, and lets leases, shared chunks and administration answer them.
+"""The service: accepts connections, and passes messages to leases, shared chunks and administration.
 
-One event loop, one thread; what may block (files on disk, the manifest) is done in others.
+It has one event loop in one thread; blocking work (files on disk, the manifest) is done in other threads.
 """
 
 from __future__ import annotations
@@ -78,37 +78,37 @@ MAX_CONNECTIONS_PER_USER = 1024
 BACKLOG = 512
 TICK_S = 1.0
 RETURN_S = 10.0
-"""In which clients that have shared chunks are expected back, after the service began."""
+"""Seconds after the service's start in which clients with shared chunks are expected back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceOptions:
-    """What the service is started with."""
+    """Options that the service is started with."""
 
     socket_path: Path
-    """Where it listens; the manifest and a lock lie beside it."""
+    """Path of the socket; the manifest and a lock are beside it."""
     budget: Amount
     """Bytes to grant of host memory and of disk."""
     disk_directory: Path | None = None
-    """For the files of disk leases; None: there is no disk."""
+    """Directory of the disk leases' files; None if there is no disk."""
     socket_mode: int = 0o600
-    """Who may connect, as of a file."""
+    """Mode of the socket, as for a file; says who may connect."""
     socket_group: int | None = None
-    """Group id of the socket; None: the service's own."""
+    """Group id of the socket; None for the service's own group."""
     grace_s: float = 600.0
     """Seconds that a dead rank's kept state waits for a successor."""
     warm_s: float = 600.0
-    """Seconds that a shared chunk stays when nobody uses it, if nobody needs its room."""
+    """Seconds that a shared chunk without users stays if its room is not needed."""
     drain_timeout_s: float = 10.0
-    """Seconds that SIGTERM waits for jobs to end before the service leaves them to themselves."""
+    """Seconds that SIGTERM waits for jobs to end before the service exits without them."""
 
 
 @dataclass(slots=True)
 class NodeService:
-    """The node's service, from `run` to the end of its process's use for it.
+    """The node's memory service, which `run` serves; used once per process.
 
     Args:
-        options: as they are documented there.
+        options: the options.
     """
 
     options: ServiceOptions
@@ -120,7 +120,7 @@ class NodeService:
     administration: Administration = field(init=False)
     num_messages: int = field(init=False, default=0)
     num_malformed: int = field(init=False, default=0)
-    """Connections that were ended because of what came over them."""
+    """Number of connections that were ended because of a malformed message."""
     started_s: float = field(init=False, default_factory=time.monotonic)
     _connections: set[Connection] = field(init=False, default_factory=set)
     _disk: DiskFiles | None = field(init=False, default=None)
@@ -146,14 +146,14 @@ class NodeService:
         return self.options.socket_path.with_name(self.options.socket_path.name + ".manifest")
 
     async def run(self, started: asyncio.Event | None = None) -> None:
-        """Serve until drained, or told to stop by SIGTERM or SIGINT.
+        """Serve until drained, or until SIGTERM or SIGINT.
 
         Args:
-            started: set when clients can connect.
+            started: event that is set when clients can connect.
 
         Raises:
-            ServiceError: another service has the socket or the directory.
-            OffloadIOError: one of them cannot be used.
+            ServiceError: another service uses the socket or the directory.
+            OffloadIOError: the socket or the directory cannot be used.
         """
         loop = asyncio.get_running_loop()
         path = self.options.socket_path
@@ -179,7 +179,7 @@ class NodeService:
             os.close(lock)
 
     async def _close(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Leave clients with what they have; what no living client holds goes."""
+        """Leave clients what they have; free what no living client holds."""
         loop.remove_reader(self._listener)
         self._listener.close()
         with suppress(FileNotFoundError):
@@ -258,7 +258,7 @@ class NodeService:
     def _accept(self) -> None:
         try:
             connected, _ = self._listener.accept()
-        except OSError as error:  # out of descriptors, or the client has gone again
+        except OSError as error:  # out of descriptors, or the client has already gone
             logger.warning("a client could not be accepted: %s", error)
             return
         session: Session | None = None
@@ -417,23 +417,23 @@ class NodeService:
 
 
 def listen(options: ServiceOptions) -> socket.socket:
-    """Return the socket that clients connect to; one that a dead service left is replaced.
+    """Return the socket that clients connect to, after replacing one that a dead service left.
 
     Args:
-        options: path, mode and group.
+        options: path, mode and group of the socket.
 
     Returns:
         A listening, non-blocking SOCK_SEQPACKET.
 
     Raises:
-        ServiceError: the path is taken by something else, or cannot be used.
+        ServiceError: something else is at the path, or the path cannot be used.
     """
     path = options.socket_path
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
-            path.unlink()  # ours is the lock beside it, so nobody answers there
-        before = os.umask(0o177)  # until the mode is set, nobody else may connect
+            path.unlink()  # this process holds the lock beside it, so no service answers there
+        before = os.umask(0o177)  # no other user may connect until the mode is set
         try:
             listener.bind(str(path))
         finally:

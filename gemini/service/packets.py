@@ -1,4 +1,4 @@
-"""Packets with descriptors over a Unix socket, and what the kernel says of the peer. Knows no messages."""
+"""Packets with descriptors over a Unix socket, and the peer's credentials. Knows no messages."""
 
 from __future__ import annotations
 
@@ -22,48 +22,48 @@ __all__ = [
 ]
 
 MAX_DESCRIPTORS = 2
-"""Beside one packet."""
+"""Maximum number of descriptors with one packet."""
 _CREDENTIALS = struct.Struct("iII")
 _DESCRIPTOR_NBYTES = array.array("i").itemsize
 
 
 class BadPacketError(Exception):
-    """A packet is longer, or brings more descriptors, than the protocol allows."""
+    """A packet is longer, or carries more descriptors, than the protocol allows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Packet:
-    """What came in one piece."""
+    """One received packet."""
 
     payload: bytes
-    """Empty: the peer has ended."""
+    """Content; empty if the peer has ended the connection."""
     descriptors: tuple[int, ...]
-    """Now this process's, to be closed."""
+    """Descriptors, which this process now owns and must close."""
 
 
 @dataclass(frozen=True, slots=True)
 class PeerCredentials:
-    """Who connected, at the time."""
+    """Identity of the peer when it connected."""
 
     pid: int
-    """0: a process that cannot be seen from here, as in another container."""
+    """Process id; 0 if the process cannot be seen from here, for example in another container."""
     user: int
 
 
 def peer_credentials(connection: socket.socket) -> PeerCredentials:
-    """Return who is at the other end, by the kernel's word."""
+    """Return the peer's credentials, which the kernel reports."""
     option = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid, user, _ = _CREDENTIALS.unpack(option)
     return PeerCredentials(pid=pid, user=user)
 
 
 def send_packet(connection: socket.socket, payload: bytes, descriptors: Sequence[int] = ()) -> None:
-    """Send one packet, whole or not at all.
+    """Send one packet, complete or not at all.
 
     Args:
-        connection: SOCK_SEQPACKET.
+        connection: SOCK_SEQPACKET socket.
         payload: 1 to `MAX_PACKET_NBYTES` bytes.
-        descriptors: open files to give; the caller keeps its own.
+        descriptors: descriptors of open files to send; the caller keeps its own.
 
     Raises:
         OSError: the peer is gone (BrokenPipeError) or a non-blocking socket is full (BlockingIOError).
@@ -78,14 +78,14 @@ def receive_packet(connection: socket.socket) -> Packet:
     """Receive one packet.
 
     Args:
-        connection: SOCK_SEQPACKET.
+        connection: SOCK_SEQPACKET socket.
 
     Returns:
         The packet; its descriptors close on exec.
 
     Raises:
-        BadPacketError: it is too long or brings too many descriptors; those that came are closed.
-        OSError: nothing is there (BlockingIOError), or the connection is broken.
+        BadPacketError: it is too long or carries too many descriptors; the received descriptors are closed.
+        OSError: no packet is there (BlockingIOError), or the connection is broken.
     """
     room = socket.CMSG_SPACE(MAX_DESCRIPTORS * _DESCRIPTOR_NBYTES)
     payload, ancillary, flags, _ = connection.recvmsg(MAX_PACKET_NBYTES, room, socket.MSG_CMSG_CLOEXEC)

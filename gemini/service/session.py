@@ -1,4 +1,4 @@
-"""What the service knows of one client, and how it answers it."""
+"""What the service knows of one client, and how it answers."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ __all__ = ["LeaseRecord", "Session"]
 
 @dataclass(slots=True, eq=False)
 class LeaseRecord:
-    """A lease, and what belongs to it."""
+    """A lease and what belongs to it."""
 
     number: int
-    """In the ledger."""
+    """Number in the ledger."""
     member: Member
     amount: Amount
     request: int = -1
-    """The client's, which it may still withdraw; -1: none."""
+    """Number of the client's request, which the client may still withdraw; -1 if there is none."""
     disk_name: str = ""
     keep_file: int = -1
-    """Descriptor of the memory file that outlives the client; -1: none."""
+    """Descriptor of the memory file that outlives the client; -1 if there is none."""
     keep_nbytes: int = 0
     meta: bytes = b""
 
     def describe_kept(self) -> Kept:
-        """Return what a successor is told of it."""
+        """Return what a successor is told of the kept lease."""
         return Kept(
             lease=self.number,
             host_nbytes=self.amount.host,
@@ -44,7 +44,7 @@ class LeaseRecord:
         )
 
     def close_file(self) -> None:
-        """Let go of the memory file."""
+        """Close the memory file."""
         if self.keep_file >= 0:
             os.close(self.keep_file)
             self.keep_file, self.keep_nbytes = -1, 0
@@ -52,33 +52,33 @@ class LeaseRecord:
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """A client that has said who it is."""
+    """A client that has identified itself."""
 
     connection: Connection
     member: Member | None = None
-    """None: a visitor."""
+    """Rank that the client is; None for a visitor."""
     num_ranks: int = 1
     priority: int = 0
     leases: dict[int, LeaseRecord] = field(default_factory=dict)
-    """By number."""
+    """Leases by number."""
     started_s: float = field(default_factory=time.monotonic)
     is_evicted: bool = False
     """Whether nothing of it is kept when it ends."""
 
     @property
     def user(self) -> int:
-        """The user id, by the kernel's word."""
+        """User id that the kernel reports."""
         return self.connection.peer.user
 
     @property
     def pid(self) -> int:
-        """Of the client's process; 0: it cannot be seen from here."""
+        """Id of the client's process; 0 if it cannot be seen from here."""
         return self.connection.peer.pid
 
     def done(self, request: int) -> None:
-        """Say that something was done."""
+        """Answer that a request was carried out."""
         self.connection.send(Done(request))
 
     def refuse(self, request: int, kind: RefusedKind, text: str) -> None:
-        """Say that something will not be done, and why."""
+        """Answer that a request is refused, and why."""
         self.connection.send(Refused(request, kind, text))

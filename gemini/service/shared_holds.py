@@ -1,4 +1,4 @@
-"""Which shared chunks there are, who uses them and how many bytes they take: sums only, no clock and no I/O."""
+"""The shared chunks, their users and their bytes: sums only, no clock and no I/O."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ __all__ = ["SharedHold", "SharedHolds", "kept_of"]
 
 @dataclass(slots=True)
 class SharedHold:
-    """A shared chunk, whose bytes are counted once, whoever uses it."""
+    """A shared chunk; its bytes are counted once for all its users."""
 
     nbytes: int
     content: str
-    """What is in it; a user's chunks with the same content are one, and counted once."""
+    """Name of the content; a user's chunks with the same content are one chunk and count once."""
     holders: set[Member] = field(default_factory=set)
     is_filled: bool = False
     idle_since_s: float = 0.0
-    """When the last holder let go."""
+    """Time at which the last holder released it, in seconds."""
 
 
 class SharedHolds:
-    """All shared chunks of a node. One without users is *warm*: it stays until somebody needs its room."""
+    """All shared chunks of a node. A chunk without users is *warm*: it stays until its room is needed."""
 
     def __init__(self) -> None:
         self.holds: dict[tuple[int, str], SharedHold] = {}
-        """By user and key."""
+        """Chunks by user and key."""
 
     def adopt(self, member: Member, key: str, nbytes: int, *, is_filled: bool) -> None:
-        """Count a rank as a user of a chunk, new or there, whether or not it fits."""
+        """Count a rank as a user of a new or existing chunk, whether or not it fits."""
         hold = self.holds.setdefault((member.job.user, key), SharedHold(nbytes, f"key {key}"))
         hold.holders.add(member)
         hold.is_filled |= is_filled
 
     def fill(self, user: int, key: str, digest: str) -> None:
-        """Note that a chunk is filled, with a content that another key may have too."""
+        """Note that a chunk is filled; another key may have the same content."""
         hold = self.holds[user, key]
         hold.is_filled, hold.content = True, f"digest {digest} {hold.nbytes}"
 
     def release(self, member: Member, key: str, *, now_s: float) -> None:
-        """Count a rank no longer as a user; a filled chunk without users stays, warm, until `drop` or need."""
+        """Stop counting a rank as a user; a filled chunk without users stays warm until its room is needed."""
         hold = self.holds.get((member.job.user, key))
         if hold is not None and member in hold.holders:
             hold.holders.remove(member)
@@ -53,18 +53,18 @@ class SharedHolds:
         del self.holds[user, key]
 
     def keep(self, member: Member) -> None:
-        """Count what is kept of a rank as a user of all filled chunks that the rank uses."""
+        """Count a rank's kept state as a user of all filled chunks that the rank uses."""
         for hold in self.holds.values():
             if member in hold.holders and hold.is_filled:
                 hold.holders.add(kept_of(member))
 
     def release_kept(self, member: Member, *, now_s: float) -> None:
-        """Count what was kept of a rank no longer as a user of chunks."""
+        """Stop counting a rank's kept state as a user of chunks."""
         for _, key in list(self.holds):
             self.release(kept_of(member), key, now_s=now_s)
 
     def kept_nbytes(self, member: Member) -> int:
-        """Return the bytes of chunks that what is kept of a rank uses."""
+        """Return the bytes of the chunks that a rank's kept state uses."""
         return sum(hold.nbytes for hold in self.holds.values() if kept_of(member) in hold.holders)
 
     def has_user(self, member: Member) -> bool:
@@ -72,7 +72,7 @@ class SharedHolds:
         return any(member in hold.holders for hold in self.holds.values())
 
     def unused(self) -> list[tuple[int, str]]:
-        """Return user and key of chunks without users, the longest unused first."""
+        """Return user and key of the chunks without users, the longest unused first."""
         unused = [(hold.idle_since_s, where) for where, hold in self.holds.items() if not hold.holders]
         return [where for _, where in sorted(unused)]
 
@@ -81,7 +81,7 @@ class SharedHolds:
         return self._content_nbytes(self.holds)
 
     def used_nbytes(self, *, wanted: Container[tuple[int, str]] = ()) -> int:
-        """Return the bytes of chunks that have users, or that are wanted."""
+        """Return the bytes of chunks that have users or are wanted."""
         return self._content_nbytes(where for where, hold in self.holds.items() if hold.holders or where in wanted)
 
     def warm_nbytes(self) -> int:
@@ -94,5 +94,5 @@ class SharedHolds:
 
 
 def kept_of(member: Member) -> Member:
-    """Return who stands among the holders of chunks for what is kept of a rank, beside a process of that rank."""
+    """Return the holder that represents a rank's kept state, beside the rank's process."""
     return Member(member.job, -1 - member.rank)

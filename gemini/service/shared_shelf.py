@@ -1,7 +1,8 @@
 """Shared chunks: memory files that one client fills and all clients of its user read. Knows sessions and the ledger.
 
-A chunk is *claimed* while a client fills it: others wait, and if the filler ends or gives up, the first of them gets
-the claim, with a new file, as the old filler may still write to its own. Filled and sealed, it is read-only for all.
+A chunk is *claimed* while a client fills it, and other clients wait. If the filler ends or gives up, the first waiting
+client gets the claim, with a new file, because the old filler may still write to its own. A filled and sealed chunk is
+read-only for all.
 """
 
 from __future__ import annotations
@@ -31,43 +32,43 @@ from gemini.service.session import Session
 __all__ = ["SharedShelf"]
 
 MAX_CHUNKS = 4096
-"""Of one user."""
+"""Maximum number of chunks of one user."""
 
 
 @dataclass(slots=True, eq=False)
 class _Chunk:
-    """What the service knows of a chunk beside its bytes, which the ledger counts."""
+    """What the service knows of a chunk apart from its bytes, which the ledger counts."""
 
     file: int
-    """Descriptor: of the filler's file, for writing, until it is filled; then read-only."""
+    """Descriptor: the filler's file, for writing, until the chunk is filled; then a read-only one."""
     nbytes: int
     filler: Session | None
     digest: str = ""
-    """Empty: not filled."""
+    """Digest of the content; empty if the chunk is not filled."""
     waiting: list[tuple[Session, int]] = field(default_factory=list)
-    """Sessions and their requests."""
+    """Waiting sessions and their request numbers."""
     jobs: set[JobKey] = field(default_factory=set)
-    """That have used it."""
+    """Jobs that have used it."""
 
 
 @dataclass(slots=True, eq=False)
 class _LostChunk:
-    """A chunk that clients of a service before have, none of whom has come back yet."""
+    """A chunk of an earlier service's clients, none of which has come back yet."""
 
     lease: int
-    """Under which the ledger counts its bytes."""
+    """Number of the lease under which the ledger counts its bytes."""
     entry: SharedEntry
     finds: list[tuple[Session, FindShared]] = field(default_factory=list)
-    """Who waits to see whether somebody has it."""
+    """Sessions, with their requests, that wait until it is known whether a client has the chunk."""
 
 
 class SharedShelf:
-    """The node's shared chunks, each user's own.
+    """The node's shared chunks; each belongs to one user.
 
     Args:
-        ledger: counts their bytes, and who uses them.
-        queue: decides whether there is room for a new one.
-        record_change: returns what resolves when the chunks as they are now are written down.
+        ledger: counts the chunks' bytes and users.
+        queue: decides whether there is room for a new chunk.
+        record_change: returns a future that is done when the current chunks are written to the manifest.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class SharedShelf:
         self._lost: dict[tuple[int, str], _LostChunk] = {}
 
     def find(self, session: Session, message: FindShared) -> None:
-        """Give a chunk, or the claim to fill it, or let the client wait for whoever fills it."""
+        """Give a chunk or the claim to fill it, or let the client wait for the process that fills it."""
         member = _member_of(session)
         where = (session.user, message.key)
         if where in self._lost:
@@ -113,7 +114,7 @@ class SharedShelf:
             self._give(session, message.id, chunk)
 
     def finish(self, session: Session, message: FillDone) -> None:
-        """Take a filled chunk, and give it to all who wait for it."""
+        """Take a filled chunk, and give it to all clients that wait for it."""
         where = (session.user, message.key)
         chunk = self._chunks.get(where)
         if chunk is None or chunk.filler is not session:
@@ -134,7 +135,7 @@ class SharedShelf:
         chunk.waiting.clear()
 
     def release(self, session: Session, key: str, *, now_s: float) -> None:
-        """Count a client no longer as a user; if it was filling the chunk, somebody else does."""
+        """Stop counting a client as a user; if it was filling the chunk, pass the claim on."""
         member = _member_of(session)
         where = (session.user, key)
         chunk = self._chunks.get(where)
@@ -148,7 +149,7 @@ class SharedShelf:
             self.drop([where])
 
     def release_all(self, session: Session, *, now_s: float) -> None:
-        """Count a client no longer as a user of anything."""
+        """Stop counting a client as a user of any chunk."""
         for lost in self._lost.values():
             lost.finds = [find for find in lost.finds if find[0] is not session]
         for user, key in list(self.ledger.shared.holds):
@@ -156,7 +157,7 @@ class SharedShelf:
                 self.release(session, key, now_s=now_s)
 
     def release_unfound(self, session: Session, *, now_s: float) -> None:
-        """Count a client no longer as a user of what its lease was for and it never asked for."""
+        """Stop counting a client as a user of chunks that its lease covers but that it never asked for."""
         member = _member_of(session)
         for where, hold in list(self.ledger.shared.holds.items()):
             if member in hold.holders and where not in self._chunks:
@@ -171,7 +172,7 @@ class SharedShelf:
                 self.release(session, key, now_s=now_s)
 
     def adopt(self, session: Session, message: AdoptShared, descriptors: tuple[int, ...]) -> None:
-        """Take a chunk that a client has of a service before; takes over the descriptor."""
+        """Take over a chunk that a client has from an earlier service; takes over the descriptor."""
         member = _member_of(session)
         where = (session.user, message.key)
         is_filled = bool(message.digest)
@@ -199,12 +200,12 @@ class SharedShelf:
             self.find(other, find)
 
     def expect(self, entry: SharedEntry) -> None:
-        """Count a chunk that clients of a service before have."""
+        """Count a chunk that clients of an earlier service have."""
         number = self.ledger.adopt(Member(JobKey(entry.user, ""), 0), Amount(host=entry.nbytes))
         self._lost[entry.user, entry.key] = _LostChunk(number, entry)
 
     def expire_lost(self, *, is_over: bool) -> bool:
-        """Expect chunks no longer whose clients have died, or, if it is over, any; return whether that made room."""
+        """Stop expecting chunks of dead clients, or, if `is_over`, all chunks; return whether that made room."""
         gone = [where for where, lost in self._lost.items() if is_over or lost.entry.is_over()]
         for where in gone:
             self._find_again(where)
@@ -222,7 +223,7 @@ class SharedShelf:
         return lost.finds
 
     def entries(self, sessions: Iterable[Session]) -> list[SharedEntry]:
-        """Return what a service after this one has to know: the chunks that clients have."""
+        """Return the chunks that clients have, for the manifest."""
         processes: dict[tuple[int, str], list[tuple[int, int]]] = {}
         for session in sessions:
             for where, hold in self.ledger.shared.holds.items():
@@ -235,19 +236,19 @@ class SharedShelf:
         return found + [lost.entry for lost in self._lost.values()]
 
     def expire(self, before_s: float) -> bool:
-        """Drop what nobody has used since before then; return whether that made room."""
+        """Drop chunks that were unused since before the given time; return whether that made room."""
         shared = self.ledger.shared
         old = [where for where in shared.unused() if shared.holds[where].idle_since_s < before_s]
         self.drop(old)
         return bool(old)
 
     def drop_warm_of(self, job: JobKey) -> None:
-        """Drop what nobody uses and no other job has used."""
+        """Drop unused chunks that no other job has used."""
         unused = self.ledger.shared.unused()
         self.drop([where for where in unused if where in self._chunks and self._chunks[where].jobs == {job}])
 
     def drop(self, chunks: Iterable[tuple[int, str]]) -> None:
-        """Drop chunks, whose bytes go with their last mapping."""
+        """Drop chunks; their bytes are freed with the last mapping."""
         for where in chunks:
             self.ledger.shared.drop(*where)
             self.forget([where])
@@ -260,12 +261,12 @@ class SharedShelf:
                 os.close(chunk.file)
 
     def waits_for(self, session: Session) -> str:
-        """Return the key of a chunk that a client waits for; empty: none."""
+        """Return the key of the chunk that a client waits for; empty if there is none."""
         found = (key for (_, key), chunk in self._chunks.items() if any(who is session for who, _ in chunk.waiting))
         return next(found, "")
 
     async def _give_claim(self, session: Session, request: int, chunk: _Chunk) -> None:
-        """Give a new chunk to its filler once it is written down: no service after this one may grant its bytes."""
+        """Give a new chunk to its filler once the manifest names it; so no later service grants its bytes again."""
         chunk.jobs.add(_member_of(session).job)
         await self._record_change()
         if chunk.filler is session and chunk in self._chunks.values():

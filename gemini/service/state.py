@@ -1,4 +1,4 @@
-"""What the parts of a running service share."""
+"""The objects that the parts of a running service share."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["ServiceState"]
 
 @dataclass(slots=True, kw_only=True)
 class ServiceState:
-    """What is granted, to whom, and who waits."""
+    """What is granted, who holds it, and who waits."""
 
     ledger: NodeLedger
     desk: LeaseDesk
     shelf: SharedShelf
     sessions: set[Session] = field(default_factory=set)
     started_s: float = field(default_factory=time.monotonic)
-    """Time at which the service began, by time.monotonic."""
+    """Start of the service, by time.monotonic, in seconds."""

@@ -1,4 +1,4 @@
-"""Looking at a service, and administering it, from a program that holds nothing there."""
+"""Inspecting and administering a service from a program that holds nothing there."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Visitor"]
 
 
 class Visitor:
-    """A connection of somebody who holds nothing; a context manager.
+    """A connection of a program that holds nothing; a context manager.
 
     Args:
         path: the service's socket.
@@ -37,16 +37,16 @@ class Visitor:
 
     def __init__(self, path: Path) -> None:
         self._channel = Channel(path, Visit(PROTOCOL_VERSION))
-        self._channel.is_ending = True  # it holds nothing, so it need not look for another service, nor warn
+        self._channel.is_ending = True  # it holds nothing, so it neither reconnects nor warns
 
     def state(self) -> NodeState:
-        """Return who holds what: all of it to root and the service's own user, to others their own.
+        """Return what each rank holds: all of it to root and the service's own user, to other users their own.
 
         Returns:
-            The state, whole.
+            The complete state.
 
         Raises:
-            ServiceError: the service is gone.
+            ServiceError: the connection is lost.
         """
         parts: list[NodeState] = []
         while not parts or not parts[-1].is_last:
@@ -64,8 +64,8 @@ class Visitor:
         """End a job: free what is kept of it, ask its processes to end, and kill them after a while.
 
         Args:
-            job: its name.
-            user: whose; -1: one's own.
+            job: the job's name.
+            user: the job's user id; -1: this user's own.
             timeout_s: seconds from SIGTERM to SIGKILL.
 
         Raises:
@@ -80,12 +80,12 @@ class Visitor:
             timeout_s: seconds after which jobs are evicted; None: never.
 
         Raises:
-            ServiceError: this user may not.
+            ServiceError: this user may not do that.
         """
         self._order(lambda request: Drain(id=request, timeout_s=timeout_s))
 
     def wait_until_gone(self) -> None:
-        """Wait for the service's end."""
+        """Block until the service ends."""
         self._channel.is_ending = True
         self._channel.wait_lost()
 

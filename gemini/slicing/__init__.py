@@ -1,3 +1,3 @@
-"""A batch through a block, some rows at a time."""
+"""Running a batch through a block some rows at a time."""
 
 __all__: list[str] = []

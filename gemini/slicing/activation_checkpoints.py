@@ -1,7 +1,7 @@
-"""Activation checkpoints in host memory: what the blocks of a sliced model were given waits there for backward.
+"""Activation checkpoints in host memory: the inputs of a sliced model's blocks wait there for backward.
 
-A checkpoint is written while the block computes and comes back, one block ahead, while the block behind it in forward
-is differentiated. It lives as long as the graph that needs it; its host buffer is then used for another one.
+A checkpoint is written while its block computes. It comes back one block ahead, while the next block in forward order
+is differentiated. It lives as long as the graph that needs it; then its host buffer is reused.
 """
 
 from __future__ import annotations
@@ -23,61 +23,62 @@ from gemini.tiers import IO_ALIGNMENT_NBYTES, format_nbytes, round_up
 __all__ = ["ActivationCheckpoints"]
 
 _MAX_SOURCES = 2
-"""Tensors kept on the device because their copies are under way."""
+"""Maximum number of tensors kept on the device because their copies are running."""
 _ALIGNMENT_NBYTES = 64
-"""Kernels may sum in another order from an address that is no multiple of it; torch allocates at multiples."""
+"""Alignment of tensors: kernels may sum in another order from an address that is not a multiple of it; torch allocates
+at multiples."""
 _LARGEST_FIT = 2
-"""A buffer is used again for what needs at least this part of it, so that batches may differ in length."""
+"""Largest ratio of a buffer's size to a tensor's: so batches may differ in length and still reuse buffers."""
 
 
 @dataclass(slots=True)
 class _HostCopy:
-    """One tensor in host memory, and on its way from and to the device."""
+    """One tensor in host memory, or on its way from or to the device."""
 
     buffer: torch.Tensor
-    """uint8 of the arena; its beginning is the memory that the tensor spans."""
+    """Host buffer, uint8 of the arena; it begins with the memory that the tensor spans."""
     nbytes: int
-    """Of that memory."""
+    """Length of that memory in bytes."""
     lead_nbytes: int
-    """By which the tensor's address is beyond a multiple of `_ALIGNMENT_NBYTES`."""
+    """Distance in bytes of the tensor's address from the multiple of `_ALIGNMENT_NBYTES` below it."""
     dtype: torch.dtype
     shape: torch.Size
     stride: tuple[int, ...]
     move: Move
-    """The last one."""
+    """Last copy."""
     source: torch.Tensor | None
-    """On the device, until the copy to host memory is known to have ended."""
+    """Tensor on the device, until the copy to host memory is known to have ended; then None."""
     target: torch.Tensor | None = None
-    """On the device, from the start of the copy back until it is handed out."""
+    """Tensor on the device, from the start of the copy back until it is handed out."""
 
 
 class _Checkpoint:
-    """What autograd holds in a tensor's place; its end is the end of the graph's need for it."""
+    """Autograd's substitute for a tensor; its end means that the graph no longer needs the tensor."""
 
     def __init__(self, number: int) -> None:
         self.number = number
 
 
 class ActivationCheckpoints:
-    """All activation checkpoints of one engine.
+    """The activation checkpoints of one engine.
 
     Args:
-        resources: the device's copy engine and the arena, which gives the buffers back when it is closed.
+        resources: the device's transfers and the arena, which frees the buffers when it is closed.
     """
 
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
-        self._live: dict[int, _HostCopy] = {}  # in the order of forward
+        self._live: dict[int, _HostCopy] = {}  # in forward order
         self._num_made = 0
         self._leaving: deque[_HostCopy] = deque()
         self._free: list[tuple[torch.Tensor, Move]] = []
 
     @contextmanager
     def keeping(self, batch: torch.Tensor) -> Iterator[None]:
-        """Keep one tensor in host memory if autograd saves it while the context is open; others as before.
+        """Keep one tensor in host memory if autograd saves it while the context is open; other tensors as usual.
 
         Args:
-            batch: on the device, not changed afterwards.
+            batch: tensor on the device, not changed afterwards.
 
         Raises:
             OutOfTierMemoryError: host memory has no room for it.
@@ -134,7 +135,7 @@ class ActivationCheckpoints:
         return tensor.view(copy.dtype).as_strided(copy.shape, copy.stride)
 
     def _bring_back(self, copy: _HostCopy) -> None:
-        """Start copying a tensor to the device, unless that is under way."""
+        """Start copying a tensor to the device, unless the copy is running."""
         if copy.target is not None:
             return
         copy.move.wait_on_compute()
@@ -143,7 +144,7 @@ class ActivationCheckpoints:
         copy.move = self._resources.transfers.upload(copy.target, copy.buffer[: copy.nbytes], record="activations")
 
     def _drop_sources(self, most: int) -> None:
-        """Give up device tensors that have reached host memory, waiting until no more than `most` have not."""
+        """Drop device tensors that have reached host memory; wait until at most `most` have not."""
         while self._leaving and (len(self._leaving) > most or self._leaving[0].move.is_done()):
             copy = self._leaving.popleft()
             copy.move.wait_on_host()
@@ -151,13 +152,13 @@ class ActivationCheckpoints:
 
     def _release(self, number: int) -> None:
         copy = self._live.pop(number)
-        if copy.target is not None:  # on its way to memory that is given up here
+        if copy.target is not None:  # it is being copied to memory that is dropped here
             copy.move.wait_on_host()
             copy.target = None
         self._free.append((copy.buffer, copy.move))
 
     def _claim(self, nbytes: int) -> torch.Tensor:
-        """Return a buffer that nothing travels from or to: a free one that fits, or a new one in place of all free."""
+        """Return a buffer without running copies: a free one that fits, or a new one in place of all free ones."""
         most = _LARGEST_FIT * round_up(nbytes, IO_ALIGNMENT_NBYTES)
         fitting = [entry for entry in self._free if nbytes <= entry[0].numel() <= most]
         if fitting:
@@ -179,10 +180,9 @@ class ActivationCheckpoints:
 
 
 def _spanned_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what lies between a tensor's first and last element, gaps included, as a uint8 view.
+    """Return the bytes between a tensor's first and last element, gaps included, as a uint8 view.
 
-    Its copy at the same alignment, seen with the same strides, is the same to every kernel; for others a kernel may
-    sum in another order.
+    A copy with the same alignment and strides is the same to every kernel; otherwise a kernel may sum in another order.
     """
     if tensor.numel() == 0:
         return tensor.new_empty(0, dtype=torch.uint8)

@@ -1,13 +1,13 @@
-"""Which of a block's arguments and results have rows of the batch, and how these are taken apart and put together.
+"""The arguments and results of a block that have rows of the batch, and how to divide and join them.
 
 [Note: Rows of a batch]
-A block is taken to treat the rows of its batch independently of each other. The batch is dimension 0 of the first
-tensor among its arguments that the user does not call shared. A tensor whose dimension 0 is of another length (position
-embeddings [1, ...], a mask for all rows) is shared by all slices. One of the same length may be either, as a bias for
-each head is where a batch has as many rows as there are heads. Lengths alone never decide that: such a tensor has rows
-if its argument's name and its number of dimensions say so in transformers (`ROW_DIMS`) or in torch's own blocks
-(`TORCH_ROW_DIMS`), or if the user says so; it is shared if the user says so, and refused otherwise. Every tensor that a
-block returns has a row for each row it was given.
+A block is assumed to treat the rows of its batch independently of each other. The batch is dimension 0 of the first
+tensor among its arguments that the user does not declare shared. A tensor whose dimension 0 has another length
+(position embeddings [1, ...], a mask for all rows) is shared by all slices. A tensor of the same length may be either:
+a bias per head is shared, but it looks like rows where a batch has as many rows as there are heads. Lengths alone never
+decide: such a tensor has rows if its argument's name and its number of dimensions say so in transformers (`ROW_DIMS`)
+or in torch's own blocks (`TORCH_ROW_DIMS`), or if the user says so. It is shared if the user says so, and refused
+otherwise. Every tensor that a block returns has a row for each row it was given.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ ROW_DIMS: Mapping[str, tuple[int, ...]] = {
     "position_embeddings": (3,),
     "position_ids": (2,),
 }
-"""How many dimensions an argument of transformers' blocks has if dimension 0 is the batch; where it is shared, that
-dimension is missing or 1."""
+"""Number of dimensions that an argument of transformers' blocks has if dimension 0 is the batch; in a shared argument
+that dimension is missing or 1."""
 TORCH_ROW_DIMS: Mapping[str, tuple[int, ...]] = {
     "key": (3,),
     "key_padding_mask": (2,),
@@ -48,7 +48,7 @@ TORCH_ROW_DIMS: Mapping[str, tuple[int, ...]] = {
     "tgt_key_padding_mask": (2,),
     "value": (3,),
 }
-"""The same for `_TORCH_BLOCKS`. Other blocks may mean something else by these names."""
+"""Number of dimensions for `_TORCH_BLOCKS`. Other blocks may use these names with another meaning."""
 _TORCH_BLOCKS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 _PLAIN_TYPES = (
@@ -56,18 +56,18 @@ _PLAIN_TYPES = (
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType),
 )
-"""Arguments that mean the same to every slice. Anything else may hold tensors or be written to, as caches are."""
+"""Arguments that mean the same to every slice. Others may hold tensors or be written to, as caches are."""
 
 
 def slice_bounds(num_rows: int, num_slices: int) -> tuple[tuple[int, int], ...]:
-    """Divide rows into slices that differ by one row at most.
+    """Divide rows into slices whose lengths differ by at most one row.
 
     Args:
-        num_rows: rows to divide, at least one.
-        num_slices: slices wanted, at least one; there are no more slices than rows.
+        num_rows: number of rows, at least one.
+        num_slices: number of slices, at least one; there are never more slices than rows.
 
     Returns:
-        First row and one past the last row of each slice.
+        First row, and one past the last row, of each slice.
     """
     count = min(num_rows, num_slices)
     edges = [num_rows * index // count for index in range(count + 1)]
@@ -76,21 +76,21 @@ def slice_bounds(num_rows: int, num_slices: int) -> tuple[tuple[int, int], ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArgumentRules:
-    """What is known about a block's arguments by name, see [Note: Rows of a batch]."""
+    """Knowledge about a block's arguments by name, see [Note: Rows of a batch]."""
 
     positional_names: tuple[str, ...] = ()
-    """Of the block's parameters; a positional argument beyond them goes by its index, "1"."""
+    """Names of the block's parameters; a further positional argument goes by its index, for example "1"."""
     row_dims: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: ROW_DIMS)
     batch_names: Collection[str] = ()
-    """The user's: arguments whose tensors have rows."""
+    """Names that the user gave: arguments whose tensors have rows."""
     shared_names: Collection[str] = ()
-    """The user's: arguments whose tensors are shared."""
+    """Names that the user gave: arguments whose tensors are shared."""
 
     @staticmethod
     def of(
         module: nn.Module, *, batch_names: Collection[str] = (), shared_names: Collection[str] = ()
     ) -> ArgumentRules:
-        """Read what a block's class and the parameters of its forward say."""
+        """Read the rules from a block's class and the parameters of its forward."""
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         params = inspect.signature(module.forward).parameters.values()
         return ArgumentRules(
@@ -108,19 +108,19 @@ class ArgumentRules:
         """Return whether a tensor has a row for each row of the batch.
 
         Args:
-            name: of the argument that it is, or is part of.
-            shape: the tensor's.
-            batch_shape: of the batch, [num_rows, ...].
+            name: name of the argument that the tensor is, or is part of.
+            shape: the tensor's shape.
+            batch_shape: shape of the batch, [num_rows, ...].
 
         Returns:
-            None if it cannot be told.
+            Whether the tensor has rows; None if that is not known.
         """
         num_rows, *others = batch_shape
         if not shape or shape[0] != num_rows or name in self.shared_names:
             return False
         if num_rows == 1 or name in self.batch_names:
             return True
-        # A mask [queries, keys] for all rows looks like one [rows, keys] where there are as many positions as rows.
+        # A mask [queries, keys] for all rows looks like one [rows, keys] if there are as many positions as rows.
         is_row_shape = len(shape) in self.row_dims.get(name, ()) and not (
             num_rows in others and len(shape) < len(batch_shape)
         )
@@ -132,18 +132,18 @@ class BlockCall:
     """The arguments of one call of a block, without their tensors."""
 
     leaves: tuple[Any, ...]
-    """All arguments in order, containers taken apart; None in the place of a tensor."""
+    """Arguments in order, with containers taken apart; None in the place of a tensor."""
     structure: TreeSpec
     places: tuple[int, ...]
-    """Where among the leaves the tensors belong."""
+    """Indices of the tensors among the leaves."""
     batch_index: int
-    """Which of the tensors is the batch."""
+    """Index of the batch among the tensors."""
     is_sliced: tuple[bool, ...]
-    """For each tensor whether it has rows of the batch."""
+    """Whether each tensor has rows of the batch."""
     num_rows: int
 
     def arguments(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the positional and keyword arguments with these tensors, one for each place."""
+        """Return the positional and keyword arguments with the given tensors, one per place."""
         leaves = list(self.leaves)
         for place, tensor in zip(self.places, tensors, strict=True):
             leaves[place] = tensor
@@ -151,7 +151,7 @@ class BlockCall:
         return args, kwargs
 
     def rows_of(self, tensors: Sequence[torch.Tensor], begin: int, end: int) -> list[torch.Tensor]:
-        """Return the tensors that a slice works with: views of its rows, or the whole of what is shared."""
+        """Return the tensors of a slice: views of its rows, and shared tensors whole."""
         return [
             tensor[begin:end] if is_sliced else tensor
             for tensor, is_sliced in zip(tensors, self.is_sliced, strict=True)
@@ -164,16 +164,16 @@ def take_apart(
     """Separate a call's tensors from everything else.
 
     Args:
-        args: positional arguments; tuples, lists and dictionaries in them are looked into.
-        kwargs: keyword arguments.
-        block_name: for messages.
-        rules: what the arguments' names say.
+        args: positional arguments; tuples, lists and dictionaries in them are searched.
+        kwargs: keyword arguments, searched in the same way.
+        block_name: the block's name, for messages.
+        rules: rules by argument name.
 
     Returns:
-        The call and its tensors; None if no tensor may be the batch.
+        The call and its tensors; None if no tensor can be the batch.
 
     Raises:
-        ModelError: an argument may hold tensors that nobody can divide (a cache), or may or may not have rows.
+        ModelError: an argument may hold tensors that cannot be divided (a cache), or may or may not have rows.
     """
     leaves, structure = tree_flatten((args, kwargs), is_leaf=_is_leaf)
     places = tuple(place for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
@@ -221,7 +221,7 @@ def take_apart(
 
 
 def _is_leaf(node: Any) -> bool:
-    """Whatever else torch can take apart (a registered cache, say) is one argument here."""
+    """Treat anything else that torch can take apart (for example a registered cache) as one argument."""
     return not isinstance(node, (tuple, list, dict))
 
 
@@ -238,30 +238,30 @@ def _path_of(place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 
 
 class JoinedOutputs:
-    """Puts together what the slices of one call return.
+    """Joins what the slices of one call return.
 
     Args:
-        num_rows: rows of the whole batch.
-        block_name: for messages.
+        num_rows: number of rows in the whole batch.
+        block_name: the block's name, for messages.
     """
 
     def __init__(self, num_rows: int, *, block_name: str) -> None:
         self.leaves: list[Any] = []
-        """Containers taken apart; tensors have all rows, of which those added so far are filled in."""
+        """Results with containers taken apart; tensors have all rows, and the rows added so far are filled in."""
         self._structure: TreeSpec | None = None
         self._num_rows = num_rows
         self._block_name = block_name
 
     def add(self, output: Any, begin: int, end: int) -> None:
-        """Take one slice's result, which is copied.
+        """Add a copy of one slice's result.
 
         Args:
-            output: what the block returned.
-            begin: the slice's first row.
-            end: one past its last row.
+            output: the block's output.
+            begin: first row of the slice.
+            end: one past the slice's last row.
 
         Raises:
-            ModelError: a tensor lacks rows of the slice, or what is no tensor differs between slices.
+            ModelError: a tensor lacks rows of the slice, or a value that is not a tensor differs between slices.
         """
         leaves, structure = tree_flatten(output)
         for leaf in leaves:
@@ -284,7 +284,7 @@ class JoinedOutputs:
                 raise self._error("another value or shape for one slice than for the next")
 
     def build(self, leaves: Sequence[Any]) -> Any:
-        """Return the block's result made of leaves in the order of `self.leaves`."""
+        """Return the block's result, made of leaves in the order of `self.leaves`."""
         assert self._structure is not None
         return tree_unflatten(list(leaves), self._structure)
 

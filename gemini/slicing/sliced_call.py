@@ -1,13 +1,13 @@
-"""One call of a block, run in slices in forward and once more, slice by slice, in backward.
+"""One call of a block, run in slices in forward, and again slice by slice in backward.
 
 [Note: Slices]
 In forward the slices of a block run one after another without a graph, and only the block's arguments are kept. In
-backward the block is entered once more; slice after slice is run again, with the random numbers it had, and
-differentiated; the gradients of its parameters are summed, in float32, and leave autograd as one. So a block's unit is
-entered once in forward and once in backward however many slices there are, and what activations take is what one slice
-of one block takes. This is also activation checkpointing by block, and replaces the one a block may bring along.
+backward the block is entered once more. Slice after slice runs again, with the random numbers it had, and is
+differentiated; the gradients of the block's parameters are summed in float32 and leave autograd as one. So a block's
+unit is entered once in forward and once in backward for any number of slices, and activations take what one slice of
+one block takes. This is also activation checkpointing by block, and replaces the block's own if it has one.
 
-Knows tensors and autograd; what entering a unit means, and where kept arguments go, is others' business.
+Knows tensors and autograd, but not what entering a unit means or where kept arguments go.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ __all__ = ["SlicedBlock", "UnitScope", "run_in_slices"]
 
 
 class UnitScope(Protocol):
-    """What slicing asks of the engine."""
+    """What slicing needs from the engine."""
 
     slice_sums: GradientSums
-    """Takes over all gradients that arrive while it is open."""
+    """Sums that take all gradients that arrive while they are open."""
 
     def recomputing(self, unit_id: int) -> AbstractContextManager[None]:
         """Keep a unit's weights usable in backward while the context is open."""
@@ -46,15 +46,15 @@ class UnitScope(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlicedBlock:
-    """A block that batches pass through in slices."""
+    """A block through which batches pass in slices."""
 
     name: str
-    """For messages."""
+    """Name for messages."""
     module: nn.Module
     forward: Callable[..., Any]
-    """The module's own, which runs whatever it is given whole."""
+    """Module's own forward, which runs anything it is given without slices."""
     params: tuple[nn.Parameter, ...]
-    """Those that are trained."""
+    """Trained parameters."""
     unit_id: int
     num_slices: int
     scope: UnitScope
@@ -65,14 +65,14 @@ def run_in_slices(block: SlicedBlock, call: BlockCall, tensors: Sequence[torch.T
 
     Args:
         block: the block, whose unit is in use.
-        call: its arguments, without the tensors.
+        call: its arguments without the tensors.
         tensors: the tensors among its arguments; autograd keeps them until backward.
 
     Returns:
-        What the block returns for the whole batch; tensors are new.
+        The block's result for the whole batch; its tensors are new.
 
     Raises:
-        ModelError: the block wrote to an argument or a buffer, or what it returned cannot be put together.
+        ModelError: the block wrote to an argument or a buffer, or its results cannot be joined.
     """
     sliced = _SlicedCall(block, call, tensors[0].device)
     outputs = _SlicedFunction.apply(sliced, len(tensors), *tensors, *block.params)  # type: ignore[no-untyped-call]
@@ -80,7 +80,7 @@ def run_in_slices(block: SlicedBlock, call: BlockCall, tensors: Sequence[torch.T
 
 
 class _SlicedCall:
-    """One call of a block, to be run in slices in forward and again in backward. Holds no tensor of its own."""
+    """One call of a block, which runs in slices in forward and again in backward. Holds no tensors of its own."""
 
     def __init__(self, block: SlicedBlock, call: BlockCall, device: torch.device) -> None:
         self._block = block
@@ -93,7 +93,7 @@ class _SlicedCall:
         self._joined: JoinedOutputs | None = None
 
     def forward(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Run all slices; return the tensors among the results, whole. Called without grad mode."""
+        """Run all slices and return the complete tensors of the results. Called without grad mode."""
         joined = self._joined = JoinedOutputs(self._call.num_rows, block_name=self._block.name)
         with self._running(), _refusing_writes(self._block, tensors):
             for begin, end in self._bounds:
@@ -102,7 +102,7 @@ class _SlicedCall:
         return tuple(leaf for leaf in joined.leaves if isinstance(leaf, torch.Tensor))
 
     def join(self, outputs: Sequence[torch.Tensor]) -> Any:
-        """Return what the block returns, made of the tensors that `forward` gave."""
+        """Return the block's result, made of the tensors that `forward` returned."""
         joined, self._joined = self._joined, None  # the outputs own the graph, which owns this object
         assert joined is not None
         remaining = iter(outputs)
@@ -115,8 +115,8 @@ class _SlicedCall:
 
         Args:
             tensors: the arguments, as in forward.
-            needs_grad: for each of them whether a gradient is wanted.
-            grads: gradients of what `forward` gave.
+            needs_grad: whether a gradient is wanted, for each of them.
+            grads: gradients of what `forward` returned.
 
         Returns:
             Gradients of the arguments, then of the block's parameters.
@@ -139,7 +139,7 @@ class _SlicedCall:
                             totals[place] = self._add_rows(totals[place], leaf.grad, place, begin, end)
             own = [sums.take(param) for param in block.params]
             others = sums.take_all()
-        for param, grad in others:  # of other modules, which this block uses unknown to the graph
+        for param, grad in others:  # parameters of other modules, which this block uses without the graph's knowledge
             param.grad = grad
             block.scope.hand_over(param)
         return totals + own  # autograd rounds the totals to the arguments' dtypes
@@ -152,7 +152,7 @@ class _SlicedCall:
         begin: int,
         end: int,
     ) -> list[torch.Tensor]:
-        """Run one slice with a graph and backward; return its arguments, with their gradients."""
+        """Run one slice with a graph and backward; return its arguments with their gradients."""
         rows = self._call.rows_of(tensors, begin, end)
         leaves = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(rows, needs_grad, strict=True)]
         with torch.enable_grad():
@@ -183,11 +183,11 @@ class _SlicedCall:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """Set what the block runs under: the autocast of its call, and no activation checkpointing of its own."""
+        """Set the block's environment: the autocast of its call, and no activation checkpointing of its own."""
         flagged = [module for module in self._block.module.modules() if vars(module).get("gradient_checkpointing")]
         with ExitStack() as stack:
             for device_type, dtype, is_enabled in self._autocast:
-                # Casts made without a graph must not be found by what runs with one.
+                # Casts made without a graph must not be reused with one.
                 stack.enter_context(torch.autocast(device_type, dtype, enabled=is_enabled, cache_enabled=False))
             for module in flagged:
                 vars(module)["gradient_checkpointing"] = False
@@ -199,7 +199,7 @@ class _SlicedCall:
 
 
 class _SlicedFunction(torch.autograd.Function):
-    """A block's call as one node of the graph; the parameters are arguments so that each gets one gradient of it."""
+    """A block's call as one node of the graph; parameters are arguments, so that each gets one gradient from it."""
 
     @staticmethod
     def forward(ctx: Any, sliced: _SlicedCall, num_tensors: int, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -224,7 +224,7 @@ class _SlicedFunction(torch.autograd.Function):
 
 @contextmanager
 def _refusing_writes(block: SlicedBlock, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Refuse a block that writes to its arguments or buffers, which backward would run it on once more."""
+    """Refuse a block that writes to its arguments or buffers, because backward runs it on them again."""
     named = [(f"argument {index}", tensor) for index, tensor in enumerate(tensors)]
     named += [(f"buffer {name}", buffer) for name, buffer in block.module.named_buffers()]
     versions = [(name, tensor, tensor._version) for name, tensor in named if not tensor.is_inference()]

@@ -1,6 +1,6 @@
-"""Which blocks a large batch passes through in slices, so that weights and gradients move once per step.
+"""Chooses the blocks through which a large batch passes in slices, so that weights and gradients move once per step.
 
-How a call of a block is run in slices is gemini.slicing.sliced_call's business, see [Note: Slices] there.
+gemini.slicing.sliced_call runs a block in slices, see [Note: Slices] there.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from gemini.slicing.sliced_call import SlicedBlock, UnitScope, run_in_slices
 __all__ = ["BatchSlicer", "KeepFn", "find_repeated"]
 
 KeepFn = Callable[[torch.Tensor], AbstractContextManager[None]]
-"""Chooses, while its context is open, where autograd keeps a block's batch until backward."""
+"""Function that chooses, while its context is open, where autograd keeps a block's batch until backward."""
 
 
 def find_repeated(class_names: Mapping[str, str]) -> set[str]:
-    """Choose the modules that a batch passes through in slices: those of which there is a row.
+    """Choose the modules through which a batch passes in slices: repeated ones.
 
     Args:
-        class_names: name of the class of each module, by fully qualified name.
+        class_names: class name of each module, by fully qualified name.
 
     Returns:
-        Names of the modules that differ from another one of their class in nothing but numbers: "h.0" and "h.1".
+        Names of the modules that differ from another one of their class only in numbers: "h.0" and "h.1".
     """
     rows = {
         name: (tuple("*" if part.isdecimal() else part for part in name.split(".")), class_name)
@@ -42,18 +42,18 @@ def find_repeated(class_names: Mapping[str, str]) -> set[str]:
 
 
 class BatchSlicer:
-    """The sliced blocks of one model; `remove` gives them their own forward back.
+    """The sliced blocks of one model; `remove` restores their own forward.
 
-    Without gradients a block runs whole: nothing is kept then, and its caches and records are those of the batch.
+    Without gradients a block runs unsliced: nothing is kept then, and its caches and records are those of the batch.
 
     Args:
         model: the user's model; the forward of its repeated blocks is replaced, inside all hooks on them.
-        unit_names: module name of each unit but the root's, by unit id.
-        num_slices: slices of a batch; fewer where it has fewer rows.
+        unit_names: module name of each unit except the root's, by unit id.
+        num_slices: number of slices per batch; fewer if the batch has fewer rows.
         scope: the engine.
         batch_arguments: names of blocks' arguments whose tensors have rows of the batch.
-        shared_arguments: names of those whose tensors all rows share.
-        keep: decides where blocks' batches are kept; None: where they are.
+        shared_arguments: names of blocks' arguments whose tensors all rows share.
+        keep: chooses where blocks' batches are kept; None: where they are.
 
     Raises:
         ConfigError: the model has no repeated blocks.
@@ -91,7 +91,7 @@ class BatchSlicer:
             block.module.forward = self._sliced_forward(block, rules)
 
     def remove(self) -> None:
-        """Let all blocks run whole again."""
+        """Restore unsliced forwards of all blocks."""
         for module, own_forward in self._replaced:
             del module.forward
             if own_forward is not None:
@@ -135,7 +135,7 @@ def _describe(module: nn.Module, name: str, *, unit_id: int, num_slices: int, sc
 
 
 def _refuse_what_mixes_rows(block: SlicedBlock, kwargs: Mapping[str, Any]) -> None:
-    """Raise ModelError for what would give other gradients in slices, as far as that can be seen beforehand."""
+    """Raise ModelError for anything that would give other gradients in slices, as far as it can be seen in advance."""
     for name, module in block.module.named_modules():
         if isinstance(module, _BatchNorm) and module.training:
             raise ModelError(

@@ -1,3 +1,3 @@
-"""Weights and state, read and written wherever they live: for users' code, state dicts and checkpoints."""
+"""Reading and writing weights and state in any tier: for users' code, state dicts and checkpoints."""
 
 __all__: list[str] = []

@@ -1,14 +1,14 @@
 """The values of an engine's parameters, for any code that reads or writes them; see [Note: Managed parameters].
 
-A weight whose chunk is in compute memory, or can be brought there without taking anything from anybody, is shown in its
-chunk. Otherwise, and where a view of it must not be overwritten later, it is shown on memory of its own, a copy that
-lives as long as the function that uses it.
+A weight whose chunk is in compute memory, or can be brought there without displacing anything, is shown in its chunk.
+Otherwise, and where a view of it must not be overwritten later, it is shown on separate memory, a copy that lives as
+long as the function that uses it.
 
 [Note: Writes]
-What is written in place must reach the home, and the master there. Values and master are the same in float32; in half
-precision the master of an element follows only if the element's bits have changed, so that elements which a write
-leaves alone keep what the half-precision weight does not show. So a function that may write is given the weight, and
-the old values are kept for its length. Writes that no function announced (compiled code, kernels that were given an
+What is written in place must reach the home, and the master there. Values and master are the same in float32. In half
+precision the master of an element follows only if the element's bits have changed, so that elements without a write
+keep the precision that the half-precision weight does not show. So a function that may write is given the weight, and
+the old values are kept until it returns. Writes that no function announced (compiled code, kernels that were given an
 address) are noticed by version counters when the weight leaves its memory, and compared with the home instead.
 """
 
@@ -42,12 +42,12 @@ from gemini.weights.values import (
 __all__ = ["ParamWeight", "WeightAccess"]
 
 SharedCall = Callable[[Callable[..., Any], Any, Any, Sequence[torch.Tensor]], Any]
-"""Calls a function that uses parameters, so that gradients of shared ones may be delivered use by use."""
+"""Function that calls another one with parameters, so that gradients of shared ones may be delivered use by use."""
 
 
 @dataclass(slots=True, eq=False)
 class _Open:
-    """A weight that a function is using; see OpenWeight."""
+    """A weight in use by a function; see OpenWeight."""
 
     weight: ParamWeight
     values: torch.Tensor
@@ -55,7 +55,7 @@ class _Open:
     is_copy: bool
     loans: ExitStack
     old: torch.Tensor | None = None
-    """The values before the function, if it may write."""
+    """Values before the function, if it may write."""
 
     def become_copy(self) -> None:
         if not self.is_copy:
@@ -63,7 +63,7 @@ class _Open:
                 self.show_copy(self.values.clone())
 
     def show_copy(self, values: torch.Tensor) -> None:
-        """Let the parameter show values in memory of their own until the weight is closed."""
+        """Make the parameter show values in separate memory until the weight is closed."""
         weight, chunk = self.weight, self.weight.chunk
         self.values, self.is_copy = values, True
         self.loans.enter_context(weight.access.runtime.passes.saved.loan(values, chunk, weight.position))
@@ -75,10 +75,10 @@ class ParamWeight:
     """One parameter of an engine; see gemini.autograd.Weight.
 
     Args:
-        access: of the engine.
+        access: the engine's access to weights.
         param: the parameter.
-        chunk: where its values lie.
-        place: its place there.
+        chunk: the chunk that holds its values.
+        place: its place in the chunk.
         position: its position in the chunk's layout.
     """
 
@@ -97,37 +97,37 @@ class ParamWeight:
 
     @property
     def name(self) -> str:
-        """The parameter's."""
+        """The parameter."""
         return self.place.spec.name
 
     @property
     def is_held(self) -> bool:
-        """Whether the parameter shows its values now, and will at least until the next function."""
+        """Whether the parameter shows its values now, and at least until the next function."""
         chunk = self.chunk
         return chunk.is_held or (chunk.is_resident and chunk.is_ready)
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run a function of torch's that was given the parameter, or a view of it."""
+        """Run a torch function that was given the parameter, or a view of it."""
         return run_function(func, args, kwargs)
 
     def opened(self, *, writes: bool) -> AbstractContextManager[_Open]:
-        """Let the parameter show its values while the context is open; what was written reaches the home at its end.
+        """Make the parameter show its values while the context is open; writes reach the home at its end.
 
         Args:
-            writes: whether the values may be written meanwhile.
+            writes: whether the values may be written in the context.
 
         Returns:
             The context.
 
         Raises:
-            ModelError: the engine is closed, its state was lost, a step waits for its commit, or what was written
-                cannot be honoured.
+            ModelError: the engine is closed, its state was lost, a step waits for its commit, or a write is not
+                possible here.
             OffloadIOError: the values cannot be read or written.
         """
         return self.access.opened(self, writes=writes)
 
     def saving(self) -> AbstractContextManager[None]:
-        """Let what autograd saves of weights, while the context is open, be found again in backward."""
+        """Let backward find what autograd saves of weights while the context is open."""
         return self.access.saving()
 
     def call_shared(self, func: Callable[..., Any], args: Any, kwargs: Any, params: Sequence[torch.Tensor]) -> Any:
@@ -135,26 +135,26 @@ class ParamWeight:
         return self.access.call_shared(func, args, kwargs, params)
 
     def finish_update(self) -> None:
-        """Wait until nobody is writing the weight."""
+        """Wait until the weight is not being written."""
         self.access.runtime.updates.finish(self.chunk.spec.chunk_id)
 
     def count_write(self) -> None:
-        """Let graphs that have saved the parameter know that it was written, as torch's version counter does."""
+        """Tell graphs that have saved the parameter that it was written, as torch's version counter does."""
         torch.autograd.graph.increment_version(self.param)
         self.chunk.remember_versions()
 
     def stamp(self) -> object:
-        """Return something that is unequal once the values may have changed."""
+        """Return an object that is unequal to a later one once the values may have changed."""
         return self.chunk.num_updates, self.chunk.num_writes
 
     def assign(self, values: torch.Tensor) -> None:
         """Write values as `.data = values` would.
 
         Args:
-            values: of the parameter's shape, dtype and device.
+            values: values with the parameter's shape, dtype and device.
 
         Raises:
-            ModelError: they are of another.
+            ModelError: the shape, dtype or device is another one.
         """
         if values is self.param:
             return
@@ -171,15 +171,15 @@ class ParamWeight:
         with torch.no_grad():
             self.param.data.copy_(values.clone() if weight_of(values) is self else values)
         self.num_bindings += 1
-        self.count_write()  # graphs have saved the old values, which are gone
+        self.count_write()  # graphs have saved the old values, which no longer exist
 
     def load(self, values: torch.Tensor) -> None:
-        """Write values of a wider dtype, which the master keeps; they have been written to the weight already."""
+        """Give the master values of a wider dtype, which have already been written to the weight."""
         if self.chunk.spec.is_trainable:
             store_master(self.access.runtime, self.place, values)
 
     def pinned(self) -> torch.Tensor:
-        """Return a copy of the values, the same one as long as somebody holds it, brought up to date."""
+        """Return an up-to-date copy of the values; the same object as long as something refers to it."""
         held = None if self._pinned is None else self._pinned[0]()
         stamp = self.stamp()
         if held is not None and self._pinned is not None and self._pinned[1] == stamp:
@@ -190,7 +190,7 @@ class ParamWeight:
         return held
 
     def gradient(self) -> torch.Tensor | None:
-        """Return the tensor that stands for the gradient that waits, None if none does."""
+        """Return the tensor that represents the waiting gradient; None if none waits."""
         with torch._C.DisableTorchFunctionSubclass():
             stray: torch.Tensor | None = self.param.grad
             if stray is not None or not self._has_gradient():
@@ -212,7 +212,7 @@ class ParamWeight:
         return is_readable and gradients.has(self.chunk.spec.chunk_id, self.position)
 
     def read_gradient(self) -> torch.Tensor | None:
-        """Return the gradient that waits, of the parameter's dtype; None if none does."""
+        """Return the waiting gradient in the parameter's dtype; None if none waits."""
         if not self._has_gradient():
             return None
         runtime = self.access.runtime
@@ -221,10 +221,10 @@ class ParamWeight:
         return waiting.to(self.place.spec.dtype).to(runtime.resources.transfers.device)
 
     def add_gradient(self, gradient: torch.Tensor) -> None:
-        """Add to the gradient that waits.
+        """Add to the waiting gradient.
 
         Args:
-            gradient: of the parameter's shape and dtype.
+            gradient: gradient with the parameter's shape and dtype.
 
         Raises:
             ModelError: the gradient carries a loss scale, or gradients are not kept as float32.
@@ -235,13 +235,13 @@ class ParamWeight:
         runtime.gradients.add([(self.chunk.spec.chunk_id, self.position, gradient)])
 
     def set_gradient(self, gradient: torch.Tensor | None) -> None:
-        """Let a gradient take the place of the one that waits; it waits in `.grad`, where the optimizer takes it from.
+        """Replace the waiting gradient; the new one waits in `.grad`, from where the optimizer takes it.
 
         Args:
-            gradient: of the parameter's shape; None: there is none any more.
+            gradient: gradient with the parameter's shape; None: remove the waiting one.
         """
         if isinstance(gradient, WaitingGradient):
-            if weight_of(gradient) is self:  # `param.grad += other` has added already
+            if weight_of(gradient) is self:  # `param.grad += other` has already added
                 return
             gradient = gradient.clone()
         if self._has_gradient():
@@ -254,8 +254,8 @@ class WeightAccess:
     """Shows and keeps the weights of one engine.
 
     Args:
-        runtime: the engine's.
-        call_shared: as ParamWeight.call_shared.
+        runtime: the engine's runtime.
+        call_shared: as in ParamWeight.call_shared.
     """
 
     def __init__(self, runtime: Runtime, call_shared: SharedCall) -> None:
@@ -271,7 +271,7 @@ class WeightAccess:
             chunk.keep_write = self._keep_unseen_write
 
     def saving(self) -> AbstractContextManager[None]:
-        """Let what autograd saves of weights, while the context is open, be found again in backward."""
+        """Let backward find what autograd saves of weights while the context is open."""
         if not torch.is_grad_enabled() or self.runtime.passes.saved.is_on_top:
             return nullcontext()
         return self._saving()
@@ -323,7 +323,7 @@ class WeightAccess:
             return opened
 
     def _hold(self, chunk_id: int) -> bool:
-        """Lease a chunk for the length of a function; return whether there was room for it."""
+        """Hold a chunk until a function returns; return whether there was room for it."""
         runtime = self.runtime
         if not runtime.core.has_room(chunk_id):
             return False
@@ -336,7 +336,7 @@ class WeightAccess:
         return True
 
     def _keep_write(self, opened: _Open, versions: tuple[int, int]) -> None:
-        """Bring home what a function has written, if it has; `versions` were those of parameter and values before."""
+        """Write home what a function has written, if anything; `versions` are those of parameter and values before."""
         weight, values = opened.weight, opened.values
         chunk = weight.chunk
         if opened.old is None:
@@ -349,7 +349,7 @@ class WeightAccess:
         chunk.remember_versions()
 
     def _keep_unseen_write(self, chunk: Chunk, position: int) -> None:
-        """Bring home what was written to a weight that still shows it; see Chunk.keep_write."""
+        """Write home what was written to a weight that still shows it; see Chunk.keep_write."""
         weight = self._by_place[chunk.spec.chunk_id, position]
         self.runtime.updates.weights_change(chunk.spec.chunk_id)
         with torch._C.DisableTorchFunctionSubclass():
@@ -357,15 +357,15 @@ class WeightAccess:
         self._store(weight, values, None)
 
     def _store(self, weight: ParamWeight, values: torch.Tensor, old: torch.Tensor | None) -> None:
-        """Make written values those of the home.
+        """Write changed values to the home.
 
         Args:
-            weight: whose.
+            weight: the weight.
             values: this rank's part, in compute memory.
-            old: what they were; None: not known, and the home is asked.
+            old: the previous values; None: not known, and the home is read.
 
         Raises:
-            ModelError: neither knows.
+            ModelError: neither has the old values.
         """
         runtime, chunk = self.runtime, weight.chunk
         chunk.num_writes += 1

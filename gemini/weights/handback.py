@@ -1,4 +1,4 @@
-"""What becomes of a model's parameters when its engine is closed: they hold their values again, if memory allows."""
+"""Returns values to a model's parameters when its engine is closed, if memory allows."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ __all__ = ["OriginalTensors", "read_back"]
 logger = logging.getLogger(__name__)
 
 KEPT_FREE = 0.1
-"""Share of the machine's memory that handing weights back leaves alone."""
+"""Share of the machine's memory that stays free when weights are handed back."""
 
 
 @dataclass(frozen=True, slots=True)
 class OriginalTensors:
-    """Dtypes and devices of a model's parameters and buffers, as they were before it was wrapped, by name."""
+    """Dtypes and devices of a model's parameters and buffers before it was wrapped, by name."""
 
     params: Mapping[str, tuple[torch.dtype, torch.device]]
     buffers: Mapping[str, tuple[torch.dtype, torch.device]]
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> OriginalTensors:
-        """Note a model's."""
+        """Record those of a model."""
         return cls(
             {name: (param.dtype, _lasting(param.device)) for name, param in named_params(model)},
             {name: (buffer.dtype, _lasting(buffer.device)) for name, buffer in named_buffers(model)},
         )
 
     def of_weight(self, weight: ParamWeight) -> tuple[torch.dtype, torch.device]:
-        """Return a parameter's; of one that was made when the model was wrapped, where the engine has it."""
+        """Return a parameter's; for a parameter that wrapping made, the engine's own."""
         return self.params.get(weight.name, (weight.place.spec.dtype, torch.device("cpu")))
 
     def hand_back(self, model: torch.nn.Module, access: WeightAccess, values: Mapping[str, torch.Tensor]) -> None:
-        """Let a model's parameters be plain ones with values of their own.
+        """Turn a model's parameters into plain ones with their own values.
 
         Args:
-            model: of an engine that has been closed.
-            access: of the engine.
-            values: from `read_back`.
+            model: the model of a closed engine.
+            access: the engine's access to weights.
+            values: values from `read_back`.
         """
         disown(model, access)
         with torch.no_grad():
@@ -76,12 +76,12 @@ def read_back(access: WeightAccess, originals: OriginalTensors) -> dict[str, tor
     """Read all parameters of an engine that is about to be closed.
 
     Args:
-        access: of the engine.
-        originals: says in which dtype and where; parameters that were float32 get their masters.
+        access: the engine's access to weights.
+        originals: original dtypes and devices; parameters that were float32 get their masters.
 
     Returns:
-        Values by name. None, and a line in the log, if memory has no room for them, several ranks share them, or they
-        cannot be read any more.
+        Values by name. None, with a line in the log, if memory has no room for them, several ranks share them, or they
+        can no longer be read.
     """
     runtime = access.runtime
     nbytes = sum(weight.place.spec.numel * originals.of_weight(weight)[0].itemsize for weight in access.weights)

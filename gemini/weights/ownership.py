@@ -1,4 +1,4 @@
-"""Which engine manages a parameter: each knows its weight, from when it is wrapped until the engine is closed."""
+"""Registers which engine manages a parameter, from wrapping until the engine is closed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 
 SHOWN_ATTRIBUTE = "_gemini_shown"
 _SCRIPTED = "__prepare_scriptable__"
-"""What torch.jit.script calls."""
+"""Attribute that torch.jit.script calls."""
 
 
 def runtime_of(param: torch.Tensor) -> Runtime | None:
@@ -49,7 +49,7 @@ _guard = OptimizerGuard(is_trained_by_engine, lambda optimizer: getattr(optimize
 
 
 def own(model: torch.nn.Module, access: WeightAccess) -> None:
-    """Let an engine manage all parameters of its model, and refuse other optimizers of them."""
+    """Register an engine for all parameters of its model, and refuse other optimizers for them."""
     _guard.install()
     model.__dict__[_SCRIPTED] = partial(refuse_scripting, model)
     for weight in access.weights:
@@ -57,7 +57,7 @@ def own(model: torch.nn.Module, access: WeightAccess) -> None:
 
 
 def disown(model: torch.nn.Module, access: WeightAccess) -> None:
-    """Let nobody manage those that the engine has managed; idempotent."""
+    """Unregister the engine's parameters; idempotent."""
     model.__dict__.pop(_SCRIPTED, None)
     for weight in access.weights:
         if weight_of(weight.param) is weight:
@@ -70,7 +70,7 @@ def is_shown(model: torch.nn.Module) -> bool:
 
 
 def refuse_owned(model: torch.nn.Module) -> None:
-    """Raise ModelError if an engine manages some parameters already."""
+    """Raise ModelError if an engine already manages some of the parameters."""
     for name, param in named_params(model):
         runtime = runtime_of(param)
         if runtime is not None and runtime.is_closed:
@@ -85,15 +85,15 @@ def refuse_owned(model: torch.nn.Module) -> None:
 
 
 def check_unchanged(model: torch.nn.Module, runtime: Runtime, places: Mapping[str, ParamPlace]) -> None:
-    """Make sure that a model has the parameters that were wrapped, no others and no fewer.
+    """Check that a model has exactly the parameters that were wrapped.
 
     Args:
-        model: the wrapped one.
-        runtime: its engine's.
-        places: where the parameters are, by canonical name.
+        model: the wrapped model.
+        runtime: the runtime of its engine.
+        places: places of the parameters, by canonical name.
 
     Raises:
-        ModelError: the model was changed since; what is saved would not be the model.
+        ModelError: the model was changed since wrapping, so a save would not represent it.
     """
     params = dict(named_params(model))
     changed = [name for name in places if name not in params]

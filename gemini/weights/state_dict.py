@@ -1,4 +1,4 @@
-"""A wrapped model's state dict: read from, and written to, wherever its weights live."""
+"""The state dict of a wrapped model, read from and written to any tier."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from gemini.weights.values import load_masters
 __all__ = ["INSIDE_OF_MODULE", "ReadValue", "load_model_state", "named_values"]
 
 ReadValue = Callable[[Runtime, ParamPlace], torch.Tensor]
-"""Returns a parameter's values, a CPU copy in its shape: `read_working` or `read_master` of gemini.weights.values."""
+"""Function that returns a parameter's values as a CPU copy in its shape: `read_working` or `read_master`."""
 
 
 class _InsideOfModule(dict[str, str]):
-    """Says of every name but that of the wrapped model itself that it is to be looked for in there."""
+    """Maps every name except that of the wrapped model itself to "module"."""
 
     def get(self, key: str, default: Any = None) -> Any:
         return default if key in self.values() else "module"
 
 
 INSIDE_OF_MODULE = _InsideOfModule({"": "module"})
-"""What torch.distributed.checkpoint.state_dict asks modules for whose state dicts leave a child's name out."""
+"""Mapping that torch.distributed.checkpoint.state_dict reads where state dicts leave out a child's name."""
 
 
 def named_values(runtime: Runtime, model: torch.nn.Module, read: ReadValue) -> Iterator[tuple[str, torch.Tensor]]:
@@ -40,9 +40,9 @@ def named_values(runtime: Runtime, model: torch.nn.Module, read: ReadValue) -> I
     With several ranks all must take all of them.
 
     Args:
-        runtime: the engine's.
-        model: the wrapped one.
-        read: which values.
+        runtime: the engine's runtime.
+        model: the wrapped model.
+        read: reads the values.
 
     Yields:
         Name and values.
@@ -65,9 +65,9 @@ def load_model_state(
     """Load weights, buffers and modules' extra state; see GeminiDDP.load_state_dict.
 
     Args:
-        runtime: the engine's.
-        model: the wrapped one.
-        state_dict: of this model, plain or wrapped.
+        runtime: the engine's runtime.
+        model: the wrapped model.
+        state_dict: a state dict of this model, plain or wrapped.
         strict: whether names must match exactly.
 
     Returns:
@@ -95,13 +95,13 @@ def _compare_names(
     """Compare a state dict with what a model's engine holds.
 
     Args:
-        model: the wrapped one.
-        places: where its parameters are, by name.
-        state_dict: to be loaded.
+        model: the wrapped model.
+        places: places of its parameters, by name.
+        state_dict: the state dict to be loaded.
         strict: whether names must match exactly.
 
     Returns:
-        Missing names, unexpected names, and why the rest cannot be loaded, if it cannot.
+        Missing names, unexpected names, and the error that prevents loading the rest, if there is one.
     """
     params = canonical_names(model)
     buffers = dict(named_buffers(model))

@@ -22,12 +22,12 @@ def install_state_hooks(module: torch.nn.Module, runtime: Runtime) -> list[Any]:
 
     Args:
         module: the wrapped model.
-        runtime: its engine's.
+        runtime: the runtime of its engine.
 
     Returns:
-        Their handles.
+        The hooks' handles.
     """
-    copies: dict[int, dict[int, torch.Tensor]] = {}  # of each state dict being made: by parameter
+    copies: dict[int, dict[int, torch.Tensor]] = {}  # by state dict in progress, then by parameter
 
     def fill(owner: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         if owner is module and not is_shown(module):
@@ -64,7 +64,7 @@ def _copies_for(copies: dict[int, dict[int, torch.Tensor]], state: Any) -> dict[
     if id(state) not in copies:
         try:
             weakref.finalize(state, copies.pop, id(state), None)
-        except TypeError:  # a plain dict: nobody tells of its end
+        except TypeError:  # a plain dict, whose end cannot be noticed
             return {}
         copies[id(state)] = {}
     return copies[id(state)]

@@ -1,8 +1,8 @@
-"""Read and write single parameters and their state in their homes, wherever these are.
+"""Reads and writes single parameters and their state in their homes, in any tier.
 
-With several ranks a home holds a shard; with tensor parallelism, of what is this rank's. What is read is put together
-from all ranks' pieces, so all ranks must read the same parameters in the same order, and each gets everything. Of a
-value to be written each rank writes its piece; what ranks share is written by one of them.
+With several ranks a home holds a shard; with tensor parallelism, a shard of this rank's part. A value is read from all
+ranks' pieces, so all ranks must read the same parameters in the same order, and each gets the whole value. To write a
+value, each rank writes its piece; what ranks share is written by one of them.
 """
 
 from __future__ import annotations
@@ -47,31 +47,31 @@ __all__ = [
 ]
 
 STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
-"""What there is of a trainable parameter: its master, momentum and variance, under torch.optim.AdamW's names."""
+"""Kinds of a trainable parameter's values: master, momentum and variance, under torch.optim.AdamW's names."""
 FROZEN_KINDS = ("weight",)
-"""What there is of a frozen one."""
+"""Kinds of a frozen parameter's values."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A parameter's share of one tile."""
+    """A parameter's part of one tile."""
 
     tile: int
     length: int
-    """Elements in the tile."""
+    """Number of elements in the tile."""
     in_tile: slice
     in_param: slice
 
 
 def working_runs(runtime: Runtime, place: ParamPlace) -> Iterator[torch.Tensor]:
-    """Yield what lives here of a parameter's working weights, in order, a tile's worth at a time.
+    """Yield the part of a parameter's working weights in this rank's homes, in order, up to a tile at a time.
 
     Args:
-        runtime: the engine's.
+        runtime: the engine's runtime.
         place: the parameter.
 
     Yields:
-        1D, on the CPU; to be read before the next one is asked for.
+        Values, 1D, on the CPU; to be used before the next ones are requested.
     """
     chunk, piece = _chunk_and_piece(runtime, place)
     for part in _parts(runtime, piece):
@@ -80,7 +80,7 @@ def working_runs(runtime: Runtime, place: ParamPlace) -> Iterator[torch.Tensor]:
 
 
 def master_runs(runtime: Runtime, place: ParamPlace) -> Iterator[torch.Tensor]:
-    """Yield what lives here of a parameter's float32 master as `working_runs` does; frozen parameters as they are."""
+    """Yield a parameter's float32 master in the way of `working_runs`; frozen parameters unchanged."""
     state = runtime.states.get(place.chunk_id)
     if state is None:
         yield from working_runs(runtime, place)
@@ -126,7 +126,7 @@ def read_gradient(runtime: Runtime, place: ParamPlace) -> torch.Tensor:
 
 
 def read_master(runtime: Runtime, place: ParamPlace) -> torch.Tensor:
-    """Return a parameter's float32 master, a CPU copy in its shape; frozen parameters as they are."""
+    """Return a parameter's float32 master, a CPU copy in its shape; frozen parameters unchanged."""
     dtype = torch.float32 if place.chunk_id in runtime.states else place.spec.dtype
     return _collect(runtime, place, master_runs(runtime, place), dtype)
 
@@ -142,12 +142,12 @@ def _collect(runtime: Runtime, place: ParamPlace, runs: Iterable[torch.Tensor], 
 
 
 def load_masters(runtime: Runtime, values: Iterable[tuple[ParamPlace, torch.Tensor]]) -> None:
-    """Make values of any float dtype the masters and working weights of parameters.
+    """Set masters and working weights of parameters to values of any float dtype.
 
-    Copies in compute memory are brought up to date. Of weights that ranks share, one rank's value counts.
+    Copies in compute memory are updated. For weights that ranks share, one rank's value counts.
 
     Args:
-        runtime: the engine's.
+        runtime: the engine's runtime.
         values: parameters and their values, of the same shape, on any device.
 
     Raises:
@@ -160,18 +160,18 @@ def load_masters(runtime: Runtime, values: Iterable[tuple[ParamPlace, torch.Tens
 
 @contextmanager
 def loading(runtime: Runtime) -> Iterator[None]:
-    """Let homes be written inside, those that ranks share among them.
+    """Allow writes to homes inside the context, including homes that ranks share.
 
-    With shared homes all ranks must come here: they meet before, so that none still uses what changes, and after.
+    With shared homes all ranks must call this: they meet before, so that none still uses what changes, and after.
 
     Args:
-        runtime: the engine's.
+        runtime: the engine's runtime.
 
     Yields:
         Nothing.
 
     Raises:
-        CollectiveError: a rank did not come; from then on weights are in part the old ones.
+        CollectiveError: a rank did not come; some weights are still the old ones.
     """
     drop_commit(runtime)
     shared = [chunk.home for chunk in runtime.core.chunks if chunk.home.is_shared]
@@ -186,10 +186,10 @@ def loading(runtime: Runtime) -> Iterator[None]:
 
 
 def drop_commit(runtime: Runtime) -> None:
-    """Let there be no committed step any more, before weights or state change otherwise; with several ranks all call.
+    """Drop the committed step before weights or state change in another way; with several ranks all call.
 
     Args:
-        runtime: the engine's.
+        runtime: the engine's runtime.
 
     Raises:
         CollectiveError: a rank did not come; nothing has changed.
@@ -224,20 +224,20 @@ def _load_master(runtime: Runtime, place: ParamPlace, value: torch.Tensor) -> No
 
 
 def _refresh(runtime: Runtime, chunk: Chunk, place: ParamPlace) -> None:
-    """Bring a parameter's copy in compute memory up to date, if there is one that is not gathered anew anyway."""
+    """Update a parameter's copy in compute memory, if there is one that is not gathered anew anyway."""
     if chunk.slot is not None and not chunk.is_common:
         copy = chunk.slot.buffer[: chunk.spec.working_nbytes].view(chunk.spec.dtype)
         copy[place.begin : place.end].copy_(read_working(runtime, place).reshape(-1))
 
 
 def store_written(runtime: Runtime, place: ParamPlace, values: torch.Tensor, old: torch.Tensor | None) -> None:
-    """Bring home working weights that were written in compute memory; masters follow where bits have changed.
+    """Write home working weights that were written in compute memory; masters follow where bits have changed.
 
     Args:
-        runtime: the engine's.
+        runtime: the engine's runtime.
         place: the parameter.
-        values: this rank's part of it, in its shape and dtype, on any device.
-        old: what it was before; None: what the home has.
+        values: this rank's part of the parameter, in its shape and dtype, on any device.
+        old: the previous values; None: the home's values.
     """
     chunk, piece = _chunk_and_piece(runtime, place)
     state = runtime.states.get(place.chunk_id)
@@ -297,7 +297,7 @@ def read_moments(runtime: Runtime, place: ParamPlace) -> tuple[torch.Tensor, tor
 
 
 def load_moments(runtime: Runtime, place: ParamPlace, momentum: torch.Tensor, variance: torch.Tensor) -> None:
-    """Set a trainable parameter's moments, after `drop_commit`; same shape, any float dtype and device."""
+    """Set a trainable parameter's moments, after `drop_commit`; values have its shape, any float dtype and device."""
     chunk, piece = _chunk_and_piece(runtime, place)
     flat_momentum, flat_variance = _cut(chunk, place, momentum), _cut(chunk, place, variance)
     for part in _parts(runtime, piece):
@@ -308,18 +308,18 @@ def load_moments(runtime: Runtime, place: ParamPlace, momentum: torch.Tensor, va
 
 
 def owned_run(runtime: Runtime, place: ParamPlace) -> slice:
-    """Return which elements of this rank's part of a parameter live here, in row-major order: all, unless sharded."""
+    """Return the elements of this rank's part of a parameter that are here, in row-major order: all, unless sharded."""
     shard = runtime.core.chunks[place.chunk_id].shard
     return slice(0, place.spec.numel) if shard is None else piece_of(place, shard)
 
 
 def kinds_of(runtime: Runtime, place: ParamPlace) -> tuple[str, ...]:
-    """Return what `read_parts` gives of a parameter: `STATE_KINDS` if it is trainable, else `FROZEN_KINDS`."""
+    """Return the kinds that `read_parts` yields for a parameter: `STATE_KINDS` if trainable, else `FROZEN_KINDS`."""
     return STATE_KINDS if place.chunk_id in runtime.states else FROZEN_KINDS
 
 
 def read_parts(runtime: Runtime, place: ParamPlace) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield what lives here of a parameter, in order, a tile at a time: 1D CPU copies, by kind.
+    """Yield the parts of a parameter in this rank's homes, in order, a tile at a time: 1D CPU copies, by kind.
 
     Trainable parameters come as float32, frozen ones in their working dtype.
     """
@@ -340,12 +340,12 @@ def read_parts(runtime: Runtime, place: ParamPlace) -> Iterator[dict[str, torch.
 
 
 def write_parts(runtime: Runtime, place: ParamPlace, read: Callable[[str, int, int], torch.Tensor]) -> None:
-    """Set what lives here of a parameter, a tile at a time, inside `loading`. Copies in compute memory follow.
+    """Set the parts of a parameter in this rank's homes, a tile at a time, inside `loading`; compute copies follow.
 
     Args:
-        runtime: the engine's.
+        runtime: the engine's runtime.
         place: the parameter.
-        read: returns elements [begin, end) of this rank's part of the parameter, in row-major order, of a kind from
+        read: returns elements [begin, end) of this rank's part of the parameter, in row-major order, for a kind from
             `kinds_of`.
     """
     chunk, piece = runtime.core.begin_update(place.chunk_id), _chunk_and_piece(runtime, place)[1]
@@ -371,7 +371,7 @@ def write_parts(runtime: Runtime, place: ParamPlace, read: Callable[[str, int, i
 
 
 def reset_moments(runtime: Runtime) -> None:
-    """Set the momentum and variance of every parameter to zero; with several ranks all must call."""
+    """Set momentum and variance of every parameter to zero; with several ranks all must call."""
     drop_commit(runtime)
     for chunk_id, state in runtime.states.items():
         spec = runtime.core.chunks[chunk_id].home_spec
@@ -402,7 +402,7 @@ def _cut(chunk: Chunk, place: ParamPlace, value: torch.Tensor) -> torch.Tensor:
 
 
 def _make_whole(runtime: Runtime, place: ParamPlace, flat: torch.Tensor) -> torch.Tensor:
-    """Return a parameter, or as many values, of all ranks' pieces, in its shape; with several ranks all must call."""
+    """Return a whole parameter, or values of its size, from all ranks' pieces; with several ranks all must call."""
     shard = runtime.core.chunks[place.chunk_id].shard
     if shard is None:
         return flat.view(place.spec.shape)
@@ -433,7 +433,7 @@ def _parts(runtime: Runtime, place: ParamPlace) -> Iterator[_Part]:
 
 
 def _rest(record: torch.Tensor, part: _Part, dtype: torch.dtype) -> torch.Tensor | None:
-    """Return what a tile's record has of a parameter's masters; None where working weights are masters."""
+    """Return a parameter's masters in a tile's record; None where working weights are the masters."""
     rest = record_views(record, part.length, dtype)[0]
     return None if rest is None else rest[part.in_tile]
 
@@ -445,6 +445,6 @@ def _typed(tile: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
 def _opened(
     runtime: Runtime, home: TiledHome, tile: int, *, write: bool = False
 ) -> AbstractContextManager[torch.Tensor]:
-    """Open a tile; see TiledHome.opened. What a commit says must happen is not overtaken."""
+    """Open a tile; see TiledHome.opened. With `write`, no committed step may be recorded."""
     assert not (write and runtime.commits.has_record)
     return home.opened(tile, runtime.resources.transfers, write=write)

@@ -15,7 +15,7 @@
  *     thread is in. Which NaN an arithmetic operation yields is not fixed; casts keep sign and payload.
  *   - Nothing here knows torch, Python or the interpreter lock. Calls may come from any thread.
  *
- * Between the two CDEF markers the text is plain C that cffi parses as it stands:
+ * Between the two CDEF markers the text is plain C that cffi parses unchanged:
  * no preprocessor directives are allowed there.
  */
 #ifndef GEMINI_NATIVE_H
@@ -165,9 +165,9 @@ enum {
  * A block of GN_JOURNAL_BLOCK_NUMEL elements is updated so: its working weights, master (but in
  * GN_FORMAT_F32), momentum and variance are copied to the thread's scratch, one after the other without
  * gaps, from GN_JOURNAL_IMAGE_OFFSET on; sequence << 32 | number of the block is stored at the scratch's
- * beginning; the block is updated in place; its entry in `done` becomes `sequence`. Whoever finds the memory
- * later copies the image of each scratch back whose block has another entry than the scratch's sequence; then
- * each block is old or new. A block whose entry is `sequence` already is left alone, so the same call
+ * beginning; the block is updated in place; its entry in `done` becomes `sequence`. A later
+ * process copies the image of each scratch back whose block has another entry than the scratch's sequence;
+ * then each block is old or new. A block whose entry is `sequence` already is left alone, so the same call
  * finishes the update. */
 typedef struct gn_adam_journal {
     uint32_t sequence;     /* more than 0; differs from update to update */
@@ -287,17 +287,17 @@ int32_t gn_memory_interleave(void* address, int64_t nbytes, const int32_t* nodes
 
 /* Map the first `nbytes` bytes of a file for reading and writing, shared with all who map it, from a multiple
  * of 2 MiB on. A memory file's pages become huge ones where the kernel can do that (MADV_COLLAPSE, Linux 6.1,
- * which asks nobody; else where the administrator allows it), and else stay small: no error. Blocking; takes
- * as long as the kernel takes to copy what the file holds. -EINVAL: nbytes is no multiple of 4096; else as
- * mmap(2). */
+ * which needs no permission; else where the administrator allows it), and else stay small: no error.
+ * Blocking; takes as long as the kernel takes to copy what the file holds. -EINVAL: nbytes is no multiple of
+ * 4096; else as mmap(2). */
 int32_t gn_memory_map(int32_t descriptor, int64_t nbytes, void** address);
 
 /* Undo gn_memory_map. */
 int32_t gn_memory_unmap(void* address, int64_t nbytes);
 
-/* Store a word that says that something has been stored before: whoever finds the memory after this process
- * has ended, at whichever instruction, finds what it stored before this call if it finds `value`, and nothing
- * of what it stored after this call if it does not. `place` is aligned to 8 bytes. */
+/* Store a word as a mark that earlier stores are complete. A later process that reads the memory, after this
+ * one ended at any instruction, finds everything stored before this call if it finds `value`, and nothing
+ * stored after this call if it does not. `place` is aligned to 8 bytes. */
 void gn_memory_publish(uint64_t* place, uint64_t value);
 
 /* ------------------------------------------------------------------ checksums */

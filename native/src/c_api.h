@@ -50,10 +50,10 @@ auto guarded_on(const Handle* handle, Body body) noexcept -> decltype(body()) {
     return guarded(body);
 }
 
-// 36 years; a longer wait is a wait for ever, and the clock cannot overflow.
+// 36 years; a longer wait counts as a wait without limit, and the clock cannot overflow.
 constexpr int64_t kLongestWaitNs = int64_t{1} << 60;
 
-// Wait until `is_done()`, at most `timeout_ns`, for ever if that is negative; returns `is_done()`.
+// Wait until `is_done()`, at most `timeout_ns`, without limit if that is negative; returns `is_done()`.
 template <class Condition>
 bool wait_until(std::condition_variable* changed, std::unique_lock<std::mutex>* lock, int64_t timeout_ns,
                 Condition is_done) {

@@ -9,7 +9,7 @@
 // [Note: what a ticket costs]
 // A request lives in `requests_` until it has completed; one that succeeded is then erased, one that
 // failed stays until the engine is destroyed. An issued number that is absent therefore succeeded, and
-// completing a request never allocates; room for spans is taken when somebody asks for them.
+// completing a request never allocates; room for spans is taken when a caller asks for them.
 //
 // [Note: verified files]
 // The service thread alone uses a file's checksums, without the lock: one write is summed before it is

@@ -39,7 +39,7 @@ void update_pieces(const Kernels& kernels, const gn_adam_args& args, int64_t beg
     }
 }
 
-// Copy what an update of the elements [begin, end) overwrites; whoever reads the image knows the lengths.
+// Copy what an update of the elements [begin, end) overwrites; the reader of the image knows the lengths.
 void copy_image(char* image, const gn_adam_args& args, int64_t begin, int64_t end) {
     const void* sources[] = {args.working, args.format == GN_FORMAT_F32 ? nullptr : args.master,
                              args.momentum, args.variance};

@@ -202,7 +202,7 @@ void gn_pool::work() {
         lock.unlock();
         job->finish();
         lock.lock();
-        // The job's memory is freed outside the lock, after nobody can find it any more.
+        // The job's memory is freed outside the lock, when no thread can find it any more.
         auto node = pending.extract(ticket);
         spans.add(ticket, job->begin_ns);
         progress.notify_all();

@@ -1,4 +1,4 @@
-// Internal: when jobs and requests ran, kept for whoever asks. Not thread-safe: the owner's mutex guards it.
+// Internal: times of jobs and requests, kept until they are taken. Guarded by: the owner's mutex.
 #ifndef GEMINI_SPANS_H
 #define GEMINI_SPANS_H
 

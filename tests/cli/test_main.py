@@ -7,11 +7,12 @@ import importlib
 import subprocess
 import sys
 import types
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
 
-from gemini.__main__ import COMMANDS, main
+from gemini.__main__ import COMMANDS, EXTRAS, main
 from gemini.errors import ConfigError
 
 
@@ -57,6 +58,18 @@ def test_wrong_arguments_end_with_two(command, argv, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(argv)
     assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "extra"), EXTRAS.items())
+def test_a_missing_package_is_named_with_the_extra_that_installs_it(name, extra, monkeypatch, capsys):
+    monkeypatch.setitem(COMMANDS, name, ("a_module_that_does_not_exist", "fail"))
+    assert main([name]) == 2
+    assert capsys.readouterr().err.endswith(f"is not installed; pip install 'gemini-memory[{extra}]'\n")
+
+
+def test_every_extra_of_a_command_exists():
+    extras = distribution("gemini-memory").metadata.get_all("Provides-Extra")
+    assert set(EXTRAS.values()) <= set(extras or ())
 
 
 @pytest.mark.parametrize(

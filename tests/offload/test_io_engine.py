@@ -286,7 +286,7 @@ def test_forgotten_failure_is_logged_at_close(
         time.sleep(0.001)
     with caplog.at_level(logging.WARNING):
         engine.close()
-    assert "1 failed transfers nobody asked for" in caplog.text
+    assert "1 unreported failed transfers" in caplog.text
     with pytest.raises(OffloadIOError, match="No data available"):
         ticket.wait()
 

@@ -36,7 +36,7 @@ def test_a_client_works_on_and_tells_the_next_service_what_it_holds(service, cap
         os.pwrite(kept, b"state", 0)
         os.pwrite(lease.disk.fd, b"more", 0)
         lease.set_meta(b"step 8")
-        with pytest.raises(ServiceError, match="is gone; it is looked for every second"):
+        with pytest.raises(ServiceError, match="is gone; reconnecting every second"):
             client.budget()
         service.start()
         wait_until(lambda: client.is_connected)
