@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -42,7 +43,6 @@ from gemini.offload.transfer import CpuTransfers
 from gemini.placement.plan import (
     ChunkDemand,
     ChunkPlacement,
-    RuntimeShape,
     has_shared_home,
     largest_buffers,
 )
@@ -141,13 +141,12 @@ def _assemble(
         given=swap_file,
         granted_by=memory,
     )
-    try:
+    with ExitStack() as on_error:
+        on_error.callback(resources.close, keep=kept.step is not None)
         resources.ledger.charge(MemoryTier.HOST, "commits", blueprint.shape.commits_nbytes)
-        builder = _Builder(config, blueprint, resources, sharding, weights, kept, memory, parts)
+        builder = _Builder(config, blueprint, resources, sharding, weights, kept, memory, parts, on_error)
         runtime = builder.build(model, init_fn or find_init_fn(model))
-    except BaseException:
-        resources.close(keep=kept.step is not None)
-        raise
+        on_error.pop_all()
     return runtime
 
 
@@ -175,6 +174,8 @@ class _Builder:
     memory: EngineMemory
     parts: Mapping[int, SharedPart]
     """What other jobs may have too, by chunk id."""
+    on_error: ExitStack
+    """Closes what has been opened, should the rest fail."""
 
     def build(self, model: torch.nn.Module, init_fn: InitFn) -> Runtime:
         """Claim memory and disk and bring the weights home."""
@@ -185,6 +186,8 @@ class _Builder:
         listeners, trace = RunListeners(), UseTrace()
         core = self._make_core(listeners, trace, fetch_slot_nbytes=buffers["fetch slots"])
         gradients = self._make_gradients(kernels, buffers)
+        self.on_error.callback(core.close)
+        self.on_error.callback(gradients.close)
         pipeline = TilePipeline(
             self.resources,
             tile_numel=shape.tile_numel,
@@ -342,7 +345,7 @@ class _Builder:
         part = self.parts.get(chunk_id)
         if part is not None:
             source = SharedWeights(self.memory.shared, part, partial(self._write_shared, spec, demand, initialiser))
-        working, state, grad = _open_homes(demand, homes, blueprint.shape, self.resources, source, name=spec.name)
+        working, state, grad = self._open_homes(demand, homes, source, name=spec.name)
         if part is None and not (demand.is_trainable and self.commits.step is not None):
             home_spec = spec if shard is None else cut_spec(spec, shard)
             values = (initialiser.values_of(place.spec.name) for place in home_spec.places)
@@ -355,52 +358,43 @@ class _Builder:
         states[chunk_id] = state
         gradients.add_chunk(spec, grad, homes.grad, shard=shard, is_kept_whole=demand.keeps_whole_gradient)
 
+    def _open_homes(
+        self, demand: ChunkDemand, homes: ChunkPlacement, source: MemorySource | None, *, name: str
+    ) -> tuple[TiledHome, TiledHome | None, TiledHome | None]:
+        """Claim memory and disk for a chunk's working weights, state and gradients."""
+        resources, shape = self.resources, self.blueprint.shape
+        tiles = range(demand.num_tiles(shape.tile_numel))
+        spare_tiles = homes.spare_tiles() if shape.has_spares else ()
 
-def _open_homes(
-    demand: ChunkDemand,
-    homes: ChunkPlacement,
-    shape: RuntimeShape,
-    resources: Resources,
-    source: MemorySource | None,
-    *,
-    name: str,
-) -> tuple[TiledHome, TiledHome | None, TiledHome | None]:
-    """Claim memory and disk for a chunk's working weights, state and gradients."""
-    tiles = range(demand.num_tiles(shape.tile_numel))
+        def open_home(
+            tiers: tuple[MemoryTier, ...], tile_nbytes: list[int], purpose: str, spare_tiles: tuple[int, ...] = ()
+        ) -> TiledHome:
+            home = TiledHome(
+                tiers,
+                tile_nbytes,
+                arena=resources.arena,
+                store=resources.store,
+                transfers=resources.transfers,
+                source=source,
+                spare_tiles=spare_tiles,
+                purpose=purpose,
+                record=f"{'weights' if purpose == 'working' else purpose} of {name}",
+            )
+            self.on_error.callback(home.close)
+            return home
 
-    spare_tiles = homes.spare_tiles() if shape.has_spares else ()
-
-    def open_home(
-        tiers: tuple[MemoryTier, ...], tile_nbytes: list[int], purpose: str, spare_tiles: tuple[int, ...] = ()
-    ) -> TiledHome:
-        on_device = sum(n for t, n in zip(tiers, tile_nbytes, strict=True) if t is MemoryTier.DEVICE)
-        return TiledHome(
-            tiers,
-            tile_nbytes,
-            arena=resources.arena,
-            store=resources.store,
-            device_buffer=resources.transfers.allocate(on_device, purpose) if on_device else None,
-            source=source,
-            spare_tiles=spare_tiles,
-            purpose=purpose,
-            record=f"{'weights' if purpose == 'working' else purpose} of {name}",
-        )
-
-    def aligned(nbytes: int) -> int:
-        return round_up(nbytes, IO_ALIGNMENT_NBYTES)
-
-    working = open_home(
-        homes.working,
-        [aligned(demand.working_tile_nbytes(t, shape.tile_numel)) for t in tiles],
-        "working",
-        spare_tiles,
-    )
-    if homes.grad is None:
-        return working, None, None
-    state = open_home(homes.state, [demand.state_tile_nbytes(t, shape.tile_numel) for t in tiles], "state", spare_tiles)
-    grad_nbytes = [aligned(demand.tile_length(t, shape.tile_numel) * demand.grad_itemsize(shape)) for t in tiles]
-    grad = open_home((homes.grad,) * len(tiles), grad_nbytes, "gradients")
-    for home in (state, grad):
-        if home.host_buffer is not None and source is None:
-            home.host_buffer.zero_()  # touch the pages now, not in the first step
-    return working, state, grad
+        working_nbytes = [round_up(demand.working_tile_nbytes(t, shape.tile_numel), IO_ALIGNMENT_NBYTES) for t in tiles]
+        working = open_home(homes.working, working_nbytes, "working", spare_tiles)
+        if homes.grad is None:
+            return working, None, None
+        state_nbytes = [demand.state_tile_nbytes(t, shape.tile_numel) for t in tiles]
+        state = open_home(homes.state, state_nbytes, "state", spare_tiles)
+        grad_itemsize = demand.grad_itemsize(shape)
+        grad_nbytes = [
+            round_up(demand.tile_length(t, shape.tile_numel) * grad_itemsize, IO_ALIGNMENT_NBYTES) for t in tiles
+        ]
+        grad = open_home((homes.grad,) * len(tiles), grad_nbytes, "gradients")
+        for home in (state, grad):
+            if home.host_buffer is not None and source is None:
+                home.host_buffer.zero_()  # touch the pages now, not in the first step
+        return working, state, grad

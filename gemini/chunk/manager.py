@@ -92,7 +92,7 @@ class ChunkManager:
         try:
             self._write(home, content)
         except BaseException:
-            self._free_home(home)
+            home.close()
             raise
         chunk = self._core.add(spec, list(named.values()), home, is_resident=self._is_in_place(tier))
         if chunk.is_resident:
@@ -174,10 +174,10 @@ class ChunkManager:
             try:
                 self._write(home, content)
             except BaseException:
-                self._free_home(home)
+                home.close()
                 raise
         old_home = self._core.residents.rehome(chunk_id, home, is_resident=self._is_in_place(tier))
-        self._free_home(old_home)
+        old_home.close()
 
     def tier_of(self, chunk_id: int) -> MemoryTier:
         """Return where a chunk lives between uses."""
@@ -238,21 +238,15 @@ class ChunkManager:
 
     def _allocate_home(self, tier: MemoryTier, nbytes: int, name: str) -> TiledHome:
         resources = self._resources
-        on_device = tier is MemoryTier.DEVICE
         return TiledHome(
             (tier,),
             (nbytes,),
             arena=resources.arena,
             store=resources.store,
-            device_buffer=resources.transfers.allocate(nbytes, "working") if on_device else None,
+            transfers=resources.transfers,
             purpose="working",
             record=name,
         )
-
-    def _free_home(self, home: TiledHome) -> None:
-        if home.device_buffer is not None:
-            self._resources.transfers.free(home.device_buffer, "working")
-        home.close()
 
     def _to_host(self, buffer: torch.Tensor) -> torch.Tensor:
         if self._resources.transfers.compute_tier is MemoryTier.HOST:

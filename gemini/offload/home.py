@@ -55,7 +55,7 @@ class TiledHome:
         tile_nbytes: bytes of each tile, multiples of the I/O alignment.
         arena: the source of host memory.
         store: the disk tier; may be None if no tile is on disk.
-        device_buffer: uint8 [sum of tile_nbytes] in device memory, if the tiles are there.
+        transfers: source of device memory; None if no tile is there.
         shared: the memory file's part, from the arena, that holds all tiles; None: the home has its own memory.
         source: provides the host memory; None: private memory of this process.
         spare_tiles: tiles on disk that have a spare place.
@@ -70,7 +70,7 @@ class TiledHome:
         *,
         arena: HostArena,
         store: DiskStore | None,
-        device_buffer: torch.Tensor | None = None,
+        transfers: Transfers | None = None,
         shared: SharedBuffer | None = None,
         source: MemorySource | None = None,
         spare_tiles: Iterable[int] = (),
@@ -84,7 +84,10 @@ class TiledHome:
         self._arena = arena
         self._store = store
         self.host_buffer: torch.Tensor | None = None
-        self.device_buffer = device_buffer
+        self._transfers = transfers
+        self._purpose = purpose
+        self.device_buffer: torch.Tensor | None = None
+        """Memory of the tiles on the device, uint8; None if there are none."""
         self._shared = shared
         self._extents: dict[bool, Extent] = {}  # key: whether it is the extent of the spare places
         # - Writes under way
@@ -100,7 +103,7 @@ class TiledHome:
             own = self._places[tile]
             self._spares[tile] = dataclasses.replace(own, home_offset=spare_nbytes, is_spare=True)
             spare_nbytes += own.nbytes
-        host_nbytes = self.nbytes(MemoryTier.HOST)
+        host_nbytes, device_nbytes = self.nbytes(MemoryTier.HOST), self.nbytes(MemoryTier.DEVICE)
         try:
             for is_spare, nbytes in ((False, self.nbytes(MemoryTier.NVME)), (True, spare_nbytes)):
                 if nbytes:
@@ -111,6 +114,9 @@ class TiledHome:
                 self.host_buffer = shared.view
             elif host_nbytes:
                 self.host_buffer = arena.allocate(host_nbytes, purpose, source=source)
+            if device_nbytes:
+                assert transfers is not None, "tiles on a device need its transfers"
+                self.device_buffer = transfers.allocate(device_nbytes, purpose)
         except OutOfTierMemoryError:
             self.close()
             raise
@@ -291,6 +297,10 @@ class TiledHome:
         if self.host_buffer is not None:
             self._arena.free(self.host_buffer)
             self.host_buffer = self._shared = None
+        if self.device_buffer is not None:
+            assert self._transfers is not None
+            self._transfers.free(self.device_buffer, self._purpose)
+            self.device_buffer = None
         if self._extents and self._store is not None:
             for _, ticket in self.writes:
                 with suppress(OffloadIOError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -16,7 +17,20 @@ from hypothesis import strategies as st
 from patience import PATIENCE_S
 from torch import nn
 
-from gemini import GeminiConfig, GeminiDDP, HybridAdam, MemoryTier, NVMeConfig, OutOfTierMemoryError, StaticPlacement
+import gemini.assembly.assemble
+from gemini import (
+    GeminiConfig,
+    GeminiDDP,
+    HybridAdam,
+    MemoryTier,
+    ModelError,
+    NVMeConfig,
+    OutOfTierMemoryError,
+    StaticPlacement,
+)
+from gemini.assembly.first_values import Initialiser
+from gemini.model.flat_values import FlatValues
+from gemini.offload.resources import Resources, open_resources
 
 DEVICE, HOST, NVME = MemoryTier.DEVICE, MemoryTier.HOST, MemoryTier.NVME
 WIDTH = 96
@@ -87,7 +101,13 @@ def run_and_check(config: GeminiConfig) -> bool:
         for _ in range(2):
             train_step(engine, optimizer)
         check_bytes(engine, config)
+    check_nothing_is_held(engine.runtime.resources)
     return True
+
+
+def check_nothing_is_held(resources: Resources) -> None:
+    """Assert that no byte of any tier is taken any more."""
+    assert [resources.ledger.by_purpose(tier) for tier in MemoryTier] == [{}, {}, {}]
 
 
 PROPERTY = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -137,6 +157,30 @@ def test_every_static_placement_takes_what_the_formula_says(
     )
     config = make_config(tmp_path, placement=placement, ring_depth=ring_depth, prefetch_depth=prefetch_depth)
     assert run_and_check(config)
+
+
+@pytest.mark.parametrize("num_read", [0, 3, 7])
+def test_a_construction_that_fails_gives_everything_back(
+    num_read: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Resources] = []
+    values_of, num_calls = Initialiser.values_of, itertools.count()
+
+    def fail(self: Initialiser, name: str) -> FlatValues:
+        if next(num_calls) == num_read:
+            raise ModelError("no value to be had")
+        return values_of(self, name)
+
+    def open_and_keep(*args: Any, **kwargs: Any) -> Resources:
+        opened.append(open_resources(*args, **kwargs))
+        return opened[-1]
+
+    monkeypatch.setattr(Initialiser, "values_of", fail)
+    monkeypatch.setattr(gemini.assembly.assemble, "open_resources", open_and_keep)
+    placement = StaticPlacement(param_device=0.5, state_device=0.5, param_nvme=0.2, state_nvme=0.2)
+    with pytest.raises(ModelError, match="no value to be had"):
+        GeminiDDP(make_model(), make_config(tmp_path, placement=placement))
+    check_nothing_is_held(opened[0])
 
 
 def test_small_budgets_do_hold_this_model(tmp_path: Path) -> None:

@@ -64,13 +64,12 @@ class Store:
         self.params: dict[tuple[int, int], torch.nn.Parameter] = {}
         for chunk_id in range(num_chunks):
             spec = make_spec(chunk_id, dtype)
-            buffer = resources.transfers.allocate(home_nbytes, "gradients") if tier is DEVICE else None
             home = TiledHome(
                 (tier,),
                 (home_nbytes,),
                 arena=resources.arena,
                 store=resources.store,
-                device_buffer=buffer,
+                transfers=resources.transfers,
                 purpose="gradients",
             )
             self.store.add_chunk(spec, home, tier)

@@ -80,15 +80,24 @@ def test_a_read_waits_for_writes_of_the_same_home(resources: Resources) -> None:
         assert torch.equal(found, random_bytes(1 << 20, seed))
 
 
-def test_a_device_home_lies_in_the_buffer_given() -> None:
+def test_a_device_home_lies_in_one_buffer_and_gives_it_back() -> None:
     with small_resources(device="simulated") as resources:
-        buffer = resources.transfers.allocate(12_288, "state")
         home = TiledHome(
-            [DEVICE, DEVICE], [8192, 4096], arena=resources.arena, store=None, device_buffer=buffer, purpose="state"
+            [DEVICE, DEVICE],
+            [8192, 4096],
+            arena=resources.arena,
+            store=None,
+            transfers=resources.transfers,
+            purpose="state",
         )
-        assert home.tile(1).data_ptr() == buffer.data_ptr() + 8192
+        assert home.device_buffer is not None
+        assert home.tile(1).data_ptr() == home.device_buffer.data_ptr() + 8192
         assert home.tile(1).numel() == 4096
         assert not home.is_on_disk
+        assert resources.ledger.by_purpose(DEVICE) == {"state": 12_288}
+        home.close()
+        assert home.device_buffer is None
+        assert resources.ledger.by_purpose(DEVICE) == {}
 
 
 class Stopped(Exception):
@@ -105,13 +114,12 @@ def spoil(content: torch.Tensor) -> None:
 def two_tiles(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[TiledHome, Resources]]:
     """A home of two tiles in one tier, which hold random bytes of seeds 0 and 1."""
     with small_resources(tmp_path, device="simulated") as resources:
-        buffer = resources.transfers.allocate(12_288, "state") if request.param is DEVICE else None
         home = TiledHome(
             [request.param] * 2,
             [8192, 4096],
             arena=resources.arena,
             store=resources.store,
-            device_buffer=buffer,
+            transfers=resources.transfers,
             purpose="state",
         )
         for tile, nbytes in enumerate(home.tile_nbytes):

@@ -124,13 +124,12 @@ class Placed:
         self.chunk = core.add(spec, [torch.empty(0, dtype=self.dtype)], self.homes["working"], is_resident=False)
 
     def _home(self, tiers: Sequence[MemoryTier], nbytes: list[int]) -> TiledHome:
-        on_device = tiers[0] is DEVICE
         return TiledHome(
             tiers,
             nbytes,
             arena=self.resources.arena,
             store=self.resources.store,
-            device_buffer=self.resources.transfers.allocate(sum(nbytes), "state") if on_device else None,
+            transfers=self.resources.transfers,
             purpose="state",
         )
 
