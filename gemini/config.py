@@ -125,8 +125,8 @@ class GeminiConfig:
     prefetch_depth: int = 2
     """Units fetched ahead of their use."""
     activation_reserve: str | int | None = None
-    """Device bytes kept free for activations and temporaries until the first step has measured them. None: 30 % of
-    the device budget. Without meaning on the CPU."""
+    """Device bytes kept free for activations and temporaries, at least. None: 30 % of the device budget until the first
+    step has measured what they take. Without meaning on the CPU."""
     checkpoint_reserve: str | int | None = None
     """Host bytes kept free for activation checkpoints of sliced blocks: what every block is given waits there for
     backward. None: a tenth of the host budget. Without meaning on the CPU, or without slices."""
@@ -236,6 +236,11 @@ class GeminiConfig:
     def host_budget_nbytes(self) -> int | None:
         """The host budget in bytes; None if none was given."""
         return self._nbytes("host_budget")
+
+    @property
+    def activation_reserve_nbytes(self) -> int | None:
+        """The activation reserve in bytes; None if none was given."""
+        return self._nbytes("activation_reserve")
 
     @property
     def nvme_budget_nbytes(self) -> int | None:

@@ -33,6 +33,7 @@ from gemini.pretrained import DEFAULT_SHARD_SIZE, open_pretrained, save_pretrain
 from gemini.ranks.one_rank import ALONE
 from gemini.ranks.sharding import Sharding
 from gemini.runtime.runtime import Runtime
+from gemini.runtime.second_attempt import SecondAttempt
 from gemini.slicing.activation_checkpoints import ActivationCheckpoints
 from gemini.slicing.slicer import BatchSlicer
 from gemini.weights.access import WeightAccess
@@ -106,15 +107,13 @@ class GeminiDDP(torch.nn.Module):
         self._disk_at_start = store.stats() if store is not None else IoStats(nbytes_read=0, nbytes_written=0)
         self._hooks = HookSet(self._runtime.passes, self._runtime.config.input_dtype)
         unit_names = {unit.unit_id: unit.module_name for unit in self._runtime.layout.units if unit.module_name}
-        self._hooks.install(
-            module,
-            {unit_id: module.get_submodule(name) for unit_id, name in unit_names.items()},
-            [param for param in module.parameters() if param.requires_grad],
-        )
+        units = {unit_id: module.get_submodule(name) for unit_id, name in unit_names.items()}
+        self._hooks.install(module, units, [param for param in module.parameters() if param.requires_grad])
         self._access = WeightAccess(self._runtime, self._hooks.gradients.uses.call)
         own(module, self._access)
         self._slicer = self._slice_blocks(unit_names)
         self._state_hooks = install_state_hooks(module, self._runtime)
+        self._attempts = SecondAttempt(module, self._runtime)
         module.zero_grad = self.zero_grad  # type: ignore[method-assign]
 
     def _slice_blocks(self, unit_names: dict[int, str]) -> BatchSlicer | None:
@@ -128,7 +127,7 @@ class GeminiDDP(torch.nn.Module):
 
     @property
     def runtime(self) -> Runtime:
-        """The machinery behind the engine."""
+        """Machinery behind the engine."""
         return self._runtime
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -136,7 +135,7 @@ class GeminiDDP(torch.nn.Module):
         check_untraced()
         self._runtime.check_usable()  # the hooks are gone once it is closed
         try:
-            return self.module(*args, **kwargs)
+            return self._attempts.run(args, kwargs)
         except Exception:
             raise  # torch has run the hooks that end a forward
         except BaseException:  # Ctrl-C, SystemExit: torch runs no hooks, and holds must not stay
@@ -168,9 +167,9 @@ class GeminiDDP(torch.nn.Module):
             The norm before clipping, float32 [] on the CPU; NaN if a gradient is not finite, and then the next
             optimizer step is skipped.
         """
-        norm = self._runtime.steps.gradient_norm(list(self._runtime.layout.place_by_name.values()))
-        if norm == norm:
-            self._runtime.steps.clip(norm, max_norm)
+        steps, places = self._runtime.steps, list(self._runtime.layout.place_by_name.values())
+        if (norm := steps.gradient_norm(places)) == norm:
+            steps.clip(norm, max_norm)
         return torch.tensor(norm, dtype=torch.float32)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

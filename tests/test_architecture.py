@@ -20,6 +20,7 @@ PROGRAMS = ("examples", "benchmarks")
 MAX_MODULE_LINES = 500
 MAX_METHODS = 12
 WITH_MORE_METHODS = {
+    "StepControl": "a step from its first forward to its end; to be divided further",
     "GeminiDDP": "the face of an engine: what users do with one",
     "RuntimeEvents": "a protocol: each event that hooks report",
     "Passes": "answers RuntimeEvents",

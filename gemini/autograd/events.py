@@ -54,8 +54,8 @@ class RuntimeEvents(Protocol):
     """Listeners. A unit's moments are told after its weights are there and before they may go, the model's before and
     after everything else."""
 
-    def begin_forward(self) -> None:
-        """Handle the start of the outermost forward of the model."""
+    def begin_forward(self, batch_numel: int) -> None:
+        """Handle the start of the outermost forward of the model, called with tensors of so many elements in all."""
 
     def end_forward(self) -> None:
         """Handle the end of the outermost forward, by return or exception."""

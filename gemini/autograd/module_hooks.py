@@ -21,7 +21,7 @@ from gemini.autograd.tracers import check_untraced
 from gemini.errors import ModelError
 from gemini.model.forward_inputs import cast_floats
 from gemini.model.module_calls import disable_compile, is_called_within_itself, is_compiled
-from gemini.model.outputs import map_tensors
+from gemini.model.outputs import map_tensors, tensors_in
 
 __all__ = ["HookSet"]
 
@@ -152,7 +152,7 @@ class HookSet:
             self._check_owners()
             self.gradients.uses.is_model_trained = torch.is_grad_enabled()
             self._note_moment("enter", 0)
-            self._events.begin_forward()
+            self._events.begin_forward(sum(tensor.numel() for tensor in tensors_in((args, kwargs))))
             self._hide(0)
         self._depth += 1
         if self._depth == 1 and self._input_dtype is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from gemini.chunk.chunk import Chunk, Slot, count_holders
 from gemini.chunk.state import ChunkState
+from gemini.errors import OutOfTierMemoryError
 from gemini.offload.home import TiledHome
 from gemini.offload.transfer import Transfers
 
@@ -65,11 +66,16 @@ class Residents:
             chunk_id: the chunk; not held.
 
         Raises:
-            OutOfTierMemoryError: there is no room for the copy.
+            OutOfTierMemoryError: there is no room for the copy; the chunk goes on taking turns.
         """
         self._evict(chunk_id)
-        self._chunks[chunk_id].is_resident = True
-        self.keep(chunk_id)
+        chunk = self._chunks[chunk_id]
+        chunk.is_resident = True
+        try:
+            self.keep(chunk_id)
+        except OutOfTierMemoryError:
+            chunk.is_resident = False
+            raise
 
     def give_up(self, chunk_id: int) -> None:
         """Give up the copy of a resident chunk that is not held; from here on it takes turns in the slots."""

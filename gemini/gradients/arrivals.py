@@ -61,8 +61,8 @@ class DirectGradients(Protocol):
     ============  =====================  ======  ===========================================================
     takes_apart   forward hooks, sinks   no      the same answer throughout a pass
     expect        forward hooks          no      one more use will deliver
-    fulfil        backward of a use      no      one use less is expected
-    fulfil_all    backward hooks         no      no use is expected; the sum of all comes with `put`
+    deliver        backward of a use      no      one use less is expected
+    deliver_all    backward hooks         no      no use is expected; the sum of all comes with `put`
     can_write     backward of a use      no      whether `writing` is possible
     writing       backward of a use      maybe   the memory is the use's own while the context is open
     finish_uses   backward hooks         no      all uses of this pass have delivered
@@ -77,10 +77,10 @@ class DirectGradients(Protocol):
     def expect(self, chunk_id: int, position: int) -> None:
         """Expect that one more use of a parameter will deliver its gradient apart from the others'."""
 
-    def fulfil(self, chunk_id: int, position: int) -> None:
+    def deliver(self, chunk_id: int, position: int) -> None:
         """Expect one use less; its gradient comes with the next `put` or `writing`."""
 
-    def fulfil_all(self, chunk_id: int, position: int) -> None:
+    def deliver_all(self, chunk_id: int, position: int) -> None:
         """Expect no more uses; the sum of all their gradients comes with the next `put`."""
 
     def can_write(self, chunk_id: int) -> bool:

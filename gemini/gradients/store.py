@@ -144,13 +144,13 @@ class GradientStore:
         """Expect that one more use of a parameter will deliver its gradient apart from the others'."""
         self._chunks[chunk_id].num_expected[position] += 1
 
-    def fulfil(self, chunk_id: int, position: int) -> None:
+    def deliver(self, chunk_id: int, position: int) -> None:
         """Expect one use less; its gradient comes with the next `put` or `writing`."""
         chunk = self._chunks[chunk_id]
         chunk.num_expected[position] = max(0, chunk.num_expected[position] - 1)
         chunk.unfinished.add(position)
 
-    def fulfil_all(self, chunk_id: int, position: int) -> None:
+    def deliver_all(self, chunk_id: int, position: int) -> None:
         """Expect no more uses; the sum of all their gradients comes with the next `put`."""
         del self._chunks[chunk_id].num_expected[position]
         self.finish_uses(chunk_id, position)

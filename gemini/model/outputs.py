@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
 
-__all__ = ["map_tensors"]
+__all__ = ["map_tensors", "tensors_in"]
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], output: Any) -> Any:
@@ -43,3 +43,17 @@ def _map_fields(function: Callable[[torch.Tensor], torch.Tensor], instance: Any)
         for name, value in changed.items():
             object.__setattr__(instance, name, value)  # also works for frozen dataclasses
     return instance
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors among an operation's arguments or outputs, in sequences and dicts too.
+
+    Several times as fast as torch's own walk, which knows more kinds of containers than operations have.
+    """
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from tensors_in(each)
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))

@@ -1,14 +1,14 @@
-"""Use the device memory that the first step has shown to be free, or give back what it has shown to be needed."""
+"""Use the device memory that steps have shown to be free, or give back what they have shown to be needed."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from gemini.placement.plan import ChunkDemand, ChunkPlacement, PlacementPlan, RuntimeShape, memory_demand
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, round_up
 
-__all__ = ["adapt_residency"]
+__all__ = ["adapt_residency", "expected_peak_nbytes", "without_copies"]
 
 
 def adapt_residency(
@@ -41,6 +41,43 @@ def adapt_residency(
                 free_nbytes += _copy_nbytes(demand)
                 homes[demand.chunk_id] = dataclasses.replace(homes[demand.chunk_id], is_resident=False)
     return plan if tuple(homes) == plan.chunks else dataclasses.replace(plan, chunks=tuple(homes))
+
+
+def without_copies(
+    chunks: Sequence[ChunkDemand], plan: PlacementPlan, chunk_ids: Collection[int] | None = None
+) -> PlacementPlan:
+    """Return a plan in which chunks have no copy on the device that they can do without.
+
+    Args:
+        chunks: the chunks, by id.
+        plan: the plan in force.
+        chunk_ids: chunks that lose their copy; None: all that can take turns in the slots.
+
+    Returns:
+        The new plan; the old one if nothing changes.
+    """
+    homes = list(plan.chunks)
+    for demand in chunks:
+        is_asked = chunk_ids is None or demand.chunk_id in chunk_ids
+        if is_asked and _may_stream(demand, homes[demand.chunk_id], plan):
+            homes[demand.chunk_id] = dataclasses.replace(homes[demand.chunk_id], is_resident=False)
+    return plan if tuple(homes) == plan.chunks else dataclasses.replace(plan, chunks=tuple(homes))
+
+
+def expected_peak_nbytes(peak_nbytes: int, *, measured_numel: int, batch_numel: int) -> int:
+    """Return what a batch will take beside chunks, in proportion to the largest batch that was measured.
+
+    Args:
+        peak_nbytes: most bytes that everything but chunks took in a step.
+        measured_numel: elements of the largest batch of those steps; 0 if none is known.
+        batch_numel: elements of the batch.
+
+    Returns:
+        Bytes, `peak_nbytes` at least.
+    """
+    if batch_numel <= measured_numel or not measured_numel:
+        return peak_nbytes
+    return -(-peak_nbytes * batch_numel // measured_numel)
 
 
 def _copy_nbytes(demand: ChunkDemand) -> int:

@@ -24,10 +24,11 @@ from gemini.autograd.module_hooks import HookSet
 from gemini.chunk.layout import ChunkLayout
 from gemini.config import GeminiConfig
 from gemini.errors import ModelError
+from gemini.model.outputs import tensors_in
 from gemini.model.plain_names import named_params
 from gemini.model.working_dtypes import choose_dtypes
 from gemini.placement.cost_model import StepFlops
-from gemini.runtime.memory_probe import StorageCounter, tensors_in
+from gemini.runtime.memory_probe import StorageCounter
 from gemini.slicing.slicer import BatchSlicer
 from gemini.tiers import IO_ALIGNMENT_NBYTES, round_up
 
@@ -178,7 +179,7 @@ class _Events:
             dtypes = [torch.float32 if config.gradient_accumulation else param.dtype for param in params]
             self._waiting = {id(p): _fake(p, fakes, dtype) for p, dtype in zip(params, dtypes, strict=True)}
 
-    def begin_forward(self) -> None:
+    def begin_forward(self, batch_numel: int) -> None:
         pass
 
     def end_forward(self) -> None:

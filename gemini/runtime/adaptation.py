@@ -1,4 +1,4 @@
-"""Once a step has been measured, use what is left of the device: for resident chunks, then for sums of gradients."""
+"""Use what steps leave of the device for resident chunks and sums of gradients, and give it back to larger batches."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import logging
 from collections.abc import Callable, Sequence
 
 from gemini.chunk.core import ChunkCore
+from gemini.errors import OutOfTierMemoryError
 from gemini.gradients.arrivals import Gradients
 from gemini.placement.accumulators import choose_accumulators
-from gemini.placement.plan import ChunkDemand, PlacementPlan, RuntimeShape, memory_demand
-from gemini.placement.residency import adapt_residency
+from gemini.placement.plan import ChunkDemand, PlacementPlan, RuntimeShape
+from gemini.placement.residency import adapt_residency, expected_peak_nbytes, without_copies
 from gemini.tiers import MemoryTier, format_nbytes
 
 __all__ = ["Adaptation"]
@@ -17,17 +18,20 @@ __all__ = ["Adaptation"]
 logger = logging.getLogger(__name__)
 
 NON_MODEL_MARGIN = 1.05
-"""Activations and temporaries may grow by this factor after the step that measured them."""
+"""Factor by which activations and temporaries may grow after the step that measured them."""
 
 
 class Adaptation:
-    """Adapts one engine's use of the device, once each, to what its first steps have shown.
+    """Adapts one engine's use of the device to what its steps take of it.
+
+    Copies and sums are only an advantage: what the device refuses is left out, with a warning.
 
     Args:
         core: the chunks.
         gradients: of the same chunks.
         chunks: what placement knows of them, by id.
         shape: sizes of the buffers.
+        reserve_nbytes: device bytes that the user wants to be kept free for activations, at least.
         finish_updates: finishes all updates under way.
     """
 
@@ -38,31 +42,64 @@ class Adaptation:
         chunks: Sequence[ChunkDemand],
         shape: RuntimeShape,
         *,
+        reserve_nbytes: int,
         finish_updates: Callable[[], None],
     ) -> None:
         budget = core.resources.ledger.budget_nbytes(MemoryTier.DEVICE)
         assert budget is not None, "there is no device to adapt to"
+        # - What there is
         self._budget_nbytes = budget
+        self._reserve_nbytes = reserve_nbytes
         self._core = core
         self._gradients = gradients
         self._chunks = chunks
         self._shape = shape
         self._finish_updates = finish_updates
-        self._is_adapted = False
+        # - What is known
+        self._peak_nbytes: int | None = None
+        """Most bytes that everything but chunks has taken in a step; None before one was measured."""
+        self._measured_numel = 0
+        """Elements of the largest batch that has been measured."""
+        self._batch_numel = 0
+        """Elements of the largest batch of the step under way."""
         self._has_accumulators = False
+        self._may_promote = True
+
+    def before_forward(self, plan: PlacementPlan, *, batch_numel: int) -> PlacementPlan:
+        """Make room for a batch that is larger than any before; nothing is held.
+
+        Args:
+            plan: the plan in force.
+            batch_numel: elements of the tensors that the model is called with.
+
+        Returns:
+            The plan now in force.
+        """
+        self._batch_numel = max(self._batch_numel, batch_numel)
+        if self._peak_nbytes is None or batch_numel <= self._measured_numel:
+            return plan
+        expected = expected_peak_nbytes(self._peak_nbytes, measured_numel=self._measured_numel, batch_numel=batch_numel)
+        return self._make_room(plan, expected)
+
+    def after_failure(self, plan: PlacementPlan) -> PlacementPlan:
+        """Give up every copy that the device can do without, because it has run out of memory; nothing is held."""
+        self._finish_updates()
+        return self._exchange(plan, without_copies(self._chunks, plan))
 
     def after_step(self, plan: PlacementPlan, *, peak_nbytes: int) -> PlacementPlan:
         """Adapt to a step that has been measured; nothing is held, and there are no gradients.
 
         Args:
-            plan: what is in force.
-            peak_nbytes: what everything but chunks took at its peak.
+            plan: the plan in force.
+            peak_nbytes: most bytes that everything but chunks has taken in any step so far.
 
         Returns:
             The plan now in force.
         """
-        if not self._is_adapted:
-            self._is_adapted = True
+        self._measured_numel = max(self._measured_numel, self._batch_numel)
+        self._batch_numel = 0
+        if self._peak_nbytes is None or peak_nbytes > self._peak_nbytes:
+            self._peak_nbytes = peak_nbytes
             self._finish_updates()
             plan = self._adapt_residents(plan, peak_nbytes)
         keeps_float32 = self._shape.grad_itemsize == 4
@@ -71,21 +108,37 @@ class Adaptation:
             self._open_accumulators(plan, peak_nbytes)
         return plan
 
+    def _room_nbytes(self, peak_nbytes: int) -> int:
+        """Return the device bytes that chunks may take beside everything else, accumulators' bytes subtracted."""
+        kept_nbytes = max(int(peak_nbytes * NON_MODEL_MARGIN), self._reserve_nbytes)
+        return self._budget_nbytes - kept_nbytes - self._gradients.accumulators.nbytes
+
+    def _make_room(self, plan: PlacementPlan, peak_nbytes: int) -> PlacementPlan:
+        room_nbytes = self._room_nbytes(peak_nbytes)
+        held_nbytes = self._core.resources.ledger.held_nbytes(MemoryTier.DEVICE) - self._gradients.accumulators.nbytes
+        if held_nbytes <= room_nbytes:
+            return plan
+        self._finish_updates()
+        adapted = adapt_residency(self._chunks, plan, self._shape, device_nbytes=room_nbytes)
+        num_before, num_after = (sum(homes.is_resident for homes in each.chunks) for each in (plan, adapted))
+        logger.info(
+            "a larger batch: it may take %s beside chunks, of which %d of %d stay on the device",
+            format_nbytes(peak_nbytes),
+            num_after,
+            num_before,
+        )
+        return self._exchange(plan, adapted)
+
     def _adapt_residents(self, plan: PlacementPlan, peak_nbytes: int) -> PlacementPlan:
         """Give chunks a copy on the device, or take it from them, so that the budget is used and kept."""
-        core, budget = self._core, self._budget_nbytes
-        device_nbytes = budget - int(peak_nbytes * NON_MODEL_MARGIN)
-        adapted = adapt_residency(self._chunks, plan, self._shape, device_nbytes=device_nbytes)
-        for before, after in zip(plan.chunks, adapted.chunks, strict=True):
-            if before.is_resident and not after.is_resident:
-                core.residents.give_up(after.chunk_id)
-        for before, after in zip(plan.chunks, adapted.chunks, strict=True):
-            if after.is_resident and not before.is_resident:
-                core.residents.take_in(after.chunk_id)
-        held = memory_demand(self._chunks, adapted, self._shape).total(MemoryTier.DEVICE)
-        sizes = tuple(map(format_nbytes, (budget, held, peak_nbytes)))
-        logger.info("device budget %s: chunks take %s, everything else took %s in the first step", *sizes)
-        if held + peak_nbytes > budget:
+        room_nbytes = self._room_nbytes(peak_nbytes)
+        adapted = adapt_residency(self._chunks, plan, self._shape, device_nbytes=room_nbytes)
+        adapted = self._exchange(plan, adapted)
+        budget_nbytes = self._budget_nbytes
+        held_nbytes = self._core.resources.ledger.held_nbytes(MemoryTier.DEVICE)
+        sizes = tuple(map(format_nbytes, (budget_nbytes, held_nbytes, peak_nbytes)))
+        logger.info("device budget %s: chunks take %s, everything else took %s in a step", *sizes)
+        if held_nbytes + peak_nbytes > budget_nbytes:
             logger.warning(
                 "device budget %s is exceeded: chunks take %s, everything else %s; use smaller batches or activation "
                 "checkpointing, or raise device_budget",
@@ -93,11 +146,40 @@ class Adaptation:
             )
         return adapted
 
+    def _exchange(self, plan: PlacementPlan, wanted: PlacementPlan) -> PlacementPlan:
+        """Give copies up and take copies in; return the plan as far as the device has allowed it."""
+        residents = self._core.residents
+        pairs = [
+            (before.is_resident, after)
+            for before, after in zip(plan.chunks, wanted.chunks, strict=True)
+            if before.is_resident is not after.is_resident
+        ]
+        for was_resident, homes in pairs:
+            if was_resident:
+                residents.give_up(homes.chunk_id)
+        refused: set[int] = set()
+        for was_resident, homes in pairs:
+            if was_resident:
+                continue
+            try:
+                if self._may_promote:
+                    residents.take_in(homes.chunk_id)
+            except OutOfTierMemoryError as error:
+                self._may_promote = False
+                logger.warning("no more chunks are kept on the device, which has refused the memory for one: %s", error)
+            if not self._may_promote:
+                refused.add(homes.chunk_id)
+        return without_copies(self._chunks, wanted, refused) if refused else wanted
+
     def _open_accumulators(self, plan: PlacementPlan, peak_nbytes: int) -> None:
         """Let as many chunks as fit sum their gradients on the device."""
-        held_nbytes = self._core.resources.ledger.held_nbytes(MemoryTier.DEVICE)
-        free_nbytes = self._budget_nbytes - int(peak_nbytes * NON_MODEL_MARGIN) - held_nbytes
+        free_nbytes = self._room_nbytes(peak_nbytes) - self._core.resources.ledger.held_nbytes(MemoryTier.DEVICE)
         chosen = choose_accumulators(self._chunks, plan, free_nbytes=free_nbytes)
-        for chunk_id in chosen:
-            self._gradients.accumulators.open(self._core.chunks[chunk_id].spec)
-        logger.info("%d of %d chunks sum their gradients on the device", len(chosen), len(self._chunks))
+        num_opened = 0
+        try:
+            for chunk_id in chosen:
+                self._gradients.accumulators.open(self._core.chunks[chunk_id].spec)
+                num_opened += 1
+        except OutOfTierMemoryError as error:
+            logger.warning("the device has refused memory for sums of gradients, which wait below it: %s", error)
+        logger.info("%d of %d chunks sum their gradients on the device", num_opened, len(self._chunks))

@@ -14,23 +14,10 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gemini.model.outputs import tensors_in
 from gemini.tiers import MemoryTier, TierLedger
 
-__all__ = ["MemoryProbe", "StorageCounter", "tensors_in"]
-
-
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors among an operation's arguments or outputs, in sequences and dicts too.
-
-    Several times as fast as torch's own walk, which knows more kinds of containers than operations have.
-    """
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for each in value:
-            yield from tensors_in(each)
-    elif isinstance(value, dict):
-        yield from tensors_in(list(value.values()))
+__all__ = ["MemoryProbe", "StorageCounter"]
 
 
 class MemoryProbe:

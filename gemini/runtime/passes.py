@@ -81,8 +81,11 @@ class Passes(NeverCopied):
 
     # ---------------------------------------------------------------- forward
 
-    def begin_forward(self) -> None:
+    def begin_forward(self, batch_numel: int) -> None:
         """Start the outermost forward.
+
+        Args:
+            batch_numel: elements of the tensors that the model is called with.
 
         Raises:
             ModelError: the engine is closed, its state was lost, or a parameter was moved or re-flagged.
@@ -97,6 +100,7 @@ class Passes(NeverCopied):
         if torch._C._current_graph_task_id() == -1:  # else a backward pass is running this forward
             self._steps.collect_gradients()
         self._drop_leftovers()
+        self._steps.make_room(batch_numel)
         self._lookahead.gather_now(self._layout.root.own_chunk_ids)  # used anywhere, without notice
         if begins_step:
             self._steps.begin_probe()
@@ -199,7 +203,7 @@ class Passes(NeverCopied):
         self._steps.coming.clipping.check_open()
         place = self._place_of_param[id(param)]
         if self._direct is not None:
-            self._direct.fulfil_all(*place)
+            self._direct.deliver_all(*place)
         self._gradients.put(*place, grad)
 
     def finish_gradient(self, param: torch.nn.Parameter) -> None:
@@ -223,7 +227,7 @@ class Passes(NeverCopied):
         self._steps.coming.clipping.check_open()
         place = self._place_of_param[id(param)]
         if self._direct is not None:
-            self._direct.fulfil(*place)
+            self._direct.deliver(*place)
         self._gradients.put(*place, gradient)
 
     def write_gradient(self, param: torch.nn.Parameter) -> AbstractContextManager[GradientPlace] | None:
@@ -232,7 +236,7 @@ class Passes(NeverCopied):
         place = self._place_of_param[id(param)]
         if self._direct is None or not self._direct.can_write(place[0]):
             return None
-        self._direct.fulfil(*place)
+        self._direct.deliver(*place)
         return self._direct.writing(*place)
 
     def _weights_in_backward(self, chunk: Chunk) -> torch.Tensor:

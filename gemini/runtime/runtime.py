@@ -115,7 +115,14 @@ class Runtime(NeverCopied):
         )
         adaptation: Adaptation | None = None
         if shape.has_device and config.placement == "auto" and not is_sharded:
-            adaptation = Adaptation(core, gradients, demands, shape, finish_updates=self.updates.finish_all)
+            adaptation = Adaptation(
+                core,
+                gradients,
+                demands,
+                shape,
+                reserve_nbytes=config.activation_reserve_nbytes or 0,
+                finish_updates=self.updates.finish_all,
+            )
         self.steps = StepControl(
             self.coming,
             plan,

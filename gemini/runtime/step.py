@@ -105,8 +105,7 @@ class StepControl:
         max_skipped_steps: int | None,
     ) -> None:
         self.coming = coming
-        self.plan = plan
-        """The plan in force."""
+        self._plan = plan
         self._num_steps = 0
         self.num_skipped_steps = 0
         """Steps that were not taken, because a gradient was not finite."""
@@ -122,6 +121,11 @@ class StepControl:
         self._is_sharded = is_sharded
         self._skipped = SkippedSteps(coming.scaler, most_in_a_row=max_skipped_steps)
         self._clock = StepClock()
+
+    @property
+    def plan(self) -> PlacementPlan:
+        """The plan in force."""
+        return self._plan
 
     @property
     def num_steps(self) -> int:
@@ -148,6 +152,16 @@ class StepControl:
     def begin_probe(self) -> None:
         """Begin to measure the memory of a step."""
         self._probe.begin_step()
+
+    def make_room(self, batch_numel: int) -> None:
+        """Let chunks leave the device for a batch, given by its elements, that is larger than any before."""
+        if self._adaptation is not None:
+            self._plan = self._adaptation.before_forward(self._plan, batch_numel=batch_numel)
+
+    def make_room_after_failure(self) -> None:
+        """Let all chunks leave the device that can, because it has run out of memory."""
+        if self._adaptation is not None:
+            self._plan = self._adaptation.after_failure(self._plan)
 
     def gradient_norm(self, places: Sequence[ParamPlace]) -> float:
         """Compute the exact L2 norm of some parameters' gradients, loss scale taken out; see Clipping.norm_of."""
@@ -178,7 +192,7 @@ class StepControl:
         scale = self.coming.gradient_scale
         planned = {chunk_id: PlannedUpdate(parts, scale) for chunk_id, parts in segments.items()}
         start = self._updates.defer if self._has_commits else self._updates.take_step
-        start(planned, kept=self._lookahead.needed_soon(self.plan.num_slots))
+        start(planned, kept=self._lookahead.needed_soon(self._plan.num_slots))
         if self.coming.scaler is not None:
             self.coming.scaler.update(found_overflow=False)
         self._skipped.note_taken()
@@ -238,5 +252,5 @@ class StepControl:
             self._probe.end_step()
             peak = self._probe.non_model_peak_nbytes
             if self._adaptation is not None and peak is not None:
-                self.plan = self._adaptation.after_step(self.plan, peak_nbytes=peak)
+                self._plan = self._adaptation.after_step(self._plan, peak_nbytes=peak)
         self._lookahead.end_step()

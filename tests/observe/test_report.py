@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fake_clock import FakeClock
-from patience import wait_until
+from patience import PATIENCE_S, wait_until
 from torch import nn
 
 from gemini import GeminiConfig, GeminiDDP, HybridAdam, NVMeConfig, StaticPlacement
@@ -178,10 +179,11 @@ def test_a_mode_that_was_chosen_is_told_from_one_that_was_asked_for() -> None:
 def test_the_update_thread_is_busy_while_it_works_whether_anybody_waits_or_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start, clock = TilePipeline.start, FakeClock()
+    start, clock, has_ended = TilePipeline.start, FakeClock(), threading.Event()
     clock.set_in(monkeypatch, worker, schedule)
 
     def slow_start(self: TilePipeline, job: UpdateJob, index: int) -> None:
+        assert has_ended.wait(PATIENCE_S)  # no tile of the first step counts for it
         clock.sleep(0.02)
         start(self, job, index)
 
@@ -191,6 +193,7 @@ def test_the_update_thread_is_busy_while_it_works_whether_anybody_waits_or_not(
         optimizer = HybridAdam(engine.parameters())
         train_step(engine, optimizer)
         assert engine.memory_report().updates.busy_s is None
+        has_ended.set()
         updater = engine.runtime.updates._worker
         wait_until(lambda: updater.is_idle and updater.busy_s > 0.02 * (num_tiles - 0.5))
         clock.sleep(1)  # after the updates

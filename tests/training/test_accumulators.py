@@ -15,6 +15,7 @@ from model_zoo import HF_CASES, HIDDEN, Block, Tower, square, vector_batch
 from torch import nn
 from training_harness import Case, config_for, hybrid_adam, same_bits
 
+import gemini.config
 from gemini import GeminiDDP, HybridAdam, MemoryReport
 from gemini.assembly.blueprint import draw_blueprint
 from gemini.chunk.layout import ChunkSpec, ParamPlace
@@ -58,8 +59,17 @@ STACK, HALF_STACK = (
 def auto_config(tmp_path: Path | None = None, **fields: Any) -> Any:
     """Return a configuration for which there is little room on the device until the first step has been measured."""
     place = "mixed" if tmp_path is not None else "device"
-    sizes = {"device_budget": "1MiB", "activation_reserve": 750 * KIB}
-    return config_for(place, tmp_path, **{"placement": "auto", **sizes, **fields})
+    return config_for(place, tmp_path, **{"placement": "auto", "device_budget": "1MiB", **fields})
+
+
+@pytest.fixture(autouse=True)
+def _little_room_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_at_first(monkeypatch, 750 / 1024)
+
+
+def keep_at_first(monkeypatch: pytest.MonkeyPatch, fraction: float) -> None:
+    """Keep a part of the device budget free until the first step has been measured."""
+    monkeypatch.setattr(gemini.config, "DEFAULT_ACTIVATION_RESERVE", fraction)
 
 
 def accumulator_nbytes(engine: GeminiDDP) -> int:
@@ -126,8 +136,9 @@ def test_tied_weights_change_no_bit():
     assert_same_bits(HF_CASES["gpt2"], auto_config())
 
 
-def test_parameters_that_some_passes_leave_unused_change_no_bit():
-    assert_same_bits(SKIPPING, auto_config(activation_reserve=880 * KIB))
+def test_parameters_that_some_passes_leave_unused_change_no_bit(monkeypatch: pytest.MonkeyPatch):
+    keep_at_first(monkeypatch, 880 / 1024)
+    assert_same_bits(SKIPPING, auto_config())
 
 
 @pytest.mark.parametrize(
@@ -300,8 +311,9 @@ def test_gradients_leave_once_however_many_passes_there_are(num_passes):
 
 
 @pytest.mark.parametrize(("dtype", "device_kib"), [(torch.float32, 400), (torch.bfloat16, 200)])
-def test_gradients_without_room_for_a_sum_leave_in_each_pass(dtype, device_kib):
-    config = auto_config(dtype=dtype, device_budget=device_kib * KIB, activation_reserve=device_kib * KIB // 2)
+def test_gradients_without_room_for_a_sum_leave_in_each_pass(dtype, device_kib, monkeypatch: pytest.MonkeyPatch):
+    keep_at_first(monkeypatch, 0.5)
+    config = auto_config(dtype=dtype, device_budget=device_kib * KIB)
     case = STACK if dtype is torch.float32 else HALF_STACK
     with GeminiDDP(case.model(), config) as engine:
         each = travelling_nbytes(engine, dtype.itemsize)
@@ -359,8 +371,9 @@ def test_gradients_kept_in_the_working_dtype_get_no_sums():
 
 
 @pytest.mark.parametrize("device_kib", [330, 400, 500, 1024])
-def test_the_device_budget_is_kept(device_kib):
-    config = auto_config(device_budget=device_kib * KIB, activation_reserve=200 * KIB)
+def test_the_device_budget_is_kept(device_kib, monkeypatch: pytest.MonkeyPatch):
+    keep_at_first(monkeypatch, 200 / device_kib)
+    config = auto_config(device_budget=device_kib * KIB)
     with GeminiDDP(STACK.model(), config) as engine:
         downloaded_nbytes(engine, STACK, 2)
         peak = engine.memory_report().non_model_peak_nbytes

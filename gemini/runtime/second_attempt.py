@@ -1,0 +1,103 @@
+"""A forward in which the device runs out of memory: chunks leave the device, and the forward runs once more.
+
+It runs again only if it gives what it would have given at once: random generators are set back, and neither the model's
+buffers nor the inputs may have changed.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from gemini.errors import OutOfTierMemoryError
+from gemini.model.outputs import tensors_in
+from gemini.runtime.runtime import Runtime
+
+__all__ = ["SecondAttempt"]
+
+ADVICE = (
+    "use smaller batches, num_batch_slices or activation checkpointing, or lower device_budget by what others take on "
+    "the device"
+)
+
+
+class SecondAttempt:
+    """Runs the forwards of one engine.
+
+    Args:
+        model: the user's model.
+        runtime: of the engine.
+    """
+
+    def __init__(self, model: torch.nn.Module, runtime: Runtime) -> None:
+        self._model = model
+        self._runtime = runtime
+        self._buffers = list(model.buffers())
+
+    def run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Call the model, and call it again if the device was out of memory and can give some.
+
+        Args:
+            args: arguments.
+            kwargs: arguments by name.
+
+        Returns:
+            What it returns.
+
+        Raises:
+            OutOfTierMemoryError: the device has run out of memory, and a second attempt did not help or would not be
+                exact. The engine can be used as before.
+        """
+        if not self._runtime.shape.has_device:
+            return self._model(*args, **kwargs)
+        generators, versions = self._random_states(), _versions(self._buffers, (args, kwargs))
+        try:
+            return self._model(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            reason = _let_go_of(error)
+        if not self._runtime.sharding.is_alone:  # others run this forward once
+            raise OutOfTierMemoryError(f"device tier: out of memory in a forward of this rank: {reason}; {ADVICE}")
+        self._runtime.steps.make_room_after_failure()
+        self._buffers = list(self._model.buffers())
+        if versions != _versions(self._buffers, (args, kwargs)):
+            raise OutOfTierMemoryError(
+                "device tier: out of memory in a forward, which is not repeated because it had changed buffers of the "
+                f"model or its inputs: {reason}; chunks have left the device, so a next call has more room; if it "
+                f"fails too, {ADVICE}"
+            )
+        self._set_random_states(generators)
+        try:
+            return self._model(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            reason = _let_go_of(error)
+        raise OutOfTierMemoryError(
+            "device tier: out of memory in a forward, and again after all chunks had left the device that can: "
+            f"{reason}; {ADVICE}"
+        )
+
+    def _random_states(self) -> list[torch.Tensor]:
+        states = [torch.get_rng_state()]
+        if self._runtime.resources.transfers.device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self._runtime.resources.transfers.device))
+        return states
+
+    def _set_random_states(self, states: Sequence[torch.Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for state in states[1:]:
+            torch.cuda.set_rng_state(state, self._runtime.resources.transfers.device)
+
+
+def _versions(buffers: Sequence[torch.Tensor], inputs: Any) -> list[tuple[int, int]]:
+    """Return what tells whether buffers or inputs were replaced or written."""
+    tensors = (*buffers, *tensors_in(inputs))
+    return [(id(tensor), tensor._version) for tensor in tensors if not tensor.is_inference()]
+
+
+def _let_go_of(error: torch.OutOfMemoryError) -> str:
+    """Return an error's text, and free what the frames that it came through refer to, activations among it."""
+    traceback.clear_frames(error.__traceback__)
+    error.__traceback__ = None
+    return str(error).rstrip(". \n")
