@@ -291,7 +291,7 @@ class _OperationCounter(StorageCounter):  # type: ignore[no-untyped-call]
         formula = self._formulas.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=output)
-        elif not func.is_view and func._overloadpacket not in _WITHOUT_TRAFFIC:
+        elif not (func.is_view or func.namespace == "prim" or func._overloadpacket in _WITHOUT_TRAFFIC):
             self.nbytes += _traffic_nbytes(args, kwargs, output)
         return output
 

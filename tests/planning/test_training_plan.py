@@ -195,6 +195,16 @@ def test_checkpointing_trades_operations_for_bytes():
     assert found[1].work.backward > found[0].work.backward
 
 
+def test_counted_traffic_is_that_of_the_operations_alone():
+    model, config = torch.nn.Linear(64, 64), config_for("cpu")
+    layout = draw_layout(model, config)
+    work = rehearse(model, lambda m: m(torch.ones(8, 64)).sum(), config, layout, has_device=False).work
+    # The batch is written and the output summed; asking a tensor for its device moves nothing.
+    assert work.forward_nbytes == 8 * 64 * 4 + 8 * 64 * 4 + 4
+    # The first gradient, like the sum; and the bias's, a sum of rows that are one element in memory.
+    assert work.backward_nbytes == 4 + 4 + 4 + 64 * 4
+
+
 def test_a_forward_that_needs_values_cannot_be_rehearsed():
     class Branch(torch.nn.Linear):
         def forward(self, x):
