@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -58,13 +59,14 @@ class Resources:
         Args:
             keep: whether state that is meant to outlive the process is kept.
         """
-        self.transfers.synchronize()
-        if self.store is not None:
-            self.store.close()
-        self.pool.close()
-        self.arena.close()
-        if self.granted_by is not None:
-            self.granted_by.close(keep=keep)
+        with ExitStack() as stack:  # each is closed although one before it fails, as a device after a fault does
+            if self.granted_by is not None:
+                stack.callback(self.granted_by.close, keep=keep)
+            stack.callback(self.arena.close)
+            stack.callback(self.pool.close)
+            if self.store is not None:
+                stack.callback(self.store.close)
+            self.transfers.synchronize()
 
 
 def available_host_nbytes() -> int:

@@ -61,7 +61,9 @@ def describe_machine(directory: str | os.PathLike[str] | None = None) -> Machine
         num_memory_nodes=len(topology.nodes),
         memory_nbytes=psutil.virtual_memory().total,
         device=torch.cuda.get_device_name() if has_device else None,
-        device_memory_nbytes=torch.cuda.get_device_properties(0).total_memory if has_device else None,
+        device_memory_nbytes=torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        if has_device
+        else None,
         disk_nbytes=None if disk is None else disk.total,
         disk_free_nbytes=None if disk is None else disk.free,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from gemini.runtime.saved_weights import SavedWeights
 from gemini.runtime.step import StepControl
 
 __all__ = ["Passes"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -78,6 +81,7 @@ class Passes(NeverCopied):
         self._is_sharded = is_sharded
         self._entered: list[_Entry] = []
         self._has_pushed_for_model = False
+        self._has_warned_of_autocast = False
 
     # ---------------------------------------------------------------- forward
 
@@ -100,6 +104,7 @@ class Passes(NeverCopied):
         if torch._C._current_graph_task_id() == -1:  # else a backward pass is running this forward
             self._steps.collect_gradients()
         self._drop_leftovers()
+        self._warn_of_autocast()
         self._steps.make_room(batch_numel)
         self._lookahead.gather_now(self._layout.root.own_chunk_ids)  # used anywhere, without notice
         if begins_step:
@@ -249,6 +254,20 @@ class Passes(NeverCopied):
             self._lookahead.fetch_ahead()
         assert chunk.compute is not None
         return chunk.compute
+
+    def _warn_of_autocast(self) -> None:
+        """Warn, once, of copies of float32 weights that autograd keeps until backward, wherever the weights are."""
+        device = self._core.resources.transfers.device.type
+        if self._has_warned_of_autocast or not torch.is_grad_enabled() or not torch.is_autocast_enabled(device):
+            return
+        if any(chunk.spec.dtype is torch.float32 and chunk.spec.is_trainable for chunk in self._core.chunks):
+            self._has_warned_of_autocast = True
+            logger.warning(
+                "torch.autocast with float32 working weights: autograd keeps a copy of every weight in %s in compute "
+                "memory from forward to backward, so that streaming them saves nothing; leave autocast out and give "
+                "GeminiConfig(dtype=torch.bfloat16), which keeps float32 masters",
+                str(torch.get_autocast_dtype(device)).removeprefix("torch."),
+            )
 
     def _drop_leftovers(self) -> None:
         """Forget what an exception in an earlier forward or backward may have left behind."""
