@@ -347,8 +347,10 @@ def _fetch(demand: ChunkDemand, homes: ChunkPlacement, shape: RuntimeShape) -> W
         for tile, tier in enumerate(homes.working)
         if tier is MemoryTier.NVME
     )
-    if shape.has_device:
-        return Work(nvme_read_nbytes=nvme_nbytes, h2d_nbytes=demand.working_nbytes)
+    if shape.has_device:  # whose copy engine reads host memory
+        return Work(
+            nvme_read_nbytes=nvme_nbytes, h2d_nbytes=demand.working_nbytes, host_memory_nbytes=demand.working_nbytes
+        )
     return Work(nvme_read_nbytes=nvme_nbytes, host_memory_nbytes=2 * (demand.working_nbytes - nvme_nbytes))
 
 
@@ -358,9 +360,10 @@ def _store_gradient(demand: ChunkDemand, home: MemoryTier, shape: RuntimeShape) 
     passed_nbytes = demand.working_nbytes + stored_nbytes
     if home is MemoryTier.DEVICE:
         return Work(device_memory_nbytes=passed_nbytes)
+    d2h_nbytes = demand.working_nbytes if shape.has_device else 0
     return Work(
-        d2h_nbytes=demand.working_nbytes if shape.has_device else 0,
-        host_memory_nbytes=passed_nbytes,
+        d2h_nbytes=d2h_nbytes,
+        host_memory_nbytes=passed_nbytes + d2h_nbytes,
         nvme_written_nbytes=stored_nbytes if home is MemoryTier.NVME else 0,
     )
 
@@ -374,9 +377,10 @@ def _update_tile(demand: ChunkDemand, homes: ChunkPlacement, tile: int, shape: R
         return Work(device_memory_nbytes=passed_nbytes)
     on_disk = MemoryTier.NVME
     moved_nbytes = working_nbytes * (homes.working[tile] is on_disk) + state_nbytes * (homes.state[tile] is on_disk)
+    h2d_nbytes = working_nbytes if shape.has_device and homes.is_resident else 0
     return Work(
-        h2d_nbytes=working_nbytes if shape.has_device and homes.is_resident else 0,
-        host_memory_nbytes=passed_nbytes,
+        h2d_nbytes=h2d_nbytes,
+        host_memory_nbytes=passed_nbytes + h2d_nbytes,
         nvme_read_nbytes=moved_nbytes + grad_nbytes * (homes.grad is on_disk),
         nvme_written_nbytes=moved_nbytes,
     )

@@ -44,12 +44,14 @@ PLAN = PlacementPlan(
 )
 FLOPS = StepFlops(forward=2_819_200, backward=5_638_400)  # 2 x 14,096 x 100 tokens; twice that
 WORK = StepWork(
-    forward=Work(flops=2_819_200, h2d_nbytes=20_000, nvme_read_nbytes=11_808),  # tiles 1 and 2: 8,192 + 3,616
+    forward=Work(  # the copy engine reads what it copies; of that, tiles 1 and 2 come from disk: 8,192 + 3,616
+        flops=2_819_200, h2d_nbytes=20_000, host_memory_nbytes=20_000, nvme_read_nbytes=11_808
+    ),
     backward=Work(
         flops=5_638_400,
         h2d_nbytes=20_000,
         d2h_nbytes=28_192,  # 8,192 + 20,000
-        host_memory_nbytes=84_576,  # (2 + 4) x 14,096
+        host_memory_nbytes=132_768,  # (2 + 4) x 14,096, and both copies: 20,000 + 28,192
         nvme_read_nbytes=11_808,
         nvme_written_nbytes=40_000,
     ),
@@ -60,7 +62,7 @@ WORK = StepWork(
     ),
     rest=Work(  # chunk 0 and tile 0 of chunk 1, of 4096 elements each; the gradient of the latter is on disk
         h2d_nbytes=8_192,
-        host_memory_nbytes=229_376,  # 2 x (2 x 40,960 + 2 x 8,192 + 16,384)
+        host_memory_nbytes=237_568,  # 2 x (2 x 40,960 + 2 x 8,192 + 16,384), and the copy
         nvme_read_nbytes=16_384,
     ),
 )
@@ -79,7 +81,7 @@ CHANNEL_S = {
     Channel.H2D: 0.48192,
     Channel.D2H: 0.28192,
     Channel.DEVICE_MEMORY: 0.0,
-    Channel.HOST_MEMORY: 0.484064,
+    Channel.HOST_MEMORY: 0.560448,
     Channel.NVME: 1.024064,  # 2 x 113,248 at 2.5e5, then 23,616 more reads at 2e5
 }
 
@@ -143,7 +145,7 @@ def test_frozen_chunk_is_fetched_and_that_is_all():
     chunk = dataclasses.replace(CHUNKS[0], is_trainable=False, master_itemsize=0)
     homes = ChunkPlacement(chunk_id=0, working=(NVME,), state=(), grad=None, is_resident=False)
     work = count_step([chunk], PlacementPlan(chunks=(homes,), num_slots=1, slot_nbytes=8192), SHAPE, FLOPS)
-    assert work.total == Work(flops=8_457_600, h2d_nbytes=16_384, nvme_read_nbytes=16_384)
+    assert work.total == Work(flops=8_457_600, h2d_nbytes=16_384, host_memory_nbytes=16_384, nvme_read_nbytes=16_384)
 
 
 def test_without_a_device_host_tiles_are_copied_to_the_slot():
