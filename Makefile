@@ -11,7 +11,7 @@ PACKAGING := pyproject.toml setup.py constraints.txt .ci/bootstrap.py
 PYTEST_ALL := -m pytest -q -n 2 --dist loadfile
 ROUNDS ?= 20
 NATIVE_SOURCES := $(shell find native -name '*.cpp' -o -name '*.h' -o -name '*.py')
-CPP_SOURCES = $(filter %.cpp %.h,$(NATIVE_SOURCES)) $(wildcard gemini/heap/*.cpp)
+CPP_SOURCES = $(filter %.cpp %.h,$(NATIVE_SOURCES)) $(wildcard gemini/heap/*.cpp tests/support/async_device/*.[ch]*)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

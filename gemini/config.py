@@ -82,8 +82,9 @@ class GeminiConfig:
     """Everything the engine may be told; each field has a default that works."""
 
     device: str | torch.device | None = None
-    """Where forward and backward run: "cuda", "cuda:1", "cpu", or "simulated" (host memory that plays a device with
-    its own budget and its own copies, for tests). None: cuda if there is one, else cpu."""
+    """Where forward and backward run: "cuda", "cuda:1", another accelerator that torch finds ("xpu"), "cpu", or
+    "simulated" (host memory that plays a device with its own budget and its own copies, for tests). None: the
+    accelerator if there is one, else cpu."""
     dtype: torch.dtype = torch.bfloat16
     """Working dtype of floating-point parameters: bfloat16, float16 (with dynamic loss scaling) or float32. Most
     buffers are cast too; float8, and what transformers keeps in float32, stay as they are (docs/weights.md)."""

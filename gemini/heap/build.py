@@ -1,4 +1,4 @@
-"""Compiles the CPU allocator for the installed torch, once, and keeps the library.
+"""Compiles C++ against the installed torch, once, and keeps the library: the CPU allocator, and devices for tests.
 
 The layout of c10::Allocator, a C++ class, depends on the build of torch, so a binary in a wheel would fit only one
 build. The package contains the source instead. The compiled library is kept beside torch's own caches. Its name depends
@@ -14,13 +14,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from gemini.errors import HeapUnavailableError
 
-__all__ = ["build_allocator", "cache_dir"]
+__all__ = ["build_allocator", "build_library", "cache_dir"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +52,38 @@ def build_allocator(directory: Path, *, compiler: str | None = None) -> Path:
     Raises:
         HeapUnavailableError: no Linux, no compiler, no headers, a compiler error, or no writable directory.
     """
+    return build_library(directory, [SOURCE], compiler=compiler)
+
+
+def build_library(
+    directory: Path,
+    sources: Sequence[Path],
+    *,
+    headers: Sequence[Path] = (),
+    libraries: Sequence[str] = ("c10",),
+    compiler: str | None = None,
+) -> Path:
+    """Return a library compiled for the torch that is running; blocks for some seconds the first time.
+
+    Args:
+        directory: where compiled libraries are kept; made if needed.
+        sources: C++, ASCII; the first one names the library.
+        headers: what the sources include of each other.
+        libraries: those of torch that it is linked to.
+        compiler: C++ compiler; None: the first of c++, g++ and clang++ that is found.
+
+    Returns:
+        The shared library, to be loaded into a process that has imported torch.
+
+    Raises:
+        HeapUnavailableError: no Linux, no compiler, no headers, a compiler's error, or nowhere to write.
+    """
     if not sys.platform.startswith("linux"):
         raise HeapUnavailableError(f"it is written for Linux, this is {sys.platform}")
     torch_dir = Path(torch.__file__).parent
-    arguments = _arguments(torch_dir)
+    arguments = _arguments(torch_dir, sources, libraries)
     try:
-        library = directory / f"torch_allocator-{_digest(torch_dir, arguments)}.so"
+        library = directory / f"{sources[0].stem}-{_digest(torch_dir, [*sources, *headers], arguments)}.so"
         if not library.exists():
             _build([compiler or _find_compiler(), *arguments], library)
     except OSError as error:
@@ -64,19 +91,20 @@ def build_allocator(directory: Path, *, compiler: str | None = None) -> Path:
     return library
 
 
-def _arguments(torch_dir: Path) -> list[str]:
+def _arguments(torch_dir: Path, sources: Sequence[Path], libraries: Sequence[str]) -> list[str]:
     return [
         *("-O2", "-Wall", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        *("-isystem", str(torch_dir / "include"), str(SOURCE), f"-L{torch_dir / 'lib'}", "-lc10", "-Wl,--no-undefined"),
+        *("-isystem", str(torch_dir / "include"), *map(str, sources)),
+        *(f"-L{torch_dir / 'lib'}", *(f"-l{name}" for name in libraries), "-Wl,--no-undefined"),
     ]
 
 
-def _digest(torch_dir: Path, arguments: list[str]) -> str:
+def _digest(torch_dir: Path, texts: Sequence[Path], arguments: list[str]) -> str:
     """Return what changes whenever the library must be compiled again."""
     core = (torch_dir / "lib" / "libc10.so").stat()
     torch_build = (torch.__version__, core.st_size, core.st_mtime_ns)
-    parts = (SOURCE.read_text(encoding="ascii"), arguments, STANDARDS, torch_build)
+    parts = ([path.read_text(encoding="ascii") for path in texts], arguments, STANDARDS, torch_build)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -88,7 +116,7 @@ def _find_compiler() -> str:
 
 
 def _build(command: list[str], library: Path) -> None:
-    logger.info("compiling the CPU allocator for torch %s into %s, needed once", torch.__version__, library.parent)
+    logger.info("compiling %s for torch %s into %s, needed once", library.stem, torch.__version__, library.parent)
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as build_dir:
         draft = Path(build_dir) / library.name

@@ -15,7 +15,7 @@ from gemini.heap import statistics
 from gemini.kernels.spans import SpanSource
 from gemini.offload.home import TiledHome
 from gemini.offload.io import IoStats
-from gemini.offload.transfer import CudaTransfers
+from gemini.offload.transfer import StreamTransfers
 from gemini.placement.cost_model import StepPrediction
 from gemini.profile.description import ChunkDescription, Prediction, RunDescription, TierDescription
 from gemini.profile.events import MemorySample, Step
@@ -162,17 +162,17 @@ def _sources_of(runtime: Runtime) -> list[SpanSource]:
     sources: list[SpanSource] = [resources.pool]
     if resources.store is not None:
         sources.append(resources.store.span_source)
-    if isinstance(resources.transfers, CudaTransfers):  # copies of the other transfers are the pool's
+    if isinstance(resources.transfers, StreamTransfers):  # copies of the other transfers are the pool's
         sources.append(resources.transfers)
     return sources
 
 
 def _other_nbytes(runtime: Runtime) -> int | None:
     """Return the bytes in compute memory that are not the engine's; None where they are not counted."""
-    transfers = runtime.resources.transfers
-    if transfers.device.type == "cuda":
+    accelerator = runtime.resources.accelerator
+    if accelerator is not None:
         held = runtime.resources.ledger.held_nbytes(MemoryTier.DEVICE)
-        return max(0, torch.cuda.memory_allocated(transfers.device) - held)
+        return max(0, accelerator.allocated_nbytes() - held)
     heap = statistics()
     return None if heap is None else heap.live_nbytes
 

@@ -1,4 +1,4 @@
-"""Exact-size host memory, page aligned, page-locked for CUDA where there is one.
+"""Exact-size host memory, page aligned, page-locked for the accelerator where there is one.
 
 torch's pinned allocator rounds every allocation up to a power of two. Here a buffer takes its bytes rounded up to a
 page and nothing more. Each buffer is its own mapping, so it can be freed alone.
@@ -10,12 +10,13 @@ import logging
 import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from gemini.errors import OutOfTierMemoryError
 from gemini.kernels.topology import interleave_memory
+from gemini.offload.accelerator import Accelerator
 from gemini.offload.memory_file import MemoryFile, SharedBuffer
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, TierLedger, format_nbytes, round_up
 
@@ -29,7 +30,6 @@ MADV_WIPEONFORK = 18
 
 NEVER_COPIED = frozenset({"state", "gradients"})
 """Purposes of buffers that no device copies from or to: most of the memory, for which page-locking gains nothing."""
-PORTABLE = 1  # cudaHostRegisterPortable: locked for every device of the process
 
 
 class MemorySource(Protocol):
@@ -55,15 +55,17 @@ class HostArena:
 
     Args:
         ledger: charged for every buffer before it is mapped.
-        device: CUDA device that copies from or to buffers, which are page-locked so that copies run asynchronously;
+        accelerator: device that copies from or to buffers, which are page-locked so that copies run asynchronously;
             None if there is none.
         nodes: memory nodes over which the pages of each buffer are spread, so that one thread's first touch does not
             put everything behind one memory controller; with fewer than two the system decides.
     """
 
-    def __init__(self, ledger: TierLedger, *, device: torch.device | None = None, nodes: Sequence[int] = ()) -> None:
+    def __init__(
+        self, ledger: TierLedger, *, accelerator: Accelerator | None = None, nodes: Sequence[int] = ()
+    ) -> None:
         self._ledger = ledger
-        self._device = device
+        self._accelerator = accelerator
         self._nodes = tuple(nodes)
         self._buffers: dict[int, _Grant] = {}
         self._has_warned = False
@@ -132,8 +134,7 @@ class HostArena:
             interleave_memory(buffer.data_ptr(), buffer.numel(), self._nodes)
 
     def _grant(self, buffer: torch.Tensor, nbytes: int, purpose: str, *, is_lockable: bool = True) -> None:
-        wants_lock = self._device is not None and purpose not in NEVER_COPIED and is_lockable
-        is_locked = wants_lock and self._lock(buffer)
+        is_locked = purpose not in NEVER_COPIED and is_lockable and self._lock(buffer)
         self._buffers[buffer.data_ptr()] = _Grant(purpose, nbytes, is_locked)
 
     def free(self, buffer: torch.Tensor) -> None:
@@ -148,30 +149,18 @@ class HostArena:
 
     def _give_back(self, address: int, grant: _Grant) -> None:
         self._ledger.credit(MemoryTier.HOST, grant.purpose, grant.nbytes)
-        if grant.is_locked:
-            torch.cuda.synchronize(self._device)  # a copy that no thread waited for may still be running
-            _cuda_runtime().cudaHostUnregister(address)
+        if grant.is_locked and self._accelerator is not None:
+            self._accelerator.unlock(address)
 
     def _lock(self, buffer: torch.Tensor) -> bool:
-        """Page-lock a buffer; return whether the driver did."""
-        with torch.cuda.device(self._device):  # the call makes a context, which takes memory, on the current device
-            status = int(_cuda_runtime().cudaHostRegister(buffer.data_ptr(), buffer.numel(), PORTABLE))
-            if status != 0:
-                _clear_last_error()
-        if status != 0 and not self._has_warned:
+        """Page-lock a buffer for the accelerator; return whether that was done."""
+        if self._accelerator is None:
+            return False
+        refusal = self._accelerator.lock(buffer)
+        if refusal is not None and not self._has_warned:
             self._has_warned = True
-            logger.warning("page-locking host memory failed (CUDA error %d): copies to the device block", status)
-        return status == 0
-
-
-def _clear_last_error() -> None:
-    """Clear the error of a failed call that torch did not see, so that the next kernel is not blamed for it."""
-    with suppress(RuntimeError):
-        torch.ones(1, device="cuda")
-
-
-def _cuda_runtime() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            logger.warning("page-locking host memory failed (%s): copies to the device block", refusal)
+        return refusal is None
 
 
 def _map_memory(nbytes: int) -> torch.Tensor:

@@ -17,10 +17,11 @@ from gemini.errors import ConfigError
 from gemini.kernels.cpu import Isa, resolve_isa
 from gemini.kernels.pool import WorkerPool
 from gemini.kernels.topology import read_topology
+from gemini.offload.accelerator import Accelerator, find_accelerator, is_accelerator
 from gemini.offload.arena import HostArena
 from gemini.offload.store import DiskStore
 from gemini.offload.swap_file import GivenFile, KeptSwap, check_directory
-from gemini.offload.transfer import CpuTransfers, CudaTransfers, SimulatedTransfers, Transfers
+from gemini.offload.transfer import CpuTransfers, SimulatedTransfers, StreamTransfers, Transfers
 from gemini.tiers import MemoryTier, TierLedger, checksum_nbytes
 
 __all__ = ["MAX_DEFAULT_THREADS", "Resources", "budgets_of", "device_of", "open_resources"]
@@ -50,6 +51,8 @@ class Resources:
     transfers: Transfers
     store: DiskStore | None
     isa: Isa
+    accelerator: Accelerator | None = None
+    """The device, if it is one of torch's; None: the CPU, or the simulated device."""
     granted_by: Granter | None = None
     """Grant of memory and disk, ended when they are given back; None if nobody was asked."""
 
@@ -81,7 +84,7 @@ def available_host_nbytes() -> int:
 
 
 def device_of(config: GeminiConfig) -> torch.device | str | None:
-    """Return the CUDA device, "simulated", or None for the CPU.
+    """Return the accelerator, "simulated", or None for the CPU.
 
     Args:
         config: the user's configuration.
@@ -94,7 +97,7 @@ def device_of(config: GeminiConfig) -> torch.device | str | None:
     """
     wanted = config.device
     if wanted is None:
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+        return find_accelerator()
     if wanted == SIMULATED:
         return SIMULATED
     try:
@@ -105,11 +108,13 @@ def device_of(config: GeminiConfig) -> torch.device | str | None:
         ) from error
     if device.type == "cpu":
         return None
-    if device.type != "cuda":
+    if not is_accelerator(device.type):
         raise ConfigError(f"GeminiConfig.device: {device.type!r} devices are not supported; use cuda or cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError(f"GeminiConfig.device: {wanted!r} was asked for, but torch finds no CUDA device")
-    return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
+    found = find_accelerator()
+    if found is None or found.type != device.type:
+        name = "CUDA" if device.type == "cuda" else device.type
+        raise ConfigError(f"GeminiConfig.device: {wanted!r} was asked for, but torch finds no {name} device")
+    return device if device.index is not None else found
 
 
 def budgets_of(config: GeminiConfig) -> dict[MemoryTier, int | None]:
@@ -132,12 +137,12 @@ def budgets_of(config: GeminiConfig) -> dict[MemoryTier, int | None]:
                 "leave one of them out"
             )
         if config.device_budget is not None:
-            logger.warning("device_budget is not used: there is no CUDA device, and host_budget bounds all memory")
+            logger.warning("device_budget is not used: there is no accelerator, and host_budget bounds all memory")
         device_nbytes = None
     elif config.device_budget is not None:
         device_nbytes = config.device_budget_nbytes
     elif isinstance(device, torch.device):
-        device_nbytes = int(torch.cuda.mem_get_info(device)[0] * MARGIN)
+        device_nbytes = int(Accelerator(device).free_nbytes() * MARGIN)
     else:
         device_nbytes = int(available_host_nbytes() * MARGIN / 2)
     host_nbytes = config.host_budget_nbytes
@@ -189,16 +194,24 @@ def open_resources(
         pool.close()
         raise
     nodes = [node for node, _ in read_topology().nodes]
-    arena = HostArena(ledger, device=device if isinstance(device, torch.device) else None, nodes=nodes)
+    accelerator = Accelerator(device) if isinstance(device, torch.device) else None
+    arena = HostArena(ledger, accelerator=accelerator, nodes=nodes)
     transfers: Transfers
     if device is None:
         transfers = CpuTransfers(arena)
-    elif isinstance(device, torch.device):
-        transfers = CudaTransfers(device, ledger)
+    elif accelerator is not None:
+        transfers = StreamTransfers(accelerator, ledger)
     else:
         transfers = SimulatedTransfers(ledger, pool)
     return Resources(
-        ledger=ledger, arena=arena, pool=pool, transfers=transfers, store=store, isa=isa, granted_by=granted_by
+        ledger=ledger,
+        arena=arena,
+        pool=pool,
+        transfers=transfers,
+        store=store,
+        isa=isa,
+        accelerator=accelerator,
+        granted_by=granted_by,
     )
 
 

@@ -1,8 +1,8 @@
 """Transport of bytes between host memory and compute memory.
 
 There are three implementations of one interface: the CPU (compute memory is host memory, so nothing is copied), the
-simulated device (host memory that acts as a device, copied by the worker pool) and CUDA (copies on separate streams,
-ordered by events). Code outside this module does not know which one it uses.
+simulated device (host memory that acts as a device, copied by the worker pool) and accelerators (copies on separate
+streams, ordered by events). Code outside this module does not know which one it uses.
 
 [Note: Which compute a copy follows]
 A copy must not overwrite device memory that compute still reads, nor read what compute has not written yet. In the
@@ -23,11 +23,12 @@ import torch
 from gemini.errors import OutOfTierMemoryError
 from gemini.kernels.pool import Ticket, WorkerPool
 from gemini.kernels.spans import Span, SpanRecorder
+from gemini.offload.accelerator import Accelerator, Event, Stream
 from gemini.offload.arena import HostArena
-from gemini.offload.cuda_spans import CudaSpans
+from gemini.offload.device_spans import DeviceSpans
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, TierLedger, format_nbytes, round_up
 
-__all__ = ["CpuTransfers", "CudaTransfers", "Mark", "Move", "SimulatedTransfers", "Traffic", "Transfers"]
+__all__ = ["CpuTransfers", "Mark", "Move", "SimulatedTransfers", "StreamTransfers", "Traffic", "Transfers"]
 
 Mark = object
 """Point in the sequence of submitted compute; its content is known only to the transfers that made it."""
@@ -204,27 +205,28 @@ class _PoolMove:
     wait_on_compute = wait_on_host
 
 
-class CudaTransfers:
-    """A CUDA device: uploads and downloads run on their own streams behind events.
+class StreamTransfers:
+    """An accelerator: uploads and downloads run on their own streams behind events.
 
     Compute is the stream that is current when a method is called. Both directions start after what that stream has been
     given so far, so a buffer may be refilled as soon as its last user was *submitted*.
 
     Args:
-        device: the CUDA device, index included; it need not be the current one.
+        accelerator: the device; it need not be the current one.
         ledger: charged for device memory.
     """
 
     compute_tier = MemoryTier.DEVICE
 
-    def __init__(self, device: torch.device, ledger: TierLedger) -> None:
-        self.device = device
+    def __init__(self, accelerator: Accelerator, ledger: TierLedger) -> None:
+        self.device = accelerator.device
         self.traffic = Traffic()
+        self._accelerator = accelerator
         self._ledger = ledger
-        self._upload_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._download_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._upload_stream = accelerator.new_stream()
+        self._download_stream = accelerator.new_stream()
         self._recorder: SpanRecorder | None = None
-        self._spans: CudaSpans | None = None
+        self._spans: DeviceSpans | None = None
 
     def allocate(self, nbytes: int, purpose: str) -> torch.Tensor:
         """Return uint8 [nbytes rounded up to a page] from torch's caching allocator.
@@ -252,13 +254,13 @@ class CudaTransfers:
 
     def free(self, buffer: torch.Tensor, purpose: str) -> None:
         """Let the caching allocator reuse the memory once compute and both copy streams are done with it."""
-        for stream in (torch.cuda.current_stream(self.device), self._upload_stream, self._download_stream):
-            buffer.record_stream(stream)
+        for stream in (self._accelerator.current_stream(), self._upload_stream, self._download_stream):
+            buffer.record_stream(stream)  # type: ignore[arg-type]  # a torch.Stream
         self._ledger.credit(MemoryTier.DEVICE, purpose, buffer.numel())
 
     def mark(self) -> Mark:
         """Record an event on the current stream."""
-        return torch.cuda.current_stream(self.device).record_event()
+        return self._accelerator.record_event()
 
     def upload(self, dst: torch.Tensor, src: torch.Tensor, *, after: Mark | None = None, record: str = "") -> Move:
         """Start a copy on the upload stream, behind `after` or else the calling thread's current stream."""
@@ -273,21 +275,19 @@ class CudaTransfers:
 
     def record_to(self, recorder: SpanRecorder | None) -> None:
         """Report every copy to a recorder from now on and keep its times for `take_spans`; None: stop."""
-        self._spans = None if recorder is None else CudaSpans(self._timed_event)
+        self._spans = None if recorder is None else DeviceSpans(self._timed_event)
         self._recorder = recorder
 
     def take_spans(self) -> list[Span]:
         """Return the spans of copies that ended since the last call."""
         return [] if self._spans is None else self._spans.take()
 
-    def _timed_event(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self.device))
-        return event
+    def _timed_event(self) -> Event:
+        return self._accelerator.record_event(is_timed=True)
 
     def _copy(
         self,
-        stream: torch.cuda.Stream,
+        stream: Stream,
         dst: torch.Tensor,
         src: torch.Tensor,
         *,
@@ -295,38 +295,31 @@ class CudaTransfers:
         operation: str,
         record: str,
     ) -> Move:
-        assert isinstance(after, torch.cuda.Event)
         stream.wait_event(after)
-        # The outer context is for threads and programs whose current device is another one. Without it, leaving the
-        # inner one
-        # would select that other device, and so make a context and take memory on a device that the engine does not
-        # use.
-        with torch.cuda.device(self.device), torch.cuda.stream(stream), torch.no_grad():
+        with self._accelerator.using(stream), torch.no_grad():
             recorder, spans = self._recorder, self._spans
             begin = None if spans is None else spans.begin()
             dst.copy_(src, non_blocking=True)
             if recorder is not None and spans is not None and begin is not None:
                 recorder.submitted(self, spans.end(begin), operation=operation, record=record, nbytes=src.nbytes)
-            # The host sleeps while it waits, because the worker pool needs the processor.
-            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-            event.record(stream)
-        return _CudaMove(event, self.device)
+            event = self._accelerator.record_event()
+        return _StreamMove(event, self._accelerator)
 
     def synchronize(self) -> None:
         """Block until the device is idle."""
-        torch.cuda.synchronize(self.device)
+        self._accelerator.synchronize()
 
 
-class _CudaMove:
-    def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
+class _StreamMove:
+    def __init__(self, event: Event, accelerator: Accelerator) -> None:
         self._event = event
-        self._device = device
+        self._accelerator = accelerator
 
     def is_done(self) -> bool:
-        return bool(self._event.query())  # type: ignore[no-untyped-call]
+        return bool(self._event.query())
 
     def wait_on_host(self) -> None:
         self._event.synchronize()
 
     def wait_on_compute(self) -> None:
-        torch.cuda.current_stream(self._device).wait_event(self._event)
+        self._accelerator.current_stream().wait_event(self._event)

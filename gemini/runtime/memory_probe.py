@@ -1,6 +1,6 @@
 """How much memory everything but chunks takes: activations, temporaries, gradients still with autograd.
 
-On CUDA the allocator knows. On the CPU and the simulated device a dispatch mode counts the storages that
+On an accelerator the allocator knows. On the CPU and the simulated device a dispatch mode counts the storages that
 operations create; it slows every operation down, so it runs only inside `trace`.
 """
 
@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemini.model.outputs import tensors_in
+from gemini.offload.accelerator import Accelerator
 from gemini.tiers import MemoryTier, TierLedger
 
 __all__ = ["MemoryProbe", "StorageCounter"]
@@ -24,31 +25,31 @@ class MemoryProbe:
     """Measures the non-model peak of compute memory, step by step.
 
     Args:
-        device: compute device.
+        accelerator: the device; None: one whose memory is the host's.
         ledger: knows what chunks hold on it.
     """
 
-    def __init__(self, device: torch.device, ledger: TierLedger) -> None:
+    def __init__(self, accelerator: Accelerator | None, ledger: TierLedger) -> None:
         self.non_model_peak_nbytes: int | None = None
         """The most non-model bytes seen in any step; None until one was measured."""
-        self._device = device
+        self._accelerator = accelerator
         self._ledger = ledger
 
     def begin_step(self) -> None:
         """Start measuring a step, where that costs nothing."""
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
+        if self._accelerator is not None:
+            self._accelerator.reset_peak()
 
     def end_step(self) -> None:
         """Take the step's peak, where that costs nothing."""
-        if self._device.type == "cuda":
+        if self._accelerator is not None:
             held = self._ledger.held_nbytes(MemoryTier.DEVICE)
-            self._note(torch.cuda.max_memory_allocated(self._device) - held)
+            self._note(self._accelerator.peak_allocated_nbytes() - held)
 
     @contextmanager
     def trace(self) -> Iterator[None]:
-        """Count what operations allocate while the context is open; on CUDA there is nothing to do."""
-        if self._device.type == "cuda":
+        """Count what operations allocate while the context is open; an accelerator needs nothing of it."""
+        if self._accelerator is not None:
             yield
             return
         counter = StorageCounter()

@@ -97,7 +97,7 @@ class Runtime(NeverCopied):
         self.listeners = listeners
         self.access = EngineAccess()
         self.saving = SaveSlot()
-        self.probe = MemoryProbe(resources.transfers.device, resources.ledger)
+        self.probe = MemoryProbe(resources.accelerator, resources.ledger)
         self.coming = ComingStep(LossScaler(config.initial_loss_scale) if config.dtype is torch.float16 else None)
         self.lookahead = Lookahead(
             core, trace, depth=config.prefetch_depth, num_slots=plan.num_slots, is_sharded=is_sharded

@@ -14,6 +14,7 @@ import torch
 
 from gemini.errors import OutOfTierMemoryError
 from gemini.model.outputs import tensors_in
+from gemini.offload.accelerator import random_states, set_random_states
 from gemini.runtime.runtime import Runtime
 
 __all__ = ["SecondAttempt"]
@@ -35,6 +36,7 @@ class SecondAttempt:
     def __init__(self, model: torch.nn.Module, runtime: Runtime) -> None:
         self._model = model
         self._runtime = runtime
+        self._device = runtime.resources.transfers.device
         self._buffers = list(model.buffers())
 
     def run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -53,7 +55,7 @@ class SecondAttempt:
         """
         if not self._runtime.shape.has_device:
             return self._model(*args, **kwargs)
-        generators, versions = self._random_states(), _versions(self._buffers, (args, kwargs))
+        generators, versions = random_states(self._device), _versions(self._buffers, (args, kwargs))
         try:
             return self._model(*args, **kwargs)
         except torch.OutOfMemoryError as error:
@@ -68,7 +70,7 @@ class SecondAttempt:
                 f"model or its inputs: {reason}; chunks have left the device, so a next call has more room; if it "
                 f"fails too, {ADVICE}"
             )
-        self._set_random_states(generators)
+        set_random_states(self._device, generators)
         try:
             return self._model(*args, **kwargs)
         except torch.OutOfMemoryError as error:
@@ -77,17 +79,6 @@ class SecondAttempt:
             "device tier: out of memory in a forward, and again after all chunks had left the device that can: "
             f"{reason}; {ADVICE}"
         )
-
-    def _random_states(self) -> list[torch.Tensor]:
-        states = [torch.get_rng_state()]
-        if self._runtime.resources.transfers.device.type == "cuda":
-            states.append(torch.cuda.get_rng_state(self._runtime.resources.transfers.device))
-        return states
-
-    def _set_random_states(self, states: Sequence[torch.Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        for state in states[1:]:
-            torch.cuda.set_rng_state(state, self._runtime.resources.transfers.device)
 
 
 def _versions(buffers: Sequence[torch.Tensor], inputs: Any) -> list[tuple[int, int]]:

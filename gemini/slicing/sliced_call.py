@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from gemini.autograd.gradient_sums import GradientSums, summand
 from gemini.errors import ModelError
+from gemini.offload.accelerator import random_states, set_random_states
 from gemini.slicing.batch_rows import BlockCall, JoinedOutputs, slice_bounds
 
 __all__ = ["SlicedBlock", "UnitScope", "run_in_slices"]
@@ -97,7 +98,7 @@ class _SlicedCall:
         joined = self._joined = JoinedOutputs(self._call.num_rows, block_name=self._block.name)
         with self._running(), _refusing_writes(self._block, tensors):
             for begin, end in self._bounds:
-                self._random_states.append(_random_state(self._device))
+                self._random_states.append(random_states(self._device))
                 joined.add(self._run_slice(self._call.rows_of(tensors, begin, end)), begin, end)
         return tuple(leaf for leaf in joined.leaves if isinstance(leaf, torch.Tensor))
 
@@ -128,11 +129,10 @@ class _SlicedCall:
                 "call backward before optimizer.step(), or run the forward again"
             )
         totals: list[torch.Tensor | None] = [None] * len(tensors)
-        devices = [self._device] if self._device.type == "cuda" else []
         with block.scope.recomputing(block.unit_id), sums.opened():
-            with torch.random.fork_rng(devices), self._running():
+            with _random_states_kept(self._device), self._running():
                 for (begin, end), random_state in zip(self._bounds, self._random_states, strict=True):
-                    _set_random_state(self._device, random_state)
+                    set_random_states(self._device, random_state)
                     leaves = self._differentiate(tensors, needs_grad, grads, begin, end)
                     for place, leaf in enumerate(leaves):
                         if leaf.grad is not None:
@@ -245,12 +245,11 @@ def _autocast_state(device: torch.device) -> list[tuple[str, torch.dtype, bool]]
     ]
 
 
-def _random_state(device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Return the states of the generators that operations on a device use."""
-    return (torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else []))
-
-
-def _set_random_state(device: torch.device, states: tuple[torch.Tensor, ...]) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
+@contextmanager
+def _random_states_kept(device: torch.device) -> Iterator[None]:
+    """Give the generators that operations on a device use their states back at the end."""
+    states = random_states(device)
+    try:
+        yield
+    finally:
+        set_random_states(device, states)

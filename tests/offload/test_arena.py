@@ -14,6 +14,8 @@ from small_resources import mapped_nbytes
 
 from gemini.errors import OutOfTierMemoryError
 from gemini.kernels.topology import read_topology
+from gemini.offload import accelerator
+from gemini.offload.accelerator import Accelerator
 from gemini.offload.arena import HostArena
 from gemini.tiers import MemoryTier, TierLedger
 
@@ -159,8 +161,10 @@ class FakeDriver:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, largest_nbytes: int = 1 << 40) -> None:
         self.calls: list[object] = []
         self.largest_nbytes = largest_nbytes
-        monkeypatch.setattr("gemini.offload.arena._cuda_runtime", lambda: self)
-        monkeypatch.setattr("gemini.offload.arena._clear_last_error", lambda: self.calls.append("clear the error"))
+        monkeypatch.setattr(accelerator, "_cuda_runtime", lambda: self)
+        monkeypatch.setattr(
+            "gemini.offload.accelerator._clear_last_error", lambda: self.calls.append("clear the error")
+        )
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: self.calls.append(f"wait for {device}"))
         monkeypatch.setattr(torch.cuda, "device", self.select)
 
@@ -182,7 +186,7 @@ def test_what_a_device_copies_is_locked_on_that_device_until_its_copies_have_end
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     driver = FakeDriver(monkeypatch)
-    arena = HostArena(TierLedger({HOST: None}), device=torch.device("cuda", 1))
+    arena = HostArena(TierLedger({HOST: None}), accelerator=Accelerator(torch.device("cuda", 1)))
     buffer = arena.allocate(5000, "working")
     assert driver.calls == ["select cuda:1", ("lock", 8192), "select what was"]
     driver.calls.clear()
@@ -192,7 +196,7 @@ def test_what_a_device_copies_is_locked_on_that_device_until_its_copies_have_end
 
 def test_what_no_device_copies_is_not_locked(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = FakeDriver(monkeypatch)
-    arena = HostArena(TierLedger({HOST: None}), device=torch.device("cuda", 0))
+    arena = HostArena(TierLedger({HOST: None}), accelerator=Accelerator(torch.device("cuda", 0)))
     for purpose in ("state", "gradients"):
         arena.free(arena.allocate(4096, purpose))
     assert driver.calls == []
@@ -202,7 +206,7 @@ def test_a_refusal_to_lock_is_said_once_and_blamed_on_no_later_call(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     driver = FakeDriver(monkeypatch, largest_nbytes=4096)
-    arena = HostArena(TierLedger({HOST: None}), device=torch.device("cuda", 0))
+    arena = HostArena(TierLedger({HOST: None}), accelerator=Accelerator(torch.device("cuda", 0)))
     buffers = [arena.allocate(8192, "working") for _ in range(2)]
     assert driver.calls.count("clear the error") == 2
     assert [record.message for record in caplog.records] == [

@@ -9,7 +9,8 @@ import torch
 from small_resources import random_bytes, small_resources
 
 from gemini.errors import OutOfTierMemoryError, WorkerError
-from gemini.offload.transfer import CudaTransfers
+from gemini.offload.accelerator import Accelerator
+from gemini.offload.transfer import StreamTransfers
 from gemini.tiers import MemoryTier, TierLedger
 
 DEVICE, HOST = MemoryTier.DEVICE, MemoryTier.HOST
@@ -86,7 +87,7 @@ def test_what_a_device_refuses_is_credited_back(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(torch, "empty", refuse)
     ledger = TierLedger({DEVICE: 1 << 20})
-    transfers = CudaTransfers(torch.device("cuda", 1), ledger)
+    transfers = StreamTransfers(Accelerator(torch.device("cuda", 1)), ledger)
     with pytest.raises(OutOfTierMemoryError, match=r"^cuda:1 refused 4.00 KiB for slots, which device_budget allows"):
         transfers.allocate(100, "slots")
     assert ledger.held_nbytes(DEVICE) == 0

@@ -1,4 +1,4 @@
-"""CUDA's streams and events as a model of order, so that races of copies with compute show without a GPU.
+"""An accelerator's streams and events as a model of order, so that races of copies with compute show without one.
 
 Everything runs at once, on the CPU, in the order in which it is submitted: one of the orders that a device allows. What
 a device might do instead is found with vector clocks: an access to memory must come after every earlier access that
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from gemini.kernels.pool import WorkerPool
 from gemini.offload import resources
 from gemini.offload.arena import HostArena
 from gemini.offload.store import DiskStore
-from gemini.offload.transfer import CudaTransfers
+from gemini.offload.transfer import StreamTransfers
 
 Clock = dict[str, int]
 HOST = "host"
@@ -65,7 +65,7 @@ class Region:
 
 
 class FakeStream:
-    """A torch.cuda.Stream: what it was given comes in order."""
+    """A torch.Stream: what it was given comes in order."""
 
     def __init__(self, cuda: FakeCuda, name: str) -> None:
         self.cuda = cuda
@@ -75,20 +75,11 @@ class FakeStream:
     def wait_event(self, event: FakeEvent) -> None:
         merge(self.clock, event.clock)
 
-    def record_event(self) -> FakeEvent:
-        event = FakeEvent()
-        event.record(self)
-        return event
-
 
 class FakeEvent:
-    """A torch.cuda.Event: a point in a stream."""
+    """A torch.Event: a point in a stream."""
 
-    def __init__(self, blocking: bool = False) -> None:
-        self.clock: Clock = {}
-        self.host_clock: Clock = {}
-
-    def record(self, stream: FakeStream) -> None:
+    def __init__(self, stream: FakeStream) -> None:
         self.host_clock = stream.cuda.host_clock
         merge(stream.clock, self.host_clock)
         self.clock = dict(stream.clock)
@@ -101,12 +92,14 @@ class FakeEvent:
 
 
 class FakeCuda:
-    """One device and its host.
+    """One device and its host; an Accelerator for transfers.
 
     Attributes:
         races: what a device would be free to do in another order, in words.
         compute: the stream that is current in the thread that made this object; others have `default`.
     """
+
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
         self.races: list[str] = []
@@ -119,24 +112,27 @@ class FakeCuda:
         self._local = threading.local()
         self._regions: dict[int, Region] = {}
 
-    # ---------------------------------------------------------------- what stands in for torch.cuda
+    # ---------------------------------------------------------------- what an Accelerator has
 
-    def new_stream(self, device: object = None) -> FakeStream:
+    def new_stream(self) -> FakeStream:
         self._num_streams += 1
         return FakeStream(self, f"stream {self._num_streams}")
 
-    def current_stream(self, device: object = None) -> FakeStream:
+    def current_stream(self) -> FakeStream:
         own = self.compute if threading.get_ident() == self._thread else self.default
         return getattr(self._local, "stream", None) or own
 
     @contextmanager
-    def stream(self, stream: FakeStream) -> Iterator[None]:
+    def using(self, stream: FakeStream) -> Iterator[None]:
         before = getattr(self._local, "stream", None)
         self._local.stream = stream
         yield
         self._local.stream = before
 
-    def synchronize(self, device: object = None) -> None:
+    def record_event(self, *, is_timed: bool = False) -> FakeEvent:
+        return FakeEvent(self.current_stream())
+
+    def synchronize(self) -> None:
         for stream in (self.default, self.compute):
             merge(self.host_clock, stream.clock)
 
@@ -220,17 +216,11 @@ class _Watch(TorchDispatchMode):
 
 @contextmanager
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
-    """Let `device="simulated"` mean CudaTransfers, on streams of a fake device, and watch its memory."""
+    """Let `device="simulated"` mean StreamTransfers, on streams of a fake device, and watch its memory."""
     cuda = FakeCuda()
     replace = monkeypatch.setattr
-    replace(torch.cuda, "Stream", cuda.new_stream)
-    replace(torch.cuda, "Event", FakeEvent)
-    replace(torch.cuda, "current_stream", cuda.current_stream)
-    replace(torch.cuda, "stream", cuda.stream)
-    replace(torch.cuda, "device", lambda device: nullcontext())
-    replace(torch.cuda, "synchronize", cuda.synchronize)
     replace(torch.Tensor, "record_stream", lambda tensor, stream: None)
-    replace(resources, "SimulatedTransfers", lambda ledger, pool: CudaTransfers(torch.device("cpu"), ledger))
+    replace(resources, "SimulatedTransfers", lambda ledger, pool: StreamTransfers(cuda, ledger))
 
     def watched(owner: type, name: str, *, is_on_device: bool) -> None:
         allocate: Callable[..., torch.Tensor] = getattr(owner, name)
@@ -255,9 +245,9 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
         replace(owner, "free", lambda self, buffer, *rest: (cuda.forget(buffer), free(self, buffer, *rest))[1])
 
     watched(HostArena, "allocate", is_on_device=False)
-    watched(CudaTransfers, "allocate", is_on_device=True)
+    watched(StreamTransfers, "allocate", is_on_device=True)
     forgotten(HostArena)
-    forgotten(CudaTransfers)
+    forgotten(StreamTransfers)
     reported(
         WorkerPool,
         "submit_adam",

@@ -12,7 +12,7 @@ from model_zoo import HF_CASES
 from training_harness import Case, config_for, hybrid_adam, same_bits, train_gemini
 
 from gemini import GeminiConfig, GeminiDDP
-from gemini.offload.transfer import CudaTransfers
+from gemini.offload.transfer import StreamTransfers
 from gemini.tiers import MemoryTier, TierLedger
 
 MODES = ("off", "next-forward", "speculative")
@@ -26,7 +26,7 @@ def test_the_model_finds_a_copy_that_waits_for_nothing(monkeypatch: pytest.Monke
     with fake_cuda(monkeypatch) as cuda:
         buffer = cuda.watch(torch.zeros(64), "a slot", is_on_device=True)
         compute_on(cuda, buffer)
-        with torch.cuda.stream(cuda.new_stream()):
+        with cuda.using(cuda.new_stream()):
             buffer.copy_(torch.ones(64))
         compute_on(cuda, buffer)
     assert cuda.races == [
@@ -37,7 +37,7 @@ def test_the_model_finds_a_copy_that_waits_for_nothing(monkeypatch: pytest.Monke
 
 def test_an_upload_comes_after_what_was_computed_and_before_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     with fake_cuda(monkeypatch) as cuda:
-        transfers = CudaTransfers(torch.device("cpu"), TierLedger({MemoryTier.DEVICE: 1 << 20}))
+        transfers = StreamTransfers(cuda, TierLedger({MemoryTier.DEVICE: 1 << 20}))
         slot = transfers.allocate(4096, "slots")
         source = cuda.watch(torch.ones(4096, dtype=torch.uint8), "its home", is_on_device=False)
         compute_on(cuda, slot)
@@ -57,7 +57,7 @@ def test_an_upload_comes_after_what_was_computed_and_before_what_waits(monkeypat
 
 def test_an_upload_after_a_mark_waits_for_no_later_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     with fake_cuda(monkeypatch) as cuda:
-        transfers = CudaTransfers(torch.device("cpu"), TierLedger({MemoryTier.DEVICE: 1 << 20}))
+        transfers = StreamTransfers(cuda, TierLedger({MemoryTier.DEVICE: 1 << 20}))
         slot, other = transfers.allocate(4096, "slots"), transfers.allocate(4096, "others")
         compute_on(cuda, slot)
         mark = transfers.mark()

@@ -7,8 +7,9 @@ import time
 import pytest
 import torch
 
-from gemini.offload.cuda_spans import CudaSpans
-from gemini.offload.transfer import CudaTransfers
+from gemini.offload.accelerator import Accelerator
+from gemini.offload.device_spans import DeviceSpans
+from gemini.offload.transfer import StreamTransfers
 from gemini.tiers import MemoryTier, TierLedger
 
 
@@ -42,7 +43,7 @@ class Event:
 def test_spans_are_on_the_hosts_clock_and_come_when_the_device_has_ended_them() -> None:
     device = Device()
     before_ns = time.perf_counter_ns()
-    spans = CudaSpans(device.event)
+    spans = DeviceSpans(device.event)
     after_ns = time.perf_counter_ns()
     tickets = []
     for _ in range(2):
@@ -64,7 +65,7 @@ def test_spans_are_on_the_hosts_clock_and_come_when_the_device_has_ended_them() 
 @pytest.mark.gpu
 def test_copies_of_a_gpu_ran_while_it_was_waited_for() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    transfers = CudaTransfers(device, TierLedger(dict.fromkeys(MemoryTier)))
+    transfers = StreamTransfers(Accelerator(device), TierLedger(dict.fromkeys(MemoryTier)))
     told: list[tuple[int, str, int]] = []
 
     class Recorder:
