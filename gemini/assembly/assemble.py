@@ -26,7 +26,7 @@ from gemini.chunk.layout import ChunkSpec, layout_summary
 from gemini.commits.file import CommitFile
 from gemini.commits.recovery import ClaimedCommits, Commits, NoCommits
 from gemini.config import GeminiConfig
-from gemini.errors import ModelError, ServiceError
+from gemini.errors import ModelError, OutOfTierMemoryError, ServiceError
 from gemini.gradients.arrivals import Gradients
 from gemini.gradients.sharded import ShardedGradients
 from gemini.gradients.store import GradientStore
@@ -52,7 +52,7 @@ from gemini.ranks.agreement import on_all_ranks
 from gemini.ranks.one_rank import ALONE
 from gemini.ranks.sharding import Sharding
 from gemini.runtime.runtime import Runtime
-from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, round_up
+from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, format_nbytes, round_up
 from gemini.update.pipeline import TilePipeline
 from gemini.update.worker import UpdateWorker
 
@@ -205,6 +205,7 @@ class _Builder:
             self._lay_out_shared_weights()
             for homes in plan.chunks:
                 self._add_chunk(homes, core, gradients, states, initialiser)
+        self._stage_pageable_weights(core)
         self.commits.redo(core, states, gradients, pipeline)
         for homes in plan.chunks:
             if homes.is_resident:
@@ -244,6 +245,31 @@ class _Builder:
             next_use=trace.next_use_distance,
             listeners=listeners,
         )
+
+    def _stage_pageable_weights(self, core: ChunkCore) -> None:
+        """Let weights that could not be page-locked reach the device through slots that are, if there is room."""
+        arena, shape, plan = self.resources.arena, self.blueprint.shape, self.blueprint.plan
+        pageable = [chunk for chunk in core.chunks if chunk.home.is_pageable]
+        if not pageable:
+            return
+        sizes = [sum(chunk.home.tile_nbytes) for chunk in pageable]
+        planned_nbytes = largest_buffers(self.blueprint.demands, plan, shape)["fetch slots"]
+        try:
+            slots = None
+            if max(sizes) > planned_nbytes:
+                slots = FixedSlots(
+                    CpuTransfers(arena), num_slots=shape.num_fetch_slots, slot_nbytes=max(sizes), purpose="fetch slots"
+                )
+        except OutOfTierMemoryError as error:
+            logger.warning(
+                "%s of weights are not page-locked, and there is no host memory for slots that are, so copies to the "
+                "device block: %s",
+                format_nbytes(sum(sizes)),
+                error,
+            )
+            return
+        core.stage_pageable(slots)
+        logger.info("%s of weights are not page-locked and pass through slots that are", format_nbytes(sum(sizes)))
 
     def _make_gradients(self, kernels: DeviceKernels, buffers: dict[str, int]) -> Gradients:
         num_slots = self.blueprint.shape.num_grad_slots

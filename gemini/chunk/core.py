@@ -64,6 +64,8 @@ class ChunkCore:
         self._num_protected = num_protected
         self._recent: list[int] = []
         self._staging = Staging(staging)
+        self._stages_pageable = False
+        """Whether weights in memory that is not page-locked pass through `staging`, which is."""
         self.absent: dict[int, Chunk] = {}  # all chunks, by the address of their placeholders
         self._group = group
 
@@ -98,6 +100,17 @@ class ChunkCore:
         self.absent[chunk.missing_address] = chunk
         self.chunks.append(chunk)
         return chunk
+
+    def stage_pageable(self, staging: SlotSource | None) -> None:
+        """Let weights in memory that is not page-locked pass through slots that are; nothing is under way.
+
+        Args:
+            staging: takes the place of the staging slots before, which are closed; None if these are large enough.
+        """
+        if staging is not None:
+            self._staging.close()
+            self._staging = Staging(staging)
+        self._stages_pageable = True
 
     # ---------------------------------------------------------------- hot path
 
@@ -382,7 +395,9 @@ class ChunkCore:
         return is_viewed
 
     def _needs_staging(self, chunk: Chunk) -> bool:
-        return chunk.home.is_on_disk and self.resources.transfers.compute_tier is MemoryTier.DEVICE
+        if self.resources.transfers.compute_tier is not MemoryTier.DEVICE:
+            return False
+        return chunk.home.is_on_disk or (self._stages_pageable and chunk.home.is_pageable)
 
     def _start_fetch(self, chunk: Chunk) -> None:
         assert chunk.slot is not None

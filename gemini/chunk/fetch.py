@@ -41,16 +41,17 @@ class MoveStats:
 class Fetch:
     """One fetch, started at construction and driven by `poll` until `finish`.
 
-    Host memory that is compute memory is filled by the disk itself. A device is filled by uploads; what
-    comes from disk passes through `staging` first. With several ranks the home holds a shard, which `begin_gather`
-    makes whole: all ranks must call it in the same order, and so it waits for the shard.
+    Host memory that is compute memory is filled by the disk itself. A device is filled by uploads; what comes from
+    disk, or from memory that is not page-locked, passes through `staging` first. With several ranks the home holds a
+    shard, which `begin_gather` makes whole: all ranks must call it in the same order, and so it waits for the shard.
 
     Args:
         home: where the weights are.
         dst: uint8 compute memory, at least the home's bytes.
         transfers: the device's copy engine.
         pool: copies between two places of host memory.
-        staging: uint8 host memory of the same length as `dst`; needed for a device when tiles live on disk.
+        staging: uint8 page-locked host memory of the same length as `dst`; needed for a device when tiles are on disk.
+            None lets copies from memory that is not page-locked block.
         gather: adds the other ranks' shards; None: the home holds everything.
         record: what is fetched, for recordings.
     """
@@ -72,7 +73,7 @@ class Fetch:
         self._dst: torch.Tensor | None = dst
         self._transfers = transfers
         self._pool = pool
-        self._reads: list[tuple[TileRun, IoTicket]] = []
+        self._reads: list[tuple[TileRun, IoTicket | Ticket]] = []
         self._copies: list[Ticket] = []
         self._uploads: list[Move] = []
         self._gather = gather
@@ -99,7 +100,9 @@ class Fetch:
             buffer = home.device_buffer if run.tier is MemoryTier.DEVICE else home.host_buffer
             assert buffer is not None
             source = buffer[run.home_offset : run.home_offset + run.nbytes]
-            if has_device:
+            if has_device and staging is not None and run.tier is MemoryTier.HOST and home.is_pageable:
+                self._reads.append((run, pool.submit_copy(staging[part], source, record=self._record)))
+            elif has_device:
                 self._uploads.append(transfers.upload(dst[part], source, record=self._record))
             else:
                 self._copies.append(pool.submit_copy(dst[part], source, record=self._record))

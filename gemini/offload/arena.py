@@ -30,6 +30,8 @@ MADV_WIPEONFORK = 18
 
 NEVER_COPIED = frozenset({"state", "gradients"})
 """Purposes of buffers that no device copies from or to: most of the memory, for which page-locking gains nothing."""
+HOMES = frozenset({"working", "shared weights", "gradients"})
+"""Purposes of buffers that can do without page-locking, because their bytes may pass through other buffers."""
 
 
 class MemorySource(Protocol):
@@ -59,13 +61,20 @@ class HostArena:
             None if there is none.
         nodes: memory nodes over which the pages of each buffer are spread, so that one thread's first touch does not
             put everything behind one memory controller; with fewer than two the system decides.
+        never_copied: purposes of buffers that the accelerator does not copy from or to.
     """
 
     def __init__(
-        self, ledger: TierLedger, *, accelerator: Accelerator | None = None, nodes: Sequence[int] = ()
+        self,
+        ledger: TierLedger,
+        *,
+        accelerator: Accelerator | None = None,
+        nodes: Sequence[int] = (),
+        never_copied: frozenset[str] = NEVER_COPIED,
     ) -> None:
         self._ledger = ledger
         self._accelerator = accelerator
+        self._never_copied = never_copied
         self._nodes = tuple(nodes)
         self._buffers: dict[int, _Grant] = {}
         self._has_warned = False
@@ -134,8 +143,12 @@ class HostArena:
             interleave_memory(buffer.data_ptr(), buffer.numel(), self._nodes)
 
     def _grant(self, buffer: torch.Tensor, nbytes: int, purpose: str, *, is_lockable: bool = True) -> None:
-        is_locked = purpose not in NEVER_COPIED and is_lockable and self._lock(buffer)
+        is_locked = purpose not in self._never_copied and is_lockable and self._lock(buffer, purpose)
         self._buffers[buffer.data_ptr()] = _Grant(purpose, nbytes, is_locked)
+
+    def is_pageable(self, buffer: torch.Tensor) -> bool:
+        """Return whether the accelerator's copies from and to a buffer block, because it is not page-locked."""
+        return self._accelerator is not None and not self._buffers[buffer.data_ptr()].is_locked
 
     def free(self, buffer: torch.Tensor) -> None:
         """Free a buffer; its memory is released with the last view of it."""
@@ -152,14 +165,24 @@ class HostArena:
         if grant.is_locked and self._accelerator is not None:
             self._accelerator.unlock(address)
 
-    def _lock(self, buffer: torch.Tensor) -> bool:
-        """Page-lock a buffer for the accelerator; return whether that was done."""
+    def _lock(self, buffer: torch.Tensor, purpose: str) -> bool:
+        """Page-lock a buffer for the accelerator; return whether that was done.
+
+        Some systems lock little (WSL2: about 1 GiB). What others pass through is then locked in place of homes.
+        """
         if self._accelerator is None:
             return False
         refusal = self._accelerator.lock(buffer)
         if refusal is not None and not self._has_warned:
             self._has_warned = True
-            logger.warning("page-locking host memory failed (%s): copies to the device block", refusal)
+            logger.warning("page-locking host memory failed (%s): what is not locked passes through slots", refusal)
+        for address, grant in reversed(list(self._buffers.items())) if purpose not in HOMES else ():
+            if refusal is None:
+                break
+            if grant.is_locked and grant.purpose in HOMES:
+                self._accelerator.unlock(address)
+                self._buffers[address] = grant._replace(is_locked=False)
+                refusal = self._accelerator.lock(buffer)
         return refusal is None
 
 

@@ -142,6 +142,11 @@ class TiledHome:
         return bool(self._extents)
 
     @property
+    def is_pageable(self) -> bool:
+        """Whether an accelerator's copies from and to the host memory block, because it is not page-locked."""
+        return self.host_buffer is not None and self._arena.is_pageable(self.host_buffer)
+
+    @property
     def is_shared(self) -> bool:
         """Whether this is one copy for several ranks."""
         return self._shared is not None

@@ -18,7 +18,7 @@ from gemini.kernels.cpu import Isa, resolve_isa
 from gemini.kernels.pool import WorkerPool
 from gemini.kernels.topology import read_topology
 from gemini.offload.accelerator import Accelerator, find_accelerator, is_accelerator
-from gemini.offload.arena import HostArena
+from gemini.offload.arena import NEVER_COPIED, HostArena
 from gemini.offload.store import DiskStore
 from gemini.offload.swap_file import GivenFile, KeptSwap, check_directory
 from gemini.offload.transfer import CpuTransfers, SimulatedTransfers, StreamTransfers, Transfers
@@ -29,6 +29,8 @@ __all__ = ["MAX_DEFAULT_THREADS", "Resources", "budgets_of", "device_of", "open_
 logger = logging.getLogger(__name__)
 
 SIMULATED = "simulated"
+WITHOUT_BUFFERS = ("checksums", "commits")
+"""Purposes of host memory that is charged to the ledger and taken elsewhere, by the I/O engine and in a memory file."""
 MARGIN = 0.9
 """Fraction of the free amount that is taken where the user set no budget."""
 MAX_DEFAULT_THREADS = 16
@@ -69,7 +71,13 @@ class Resources:
             stack.callback(self.pool.close)
             if self.store is not None:
                 stack.callback(self.store.close)
+            stack.callback(self._credit_without_buffers)
             self.transfers.synchronize()
+
+    def _credit_without_buffers(self) -> None:
+        for purpose in WITHOUT_BUFFERS:
+            nbytes = self.ledger.by_purpose(MemoryTier.HOST).get(purpose, 0)
+            self.ledger.credit(MemoryTier.HOST, purpose, nbytes)
 
 
 def available_host_nbytes() -> int:
@@ -195,7 +203,10 @@ def open_resources(
         raise
     nodes = [node for node, _ in read_topology().nodes]
     accelerator = Accelerator(device) if isinstance(device, torch.device) else None
-    arena = HostArena(ledger, accelerator=accelerator, nodes=nodes)
+    # Sums of gradients leave the device for their homes without a stop.
+    sums_on_device = config.gradient_accumulation and config.placement == "auto"
+    never_copied = NEVER_COPIED - {"gradients"} if sums_on_device else NEVER_COPIED
+    arena = HostArena(ledger, accelerator=accelerator, nodes=nodes, never_copied=never_copied)
     transfers: Transfers
     if device is None:
         transfers = CpuTransfers(arena)

@@ -158,9 +158,12 @@ def test_the_peak_is_what_was_held_at_once() -> None:
 class FakeDriver:
     """A CUDA runtime that notes what it is asked, and refuses to lock what is larger than it likes."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, largest_nbytes: int = 1 << 40) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, largest_nbytes: int = 1 << 40, total_nbytes: int = 1 << 40
+    ) -> None:
         self.calls: list[object] = []
-        self.largest_nbytes = largest_nbytes
+        self.largest_nbytes, self.total_nbytes = largest_nbytes, total_nbytes
+        self.locked: dict[int, int] = {}
         monkeypatch.setattr(accelerator, "_cuda_runtime", lambda: self)
         monkeypatch.setattr(
             "gemini.offload.accelerator._clear_last_error", lambda: self.calls.append("clear the error")
@@ -176,10 +179,14 @@ class FakeDriver:
 
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
         self.calls.append(("lock", nbytes))
-        return 0 if nbytes <= self.largest_nbytes else 2
+        if nbytes > self.largest_nbytes or sum(self.locked.values()) + nbytes > self.total_nbytes:
+            return 2
+        self.locked[address] = nbytes
+        return 0
 
     def cudaHostUnregister(self, address: int) -> None:
         self.calls.append("unlock")
+        del self.locked[address]
 
 
 def test_what_a_device_copies_is_locked_on_that_device_until_its_copies_have_ended(
@@ -202,6 +209,26 @@ def test_what_no_device_copies_is_not_locked(monkeypatch: pytest.MonkeyPatch) ->
     assert driver.calls == []
 
 
+def test_what_others_pass_through_is_locked_in_place_of_homes(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeDriver(monkeypatch, total_nbytes=16_384)
+    arena = HostArena(TierLedger({HOST: None}), accelerator=Accelerator(torch.device("cuda", 0)))
+    homes = [arena.allocate(8192, purpose) for purpose in ("working", "working", "working", "state")]
+    assert [arena.is_pageable(home) for home in homes] == [False, False, True, True]
+    slot = arena.allocate(8192, "fetch slots")
+    assert not arena.is_pageable(slot)
+    assert [arena.is_pageable(home) for home in homes] == [False, True, True, True]
+    arena.free(slot)
+    assert not arena.is_pageable(arena.allocate(4096, "working"))
+
+
+def test_sums_of_gradients_go_to_locked_homes(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeDriver(monkeypatch)
+    accelerator = Accelerator(torch.device("cuda", 0))
+    arena = HostArena(TierLedger({HOST: None}), accelerator=accelerator, never_copied=frozenset({"state"}))
+    assert not arena.is_pageable(arena.allocate(4096, "gradients"))
+    assert arena.is_pageable(arena.allocate(4096, "state"))
+
+
 def test_a_refusal_to_lock_is_said_once_and_blamed_on_no_later_call(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -210,7 +237,7 @@ def test_a_refusal_to_lock_is_said_once_and_blamed_on_no_later_call(
     buffers = [arena.allocate(8192, "working") for _ in range(2)]
     assert driver.calls.count("clear the error") == 2
     assert [record.message for record in caplog.records] == [
-        "page-locking host memory failed (CUDA error 2): copies to the device block"
+        "page-locking host memory failed (CUDA error 2): what is not locked passes through slots"
     ]
     for buffer in buffers:
         arena.free(buffer)
