@@ -19,7 +19,7 @@ from gemini.autograd.tracers import check_untraced, refuse_scripting
 from gemini.checkpoint.commits import Recovered, commit_step, recover_step
 from gemini.checkpoint.loading import LoadedCheckpoint, load_checkpoint
 from gemini.checkpoint.participants import CheckpointedOptimizer, Stateful, participants_of
-from gemini.checkpoint.saving import PendingSave, save_checkpoint
+from gemini.checkpoint.saving import CheckpointWriter, save_checkpoint
 from gemini.commits.file import CommitFile
 from gemini.config import GeminiConfig
 from gemini.errors import ConfigError, ModelError
@@ -336,7 +336,7 @@ class GeminiDDP(torch.nn.Module):
         keep_last: int | None = None,
         frozen: bool = True,
         wait: bool = True,
-    ) -> PendingSave:
+    ) -> CheckpointWriter:
         """Save everything that training needs to go on with the same bits, in bounded memory; all ranks call.
 
         The checkpoint is a directory in `path` that appears when it is complete, with everything on the drive. What was

@@ -2,6 +2,6 @@
 
 from gemini.checkpoint.directory import has_checkpoint
 from gemini.checkpoint.loading import LoadedCheckpoint
-from gemini.checkpoint.saving import PendingSave
+from gemini.checkpoint.saving import CheckpointWriter
 
-__all__ = ["LoadedCheckpoint", "PendingSave", "has_checkpoint"]
+__all__ = ["CheckpointWriter", "LoadedCheckpoint", "has_checkpoint"]

@@ -17,8 +17,8 @@ import shutil
 from pathlib import Path
 
 from gemini.checkpoint.manifest import Manifest
-from gemini.errors import CheckpointError, ConfigError, MissingCheckpointError, OffloadIOError, naming_file
-from gemini.files.directory_lock import DirectoryLock
+from gemini.errors import CheckpointError, ConfigError, MissingCheckpointError, naming_file
+from gemini.files.durable import StagedDirectory, write_durably
 
 __all__ = [
     "CheckpointDirectory",
@@ -27,7 +27,6 @@ __all__ = [
     "has_checkpoint",
     "name_of",
     "read_manifest",
-    "write_durably",
 ]
 
 logger = logging.getLogger(__name__)
@@ -47,9 +46,12 @@ class CheckpointDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path = path.absolute()  # whatever the working directory is when the checkpoint is complete
-        self.place = path / ".saving"
+        self._staged = StagedDirectory(path, ".saving")
+
+    @property
+    def place(self) -> Path:
         """Where a checkpoint is put together."""
-        self._lock = DirectoryLock(path)
+        return self._staged.place
 
     def begin(self) -> None:
         """Lock the directory and make an empty place; what earlier attempts have left behind is removed.
@@ -61,22 +63,17 @@ class CheckpointDirectory:
         with naming_file("create directory", self.path):
             if (self.path / MANIFEST).exists():
                 raise ConfigError(f"save_checkpoint: {self.path} is a checkpoint: expected a directory of checkpoints")
-            self.path.mkdir(parents=True, exist_ok=True)
-        self._lock.acquire()
-        try:
-            with naming_file("create directory", self.place):
-                for left in (self.place, *self.path.glob(".removing-*")):
-                    shutil.rmtree(left, ignore_errors=True)
-                self.place.mkdir()
-        except OffloadIOError:
-            self._lock.release()
-            raise
+        self._staged.begin(self._clear_up)
+
+    def _clear_up(self) -> None:
+        """Remove old checkpoints that were being removed when a process was killed."""
+        with naming_file("create directory", self.place):
+            for left in self.path.glob(".removing-*"):
+                shutil.rmtree(left, ignore_errors=True)
 
     def abandon(self) -> None:
         """Remove what has been put together since `begin`, if anything has."""
-        if self._lock.is_held:
-            shutil.rmtree(self.place, ignore_errors=True)
-            self._lock.release()
+        self._staged.abandon()
 
     def commit(self, manifest: Manifest, *, keep_last: int | None) -> int:
         """Let a checkpoint count, all of whose files are on the drive; then remove the oldest ones.
@@ -97,13 +94,11 @@ class CheckpointDirectory:
             raise CheckpointError(f"{fault}; give all ranks one directory that they share")
         with naming_file("complete checkpoint", self.place):
             write_durably(self.place / MANIFEST, manifest.to_json().encode())
-            _sync(self.place)
             number = max(map(_number_of, self.path.iterdir()), default=0) + 1  # incomplete ones stand in the way, too
-            self.place.rename(self.path / name_of(manifest.step, number))
-            _sync(self.path)
+            self._staged.publish(self.path / name_of(manifest.step, number))
         if keep_last is not None:
             self._remove(complete_checkpoints(self.path)[:-keep_last])
-        self._lock.release()
+        self._staged.release()
         return number
 
     def _remove(self, checkpoints: list[Path]) -> None:
@@ -124,31 +119,6 @@ def name_of(step: int, number: int) -> str:
 def _number_of(path: Path) -> int:
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match is not None else 0
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a new file and wait until it is on the drive.
-
-    Args:
-        path: must not exist.
-        data: all of it.
-
-    Raises:
-        OffloadIOError: it cannot be written.
-    """
-    with naming_file("write", path), open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(directory: Path) -> None:
-    """Wait until a directory's entries are on the drive."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def complete_checkpoints(path: Path) -> list[Path]:

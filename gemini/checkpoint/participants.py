@@ -21,7 +21,6 @@ __all__ = [
     "Participants",
     "Stateful",
     "division_of",
-    "has_copy_elsewhere",
     "participants_of",
     "rank_of",
     "world_size_of",
@@ -107,14 +106,3 @@ def division_of(place: ParamPlace) -> Division:
     if split is None or not place.spec.numel:
         return WHOLE
     return Division(num_parts=split.num_ranks, block_numel=math.prod(place.spec.shape[split.dim :]))
-
-
-def has_copy_elsewhere(runtime: Runtime, place: ParamPlace) -> bool:
-    """Return whether an earlier rank holds the same elements of a parameter as this one, and saves them."""
-    grid = runtime.sharding.group.grid
-    is_whole = runtime.core.chunks[place.chunk_id].shard is None
-    return (
-        grid.replica > 0
-        or (grid.tensor_rank > 0 and place.spec.split is None)
-        or (is_whole and rank_of(runtime) % grid.num_shards > 0)
-    )

@@ -1,8 +1,8 @@
 """Saving a training checkpoint: everything a run needs to go on with the same bits, whatever it runs on next.
 
 Of each trainable parameter the float32 master and the moments are kept, by name, as runs of its elements: neither the
-placement nor the chunks nor the number of ranks leaves a trace. Each rank writes what it owns, a tile at a time, from
-wherever it lives.
+placement nor the chunks nor the number of ranks leaves a trace. A save is planned (`plan_save`), each rank's part of it
+is written (`RankFiles`), the ranks agree that all is there, and the first one publishes it.
 
 [Note: Saving while training goes on]
 Between two optimizer steps nobody changes state: what is updated ahead of a step goes to spare places. So a save may go
@@ -15,35 +15,21 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import zlib
-from collections.abc import Iterable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from gemini.checkpoint.directory import CheckpointDirectory, name_of, write_durably
-from gemini.checkpoint.manifest import (
-    FileRecord,
-    Manifest,
-    ParamRecord,
-    Piece,
-    entry_name,
-    run_state_name,
-    weights_name,
-)
-from gemini.checkpoint.participants import Participants, division_of, has_copy_elsewhere, rank_of
+from gemini.checkpoint.directory import CheckpointDirectory, name_of
+from gemini.checkpoint.participants import Participants, rank_of
+from gemini.checkpoint.plan import SavedChunk, SavePlan, manifest_of, plan_save
+from gemini.checkpoint.rank_files import RankFiles
 from gemini.checkpoint.run_state import collect_run_state, encode_run_state
-from gemini.chunk.layout import ParamPlace
+from gemini.chunk.chunk import Chunk
 from gemini.errors import ConfigError, GeminiError
-from gemini.files.safetensors import SafetensorsWriter
 from gemini.ranks.agreement import agree, on_all_ranks
 from gemini.runtime.runtime import Runtime
 from gemini.tiers import MemoryTier
-from gemini.weights.values import kinds_of, owned_run, read_parts
 
-__all__ = ["PendingSave", "save_checkpoint"]
+__all__ = ["CheckpointWriter", "save_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +42,7 @@ def save_checkpoint(
     extra: Any,
     keep_last: int | None,
     with_frozen: bool,
-) -> PendingSave:
+) -> CheckpointWriter:
     """Start saving; see GeminiDDP.save_checkpoint."""
     if keep_last is not None and (type(keep_last) is not int or keep_last < 1):
         raise ConfigError(f"save_checkpoint: keep_last: expected at least 1, or None for all, got {keep_last!r}")
@@ -66,12 +52,12 @@ def save_checkpoint(
             "them with optimizer.zero_grad()"
         )
     runtime.finish_updates()
-    save = PendingSave(runtime, CheckpointDirectory(path), keep_last=keep_last, with_frozen=with_frozen)
+    save = CheckpointWriter(runtime, CheckpointDirectory(path), keep_last=keep_last, with_frozen=with_frozen)
     save.begin(participants, extra)
     return save
 
 
-class PendingSave:
+class CheckpointWriter:
     """A checkpoint that is being written while training goes on. The next optimizer step waits for it.
 
     Args:
@@ -87,12 +73,10 @@ class PendingSave:
         self._runtime = runtime
         self._directory = directory
         self._keep_last = keep_last
+        self._with_frozen = with_frozen
         self._step = runtime.steps.num_steps
         self._rank = rank_of(runtime)
-        places = runtime.layout.place_by_name.values()
-        self._places = [place for place in places if with_frozen or place.chunk_id in runtime.states]
-        self._writer: SafetensorsWriter | None = None
-        self._run_state = b""
+        self._files: RankFiles | None = None
         self._thread = threading.Thread(
             target=self._write, name="gemini-save", daemon=False
         )  # the process waits for it
@@ -154,13 +138,13 @@ class PendingSave:
         """
         try:
             with on_all_ranks(self._runtime.sharding):
-                run_state = collect_run_state(self._runtime, participants, extra, is_for_all=True)
-                self._run_state = encode_run_state(run_state)
+                run_state = encode_run_state(collect_run_state(self._runtime, participants, extra, is_for_all=True))
                 if self._rank == 0:
                     self._directory.begin()
             try:
-                self._open()
-                self._append(place for place in self._places if self._is_on_device(place))
+                plan = _plan_of(self._runtime, with_frozen=self._with_frozen)
+                self._files = RankFiles(self._runtime, plan, self._directory.place, run_state)
+                self._files.write(plan.runs_at_once)
             except Exception as error:
                 self._error = error
             self._runtime.saving.hold(self)
@@ -173,46 +157,18 @@ class PendingSave:
             self._abort()
             raise
 
-    def _run_of(self, place: ParamPlace) -> slice:
-        """Return which elements of its part of a parameter this rank saves."""
-        return slice(0, 0) if has_copy_elsewhere(self._runtime, place) else owned_run(self._runtime, place)
-
-    def _is_on_device(self, place: ParamPlace) -> bool:
-        homes = (self._runtime.states.get(place.chunk_id), self._runtime.core.chunks[place.chunk_id].home)
-        return any(MemoryTier.DEVICE in home.tiers for home in homes if home is not None)
-
-    def _open(self) -> None:
-        directory = self._directory.place
-        write_durably(directory / run_state_name(self._rank), self._run_state)
-        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        for place in self._places:
-            dtype = torch.float32 if place.chunk_id in self._runtime.states else place.spec.dtype
-            run = self._run_of(place)
-            for kind in kinds_of(self._runtime, place):
-                tensors[entry_name(kind, place.spec.name)] = (dtype, (run.stop - run.start,))
-        self._writer = SafetensorsWriter(directory / weights_name(self._rank), tensors)
-
-    def _append(self, places: Iterable[ParamPlace]) -> None:
-        assert self._writer is not None
-        for place in places:
-            if has_copy_elsewhere(self._runtime, place):
-                continue
-            for part in read_parts(self._runtime, place):
-                for kind, values in part.items():
-                    self._writer.append(entry_name(kind, place.spec.name), values)
-
     def _abort(self) -> None:
-        if self._writer is not None:
-            self._writer.abort()
+        if self._files is not None:
+            self._files.abort()
         self._directory.abandon()
 
     def _write(self) -> None:
         """Write what is not on a device; in a thread of its own."""
         if self._error is None:
             try:
-                assert self._writer is not None
-                self._append(place for place in self._places if not self._is_on_device(place))
-                self._writer.close()
+                assert self._files is not None
+                self._files.write(self._files.plan.runs_behind)
+                self._files.close()
             except Exception as error:  # whatever it is, `wait` raises it
                 self._error = error
         if self._runtime.sharding.is_alone:
@@ -221,49 +177,43 @@ class PendingSave:
     def _complete(self) -> None:
         """Let the checkpoint count once all ranks have written their parts; all ranks call."""
         try:
-            agree(self._runtime.sharding, self._error)
-            summaries = agree(self._runtime.sharding, None, self._summary())
-            number = 0
-            with on_all_ranks(self._runtime.sharding):
-                if self._rank == 0:
-                    number = self._directory.commit(self._manifest(summaries), keep_last=self._keep_last)
-            (number,) = agree(self._runtime.sharding, None, [number])[0]
-            self._path = self._directory.path / name_of(self._step, number)
+            self._path = self._publish(self._agree())
         except Exception as error:
             self._error = error
             self._abort()
 
-    def _summary(self) -> list[int]:
-        """Return what the first rank must know of this one's files."""
-        assert self._writer is not None
-        summary = [self._writer.nbytes, len(self._run_state), zlib.crc32(self._run_state)]
-        for place in self._places:
-            run = self._run_of(place)
-            checksums = (
-                self._writer.checksums[entry_name(kind, place.spec.name)] for kind in kinds_of(self._runtime, place)
-            )
-            part = 0 if place.spec.split is None else place.spec.split.rank
-            summary += [part, run.start, run.stop, *checksums]
-        return summary
+    def _agree(self) -> list[list[int]]:
+        """Make sure that all ranks have written their parts; return their summaries."""
+        agree(self._runtime.sharding, self._error)
+        assert self._files is not None
+        return agree(self._runtime.sharding, None, self._files.summary)
 
-    def _manifest(self, summaries: list[list[int]]) -> Manifest:
-        """Describe the checkpoint from all ranks' summaries."""
-        kinds = {place.spec.name: kinds_of(self._runtime, place) for place in self._places}
-        files: dict[str, FileRecord] = {}
-        for rank, summary in enumerate(summaries):
-            numbers = iter(summary)
-            weights_nbytes, state_nbytes, state_checksum = islice(numbers, 3)
-            pieces = {}
-            for place in self._places:
-                name = place.spec.name
-                part, begin, end = islice(numbers, 3)
-                checksums = dict(zip(kinds[name], islice(numbers, len(kinds[name])), strict=True))
-                if begin < end or not place.spec.numel:
-                    pieces[name] = Piece(part, begin, end, checksums)
-            files[weights_name(rank)] = FileRecord(weights_nbytes, None, pieces)
-            files[run_state_name(rank)] = FileRecord(state_nbytes, state_checksum, {})
-        params = {
-            place.spec.name: ParamRecord(place.spec.full_shape, kinds[place.spec.name], division_of(place))
-            for place in self._places
-        }
-        return Manifest(self._step, len(summaries), params, files)
+    def _publish(self, summaries: list[list[int]]) -> Path:
+        """Let the first rank give the checkpoint its name, which all ranks return."""
+        number = 0
+        with on_all_ranks(self._runtime.sharding):
+            if self._rank == 0:
+                assert self._files is not None
+                manifest = manifest_of(self._files.plan, summaries)
+                number = self._directory.commit(manifest, keep_last=self._keep_last)
+        (number,) = agree(self._runtime.sharding, None, [number])[0]
+        return self._directory.path / name_of(self._step, number)
+
+
+def _plan_of(runtime: Runtime, *, with_frozen: bool) -> SavePlan:
+    """Plan what this rank saves of an engine's state as it is now."""
+    return plan_save(
+        [
+            SavedChunk(spec=chunk.spec, shard=chunk.shard, is_on_device=_is_on_device(runtime, chunk))
+            for chunk in runtime.core.chunks
+        ],
+        step=runtime.steps.num_steps,
+        rank=rank_of(runtime),
+        grid=runtime.sharding.group.grid,
+        with_frozen=with_frozen,
+    )
+
+
+def _is_on_device(runtime: Runtime, chunk: Chunk) -> bool:
+    homes = (runtime.states.get(chunk.spec.chunk_id), chunk.home)
+    return any(MemoryTier.DEVICE in home.tiers for home in homes if home is not None)

@@ -26,7 +26,14 @@ import torch
 from gemini.errors import CheckpointError, naming_file
 from gemini.files.block_writer import BlockWriter
 
-__all__ = ["SafetensorsReader", "SafetensorsWriter", "TensorEntry", "checksum_of"]
+__all__ = [
+    "SafetensorsLayout",
+    "SafetensorsReader",
+    "SafetensorsWriter",
+    "TensorEntry",
+    "checksum_of",
+    "lay_out_tensors",
+]
 
 _DTYPES = {
     "C64": torch.complex64,
@@ -78,6 +85,56 @@ class TensorEntry:
         return self.numel * self.dtype.itemsize
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SafetensorsLayout:
+    """What lies where in a file."""
+
+    header: bytes
+    """Bytes that the file begins with: how long the JSON is, and the JSON, padded."""
+    entries: Mapping[str, TensorEntry]
+    """Places of the tensors, by name."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return len(self.header) + sum(entry.nbytes for entry in self.entries.values())
+
+
+def lay_out_tensors(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], *, metadata: Mapping[str, str] | None = None
+) -> SafetensorsLayout:
+    """Give each tensor of a file its place; those with large elements come first, so that all are aligned.
+
+    Args:
+        tensors: dtype and shape of every tensor, by name.
+        metadata: texts by name, for the header.
+
+    Returns:
+        The layout, its entries in the order of `tensors`.
+
+    Raises:
+        CheckpointError: a dtype has no name in the format, or a tensor one that it cannot have.
+    """
+    header: dict[str, Any] = {} if metadata is None else {_METADATA: dict(metadata)}
+    offset = 0
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: -item[1][0].itemsize):
+        if dtype not in _NAMES:
+            raise CheckpointError(f"{name}: {dtype} cannot be written to a safetensors file")
+        if name == _METADATA or name.encode(errors="replace").decode() != name:
+            raise CheckpointError(f"{name!r} cannot be the name of a tensor in a safetensors file")
+        nbytes = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+        offset += nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    base = 8 + len(text)
+    entries = {
+        name: TensorEntry(dtype, shape, base + header[name]["data_offsets"][0])
+        for name, (dtype, shape) in tensors.items()
+    }
+    return SafetensorsLayout(header=len(text).to_bytes(8, "little") + text, entries=entries)
+
+
 def checksum_of(values: torch.Tensor, before: int = 0) -> int:
     """Return the CRC-32 (zlib's) of a tensor's bytes, going on from that of what came before."""
     return zlib.crc32(_as_bytes(values).numpy().data, before)
@@ -92,48 +149,21 @@ class SafetensorsWriter:
 
     Args:
         path: path of the file, which is created; must not exist.
-        tensors: dtype and shape of every tensor, by name.
-        metadata: texts by name for the header.
+        layout: content of the file.
 
     Raises:
         OffloadIOError: the file cannot be created or written.
-        CheckpointError: a dtype has no name in the format, or a tensor's name is not allowed.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-        *,
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
+    def __init__(self, path: Path, layout: SafetensorsLayout) -> None:
         self.path = path
-        header: dict[str, Any] = {} if metadata is None else {_METADATA: dict(metadata)}
-        offset = 0
-        # Large elements first, so that all are aligned.
-        for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: -item[1][0].itemsize):
-            if dtype not in _NAMES:
-                raise CheckpointError(f"{name}: {dtype} cannot be written to a safetensors file")
-            if name == _METADATA or name.encode(errors="replace").decode() != name:
-                raise CheckpointError(f"{name!r} cannot be the name of a tensor in a safetensors file")
-            nbytes = math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
-            offset += nbytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        base = 8 + len(text)
-        self.nbytes = base + offset
-        """Length of the file in bytes."""
-        self.checksums = dict.fromkeys(tensors, 0)
+        self.checksums = dict.fromkeys(layout.entries, 0)
         """CRC-32 of the written part of each tensor."""
-        self._entries = {
-            name: TensorEntry(dtype, shape, base + header[name]["data_offsets"][0])
-            for name, (dtype, shape) in tensors.items()
-        }
-        self._num_written = dict.fromkeys(tensors, 0)
-        self._file = BlockWriter(path, self.nbytes)
+        self._entries = layout.entries
+        self._num_written = dict.fromkeys(layout.entries, 0)
+        self._file = BlockWriter(path, layout.nbytes)
         try:
-            self._file.write(0, torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8))
+            self._file.write(0, torch.frombuffer(bytearray(layout.header), dtype=torch.uint8))
         except BaseException:
             self._file.abort()
             raise

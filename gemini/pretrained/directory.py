@@ -11,13 +11,12 @@ remaining new files in `.saved`, and not one with weights of both. The next save
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 
-from gemini.errors import OffloadIOError, naming_file
-from gemini.files.directory_lock import DirectoryLock
+from gemini.errors import naming_file
+from gemini.files.durable import StagedDirectory, sync
 from gemini.pretrained.files import ADAPTER_FILE, INDEX, SAVED, SAVING, SINGLE_FILE
 
 __all__ = ["NewFiles"]
@@ -37,9 +36,13 @@ class NewFiles:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.place = path / SAVING
+        self._staged = StagedDirectory(path, SAVING)
         self._complete = path / SAVED
-        self._lock = DirectoryLock(path)
+
+    @property
+    def place(self) -> Path:
+        """Where the new files are put together."""
+        return self._staged.place
 
     def begin(self) -> None:
         """Lock the directory and make an empty place; leftovers of a killed process are cleared.
@@ -47,25 +50,17 @@ class NewFiles:
         Raises:
             OffloadIOError: the directory cannot be made, or another process saves into it.
         """
-        with naming_file("create directory", self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-        self._lock.acquire()
-        try:
-            with naming_file("complete", self._complete):
-                if self._complete.is_dir():
-                    self._move_up()
-            with naming_file("create directory", self.place):
-                shutil.rmtree(self.place, ignore_errors=True)
-                self.place.mkdir()
-        except OffloadIOError:
-            self._lock.release()
-            raise
+        self._staged.begin(self._clear_up)
+
+    def _clear_up(self) -> None:
+        """Move files up that were complete when a process was killed."""
+        with naming_file("complete", self._complete):
+            if self._complete.is_dir():
+                self._move_up()
 
     def abandon(self) -> None:
         """Remove what has been collected since `begin`; complete files stay."""
-        if self._lock.is_held:
-            shutil.rmtree(self.place, ignore_errors=True)
-            self._lock.release()
+        self._staged.abandon()
 
     def commit(self) -> None:
         """Replace the directory's files once the new ones are on the drive; shards of an earlier save are removed.
@@ -75,13 +70,11 @@ class NewFiles:
         """
         with naming_file("complete", self.place):
             for file in sorted(self.place.rglob("*"), reverse=True):  # a directory's contents before the directory
-                _sync(file)
-            _sync(self.place)
-            self.place.rename(self._complete)
-            _sync(self.path)
+                sync(file)
+            self._staged.publish(self._complete)
         with naming_file("complete", self._complete):
             self._move_up()
-        self._lock.release()
+        self._staged.release()
 
     def _move_up(self) -> None:
         """Move complete files into the directory, continuing where a killed process stopped."""
@@ -92,7 +85,7 @@ class NewFiles:
             old |= {self.path / name for name in _ENTRIES}
         for file in old:
             file.unlink(missing_ok=True)
-        _sync(self.path)
+        sync(self.path)
         for file in _stale_shards(self.path, self._complete):
             file.unlink()
         self._move([file for file in new if file not in entries])
@@ -106,7 +99,7 @@ class NewFiles:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 (self._complete / file).replace(target)
         for parent in {self.path, *((self.path / file).parent for file in files)}:
-            _sync(parent)
+            sync(parent)
 
 
 def _stale_shards(path: Path, complete: Path) -> list[Path]:
@@ -117,12 +110,3 @@ def _stale_shards(path: Path, complete: Path) -> list[Path]:
     if (complete / INDEX).is_file():
         new.update(json.loads((complete / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
     return [file for file in path.iterdir() if _SHARD.fullmatch(file.name) and file.name not in new]
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's bytes, or a directory's entries, are on the drive."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

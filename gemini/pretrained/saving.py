@@ -20,7 +20,7 @@ import torch
 
 from gemini.checkpoint.participants import rank_of
 from gemini.errors import ConfigError, GeminiError, naming_file
-from gemini.files.safetensors import SafetensorsWriter
+from gemini.files.safetensors import SafetensorsWriter, lay_out_tensors
 from gemini.model.names import canonical_buffers, canonical_names, persistent_buffers
 from gemini.model.parameter_kinds import is_cast_dtype
 from gemini.model.tensor_parallel import local_part
@@ -354,7 +354,8 @@ class _Output:
         with self._noting_failure():
             with naming_file("create directory", self._place / path.parent):
                 (self._place / path.parent).mkdir(parents=True, exist_ok=True)
-            self._writer = SafetensorsWriter(self._place / path, tensors, metadata={"format": "pt"})
+            layout = lay_out_tensors(tensors, metadata={"format": "pt"})
+            self._writer = SafetensorsWriter(self._place / path, layout)
 
     def append(self, name: str, values: torch.Tensor) -> None:
         """Write the next values of a tensor."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-__all__ = ["SaveSlot", "UnfinishedSave"]
+__all__ = ["PendingSave", "UnfinishedSave"]
 
 
 class UnfinishedSave(Protocol):
@@ -17,7 +17,7 @@ class UnfinishedSave(Protocol):
         """Block until nothing is read any more; raises nothing."""
 
 
-class SaveSlot:
+class PendingSave:
     """Holds at most one unfinished save, which must end before state changes."""
 
     def __init__(self) -> None:

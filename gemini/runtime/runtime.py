@@ -32,7 +32,7 @@ from gemini.runtime.lookahead import Lookahead
 from gemini.runtime.memory_probe import MemoryProbe
 from gemini.runtime.never_copied import NeverCopied
 from gemini.runtime.passes import Passes
-from gemini.runtime.pending_save import SaveSlot
+from gemini.runtime.pending_save import PendingSave
 from gemini.runtime.step import ComingStep, StepControl
 from gemini.update.schedule import UpdateSchedule
 from gemini.update.worker import UpdateWorker
@@ -96,7 +96,7 @@ class Runtime(NeverCopied):
         is_sharded = not sharding.is_alone
         self.listeners = listeners
         self.access = EngineAccess()
-        self.saving = SaveSlot()
+        self.saving = PendingSave()
         self.probe = MemoryProbe(resources.accelerator, resources.ledger)
         self.coming = ComingStep(LossScaler(config.initial_loss_scale) if config.dtype is torch.float16 else None)
         self.lookahead = Lookahead(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import torch as library
 
 from gemini.errors import CheckpointError, OffloadIOError
-from gemini.files.safetensors import SafetensorsReader, SafetensorsWriter, checksum_of
+from gemini.files.safetensors import SafetensorsReader, SafetensorsWriter, checksum_of, lay_out_tensors
 
 DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
@@ -41,7 +41,8 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor], numel: int = 4) -> SafetensorsWriter:
-    writer = SafetensorsWriter(path, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
+    layout = lay_out_tensors({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
+    writer = SafetensorsWriter(path, layout)
     for name, tensor in reversed(tensors.items()):
         for part in tensor.reshape(-1).split(numel):
             writer.append(name, part)
@@ -178,20 +179,26 @@ def test_a_full_drive_shows_before_anything_is_written(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     with pytest.raises(OffloadIOError, match="cannot reserve space for .*/file: No space left"):
-        SafetensorsWriter(tmp_path / "file", {"a": (torch.float32, (4,))})
+        SafetensorsWriter(tmp_path / "file", lay_out_tensors({"a": (torch.float32, (4,))}))
     assert (tmp_path / "file").read_bytes() == b""
 
 
-def test_a_dtype_without_a_name_is_refused(tmp_path: Path) -> None:
+def test_a_dtype_without_a_name_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"a: torch\.complex128 cannot be written"):
-        SafetensorsWriter(tmp_path / "file", {"a": (torch.complex128, (4,))})
+        lay_out_tensors({"a": (torch.complex128, (4,))})
 
 
 @pytest.mark.parametrize("name", ["__metadata__", "a\ud800"])
-def test_a_name_that_the_format_cannot_hold_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_name_that_the_format_cannot_hold_is_refused(name: str) -> None:
     with pytest.raises(CheckpointError, match="cannot be the name of a tensor in a safetensors file"):
-        SafetensorsWriter(tmp_path / "file", {name: (torch.float32, (4,))})
-    assert list(tmp_path.iterdir()) == []
+        lay_out_tensors({name: (torch.float32, (4,))})
+
+
+def test_a_layout_says_where_the_tensors_are() -> None:
+    layout = lay_out_tensors({"a": (torch.int8, (3,)), "b": (torch.float32, (2, 0)), "c": (torch.float32, (2,))})
+    begins = {name: entry.begin - len(layout.header) for name, entry in layout.entries.items()}
+    assert begins == {"a": 8, "b": 0, "c": 0}
+    assert layout.nbytes == len(layout.header) + 11
 
 
 def test_a_dtype_of_a_later_format_is_told_from_damage(tmp_path: Path) -> None:
