@@ -106,6 +106,7 @@ def load() -> ctypes.CDLL:
     torch.utils.rename_privateuse1_backend(NAME)
     torch._register_device_module(NAME, _device_module(library))
     torch.utils.generate_methods_for_privateuse1_backend()
+    torch.ones(1).pin_memory()  # torch finds no memory page-locked before it has done so once
     atexit.register(torch.accelerator.synchronize)  # no kernel may run while torch is being destroyed
     return library
 
