@@ -143,7 +143,8 @@ class GeminiConfig:
     ring_depth: int = 4
     """Tiles in flight between the disk and the optimizer: one read, one updated, one written and one spare."""
     num_threads: int | None = None
-    """Native worker threads; None: the processors this process may run on, at most 16."""
+    """Native worker threads. None: as many as this process has processors; with a device, as it has cores, less two for
+    the threads that launch kernels; at most 16."""
     isa: Literal["auto", "scalar", "avx2", "avx512", "neon"] = "auto"
     """Instruction set of the native kernels; all give the same bits, forcing one is for tests."""
     cpu_allocator: Literal["auto", "pool", "system"] = "auto"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import socket
 import zlib
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from gemini.config import GeminiConfig
 from gemini.errors import ConfigError, ModelError
 from gemini.model.tensor_parallel import local_part, split_of
-from gemini.offload.resources import MAX_DEFAULT_THREADS, budgets_of
+from gemini.offload.resources import budgets_of, default_num_threads, device_of
 from gemini.ranks.agreement import least_of
 from gemini.ranks.sharding import ShardGroup
 from gemini.tiers import MemoryTier
@@ -114,7 +113,7 @@ def share_node(config: GeminiConfig, num_node_ranks: int, group: ShardGroup) -> 
     shares = {MemoryTier.DEVICE: 1, MemoryTier.HOST: num_node_ranks, MemoryTier.NVME: num_node_ranks}
     own = {tier: None if nbytes is None else nbytes // shares[tier] for tier, nbytes in budgets.items()}
     agreed = least_of(group, own)
-    num_processors = len(os.sched_getaffinity(0))
+    has_device = device_of(config) is not None
     nvme, nvme_nbytes = config.nvme, agreed[MemoryTier.NVME]
     if nvme is not None and nvme_nbytes is not None:
         nvme = dataclasses.replace(nvme, budget=nvme_nbytes)
@@ -124,7 +123,7 @@ def share_node(config: GeminiConfig, num_node_ranks: int, group: ShardGroup) -> 
         device_budget=agreed[MemoryTier.DEVICE],
         host_budget=None if is_served else agreed[MemoryTier.HOST],
         nvme=nvme,
-        num_threads=config.num_threads or min(max(1, num_processors // num_node_ranks), MAX_DEFAULT_THREADS),
+        num_threads=config.num_threads or default_num_threads(has_device=has_device, num_sharers=num_node_ranks),
     )
 
 

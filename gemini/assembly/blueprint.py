@@ -15,10 +15,11 @@ from gemini.commits.layout import CommitContent, lay_out_buffers, lay_out_overhe
 from gemini.config import GeminiConfig
 from gemini.errors import ConfigError, ModelError, OutOfTierMemoryError
 from gemini.kernels.adam_tile import state_format_of
+from gemini.kernels.topology import MAX_WORKERS
 from gemini.model.module_tree import describe_model
 from gemini.model.tensor_parallel import is_dtensor, local_part
 from gemini.model.working_dtypes import WorkingDtypes, choose_dtypes
-from gemini.offload.resources import MAX_DEFAULT_THREADS, budgets_of
+from gemini.offload.resources import budgets_of
 from gemini.placement.plan import ChunkDemand, MemoryDemand, PlacementPlan, RuntimeShape, memory_demand
 from gemini.placement.policy import Budgets, choose_plan
 from gemini.ranks.one_rank import ALONE
@@ -158,7 +159,7 @@ def _lay_out_commits(
         tile_numel=config.tile_numel,
         num_params=sum(len(chunk.places) for chunk in layout.chunks),
         model_buffer_nbytes=sum(buffer.numel() * dtypes.buffers[name].itemsize for name, buffer in buffers),
-        num_scratches=config.num_threads or MAX_DEFAULT_THREADS,
+        num_scratches=config.num_threads or MAX_WORKERS,
     )
 
 

@@ -15,13 +15,17 @@ from gemini._native import ffi, lib
 
 __all__ = [
     "MachineTopology",
+    "choose_num_workers",
     "choose_worker_cpus",
     "interleave_memory",
     "parse_cpu_list",
     "read_launching_core",
+    "read_num_cores",
     "read_topology",
 ]
 
+MAX_WORKERS = 16
+"""Most threads an engine takes of its own accord."""
 SYSFS_CPU_DIR = Path("/sys/devices/system/cpu")
 SYSFS_NODE_DIR = Path("/sys/devices/system/node")
 
@@ -54,6 +58,26 @@ def parse_cpu_list(text: str) -> frozenset[int]:
         if part:
             numbers.update(range(int(first), int(last or first) + 1))
     return frozenset(numbers)
+
+
+def choose_num_workers(*, num_cpus: int, num_cores: int, has_device: bool, num_sharers: int = 1) -> int:
+    """Choose how many worker threads an engine has.
+
+    Without a device the workers and torch's threads take turns with all processors. With one, two cores are left to the
+    thread that launches kernels and to autograd's: the update runs exactly while forward launches, a few cores use all
+    of a desktop's memory bandwidth, and two threads of one core compete.
+
+    Args:
+        num_cpus: logical processors that this process may use.
+        num_cores: cores that these are on.
+        has_device: whether forward and backward run on a device.
+        num_sharers: processes that share them.
+
+    Returns:
+        Threads, from 1 to MAX_WORKERS.
+    """
+    share = max(1, (num_cores if has_device else num_cpus) // num_sharers)
+    return min(max(1, share - 2) if has_device else share, MAX_WORKERS)
 
 
 def choose_worker_cpus(
@@ -107,6 +131,26 @@ def read_topology(node_dir: Path = SYSFS_NODE_DIR) -> MachineTopology:
     except (OSError, ValueError):
         nodes = []
     return MachineTopology(cpus=cpus, nodes=tuple(sorted(nodes)))
+
+
+def read_num_cores(topology: MachineTopology, cpu_dir: Path = SYSFS_CPU_DIR) -> int:
+    """Return on how many cores the processors of this process are.
+
+    Args:
+        topology: what this process may use.
+        cpu_dir: the kernel's directory of processors.
+
+    Returns:
+        The number of cores; of processors if the system does not tell which share one.
+    """
+    try:
+        cores = {
+            parse_cpu_list((cpu_dir / f"cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii"))
+            for cpu in topology.cpus
+        }
+    except (OSError, ValueError):
+        return len(topology.cpus)
+    return len(cores)
 
 
 def read_launching_core(cpu_dir: Path = SYSFS_CPU_DIR) -> tuple[int, ...]:

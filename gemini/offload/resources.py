@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from gemini.config import GeminiConfig
 from gemini.errors import ConfigError
 from gemini.kernels.cpu import Isa, resolve_isa
 from gemini.kernels.pool import WorkerPool
-from gemini.kernels.topology import read_topology
+from gemini.kernels.topology import choose_num_workers, read_num_cores, read_topology
 from gemini.offload.accelerator import Accelerator, find_accelerator, is_accelerator
 from gemini.offload.arena import NEVER_COPIED, HostArena
 from gemini.offload.store import DiskStore
@@ -24,7 +23,7 @@ from gemini.offload.swap_file import GivenFile, KeptSwap, check_directory
 from gemini.offload.transfer import CpuTransfers, SimulatedTransfers, StreamTransfers, Transfers
 from gemini.tiers import MemoryTier, TierLedger, checksum_nbytes
 
-__all__ = ["MAX_DEFAULT_THREADS", "Resources", "budgets_of", "device_of", "open_resources"]
+__all__ = ["Resources", "budgets_of", "default_num_threads", "device_of", "open_resources"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +32,6 @@ WITHOUT_BUFFERS = ("checksums", "commits")
 """Purposes of host memory that is charged to the ledger and taken elsewhere, by the I/O engine and in a memory file."""
 MARGIN = 0.9
 """Fraction of the free amount that is taken where the user set no budget."""
-MAX_DEFAULT_THREADS = 16
 
 
 class Granter(Protocol):
@@ -163,6 +161,13 @@ def budgets_of(config: GeminiConfig) -> dict[MemoryTier, int | None]:
     }
 
 
+def default_num_threads(*, has_device: bool, num_sharers: int = 1) -> int:
+    """Return the worker threads of an engine on this machine; see choose_num_workers."""
+    topology = read_topology()
+    num_cpus, num_cores = len(topology.cpus), read_num_cores(topology)
+    return choose_num_workers(num_cpus=num_cpus, num_cores=num_cores, has_device=has_device, num_sharers=num_sharers)
+
+
 def open_resources(
     config: GeminiConfig,
     budgets: dict[MemoryTier, int | None],
@@ -194,7 +199,7 @@ def open_resources(
     device = device_of(config)
     isa = resolve_isa(config.isa)
     ledger = TierLedger(budgets)
-    num_threads = config.num_threads or min(len(os.sched_getaffinity(0)), MAX_DEFAULT_THREADS)
+    num_threads = config.num_threads or default_num_threads(has_device=device is not None)
     pool = WorkerPool(num_threads, isa=isa)
     try:
         store = _open_store(config, ledger, disk_nbytes=disk_nbytes, rank=rank, kept=kept, given=given)

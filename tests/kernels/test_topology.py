@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from gemini.kernels.topology import (
     MachineTopology,
+    choose_num_workers,
     choose_worker_cpus,
     interleave_memory,
     parse_cpu_list,
     read_launching_core,
+    read_num_cores,
     read_topology,
 )
 
@@ -125,3 +127,32 @@ def test_memory_the_system_cannot_interleave_is_left_alone():
     assert not interleave_memory(buffer.data_ptr() + 1, 4096, [0])
     assert not interleave_memory(buffer.data_ptr(), 4096, [-1])
     assert not interleave_memory(buffer.data_ptr(), 4096, [1023])
+
+
+@pytest.mark.parametrize(
+    ("num_cpus", "num_cores", "has_device", "num_sharers", "expected"),
+    [
+        (2, 1, False, 1, 2),
+        (64, 32, False, 1, 16),
+        (8, 4, False, 4, 2),
+        (2, 2, False, 4, 1),
+        (16, 8, True, 1, 6),  # a desktop: eight cores of two threads each
+        (64, 32, True, 1, 16),
+        (16, 16, True, 2, 6),
+        (2, 1, True, 1, 1),
+        (4, 4, True, 4, 1),
+    ],
+)
+def test_workers_leave_cores_to_whom_launches_kernels(num_cpus, num_cores, has_device, num_sharers, expected):
+    found = choose_num_workers(num_cpus=num_cpus, num_cores=num_cores, has_device=has_device, num_sharers=num_sharers)
+    assert found == expected
+
+
+def test_siblings_are_one_core(tmp_path):
+    for cpu, siblings in enumerate(["0,2", "1,3", "0,2", "1,3"]):
+        directory = tmp_path / f"cpu{cpu}/topology"
+        directory.mkdir(parents=True)
+        (directory / "thread_siblings_list").write_text(siblings + "\n")
+    assert read_num_cores(MachineTopology(cpus=frozenset(range(4)), nodes=()), tmp_path) == 2
+    assert read_num_cores(MachineTopology(cpus=frozenset({0, 1}), nodes=()), tmp_path) == 2
+    assert read_num_cores(MachineTopology(cpus=frozenset({0, 9}), nodes=()), tmp_path) == 2  # not told
