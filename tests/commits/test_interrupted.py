@@ -9,17 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from committed_runs import DISK_MIXTURES, Scenario, Training, attached, commit_nbytes, memory_file, uninterrupted
+from committed_runs import DISK_MIXTURES, Scenario, attached, commit_nbytes, memory_file, uninterrupted
+from interruptions import EndInBlock, EndInWrites, commit_and_end, step_to_commit
+from patience import wait_until
 from training_harness import Run
 
 from gemini import GeminiDDP
 from gemini.commits.file import CommitFile, CommitLayout
 from gemini.commits.journal import TileStage
 from gemini.errors import CheckpointError, CheckpointMismatchError, ConfigError, ModelError, OffloadIOError
-from gemini.kernels.journal import JournalStop, TileJournal, adam_update_partly
-from gemini.tiers import MemoryTier
-from gemini.update.job import UpdateJob
-from gemini.update.pipeline import TilePipeline, _Tile, tiles_of
+from gemini.kernels.journal import JournalStop
 
 NUM_STEPS = 4
 TILE = {"tile_numel": 8192, "overlap": "next-forward"}
@@ -40,77 +39,6 @@ def assert_same(found: Run, expected: Run) -> None:
     assert all(torch.equal(found.weights[name], value) for name, value in expected.weights.items())
 
 
-class Interruption:
-    """Lets the process end, as far as anybody can tell, in the middle of the updates of a commit.
-
-    Args:
-        training: under way; a step has been taken.
-    """
-
-    def __init__(self, training: Training) -> None:
-        runtime = training.engine.runtime
-        self.schedule, self.journal, self.pool = runtime.updates, runtime.commits.log, runtime.resources.pool
-        self.pipeline: TilePipeline = self.schedule._worker._shared.pipeline
-        held = self.schedule.deferred
-        assert held is not None
-        self.planned = dict(held.planned)
-        self.schedule.release = lambda sequence: None  # type: ignore[method-assign]
-        training.commit()
-        self.schedule.deferred = None
-
-    def jobs(self) -> Iterator[UpdateJob]:
-        for chunk_id, update in self.planned.items():
-            tiles = tiles_of(update.segments, self.pipeline.tile_numel)
-            yield self.schedule._job(chunk_id, update, tiles, sequence=self.journal.file.sequence)
-
-    def begin(self, job: UpdateJob, index: int) -> tuple[_Tile, TileJournal | None]:
-        """Bring a tile to where its update begins."""
-        is_on_disk = any(home.tiers[index] is MemoryTier.NVME for home in (job.state, job.working, job.grad))
-        tile = self.pipeline._start(job, index, self.pipeline._claim_buffer() if is_on_disk else None)
-        for read in tile.reads:
-            read.wait()
-        return tile, self.journal.begin(job, index, tile.ring)
-
-    def stop_in_block(self, stop: JournalStop) -> bool:
-        """End in the middle of the first tile that is in memory, or in part; two blocks of it are new."""
-        for job in self.jobs():
-            for index in job.tiles:
-                if MemoryTier.HOST in (job.state.tiers[index], job.working.tiers[index]):
-                    tile, journal = self.begin(job, index)
-                    assert journal is not None
-                    adam_update_partly(tile.on_host(), journal, block=2, stop=stop)
-                    return True
-        return False
-
-    def stop_in_write(self) -> int:
-        """End while a tile is being written to disk."""
-        num_stopped = 0
-        for job in self.jobs():
-            index = job.tiles[0]
-            tiers = (job.state.tiers[index], job.working.tiers[index])
-            if MemoryTier.NVME not in tiers or len(self.pipeline._free) == 0:
-                continue
-            tile, journal = self.begin(job, index)
-            self.pool.submit_adam(tile.on_host(), journal=journal).wait()
-            self.journal.end(job, index, tile.ring)
-            torn = torch.full_like(tile.record, 0xAB)
-            torn[: torn.numel() // 2] = tile.record[: torn.numel() // 2]
-            if job.state.tiers[index] is MemoryTier.NVME:
-                job.state.write_tile(index, torn).wait()
-            num_stopped += 1
-        return num_stopped
-
-
-@contextmanager
-def interrupted(scenario: Scenario, directory: Path, descriptor: int) -> Iterator[Interruption]:
-    with attached(scenario, directory, descriptor) as training:
-        training.train(NUM_STEPS - 2)
-        commit, training.commit = training.commit, lambda: None  # type: ignore[method-assign]
-        training.train(NUM_STEPS - 1)
-        training.commit = commit  # type: ignore[method-assign]
-        yield Interruption(training)
-
-
 def finish(scenario: Scenario, directory: Path, descriptor: int) -> Run:
     with attached(scenario, directory, descriptor, seed=7) as training:
         assert training.step == NUM_STEPS - 1
@@ -119,39 +47,50 @@ def finish(scenario: Scenario, directory: Path, descriptor: int) -> Run:
 
 
 @pytest.mark.quick_cases(6)
+@pytest.mark.parametrize("num_tiles", [0, 2])
 @pytest.mark.parametrize("stop", JournalStop)
 @pytest.mark.parametrize("place", [place for place in PLACES if place != "disk"])
-def test_an_update_that_ended_in_a_block_is_finished(place: str, stop: JournalStop, tmp_path: Path) -> None:
-    scenario = PLACES[place]
+def test_an_update_that_ended_in_a_block_is_finished(
+    place: str, stop: JournalStop, num_tiles: int, tmp_path: Path
+) -> None:
+    scenario, fault = PLACES[place], EndInBlock(stop, num_tiles=num_tiles)
     with memory_file(scenario, tmp_path) as descriptor:
-        with interrupted(scenario, tmp_path, descriptor) as interruption:
-            assert interruption.stop_in_block(stop)
+        with step_to_commit(scenario, tmp_path, descriptor, NUM_STEPS - 1) as training:
+            commit_and_end(training, fault)
+        assert fault.has_ended
         found = finish(scenario, tmp_path, descriptor)
     assert_same(found, uninterrupted(scenario, tmp_path, NUM_STEPS))
 
 
 @pytest.mark.parametrize("place", ["disk", "state on disk", "weights on disk", "half precision"])
-def test_a_write_that_ended_half_way_is_done_again(place: str, tmp_path: Path) -> None:
-    scenario = PLACES[place]
+def test_writes_that_ended_half_way_are_done_again(place: str, tmp_path: Path) -> None:
+    scenario, fault = PLACES[place], EndInWrites()
     with memory_file(scenario, tmp_path) as descriptor:
-        with interrupted(scenario, tmp_path, descriptor) as interruption:
-            assert interruption.stop_in_write()
+        with step_to_commit(scenario, tmp_path, descriptor, NUM_STEPS - 1) as training:
+            commit_and_end(training, fault)
+        assert fault.torn
         found = finish(scenario, tmp_path, descriptor)
     assert_same(found, uninterrupted(scenario, tmp_path, NUM_STEPS))
 
 
 def test_a_tile_on_disk_says_how_far_it_is(tmp_path: Path) -> None:
-    scenario = PLACES["disk"]
-    with memory_file(scenario, tmp_path) as descriptor, interrupted(scenario, tmp_path, descriptor) as interruption:
-        journal, job = interruption.journal, next(interruption.jobs())
-        assert journal is not None
-        note = journal.find(job.spec.chunk_id, 0)
-        assert note is not None
-        assert (note.sequence, note.stage) == (NUM_STEPS - 2, TileStage.WRITTEN)
-        interruption.stop_in_write()
-        note = journal.find(job.spec.chunk_id, 0)
-        assert note is not None
-        assert (note.sequence, note.stage) == (NUM_STEPS - 1, TileStage.UPDATED)
+    scenario, fault = PLACES["disk"], EndInWrites()
+    with (
+        memory_file(scenario, tmp_path) as descriptor,
+        step_to_commit(scenario, tmp_path, descriptor, NUM_STEPS - 1) as training,
+    ):
+        journal = training.engine.runtime.commits.log
+        chunk_id = min(training.engine.runtime.states)
+
+        def stage_of(chunk_id: int, tile: int) -> tuple[int, TileStage]:
+            note = journal.find(chunk_id, tile)
+            assert note is not None
+            return note.sequence, note.stage
+
+        wait_until(lambda: stage_of(chunk_id, 0) == (NUM_STEPS - 2, TileStage.WRITTEN))
+        commit_and_end(training, fault)
+        assert (chunk_id, 0) in fault.torn
+        assert {stage_of(*tile) for tile in fault.torn} == {(NUM_STEPS - 1, TileStage.UPDATED)}
 
 
 # ---------------------------------------------------------------- misuse and faults
