@@ -20,6 +20,7 @@ __all__ = [
     "format_nbytes",
     "parse_nbytes",
     "round_up",
+    "size_class",
 ]
 
 IO_ALIGNMENT_NBYTES = 4096
@@ -105,6 +106,19 @@ def format_nbytes(nbytes: float) -> str:
 def round_up(value: int, multiple: int) -> int:
     """Return the smallest multiple of `multiple` that is not below `value`."""
     return -(-value // multiple) * multiple
+
+
+def size_class(nbytes: int) -> int:
+    """Return the bytes of a buffer that is used again for batches of other lengths: eight sizes for each doubling.
+
+    Args:
+        nbytes: bytes needed.
+
+    Returns:
+        At least `nbytes`, less than 9/8 of it if that is more than 8 pages; a multiple of the I/O alignment.
+    """
+    step = max(IO_ALIGNMENT_NBYTES, (1 << max(nbytes - 1, 0).bit_length()) // 16)
+    return round_up(nbytes, step)
 
 
 def checksum_nbytes(disk_nbytes: int) -> int:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemini.errors import ConfigError, OutOfTierMemoryError
-from gemini.tiers import MemoryTier, TierLedger, TileGrid, format_nbytes, parse_nbytes, round_up
+from gemini.tiers import MemoryTier, TierLedger, TileGrid, format_nbytes, parse_nbytes, round_up, size_class
 
 DEVICE, HOST, NVME = MemoryTier.DEVICE, MemoryTier.HOST, MemoryTier.NVME
 
@@ -108,3 +108,13 @@ def test_a_tier_without_a_budget_takes_everything() -> None:
     ledger.charge(NVME, "state", 2**60)
     ledger.charge(DEVICE, "state", 2**60)
     assert ledger.held_nbytes(NVME) == ledger.held_nbytes(DEVICE) == 2**60
+
+
+@given(st.integers(1, 1 << 45))
+def test_a_size_class_is_little_more_and_there_are_few(nbytes: int) -> None:
+    found = size_class(nbytes)
+    assert found % 4096 == 0
+    assert nbytes <= found
+    assert found < nbytes + max(4096, nbytes / 8)
+    assert size_class(found) == found
+    assert found // (1 << max(found.bit_length() - 4, 12)) * (1 << max(found.bit_length() - 4, 12)) == found

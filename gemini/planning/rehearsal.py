@@ -30,7 +30,7 @@ from gemini.model.working_dtypes import choose_dtypes
 from gemini.placement.cost_model import StepFlops
 from gemini.runtime.memory_probe import StorageCounter
 from gemini.slicing.slicer import BatchSlicer
-from gemini.tiers import IO_ALIGNMENT_NBYTES, round_up
+from gemini.tiers import size_class
 
 __all__ = ["LossFn", "Rehearsal", "rehearse"]
 
@@ -259,7 +259,7 @@ class _Checkpoints:
         def pack(tensor: torch.Tensor) -> object:
             if tensor.untyped_storage()._cdata != key:
                 return tensor
-            self.nbytes += round_up(tensor.nbytes, IO_ALIGNMENT_NBYTES)
+            self.nbytes += size_class(tensor.nbytes)
             return tensor.shape, tensor.dtype, tensor.device
 
         def unpack(packed: Any) -> torch.Tensor:

@@ -18,7 +18,7 @@ import torch
 from gemini.errors import OutOfTierMemoryError
 from gemini.offload.resources import Resources
 from gemini.offload.transfer import Move
-from gemini.tiers import IO_ALIGNMENT_NBYTES, format_nbytes, round_up
+from gemini.tiers import format_nbytes, size_class
 
 __all__ = ["ActivationCheckpoints"]
 
@@ -158,25 +158,36 @@ class ActivationCheckpoints:
         self._free.append((copy.buffer, copy.move))
 
     def _claim(self, nbytes: int) -> torch.Tensor:
-        """Return a buffer without running copies: a free one that fits, or a new one in place of all free ones."""
-        most = _LARGEST_FIT * round_up(nbytes, IO_ALIGNMENT_NBYTES)
+        """Return a buffer without running copies: a free one that fits or, in place of free ones, a new one."""
+        nbytes = size_class(nbytes)
+        most = _LARGEST_FIT * nbytes
         fitting = [entry for entry in self._free if nbytes <= entry[0].numel() <= most]
         if fitting:
             entry = min(fitting, key=lambda entry: entry[0].numel())
             self._free = [other for other in self._free if other is not entry]
             entry[1].wait_on_host()
             return entry[0]
-        for buffer, move in self._free:
-            move.wait_on_host()
-            self._resources.arena.free(buffer)
-        self._free.clear()
-        try:
-            return self._resources.arena.allocate(nbytes, "activation checkpoints")
-        except OutOfTierMemoryError as error:
-            raise OutOfTierMemoryError(
-                f"activation checkpoints: no room in host memory for {format_nbytes(nbytes)} that a block needs again "
-                f"in backward: {error}; raise GeminiConfig.checkpoint_reserve or use smaller batches"
-            ) from error
+        # Page-locking takes longer than copying as many bytes, so no more buffers are exchanged than needed.
+        num_freed = 0
+        while self._free and num_freed < nbytes:
+            num_freed += self._free_oldest()
+        while True:
+            try:
+                return self._resources.arena.allocate(nbytes, "activation checkpoints")
+            except OutOfTierMemoryError as error:
+                if not self._free:
+                    raise OutOfTierMemoryError(
+                        f"activation checkpoints: no room in host memory for {format_nbytes(nbytes)} that a block "
+                        f"needs again in backward: {error}; raise GeminiConfig.checkpoint_reserve or use smaller batches"
+                    ) from error
+                self._free_oldest()
+
+    def _free_oldest(self) -> int:
+        """Free the buffer that has waited longest for another use; return its bytes."""
+        buffer, move = self._free.pop(0)
+        move.wait_on_host()
+        self._resources.arena.free(buffer)
+        return buffer.numel()
 
 
 def _spanned_memory(tensor: torch.Tensor) -> torch.Tensor:

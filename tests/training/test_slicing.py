@@ -37,6 +37,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from gemini import ConfigError, GeminiDDP, ModelError, OutOfTierMemoryError
 from gemini.assembly.blueprint import draw_blueprint
 from gemini.nn import use_sliced_loss
+from gemini.offload.arena import HostArena
 from gemini.slicing.slicer import find_repeated
 from gemini.tiers import MemoryTier
 
@@ -874,3 +875,23 @@ def test_repeated_blocks_differ_in_numbers_only():
         "layer2": "Linear",
     }
     assert find_repeated(class_names) == {"h.0", "h.1", "stages.0.blocks.0", "stages.1.blocks.0"}
+
+
+def test_batches_of_many_lengths_take_few_buffers(monkeypatch: pytest.MonkeyPatch):
+    sizes: list[int] = []
+    allocate = HostArena.allocate
+
+    def watched(self: HostArena, nbytes: int, purpose: str, **fields: Any) -> torch.Tensor:
+        if purpose == "activation checkpoints":
+            sizes.append(nbytes)
+        return allocate(self, nbytes, purpose, **fields)
+
+    monkeypatch.setattr(HostArena, "allocate", watched)
+    case = Case(lambda: Tower(8), vectors(64), square)
+    with GeminiDDP(case.model(), config_for("device", num_batch_slices=4)) as engine:
+        for num_rows in (64, 60, 33, 48, 64, 50, 62, 40):
+            square(engine(**vectors(num_rows)(torch.Generator()))).backward()
+        assert sizes == [BATCH_NBYTES] * 8
+        square(engine(**vectors(68)(torch.Generator()))).backward()  # one exchange for each block
+        assert sizes[8:] == [BATCH_NBYTES * 9 // 8] * 8
+        assert checkpoint_nbytes(engine) == 8 * BATCH_NBYTES * 9 // 8
