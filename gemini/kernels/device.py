@@ -26,7 +26,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gemini.kernels.adam_tile import AdamHyper, AdamSegment, SegmentFactors, StateFormat
+from gemini.kernels.adam_tile import AdamHyper, AdamSegment, SegmentFactors, StateFormat, state_format_of
 from gemini.kernels.cpu import GradMode
 from gemini.kernels.device_tile import SUM_BLOCK_NUMEL, DeviceTile, check_gradient, fold_halves, new_block_sums
 
@@ -88,27 +88,34 @@ def _triton_kernels(device: torch.device) -> DeviceKernels:
     from gemini.kernels.triton_adam import triton_adam_update
     from gemini.kernels.triton_gradient import triton_store_gradient
 
-    tiles = [_make_probe_tile(device) for _ in range(2)]
-    device_adam_update(tiles[0])
-    triton_adam_update(tiles[1])
-    sums = [
-        device_store_gradient(None, tiles[0].grad, mode=GradMode.STORE),
-        triton_store_gradient(None, tiles[1].grad, mode=GradMode.STORE),
-    ]
-    pairs = [(getattr(tiles[0], name), getattr(tiles[1], name)) for name in ("working", "momentum", "variance")]
-    if not (all(torch.equal(*pair) for pair in pairs) and torch.equal(*sums)):
+    pairs = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        expected, found = _make_probe_tile(device, dtype), _make_probe_tile(device, dtype)
+        device_adam_update(expected)
+        triton_adam_update(found)
+        names = ("working", "momentum", "variance") + (() if found.master is None else ("master",))
+        pairs += [(getattr(expected, name), getattr(found, name)) for name in names]
+        sums = [
+            store(None, expected.grad, mode=GradMode.STORE) for store in (device_store_gradient, triton_store_gradient)
+        ]
+        pairs.append((sums[0], sums[1]))
+    if not all(torch.equal(*pair) for pair in pairs):
         raise RuntimeError("this version of Triton rounds differently; install the one that came with torch or a newer")
     return DeviceKernels(name="triton", adam_update=triton_adam_update, store_gradient=triton_store_gradient)
 
 
-def _make_probe_tile(device: torch.device) -> DeviceTile:
-    """Return a float32 tile whose values and gradients span all magnitudes, subnormal numbers included."""
+def _make_probe_tile(device: torch.device, dtype: torch.dtype) -> DeviceTile:
+    """Return a tile whose values and gradients span all magnitudes of float32, subnormal numbers included."""
     numel = 5000
     values = torch.linspace(-148.0, 60.0, numel, device=device).exp2_()
+    masters = {
+        StateFormat.SPLIT_BF16: torch.arange(numel, device=device).to(torch.int16),
+        StateFormat.FP16_MASTER: values.clone(),
+    }
     hyper = AdamHyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-30, weight_decay=0.1)
     return DeviceTile(
-        working=values.clone(),
-        master=None,
+        working=values.to(dtype, copy=True),
+        master=masters.get(state_format_of(dtype)),
         momentum=-values,
         variance=values * 0.3,
         grad=values * 0.9,

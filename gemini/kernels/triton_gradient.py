@@ -17,7 +17,10 @@ from gemini.kernels.cpu import GradMode
 from gemini.kernels.device_tile import SUM_BLOCK_NUMEL, check_gradient, fold_halves, new_block_sums
 from gemini.kernels.triton_adam import as_float32, pass_bits
 
-__all__ = ["gradient_kernel", "triton_store_gradient"]
+__all__ = ["NUM_WARPS", "gradient_kernel", "triton_store_gradient"]
+
+NUM_WARPS = 8
+"""Warps of one program: 16 elements a thread."""
 
 
 @triton.jit
@@ -78,7 +81,7 @@ def triton_store_gradient(dst: Tensor | None, src: Tensor, *, mode: GradMode) ->
                 MODE=2 if dst is None else mode.value,
                 BLOCK_NUMEL=SUM_BLOCK_NUMEL,
                 LOG2_BLOCK_NUMEL=SUM_BLOCK_NUMEL.bit_length() - 1,
-                num_warps=8,
+                num_warps=NUM_WARPS,
                 enable_fp_fusion=False,
             )
     return fold_halves(block_sums)

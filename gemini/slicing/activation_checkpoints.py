@@ -178,7 +178,8 @@ class ActivationCheckpoints:
                 if not self._free:
                     raise OutOfTierMemoryError(
                         f"activation checkpoints: no room in host memory for {format_nbytes(nbytes)} that a block "
-                        f"needs again in backward: {error}; raise GeminiConfig.checkpoint_reserve or use smaller batches"
+                        f"needs again in backward: {error}; raise GeminiConfig.checkpoint_reserve or use smaller "
+                        "batches"
                     ) from error
                 self._free_oldest()
 

@@ -18,12 +18,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from device_tiles import HYPERS, assert_bits_equal, copy_tile, make_tile, make_values
 
 from gemini.kernels import device as device_module
-from gemini.kernels.cpu import AdamHyper, AdamSegment, AdamTile, GradMode, adam_update, store_gradient
+from gemini.kernels.cpu import AdamSegment, GradMode, adam_update, store_gradient
 from gemini.kernels.device import DeviceKernels, device_adam_update, device_store_gradient, select_device_kernels
-from gemini.kernels.device_tile import DeviceTile
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 37, 1024, 5001)
@@ -36,76 +35,6 @@ needs_triton = pytest.mark.skipif(
     reason="triton is not installed or older than 3.7",
 )
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-HYPERS = (
-    AdamHyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, is_decoupled=True),
-    AdamHyper(lr=3e-4, beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.05, is_decoupled=False),
-    AdamHyper(lr=2e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, is_decoupled=True),
-)
-
-
-def make_values(numel: int, generator: torch.Generator) -> Tensor:
-    """Return float32 values over many magnitudes, with zeros, subnormals and values whose square overflows."""
-    values = torch.randn(numel, generator=generator) * torch.exp(4 * torch.randn(numel, generator=generator))
-    values[::11] = 0.0
-    values[3::13] *= 1e-40
-    values[5::101] = 3e30
-    return values
-
-
-def make_tile(working_dtype: torch.dtype, grad_dtype: torch.dtype, numel: int) -> AdamTile:
-    generator = torch.Generator().manual_seed(numel)
-    master = make_values(numel, generator)
-    residual = None
-    if working_dtype == torch.bfloat16:
-        residual = torch.randint(-(1 << 15), 1 << 15, (numel,), generator=generator, dtype=torch.int16)
-    elif working_dtype == torch.float16:
-        residual = master.clone()
-    return AdamTile(
-        working=master.to(working_dtype),
-        master=residual,
-        momentum=make_values(numel, generator),
-        variance=make_values(numel, generator).abs(),
-        grad=make_values(numel, generator).clamp(-6e4, 6e4).to(grad_dtype),
-        grad_scale=0.33325,
-        segments=make_segments(numel),
-    )
-
-
-def make_segments(numel: int) -> tuple[AdamSegment, ...]:
-    """Return segments that do not fit blocks, with gaps, neighbours and an empty one."""
-    bounds = (
-        (numel // 37, numel // 7),
-        (numel // 7, numel // 6),
-        (numel // 4, numel // 4),
-        (numel // 2, numel - numel // 37),
-    )
-    return tuple(
-        AdamSegment(begin=begin, end=end, hyper=HYPERS[index % 3], step=1 + 7 * index)
-        for index, (begin, end) in enumerate(bounds)
-    )
-
-
-def copy_tile(tile: AdamTile, device: torch.device) -> DeviceTile:
-    return DeviceTile(
-        working=tile.working.to(device, copy=True),
-        master=None if tile.master is None else tile.master.to(device, copy=True),
-        momentum=tile.momentum.to(device, copy=True),
-        variance=tile.variance.to(device, copy=True),
-        grad=tile.grad.to(device, copy=True),
-        grad_scale=tile.grad_scale,
-        segments=tile.segments,
-    )
-
-
-def assert_bits_equal(actual: Tensor, expected: Tensor, what: str) -> None:
-    actual = actual.cpu()
-    assert actual.dtype == expected.dtype
-    if expected.is_floating_point():
-        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[expected.element_size()]
-        actual, expected = actual.view(bits), expected.view(bits)
-    different = (actual != expected).nonzero()
-    assert len(different) == 0, f"{what}: {len(different)} of {len(expected)} differ, first at {different[0]}"
 
 
 def check_adam(kernels: DeviceKernels, device: torch.device, case: tuple[torch.dtype, torch.dtype, int]) -> None:
@@ -168,7 +97,7 @@ def test_triton_kernels_equal_native_bit_for_bit_in_the_interpreter() -> None:
     root = Path(__file__).parents[2]
     result = subprocess.run(
         [sys.executable, __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)},
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{root}:{root / 'tests' / 'support'}"},
         capture_output=True,
         text=True,
         timeout=100,
@@ -254,7 +183,7 @@ def test_selection_falls_back_to_torch_off_cuda() -> None:
 
 
 def test_probe_tells_flushed_subnormal_numbers_from_exact_ones() -> None:
-    exact, flushed = (device_module._make_probe_tile(torch.device("cpu")) for _ in range(2))
+    exact, flushed = (device_module._make_probe_tile(torch.device("cpu"), torch.float32) for _ in range(2))
     device_adam_update(exact)
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush subnormal numbers")
