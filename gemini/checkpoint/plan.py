@@ -98,7 +98,7 @@ class SavePlan:
         """Runs that are written while training goes on, in this order."""
         return (run for run in self.runs if run.begin < run.end and not run.is_on_device)
 
-    def place_of(self, run: PlannedRun, kind: str) -> TensorEntry:
+    def entry_of(self, run: PlannedRun, kind: str) -> TensorEntry:
         """Return where one kind of a run lies in the file of parameters."""
         return self.weights.entries[entry_name(kind, run.param)]
 

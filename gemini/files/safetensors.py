@@ -87,16 +87,16 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SafetensorsLayout:
-    """What lies where in a file."""
+    """The header of a file, and the places of its tensors."""
 
     header: bytes
-    """Bytes that the file begins with: how long the JSON is, and the JSON, padded."""
+    """First bytes of the file: length of the JSON, and the JSON, padded."""
     entries: Mapping[str, TensorEntry]
     """Places of the tensors, by name."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the file."""
+        """Length of the file in bytes."""
         return len(self.header) + sum(entry.nbytes for entry in self.entries.values())
 
 
@@ -107,13 +107,13 @@ def lay_out_tensors(
 
     Args:
         tensors: dtype and shape of every tensor, by name.
-        metadata: texts by name, for the header.
+        metadata: texts by name for the header.
 
     Returns:
         The layout, its entries in the order of `tensors`.
 
     Raises:
-        CheckpointError: a dtype has no name in the format, or a tensor one that it cannot have.
+        CheckpointError: a dtype has no name in the format, or a tensor's name is not allowed.
     """
     header: dict[str, Any] = {} if metadata is None else {_METADATA: dict(metadata)}
     offset = 0

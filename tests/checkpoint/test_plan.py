@@ -156,21 +156,21 @@ def test_ranks_together_save_each_element_once(job: Job) -> None:
 
 
 @given(job=jobs())
-def test_a_file_has_a_place_for_each_kind_of_each_run_without_gaps(job: Job) -> None:
+def test_a_file_has_an_entry_for_each_kind_of_each_run_without_gaps(job: Job) -> None:
     for plan in job.plans():
-        places = []
+        entries = []
         for run in plan.runs:
             chunk = job.params[run.param][0]
             assert run.record.kinds == (STATE if chunk.is_trainable else ("weight",))
             for kind in run.record.kinds:
-                place = plan.place_of(run, kind)
-                assert place.dtype is (torch.float32 if chunk.is_trainable else chunk.dtype)
-                assert place.shape == (run.end - run.begin,)
-                assert place.begin % place.dtype.itemsize == 0
-                places.append((place.begin, place.nbytes))
-        assert len(places) == len(plan.weights.entries)
+                entry = plan.entry_of(run, kind)
+                assert entry.dtype is (torch.float32 if chunk.is_trainable else chunk.dtype)
+                assert entry.shape == (run.end - run.begin,)
+                assert entry.begin % entry.dtype.itemsize == 0
+                entries.append((entry.begin, entry.nbytes))
+        assert len(entries) == len(plan.weights.entries)
         end = len(plan.weights.header)
-        for begin, nbytes in sorted(places):
+        for begin, nbytes in sorted(entries):
             assert begin == end
             end += nbytes
         assert end == plan.weights.nbytes
