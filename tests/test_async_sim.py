@@ -11,7 +11,7 @@ from async_device.process import on_async_device
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-LATE = {"max_kernel_delay_us": 20_000, "seed": 3}
+LATE = {"max_kernel_delay_us": 2000, "seed": 3}
 KIB, MIB = 1 << 10, 1 << 20
 
 
@@ -25,7 +25,7 @@ def locked(numel: int, fill: float = 0.0) -> torch.Tensor:
 
 @on_async_device
 def test_kernels_are_queued_and_run_in_order() -> None:
-    with async_device.device_with(kernel_cost_us=5000, keeps_records=1) as device:
+    with async_device.device_with(has_lazy_kernels=1, keeps_records=1) as device:
         x = on_device(4)
         y = (x + 1) * 3
         event = torch.accelerator.current_stream().record_event()
@@ -38,20 +38,15 @@ def test_kernels_are_queued_and_run_in_order() -> None:
 
 @on_async_device
 def test_a_stream_that_does_not_wait_reads_too_early() -> None:
-    with async_device.device_with(fills_new_blocks=1) as device:
+    with async_device.device_with(fills_new_blocks=1, has_lazy_kernels=1) as device:
         for waits in (True, False):
-            x = on_device(16)
-            torch.accelerator.synchronize()
+            y = on_device(16, fill=3.0)
             other = torch.Stream(device)
-            async_device.set_options(kernel_cost_us=20_000, fills_new_blocks=1)
-            y = x + 1  # both streams are busy as long; the second kernel of this one comes after the copy
-            y += 1
             if waits:
                 other.wait_event(torch.accelerator.current_stream().record_event())
             with other:
-                z = y.clone()
+                z = y.clone()  # a copy, which is not lazy
             other.synchronize()
-            async_device.set_options(fills_new_blocks=1)
             assert z.eq(3.0).all().item() is waits
 
 
@@ -63,12 +58,12 @@ def test_events_measure_time_and_hold_streams_up() -> None:
         on_device(4).add_(1)
         end.record()
         end.synchronize()
-        assert 8.0 <= begin.elapsed_time(end) < 1000.0
+        assert begin.elapsed_time(end) >= 8.0
 
 
 @on_async_device
 def test_copies_of_locked_memory_do_not_wait_and_others_do() -> None:
-    with async_device.device_with(upload_nbytes_per_second=4 * MIB):
+    with async_device.device_with(has_lazy_copies=1):
         there = torch.empty(32 * KIB, device="async_sim")
         stream = torch.accelerator.current_stream()
         there.copy_(locked(32 * KIB), non_blocking=True)
@@ -101,7 +96,7 @@ def test_bandwidth_is_kept_in_each_direction() -> None:
 
 @on_async_device
 def test_memory_is_reused_on_its_stream_at_once_and_elsewhere_when_it_may_be() -> None:
-    with async_device.device_with(kernel_cost_us=10_000) as device:
+    with async_device.device_with(has_lazy_kernels=1) as device:
         side = torch.Stream(device)
         x = torch.empty(MIB, device=device)
         address = x.data_ptr()
@@ -220,6 +215,19 @@ def test_a_model_trains_to_the_bits_of_the_cpu(dtype: torch.dtype) -> None:
     with async_device.device_with(max_kernel_delay_us=300, fills_new_blocks=1) as device:
         found = train(twin.to(device), ids.to(device))
     assert all(torch.equal(a, b) for a, b in zip(found, train(model, ids), strict=True))
+
+
+@on_async_device
+def test_convolutions_are_there() -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 4, 3, padding=1)
+    image = torch.randn(2, 3, 8, 8)
+    twin = copy.deepcopy(layer)
+    with async_device.device_with(**LATE) as device:
+        twin.to(device)(image.to(device)).square().sum().backward()
+    layer(image).square().sum().backward()
+    assert twin.weight.grad is not None
+    torch.testing.assert_close(twin.weight.grad.cpu(), layer.weight.grad)
 
 
 def test_the_host_cannot_touch_the_devices_memory() -> None:

@@ -15,6 +15,7 @@ import torch
 from gemini.checkpoint.participants import Participants, Stateful, rank_of
 from gemini.errors import CheckpointError, CheckpointMismatchError, ConfigError
 from gemini.model.extra_states import extra_states, load_extra_states, takers_of_extra_state
+from gemini.offload.accelerator import find_accelerator
 from gemini.runtime.runtime import Runtime
 
 __all__ = [
@@ -278,8 +279,10 @@ def _first_line(error: Exception) -> str:
 def _rng_state() -> dict[str, Any]:
     """Return the state of this process's random number generators: Python's, NumPy's, torch's on every device."""
     state: dict[str, Any] = {"python": random.getstate(), "cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+    device = find_accelerator()
+    if device is not None:
+        module = torch.get_device_module(device)
+        state[device.type] = [module.get_rng_state(index) for index in range(module.device_count())]
     if "numpy" in sys.modules:
         name, keys, *rest = sys.modules["numpy"].random.get_state()
         state["numpy"] = (str(name), torch.tensor(keys.tolist()), *(_plain(value) for value in rest))
@@ -299,9 +302,11 @@ def restore_rng(state: dict[str, Any]) -> None:
     rng = state["rng"]
     random.setstate(rng["python"])
     torch.set_rng_state(rng["cpu"])
-    for index, value in enumerate(rng.get("cuda", ())):
-        if torch.cuda.is_available() and index < torch.cuda.device_count():
-            torch.cuda.set_rng_state(value, index)
+    device = find_accelerator()
+    if device is not None:
+        module = torch.get_device_module(device)
+        for index, value in zip(range(module.device_count()), rng.get(device.type, ()), strict=False):
+            module.set_rng_state(value, index)
     if "numpy" in rng and "numpy" in sys.modules:
         name, keys, *rest = rng["numpy"]
         sys.modules["numpy"].random.set_state((name, keys.numpy().astype("uint32"), *rest))

@@ -135,3 +135,4 @@ class DeviceRoute:
         for departure in self._departures:
             departure.move.wait_on_host()
         self._departures.clear()
+        self._device_slots, self._host_slots = [], []

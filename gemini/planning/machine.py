@@ -15,6 +15,7 @@ import torch
 from gemini.errors import ConfigError
 from gemini.kernels.cpu import supported_isas
 from gemini.kernels.topology import read_topology
+from gemini.offload.accelerator import find_accelerator
 
 __all__ = ["MachineDescription", "describe_machine", "load_machine"]
 
@@ -53,17 +54,16 @@ def describe_machine(directory: str | os.PathLike[str] | None = None) -> Machine
     """
     topology = read_topology()
     disk = None if directory is None else shutil.disk_usage(directory)
-    has_device = torch.cuda.is_available()
+    device = find_accelerator()
+    module = None if device is None else torch.get_device_module(device)
     return MachineDescription(
         processor=_processor_name(),
         num_cpus=len(topology.cpus),
         instruction_sets=tuple(isa.name.lower() for isa in supported_isas()),
         num_memory_nodes=len(topology.nodes),
         memory_nbytes=psutil.virtual_memory().total,
-        device=torch.cuda.get_device_name() if has_device else None,
-        device_memory_nbytes=torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        if has_device
-        else None,
+        device=None if module is None else module.get_device_name(device),
+        device_memory_nbytes=None if module is None else module.get_device_properties(device).total_memory,
         disk_nbytes=None if disk is None else disk.total,
         disk_free_nbytes=None if disk is None else disk.free,
     )

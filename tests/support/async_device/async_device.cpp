@@ -106,7 +106,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     }
     bool queryStream(const c10::Stream& which) const override {
         Stream& stream = stream_of(which);
-        return stream.is_done(stream.last());
+        return stream.query(stream.last());
     }
     void synchronizeStream(const c10::Stream& which) const override { wait_for(stream_of(which)); }
 
@@ -118,7 +118,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
         if (event != nullptr) static_cast<Mark*>(event)->hold_up(stream_of(which));
     }
     bool queryEvent(void* event) const override {
-        return event == nullptr || static_cast<Mark*>(event)->is_reached();
+        return event == nullptr || static_cast<Mark*>(event)->query();
     }
     void synchronizeEvent(void* event) const override {
         if (event != nullptr) static_cast<Mark*>(event)->wait();
@@ -588,7 +588,7 @@ class Call {
         }
     }
 
-    const OperatorHandle& op_;
+    const OperatorHandle op_;
     const c10::FunctionSchema& schema_;
     Stack& stack_;
     std::string name_;
@@ -697,6 +697,41 @@ std::tuple<Tensor, Tensor> native_dropout(const Tensor& input, double p, std::op
     return {at::mul(input, mask).mul_(p == 1.0 ? 0.0 : 1.0 / (1.0 - p)), mask};
 }
 
+/// Call another operation for tensors of the device.
+Tensor result_of(const char* name, Stack arguments) {
+    Call(c10::Dispatcher::singleton().findSchemaOrThrow(name, ""), arguments).run();
+    return arguments[0].toTensor();
+}
+
+// What torch asks of a device instead of its own convolutions, by the same arguments.
+Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                   IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool transposed,
+                   IntArrayRef output_padding, int64_t groups) {
+    return result_of("aten::convolution", {input, weight, bias, stride.vec(), padding.vec(), dilation.vec(),
+                                           transposed, output_padding.vec(), groups});
+}
+
+std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor& input,
+                                                        const Tensor& weight, IntArrayRef stride,
+                                                        IntArrayRef padding, IntArrayRef dilation,
+                                                        bool transposed, IntArrayRef output_padding,
+                                                        int64_t groups, std::array<bool, 3> mask) {
+    const std::vector<int64_t> bias_sizes = {grad.size(1)};
+    Stack stack = {grad,
+                   input,
+                   weight,
+                   bias_sizes,
+                   stride.vec(),
+                   padding.vec(),
+                   dilation.vec(),
+                   transposed,
+                   output_padding.vec(),
+                   groups,
+                   c10::List<bool>({mask[0], mask[1], mask[2]})};
+    Call(c10::Dispatcher::singleton().findSchemaOrThrow("aten::convolution_backward", ""), stack).run();
+    return {stack[0].toTensor(), stack[1].toTensor(), stack[2].toTensor()};
+}
+
 bool may_become(const Tensor&, const Tensor&) { return true; }
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, library) {
@@ -721,10 +756,13 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
     library.impl("_copy_from_and_resize", copy_from_and_resize);
     library.impl("record_stream", record_stream);
     library.impl("native_dropout", native_dropout);
+    library.impl("convolution_overrideable", convolution);
+    library.impl("convolution_backward_overrideable", convolution_backward);
     library.impl("_has_compatible_shallow_copy_type", may_become);
     // Torch would compose these of others for a device it does not know; the CPU's kernels give the CPU's
     // bits.
-    for (const char* name : {"native_layer_norm", "native_group_norm"})
+    for (const char* name :
+         {"native_layer_norm", "native_group_norm", "silu_backward", "mish_backward", "addr", "_stack"})
         library.impl(name, torch::CppFunction::makeFromBoxedFunction<&call>());
 }
 
@@ -751,6 +789,8 @@ EXPORT void async_device_set_option(int which, int64_t value) {
         &options.seed,
         &options.max_kernel_delay_us,
         &options.max_copy_delay_us,
+        &options.has_lazy_kernels,
+        &options.has_lazy_copies,
         &options.kernel_cost_us,
         &options.upload_nbytes_per_second,
         &options.download_nbytes_per_second,
@@ -762,6 +802,7 @@ EXPORT void async_device_set_option(int which, int64_t value) {
     const bool is_visibility =
         all[which] == &options.is_visible_to_host && value != options.is_visible_to_host;
     all[which]->store(value);
+    for (int index = 0; index < kNumDevices; ++index) device(index).wake();
     for (int index = 0; is_visibility && index < kNumDevices; ++index)
         device(index).set_visibility(value != 0);
 }

@@ -88,9 +88,31 @@ uint64_t Stream::submit(Kind kind, std::string name, size_t nbytes, std::functio
 }
 
 void Stream::wait(uint64_t ticket) {
-    if (is_done(ticket)) return;
+    if (query(ticket)) return;
     std::unique_lock<std::mutex> lock(mutex_);
     has_ended_.wait(lock, [&] { return is_done(ticket); });
+}
+
+bool Stream::query(uint64_t ticket) {
+    if (is_done(ticket)) return true;
+    std::lock_guard<std::mutex> lock(mutex_);
+    wanted_ = std::max(wanted_, ticket);
+    has_work_.notify_one();
+    return false;
+}
+
+void Stream::wake() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    has_work_.notify_one();
+}
+
+bool Stream::may_begin(uint64_t ticket) const {
+    if (jobs_.empty()) return false;
+    const Kind kind = jobs_.front().kind;
+    const bool is_copy = kind == Kind::kUpload || kind == Kind::kDownload;
+    const bool is_lazy = (is_copy && options.has_lazy_copies.load() != 0) ||
+                         (kind == Kind::kKernel && options.has_lazy_kernels.load() != 0);
+    return !is_lazy || wanted_ >= ticket;
 }
 
 void Stream::run() {
@@ -98,7 +120,7 @@ void Stream::run() {
     set_current_stream(*this);
     for (uint64_t ticket = 1;; ++ticket) {
         std::unique_lock<std::mutex> lock(mutex_);
-        has_work_.wait(lock, [this] { return !jobs_.empty(); });
+        has_work_.wait(lock, [&] { return may_begin(ticket); });
         Job job = std::move(jobs_.front());
         jobs_.pop_front();
         lock.unlock();
@@ -220,6 +242,10 @@ void Device::set_visibility(bool is_visible) {
 }
 
 Stream& Device::next_of_pool() { return *streams_[1 + next_stream_++ % (kNumStreams - 1)]; }
+
+void Device::wake() {
+    for (auto& stream : streams_) stream->wake();
+}
 
 void Device::synchronize() {
     for (auto& stream : streams_) stream->wait(stream->last());

@@ -6,6 +6,12 @@
 // without access unless an option opens it: whoever dereferences one on the host gets a segmentation fault,
 // at any time and for certain. Kernels and copies use the second view, which `Device::seen_by_kernels`
 // translates to.
+//
+// [Note: The latest order]
+// What is lazy begins only once somebody waits for it: the host, or a stream that has come to an event behind
+// it. That is the latest that any device may run it, so what does not wait is too early for certain, however
+// fast or slow the machine is that plays the device. To ask whether it has ended counts as waiting, from then
+// on.
 #pragma once
 
 #include <atomic>
@@ -37,6 +43,8 @@ struct Options {
     std::atomic<int64_t> seed{0};                      ///< of the random delays
     std::atomic<int64_t> max_kernel_delay_us{0};       ///< before each kernel: uniform from 0 to this
     std::atomic<int64_t> max_copy_delay_us{0};         ///< before each copy between host and device
+    std::atomic<int64_t> has_lazy_kernels{0};          ///< 1: see [Note: The latest order]
+    std::atomic<int64_t> has_lazy_copies{0};           ///< 1: the same for copies between host and device
     std::atomic<int64_t> kernel_cost_us{0};            ///< how long each kernel takes at least
     std::atomic<int64_t> upload_nbytes_per_second{0};  ///< of all uploads together; 0: no limit
     std::atomic<int64_t> download_nbytes_per_second{0};
@@ -70,8 +78,12 @@ class Stream {
     /// the allocator would never reuse it too early.
     uint64_t submit(Kind kind, std::string name, size_t nbytes, std::function<void()> work);
     bool is_done(uint64_t ticket) const { return num_done_.load() >= ticket; }
+    /// Return whether work has ended, and want it to.
+    bool query(uint64_t ticket);
     /// Block until work has ended.
     void wait(uint64_t ticket);
+    /// Let the thread look at the options again.
+    void wake();
     /// The ticket of what was submitted last; 0: nothing was.
     uint64_t last() const { return num_submitted_.load(); }
 
@@ -86,12 +98,14 @@ class Stream {
         std::function<void()> work;
     };
     void run();
+    bool may_begin(uint64_t ticket) const;
     void run_job(Job& job, uint64_t ticket);
 
     std::mutex mutex_;
     std::condition_variable has_work_, has_ended_;
     std::deque<Job> jobs_;
     std::atomic<uint64_t> num_submitted_{0}, num_done_{0};
+    uint64_t wanted_ = 0;  // the last ticket that somebody has waited for
     bool is_started_ = false;
 };
 
@@ -103,6 +117,7 @@ struct Mark {
 
     static Mark of(Stream& stream);
     bool is_reached() const { return stream == nullptr || stream->is_done(ticket); }
+    bool query() const { return stream == nullptr || stream->query(ticket); }
     void wait() const {
         if (stream != nullptr) stream->wait(ticket);
     }
@@ -132,6 +147,8 @@ class Device {
     Stream& stream(int index) { return *streams_[index]; }
     Stream& next_of_pool();
     void synchronize();
+    /// Let all streams look at the options again.
+    void wake();
 
     /// Return a block, or nullptr where the capacity does not allow it. A block that was freed serves the
     /// stream that it belonged to at once, though that stream may not have come to the end of its last use
