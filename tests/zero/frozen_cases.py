@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import signal
 import socket
@@ -56,6 +57,7 @@ def train_two_steps(engine: GeminiDDP) -> None:
 
 def measure_sharing(*, stage: int, place: str, directory: Path | None = None, **fields: Any) -> dict[str, Any]:
     """Train two steps; return what was gathered and what the frozen weights take."""
+    gc.collect()  # engines of tests before, whose last exception refers to them
     line_of(dist.group.WORLD)  # process groups of the engine's own stay for the next one
     num_descriptors = len(os.listdir("/proc/self/fd"))
     with sharded(case_of(MODEL), stage=stage, place=place, directory=directory, **fields) as engine:
