@@ -148,6 +148,8 @@ def test_what_is_not_there_is_named() -> None:
     with async_device.device_with() as device:
         with pytest.raises(NotImplementedError, match="aten::_histogramdd_bin_edges is not there"):
             torch.histogramdd(torch.rand(5, 2, device=device), bins=[3, 3])
+        with pytest.raises(NotImplementedError, match="_lstm_cell is not there .* the CPU has no kernel"):
+            nn.LSTM(2, 2).to(device)(torch.ones(1, 1, 2, device=device))
         with pytest.raises(RuntimeError, match="found at least two devices, async_sim:0 and cpu"):
             torch.ones(3, device=device) + torch.ones(3)
 
@@ -215,6 +217,15 @@ def test_a_model_trains_to_the_bits_of_the_cpu(dtype: torch.dtype) -> None:
     with async_device.device_with(max_kernel_delay_us=300, fills_new_blocks=1) as device:
         found = train(twin.to(device), ids.to(device))
     assert all(torch.equal(a, b) for a, b in zip(found, train(model, ids), strict=True))
+
+
+@on_async_device
+def test_batch_norm_in_evaluation_is_there() -> None:
+    layer = nn.BatchNorm1d(3).eval()
+    x = torch.randn(5, 3)
+    expected = layer(x)
+    with async_device.device_with() as device:
+        assert torch.equal(layer.to(device)(x.to(device)).cpu(), expected)
 
 
 @on_async_device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Callable
 
@@ -12,6 +13,9 @@ from gemini.autograd.engine_access import is_autograd_thread
 from gemini.errors import ModelError
 
 __all__ = ["BackwardPass"]
+
+PATIENCE_S = 1.0
+"""Ends a wait for a pass that another thread is still running, which is that thread's mistake."""
 
 
 class BackwardPass:
@@ -37,6 +41,17 @@ class BackwardPass:
     def has_failed(self) -> bool:
         """Whether the open pass has ended without calling back."""
         return self.is_open and self._callback is not None and self._callback() is None
+
+    def ends_as_failed(self) -> bool:
+        """Return whether the open pass has failed, and wait a moment for autograd to forget it if that may still come.
+
+        Where a device has a thread of autograd's, that thread is the last to hold what a pass held, and lets go of it
+        only after the thread that called backward has got the error. Does not wait inside of a backward.
+        """
+        deadline_s = time.monotonic() + PATIENCE_S
+        while self.is_running and torch._C._current_graph_task_id() == -1 and time.monotonic() < deadline_s:
+            time.sleep(0.0005)
+        return self.has_failed
 
     def join(self, at_end: Callable[[], None]) -> bool:
         """Note that a gradient arrives, either in the open pass or as the first one of a new pass.

@@ -57,6 +57,8 @@ class EngineAccess:
         Raises:
             ModelError: another thread holds it.
         """
+        if is_autograd_thread():
+            return  # it acts for a thread that waits for it, and could not let go where a recomputation fails
         if not self._is_ours(self._holder.setdefault("thread", (threading.get_ident(), action))):
             self.check_thread(action)
             self._holder["thread"] = (threading.get_ident(), action)  # replaces the entry of a thread that has ended

@@ -255,7 +255,7 @@ class GradientStore:
 
     def _end_failed_pass(self) -> None:
         """Drop what only some uses of a parameter have delivered to a pass that has failed: autograd has none of it."""
-        if not self.backward_pass.has_failed:
+        if not self.backward_pass.ends_as_failed():
             return
         partial = {chunk_id: chunk.unfinished - chunk.earlier for chunk_id, chunk in self._chunks.items()}
         self.end_backward()

@@ -18,6 +18,7 @@ import torch
 from async_device.process import on_async_device
 from model_zoo import HF_CASES
 from small_resources import small_resources
+from torch.utils.checkpoint import checkpoint
 from training_harness import (
     EPS,
     LR,
@@ -257,6 +258,36 @@ def test_closing_gives_all_device_memory_back(tmp_path: Path, place: str) -> Non
             assert torch.accelerator.memory_allocated() - before <= 8192
         finally:
             gc.enable()
+
+
+class Recomputed(torch.nn.Module):
+    """Two layers whose activations are computed again in backward, by autograd's thread for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x
+
+
+@on_async_device
+def test_an_engine_can_be_used_after_a_recomputation_that_was_interrupted() -> None:
+    case = Case(Recomputed, lambda generator: {"x": torch.randn(2, 32, generator=generator).to("async_sim")})
+
+    def refuse(x: torch.Tensor) -> torch.Tensor:
+        raise KeyboardInterrupt("on purpose")
+
+    with async_device.device_with(), GeminiDDP(case.model(), config_of("device", None)) as engine:
+        (batch,) = case.batches(1)
+        loss = engine(**batch).square().sum()
+        engine.module.layers[0].forward = refuse
+        with pytest.raises(KeyboardInterrupt, match="on purpose"):
+            loss.backward()
+        del engine.module.layers[0].forward
+        engine(**batch).square().sum().backward()
 
 
 @on_async_device
