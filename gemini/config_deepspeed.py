@@ -221,7 +221,7 @@ def _check_keys(values: Mapping[str, Any]) -> None:
                 "training does not depend on it"
             )
     if left:
-        logger.warning("from_deepspeed: the engine decides by itself what these would set: %s", ", ".join(left))
+        logger.warning("from_deepspeed: ignored, because Gemini sets these automatically: %s", ", ".join(left))
 
 
 def _is_off(path: str, value: Any) -> bool:

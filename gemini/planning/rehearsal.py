@@ -105,7 +105,7 @@ def _count(model: torch.nn.Module, loss_fn: LossFn, fakes: FakeTensorMode, check
             loss.backward()  # type: ignore[no-untyped-call]
     except (RuntimeError, NotImplementedError) as error:  # fake tensors raise several kinds of these errors
         raise ModelError(
-            f"{type(model).__name__}: its forward and backward cannot be rehearsed without values "
+            f"cannot estimate the activation memory of {type(model).__name__}: its forward depends on tensor values "
             f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}); give its activations instead"
         ) from error
     return Rehearsal(

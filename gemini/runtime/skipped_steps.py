@@ -15,6 +15,7 @@ _CAUSES = (
     "a gradient is infinite or NaN, most often because the learning rate is too high, the loss overflows or a batch is "
     "bad (NaN in it, no labels), more rarely because the loss reads weights outside of the model's forward"
 )
+_SKIPPED = "skipped an optimizer step, which changed nothing: %s (further skips are counted, not printed)"
 
 
 class SkippedSteps:
@@ -47,7 +48,7 @@ class SkippedSteps:
             self._num_in_a_row += 1
             level = logging.DEBUG if self._has_warned else logging.WARNING
             self._has_warned = True
-            logger.log(level, "step skipped and nothing changed: %s (said once)", _CAUSES)
+            logger.log(level, _SKIPPED, _CAUSES)
         if scaler is not None:
             scaler.update(found_overflow=True)
 
