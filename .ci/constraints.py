@@ -23,6 +23,8 @@ PROJECT = "gemini-memory"
 EXTRAS = ("dev",)
 MINORS = range(10, 14)
 """The Pythons 3.x that pyproject.toml admits."""
+LAST_PATCH = 99
+"""A patch level that no Python has reached."""
 BUILD_TOOLS = ("setuptools", "wheel")
 LEFT_OUT = re.compile(r"pip|triton|(nvidia|cuda)-.*|gemini-memory")
 HEAD = """\
@@ -75,12 +77,20 @@ def line_of(name: str) -> str | None:
 
 def marker_of(requires_python: str | None) -> str:
     """Return the marker of the Pythons that a version admits; nothing if these are all that the project admits."""
-    admitted = [minor for minor in MINORS if f"3.{minor}.99" in SpecifierSet(requires_python or "")]
-    if not admitted or len(admitted) == len(MINORS):
+    specifiers = SpecifierSet(requires_python or "")
+    admitted = [minor for minor in MINORS if f"3.{minor}.{LAST_PATCH}" in specifiers]
+    if not admitted:
         return ""
-    bounds = [f'python_version >= "3.{admitted[0]}"'] if admitted[0] > MINORS[0] else []
-    bounds += [f'python_version <= "3.{admitted[-1]}"'] if admitted[-1] < MINORS[-1] else []
-    return f"; {' and '.join(bounds)}"
+    first, last = admitted[0], admitted[-1]
+    bounds = []
+    patch = next(patch for patch in range(LAST_PATCH + 1) if f"3.{first}.{patch}" in specifiers)
+    if patch:  # such as >=3.11.5: Debian 12 has 3.11.2
+        bounds.append(f'python_full_version >= "3.{first}.{patch}"')
+    elif first > MINORS[0]:
+        bounds.append(f'python_version >= "3.{first}"')
+    if last < MINORS[-1]:
+        bounds.append(f'python_version <= "3.{last}"')
+    return f"; {' and '.join(bounds)}" if bounds else ""
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import ModuleType
 
@@ -24,12 +25,49 @@ WANTED = (PINNED, "torch>=2.6")
 
 @pytest.fixture(scope="module")
 def bootstrap() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bootstrap", BOOTSTRAP)
+    return load("bootstrap")
+
+
+def load(name: str) -> ModuleType:
+    """Import a program of .ci."""
+    spec = importlib.util.spec_from_file_location(name, BOOTSTRAP.with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.parametrize(
+    ("requires_python", "marker"),
+    [
+        (None, ""),
+        (">=3.8", ""),
+        (">=3.11", '; python_version >= "3.11"'),
+        (">=3.11.5", '; python_full_version >= "3.11.5"'),  # Debian 12 has 3.11.2
+        (">=3.10.1", '; python_full_version >= "3.10.1"'),
+        (">=3.10,<3.13", '; python_version <= "3.12"'),
+        (">=3.11,!=3.11.4,<3.13", '; python_version >= "3.11" and python_version <= "3.12"'),
+        (">=3.20", ""),
+    ],
+)
+def test_a_pin_holds_for_the_pythons_that_its_package_admits(requires_python: str | None, marker: str) -> None:
+    assert load("constraints").marker_of(requires_python) == marker
+
+
+def test_every_pin_can_be_had_by_every_python_that_its_marker_names() -> None:
+    """Constraints that one Python cannot meet end `make setup` there, after minutes and with a riddle."""
+    marker_of = load("constraints").marker_of
+    for line in (BOOTSTRAP.parents[1] / "constraints.txt").read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        pin = Requirement(line)
+        try:
+            found = distribution(pin.name)
+        except PackageNotFoundError:
+            continue
+        if pin.specifier.contains(found.version, prereleases=True):
+            assert line.partition(";")[2].strip() == marker_of(found.metadata.get("Requires-Python")).lstrip("; "), line
 
 
 def make_probe(bootstrap: ModuleType, offers: dict[tuple[str, str], bool | None]):
