@@ -225,6 +225,8 @@ class StreamTransfers:
         self._ledger = ledger
         self._upload_stream = accelerator.new_stream()
         self._download_stream = accelerator.new_stream()
+        self._refresh_stream = accelerator.new_stream()
+        """Stream of uploads behind a mark, which must not queue behind a prefetch that waits for later compute."""
         self._recorder: SpanRecorder | None = None
         self._spans: DeviceSpans | None = None
 
@@ -254,7 +256,8 @@ class StreamTransfers:
 
     def free(self, buffer: torch.Tensor, purpose: str) -> None:
         """Let the caching allocator reuse the memory once compute and both copy streams are done with it."""
-        for stream in (self._accelerator.current_stream(), self._upload_stream, self._download_stream):
+        copies = (self._upload_stream, self._download_stream, self._refresh_stream)
+        for stream in (self._accelerator.current_stream(), *copies):
             buffer.record_stream(stream)  # type: ignore[arg-type]  # a torch.Stream
         self._ledger.credit(MemoryTier.DEVICE, purpose, buffer.numel())
 
@@ -265,8 +268,9 @@ class StreamTransfers:
     def upload(self, dst: torch.Tensor, src: torch.Tensor, *, after: Mark | None = None, record: str = "") -> Move:
         """Start a copy on the upload stream, behind `after` or else the calling thread's current stream."""
         self.traffic.count_upload(src.nbytes)
+        stream = self._upload_stream if after is None else self._refresh_stream
         after = self.mark() if after is None else after
-        return self._copy(self._upload_stream, dst, src, after=after, operation="upload", record=record)
+        return self._copy(stream, dst, src, after=after, operation="upload", record=record)
 
     def download(self, dst: torch.Tensor, src: torch.Tensor, *, record: str = "") -> Move:
         """Start a copy on the download stream."""

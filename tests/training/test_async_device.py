@@ -308,6 +308,20 @@ def test_an_upload_after_a_mark_waits_for_no_later_compute() -> None:
 
 
 @on_async_device
+def test_a_refresh_does_not_queue_behind_a_prefetch_that_waits_for_compute() -> None:
+    with (
+        async_device.device_with(keeps_records=1),
+        small_resources(device=async_device.NAME, device_budget="1MiB") as resources,
+    ):
+        transfers, arena = resources.transfers, resources.arena
+        there, here = transfers.allocate(8192, "slots"), arena.allocate(8192, "working").fill_(7)
+        transfers.upload(there[:4096], here[:4096]).wait_on_host()
+        transfers.upload(there[4096:], here[4096:], after=transfers.mark()).wait_on_host()
+        streams = [each.stream for each in async_device.take_records() if each.kind == "upload"]
+        assert len(set(streams)) == len(streams) == 2
+
+
+@on_async_device
 def test_memory_that_is_freed_serves_others_once_copies_have_ended() -> None:
     with (
         async_device.device_with(has_lazy_copies=1) as device,
