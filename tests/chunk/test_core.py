@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import make_chunk_spec
 from small_resources import break_writes, small_resources, truncated_file
 
 from gemini.chunk.core import ChunkCore
-from gemini.chunk.layout import ChunkSpec, ParamPlace
 from gemini.chunk.state import ChunkState
 from gemini.errors import IllegalTransitionError, OffloadIOError, OutOfTierMemoryError
-from gemini.model.params import ParamSpec
 from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources
 from gemini.offload.slots import FixedSlots
@@ -46,9 +45,7 @@ def make_core(
         listeners=RunListeners(),
     )
     for i, tier in enumerate(tiers):
-        param = ParamSpec(name=f"weight{i}", index=i, shape=(NUMEL,), dtype=torch.float32, is_trainable=False)
-        place = ParamPlace(spec=param, chunk_id=i, begin=0)
-        spec = ChunkSpec(chunk_id=i, unit_id=0, dtype=torch.float32, is_trainable=False, places=(place,), numel=NUMEL)
+        spec = make_chunk_spec([NUMEL], chunk_id=i, name=f"weight{i}", is_trainable=False, is_padded=False)
         home = TiledHome([tier], [12_288], arena=resources.arena, store=resources.store, purpose="working")
         content = torch.full((3072,), float(i)).view(torch.uint8)
         if tier is NVME:

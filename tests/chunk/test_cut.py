@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from builders import make_chunk_spec
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gemini.chunk.cut import cut_spec, cut_values, piece_of
-from gemini.chunk.layout import ChunkSpec, ParamPlace
-from gemini.model.params import ParamSpec
-from gemini.tiers import round_up
+from gemini.chunk.layout import ChunkSpec
 from zero.sharding import shard_of
 
 worlds = st.integers(1, 17)
@@ -19,13 +18,8 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 @st.composite
 def specs(draw: st.DrawFn) -> ChunkSpec:
-    dtype = draw(dtypes)
-    places, begin = [], 0
-    for i, numel in enumerate(draw(st.lists(st.sampled_from([0, 1, 63, 64, 1000, 5000]), max_size=8))):
-        param = ParamSpec(name=f"weight{i}", index=i, shape=(numel,), dtype=dtype, is_trainable=True)
-        places.append(ParamPlace(spec=param, chunk_id=0, begin=begin))
-        begin = round_up(begin + numel, 64)
-    return ChunkSpec(chunk_id=0, unit_id=0, dtype=dtype, is_trainable=True, places=tuple(places), numel=begin)
+    lengths = draw(st.lists(st.sampled_from([0, 1, 63, 64, 1000, 5000]), max_size=8))
+    return make_chunk_spec(lengths, draw(dtypes))
 
 
 @given(numel=st.integers(0, 100_000), itemsize=st.sampled_from([1, 2, 4, 8]), world_size=worlds)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import make_chunk_spec
 from small_resources import break_writes, small_resources
 
-from gemini.chunk.layout import ChunkSpec, ParamPlace
+from gemini.chunk.layout import ChunkSpec
 from gemini.errors import ModelError, OffloadIOError
 from gemini.gradients.store import GradientStore
 from gemini.kernels.cpu import GradMode, store_gradient
 from gemini.kernels.device import select_device_kernels
-from gemini.model.params import ParamSpec
 from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources
 from gemini.tiers import MemoryTier, round_up
@@ -36,13 +36,7 @@ BELOW = {name: path for name, path in PATHS.items() if path[1] is not DEVICE}
 
 
 def make_spec(chunk_id: int, dtype: torch.dtype) -> ChunkSpec:
-    places, begin = [], 0
-    for i, length in enumerate(LENGTHS):
-        name = f"chunk{chunk_id}.weight{i}"
-        param = ParamSpec(name=name, index=i, shape=(length,), dtype=dtype, is_trainable=True)
-        places.append(ParamPlace(spec=param, chunk_id=chunk_id, begin=begin))
-        begin = round_up(begin + length, 64)
-    return ChunkSpec(chunk_id=chunk_id, unit_id=0, dtype=dtype, is_trainable=True, places=tuple(places), numel=begin)
+    return make_chunk_spec(LENGTHS, dtype, chunk_id=chunk_id, name=f"chunk{chunk_id}.weight{{}}")
 
 
 class Store:

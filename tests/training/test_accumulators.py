@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from builders import make_chunk_spec
 from model_zoo import HF_CASES, HIDDEN, Block, Tower, square, vector_batch
 from torch import nn
 from training_harness import Case, config_for, hybrid_adam, same_bits
@@ -18,10 +19,8 @@ from training_harness import Case, config_for, hybrid_adam, same_bits
 import gemini.config
 from gemini import GeminiDDP, HybridAdam, MemoryReport
 from gemini.assembly.blueprint import draw_blueprint
-from gemini.chunk.layout import ChunkSpec, ParamPlace
 from gemini.gradients.accumulators import GradientAccumulators
 from gemini.kernels.device import select_device_kernels
-from gemini.model.params import ParamSpec
 from gemini.offload.transfer import CpuTransfers, SimulatedTransfers
 from gemini.placement.accumulators import choose_accumulators
 from gemini.placement.plan import ChunkDemand, ChunkPlacement, PlacementPlan
@@ -188,9 +187,7 @@ def test_nobody_reads_sums_or_adds_to_them_before_they_have_left(host_kib, tmp_p
 
 
 def test_a_sum_on_its_way_is_left_alone_until_it_has_left():
-    param = ParamSpec(name="weight", index=0, shape=(3,), dtype=torch.float32, is_trainable=True)
-    place = ParamPlace(spec=param, chunk_id=0, begin=0)
-    spec = ChunkSpec(chunk_id=0, unit_id=0, dtype=torch.float32, is_trainable=True, places=(place,), numel=3)
+    spec = make_chunk_spec([3], is_padded=False)
     accumulators = GradientAccumulators(LateTransfers(), select_device_kernels(torch.device("cpu")))
     accumulators.open(spec)
     host = torch.zeros(12, dtype=torch.uint8)

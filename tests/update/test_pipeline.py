@@ -9,19 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import make_chunk_spec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_resources import break_writes, small_resources, truncated_file
 from torch import Tensor
 
 from gemini.chunk.core import ChunkCore
-from gemini.chunk.layout import ChunkSpec, ParamPlace
 from gemini.errors import OffloadIOError, WorkerError
 from gemini.kernels.adam_tile import AdamHyper, AdamSegment, AdamTile, state_format_of
 from gemini.kernels.cpu import adam_update
 from gemini.kernels.device import select_device_kernels
 from gemini.kernels.pool import Ticket
-from gemini.model.params import ParamSpec
 from gemini.offload.home import TiledHome
 from gemini.offload.resources import Resources
 from gemini.offload.slots import FixedSlots
@@ -117,10 +116,7 @@ class Placed:
                 for view, source in zip(views, (whole.master, whole.momentum, whole.variance), strict=True):
                     if view is not None and source is not None:
                         view.copy_(source[here])
-        param = ParamSpec(name="weight", index=0, shape=(NUMEL,), dtype=self.dtype, is_trainable=True)
-        chunk_id = len(core.chunks)
-        places = (ParamPlace(spec=param, chunk_id=chunk_id, begin=0),)
-        spec = ChunkSpec(chunk_id=chunk_id, unit_id=0, dtype=self.dtype, is_trainable=True, places=places, numel=NUMEL)
+        spec = make_chunk_spec([NUMEL], self.dtype, chunk_id=len(core.chunks), is_padded=False)
         self.chunk = core.add(spec, [torch.empty(0, dtype=self.dtype)], self.homes["working"], is_resident=False)
 
     def _home(self, tiers: Sequence[MemoryTier], nbytes: list[int]) -> TiledHome:
