@@ -46,12 +46,19 @@ class BackwardPass:
         """Return whether the open pass has failed, and wait a moment for autograd to forget it if that may still come.
 
         Where a device has a thread of autograd's, that thread is the last to hold what a pass held, and lets go of it
-        only after the thread that called backward has got the error. Does not wait inside of a backward.
+        only after the thread that called backward has got the error. There is nothing to wait for inside of a backward,
+        nor in a pass that its caller ends.
         """
-        deadline_s = time.monotonic() + PATIENCE_S
-        while self.is_running and torch._C._current_graph_task_id() == -1 and time.monotonic() < deadline_s:
-            time.sleep(0.0005)
+        if self._is_awaited and torch._C._current_graph_task_id() == -1:
+            deadline_s = time.monotonic() + PATIENCE_S
+            while self._is_awaited and time.monotonic() < deadline_s:
+                time.sleep(0.0005)
         return self.has_failed
+
+    @property
+    def _is_awaited(self) -> bool:
+        """Whether autograd still holds the callback of the open pass."""
+        return self.is_open and self._callback is not None and self._callback() is not None
 
     def join(self, at_end: Callable[[], None]) -> bool:
         """Note that a gradient arrives, either in the open pass or as the first one of a new pass.

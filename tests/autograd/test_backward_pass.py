@@ -43,3 +43,14 @@ def test_a_pass_that_somebody_still_runs_is_not_waited_for_for_ever(monkeypatch:
     assert engine.held
     a_pass.end()
     assert not a_pass.ends_as_failed()
+
+
+def test_a_pass_that_its_caller_ends_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sleep(seconds: float) -> None:
+        raise AssertionError("autograd holds nothing of this pass")
+
+    monkeypatch.setattr(backward_pass.time, "sleep", sleep)
+    a_pass = BackwardPass()
+    a_pass.begin(None)
+    assert not a_pass.ends_as_failed()
+    assert a_pass.is_running
