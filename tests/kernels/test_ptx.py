@@ -153,12 +153,14 @@ def test_adam_has_the_bits_of_the_native_kernel(working: torch.dtype, grad: torc
         assert differing_parts(program, working, grad, numel) == []
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_adam_has_these_bits_on_every_chip(capability: int) -> None:
     dtypes = (torch.bfloat16, torch.bfloat16)
     assert differing_parts(parse(adam_ptx(*dtypes, capability)), *dtypes, 2500) == []
 
 
+@pytest.mark.quick_cases(6)
 @pytest.mark.parametrize("capability", [89, 120])
 @pytest.mark.parametrize(("dst", "src", "mode"), GRADIENTS)
 def test_a_gradient_is_stored_and_summed_as_by_the_native_kernel(
@@ -197,6 +199,7 @@ def test_what_does_not_round_to_the_nearest_is_not_executed(before: str, after: 
 # ---------------------------------------------------------------- what is compiled
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_operation_is_rounded_on_its_own(capability: int) -> None:
     modules = [adam_ptx(working, grad, capability) for working, grad in ADAM]
@@ -209,6 +212,7 @@ def test_every_operation_is_rounded_on_its_own(capability: int) -> None:
 
 
 @pytest.mark.skipif(find_ptxas(89) is None, reason="there is no ptxas")
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_registers_leave_room_for_many_warps(capability: int, tmp_path: Path) -> None:
     found = [assemble(adam_ptx(working, grad, capability), tmp_path) for working, grad in ADAM]
