@@ -26,9 +26,10 @@ from results_file import spread_of
 from gemini.config import GeminiConfig
 from gemini.kernels.adam_tile import AdamHyper, AdamSegment
 from gemini.kernels.cpu import GradMode
-from gemini.kernels.device import DeviceKernels, device_adam_update, device_store_gradient, select_device_kernels
-from gemini.kernels.device_tile import DeviceTile
+from gemini.kernels.device import TORCH_KERNELS, DeviceKernels, select_device_kernels
+from gemini.kernels.device_tile import DeviceChunk
 from gemini.offload.resources import Resources, budgets_of, open_resources
+from gemini.update.state_record import record_offsets
 
 HYPER = AdamHyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, is_decoupled=True)
 NUM_WARM_UPS = 3
@@ -132,53 +133,39 @@ def measure_copies(device: torch.device, nbytes: int, num_repeats: int) -> list[
 # ---------------------------------------------------------------- kernels
 
 
-def make_tile(device: torch.device, dtype: torch.dtype, numel: int, num_segments: int) -> DeviceTile:
-    """Return a tile with gradients in the working dtype and segments of equal length."""
+def make_chunk(device: torch.device, dtype: torch.dtype, numel: int, num_segments: int, tile_numel: int) -> DeviceChunk:
+    """Return a chunk with gradients in the working dtype, no momentum, and segments of equal length."""
     cuts = [numel * index // num_segments for index in range(num_segments + 1)]
-    master = torch.randn(numel, device=device)
-    residual = None
-    if dtype == torch.bfloat16:
-        residual = torch.zeros(numel, dtype=torch.int16, device=device)
-    elif dtype == torch.float16:
-        residual = master
-    return DeviceTile(
-        working=master.to(dtype),
-        master=residual,
-        momentum=torch.zeros(numel, device=device),
-        variance=torch.zeros(numel, device=device),
+    num_full = -(-numel // tile_numel) - 1
+    offsets, last_offsets = record_offsets(tile_numel, dtype), record_offsets(numel - num_full * tile_numel, dtype)
+    return DeviceChunk(
+        working=torch.randn(numel, device=device).to(dtype),
+        records=torch.zeros(num_full * offsets.nbytes + last_offsets.nbytes, dtype=torch.uint8, device=device),
         grad=torch.randn(numel, device=device).to(dtype),
+        tile_numel=tile_numel,
+        offsets=offsets,
+        last_offsets=last_offsets,
         grad_scale=1.0,
         segments=tuple(AdamSegment(begin=begin, end=end, hyper=HYPER, step=10) for begin, end in pairwise(cuts)),
     )
 
 
 def measure_kernels(device: torch.device, kernels: DeviceKernels, numel: int, num_repeats: int) -> list[Row]:
-    """Measure the Adam update of each format, in one launch and in tiles, and the gradient store."""
+    """Measure the Adam update of each format, over one tile and over many, and the gradient store."""
     rows = []
     system = f"gemini {kernels.name}"
     for dtype, itemsize in ITEMSIZES.items():
-        tile = make_tile(device, dtype, numel, NUM_SEGMENTS)
-        times = time_ms(device, partial(kernels.adam_update, tile), num_repeats)
+        chunk = make_chunk(device, dtype, numel, NUM_SEGMENTS, numel)
+        times = time_ms(device, partial(kernels.adam_update, chunk), num_repeats)
         rows.append(row_of(system, f"adam {DTYPE_NAMES[dtype]}", itemsize * numel, times))
-    rows.append(measure_tiles(device, kernels, numel, num_repeats))
+    chunk = make_chunk(device, torch.bfloat16, numel, NUM_SEGMENTS, 1 << 20)  # as an engine has it
+    times = time_ms(device, partial(kernels.adam_update, chunk), num_repeats)
+    rows.append(row_of(system, "adam bf16 in tiles", ITEMSIZES[torch.bfloat16] * numel, times))
     src = torch.randn(numel, device=device).to(torch.bfloat16)
     dst = torch.zeros(numel, device=device)
     times = time_ms(device, partial(kernels.store_gradient, dst, src, mode=GradMode.ADD), num_repeats)
     rows.append(row_of(system, "gradient bf16 to fp32", 10 * numel, times))
     return rows
-
-
-def measure_tiles(device: torch.device, kernels: DeviceKernels, numel: int, num_repeats: int) -> Row:
-    """Measure the Adam update of bf16 weights as an engine runs it, tile by tile."""
-    tile_numel = min(1 << 20, numel)
-    tiles = [make_tile(device, torch.bfloat16, tile_numel, 1) for _ in range(numel // tile_numel)]
-
-    def update() -> None:
-        for tile in tiles:
-            kernels.adam_update(tile)
-
-    nbytes = ITEMSIZES[torch.bfloat16] * tile_numel * len(tiles)
-    return row_of(f"gemini {kernels.name}", "adam bf16 in tiles", nbytes, time_ms(device, update, num_repeats))
 
 
 def measure_references(device: torch.device, numel: int, num_repeats: int) -> list[Row]:
@@ -216,8 +203,7 @@ def measure(device: torch.device, *, numel: int, copy_nbytes: int, num_repeats: 
     rows = measure_copies(device, copy_nbytes, num_repeats)
     rows += measure_references(device, numel, num_repeats)
     chosen = select_device_kernels(device)
-    fallback = DeviceKernels(name="torch", adam_update=device_adam_update, store_gradient=device_store_gradient)
-    for kernels in (chosen, fallback) if chosen.name != fallback.name else (fallback,):
+    for kernels in (chosen, TORCH_KERNELS) if chosen is not TORCH_KERNELS else (TORCH_KERNELS,):
         rows += measure_kernels(device, kernels, numel, num_repeats)
     compare(rows)
     return rows

@@ -9,6 +9,7 @@ import enum
 import functools
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ __all__ = [
     "SegmentFactors",
     "StateFormat",
     "check_tensor",
+    "clip_segments",
     "segment_factors",
     "state_format_of",
 ]
@@ -156,6 +158,20 @@ class AdamSegment:
     def factors(self) -> SegmentFactors:
         """The rounded factors of this segment."""
         return segment_factors(self.hyper, self.step)
+
+
+def clip_segments(segments: Sequence[AdamSegment], begin: int, end: int) -> tuple[AdamSegment, ...]:
+    """Return the parts of sorted segments inside [begin, end), relative to `begin`."""
+    return tuple(
+        AdamSegment(
+            begin=max(segment.begin, begin) - begin,
+            end=min(segment.end, end) - begin,
+            hyper=segment.hyper,
+            step=segment.step,
+        )
+        for segment in segments
+        if segment.begin < end and segment.end > begin
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -26,22 +26,37 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gemini.kernels.adam_tile import AdamHyper, AdamSegment, SegmentFactors, StateFormat, state_format_of
+from gemini.kernels.adam_tile import AdamHyper, AdamSegment, SegmentFactors, StateFormat
 from gemini.kernels.cpu import GradMode
-from gemini.kernels.device_tile import SUM_BLOCK_NUMEL, DeviceTile, check_gradient, fold_halves, new_block_sums
+from gemini.kernels.device_tile import (
+    SUM_BLOCK_NUMEL,
+    DeviceChunk,
+    DeviceTile,
+    RecordOffsets,
+    check_gradient,
+    fold_halves,
+)
 
-__all__ = ["DeviceKernels", "device_adam_update", "device_store_gradient", "select_device_kernels"]
+__all__ = [
+    "TORCH_KERNELS",
+    "DeviceKernels",
+    "device_adam_update",
+    "device_store_gradient",
+    "select_device_kernels",
+    "update_tiles",
+]
 
 logger = logging.getLogger(__name__)
 
+_PROBE_HYPER = AdamHyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-30, weight_decay=0.1)
 _SLICE_NUMEL = 1 << 20  # elements a torch operation works on at a time; bounds the temporaries
 
 
 class AdamUpdate(Protocol):
-    """Signature of an Adam update."""
+    """Signature of a chunk's Adam update."""
 
-    def __call__(self, tile: DeviceTile) -> None:
-        """Update a tile in place; see device_adam_update."""
+    def __call__(self, chunk: DeviceChunk) -> None:
+        """Update a chunk in place; see update_tiles."""
 
 
 class StoreGradient(Protocol):
@@ -73,7 +88,7 @@ def select_device_kernels(device: torch.device) -> DeviceKernels:
     Returns:
         The kernels; keep them, because choosing takes too long for a step.
     """
-    kernels = DeviceKernels(name="torch", adam_update=device_adam_update, store_gradient=device_store_gradient)
+    kernels = TORCH_KERNELS
     if device.type == "cuda":
         try:
             kernels = _triton_kernels(device)
@@ -90,11 +105,10 @@ def _triton_kernels(device: torch.device) -> DeviceKernels:
 
     pairs = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        expected, found = _make_probe_tile(device, dtype), _make_probe_tile(device, dtype)
-        device_adam_update(expected)
+        expected, found = _make_probe(device, dtype), _make_probe(device, dtype)
+        update_tiles(expected)
         triton_adam_update(found)
-        names = ("working", "momentum", "variance") + (() if found.master is None else ("master",))
-        pairs += [(getattr(expected, name), getattr(found, name)) for name in names]
+        pairs += [(expected.working, found.working), (expected.records, found.records)]
         sums = [
             store(None, expected.grad, mode=GradMode.STORE) for store in (device_store_gradient, triton_store_gradient)
         ]
@@ -104,24 +118,41 @@ def _triton_kernels(device: torch.device) -> DeviceKernels:
     return DeviceKernels(name="triton", adam_update=triton_adam_update, store_gradient=triton_store_gradient)
 
 
-def _make_probe_tile(device: torch.device, dtype: torch.dtype) -> DeviceTile:
-    """Return a tile whose values and gradients span all magnitudes of float32, subnormal numbers included."""
-    numel = 5000
+def _make_probe(device: torch.device, dtype: torch.dtype) -> DeviceChunk:
+    """Return two tiles whose values and gradients span all magnitudes of float32, subnormal numbers included."""
+    tile_numel, numel = 4096, 5000
     values = torch.linspace(-148.0, 60.0, numel, device=device).exp2_()
-    masters = {
-        StateFormat.SPLIT_BF16: torch.arange(numel, device=device).to(torch.int16),
-        StateFormat.FP16_MASTER: values.clone(),
-    }
-    hyper = AdamHyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-30, weight_decay=0.1)
-    return DeviceTile(
+    # All parts of a record are as long as a tile of float32: what is behind a shorter one is padding.
+    part = 4 * tile_numel
+    offsets = RecordOffsets(momentum=part, variance=2 * part, nbytes=3 * part)
+    chunk = DeviceChunk(
         working=values.to(dtype, copy=True),
-        master=masters.get(state_format_of(dtype)),
-        momentum=-values,
-        variance=values * 0.3,
+        records=torch.zeros(6 * part, dtype=torch.uint8, device=device),
         grad=values * 0.9,
+        tile_numel=tile_numel,
+        offsets=offsets,
+        last_offsets=offsets,
         grad_scale=0.7,
-        segments=(AdamSegment(begin=1, end=numel, hyper=hyper, step=3),),
+        segments=(AdamSegment(begin=1, end=numel, hyper=_PROBE_HYPER, step=3),),
     )
+    masters = torch.arange(numel, device=device) if dtype == torch.bfloat16 else values
+    for tile, begin in zip(chunk.tiles(), (0, tile_numel), strict=True):
+        here = slice(begin, begin + tile.working.numel())
+        tile.momentum.copy_(-values[here])
+        tile.variance.copy_(values[here] * 0.3)
+        if tile.master is not None:
+            tile.master.copy_(masters[here])
+    return chunk
+
+
+def update_tiles(chunk: DeviceChunk) -> None:
+    """Apply one Adam or AdamW update to a chunk in place with torch operations, tile by tile.
+
+    Args:
+        chunk: tensors and hyper-parameters; elements in no segment are left untouched.
+    """
+    for tile in chunk.tiles():
+        device_adam_update(tile)
 
 
 def device_adam_update(tile: DeviceTile) -> None:
@@ -208,7 +239,9 @@ def device_store_gradient(dst: Tensor | None, src: Tensor, *, mode: GradMode) ->
     Source: gn_grad_store in native/include/gemini_native.h, bit for bit.
     """
     check_gradient(dst, src, mode)
-    block_sums = new_block_sums(src)
+    num_blocks = -(-src.numel() // SUM_BLOCK_NUMEL)
+    padded = 1 << max(num_blocks - 1, 0).bit_length()
+    block_sums = torch.zeros(padded, dtype=torch.float64, device=src.device)
     for begin in range(0, src.numel(), _SLICE_NUMEL):
         values = src[begin : begin + _SLICE_NUMEL]
         if dst is not None:
@@ -219,9 +252,13 @@ def device_store_gradient(dst: Tensor | None, src: Tensor, *, mode: GradMode) ->
                 target.copy_(values)
             values = target
         first = begin // SUM_BLOCK_NUMEL
-        num_blocks = -(-values.numel() // SUM_BLOCK_NUMEL)
-        squares = torch.zeros(num_blocks * SUM_BLOCK_NUMEL, dtype=torch.float64, device=src.device)
+        num_here = -(-values.numel() // SUM_BLOCK_NUMEL)
+        squares = torch.zeros(num_here * SUM_BLOCK_NUMEL, dtype=torch.float64, device=src.device)
         squares[: values.numel()] = values
         squares *= squares
-        block_sums[first : first + num_blocks] = fold_halves(squares.view(num_blocks, SUM_BLOCK_NUMEL))
+        block_sums[first : first + num_here] = fold_halves(squares.view(num_here, SUM_BLOCK_NUMEL))
     return fold_halves(block_sums)
+
+
+TORCH_KERNELS = DeviceKernels(name="torch", adam_update=update_tiles, store_gradient=device_store_gradient)
+"""Kernels for any device of torch."""

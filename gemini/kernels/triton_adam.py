@@ -1,15 +1,13 @@
-"""The Adam update as one Triton launch over a whole tile, whatever the number of segments.
+"""The Adam update as one Triton launch over a whole chunk, whatever the number of tiles and segments.
 
-Knows tensors and segments, nothing of chunks or streams. Importing this module needs Triton: import it through
-gemini.kernels.device.select_device_kernels, which does without.
+Knows tensors and segments, nothing of streams or of where chunks live. Importing this module needs Triton: import it
+through gemini.kernels.device.select_device_kernels, which does without.
 """
 
 # Triton reads the annotations of a kernel's parameters: only tl.constexpr may stand there.
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,19 +16,19 @@ import triton.language as tl
 from torch import Tensor
 
 from gemini.kernels.adam_tile import AdamSegment
-from gemini.kernels.device_tile import DeviceTile
+from gemini.kernels.device_tile import TILE_MULTIPLE, DeviceChunk
 
 __all__ = [
     "BLOCK_NUMEL",
     "NUM_WARPS",
     "adam_kernel",
     "as_float32",
-    "make_segment_table",
+    "kernel_arguments",
     "pass_bits",
     "triton_adam_update",
 ]
 
-BLOCK_NUMEL = 1024
+BLOCK_NUMEL = TILE_MULTIPLE
 """Elements of one program."""
 NUM_WARPS = 8
 """Warps of one program: 4 elements a thread. With 4 warps the kernels of half precisions take 107 to 118 registers and
@@ -94,101 +92,124 @@ def _update_block(working, master, momentum, variance, grad, factor, grad_scale,
 
 
 @triton.jit
+def _count_below(values, num_values, limit):
+    """Return how many of some sorted int64 are less than a limit."""
+    low = tl.full((), 0, tl.int32)
+    high = tl.full((), 0, tl.int32) + num_values
+    while low < high:
+        middle = (low + high) // 2
+        is_below = tl.load(values + middle) < limit
+        low = tl.where(is_below, middle + 1, low)
+        high = tl.where(is_below, high, middle)
+    return low
+
+
+@triton.jit
 def adam_kernel(
     working,  # *int16 (the bits of bf16), *f16 or *f32
-    master,  # *int16, *f32, or anything if FORMAT is 2
-    momentum,  # *f32
-    variance,  # *f32
+    masters,  # *int16, *f32, or anything if FORMAT is 2: the records, as masters
+    state,  # *f32: the records, as momenta and variances
     grad,  # *int16, *f16 or *f32
-    bounds,  # *int64 [num_segments, 2]: begin, end
+    bounds,  # *int64 [2, num_segments]: begins, ends
     factors,  # *f32 [num_segments, 8] in the order of gn_adam_segment
-    overlaps,  # *int32 [num_blocks, 2]: first segment that overlaps the block, one past the last
+    num_segments,
     grad_scale,
+    blocks_per_tile,
+    last_tile,  # number of the last tile, whose record has other offsets
+    record_numel,  # float32 in a record; the offsets count float32 too
+    momentum_offset,
+    variance_offset,
+    last_momentum_shift,  # what the last tile's offsets differ by
+    last_variance_shift,
     FORMAT: tl.constexpr,  # gn_state_format
     BLOCK_NUMEL: tl.constexpr,
 ):
-    """Update what the segments cover of one block."""
-    block = tl.program_id(0).to(tl.int64)
-    begin = block * BLOCK_NUMEL
+    """Update what the segments cover of one block, which is in one tile."""
+    block = tl.program_id(0)
+    begin = block.to(tl.int64) * BLOCK_NUMEL
+    tile = block // blocks_per_tile
+    record = tile.to(tl.int64) * record_numel
+    in_tile = (block - tile * blocks_per_tile) * BLOCK_NUMEL + tl.arange(0, BLOCK_NUMEL)
+    is_last = (tile == last_tile).to(tl.int32)
+    momentum = state + (record + momentum_offset + is_last * last_momentum_shift) + in_tile
+    variance = state + (record + variance_offset + is_last * last_variance_shift) + in_tile
+    if FORMAT == 0:
+        masters += 2 * record + in_tile
+    else:
+        masters += record + in_tile
     offsets = begin + tl.arange(0, BLOCK_NUMEL)
     working += offsets
-    master += offsets
-    momentum += offsets
-    variance += offsets
     grad += offsets
-    for segment in range(tl.load(overlaps + block * 2), tl.load(overlaps + block * 2 + 1)):
-        segment_begin = tl.load(bounds + segment * 2)
-        segment_end = tl.load(bounds + segment * 2 + 1)
+    first = _count_below(bounds + num_segments, num_segments, begin + 1)  # those that end here or before
+    for segment in range(first, _count_below(bounds, num_segments, begin + BLOCK_NUMEL)):
+        segment_begin = tl.load(bounds + segment)
+        segment_end = tl.load(bounds + num_segments + segment)
         factor = factors + segment * 8
         # Nearly every block lies in one segment; without a mask loads and stores are vectors.
         if (segment_begin <= begin) & (begin + BLOCK_NUMEL <= segment_end):
-            _update_block(working, master, momentum, variance, grad, factor, grad_scale, None, FORMAT)
+            _update_block(working, masters, momentum, variance, grad, factor, grad_scale, None, FORMAT)
         else:
             inside = (offsets >= segment_begin) & (offsets < segment_end)
-            _update_block(working, master, momentum, variance, grad, factor, grad_scale, inside, FORMAT)
+            _update_block(working, masters, momentum, variance, grad, factor, grad_scale, inside, FORMAT)
 
 
-def triton_adam_update(tile: DeviceTile) -> None:
-    """Apply one Adam or AdamW update in place in one launch; as device_adam_update, without temporaries.
+def triton_adam_update(chunk: DeviceChunk) -> None:
+    """Apply one Adam or AdamW update in place in one launch; as update_tiles, without temporaries.
 
     Args:
-        tile: tensors and hyper-parameters; elements in no segment are left untouched.
+        chunk: tensors and hyper-parameters; elements in no segment are left untouched.
     """
-    if not tile.segments or tile.working.numel() == 0:
+    if not chunk.segments or chunk.working.numel() == 0:
         return
-    table = make_segment_table(tile)
-    with torch.cuda.device(tile.working.get_device()):
-        adam_kernel[(table.overlaps.shape[0],)](
-            pass_bits(tile.working),
-            tile.working if tile.master is None else tile.master,
-            tile.momentum,
-            tile.variance,
-            pass_bits(tile.grad),
-            table.bounds,
-            table.factors,
-            table.overlaps,
-            tile.grad_scale,
-            FORMAT=tile.state_format.value,
+    with torch.cuda.device(chunk.working.get_device()):
+        adam_kernel[(-(-chunk.working.numel() // BLOCK_NUMEL),)](
+            *kernel_arguments(chunk),
+            FORMAT=chunk.state_format.value,
             BLOCK_NUMEL=BLOCK_NUMEL,
             num_warps=NUM_WARPS,
             enable_fp_fusion=False,
         )
 
 
-class _SegmentTable(NamedTuple):
-    """What the kernel knows of the segments; see its parameters."""
+def kernel_arguments(chunk: DeviceChunk) -> tuple[Tensor | float | int, ...]:
+    """Return what adam_kernel takes, in its order, but for the constants; segments are copied to the device.
 
-    bounds: Tensor
-    factors: Tensor
-    overlaps: Tensor
-
-
-def make_segment_table(tile: DeviceTile) -> _SegmentTable:
-    """Build the segment table and copy it to the device in one asynchronous transfer.
-
-    numpy, because torch would spread this little work over threads that have better things to do.
+    The search for a block's segments is the kernel's: a table of them would have to be built, kept and sent for every
+    block.
     """
-    num_segments = len(tile.segments)
-    num_blocks = -(-tile.working.numel() // BLOCK_NUMEL)
-    num_bytes = [num_segments * 16, num_segments * 32, num_blocks * 8]
-    device = tile.working.device
-    packed = torch.empty(sum(num_bytes), dtype=torch.uint8, pin_memory=device.type == "cuda")
-    on_host = np.split(packed.numpy(), np.cumsum(num_bytes)[:-1])
-    bounds = on_host[0].view(np.int64).reshape(num_segments, 2)
-    bounds[:] = [(segment.begin, segment.end) for segment in tile.segments]
-    on_host[1].view(np.float32).reshape(num_segments, 8)[:] = [_factor_row(segment) for segment in tile.segments]
-    overlaps = on_host[2].view(np.int32).reshape(num_blocks, 2)
-    # A segment lies before every block from the first that starts at or behind its end, and not behind any from the
-    # one it begins in.
-    first_blocks_behind = -(-bounds[:, 1] // BLOCK_NUMEL)
-    overlaps[:, 0] = np.bincount(first_blocks_behind, minlength=num_blocks).cumsum()[:num_blocks]
-    overlaps[:, 1] = np.bincount(bounds[:, 0] // BLOCK_NUMEL, minlength=num_blocks).cumsum()[:num_blocks]
+    bounds, factors = _segments_on_device(chunk)
+    offsets, last_offsets = chunk.offsets, chunk.last_offsets
+    return (
+        pass_bits(chunk.working),
+        chunk.records.view(chunk.state_format.master_dtype or torch.float32),
+        chunk.records.view(torch.float32),
+        pass_bits(chunk.grad),
+        bounds,
+        factors,
+        len(chunk.segments),
+        chunk.grad_scale,
+        chunk.tile_numel // BLOCK_NUMEL,
+        chunk.num_tiles - 1,
+        offsets.nbytes // 4,
+        offsets.momentum // 4,
+        offsets.variance // 4,
+        (last_offsets.momentum - offsets.momentum) // 4,
+        (last_offsets.variance - offsets.variance) // 4,
+    )
 
-    on_device = torch.split_with_sizes(packed.to(device, non_blocking=True), num_bytes)
-    return _SegmentTable(
-        on_device[0].view(torch.int64).view(num_segments, 2),
-        on_device[1].view(torch.float32).view(num_segments, 8),
-        on_device[2].view(torch.int32).view(num_blocks, 2),
+
+def _segments_on_device(chunk: DeviceChunk) -> tuple[Tensor, Tensor]:
+    """Copy bounds (int64 [2, num_segments]) and factors (float32 [num_segments, 8]) in one asynchronous transfer."""
+    num_segments = len(chunk.segments)
+    device = chunk.working.device
+    packed = torch.empty(num_segments * 48, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    bounds, factors = np.split(packed.numpy(), [num_segments * 16])
+    bounds.view(np.int64)[:] = [each.begin for each in chunk.segments] + [each.end for each in chunk.segments]
+    factors.view(np.float32).reshape(num_segments, 8)[:] = [_factor_row(segment) for segment in chunk.segments]
+    on_device = packed.to(device, non_blocking=True)
+    return (
+        on_device[: num_segments * 16].view(torch.int64).view(2, num_segments),
+        on_device[num_segments * 16 :].view(torch.float32).view(num_segments, 8),
     )
 
 

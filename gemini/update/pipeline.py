@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import torch
 
 from gemini.errors import GeminiError
-from gemini.kernels.adam_tile import AdamSegment, AdamTile
+from gemini.kernels.adam_tile import AdamSegment, AdamTile, clip_segments
 from gemini.kernels.device import DeviceKernels
-from gemini.kernels.device_tile import DeviceTile
+from gemini.kernels.device_tile import DeviceChunk
 from gemini.kernels.pool import Ticket
 from gemini.offload.home import TiledHome
 from gemini.offload.io import IoTicket
@@ -24,26 +24,12 @@ from gemini.offload.resources import Resources
 from gemini.offload.transfer import Move
 from gemini.tiers import MemoryTier, TileGrid
 from gemini.update.job import NoProgressLog, ProgressLog, UpdateJob
-from gemini.update.state_record import record_views
+from gemini.update.state_record import record_offsets, record_views
 
-__all__ = ["TilePipeline", "clip_segments", "tiles_of", "update_on_device"]
+__all__ = ["TilePipeline", "tiles_of", "update_on_device"]
 
 MAX_TILES_COMPUTING = 8
 """Tiles given to the worker pool at once; enough that no worker waits, few enough to bound the queue."""
-
-
-def clip_segments(segments: Sequence[AdamSegment], begin: int, end: int) -> tuple[AdamSegment, ...]:
-    """Return the parts of sorted segments inside [begin, end), relative to `begin`."""
-    return tuple(
-        AdamSegment(
-            begin=max(segment.begin, begin) - begin,
-            end=min(segment.end, end) - begin,
-            hyper=segment.hyper,
-            step=segment.step,
-        )
-        for segment in segments
-        if segment.begin < end and segment.end > begin
-    )
 
 
 def tiles_of(segments: Sequence[AdamSegment], tile_numel: int) -> tuple[int, ...]:
@@ -96,19 +82,6 @@ class _Tile:
         """Return what the native kernel is given."""
         master, momentum, variance = record_views(self.record, self.length, self.job.spec.dtype)
         return AdamTile(
-            working=self.working,
-            master=master,
-            momentum=momentum,
-            variance=variance,
-            grad=self.grad,
-            grad_scale=self.job.grad_scale,
-            segments=self.segments,
-        )
-
-    def on_device(self) -> DeviceTile:
-        """Return what the device's kernel is given."""
-        master, momentum, variance = record_views(self.record, self.length, self.job.spec.dtype)
-        return DeviceTile(
             working=self.working,
             master=master,
             momentum=momentum,
@@ -376,24 +349,33 @@ def update_on_device(job: UpdateJob, tile_numel: int, kernels: DeviceKernels) ->
     """Submit the update of a chunk whose state lives on the device; it runs in stream order.
 
     Args:
-        job: the update; all its tiles live on the device.
+        job: the update; all tiles of the chunk live on the device.
         tile_numel: elements in a tile.
         kernels: the device's.
     """
-    for index in job.tiles:
-        begin, end = TileGrid(job.spec.numel, tile_numel).range_of(index)
-        length = end - begin
-        tile = _Tile(
-            job=job,
-            index=index,
-            length=length,
-            segments=clip_segments(job.segments, begin, begin + length),
-            weights=job.working.tile(index),
-            record=job.state.tile(index),
-            grad_bytes=job.grad.tile(index),
-            ring=None,
+    grid = TileGrid(job.spec.numel, tile_numel)
+    kernels.adam_update(
+        DeviceChunk(
+            working=_first_elements(job.working, grid.numel, job.spec.dtype),
+            records=_all_bytes(job.state),
+            grad=_first_elements(job.grad, grid.numel, job.grad_dtype),
+            tile_numel=tile_numel,
+            offsets=record_offsets(tile_numel, job.spec.dtype),
+            last_offsets=record_offsets(grid.length_of(grid.num_tiles - 1), job.spec.dtype),
+            grad_scale=job.grad_scale,
+            segments=job.segments,
         )
-        kernels.adam_update(tile.on_device())
+    )
+
+
+def _all_bytes(home: TiledHome) -> torch.Tensor:
+    assert home.device_buffer is not None
+    return home.device_buffer
+
+
+def _first_elements(home: TiledHome, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return what a home on the device holds, without the padding behind its last tile."""
+    return _all_bytes(home)[: numel * dtype.itemsize].view(dtype)
 
 
 def _wait_quietly(ticket: Ticket | IoTicket | Move | None) -> None:

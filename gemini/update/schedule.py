@@ -23,6 +23,7 @@ import torch
 from gemini.chunk.core import ChunkCore
 from gemini.errors import GeminiError, ModelError
 from gemini.gradients.arrivals import ArrivedGradients, Gradients
+from gemini.kernels.adam_tile import clip_segments
 from gemini.kernels.device import DeviceKernels
 from gemini.kernels.pool import Ticket
 from gemini.offload.home import TiledHome
@@ -31,7 +32,7 @@ from gemini.placement.overlap import OverlapMode, choose_overlap, smoothed_rate,
 from gemini.profile.listeners import RunListeners
 from gemini.tiers import MemoryTier
 from gemini.update.job import DeferredStep, PlannedUpdate, UpdateJob
-from gemini.update.pipeline import clip_segments, tiles_of, update_on_device
+from gemini.update.pipeline import tiles_of, update_on_device
 from gemini.update.worker import UpdateWorker
 
 __all__ = ["UpdateSchedule", "UpdateStats", "UpdateTimes"]

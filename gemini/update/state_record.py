@@ -11,10 +11,28 @@ import torch
 
 from gemini.kernels.adam_tile import state_format_of
 from gemini.kernels.cpu import Isa, cast, join_master, split_master
+from gemini.kernels.device_tile import RecordOffsets
 from gemini.placement.plan import state_record_nbytes
 from gemini.tiers import IO_ALIGNMENT_NBYTES, round_up
 
-__all__ = ["follow_changes", "join_masters", "record_views", "split_masters"]
+__all__ = ["follow_changes", "join_masters", "record_offsets", "record_views", "split_masters"]
+
+
+def record_offsets(length: int, working_dtype: torch.dtype) -> RecordOffsets:
+    """Return where the parts of a tile's record are.
+
+    Args:
+        length: elements in the tile.
+        working_dtype: dtype of the working weights, which decides the master's.
+
+    Returns:
+        The offsets; each part is padded for direct I/O.
+    """
+    master_dtype = state_format_of(working_dtype).master_dtype
+    master_itemsize = 0 if master_dtype is None else master_dtype.itemsize
+    momentum = round_up(length * master_itemsize, IO_ALIGNMENT_NBYTES)
+    variance = momentum + round_up(length * 4, IO_ALIGNMENT_NBYTES)
+    return RecordOffsets(momentum=momentum, variance=variance, nbytes=state_record_nbytes(length, master_itemsize))
 
 
 def record_views(
@@ -31,17 +49,12 @@ def record_views(
         master ([length] int16 or float32, None where the working weight is the master), momentum and variance
         (float32 [length]).
     """
-    parts: list[torch.Tensor | None] = []
-    begin = 0
+    offsets = record_offsets(length, working_dtype)
     master_dtype = state_format_of(working_dtype).master_dtype
-    for dtype in (master_dtype, torch.float32, torch.float32):
-        nbytes = length * dtype.itemsize if dtype is not None else 0
-        parts.append(record[begin : begin + nbytes].view(dtype) if dtype is not None else None)
-        begin += round_up(nbytes, IO_ALIGNMENT_NBYTES)
-    assert begin == state_record_nbytes(length, 0 if master_dtype is None else master_dtype.itemsize)
-    master, momentum, variance = parts
-    assert momentum is not None
-    assert variance is not None
+    master = None if master_dtype is None else record[: length * master_dtype.itemsize].view(master_dtype)
+    momentum, variance = (
+        record[begin : begin + 4 * length].view(torch.float32) for begin in (offsets.momentum, offsets.variance)
+    )
     return master, momentum, variance
 
 

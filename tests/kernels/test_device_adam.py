@@ -18,16 +18,24 @@ from typing import Any
 
 import pytest
 import torch
-from device_tiles import HYPERS, assert_bits_equal, copy_tile, make_tile, make_values
+from device_tiles import HYPERS, assert_bits_equal, copy_chunk, copy_tile, make_tile, make_values, parts_of
 
 from gemini.kernels import device as device_module
 from gemini.kernels.cpu import AdamSegment, GradMode, adam_update, store_gradient
-from gemini.kernels.device import DeviceKernels, device_adam_update, device_store_gradient, select_device_kernels
+from gemini.kernels.device import (
+    TORCH_KERNELS,
+    DeviceKernels,
+    device_adam_update,
+    device_store_gradient,
+    select_device_kernels,
+    update_tiles,
+)
+from gemini.kernels.device_tile import RecordOffsets, fold_halves
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 37, 1024, 5001)
 LARGE = (1 << 20) + 12345  # more than a slice of the torch kernels
-TORCH_KERNELS = DeviceKernels(name="torch", adam_update=device_adam_update, store_gradient=device_store_gradient)
+TILE_NUMELS = (1024, 4096, 1 << 20)
 # Division flushes subnormal numbers in Triton 3.4; the interpreter of 3.6 does not get on with NumPy 2.4.
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None
@@ -38,14 +46,14 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 def check_adam(kernels: DeviceKernels, device: torch.device, case: tuple[torch.dtype, torch.dtype, int]) -> None:
-    """Compare one update with the native kernel's."""
-    expected = make_tile(*case)
-    actual = copy_tile(expected, device)
-    adam_update(expected)
-    kernels.adam_update(actual)
-    for name in ("working", "master", "momentum", "variance"):
-        if getattr(expected, name) is not None:
-            assert_bits_equal(getattr(actual, name), getattr(expected, name), f"{name} of {case}")
+    """Compare one update, with tiles of several lengths, with the native kernel's."""
+    for tile_numel in TILE_NUMELS:
+        expected = make_tile(*case)
+        actual = copy_chunk(expected, device, tile_numel)
+        adam_update(expected)
+        kernels.adam_update(actual)
+        for name, part in parts_of(actual).items():
+            assert_bits_equal(part, getattr(expected, name), f"{name} of {case} in tiles of {tile_numel}")
 
 
 def check_gradient(kernels: DeviceKernels, device: torch.device, case: tuple[torch.dtype, str, int]) -> None:
@@ -104,7 +112,7 @@ def test_triton_kernels_equal_native_bit_for_bit_in_the_interpreter() -> None:
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.split() == ["51", "cases", "equal"]
+    assert result.stdout.split() == ["58", "cases", "equal"]
 
 
 @needs_triton
@@ -113,16 +121,19 @@ def test_triton_kernels_compile_to_separately_rounded_operations(
     capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    pointers = {"momentum": "*fp32", "variance": "*fp32", "grad": "*i16", "bounds": "*i64", "factors": "*fp32"}
-    pointers |= {"overlaps": "*i32", "grad_scale": "fp32"}
     from gemini.kernels.triton_adam import adam_kernel
-    from gemini.kernels.triton_gradient import gradient_kernel
+    from gemini.kernels.triton_gradient import fold_kernel, gradient_kernel
 
-    for state_format, (working, master) in enumerate([("*i16", "*i16"), ("*fp16", "*fp32"), ("*fp32", "*fp32")]):
-        signature = {"working": working, "master": master} | pointers
-        operations = compile_to_ptx(adam_kernel, signature, {"FORMAT": state_format, "BLOCK_NUMEL": 1024}, capability)
+    others = {"state": "*fp32", "grad": "*i16", "bounds": "*i64", "factors": "*fp32", "grad_scale": "fp32"}
+    for state_format, (working, masters) in enumerate([("*i16", "*i16"), ("*fp16", "*fp32"), ("*fp32", "*fp32")]):
+        constants = {"FORMAT": state_format, "BLOCK_NUMEL": 1024}
+        signature = dict.fromkeys(adam_kernel.arg_names, "i32") | {"working": working, "masters": masters} | others
+        operations = compile_to_ptx(adam_kernel, signature, constants, capability)
         assert {"div.rn.f32", "sqrt.rn.f32", "mul.rn.f32", "add.rn.f32", "sub.rn.f32"} <= operations
         assert [each for each in operations if "fma" in each or "ftz" in each or "approx" in each] == []
+    signature = {"sums": "*fp64", "folded": "*fp64", "num_sums": "i32", "stride": "i32"}
+    operations = compile_to_ptx(fold_kernel, signature, {"ROWS": 64, "COLUMNS": 1, "LOG2_ROWS": 6}, capability)
+    assert {operation for operation in operations if operation.endswith("f64")} == {"add.rn.f64"}
     signature = {"dst": "*fp32", "src": "*i16", "block_sums": "*fp64", "numel": "i64"}
     constants = {"MODE": 1, "BLOCK_NUMEL": 4096, "LOG2_BLOCK_NUMEL": 12}
     operations = compile_to_ptx(gradient_kernel, signature, constants, capability)
@@ -183,12 +194,12 @@ def test_selection_falls_back_to_torch_off_cuda() -> None:
 
 
 def test_probe_tells_flushed_subnormal_numbers_from_exact_ones() -> None:
-    exact, flushed = (device_module._make_probe_tile(torch.device("cpu"), torch.float32) for _ in range(2))
-    device_adam_update(exact)
+    exact, flushed = (device_module._make_probe(torch.device("cpu"), torch.float32) for _ in range(2))
+    update_tiles(exact)
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush subnormal numbers")
     try:
-        device_adam_update(flushed)
+        update_tiles(flushed)
     finally:
         torch.set_flush_denormal(False)
     assert exact.working.isfinite().all()
@@ -221,10 +232,30 @@ def test_tile_rejects_a_master_that_does_not_fit_the_format() -> None:
         dataclasses.replace(tile, master=tile.momentum)
 
 
+def test_a_chunk_rejects_records_that_do_not_fit_its_tiles() -> None:
+    chunk = copy_chunk(make_tile(torch.bfloat16, torch.float32, 5001), torch.device("cpu"), 1024)
+    with pytest.raises(ValueError, match=r"DeviceChunk.records: expected \d+ bytes \(uint8\) for 5 tiles, got"):
+        dataclasses.replace(chunk, records=chunk.records[4:])
+    with pytest.raises(ValueError, match=r"DeviceChunk.tile_numel: expected a multiple of 1024 elements, got 1000"):
+        dataclasses.replace(chunk, tile_numel=1000)
+    with pytest.raises(ValueError, match=r"RecordOffsets.variance: expected a multiple of 4 bytes, got 6"):
+        RecordOffsets(momentum=0, variance=6, nbytes=12)
+
+
 def test_gradient_rejects_adding_to_half_precision() -> None:
     src = torch.ones(4, dtype=torch.float16)
     with pytest.raises(ValueError, match=r"dst: expected torch.float32, got torch.float16"):
         device_store_gradient(src.clone(), src, mode=GradMode.ADD)
+
+
+def check_folds(num_sums: int) -> None:
+    """Compare the launches that fold sums with fold_halves."""
+    from gemini.kernels.triton_gradient import fold_sums
+
+    sums = make_values(num_sums, torch.Generator().manual_seed(num_sums)).abs().to(torch.float64)
+    padded = torch.zeros(1 << max(num_sums - 1, 0).bit_length(), dtype=torch.float64)
+    padded[:num_sums] = sums
+    assert_bits_equal(fold_sums(sums).view(1), fold_halves(padded).view(1), f"fold of {num_sums}")
 
 
 def main() -> None:
@@ -237,6 +268,9 @@ def main() -> None:
         num_cases += 1
     for gradient_case in gradient_cases((0, 5001)):
         check_gradient(kernels, cpu, gradient_case)
+        num_cases += 1
+    for num_sums in (1, 3, 64, 65, 4096, 4097, 40_000):
+        check_folds(num_sums)
         num_cases += 1
     sys.stdout.write(f"{num_cases} cases equal\n")
 

@@ -1,12 +1,15 @@
-"""Tiles on which device kernels are compared with the native ones: many magnitudes, segments that fit no block."""
+"""Tiles and chunks to compare device kernels with the native ones: many magnitudes, segments that fit no block."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 from torch import Tensor
 
 from gemini.kernels.cpu import AdamHyper, AdamSegment, AdamTile
-from gemini.kernels.device_tile import DeviceTile
+from gemini.kernels.device_tile import DeviceChunk, DeviceTile
+from gemini.update.state_record import record_offsets
 
 HYPERS = (
     AdamHyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, is_decoupled=True),
@@ -67,6 +70,48 @@ def copy_tile(tile: AdamTile, device: torch.device) -> DeviceTile:
         grad_scale=tile.grad_scale,
         segments=tile.segments,
     )
+
+
+def copy_chunk(tile: AdamTile, device: torch.device, tile_numel: int = 1 << 20) -> DeviceChunk:
+    """Return the content of a tile as a chunk of shorter tiles on a device."""
+    numel, dtype = tile.working.numel(), tile.working.dtype
+    num_tiles = -(-numel // tile_numel)
+    offsets = record_offsets(tile_numel, dtype)
+    last_offsets = record_offsets(numel - (num_tiles - 1) * tile_numel if numel else 0, dtype)
+    nbytes = max(num_tiles - 1, 0) * offsets.nbytes + last_offsets.nbytes * (numel > 0)
+    chunk = DeviceChunk(
+        working=tile.working.to(device, copy=True),
+        records=torch.zeros(nbytes, dtype=torch.uint8, device=device),
+        grad=tile.grad.to(device, copy=True),
+        tile_numel=tile_numel,
+        offsets=offsets,
+        last_offsets=last_offsets,
+        grad_scale=tile.grad_scale,
+        segments=tile.segments,
+    )
+    for index, part in enumerate(_all_tiles(chunk)):
+        here = slice(index * tile_numel, index * tile_numel + part.working.numel())
+        part.momentum.copy_(tile.momentum[here])
+        part.variance.copy_(tile.variance[here])
+        if part.master is not None and tile.master is not None:
+            part.master.copy_(tile.master[here])
+    return chunk
+
+
+def parts_of(chunk: DeviceChunk) -> dict[str, Tensor]:
+    """Return working weights, master (if there is one), momentum and variance of a chunk, each in one piece."""
+    tiles = _all_tiles(chunk)
+    parts = {"working": chunk.working}
+    for name in ("master", "momentum", "variance"):
+        pieces = [piece for piece in (getattr(tile, name) for tile in tiles) if piece is not None]
+        if pieces:
+            parts[name] = torch.cat(pieces)
+    return parts
+
+
+def _all_tiles(chunk: DeviceChunk) -> list[DeviceTile]:
+    everything = AdamSegment(begin=0, end=chunk.working.numel(), hyper=HYPERS[0], step=1)
+    return list(dataclasses.replace(chunk, segments=(everything,)).tiles())
 
 
 def assert_bits_equal(actual: Tensor, expected: Tensor, what: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gemini.chunk.core import ChunkCore
 from gemini.errors import OffloadIOError, WorkerError
-from gemini.kernels.adam_tile import AdamHyper, AdamSegment, AdamTile, state_format_of
+from gemini.kernels.adam_tile import AdamHyper, AdamSegment, AdamTile, clip_segments, state_format_of
 from gemini.kernels.cpu import adam_update
 from gemini.kernels.device import select_device_kernels
 from gemini.kernels.pool import Ticket
@@ -29,7 +29,7 @@ from gemini.profile.listeners import RunListeners
 from gemini.ranks.one_rank import ALONE
 from gemini.tiers import MemoryTier, round_up
 from gemini.update.job import UpdateJob
-from gemini.update.pipeline import TilePipeline, clip_segments, tiles_of, update_on_device
+from gemini.update.pipeline import TilePipeline, tiles_of, update_on_device
 from gemini.update.state_record import record_views
 from gemini.update.worker import UpdateWorker
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,15 +31,21 @@ class Assembled:
 
 
 def compile_ahead(
-    kernel: Any, signature: Mapping[str, str], constants: Mapping[str, int], *, capability: int, num_warps: int
+    kernel: Any,
+    signature: Mapping[str, str],
+    constants: Mapping[str, int],
+    *,
+    multiples: Collection[str],
+    capability: int,
+    num_warps: int,
 ) -> str:
     """Return a kernel's PTX.
 
     Args:
         kernel: a function of triton.jit.
-        signature: type of each parameter that is not in `constants`, such as "*fp32"; pointers are taken to be
-            multiples of 16, as those of whole tensors are.
+        signature: type of each parameter that is not in `constants`, such as "*fp32".
         constants: values of the parameters that are tl.constexpr.
+        multiples: parameters that are multiples of 16, as the addresses of whole tensors are.
         capability: compute capability, such as 89.
         num_warps: warps of a program.
     """
@@ -49,7 +55,7 @@ def compile_ahead(
         kernel,
         types,
         {(order.index(name),): value for name, value in constants.items()},
-        {(order.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind.startswith("*")},
+        {(order.index(name),): [["tt.divisibility", 16]] for name in multiples},
     )
     options = {"num_warps": num_warps, "enable_fp_fusion": False}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=options)

@@ -327,6 +327,9 @@ class _Block:
             raise UnknownInstructionError(".".join(instruction.opcode))
         first = self._value(sources[0], kind)
         second = self._value(sources[1], "u32" if name in ("shl", "shr") else kind)
+        if name == "div":
+            self._set(target, _divide_to_zero(first, second), threads)
+            return
         self._set(target, INTEGER[name](first, second.astype(first.dtype)), threads)
 
 
@@ -346,6 +349,13 @@ def launch(program: Program, num_blocks: int, memory: Memory, arguments: Sequenc
     with np.errstate(all="ignore"):
         for number in range(num_blocks):
             _Block(program, memory, arguments, number).run()
+
+
+def _divide_to_zero(first: Array, second: Array) -> Array:
+    """Divide integers, rounding to zero as PTX does; numpy rounds down."""
+    quotient = np.floor_divide(first, second)
+    is_too_low = (quotient < 0) & (quotient * second != first)
+    return (quotient + is_too_low).astype(first.dtype)
 
 
 def _names(operand: str) -> list[str]:
