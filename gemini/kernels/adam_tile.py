@@ -18,6 +18,7 @@ from torch import Tensor
 __all__ = [
     "AdamHyper",
     "AdamSegment",
+    "AdamSource",
     "AdamTile",
     "SegmentFactors",
     "StateFormat",
@@ -174,12 +175,22 @@ def clip_segments(segments: Sequence[AdamSegment], begin: int, end: int) -> tupl
     )
 
 
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class AdamSource:
+    """What the tensors of an update are before it, where that is elsewhere; None: they are updated in place."""
+
+    working: Tensor | None = None
+    master: Tensor | None = None
+    momentum: Tensor | None = None
+    variance: Tensor | None = None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class AdamTile:
     """The tensors of one update; all 1D [numel], contiguous, on the CPU, not overlapping.
 
-    The tile only refers to the tensors: an update overwrites working, master, momentum and variance in place.
-    Elements in no segment are left untouched.
+    The tile only refers to the tensors: an update overwrites working, master, momentum and variance. Elements in no
+    segment are left untouched, or copied from `source`.
 
     Raises:
         ValueError: a tensor has the wrong dtype, device, shape or stride, or the segments are not sorted,
@@ -193,6 +204,7 @@ class AdamTile:
     grad: Tensor  # [numel] float32, bfloat16 or float16; read only
     grad_scale: float  # multiplies every gradient; rounded to float32
     segments: tuple[AdamSegment, ...]
+    source: AdamSource | None = None
 
     def __post_init__(self) -> None:
         numel = self.working.numel()
@@ -209,6 +221,19 @@ class AdamTile:
         if self.master is not None and master_dtype is not None:
             check_tensor("AdamTile.master", self.master, (master_dtype,), numel)
         _check_segments(self.segments, numel)
+        if self.source is not None:
+            self._check_source(self.source)
+
+    def _check_source(self, source: AdamSource) -> None:
+        for name in ("working", "master", "momentum", "variance"):
+            before, target = getattr(source, name), getattr(self, name)
+            if before is None:
+                continue
+            if target is None:
+                raise ValueError(f"AdamSource.{name}: expected None, because the tile has no {name}")
+            check_tensor(f"AdamSource.{name}", before, (target.dtype,), target.numel())
+            if before.data_ptr() == target.data_ptr() and target.numel():
+                raise ValueError(f"AdamSource.{name}: expected other memory than AdamTile.{name}; None is in place")
 
     @property
     def state_format(self) -> StateFormat:

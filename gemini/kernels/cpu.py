@@ -102,7 +102,7 @@ def resolve_isa(name: str) -> Isa:
 
 
 def adam_update(tile: AdamTile, *, isa: Isa = Isa.AUTO) -> None:
-    """Apply one Adam or AdamW update in place. Blocking, one thread.
+    """Apply one Adam or AdamW update, in place or from another place. Blocking, one thread.
 
     Args:
         tile: tensors and hyper-parameters; working, master, momentum and variance are overwritten.
@@ -236,6 +236,11 @@ def make_adam_args(tile: AdamTile, isa: Isa) -> tuple[Any, Any]:
     args.grad = address_of(tile.grad)
     args.numel = tile.working.numel()
     args.segments, args.num_segments = segments, len(tile.segments)
+    if tile.source is not None:
+        source = tile.source
+        args.from_working, args.from_master = address_of(source.working), address_of(source.master)
+        args.from_momentum = ffi.cast("float *", address_of(source.momentum))
+        args.from_variance = ffi.cast("float *", address_of(source.variance))
     return args, segments
 
 

@@ -137,9 +137,15 @@ typedef struct gn_adam_args {
     int64_t numel;
     const gn_adam_segment* segments;
     int64_t num_segments;
+    /* What the four are before the update, elements in no segment included; NULL: they are in place. Where not
+     * NULL, as long as what is overwritten, and not overlapping it. */
+    const void* from_working;
+    const void* from_master;
+    const float* from_momentum;
+    const float* from_variance;
 } gn_adam_args;
 
-/* One Adam or AdamW update in place, in one pass. Per element, every operation rounded to
+/* One Adam or AdamW update, in one pass. Per element, every operation rounded to
  * binary32, in torch.optim.AdamW's order of operations (Loshchilov & Hutter 2019, algorithm 2):
  *     p = master;  g = float(grad) * grad_scale
  *     if l2 != 0:  g = g + l2 * p
@@ -168,7 +174,7 @@ enum {
  * beginning; the block is updated in place; its entry in `done` becomes `sequence`. A later
  * process copies the image of each scratch back whose block has another entry than the scratch's sequence;
  * then each block is old or new. A block whose entry is `sequence` already is left alone, so the same call
- * finishes the update. */
+ * finishes the update. What is journalled is in place: no `from_` pointer is set. */
 typedef struct gn_adam_journal {
     uint32_t sequence;     /* more than 0; differs from update to update */
     uint32_t first_block;  /* number of the first block of the call */

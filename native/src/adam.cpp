@@ -1,5 +1,6 @@
 // Adam: argument checks and the walk over segments. The formula is in kernels_template.h.
 #include <errno.h>
+#include <string.h>
 
 #include <algorithm>
 
@@ -23,20 +24,16 @@ bool are_segments_valid(const gn_adam_args& args) {
 
 void* advance(void* base, int64_t nbytes) { return base ? static_cast<char*>(base) + nbytes : nullptr; }
 
-}  // namespace
+// Elements that are copied to where they are updated at once: few enough to stay in a core's own cache.
+constexpr int64_t kCopiedNumel = 4096;
 
-int32_t check_adam(const gn_adam_args* args, const Kernels** kernels) {
-    if (!args || args->numel < 0 || !is_dtype(args->grad_dtype)) return -EINVAL;
-    if (args->format < GN_FORMAT_SPLIT_BF16 || args->format > GN_FORMAT_F32) return -EINVAL;
-    if (args->numel > 0) {
-        if (!args->working || !args->momentum || !args->variance || !args->grad) return -EINVAL;
-        if (!args->master && args->format != GN_FORMAT_F32) return -EINVAL;
-    }
-    if (!are_segments_valid(*args)) return -EINVAL;
-    return find_kernels(args->isa, kernels);
+void copy_part(void* to, const void* from, int64_t itemsize, int64_t begin, int64_t end) {
+    if (from)
+        memcpy(static_cast<char*>(to) + begin * itemsize, static_cast<const char*>(from) + begin * itemsize,
+               static_cast<size_t>((end - begin) * itemsize));
 }
 
-void run_adam(const Kernels& kernels, const gn_adam_args& args, int64_t begin, int64_t end) {
+void update_in_place(const Kernels& kernels, const gn_adam_args& args, int64_t begin, int64_t end) {
     const gn_adam_segment* last = args.segments + args.num_segments;
     const gn_adam_segment* segment =
         std::partition_point(args.segments, last, [=](const gn_adam_segment& s) { return s.end <= begin; });
@@ -52,6 +49,35 @@ void run_adam(const Kernels& kernels, const gn_adam_args& args, int64_t begin, i
         run.grad_scale = args.grad_scale;
         run.factors = segment;
         if (run.numel > 0) kernels.adam[args.format][args.grad_dtype](run);
+    }
+}
+
+}  // namespace
+
+bool is_in_place(const gn_adam_args& args) {
+    return !args.from_working && !args.from_master && !args.from_momentum && !args.from_variance;
+}
+
+int32_t check_adam(const gn_adam_args* args, const Kernels** kernels) {
+    if (!args || args->numel < 0 || !is_dtype(args->grad_dtype)) return -EINVAL;
+    if (args->format < GN_FORMAT_SPLIT_BF16 || args->format > GN_FORMAT_F32) return -EINVAL;
+    if (args->numel > 0) {
+        if (!args->working || !args->momentum || !args->variance || !args->grad) return -EINVAL;
+        if (!args->master && args->format != GN_FORMAT_F32) return -EINVAL;
+    }
+    if (!are_segments_valid(*args)) return -EINVAL;
+    return find_kernels(args->isa, kernels);
+}
+
+void run_adam(const Kernels& kernels, const gn_adam_args& args, int64_t begin, int64_t end) {
+    if (is_in_place(args)) return update_in_place(kernels, args, begin, end);
+    for (; begin < end; begin += kCopiedNumel) {
+        const int64_t next = std::min(end, begin + kCopiedNumel);
+        copy_part(args.working, args.from_working, working_nbytes(args.format), begin, next);
+        copy_part(args.master, args.from_master, master_nbytes(args.format), begin, next);
+        copy_part(args.momentum, args.from_momentum, 4, begin, next);
+        copy_part(args.variance, args.from_variance, 4, begin, next);
+        update_in_place(kernels, args, begin, next);
     }
 }
 

@@ -12,6 +12,9 @@ namespace gn {
 int32_t check_adam(const gn_adam_args* args, const Kernels** kernels);
 int32_t check_grad(const gn_grad_args* args, const Kernels** kernels);
 
+// Whether everything is updated where it is.
+bool is_in_place(const gn_adam_args& args);
+
 // Update the elements [begin, end) of a checked job.
 void run_adam(const Kernels& kernels, const gn_adam_args& args, int64_t begin, int64_t end);
 
@@ -21,7 +24,7 @@ inline int64_t master_nbytes(int32_t format) {
     return format == GN_FORMAT_SPLIT_BF16 ? 2 : format == GN_FORMAT_F16_MASTER ? 4 : 0;
 }
 
-int32_t check_journal(const gn_adam_journal* journal, int64_t numel, int32_t num_threads);
+int32_t check_journal(const gn_adam_journal* journal, const gn_adam_args& args, int32_t num_threads);
 
 // As run_adam, block by block with a journal; begin is a multiple of GN_JOURNAL_BLOCK_NUMEL, end is too or is
 // args.numel. `worker` is the number of the calling thread, whose scratch is used.

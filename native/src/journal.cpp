@@ -72,9 +72,9 @@ void update_block(const Kernels& kernels, const gn_adam_args& args, const gn_ada
 
 }  // namespace
 
-int32_t check_journal(const gn_adam_journal* journal, int64_t numel, int32_t num_threads) {
+int32_t check_journal(const gn_adam_journal* journal, const gn_adam_args& args, int32_t num_threads) {
     if (!journal || journal->sequence == 0 || journal->num_scratches < num_threads) return -EINVAL;
-    if (!journal->scratches || (numel > 0 && !journal->done)) return -EINVAL;
+    if (!journal->scratches || (args.numel > 0 && !journal->done) || !is_in_place(args)) return -EINVAL;
     return 0;
 }
 
@@ -90,7 +90,7 @@ int32_t gn_adam_update_partly(const gn_adam_args* args, const gn_adam_journal* j
                               int32_t stop) {
     const gn::Kernels* kernels = nullptr;
     if (const int32_t status = gn::check_adam(args, &kernels)) return status;
-    if (const int32_t status = gn::check_journal(journal, args->numel, 1)) return status;
+    if (const int32_t status = gn::check_journal(journal, *args, 1)) return status;
     if (stop < GN_STOP_COPIED || stop > GN_STOP_WHOLE || block < 0) return -EINVAL;
     if (block * GN_JOURNAL_BLOCK_NUMEL >= args->numel) return -EINVAL;
     const gn::ScopedFloatMode float_mode;

@@ -364,7 +364,7 @@ int32_t gn_pool_submit_adam_journalled(gn_pool* pool, const gn_adam_args* args,
         if (const int32_t status = gn::check_adam(args, &kernels)) return status;
         // Not written to after the pool was created.
         const auto num_threads = static_cast<int32_t>(pool->thread_ids.size());
-        if (const int32_t status = gn::check_journal(journal, args->numel, num_threads)) return status;
+        if (const int32_t status = gn::check_journal(journal, *args, num_threads)) return status;
         auto job = std::make_unique<JournalledAdamJob>(*args, *journal, kernels);
         return pool->submit(std::move(job), priority, ticket);
     });

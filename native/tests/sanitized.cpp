@@ -98,6 +98,12 @@ void run_updates(int64_t numel, int32_t isa) {
         for (int32_t dtype : {GN_DTYPE_F32, GN_DTYPE_BF16, GN_DTYPE_F16}) {
             Update update(numel, format, dtype, isa);
             CHECK(gn_adam_update(&update.args) == 0);
+            Update target(numel, format, dtype, isa);
+            target.args.from_working = update.args.working;
+            target.args.from_master = update.args.master;
+            target.args.from_momentum = update.args.momentum;
+            target.args.from_variance = update.args.variance;
+            CHECK(gn_adam_update(&target.args) == 0);
         }
     Update update(numel, GN_FORMAT_F32, GN_DTYPE_F32, isa);
     update.segment.end = numel + 1;

@@ -12,6 +12,7 @@ from gemini._native import ffi, lib
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gemini.kernels.adam_tile import AdamSource
 from gemini.kernels.cpu import (
     AdamHyper,
     AdamSegment,
@@ -289,3 +290,51 @@ def test_native_adam_answers_einval_and_changes_nothing(changes):
     fields.update(changes, segments=segments)
     assert lib.gn_adam_update(ffi.new("gn_adam_args *", fields)) == -22
     assert all(tensor.tolist() == [1.0] * 4 for tensor in tensors)
+
+
+PARTS = ("working", "master", "momentum", "variance")
+
+
+@pytest.mark.parametrize("numel", [1, 37, 4096, 10_001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("elsewhere", [PARTS, ("working",), ("momentum", "variance")])
+def test_an_update_from_elsewhere_equals_one_in_place(numel, dtype, elsewhere, isa):
+    """Elements in no segment are copied; what the update reads keeps its bits."""
+    segments = (
+        AdamSegment(begin=0, end=numel // 3, hyper=ADAMW, step=5),
+        AdamSegment(begin=numel // 2, end=numel - numel // 10, hyper=ADAMW, step=2),
+    )
+    before = make_tile(numel, dtype, torch.float32, segments)
+    in_place = dataclasses.replace(before, **{name: cloned(getattr(before, name)) for name in PARTS})
+    adam_update(in_place, isa=isa)
+    kept = {name: cloned(getattr(before, name)) for name in PARTS}
+    source = AdamSource(**{name: getattr(before, name) for name in elsewhere})
+    targets = {
+        name: None if (part := getattr(before, name)) is None else torch.full_like(part, 7) for name in elsewhere
+    }
+    moved = dataclasses.replace(before, **targets, source=source)
+    adam_update(moved, isa=isa)
+    for name in PARTS:
+        if getattr(before, name) is None:
+            continue
+        assert bytes_of(getattr(moved, name)) == bytes_of(getattr(in_place, name))
+        if name in elsewhere:
+            assert bytes_of(getattr(before, name)) == bytes_of(kept[name])
+
+
+def bytes_of(tensor):
+    return tensor.view(torch.uint8).numpy().tobytes()
+
+
+def cloned(tensor):
+    return None if tensor is None else tensor.clone()
+
+
+def test_a_source_must_fit_its_tile():
+    tile = make_tile(8, torch.float32, torch.float32, ())
+    with pytest.raises(ValueError, match=r"AdamSource.momentum: expected 8 elements, got 7"):
+        dataclasses.replace(tile, source=AdamSource(momentum=torch.zeros(7)))
+    with pytest.raises(ValueError, match=r"AdamSource.working: expected other memory than AdamTile.working"):
+        dataclasses.replace(tile, source=AdamSource(working=tile.working))
+    with pytest.raises(ValueError, match=r"AdamSource.master: expected None, because the tile has no master"):
+        dataclasses.replace(tile, source=AdamSource(master=tile.momentum))
