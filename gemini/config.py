@@ -121,8 +121,9 @@ class GeminiConfig:
     overlap: Literal["auto", "off", "next-forward", "speculative"] = "auto"
     """When updates run; the bits are the same. "off": inside `optimizer.step()`. "next-forward": while the next forward
     computes, which waits for each unit's own update. "speculative": also during backward, as if nothing will be clipped
-    or skipped, to a second place on disk that counts only once `step()` knows; for tiles whose weights and state are on
-    disk, and doubles what these take there. "auto" takes what the budgets allow and measured times recommend."""
+    or skipped, to a second place that counts only once `step()` knows. Weights and state that are both on disk take
+    twice their bytes there. With a device, weights in host memory, and their state, may have second places too, as far
+    as `host_budget` leaves room. "auto" takes what the budgets allow and measured times recommend."""
     prefetch_depth: int = 2
     """Units fetched ahead of their use."""
     activation_reserve: str | int | None = None

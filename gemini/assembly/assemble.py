@@ -390,7 +390,6 @@ class _Builder:
         """Claim memory and disk for a chunk's working weights, state and gradients."""
         resources, shape = self.resources, self.blueprint.shape
         tiles = range(demand.num_tiles(shape.tile_numel))
-        spare_tiles = homes.spare_tiles() if shape.has_spares else ()
 
         def open_home(
             tiers: tuple[MemoryTier, ...], tile_nbytes: list[int], purpose: str, spare_tiles: tuple[int, ...] = ()
@@ -404,17 +403,18 @@ class _Builder:
                 source=source,
                 spare_tiles=spare_tiles,
                 purpose=purpose,
+                spare_purpose="state spares" if purpose == "state" else "spares",
                 record=f"{'weights' if purpose == 'working' else purpose} of {name}",
             )
             self.on_error.callback(home.close)
             return home
 
         working_nbytes = [round_up(demand.working_tile_nbytes(t, shape.tile_numel), IO_ALIGNMENT_NBYTES) for t in tiles]
-        working = open_home(homes.working, working_nbytes, "working", spare_tiles)
+        working = open_home(homes.working, working_nbytes, "working", homes.spares)
         if homes.grad is None:
             return working, None, None
         state_nbytes = [demand.state_tile_nbytes(t, shape.tile_numel) for t in tiles]
-        state = open_home(homes.state, state_nbytes, "state", spare_tiles)
+        state = open_home(homes.state, state_nbytes, "state", homes.spares)
         grad_itemsize = demand.grad_itemsize(shape)
         grad_nbytes = [
             round_up(demand.tile_length(t, shape.tile_numel) * grad_itemsize, IO_ALIGNMENT_NBYTES) for t in tiles

@@ -13,15 +13,17 @@ from gemini.chunk.layout import ChunkLayout, ChunkSpec, build_layout
 from gemini.commits.file import CommitLayout
 from gemini.commits.layout import CommitContent, lay_out_buffers, lay_out_overhead, refuse_device_homes
 from gemini.config import GeminiConfig
-from gemini.errors import ConfigError, ModelError, OutOfTierMemoryError
+from gemini.errors import ConfigError, ModelError
 from gemini.kernels.adam_tile import state_format_of
 from gemini.kernels.topology import MAX_WORKERS
 from gemini.model.module_tree import describe_model
 from gemini.model.tensor_parallel import is_dtensor, local_part
 from gemini.model.working_dtypes import WorkingDtypes, choose_dtypes
 from gemini.offload.resources import budgets_of
+from gemini.placement.check import check_plan
 from gemini.placement.plan import ChunkDemand, MemoryDemand, PlacementPlan, RuntimeShape, memory_demand
 from gemini.placement.policy import Budgets, choose_plan
+from gemini.placement.spares import add_spares
 from gemini.ranks.one_rank import ALONE
 from gemini.ranks.sharding import ChunkShard, Sharding
 from gemini.tiers import MemoryTier
@@ -106,7 +108,7 @@ def draw_blueprint(
     commits = _lay_out_commits(model, config, layout, dtypes, demands) if has_commits else None
     shape = _shape_of(config, budgets, commits, may_speculate=sharding.is_alone and not has_commits)
     chunks_at_once = max(len(unit.chunk_ids) for unit in layout.units)
-    shape, plan = _place(config, demands, shape, budgets, chunks_at_once)
+    plan = _place(config, demands, shape, budgets, chunks_at_once)
     if commits is not None:
         refuse_device_homes(layout, plan)
         commits = dataclasses.replace(commits, buffer_nbytes=lay_out_buffers(demands, plan, shape))
@@ -170,14 +172,14 @@ def _shape_of(
     *,
     may_speculate: bool,
 ) -> RuntimeShape:
-    """Return what the configuration says of the buffers, with spares wherever they may be of use."""
+    """Return what the configuration says of the buffers."""
     return RuntimeShape(
         has_device=budgets[MemoryTier.DEVICE] is not None,
         tile_numel=config.tile_numel,
         ring_depth=config.ring_depth,
         grad_itemsize=4 if config.gradient_accumulation else config.dtype.itemsize,
         has_checksums=config.nvme is not None and config.nvme.verify,
-        has_spares=config.nvme is not None and may_speculate and config.overlap in ("auto", "speculative"),
+        has_spares=may_speculate and config.overlap in ("auto", "speculative"),
         commits_nbytes=0 if commits is None else commits.buffers,
     )
 
@@ -198,27 +200,20 @@ def _place(
     shape: RuntimeShape,
     budgets: Mapping[MemoryTier, int | None],
     chunks_at_once: int,
-) -> tuple[RuntimeShape, PlacementPlan]:
-    """Return a plan within the budgets, and the shape that it is for: without spares if they do not fit."""
+) -> PlacementPlan:
+    """Return a plan within the budgets, with second places as far as they fit."""
     plan_budgets = _plan_budgets(config, budgets)
-
-    def plan_for(shape: RuntimeShape) -> PlacementPlan:
-        return choose_plan(
-            config.placement,
-            demands,
-            shape,
-            plan_budgets,
-            prefetch_depth=config.prefetch_depth,
-            chunks_at_once=chunks_at_once,
-        )
-
-    try:
-        return shape, plan_for(shape)
-    except OutOfTierMemoryError:
-        if not shape.has_spares or config.overlap != "auto":
-            raise
-    shape = dataclasses.replace(shape, has_spares=False)
-    return shape, plan_for(shape)
+    plan = choose_plan(
+        config.placement,
+        demands,
+        shape,
+        plan_budgets,
+        prefetch_depth=config.prefetch_depth,
+        chunks_at_once=chunks_at_once,
+    )
+    plan = add_spares(demands, plan, shape, plan_budgets, must_fit=config.overlap == "speculative")
+    check_plan(demands, plan, shape, plan_budgets, chunks_at_once=chunks_at_once)
+    return plan
 
 
 def _refuse_overlaps(model: torch.nn.Module) -> None:

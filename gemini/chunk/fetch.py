@@ -97,9 +97,7 @@ class Fetch:
                 assert landing is not None, "weights on disk reach a device through host memory"
                 self._reads.append((run, home.read_run(run, landing[part])))
                 continue
-            buffer = home.device_buffer if run.tier is MemoryTier.DEVICE else home.host_buffer
-            assert buffer is not None
-            source = buffer[run.home_offset : run.home_offset + run.nbytes]
+            source = home.memory_of(run)
             if has_device and staging is not None and run.tier is MemoryTier.HOST and home.is_pageable:
                 self._reads.append((run, pool.submit_copy(staging[part], source, record=self._record)))
             elif has_device:

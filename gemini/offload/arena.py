@@ -28,9 +28,9 @@ HUGE_PAGE_NBYTES = 2 << 20
 MADV_WIPEONFORK = 18
 """Value from Linux's <sys/mman.h>; Python's mmap has no name for it."""
 
-NEVER_COPIED = frozenset({"state", "gradients"})
+NEVER_COPIED = frozenset({"state", "state spares", "gradients"})
 """Purposes of buffers that no device copies from or to: most of the memory, for which page-locking gains nothing."""
-HOMES = frozenset({"working", "shared weights", "gradients"})
+HOMES = frozenset({"working", "spares", "shared weights", "gradients"})
 """Purposes of buffers that can do without page-locking, because their bytes may pass through other buffers."""
 
 

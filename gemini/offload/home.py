@@ -1,7 +1,7 @@
 """The place of a chunk's bytes between uses: a row of tiles, each in host memory, on disk or on the device.
 
-A tile on disk may have a second, spare place. A write *ahead* goes to the spare place, where readers do not see it,
-until `flip` makes the spare place the tile's place and the old place the spare one.
+A tile in host memory or on disk may have a second, spare place. A write *ahead* goes to the spare place, where readers
+do not see it, until `flip` makes the spare place the tile's place and the old place the spare one.
 
 Knows bytes and tiers, not what the bytes mean.
 """
@@ -58,8 +58,9 @@ class TiledHome:
         transfers: source of device memory; None if no tile is there.
         shared: the memory file's part, from the arena, that holds all tiles; None: the home has its own memory.
         source: provides the host memory; None: private memory of this process.
-        spare_tiles: tiles on disk that have a spare place.
+        spare_tiles: tiles in host memory or on disk that have a spare place.
         purpose: the ledger's name for the purpose of these bytes.
+        spare_purpose: the same for spare places in host memory.
         record: name of the content, for messages about the disk.
     """
 
@@ -75,6 +76,7 @@ class TiledHome:
         source: MemorySource | None = None,
         spare_tiles: Iterable[int] = (),
         purpose: str,
+        spare_purpose: str = "spares",
         record: str = "",
     ) -> None:
         # - What it is
@@ -84,6 +86,7 @@ class TiledHome:
         self._arena = arena
         self._store = store
         self.host_buffer: torch.Tensor | None = None
+        self._spare_buffer: torch.Tensor | None = None
         self._transfers = transfers
         self._purpose = purpose
         self.device_buffer: torch.Tensor | None = None
@@ -97,15 +100,14 @@ class TiledHome:
         # - Places of tiles
         self._places = self._places_by_tier()
         self._spares: dict[int, TileRun] = {}  # spare place of each tile that has one
-        spare_nbytes = 0
+        spare_nbytes = {MemoryTier.HOST: 0, MemoryTier.NVME: 0}
         for tile in sorted(spare_tiles):
-            assert self.tiers[tile] is MemoryTier.NVME
             own = self._places[tile]
-            self._spares[tile] = dataclasses.replace(own, home_offset=spare_nbytes, is_spare=True)
-            spare_nbytes += own.nbytes
+            self._spares[tile] = dataclasses.replace(own, home_offset=spare_nbytes[own.tier], is_spare=True)
+            spare_nbytes[own.tier] += own.nbytes
         host_nbytes, device_nbytes = self.nbytes(MemoryTier.HOST), self.nbytes(MemoryTier.DEVICE)
         try:
-            for is_spare, nbytes in ((False, self.nbytes(MemoryTier.NVME)), (True, spare_nbytes)):
+            for is_spare, nbytes in ((False, self.nbytes(MemoryTier.NVME)), (True, spare_nbytes[MemoryTier.NVME])):
                 if nbytes:
                     assert store is not None, "tiles on disk need a disk store"
                     self._extents[is_spare] = store.allocate(nbytes, record=record)
@@ -114,6 +116,8 @@ class TiledHome:
                 self.host_buffer = shared.view
             elif host_nbytes:
                 self.host_buffer = arena.allocate(host_nbytes, purpose, source=source)
+            if spare_nbytes[MemoryTier.HOST]:
+                self._spare_buffer = arena.allocate(spare_nbytes[MemoryTier.HOST], spare_purpose)
             if device_nbytes:
                 assert transfers is not None, "tiles on a device need its transfers"
                 self.device_buffer = transfers.allocate(device_nbytes, purpose)
@@ -144,7 +148,8 @@ class TiledHome:
     @property
     def is_pageable(self) -> bool:
         """Whether an accelerator's copies from and to the host memory block, because it is not page-locked."""
-        return self.host_buffer is not None and self._arena.is_pageable(self.host_buffer)
+        buffers = [buffer for buffer in (self.host_buffer, self._spare_buffer) if buffer is not None]
+        return any(self._arena.is_pageable(buffer) for buffer in buffers)
 
     @property
     def is_shared(self) -> bool:
@@ -176,15 +181,28 @@ class TiledHome:
                 runs.append(place)
         return runs
 
-    def tile(self, tile: int) -> torch.Tensor:
-        """Return a tile that is in host or device memory, uint8 [its bytes]; writable if the home is."""
-        buffer = self.device_buffer if self.tiers[tile] is MemoryTier.DEVICE else self.host_buffer
+    def tile(self, tile: int, *, ahead: bool = False) -> torch.Tensor:
+        """Return a tile that is in host or device memory.
+
+        Args:
+            tile: the tile's index.
+            ahead: return its spare place, which is not read before `flip`.
+
+        Returns:
+            uint8 [its bytes]; writable if the home is.
+        """
+        place = self._spares[tile] if ahead else self._places[tile]
         if self._shared is not None and self._shared.writer is not None:
-            buffer = self._shared.writer
+            return self._shared.writer[place.home_offset : place.home_offset + place.nbytes]
+        return self.memory_of(place)
+
+    def memory_of(self, run: TileRun) -> torch.Tensor:
+        """Return a run that is in host or device memory as readers see it, uint8 [its bytes]."""
+        assert run.tier is not MemoryTier.NVME
+        own = self.device_buffer if run.tier is MemoryTier.DEVICE else self.host_buffer
+        buffer = self._spare_buffer if run.is_spare else own
         assert buffer is not None
-        assert self.tiers[tile] is not MemoryTier.NVME
-        offset = self._places[tile].home_offset
-        return buffer[offset : offset + self.tile_nbytes[tile]]
+        return buffer[run.home_offset : run.home_offset + run.nbytes]
 
     def read_tile(self, tile: int, into: torch.Tensor) -> IoTicket:
         """Start reading a tile from disk.
@@ -302,6 +320,9 @@ class TiledHome:
         if self.host_buffer is not None:
             self._arena.free(self.host_buffer)
             self.host_buffer = self._shared = None
+        if self._spare_buffer is not None:
+            self._arena.free(self._spare_buffer)
+            self._spare_buffer = None
         if self.device_buffer is not None:
             assert self._transfers is not None
             self._transfers.free(self.device_buffer, self._purpose)

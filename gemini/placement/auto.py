@@ -14,7 +14,8 @@ from itertools import product
 from gemini.errors import ConfigError, OutOfTierMemoryError
 from gemini.placement.check import Budgets, check_plan, shortage_error
 from gemini.placement.draft import Draft, Floor, Problem, Role, draft_smallest, home_chunk, move_below
-from gemini.placement.plan import ChunkDemand, ChunkPlacement, PlacementPlan, RuntimeShape
+from gemini.placement.plan import ChunkDemand, ChunkPlacement, PlacementPlan, RuntimeShape, can_have_spare
+from gemini.placement.spares import room_for_states
 from gemini.tiers import MemoryTier
 
 __all__ = ["auto_placement"]
@@ -196,7 +197,7 @@ def _promote_updates(draft: Draft, order: Sequence[int]) -> None:
         return dataclasses.replace(homes, grad=_HOST) if homes.grad is _NVME else homes
 
     draft.promote(order, grad_to_host, _HOST)
-    free_nbytes = draft.problem.budgets.of(_HOST) - draft.total(_HOST)
+    free_nbytes = _room_for_states(draft)
     for chunk_id in order:
         homes = draft.homes[chunk_id]
         if _NVME in homes.state:
@@ -204,6 +205,21 @@ def _promote_updates(draft: Draft, order: Sequence[int]) -> None:
             free_nbytes -= taken_nbytes
             state = (_HOST,) * num_tiles + (_NVME,) * (len(homes.state) - num_tiles)
             draft.rehome(chunk_id, dataclasses.replace(homes, state=state))
+
+
+def _room_for_states(draft: Draft) -> int:
+    """Return the host memory that states may take which are on disk."""
+    shape, chunks = draft.problem.shape, draft.problem.chunks
+    free_nbytes = draft.problem.budgets.of(_HOST) - draft.total(_HOST)
+    state_nbytes = working_nbytes = 0
+    for demand, homes in zip(chunks, draft.homes, strict=True):
+        for tile, tier in enumerate(homes.state):
+            if tier is not _NVME:
+                continue
+            state_nbytes += demand.state_tile_nbytes(tile, shape.tile_numel)
+            if homes.working[tile] is _HOST and shape.has_spares and can_have_spare(demand, homes, tile, shape):
+                working_nbytes += demand.working_tile_nbytes(tile, shape.tile_numel)
+    return room_for_states(free_nbytes, state_nbytes, working_nbytes)
 
 
 def _tiles_that_fit(problem: Problem, chunk_id: int, free_nbytes: int) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from gemini.placement.plan import (
     MemoryDemand,
     PlacementPlan,
     RuntimeShape,
+    can_have_spare,
     has_shared_home,
     is_used_in_place,
     memory_demand,
@@ -214,6 +215,9 @@ def _find_contradiction(demand: ChunkDemand, homes: ChunkPlacement, shape: Runti
         return f"with several ranks is_resident must be {demand.is_pinned} for this chunk"
     if not homes.is_resident and demand.is_pinned:
         return "its working weights must always be in compute memory, so is_resident must be True"
+    for tile in homes.spares:
+        if not 0 <= tile < len(homes.state) or not can_have_spare(demand, homes, tile, shape):
+            return f"tile {tile} cannot have a second place; leave it out of spares"
     return None
 
 

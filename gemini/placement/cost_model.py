@@ -309,7 +309,7 @@ def count_step(chunks: Sequence[ChunkDemand], plan: PlacementPlan, shape: Runtim
             fetched += _fetch(demand, homes, shape)
         if homes.grad is not None:
             stored += _store_gradient(demand, homes.grad, shape)
-        goes_ahead = set(homes.spare_tiles()) if shape.has_spares and not homes.is_resident else set()
+        goes_ahead = set(homes.spares)
         for tile, num_alike in _distinct_tiles(demand, homes, shape).items():
             update = _update_tile(demand, homes, tile, shape) * num_alike
             if tile in goes_ahead:
@@ -325,12 +325,13 @@ def count_step(chunks: Sequence[ChunkDemand], plan: PlacementPlan, shape: Runtim
 
 
 def _distinct_tiles(demand: ChunkDemand, homes: ChunkPlacement, shape: RuntimeShape) -> dict[int, int]:
-    """Return one trained tile for each length and pair of homes that tiles have, and how many are like it."""
+    """Return one trained tile for each length, pair of homes and kind of place, and how many are like it."""
     last = len(homes.state) - 1
     is_shorter = demand.numel % shape.tile_numel > 0
+    spares = set(homes.spares)
     alike: dict[tuple[object, ...], list[int]] = {}
     for tile, pair in enumerate(zip(homes.state, homes.working, strict=False)):
-        alike.setdefault((is_shorter and tile == last, *pair), []).append(tile)
+        alike.setdefault((is_shorter and tile == last, tile in spares, *pair), []).append(tile)
     return {tiles[0]: len(tiles) for tiles in alike.values()}
 
 
@@ -378,6 +379,8 @@ def _update_tile(demand: ChunkDemand, homes: ChunkPlacement, tile: int, shape: R
     on_disk = MemoryTier.NVME
     moved_nbytes = working_nbytes * (homes.working[tile] is on_disk) + state_nbytes * (homes.state[tile] is on_disk)
     h2d_nbytes = working_nbytes if shape.has_device and homes.is_resident else 0
+    if tile in homes.spares:  # what host memory has is written elsewhere, where a processor reads a line before it
+        passed_nbytes += working_nbytes + state_nbytes - moved_nbytes
     return Work(
         h2d_nbytes=h2d_nbytes,
         host_memory_nbytes=passed_nbytes + h2d_nbytes,

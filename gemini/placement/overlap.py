@@ -54,7 +54,7 @@ def why_not_ahead(asked: OverlapMode | None, *, has_spares: bool, clip_rate: flo
     if asked is not OverlapMode.SPECULATIVE:
         return None
     if not has_spares:
-        return "no tile has weights and state on disk"
+        return "no tile has a second place"
     if clip_rate is None:
         return "no step has been taken"
     return "most steps clip" if clip_rate >= CLIP_RATE_LIMIT else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, TileGrid, checksum_nbytes, round_up
 
@@ -19,9 +20,11 @@ __all__ = [
     "MemoryDemand",
     "PlacementPlan",
     "RuntimeShape",
+    "can_have_spare",
     "has_shared_home",
     "is_used_in_place",
     "memory_demand",
+    "spare_nbytes",
     "state_record_nbytes",
 ]
 
@@ -111,11 +114,9 @@ class ChunkPlacement:
     """Whether compute memory always holds the working weights; then fetching them costs nothing. True where all of
     `working` is in compute memory; elsewhere it costs a copy there. A chunk with several ranks always needs the copy
     and has it exactly if it is pinned, except where ranks share one copy of it in compute memory itself."""
-
-    def spare_tiles(self) -> tuple[int, ...]:
-        """Return the tiles that get a spare place if there are any: those whose state and weights are on disk."""
-        pairs = enumerate(zip(self.state, self.working, strict=False))
-        return tuple(tile for tile, pair in pairs if pair == (MemoryTier.NVME, MemoryTier.NVME))
+    spares: tuple[int, ...] = ()
+    """Tiles that have a second place for weights and state, each in the tier of the first, so that an update may run
+    before it is known whether it will count."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,7 @@ class RuntimeShape:
     num_fetch_slots: int = 2
     """Host buffers through which working weights travel from disk to a device."""
     has_spares: bool = False
-    """Whether tiles that live on disk whole have a second place there, so that an update may run before it is known
-    whether it will count."""
+    """Whether tiles may be given second places."""
     has_checksums: bool = False
     """Whether host memory holds checksums of what is on disk."""
     commits_nbytes: int = 0
@@ -182,6 +182,43 @@ def is_used_in_place(demand: ChunkDemand, working: Sequence[MemoryTier], shape: 
     return is_whole and working.count(compute) == len(working)
 
 
+def can_have_spare(demand: ChunkDemand, homes: ChunkPlacement, tile: int, shape: RuntimeShape) -> bool:
+    """Return whether a tile may have a second place: its update can run while others read the first.
+
+    What compute uses in place cannot move. Without a device nothing but what is on disk gains: updates in host memory
+    take the processors that compute. A resident copy is refreshed from host memory, not from disk.
+    """
+    tiers = (homes.state[tile], homes.working[tile])
+    if MemoryTier.DEVICE in tiers or is_used_in_place(demand, homes.working, shape):
+        return False
+    if has_shared_home(demand, homes.working):
+        return False
+    if tiers == (MemoryTier.NVME, MemoryTier.NVME):
+        return not homes.is_resident
+    return shape.has_device and homes.working[tile] is MemoryTier.HOST and not (demand.is_sharded and homes.is_resident)
+
+
+def spare_nbytes(
+    demand: ChunkDemand, homes: ChunkPlacement, tiles: Sequence[int], shape: RuntimeShape, tier: MemoryTier
+) -> SpareBytes:
+    """Return the bytes that second places of some tiles take in a tier."""
+    working = [_aligned(demand.working_tile_nbytes(t, shape.tile_numel)) for t in tiles if homes.working[t] is tier]
+    state = [demand.state_tile_nbytes(t, shape.tile_numel) for t in tiles if homes.state[t] is tier]
+    return SpareBytes(sum(working), sum(state))
+
+
+class SpareBytes(NamedTuple):
+    """Bytes of second places."""
+
+    working: int
+    state: int
+
+    @property
+    def total(self) -> int:
+        """Both together."""
+        return self.working + self.state
+
+
 def memory_demand(chunks: Sequence[ChunkDemand], plan: PlacementPlan, shape: RuntimeShape) -> MemoryDemand:
     """Compute the bytes a plan takes in each tier.
 
@@ -191,7 +228,8 @@ def memory_demand(chunks: Sequence[ChunkDemand], plan: PlacementPlan, shape: Run
         shape: sizes of the buffers.
 
     Returns:
-        Bytes by tier and purpose. Purposes: "working", "shared weights", "state", "spares", "gradients" (homes),
+        Bytes by tier and purpose. Purposes: "working", "shared weights", "state", "gradients" (homes), "spares" (second
+        places of working weights), "state spares",
         "resident copies", "whole gradients", "slots", "update ring", "gradient slots", "exchange slots", "fetch slots",
         "checksums", "commits".
 
@@ -259,11 +297,10 @@ class DemandTally:
                 if num_tiles:
                     missing = full_nbytes - last_nbytes if tiers[-1] is tier else 0
                     held[tier][purpose] += sign * (num_tiles * full_nbytes - missing)
-        if shape.has_spares:
-            spares = homes.spare_tiles()
-            full_nbytes, last_nbytes = (sum(pair) for pair in zip(working_nbytes, state_nbytes, strict=True))
-            missing = full_nbytes - last_nbytes if len(homes.state) - 1 in spares else 0
-            held[MemoryTier.NVME]["spares"] += sign * (len(spares) * full_nbytes - missing)
+        for tier in (MemoryTier.HOST, MemoryTier.NVME) if homes.spares else ():
+            spares = spare_nbytes(demand, homes, homes.spares, shape, tier)
+            held[tier]["spares"] += sign * spares.working
+            held[tier]["state spares"] += sign * spares.state
         if homes.grad is not None:
             held[homes.grad]["gradients"] += sign * _aligned(demand.numel * demand.grad_itemsize(shape))
         if homes.is_resident and not is_used_in_place(demand, homes.working, shape):

@@ -15,6 +15,7 @@ from gemini.kernels.pool import Ticket
 from gemini.offload.arena import MemorySource
 from gemini.offload.home import TiledHome
 from gemini.offload.transfer import Mark, Move
+from gemini.tiers import MemoryTier
 
 __all__ = ["DeferredStep", "NoProgressLog", "PlannedUpdate", "ProgressLog", "StepPlanner", "UpdateJob"]
 
@@ -61,6 +62,8 @@ class UpdateJob:
     grad_scale: float
     tiles: tuple[int, ...]
     """What to update; each holds part of a segment."""
+    is_ahead: bool = False
+    """Whether it runs before it is known whether it counts; then all of its tiles have spare places."""
     sequence: int = 0
     """Sequence of the commit that these updates belong to; 0 if nothing is committed."""
     arrivals: tuple[Ticket, ...] = ()
@@ -73,10 +76,18 @@ class UpdateJob:
     """What may still read the old weights there; taken in the thread that computes."""
     refreshing: list[Ticket | Move] = field(default_factory=list)
     """Copies to `refreshes` under way; compute waits for them before it uses the weights."""
+    refreshes_late: torch.Tensor | None = None
+    """As `refreshes`, but filled from the homes, all at once, when the update counts."""
+    counts: bool = False
+    """Whether what went to spare places has become the homes' content."""
 
     def goes_ahead(self, tile: int) -> bool:
-        """Return whether a tile's results go to its spare place, so that until `flip` the update has not happened."""
-        return self.state.has_spare(tile)
+        """Return whether a tile's results go to its spare place, so that until `flip` the update has not happened.
+
+        On disk they always do, because a write that fails then tears nothing; in host memory only if need be.
+        """
+        is_on_disk = self.state.tiers[tile] is self.working.tiers[tile] is MemoryTier.NVME
+        return self.state.has_spare(tile) and (self.is_ahead or is_on_disk)
 
 
 class ProgressLog(Protocol):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from gemini.errors import GeminiError
-from gemini.kernels.adam_tile import AdamSegment, AdamTile, clip_segments
+from gemini.kernels.adam_tile import AdamSegment, AdamSource, AdamTile, clip_segments
 from gemini.kernels.device import DeviceKernels
 from gemini.kernels.device_tile import DeviceChunk
 from gemini.kernels.pool import Ticket
@@ -50,7 +50,10 @@ class _Tile:
     segments: tuple[AdamSegment, ...]
     weights: torch.Tensor
     """Working weights, uint8, padding included."""
+    weights_before: torch.Tensor | None
+    """The same before the update, where that is another place."""
     record: torch.Tensor
+    record_before: torch.Tensor | None
     grad_bytes: torch.Tensor
     """Gradients, uint8; may be padded."""
     ring: int | None
@@ -89,7 +92,18 @@ class _Tile:
             grad=self.grad,
             grad_scale=self.job.grad_scale,
             segments=self.segments,
+            source=self._source(),
         )
+
+    def _source(self) -> AdamSource | None:
+        """Say where the parts are that are updated from one place to another."""
+        if self.weights_before is None and self.record_before is None:
+            return None
+        dtype = self.job.spec.dtype
+        weights, record = self.weights_before, self.record_before
+        working = None if weights is None else weights[: self.length * dtype.itemsize].view(dtype)
+        master, momentum, variance = (None,) * 3 if record is None else record_views(record, self.length, dtype)
+        return AdamSource(working=working, master=master, momentum=momentum, variance=variance)
 
     def has_left(self) -> bool:
         return all(way.is_done() for way in self.leaving)
@@ -236,25 +250,36 @@ class TilePipeline:
         begin, end = TileGrid(job.spec.numel, self.tile_numel).range_of(index)
         length = end - begin
         grad_slot = job.grad_slot
-        if grad_slot is None:
-            record, weights, grad = self._memory_of((job.state, job.working, job.grad), index, ring)
-        else:
-            record, weights = self._memory_of((job.state, job.working), index, ring)
-            grad = grad_slot[begin * job.grad_dtype.itemsize :][: length * job.grad_dtype.itemsize]
+        ahead = job.goes_ahead(index)
+        homes = (job.state, job.working) if grad_slot is not None else (job.state, job.working, job.grad)
+        record, weights, *grads = self._memory_of(homes, index, ring, ahead=ahead)
+        if grad_slot is not None:
+            grads = [grad_slot[begin * job.grad_dtype.itemsize :][: length * job.grad_dtype.itemsize]]
+        weights_before, record_before = (
+            home.tile(index) if ahead and home.tiers[index] is MemoryTier.HOST else None
+            for home in (job.working, job.state)
+        )
         return _Tile(
             job=job,
             index=index,
             length=length,
             segments=clip_segments(job.segments, begin, begin + length),
             weights=weights,
+            weights_before=weights_before,
             record=record,
-            grad_bytes=grad,
+            record_before=record_before,
+            grad_bytes=grads[0],
             reads_grad_slot=grad_slot is not None,
             ring=ring,
         )
 
-    def _memory_of(self, homes: Sequence[TiledHome], index: int, ring: int | None) -> list[torch.Tensor]:
-        """Return where a tile of some homes is during its update: at home, or, one after another, in a ring buffer."""
+    def _memory_of(
+        self, homes: Sequence[TiledHome], index: int, ring: int | None, *, ahead: bool = False
+    ) -> list[torch.Tensor]:
+        """Return where a tile of some homes is updated: in its place or, one after another, in a ring buffer.
+
+        With `ahead` the place of state and working weights is the spare one.
+        """
         parts = []
         begin = 0
         for home in homes:
@@ -263,7 +288,7 @@ class TilePipeline:
                 parts.append(self._ring[ring][begin : begin + home.tile_nbytes[index]])
                 begin += home.tile_nbytes[index]
             else:
-                parts.append(home.tile(index))
+                parts.append(home.tile(index, ahead=ahead and home.has_spare(index)))
         return parts
 
     def _claim_buffer(self) -> int:

@@ -1,9 +1,9 @@
 """Which update runs when: in the step, behind the next forward, or ahead of the step while backward goes on.
 
 An update ahead of the step assumes that nothing will be clipped or skipped and that hyper-parameters stay. It reads
-what everybody reads and writes to spare places nobody reads. `take_step` compares what it assumed with what the step
-wants: equal, and the places are exchanged; else it is dropped and done again, from the same weights and gradients. So
-no mode changes a bit, and until `take_step` nothing has happened.
+what everybody reads and writes to spare places, on disk or in host memory, that nobody reads. `take_step` compares
+what it assumed with what the step wants: equal, and the places are exchanged; else it is dropped and done again, from
+the same weights and gradients. So no mode changes a bit, and until `take_step` nothing has happened.
 
 After `take_step` a chunk is UPDATING until `finish`, which whoever needs it calls first.
 
@@ -30,7 +30,7 @@ from gemini.offload.home import TiledHome
 from gemini.offload.transfer import Mark
 from gemini.placement.overlap import OverlapMode, choose_overlap, smoothed_rate, why_not_ahead
 from gemini.profile.listeners import RunListeners
-from gemini.tiers import MemoryTier
+from gemini.tiers import MemoryTier, TileGrid
 from gemini.update.job import DeferredStep, PlannedUpdate, UpdateJob
 from gemini.update.pipeline import tiles_of, update_on_device
 from gemini.update.worker import UpdateWorker
@@ -144,9 +144,12 @@ class UpdateSchedule:
         chunk, state = self._core.chunks[chunk_id], self._states[chunk_id]
         touched = tiles_of(update.segments, self._worker.tile_numel)
         tiles = tuple(tile for tile in touched if state.has_spare(tile))
-        if not tiles or (chunk.is_resident and chunk.slot is not None):  # whose copy shows the old weights until then
+        if chunk.is_resident:  # whose copy shows the old weights until the step, and is refreshed from host memory
+            tiles = tuple(tile for tile in tiles if chunk.home.tiers[tile] is MemoryTier.HOST)
+        if not tiles:
             return
         job = self._job(chunk_id, update, tiles, arrivals)
+        job.is_ahead = True
         self._ahead[chunk_id] = job
         self.stats.num_ahead += 1
         self._worker.submit(job, distance=self._distance(chunk_id))
@@ -283,8 +286,9 @@ class UpdateSchedule:
         copy = chunk.compute if may_refresh else None
         if job is not None:
             job.readers = readers
-            if not self._worker.adjust(job, distance=distance, refreshes=copy):
-                copy = None  # tiles that have gone by will not refresh it
+            if not self._worker.adjust(job, distance=distance, refreshes=copy):  # tiles have gone by
+                copy = copy if self._can_refresh_late(job) else None
+                job.refreshes_late = copy
         self._core.begin_update(chunk_id, keeps_slot=copy is not None, updater=self)
         refreshes = copy if chunk.slot is not None else None
         jobs = self._pending[chunk_id] = [] if job is None else [job]
@@ -293,6 +297,33 @@ class UpdateSchedule:
         if rest:
             jobs.append(self._job(chunk_id, update, rest, refreshes=refreshes, readers=readers, sequence=sequence))
             self._worker.submit(jobs[-1], distance=distance)
+        elif job is not None and self._worker.is_updated(job):
+            self._let_count(job)
+
+    def _can_refresh_late(self, job: UpdateJob) -> bool:
+        """Return whether a copy on the device can be filled from the homes at once: none of them is on disk."""
+        has_device = self._core.resources.transfers.compute_tier is MemoryTier.DEVICE
+        return has_device and all(job.working.tiers[tile] is MemoryTier.HOST for tile in job.tiles)
+
+    def _let_count(self, job: UpdateJob) -> None:
+        """Make what an updated job has written to spare places the homes' content; no other job of the chunk runs."""
+        if job.counts:
+            return
+        job.counts = True
+        ahead = [tile for tile in job.tiles if job.goes_ahead(tile)]
+        job.state.flip(ahead)
+        job.working.flip(ahead)
+        if job.refreshes_late is None:
+            return
+        grid = TileGrid(job.spec.numel, self._worker.tile_numel)
+        for tile in job.tiles:
+            begin, end = grid.range_of(tile)
+            source = job.working.tile(tile)[: (end - begin) * job.spec.dtype.itemsize].view(job.spec.dtype)
+            record = f"weights of {job.spec.name}"
+            transfers = self._core.resources.transfers
+            job.refreshing.append(
+                transfers.upload(job.refreshes_late[begin:end], source, after=job.readers, record=record)
+            )
 
     def _job(
         self,
@@ -386,14 +417,11 @@ class UpdateSchedule:
             self.failure = f"an optimizer step failed half way ({error})"
             raise
         del self._pending[chunk_id]
-        chunk = self._core.chunks[chunk_id]
         for job in jobs:
+            self._let_count(job)
             for copy in job.refreshing:
                 copy.wait() if isinstance(copy, Ticket) else copy.wait_on_compute()
-            job.refreshes = None  # nobody but the chunk may look at its slot
-            ahead = [tile for tile in job.tiles if job.goes_ahead(tile)]
-            job.state.flip(ahead)
-            chunk.home.flip(ahead)
+            job.refreshes = job.refreshes_late = None  # nobody but the chunk may look at its slot
         self._core.end_update(chunk_id)
 
     def finish_all(self) -> None:

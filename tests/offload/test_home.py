@@ -206,3 +206,57 @@ def test_a_home_larger_than_the_host_takes_no_disk(resources: Resources) -> None
         make_home(resources, [NVME, HOST], [4096, 128 << 20])
     assert resources.store is not None
     assert resources.store.held_nbytes == 0
+
+
+@pytest.mark.parametrize("tier", [HOST, NVME])
+def test_a_second_place_is_read_from_the_flip_on_and_the_first_becomes_the_second(
+    resources: Resources, tier: MemoryTier
+) -> None:
+    home = TiledHome(
+        [tier] * 3, [4096] * 3, arena=resources.arena, store=resources.store, spare_tiles=[1, 2], purpose="state"
+    )
+    transfers = resources.transfers
+    old, new, newer = (random_bytes(4096, seed) for seed in range(3))
+
+    def write_ahead(content: torch.Tensor) -> None:
+        if tier is NVME:
+            home.write_tile(1, content, ahead=True)
+        else:
+            home.tile(1, ahead=True).copy_(content)
+
+    def read(tile: int) -> torch.Tensor:
+        with home.opened(tile, transfers) as content:
+            return content.clone()
+
+    for tile in range(3):
+        with home.opened(tile, transfers, write=True) as content:
+            content.copy_(old)
+    for content, before in ((new, old), (newer, new)):
+        write_ahead(content)
+        assert torch.equal(read(1), before)
+        home.flip([1])
+        assert torch.equal(read(1), content)
+        assert torch.equal(read(0), old)
+        assert torch.equal(read(2), old)
+    home.close()
+    assert resources.ledger.held_nbytes(HOST) == 0
+
+
+def test_a_row_with_a_tile_in_its_second_place_is_in_more_runs(resources: Resources) -> None:
+    home = TiledHome([HOST] * 3, [4096] * 3, arena=resources.arena, store=None, spare_tiles=[1], purpose="state")
+    contents = [random_bytes(4096, seed) for seed in range(3)]
+    for tile, content in enumerate(contents):
+        home.tile(tile, ahead=tile == 1).copy_(content)
+    assert [run.nbytes for run in home.runs()] == [12_288]
+    home.flip([1])
+    assert [run.nbytes for run in home.runs()] == [4096] * 3
+    assert torch.equal(torch.cat([home.memory_of(run) for run in home.runs()]), torch.cat(contents))
+    home.close()
+
+
+def test_second_places_that_do_not_fit_leave_nothing_behind(tmp_path: Path) -> None:
+    with small_resources(tmp_path, host_budget=20_480) as resources:
+        held = resources.ledger.held_nbytes(HOST)
+        with pytest.raises(OutOfTierMemoryError):
+            TiledHome([HOST] * 3, [4096] * 3, arena=resources.arena, store=None, spare_tiles=[0, 1, 2], purpose="state")
+        assert resources.ledger.held_nbytes(HOST) == held

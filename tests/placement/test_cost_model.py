@@ -29,7 +29,7 @@ DEVICE, HOST, NVME = MemoryTier.DEVICE, MemoryTier.HOST, MemoryTier.NVME
 COST_MODEL = Path(__file__).parents[2] / "docs" / "cost_model.md"
 
 # The chunks, homes and buffers of the worked example of docs/memory_model.md, with spare places on disk.
-SHAPE = RuntimeShape(has_device=True, tile_numel=4096, ring_depth=2, grad_itemsize=4, has_spares=True)
+SHAPE = RuntimeShape(has_device=True, tile_numel=4096, ring_depth=2, grad_itemsize=4)
 CHUNKS = [
     ChunkDemand(chunk_id=i, numel=numel, working_itemsize=2, master_itemsize=2, is_trainable=True, is_pinned=i == 0)
     for i, numel in enumerate([4096, 10_000])
@@ -37,7 +37,14 @@ CHUNKS = [
 PLAN = PlacementPlan(
     chunks=(
         ChunkPlacement(chunk_id=0, working=(HOST,), state=(HOST,), grad=HOST, is_resident=True),
-        ChunkPlacement(chunk_id=1, working=(HOST, NVME, NVME), state=(HOST, NVME, NVME), grad=NVME, is_resident=False),
+        ChunkPlacement(
+            chunk_id=1,
+            working=(HOST, NVME, NVME),
+            state=(HOST, NVME, NVME),
+            grad=NVME,
+            is_resident=False,
+            spares=(1, 2),
+        ),
     ),
     num_slots=1,
     slot_nbytes=20_480,
@@ -120,16 +127,27 @@ def test_documentation_gives_the_numbers_of_the_worked_example():
         assert f"| {mode.value} | {seconds} |" in text
 
 
+def with_spares(*spares: int, **fields: bool) -> PlacementPlan:
+    second = dataclasses.replace(PLAN.chunks[1], spares=spares, **fields)
+    return dataclasses.replace(PLAN, chunks=(PLAN.chunks[0], second))
+
+
 def test_without_spare_places_nothing_goes_ahead():
-    work = count_step(CHUNKS, PLAN, dataclasses.replace(SHAPE, has_spares=False), FLOPS)
+    work = count_step(CHUNKS, with_spares(), SHAPE, FLOPS)
     assert work.ahead == Work()
     assert work.rest == WORK.update
 
 
-def test_a_resident_chunk_does_not_go_ahead():
-    resident = dataclasses.replace(PLAN.chunks[1], is_resident=True)
-    work = count_step(CHUNKS, dataclasses.replace(PLAN, chunks=(PLAN.chunks[0], resident)), SHAPE, FLOPS)
-    assert work.ahead == Work()
+def test_a_tile_in_host_memory_that_goes_ahead_is_written_to_lines_that_are_read_first():
+    work = count_step(CHUNKS, with_spares(0, 1, 2), SHAPE, FLOPS)
+    in_place = Work(host_memory_nbytes=114_688, nvme_read_nbytes=16_384)  # 2 x 40,960 + 2 x 8,192 + 16,384
+    again = Work(host_memory_nbytes=8_192 + 40_960)  # weights and record
+    assert work.ahead == WORK.ahead + in_place + again
+    assert work.ahead + work.rest == WORK.update + again
+
+
+def test_a_resident_chunk_is_not_fetched():
+    work = count_step(CHUNKS, with_spares(is_resident=True), SHAPE, FLOPS)
     assert work.forward == Work(flops=FLOPS.forward)
 
 

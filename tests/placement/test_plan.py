@@ -65,10 +65,23 @@ def test_worked_example_takes_the_bytes_computed_by_hand():
     assert memory_demand(CHUNKS, PLAN, SHAPE).by_purpose == BY_PURPOSE
 
 
-def test_spares_take_what_tiles_on_disk_take_again():
-    with_spares = memory_demand(CHUNKS, PLAN, dataclasses.replace(SHAPE, has_spares=True))
-    spares = 12_288 + 61_440  # weights and state of tiles 1 and 2 of chunk 1
-    assert with_spares.by_purpose == {**BY_PURPOSE, NVME: {**BY_PURPOSE[NVME], "spares": spares}}
+def test_spares_take_what_their_tiles_take_again():
+    first, second = PLAN.chunks
+    with_spares = dataclasses.replace(second, spares=(0, 2))
+    found = memory_demand(CHUNKS, dataclasses.replace(PLAN, chunks=(first, with_spares)), SHAPE).by_purpose
+    assert found == {
+        DEVICE: BY_PURPOSE[DEVICE],
+        HOST: {**BY_PURPOSE[HOST], "spares": 8_192, "state spares": 40_960},  # of tile 0
+        NVME: {**BY_PURPOSE[NVME], "spares": 4_096, "state spares": 20_480},  # of tile 2, which is shorter
+    }
+
+
+def test_a_tile_that_compute_uses_in_place_has_no_second_place():
+    shape = dataclasses.replace(SHAPE, has_device=False)
+    homes = ChunkPlacement(chunk_id=0, working=(HOST,), state=(NVME,), grad=HOST, is_resident=True, spares=(0,))
+    plan = PlacementPlan(chunks=(homes,), num_slots=0, slot_nbytes=0)
+    with pytest.raises(ConfigError, match="chunk 0: tile 0 cannot have a second place; leave it out of spares"):
+        check_plan(CHUNKS[:1], plan, shape, Budgets(device=None, host=1 << 30, nvme=1 << 30))
 
 
 def test_documentation_gives_the_numbers_of_the_worked_example():

@@ -18,9 +18,12 @@ from gemini.placement import (
     RuntimeShape,
     StaticPlacement,
     auto_placement,
+    check_plan,
     memory_demand,
     static_placement,
 )
+from gemini.placement.plan import can_have_spare
+from gemini.placement.spares import HOST_SPARE_SHARE, add_spares, room_for_states
 from gemini.tiers import MemoryTier, round_up
 
 DEVICE, HOST, NVME = MemoryTier.DEVICE, MemoryTier.HOST, MemoryTier.NVME
@@ -83,9 +86,9 @@ def naive_demand(chunks: list[ChunkDemand], plan: PlacementPlan, shape: RuntimeS
         for tile, tier in enumerate(homes.state):
             total[tier] += demand.state_tile_nbytes(tile, shape.tile_numel)
             rings.append(_ring_nbytes(demand, homes, tile, shape))
-            if shape.has_spares and tier is NVME and homes.working[tile] is NVME:
-                total[NVME] += demand.state_tile_nbytes(tile, shape.tile_numel)
-                total[NVME] += round_up(demand.working_tile_nbytes(tile, shape.tile_numel), 4096)
+            if tile in homes.spares:
+                total[tier] += demand.state_tile_nbytes(tile, shape.tile_numel)
+                total[homes.working[tile]] += round_up(demand.working_tile_nbytes(tile, shape.tile_numel), 4096)
         if homes.grad is not None:
             total[homes.grad] += round_up(demand.numel * grad_itemsize(demand, shape), 4096)
         if homes.is_resident and any(tier is not compute for tier in homes.working):
@@ -305,3 +308,53 @@ def test_static_plan_counts_as_the_formula_says(data):
     plan = static_placement(chunks, shape, static, budgets, prefetch_depth=2)
     demand = memory_demand(chunks, plan, shape)
     assert {tier: demand.total(tier) for tier in MemoryTier} == naive_demand(chunks, plan, shape)
+
+
+@quickly
+@given(st.data())
+def test_second_places_take_room_that_is_left_and_change_nothing_else(data):
+    chunks, shape, budgets, prefetch_depth = data.draw(problems())
+    shape = dataclasses.replace(shape, has_checksums=data.draw(st.booleans()))
+    try:
+        plan = auto_placement(chunks, shape, budgets, prefetch_depth=prefetch_depth)
+    except OutOfTierMemoryError:
+        return
+    found = add_spares(chunks, plan, shape, budgets, must_fit=False)
+    check_plan(chunks, found, shape, budgets)
+    assert dataclasses.replace(found, chunks=plan.chunks) == plan
+    assert [dataclasses.replace(homes, spares=()) for homes in found.chunks] == list(plan.chunks)
+    if not shape.has_spares:
+        assert found == plan
+
+
+@quickly
+@given(models(), shapes(), st.data())
+def test_with_room_enough_all_on_disk_and_half_of_the_rest_get_second_places(chunks, shape, data):
+    shape = dataclasses.replace(shape, has_spares=True)
+    static = data.draw(fractions(has_device=shape.has_device))
+    budgets = Budgets(device=UNLIMITED if shape.has_device else None, host=UNLIMITED, nvme=UNLIMITED)
+    plan = static_placement(chunks, shape, static, budgets, prefetch_depth=2)
+    found = add_spares(chunks, plan, shape, budgets, must_fit=False)
+    numels = {True: 0, False: 0}
+    for demand, homes in zip(chunks, found.chunks, strict=True):
+        for tile in range(len(homes.state)):
+            if not can_have_spare(demand, homes, tile, shape):
+                assert tile not in homes.spares
+            elif homes.working[tile] is NVME:
+                assert tile in homes.spares
+            else:
+                numels[tile in homes.spares] += demand.tile_length(tile, shape.tile_numel)
+    # Each kind, by the state's tier, may be over its half by less than a tile.
+    assert abs(numels[True] - numels[False]) <= 2 * shape.tile_numel
+
+
+@given(st.integers(0, 10**12), st.integers(1, 10**12), st.floats(0, 0.3))
+def test_room_is_left_for_the_weights_of_states_that_stay_on_disk(free_nbytes, state_nbytes, share):
+    working_nbytes = int(share * state_nbytes)
+    taken = room_for_states(free_nbytes, state_nbytes, working_nbytes)
+    assert 0 <= taken <= free_nbytes
+    if state_nbytes > free_nbytes:
+        left = (1 - taken / state_nbytes) * HOST_SPARE_SHARE * working_nbytes
+        assert taken + left <= free_nbytes + 2 or taken == 0
+    else:
+        assert taken == free_nbytes

@@ -42,7 +42,7 @@ from gemini.offload.resources import device_of
 from gemini.offload.transfer import StreamTransfers
 from gemini.tiers import MemoryTier, parse_nbytes
 
-PLACES = ("device", "mixed", "refreshed", "resident")
+PLACES = ("device", "mixed", "refreshed", "resident", "below")
 MODES = ("off", "next-forward", "speculative")
 DELAYS = {
     "prompt": {},

@@ -14,6 +14,7 @@ from training_harness import Case, Run, config_for, hybrid_adam, same_bits
 
 from gemini import GeminiDDP, HybridAdam
 from gemini.placement.overlap import OverlapMode, choose_overlap, smoothed_rate
+from gemini.tiers import MemoryTier
 
 MODES = ("next-forward", "speculative")
 NUM_STEPS = 6
@@ -214,10 +215,10 @@ def test_a_step_ends_fetches_that_nobody_will_use(tmp_path: Path, depth: int) ->
     assert same_bits(found.weights, expected.weights)
 
 
-@pytest.mark.quick_cases(10)
+@pytest.mark.quick_cases(15)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", SCRIPTS)
-@pytest.mark.parametrize("place", ["nvme", "mixed"])
+@pytest.mark.parametrize("place", ["nvme", "mixed", "below"])
 def test_no_mode_changes_a_bit(tmp_path: Path, place: str, name: str, mode: str) -> None:
     script, max_norm = SCRIPTS[name]
     expected, _ = train("off", place, tmp_path, script, max_norm)
@@ -255,6 +256,18 @@ def test_half_precision_changes_no_bit(tmp_path: Path, dtype: torch.dtype, accum
     for run in runs[1:]:
         assert run.losses == runs[0].losses
         assert same_bits(run.weights, runs[0].weights)
+
+
+def test_updates_of_state_in_host_memory_and_of_residents_come_before_the_step(tmp_path: Path) -> None:
+    """Half of what is in host memory has second places there; copies on the device are refreshed at the step."""
+    _, engine = train("speculative", "below", tmp_path, plainly, None)
+    stats = engine.runtime.updates.stats
+    chunks = [chunk for chunk in engine.runtime.plan.chunks if chunk.spares]
+    assert {chunk.is_resident for chunk in chunks} == {True, False}
+    kinds = {(chunk.state[tile], chunk.working[tile]) for chunk in chunks for tile in chunk.spares}
+    assert kinds == {(MemoryTier.NVME, MemoryTier.HOST), (MemoryTier.HOST, MemoryTier.HOST)}
+    assert stats.num_ahead == (NUM_STEPS - 1) * len(chunks)
+    assert stats.num_redone == 0
 
 
 def test_most_updates_of_a_speculating_engine_come_before_the_step(tmp_path: Path) -> None:

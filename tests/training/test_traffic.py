@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from training_harness import Case, hybrid_adam, step
 
 from gemini import GeminiConfig, GeminiDDP, StaticPlacement
 from gemini.offload.home import TiledHome
+from gemini.tiers import MemoryTier
 
 NUM_BLOCKS = 8
 WIDTH = 64
@@ -64,13 +65,18 @@ def count_copies(engine: GeminiDDP, run: Callable[[], object]) -> tuple[Counter[
     uploaded: Counter[int] = Counter()
     downloaded: Counter[int] = Counter()
 
+    def tiles_in_host_memory(home: TiledHome) -> Iterator[torch.Tensor]:
+        for tile in (tile for tile, tier in enumerate(home.tiers) if tier is MemoryTier.HOST):
+            yield home.tile(tile)
+            if home.has_spare(tile):
+                yield home.tile(tile, ahead=True)
+
     def chunk_at(src: torch.Tensor) -> int:
-        homes: list[TiledHome] = [chunk.home for chunk in runtime.core.chunks]
         return next(
             i
-            for i, home in enumerate(homes)
-            if home.host_buffer is not None
-            and 0 <= src.data_ptr() - home.host_buffer.data_ptr() < home.host_buffer.nbytes
+            for i, chunk in enumerate(runtime.core.chunks)
+            for tile in tiles_in_host_memory(chunk.home)
+            if 0 <= src.data_ptr() - tile.data_ptr() < tile.nbytes
         )
 
     def count_upload(dst: torch.Tensor, src: torch.Tensor, **fields: Any) -> Any:

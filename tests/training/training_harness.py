@@ -24,7 +24,10 @@ PLACEMENTS = ("host", "nvme", "device", "mixed", "resident")
 
 
 def config_for(place: str, tmp_path: Path | None = None, **fields: Any) -> GeminiConfig:
-    """Return the configuration of a named placement; weights that are not resident share as few slots as possible."""
+    """Return the configuration of a named placement; weights that are not resident share as few slots as possible.
+
+    "below" has all weights in host memory, with copies of half of them on the device, and half of the state on disk.
+    """
     nvme = NVMeConfig(path=tmp_path, budget="256MiB", direct=False) if tmp_path is not None else None
     chosen: dict[str, Any] = {
         "host": {"device": "cpu"},
@@ -44,6 +47,12 @@ def config_for(place: str, tmp_path: Path | None = None, **fields: Any) -> Gemin
             "prefetch_depth": 0,
         },
         "resident": {"device": "simulated", "placement": StaticPlacement(param_device=1, state_device=1)},
+        "below": {
+            "device": "simulated",
+            "nvme": nvme,
+            "placement": StaticPlacement(param_device=0.5, state_nvme=0.5),
+            "prefetch_depth": 1,
+        },
     }[place]
     sizes = {"device_budget": "128MiB"} if chosen["device"] == "simulated" else {}
     defaults = {"dtype": torch.float32, "host_budget": "256MiB", "tile_numel": 4096, "num_threads": 2, **sizes}

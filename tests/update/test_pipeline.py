@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -96,7 +97,15 @@ def same_bits(found: Whole, expected: Whole) -> bool:
 class Placed:
     """The same chunk in homes of given tiers."""
 
-    def __init__(self, resources: Resources, core: ChunkCore, whole: Whole, tiers: dict[str, Sequence[MemoryTier]]):
+    def __init__(
+        self,
+        resources: Resources,
+        core: ChunkCore,
+        whole: Whole,
+        tiers: dict[str, Sequence[MemoryTier]],
+        *,
+        spares: Sequence[int] = (),
+    ) -> None:
         self.resources, self.dtype, self.tiers = resources, whole.working.dtype, tiers
         master_dtype = state_format_of(self.dtype).master_dtype
         master_itemsize = 0 if master_dtype is None else master_dtype.itemsize
@@ -105,7 +114,7 @@ class Placed:
             "state": [round_up(n * master_itemsize, 4096) + 2 * round_up(n * 4, 4096) for n in lengths()],
             "grad": [round_up(n * 4, 4096) for n in lengths()],
         }
-        self.homes = {kind: self._home(tiers[kind], sizes[kind]) for kind in sizes}
+        self.homes = {kind: self._home(tiers[kind], sizes[kind], () if kind == "grad" else spares) for kind in sizes}
         for tile, length in enumerate(lengths()):
             here = slice(tile * TILE_NUMEL, tile * TILE_NUMEL + length)
             for kind, contents in (("working", [whole.working]), ("grad", [whole.grad])):
@@ -119,13 +128,14 @@ class Placed:
         spec = make_chunk_spec([NUMEL], self.dtype, chunk_id=len(core.chunks), is_padded=False)
         self.chunk = core.add(spec, [torch.empty(0, dtype=self.dtype)], self.homes["working"], is_resident=False)
 
-    def _home(self, tiers: Sequence[MemoryTier], nbytes: list[int]) -> TiledHome:
+    def _home(self, tiers: Sequence[MemoryTier], nbytes: list[int], spares: Sequence[int]) -> TiledHome:
         return TiledHome(
             tiers,
             nbytes,
             arena=self.resources.arena,
             store=self.resources.store,
             transfers=self.resources.transfers,
+            spare_tiles=spares,
             purpose="state",
         )
 
@@ -221,6 +231,54 @@ def test_any_mixture_of_tiers_and_any_ring_give_the_bits_of_one_call(
         run(worker, [placed.job(segments)])
         whole = whole.updated(segments, 0.5)
         assert same_bits(placed.whole(), whole)
+    worker.close()
+    core.close()
+    for kind in ("state", "grad"):
+        placed.homes[kind].close()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    working=MIXED,
+    state=MIXED,
+    grad=st.sampled_from([HOST, NVME]),
+    segments=st.sampled_from([EVERYTHING, PARTS]),
+    spares=st.sets(st.integers(0, NUM_TILES - 1)),
+)
+def test_an_update_ahead_changes_nothing_before_it_counts(
+    resources: Resources,
+    dtype: torch.dtype,
+    working: list[MemoryTier],
+    state: list[MemoryTier],
+    grad: MemoryTier,
+    segments: tuple[AdamSegment, ...],
+    spares: set[int],
+) -> None:
+    core, worker = make_worker(resources)
+    before = Whole(dtype)
+    tiers = {"working": working, "state": state, "grad": (grad,) * NUM_TILES}
+    placed = Placed(resources, core, before, tiers, spares=sorted(spares))
+    job = placed.job(segments)
+    ahead = tuple(tile for tile in job.tiles if tile in spares)
+    for _ in range(2):  # dropped once, then taken
+        if ahead:
+            job = dataclasses.replace(placed.job(segments), tiles=ahead, is_ahead=True)
+            worker.submit(job, distance=0)
+            worker.wait(job)
+            assert same_bits(placed.whole(), before)
+            worker.cancel(job)
+    rest = dataclasses.replace(placed.job(segments), tiles=tuple(set(placed.job(segments).tiles) - set(ahead)))
+    if ahead:
+        worker.submit(job, distance=0)
+        worker.wait(job)
+        for home in (job.state, job.working):
+            home.flip(ahead)
+    if rest.tiles:
+        run(worker, [rest])
+        for home in (rest.state, rest.working):
+            home.flip([tile for tile in rest.tiles if rest.goes_ahead(tile)])
+    assert same_bits(placed.whole(), before.updated(segments, 0.5))
     worker.close()
     core.close()
     for kind in ("state", "grad"):
