@@ -125,7 +125,7 @@ class GeminiConfig:
     twice their bytes there. With a device, weights in host memory, and their state, may have second places too, as far
     as `host_budget` leaves room. "auto" takes what the budgets allow and measured times recommend."""
     prefetch_depth: int = 2
-    """Units fetched ahead of their use."""
+    """Chunks fetched ahead of their use; a unit, such as a block, is one chunk or a few."""
     activation_reserve: str | int | None = None
     """Device bytes kept free for activations and temporaries, at least. None: 30 % of the device budget until the first
     step has measured what they take. Without meaning on the CPU."""

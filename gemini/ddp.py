@@ -16,7 +16,7 @@ from gemini.assembly.assemble import assemble
 from gemini.assembly.first_values import InitFn
 from gemini.autograd.module_hooks import HookSet
 from gemini.autograd.tracers import check_untraced, refuse_scripting
-from gemini.checkpoint.commits import Recovered, commit_step, recover_step
+from gemini.checkpoint.commit_and_recover import Recovered, commit_step, recover_step
 from gemini.checkpoint.loading import LoadedCheckpoint, load_checkpoint
 from gemini.checkpoint.participants import CheckpointedOptimizer, Stateful, participants_of
 from gemini.checkpoint.saving import CheckpointWriter, save_checkpoint
@@ -24,7 +24,7 @@ from gemini.commits.file import CommitFile
 from gemini.config import GeminiConfig
 from gemini.errors import ConfigError, ModelError
 from gemini.model.extra_states import extra_states
-from gemini.model.plain_names import named_params
+from gemini.model.names import named_params
 from gemini.observe.report import MemoryReport, check_prediction, make_report
 from gemini.observe.run_recorder import RunRecorder, record_run
 from gemini.offload.io import IoStats
@@ -479,7 +479,7 @@ class GeminiDDP(torch.nn.Module):
     def _close(self, *, keep: bool, hands_back: bool) -> None:
         values = None
         if hands_back and not self._runtime.is_closed:
-            self._runtime.saving.close()
+            self._runtime.pending_save.close()
             values = read_back(self._access, self._originals)
         self._hooks.remove()
         if self._slicer is not None:

@@ -62,7 +62,7 @@ class IllegalTransitionError(GeminiError, RuntimeError):
 
 
 class WorkerError(GeminiError, RuntimeError):
-    """A job of the native worker pool failed or was cancelled."""
+    """A background thread, or a job of the worker pool, failed, was cancelled, or could not be started."""
 
 
 class CollectiveError(GeminiError, RuntimeError):

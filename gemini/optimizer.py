@@ -173,7 +173,7 @@ class HybridAdam(torch.optim.Optimizer):
         return loss
 
     def _take_step(self, runtime: Runtime) -> None:
-        runtime.saving.finish()  # before gradients are scaled, which happens once
+        runtime.pending_save.finish()  # before gradients are scaled, which happens once
         params = [(group, p) for group in self.param_groups for p in group["params"]]
         if runtime.sharding is not None:
             runtime.gradients.hyper_fingerprint = self._fingerprint()

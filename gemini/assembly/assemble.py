@@ -126,12 +126,12 @@ def _assemble(
     serve_cpu_memory(config.cpu_allocator, is_compute_on_cpu=not blueprint.shape.has_device)
     disk_nbytes = blueprint.memory.total(MemoryTier.NVME)
     parts = memory.shared_parts(blueprint, model, weights)
-    swap_file, kept_file = memory.claim(blueprint, parts.values())
-    commits = kept_file or commits
+    swap_file, lent_file = memory.claim(blueprint, parts.values())
+    commit_file = lent_file or commits
     kept: Commits = NoCommits()
-    if commits is not None:
+    if commit_file is not None:
         with memory.explaining():
-            kept = ClaimedCommits.claim(commits, blueprint.commit_content(), sharding)
+            kept = ClaimedCommits.claim(commit_file, blueprint.commit_content(), sharding)
     resources = open_resources(
         config,
         blueprint.budgets,
@@ -209,7 +209,7 @@ class _Builder:
         self.commits.redo(core, states, gradients, pipeline)
         for homes in plan.chunks:
             if homes.is_resident:
-                core.residents.keep(homes.chunk_id)
+                core.residents.bring_in(homes.chunk_id)
         place_buffers(model, device, blueprint.buffer_dtypes)
         return Runtime(
             self.config,

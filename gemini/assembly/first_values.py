@@ -19,7 +19,7 @@ import torch
 
 from gemini.errors import ModelError
 from gemini.model.flat_values import FlatValues
-from gemini.model.plain_names import named_modules, named_params
+from gemini.model.names import named_modules, named_params
 from gemini.model.tensor_parallel import is_dtensor, local_part, split_of, stand_in_for
 
 __all__ = ["InitFn", "Initialiser", "WeightSource", "find_init_fn", "place_buffers"]

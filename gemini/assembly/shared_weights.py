@@ -21,7 +21,7 @@ import torch
 from gemini.assembly.blueprint import Blueprint
 from gemini.assembly.first_values import WeightSource
 from gemini.chunk.layout import ChunkSpec
-from gemini.model.plain_names import named_params
+from gemini.model.names import named_params
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, round_up
 
 __all__ = ["SharedPart", "SharedWeights", "fill_shared", "find_shared_parts", "shared_key"]

@@ -11,8 +11,8 @@ import torch
 
 from gemini.autograd.events import RuntimeEvents
 from gemini.autograd.gradient_sink import GradientPlace, GradientUse, attach_sink, detach_sink
-from gemini.autograd.gradient_sums import GradientSums
 from gemini.autograd.shared_uses import SharedUses
+from gemini.autograd.slice_sums import SliceSums
 from gemini.model.tensor_parallel import is_dtensor
 
 __all__ = ["GradientHooks"]
@@ -26,7 +26,7 @@ class GradientHooks:
         sums: take the gradients that arrive while they are open.
     """
 
-    def __init__(self, events: RuntimeEvents, sums: GradientSums) -> None:
+    def __init__(self, events: RuntimeEvents, sums: SliceSums) -> None:
         self.uses = SharedUses()
         """Parameters whose gradients may bypass autograd; functions with parameters are called through it."""
         self._events = events
@@ -90,7 +90,7 @@ class _Sink:
     because autograd must add those gradients in its own order.
     """
 
-    def __init__(self, param: torch.nn.Parameter, events: RuntimeEvents, sums: GradientSums) -> None:
+    def __init__(self, param: torch.nn.Parameter, events: RuntimeEvents, sums: SliceSums) -> None:
         # The graph keeps sinks where the garbage collector cannot follow.
         self._param_ref, self._events_ref = weakref.ref(param), weakref.ref(events)
         self._sums = sums

@@ -89,7 +89,7 @@ class Weight(Protocol):
     def opened(self, *, writes: bool) -> AbstractContextManager[OpenWeight]:
         """Make the parameter show its values while the context is open; writes reach the home at its end."""
 
-    def saving(self) -> AbstractContextManager[None]:
+    def saved_for_backward(self) -> AbstractContextManager[None]:
         """Let backward find what autograd saves of weights while the context is open."""
 
     def finish_update(self) -> None:

@@ -15,8 +15,8 @@ import torch
 
 from gemini.autograd.events import RuntimeEvents
 from gemini.autograd.gradient_hooks import GradientHooks
-from gemini.autograd.gradient_sums import GradientSums
 from gemini.autograd.managed_parameter import hide, is_placeless, show
+from gemini.autograd.slice_sums import SliceSums
 from gemini.autograd.tracers import check_untraced
 from gemini.errors import ModelError
 from gemini.model.forward_inputs import cast_floats
@@ -43,7 +43,7 @@ class HookSet:
         # - The hooks
         self._handles: list[Any] = []
         self._owners: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
-        self.slice_sums = GradientSums()
+        self.slice_sums = SliceSums()
         """Sums that take the gradients that arrive while they are open."""
         self.gradients = GradientHooks(events, self.slice_sums)
         """Hooks on parameters."""

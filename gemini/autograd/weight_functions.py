@@ -86,7 +86,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     written = {id(weight) for _, weight in _tensors_of(written_arguments(func, args, kwargs))}
     first = found[0][1]
     if not written and returns_new_tensors(func) and all(w.is_held and t is w.param for t, w in found):
-        with torch._C.DisableTorchFunctionSubclass(), first.saving():
+        with torch._C.DisableTorchFunctionSubclass(), first.saved_for_backward():
             return first.call_shared(func, args, kwargs, [tensor for tensor, _ in found])
     num_elements = max((len(each) for each in (*args, *kwargs.values()) if isinstance(each, (list, tuple))), default=0)
     if len(weights) > 1 and num_elements > 1 and getattr(func, "__name__", "").startswith("_foreach_"):
@@ -97,7 +97,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
                 tensor.check_current(writes=id(weight) in written)
         opened = {key: stack.enter_context(each.opened(writes=key in written)) for key, each in weights.items()}
         stack.enter_context(torch._C.DisableTorchFunctionSubclass())
-        stack.enter_context(first.saving())
+        stack.enter_context(first.saved_for_backward())
         result = _call(func, args, kwargs, found, opened)
         if any(_needs_own_memory(tensor, opened.values()) for tensor in _plain_tensors_in(result)):
             for each in opened.values():

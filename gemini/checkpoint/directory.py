@@ -75,8 +75,10 @@ class CheckpointDirectory:
         """Remove what has been put together since `begin`, if anything has."""
         self._staged.abandon()
 
-    def commit(self, manifest: Manifest, *, keep_last: int | None) -> int:
-        """Let a checkpoint count, all of whose files are on the drive; then remove the oldest ones.
+    def publish(self, manifest: Manifest, *, keep_last: int | None) -> int:
+        """Make a checkpoint visible, all of whose files are on the drive; then remove the oldest ones.
+
+        Renaming the directory is the atomic moment: before it there is no new checkpoint, after it a whole one.
 
         Args:
             manifest: what it consists of.

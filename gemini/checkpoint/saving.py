@@ -104,7 +104,7 @@ class CheckpointWriter:
         if not self._is_over:
             self._thread.join()
             self._is_over = True
-            self._runtime.saving.release(self)
+            self._runtime.pending_save.release(self)
             if not self._runtime.sharding.is_alone:
                 self._complete()
         if self._error is not None:
@@ -147,13 +147,13 @@ class CheckpointWriter:
                 self._files.write(plan.runs_at_once)
             except Exception as error:
                 self._error = error
-            self._runtime.saving.hold(self)
+            self._runtime.pending_save.hold(self)
             self._thread.start()
         except BaseException:
             if self._thread.ident is not None:
                 self._thread.join()
             self._is_over = True
-            self._runtime.saving.release(self)
+            self._runtime.pending_save.release(self)
             self._abort()
             raise
 
@@ -195,7 +195,7 @@ class CheckpointWriter:
             if self._rank == 0:
                 assert self._files is not None
                 manifest = manifest_of(self._files.plan, summaries)
-                number = self._directory.commit(manifest, keep_last=self._keep_last)
+                number = self._directory.publish(manifest, keep_last=self._keep_last)
         (number,) = agree(self._runtime.sharding, None, [number])[0]
         return self._directory.path / name_of(self._step, number)
 

@@ -1,7 +1,8 @@
 """Chunks and the compute memory they take turns in: access, release, prefetch, evict, move.
 
-Deciding *which* chunk leaves or comes early belongs to gemini.placement; a decision reaches this module as a
-call or by the `next_use` function, and here the bytes move.
+A chunk leaves its slot when another one needs it: `_take_slot` says which may leave, gemini.placement.eviction which of
+them does. What comes early, and leaves for it, is decided by gemini.placement.prefetch and asked for by
+gemini.runtime.lookahead. Here the bytes move.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class ChunkCore:
         self._staging = Staging(staging)
         self._stages_pageable = False
         """Whether weights in memory that is not page-locked pass through `staging`, which is."""
-        self.absent: dict[int, Chunk] = {}  # all chunks, by the address of their placeholders
+        self.by_placeholder: dict[int, Chunk] = {}  # all chunks, by the address of their placeholders
         self._group = group
 
     # ---------------------------------------------------------------- registering
@@ -91,13 +92,13 @@ class ChunkCore:
             shard: the shard that the home holds; None: it holds everything.
 
         Returns:
-            The chunk, at home; `residents.keep` makes a resident one ready.
+            The chunk, at home; `residents.bring_in` makes a resident one ready.
         """
         assert spec.chunk_id == len(self.chunks)
         missing = placeholders(spec.dtype, self.resources.transfers.device, len(params))
         chunk = Chunk(spec, params, home, missing, is_resident=is_resident, listeners=self._listeners, shard=shard)
         chunk.unbind()
-        self.absent[chunk.missing_address] = chunk
+        self.by_placeholder[chunk.missing_address] = chunk
         self.chunks.append(chunk)
         return chunk
 
@@ -115,7 +116,7 @@ class ChunkCore:
     # ---------------------------------------------------------------- hot path
 
     def access(self, chunk_id: int) -> Chunk:
-        """Lease a chunk: its parameters show its weights until as many `release` calls follow.
+        """Hold a chunk: its parameters show its weights until as many `release` calls follow.
 
         Args:
             chunk_id: the chunk.
@@ -218,7 +219,7 @@ class ChunkCore:
         if fetch is not None:
             fetch.begin_gather()
 
-    def in_memory(self) -> set[int]:
+    def in_slots(self) -> set[int]:
         """Return the chunks that are in a slot or on their way to one."""
         return _ids(self._slots.chunks())
 

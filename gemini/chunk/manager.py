@@ -1,4 +1,4 @@
-"""ChunkManager: chunks without training. Register any tensors, use them, move them between tiers."""
+"""ChunkManager, a tool of its own that no engine uses: chunks without training, of any tensors, moved between tiers."""
 
 from __future__ import annotations
 
@@ -96,11 +96,11 @@ class ChunkManager:
             raise
         chunk = self._core.add(spec, list(named.values()), home, is_resident=self._is_in_place(tier))
         if chunk.is_resident:
-            self._core.residents.keep(spec.chunk_id)
+            self._core.residents.bring_in(spec.chunk_id)
         return spec.chunk_id
 
     def access(self, chunk_id: int) -> tuple[torch.Tensor, ...]:
-        """Lease a chunk: its tensors show their values, and it cannot move, until as many `release` calls follow.
+        """Hold a chunk: its tensors show their values, and it cannot move, until as many `release` calls follow.
 
         Args:
             chunk_id: from `register`.
@@ -144,7 +144,7 @@ class ChunkManager:
 
     @contextmanager
     def using(self, chunk_id: int, *, is_modified: bool = True) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Lease a chunk for the length of a with-block; arguments as for `access` and `release`."""
+        """Hold a chunk for the length of a with-block; arguments as for `access` and `release`."""
         tensors = self.access(chunk_id)
         try:
             yield tensors

@@ -41,7 +41,7 @@ class Residents:
         """Return the resident chunk whose weights a storage holds; None if it holds none."""
         return self._by_address.get(storage_address)
 
-    def keep(self, chunk_id: int) -> None:
+    def bring_in(self, chunk_id: int) -> None:
         """Bring a resident chunk into compute memory for good; a copy of what is common comes when it is first used."""
         chunk = self._chunks[chunk_id]
         assert chunk.is_resident
@@ -72,7 +72,7 @@ class Residents:
         chunk = self._chunks[chunk_id]
         chunk.is_resident = True
         try:
-            self.keep(chunk_id)
+            self.bring_in(chunk_id)
         except OutOfTierMemoryError:
             chunk.is_resident = False
             raise
@@ -109,5 +109,5 @@ class Residents:
             self._evict(chunk_id)
         old_home, chunk.home, chunk.is_resident = chunk.home, home, is_resident
         if is_resident:
-            self.keep(chunk_id)
+            self.bring_in(chunk_id)
         return old_home

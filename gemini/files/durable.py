@@ -87,7 +87,7 @@ class StagedDirectory:
             self._lock.release()
 
     def publish(self, path: Path) -> None:
-        """Give the directory its name, once its entries are on the drive; the parent stays locked.
+        """Give the directory its name, atomically, once its entries are on the drive; the parent stays locked.
 
         Args:
             path: in the parent; must not exist.

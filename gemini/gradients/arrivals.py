@@ -56,17 +56,17 @@ class GradientListener(Protocol):
 class DirectGradients(Protocol):
     """Uses of a parameter that deliver their gradients by themselves, past autograd.
 
-    ============  =====================  ======  ===========================================================
-    verb          called by              blocks  promises
-    ============  =====================  ======  ===========================================================
-    takes_apart   forward hooks, sinks   no      the same answer throughout a pass
-    expect        forward hooks          no      one more use will deliver
-    deliver        backward of a use      no      one use less is expected
-    deliver_all    backward hooks         no      no use is expected; the sum of all comes with `put`
-    can_write     backward of a use      no      whether `writing` is possible
-    writing       backward of a use      maybe   the memory is the use's own while the context is open
-    finish_uses   backward hooks         no      all uses of this pass have delivered
-    ============  =====================  ======  ===========================================================
+    =================  =================  ======  ===========================================================
+    verb               called by          blocks  promises
+    =================  =================  ======  ===========================================================
+    takes_apart        forward hooks      no      the same answer throughout a pass
+    expect             forward hooks      no      one more use will deliver
+    use_delivers       backward of a use  no      one use less is expected
+    autograd_delivers  backward hooks     no      no use is expected; the sum of all comes with `put`
+    can_write          backward of a use  no      whether `writing` is possible
+    writing            backward of a use  maybe   the memory is the use's own while the context is open
+    finish_uses        backward hooks     no      all uses of this pass have delivered
+    =================  =================  ======  ===========================================================
 
     A parameter is named by its chunk and its position in the chunk's layout.
     """
@@ -77,10 +77,10 @@ class DirectGradients(Protocol):
     def expect(self, chunk_id: int, position: int) -> None:
         """Expect that one more use of a parameter will deliver its gradient apart from the others'."""
 
-    def deliver(self, chunk_id: int, position: int) -> None:
+    def use_delivers(self, chunk_id: int, position: int) -> None:
         """Expect one use less; its gradient comes with the next `put` or `writing`."""
 
-    def deliver_all(self, chunk_id: int, position: int) -> None:
+    def autograd_delivers(self, chunk_id: int, position: int) -> None:
         """Expect no more uses; the sum of all their gradients comes with the next `put`."""
 
     def can_write(self, chunk_id: int) -> bool:

@@ -36,3 +36,7 @@ class GradChunk:
     """Positions of which uses have delivered by themselves, perhaps not all that this backward pass runs."""
     has_left: bool = False
     """Whether this step's gradients are, in part, already on disk."""
+
+    def has_waiting(self, position: int) -> bool:
+        """Return whether an earlier backward pass, or use, has left a gradient to which the next one is added."""
+        return position in self.sumsq

@@ -1,4 +1,6 @@
-"""Gradients on their way from autograd to where they wait for the update.
+"""Gradients on their way from autograd to where they wait for the update, and summed there over backward passes.
+
+`GradientStore.put` takes one: what waits already is added to, in float32, by the pass that stores it.
 
 A gradient that compute memory's own tier keeps goes straight to its home. One that leaves a device travels by
 chunk through a device slot and a host slot; one that waits on disk is put together in a host slot first. On
@@ -127,7 +129,7 @@ class GradientStore:
         chunk = self._begin_delivery(chunk_id, position)
         grad = (grad.to_dense() if grad.is_sparse else grad).detach()
         if chunk.tier is MemoryTier.DEVICE:
-            mode = GradMode.ADD if position in chunk.sumsq else GradMode.STORE
+            mode = GradMode.ADD if chunk.has_waiting(position) else GradMode.STORE
             view = self._view(chunk, position)
             chunk.sumsq[position] = self._device_kernels.store_gradient(view, grad.reshape(-1), mode=mode)
         elif self.expected_backwards > 1 and chunk_id in self.accumulators:
@@ -144,13 +146,13 @@ class GradientStore:
         """Expect that one more use of a parameter will deliver its gradient apart from the others'."""
         self._chunks[chunk_id].num_expected[position] += 1
 
-    def deliver(self, chunk_id: int, position: int) -> None:
+    def use_delivers(self, chunk_id: int, position: int) -> None:
         """Expect one use less; its gradient comes with the next `put` or `writing`."""
         chunk = self._chunks[chunk_id]
         chunk.num_expected[position] = max(0, chunk.num_expected[position] - 1)
         chunk.unfinished.add(position)
 
-    def deliver_all(self, chunk_id: int, position: int) -> None:
+    def autograd_delivers(self, chunk_id: int, position: int) -> None:
         """Expect no more uses; the sum of all their gradients comes with the next `put`."""
         del self._chunks[chunk_id].num_expected[position]
         self.finish_uses(chunk_id, position)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gemini.model.plain_names import named_modules
+from gemini.model.names import named_modules
 
 __all__ = ["ExtraStateNames", "compare_extra_states", "extra_states", "load_extra_states", "takers_of_extra_state"]
 

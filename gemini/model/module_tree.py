@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from gemini.errors import ModelError
+from gemini.model.names import named_params
 from gemini.model.parameter_kinds import check_kind, is_cast_dtype
 from gemini.model.params import ParamSpec
-from gemini.model.plain_names import named_params
 from gemini.model.tensor_parallel import local_part, split_of
 
 __all__ = ["ModuleNode", "ModuleTree", "ParamEntry", "compiled_layers", "describe_model", "unwrap_compiled"]

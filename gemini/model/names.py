@@ -1,22 +1,61 @@
-"""Names of a model's parameters and buffers."""
+"""Names of a model's parameters, buffers and modules, as a checkpoint has them.
+
+A *plain* name is the one in a model's own state dict. `torch.distributed.algorithms._checkpoint.checkpoint_wrapper`
+puts a module around another one and removes its own name from state dicts. This package does the same everywhere: a
+model has the same names before and after such wrapping. A *canonical* name is the first of those that a tied parameter
+or shared buffer has.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import torch
 
-from gemini.model.plain_names import named_buffers, named_modules, named_params
+__all__ = [
+    "canonical_buffers",
+    "canonical_names",
+    "name_without_adapters",
+    "name_without_wrappers",
+    "named_buffers",
+    "named_modules",
+    "named_params",
+    "persistent_buffers",
+]
 
-__all__ = ["canonical_buffers", "canonical_names", "persistent_buffers", "plain_name"]
-
-_WRAPPED = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
+_ADAPTED = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
 """Parts that peft adds to the names of modules that it wraps."""
+_WRAPPER = "_checkpoint_wrapped_module"
+"""Attribute under which a wrapper holds the module that it wraps."""
 
 
-def plain_name(name: str) -> str:
+def name_without_wrappers(name: str) -> str:
+    """Return a parameter's, buffer's or module's name without those of wrappers."""
+    return ".".join(part for part in name.split(".") if part != _WRAPPER) if _WRAPPER in name else name
+
+
+def named_params(model: torch.nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield parameters as `named_parameters` does, by plain name."""
+    for name, param in model.named_parameters(remove_duplicate=remove_duplicate):
+        yield name_without_wrappers(name), param
+
+
+def named_buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield buffers by plain name, under all of their names."""
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        yield name_without_wrappers(name), buffer
+
+
+def named_modules(model: torch.nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yield modules as torch does, by plain name; a wrapper and its module share a name, and the module comes last."""
+    for name, module in model.named_modules(remove_duplicate=remove_duplicate):
+        yield name_without_wrappers(name), module
+
+
+def name_without_adapters(name: str) -> str:
     """Return the name that a weight had before peft wrapped modules; names of adapters are unchanged."""
-    return _WRAPPED.sub("", f".{name}").removeprefix(".")
+    return _ADAPTED.sub("", f".{name}").removeprefix(".")
 
 
 def canonical_names(model: torch.nn.Module) -> dict[str, str]:

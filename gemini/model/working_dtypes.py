@@ -25,9 +25,8 @@ from typing import Any
 
 import torch
 
-from gemini.model.names import plain_name
+from gemini.model.names import name_without_adapters, name_without_wrappers
 from gemini.model.parameter_kinds import is_cast_dtype
-from gemini.model.plain_names import plain_name as without_wrappers
 
 __all__ = ["WorkingDtypes", "choose_dtypes"]
 
@@ -79,7 +78,7 @@ def choose_dtypes(model: torch.nn.Module, dtype: torch.dtype) -> WorkingDtypes:
             buffers[name] = as_built[name]
         elif buffer.dtype is not torch.float32 or _is_persistent(model, name):
             buffers[name] = dtype
-    return WorkingDtypes({without_wrappers(name): found for name, found in params.items()}, buffers)
+    return WorkingDtypes({name_without_wrappers(name): found for name, found in params.items()}, buffers)
 
 
 class _Neighbours:
@@ -142,7 +141,7 @@ def _names_kept_in_float32(model: torch.nn.Module, dtype: torch.dtype) -> Iterat
             continue
         pattern = re.compile("|".join(f"(?:{each.replace('*', '.*')})" for each in patterns))
         for name in _tensor_names(module):
-            if pattern.search(plain_name(without_wrappers(name))):
+            if pattern.search(name_without_adapters(name_without_wrappers(name))):
                 yield f"{module_name}.{name}" if module_name else name
 
 
@@ -156,7 +155,7 @@ def _dtypes_as_built(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tup
         taken += (module_name,)
         built = _build_on_meta(module, dtype)
         for name in _tensor_names(module) if built else ():
-            if (found := built.get(plain_name(without_wrappers(name)))) is not None:
+            if (found := built.get(name_without_adapters(name_without_wrappers(name)))) is not None:
                 yield (f"{module_name}.{name}" if module_name else name), found
 
 

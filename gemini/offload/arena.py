@@ -28,9 +28,9 @@ HUGE_PAGE_NBYTES = 2 << 20
 MADV_WIPEONFORK = 18
 """Value from Linux's <sys/mman.h>; Python's mmap has no name for it."""
 
-NEVER_COPIED = frozenset({"state", "state spares", "gradients"})
+NOT_COPIED_BY_DEVICE = frozenset({"state", "state spares", "gradients"})
 """Purposes of buffers that no device copies from or to: most of the memory, for which page-locking gains nothing."""
-HOMES = frozenset({"working", "spares", "shared weights", "gradients"})
+MAY_BE_PAGEABLE = frozenset({"working", "spares", "shared weights", "gradients"})
 """Purposes of buffers that can do without page-locking, because their bytes may pass through other buffers."""
 
 
@@ -70,7 +70,7 @@ class HostArena:
         *,
         accelerator: Accelerator | None = None,
         nodes: Sequence[int] = (),
-        never_copied: frozenset[str] = NEVER_COPIED,
+        never_copied: frozenset[str] = NOT_COPIED_BY_DEVICE,
     ) -> None:
         self._ledger = ledger
         self._accelerator = accelerator
@@ -176,10 +176,10 @@ class HostArena:
         if refusal is not None and not self._has_warned:
             self._has_warned = True
             logger.warning("page-locking host memory failed (%s): what is not locked passes through slots", refusal)
-        for address, grant in reversed(list(self._buffers.items())) if purpose not in HOMES else ():
+        for address, grant in reversed(list(self._buffers.items())) if purpose not in MAY_BE_PAGEABLE else ():
             if refusal is None:
                 break
-            if grant.is_locked and grant.purpose in HOMES:
+            if grant.is_locked and grant.purpose in MAY_BE_PAGEABLE:
                 self._accelerator.unlock(address)
                 self._buffers[address] = grant._replace(is_locked=False)
                 refusal = self._accelerator.lock(buffer)

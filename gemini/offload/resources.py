@@ -17,7 +17,7 @@ from gemini.kernels.cpu import Isa, resolve_isa
 from gemini.kernels.pool import WorkerPool
 from gemini.kernels.topology import choose_num_workers, read_num_cores, read_topology
 from gemini.offload.accelerator import Accelerator, find_accelerator, is_accelerator
-from gemini.offload.arena import NEVER_COPIED, HostArena
+from gemini.offload.arena import NOT_COPIED_BY_DEVICE, HostArena
 from gemini.offload.store import DiskStore
 from gemini.offload.swap_file import GivenFile, KeptSwap, check_directory
 from gemini.offload.transfer import CpuTransfers, SimulatedTransfers, StreamTransfers, Transfers
@@ -210,7 +210,7 @@ def open_resources(
     accelerator = Accelerator(device) if isinstance(device, torch.device) else None
     # Sums of gradients leave the device for their homes without a stop.
     sums_on_device = config.gradient_accumulation and config.placement == "auto"
-    never_copied = NEVER_COPIED - {"gradients"} if sums_on_device else NEVER_COPIED
+    never_copied = NOT_COPIED_BY_DEVICE - {"gradients"} if sums_on_device else NOT_COPIED_BY_DEVICE
     arena = HostArena(ledger, accelerator=accelerator, nodes=nodes, never_copied=never_copied)
     transfers: Transfers
     if device is None:

@@ -38,7 +38,7 @@ def auto_placement(
         chunks: the chunks, by id.
         shape: sizes of the buffers.
         budgets: bytes per tier.
-        prefetch_depth: units to be fetched ahead; two slots more than that are taken where they fit.
+        prefetch_depth: chunks to be fetched ahead; two slots more than that are taken where they fit.
         chunks_at_once: the most chunks without a residence that must be in compute memory at the same time; no plan has
             fewer slots than that.
 

@@ -29,7 +29,7 @@ def choose_plan(
         chunks: the chunks, by id.
         shape: sizes of the buffers.
         budgets: bytes per tier.
-        prefetch_depth: units to be fetched ahead.
+        prefetch_depth: chunks to be fetched ahead.
         chunks_at_once: the most chunks without a residence that must be in compute memory at the same time.
 
     Returns:

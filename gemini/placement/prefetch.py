@@ -39,7 +39,7 @@ def choose_prefetch(
         in_memory: chunks that are in compute memory or on their way to it.
         num_free_slots: slots that hold nothing.
         evictable: chunks in slots that nobody uses now.
-        depth: how many of the upcoming chunks to look at.
+        depth: how many of the upcoming chunks to look at: GeminiConfig.prefetch_depth.
 
     Returns:
         The fetches; no chunk is fetched or evicted twice.

@@ -1,4 +1,4 @@
-"""Use the device memory that steps have shown to be free, or give back what they have shown to be needed."""
+"""Which chunks keep a copy on the device: chosen anew once steps have shown how much memory they need."""
 
 from __future__ import annotations
 

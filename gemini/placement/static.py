@@ -80,7 +80,7 @@ def static_placement(
         shape: sizes of the buffers.
         static: the fractions.
         budgets: bytes per tier.
-        prefetch_depth: units to be fetched ahead; two slots more than that are taken where they fit.
+        prefetch_depth: chunks to be fetched ahead; two slots more than that are taken where they fit.
         chunks_at_once: the most chunks without a residence that must be in compute memory at the same time.
 
     Returns:

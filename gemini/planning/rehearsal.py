@@ -24,8 +24,8 @@ from gemini.autograd.module_hooks import HookSet
 from gemini.chunk.layout import ChunkLayout
 from gemini.config import GeminiConfig
 from gemini.errors import ModelError
+from gemini.model.names import named_params
 from gemini.model.outputs import tensors_in
-from gemini.model.plain_names import named_params
 from gemini.model.working_dtypes import choose_dtypes
 from gemini.placement.cost_model import StepFlops
 from gemini.runtime.memory_probe import StorageCounter

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from gemini.errors import CheckpointError, GeminiError, naming_file
-from gemini.model.plain_names import named_params
+from gemini.model.names import named_params
 from gemini.pretrained.state_names import has_adapters
 from gemini.weights.ownership import SHOWN_ATTRIBUTE
 

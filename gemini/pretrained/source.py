@@ -19,8 +19,7 @@ import torch
 from gemini.errors import CheckpointMismatchError
 from gemini.files.safetensors import TensorEntry, checksum_of
 from gemini.model.flat_values import FlatValues
-from gemini.model.names import canonical_buffers, canonical_names
-from gemini.model.plain_names import named_buffers, named_modules, named_params
+from gemini.model.names import canonical_buffers, canonical_names, named_buffers, named_modules, named_params
 from gemini.pretrained.conversions import (
     Conversion,
     ignored_names,

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from gemini.model.names import canonical_buffers, plain_name
-from gemini.model.plain_names import named_modules, named_params
+from gemini.model.names import canonical_buffers, name_without_adapters, named_modules, named_params
 
 __all__ = ["base_model_of", "has_adapters", "state_names"]
 
@@ -46,5 +45,5 @@ def state_names(model: torch.nn.Module) -> dict[str, list[str]]:
     for name in names:
         parts = name.split(".")
         if name.startswith(prefix) and not any(part.startswith(adapter_prefix) for part in parts):
-            found.setdefault(plain_name(name.removeprefix(prefix)), []).append(name)
+            found.setdefault(name_without_adapters(name.removeprefix(prefix)), []).append(name)
     return found

@@ -15,7 +15,7 @@ from gemini.errors import MissingRateError
 from gemini.placement.cost_model import HardwareProfile, StepPrediction
 from gemini.planning.rehearsal import Rehearsal, rehearse
 
-__all__ = ["Forecast", "forecast_batch", "predict_step"]
+__all__ = ["Forecast", "forecast_batch", "predict_engine_step"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def forecast_batch(
     return Forecast(flops_per_token=flops / (num_rows * sequence_length), rehearsal=trained)
 
 
-def predict_step(
+def predict_engine_step(
     engine: GeminiDDP, forecast: Forecast, profile: HardwareProfile, *, num_batches: int
 ) -> StepPrediction | None:
     """Predict the time of a step under the plan that an engine has chosen.

@@ -26,7 +26,7 @@ from gemini.placement.cost_model import HardwareProfile
 from gemini.profile.recording import RECORDING_NAME
 from gemini.recipe.data import Collator, load_rows
 from gemini.recipe.dtype import DTYPES, choose_dtype
-from gemini.recipe.forecast import Forecast, forecast_batch, predict_step
+from gemini.recipe.forecast import Forecast, forecast_batch, predict_engine_step
 from gemini.recipe.model import build_model, find_model, read_config, read_tokenizer, save_activation_memory
 from gemini.recipe.output import LOG_NAME, MODEL_NAME, Start, claimed, find_start, keep_settings
 from gemini.recipe.progress import ProgressCallback, Utilization
@@ -198,7 +198,7 @@ def _record(
     predicted = None
     if forecast is not None and profile is not None:
         num_batches = settings.training.gradient_accumulation
-        predicted = predict_step(engine, forecast, profile, num_batches=num_batches)
+        predicted = predict_engine_step(engine, forecast, profile, num_batches=num_batches)
     recording = engine.record(
         settings.output.path / RECORDING_NAME,
         predicted=predicted,

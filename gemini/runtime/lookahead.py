@@ -120,7 +120,7 @@ class Lookahead:
             return
         decisions = choose_prefetch(
             self._trace.upcoming(self._horizon),
-            self._core.in_memory(),
+            self._core.in_slots(),
             num_free_slots=self._core.num_free_slots(),
             evictable=self._core.evictable(),
             depth=self._depth,
@@ -146,7 +146,7 @@ class Lookahead:
         residents = [chunk_id for chunk_id in upcoming if self._core.chunks[chunk_id].is_resident]
         decisions = choose_prefetch(
             [chunk_id for chunk_id in upcoming if chunk_id not in residents],
-            self._core.in_memory(),
+            self._core.in_slots(),
             num_free_slots=self._core.num_free_slots(),
             evictable=self._core.evictable(),
             depth=self._depth,

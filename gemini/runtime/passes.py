@@ -22,7 +22,7 @@ from gemini.gradients.arrivals import Gradients
 from gemini.model.tensor_parallel import local_part, take_local_gradient
 from gemini.placement.tracer import Phase
 from gemini.runtime.lookahead import Lookahead
-from gemini.runtime.never_copied import NeverCopied
+from gemini.runtime.refuses_copies import RefusesCopies
 from gemini.runtime.saved_weights import SavedWeights
 from gemini.runtime.step import StepControl
 
@@ -39,7 +39,7 @@ class _Entry:
     has_pushed_hooks: bool
 
 
-class Passes(NeverCopied):
+class Passes(RefusesCopies):
     """Forward and backward passes of one engine; see gemini.autograd.events.RuntimeEvents.
 
     Args:
@@ -69,7 +69,7 @@ class Passes(NeverCopied):
     ) -> None:
         self.access = access
         self.moments = Moments()
-        self.saved = SavedWeights(core.chunk_in, core.absent.get, self._weights_in_backward)
+        self.saved = SavedWeights(core.chunk_in, core.by_placeholder.get, self._weights_in_backward)
         self._layout = layout
         self._core = core
         self._gradients = gradients
@@ -208,7 +208,7 @@ class Passes(NeverCopied):
         self._steps.coming.clipping.check_open()
         place = self._place_of_param[id(param)]
         if self._direct is not None:
-            self._direct.deliver_all(*place)
+            self._direct.autograd_delivers(*place)
         self._gradients.put(*place, grad)
 
     def finish_gradient(self, param: torch.nn.Parameter) -> None:
@@ -232,7 +232,7 @@ class Passes(NeverCopied):
         self._steps.coming.clipping.check_open()
         place = self._place_of_param[id(param)]
         if self._direct is not None:
-            self._direct.deliver(*place)
+            self._direct.use_delivers(*place)
         self._gradients.put(*place, gradient)
 
     def write_gradient(self, param: torch.nn.Parameter) -> AbstractContextManager[GradientPlace] | None:
@@ -241,7 +241,7 @@ class Passes(NeverCopied):
         place = self._place_of_param[id(param)]
         if self._direct is None or not self._direct.can_write(place[0]):
             return None
-        self._direct.deliver(*place)
+        self._direct.use_delivers(*place)
         return self._direct.writing(*place)
 
     def _weights_in_backward(self, chunk: Chunk) -> torch.Tensor:

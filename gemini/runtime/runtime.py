@@ -30,9 +30,9 @@ from gemini.ranks.sharding import Sharding
 from gemini.runtime.adaptation import Adaptation
 from gemini.runtime.lookahead import Lookahead
 from gemini.runtime.memory_probe import MemoryProbe
-from gemini.runtime.never_copied import NeverCopied
 from gemini.runtime.passes import Passes
 from gemini.runtime.pending_save import PendingSave
+from gemini.runtime.refuses_copies import RefusesCopies
 from gemini.runtime.step import ComingStep, StepControl
 from gemini.update.schedule import UpdateSchedule
 from gemini.update.worker import UpdateWorker
@@ -40,7 +40,7 @@ from gemini.update.worker import UpdateWorker
 __all__ = ["Runtime"]
 
 
-class Runtime(NeverCopied):
+class Runtime(RefusesCopies):
     """Everything of one engine that moves.
 
     Args:
@@ -96,7 +96,7 @@ class Runtime(NeverCopied):
         is_sharded = not sharding.is_alone
         self.listeners = listeners
         self.access = EngineAccess()
-        self.saving = PendingSave()
+        self.pending_save = PendingSave()
         self.probe = MemoryProbe(resources.accelerator, resources.ledger)
         self.coming = ComingStep(LossScaler(config.initial_loss_scale) if config.dtype is torch.float16 else None)
         self.lookahead = Lookahead(
@@ -181,7 +181,7 @@ class Runtime(NeverCopied):
         self.check_usable()
         self.access.check_thread("reading or loading weights")
         self.updates.check_released()
-        self.saving.finish()
+        self.pending_save.finish()
         self.updates.finish_all()
         self.updates.discard()
         for chunk in self.core.chunks:
@@ -206,7 +206,7 @@ class Runtime(NeverCopied):
         if self.access.is_closed:
             return
         self.access.is_closed = True
-        self.saving.close()
+        self.pending_save.close()
         self.updates.close()
         self.gradients.close()
         for state in self.states.values():

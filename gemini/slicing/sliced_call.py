@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from gemini.autograd.gradient_sums import GradientSums, summand
+from gemini.autograd.slice_sums import SliceSums, summand
 from gemini.errors import ModelError
 from gemini.offload.accelerator import random_states, set_random_states
 from gemini.slicing.batch_rows import BlockCall, JoinedOutputs, slice_bounds
@@ -32,7 +32,7 @@ __all__ = ["SlicedBlock", "UnitScope", "run_in_slices"]
 class UnitScope(Protocol):
     """What slicing needs from the engine."""
 
-    slice_sums: GradientSums
+    slice_sums: SliceSums
     """Sums that take all gradients that arrive while they are open."""
 
     def recomputing(self, unit_id: int) -> AbstractContextManager[None]:

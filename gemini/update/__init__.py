@@ -1,3 +1,3 @@
-"""The optimizer's arithmetic, tile by tile, and when it runs."""
+"""When and in which order the optimizer's arithmetic runs: tile by tile, in a thread, before or after the step."""
 
 __all__: list[str] = []

@@ -77,7 +77,7 @@ def join_masters(into: torch.Tensor, working: torch.Tensor, rest: torch.Tensor |
 def split_masters(
     working: torch.Tensor, rest: torch.Tensor | None, source: torch.Tensor, *, isa: Isa = Isa.AUTO
 ) -> None:
-    """Split masters.
+    """Split float32 masters into working weights and what the state record has of the rest.
 
     Args:
         working: the working weights, [n], on the CPU; overwritten.

@@ -72,7 +72,7 @@ class _Open:
 
 
 class ParamWeight:
-    """One parameter of an engine; see gemini.autograd.Weight.
+    """One parameter of an engine; see gemini.autograd.managed_parameter.Weight.
 
     Args:
         access: the engine's access to weights.
@@ -97,7 +97,7 @@ class ParamWeight:
 
     @property
     def name(self) -> str:
-        """The parameter."""
+        """The parameter's name."""
         return self.place.spec.name
 
     @property
@@ -126,9 +126,9 @@ class ParamWeight:
         """
         return self.access.opened(self, writes=writes)
 
-    def saving(self) -> AbstractContextManager[None]:
+    def saved_for_backward(self) -> AbstractContextManager[None]:
         """Let backward find what autograd saves of weights while the context is open."""
-        return self.access.saving()
+        return self.access.saved_for_backward()
 
     def call_shared(self, func: Callable[..., Any], args: Any, kwargs: Any, params: Sequence[torch.Tensor]) -> Any:
         """Call a function that uses parameters, so that gradients of shared ones may be delivered use by use."""
@@ -270,7 +270,7 @@ class WeightAccess:
         for chunk in runtime.core.chunks:
             chunk.keep_write = self._keep_unseen_write
 
-    def saving(self) -> AbstractContextManager[None]:
+    def saved_for_backward(self) -> AbstractContextManager[None]:
         """Let backward find what autograd saves of weights while the context is open."""
         if not torch.is_grad_enabled() or self.runtime.passes.saved.is_on_top:
             return nullcontext()
@@ -293,7 +293,7 @@ class WeightAccess:
         runtime.access.check_thread("using a parameter")
         runtime.updates.check_released()
         if writes:
-            runtime.saving.finish()
+            runtime.pending_save.finish()
             runtime.updates.weights_change(chunk_id)
         else:
             runtime.updates.finish(chunk_id)

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from gemini.errors import GeminiError
-from gemini.model.plain_names import named_buffers, named_params
+from gemini.model.names import named_buffers, named_params
 from gemini.weights.access import ParamWeight, WeightAccess
 from gemini.weights.ownership import disown
 from gemini.weights.values import read_master, read_working

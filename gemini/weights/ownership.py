@@ -12,7 +12,7 @@ from gemini.autograd.managed_parameter import manage, release, weight_of
 from gemini.autograd.tracers import refuse_scripting
 from gemini.chunk.layout import ParamPlace
 from gemini.errors import ModelError
-from gemini.model.plain_names import named_params
+from gemini.model.names import named_params
 from gemini.runtime.runtime import Runtime
 from gemini.weights.access import ParamWeight, WeightAccess
 

@@ -10,8 +10,7 @@ import torch
 from gemini.chunk.layout import ParamPlace
 from gemini.errors import CheckpointMismatchError
 from gemini.model.extra_states import compare_extra_states, load_extra_states
-from gemini.model.names import canonical_buffers, canonical_names, persistent_buffers
-from gemini.model.plain_names import named_buffers
+from gemini.model.names import canonical_buffers, canonical_names, named_buffers, persistent_buffers
 from gemini.model.tensor_parallel import local_part
 from gemini.ranks.agreement import agree_on_loading
 from gemini.runtime.runtime import Runtime

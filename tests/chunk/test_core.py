@@ -148,7 +148,7 @@ def test_a_prefetch_is_no_miss(make: Callable[..., ChunkCore]) -> None:
     core.prefetch(0)
     core.prefetch(0)
     assert states(core) == [FETCHING, AT_HOME]
-    assert core.in_memory() == {0}
+    assert core.in_slots() == {0}
     assert values(core, 0).isnan().all()
     core.access(0)
     assert shows(core, 0)
@@ -194,7 +194,7 @@ def test_a_failed_fetch_returns_home_and_can_be_tried_again(make: Callable[..., 
             with pytest.raises(OffloadIOError, match="the file ends before the bytes asked for"):
                 core.access(1)
             assert states(core) == [AT_HOME, AT_HOME]
-            assert core.in_memory() == set()
+            assert core.in_slots() == set()
     core.access(1)
     assert shows(core, 1)
 
@@ -257,7 +257,7 @@ def test_an_update_evicts_the_copy_and_gives_the_chunk_back(make: Callable[..., 
     core.ensure(0)
     core.begin_update(0)
     assert states(core) == [UPDATING]
-    assert core.in_memory() == set()
+    assert core.in_slots() == set()
     with pytest.raises(IllegalTransitionError, match="is 'updating' and cannot become 'updating'"):
         core.begin_update(0)
     core.chunks[0].home.tile(0).view(torch.float32).fill_(7)
@@ -271,11 +271,11 @@ def test_an_update_evicts_the_copy_and_gives_the_chunk_back(make: Callable[..., 
 def test_a_resident_chunk_stays_and_takes_no_slot(make: Callable[..., ChunkCore]) -> None:
     core = make([NVME, HOST, HOST])
     core.chunks[0].is_resident = True
-    core.residents.keep(0)
+    core.residents.bring_in(0)
     assert shows(core, 0)
     for chunk_id in (1, 2, 0):
         core.access(chunk_id)
-    assert core.in_memory() == {1, 2}
+    assert core.in_slots() == {1, 2}
     with pytest.raises(IllegalTransitionError, match="is 'held'"):
         core.residents.give_up(0)
     core.release(0)

@@ -29,7 +29,7 @@ class Core:
     def poll(self) -> None:
         pass
 
-    def in_memory(self) -> set[int]:
+    def in_slots(self) -> set[int]:
         return set(self.here)
 
     def num_free_slots(self) -> int:

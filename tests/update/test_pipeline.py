@@ -326,7 +326,7 @@ def test_a_resident_copy_is_brought_up_to_date(resources: Resources, tier: Memor
     core, worker = make_worker(resources)
     placed = Placed(resources, core, Whole(torch.float32), all_in(tier))
     placed.chunk.is_resident = True
-    core.residents.keep(0)
+    core.residents.bring_in(0)
     core.begin_update(0)
     job = placed.job(PARTS)
     if placed.chunk.slot is not None:  # else the home itself is compute memory

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from gemini.errors import ModelError
 
-__all__ = ["NeverCopied"]
+__all__ = ["RefusesCopies"]
 
 
-class NeverCopied:
+class RefusesCopies:
     """Base of what belongs to one engine only."""
 
     def __getstate__(self) -> object:

@@ -1,6 +1,7 @@
-"""Commits: keep what a step made of the engine's state in a memory file that outlives the process.
+"""`engine.commit` and `engine.recover`: the state of a run beside the weights that a commit file keeps.
 
-See docs/commits.md.
+The file, and what makes a step in it count, are gemini.commits'. Checkpoints on a drive become visible elsewhere, in
+`CheckpointDirectory.publish`. See docs/commits.md.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def commit_step(runtime: Runtime, participants: Participants, *, extra: Any) -> 
     committed = file.sequence
     try:
         with on_all_ranks(runtime.sharding, what="engine.commit"):
-            runtime.saving.finish()
+            runtime.pending_save.finish()
             held = runtime.updates.prepare_release()
             own = collect_run_state(runtime, participants, extra, is_for_all=False)
             run_state = encode_run_state(own, what="engine.commit")

@@ -1,4 +1,7 @@
-"""Sums of parameter gradients while a block runs slice after slice."""
+"""Sums of parameter gradients over the slices of one batch, while a block runs slice after slice.
+
+Sums over backward passes are gemini.gradients'.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-__all__ = ["GradientSums", "summand"]
+__all__ = ["SliceSums", "summand"]
 
 
-class GradientSums:
+class SliceSums:
     """Gradients of one block's parameters, summed over slices while open."""
 
     def __init__(self) -> None:
