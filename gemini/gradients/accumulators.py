@@ -3,9 +3,10 @@
 [Note: Accumulators]
 Without them every backward pass sends its gradients down, where GradientStore.put adds them to those that wait. An
 accumulator is the same float32 sum, added in the same order and so with the same bits, on the device. It goes home in
-the last pass, as soon as it is complete. Which pass is the last is what the step before tells; if another one follows all the
-same, the sum goes home once more. Chunks with an accumulator are resident, because a copy of the weights saves more and
-so takes the room first. Such chunks are never updated ahead of the step, so nobody need know that a sum is complete.
+the last pass, as soon as it is complete. Which pass is the last is what the step before tells; if another one follows
+all the same, the sum goes home once more. Chunks with an accumulator are resident, because a copy of the weights saves
+more and so takes the room first. Such chunks are never updated ahead of the step, so nobody need know that a sum is
+complete.
 """
 
 from __future__ import annotations
