@@ -20,7 +20,6 @@ PROGRAMS = ("examples", "benchmarks")
 MAX_MODULE_LINES = 500
 MAX_METHODS = 12
 WITH_MORE_METHODS = {
-    "StepControl": "a step from its first forward to its end; to be divided further",
     "GeminiDDP": "the face of an engine: what users do with one",
     "RuntimeEvents": "a protocol: each event that hooks report",
     "Passes": "answers RuntimeEvents",
@@ -30,9 +29,8 @@ WITH_MORE_METHODS = {
     "ShardedGradients": "is Gradients",
     "Weight": "a protocol: what a parameter's class asks of its weight",
     "ParamWeight": "is Weight",
-    "ChunkCore": "holds, fetches and the update's side of chunks; to be divided further",
-    "Chunk": "a chunk's states, its parameters and versions of them; to be divided further",
-    "UpdateSchedule": "when updates run; to be divided further",
+    "ChunkCore": "the moves of chunks: holds, fetches, evictions, and their reservation for an update",
+    "UpdateSchedule": "every moment at which an update begins, counts, is dropped or is waited for",
     "TiledHome": "one home, tile by tile",
     "LeaseDesk": "answers the messages about holds",
     "SharedShelf": "answers the messages about shared chunks",

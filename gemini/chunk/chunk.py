@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from gemini.chunk.cut import cut_spec
 from gemini.chunk.fetch import Fetch
-from gemini.chunk.layout import ChunkSpec, ParamPlace
+from gemini.chunk.layout import ChunkSpec
+from gemini.chunk.shown_params import ShownParams
 from gemini.chunk.state import ChunkState, ChunkUpdater, check_transition
 from gemini.errors import ModelError
-from gemini.model.tensor_parallel import local_part, show_values
 from gemini.offload.home import TiledHome
 from gemini.profile.listeners import RunListeners
 from gemini.ranks.sharding import ChunkShard
 
-__all__ = ["Chunk", "Slot", "count_holders", "param_view", "placeholders", "viewed_error"]
+__all__ = ["Chunk", "Slot", "count_holders", "viewed_error"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,9 +40,8 @@ class Chunk:
 
     Args:
         spec: which parameters lie where.
-        params: the parameters (or plain tensors), in the order of `spec.places`.
+        params: the parameters.
         home: where the working weights live between uses.
-        missing: what absent parameters show, [number of parameters] of the chunk's dtype; see `placeholders`.
         is_resident: whether compute memory always holds them.
         listeners: told of every change of state.
         shard: the shard that the home holds, with several ranks; None: it holds everything.
@@ -53,9 +50,8 @@ class Chunk:
     def __init__(
         self,
         spec: ChunkSpec,
-        params: Sequence[torch.Tensor],
+        params: ShownParams,
         home: TiledHome,
-        missing: torch.Tensor,
         *,
         is_resident: bool,
         listeners: RunListeners,
@@ -65,7 +61,7 @@ class Chunk:
         self.shard = shard
         self.home_spec = spec if shard is None else cut_spec(spec, shard)
         """The layout of what the home holds."""
-        self.params = list(params)
+        self.params = params
         self.home = home
         self.is_resident = is_resident
         self.slot: Slot | None = None
@@ -77,19 +73,13 @@ class Chunk:
         self.compute: torch.Tensor | None = None
         """The weights in compute memory, [spec.numel] of spec.dtype; None while they are away."""
         self.num_updates = 0
-        """How often the optimizer has written the weights; with `version_of` it tells a graph that saved a weight
-        whether it is still the same."""
+        """How often the optimizer has written the weights; with `params.version_of` this tells a graph that saved a
+        weight whether it is still the same."""
         self.num_writes = 0
         """How often others have written one of the weights."""
-        self.keep_write: Callable[[Chunk, int], None] | None = None
-        """Brings home a weight, given by its position, that was written in place unseen; None: nobody looks."""
         self._listeners = listeners
         self._state = ChunkState.AT_HOME
         self._num_holds = 0
-        self._addresses: list[int] = []
-        self._versions: list[int] = []
-        self._missing = missing
-        self._begins = [place.begin for place in spec.places]
 
     @property
     def state(self) -> ChunkState:
@@ -180,9 +170,7 @@ class Chunk:
         """Let the parameters show the weights in `buffer`, uint8 in compute memory."""
         with torch.inference_mode(False):  # what is bound now may be trained with later
             self.compute = buffer[: self.spec.working_nbytes].view(self.spec.dtype)
-        for position in range(len(self.params)):
-            self.show(position)
-        self._remember_binding()
+        self.params.show_all(self.compute)
 
     def unbind(self) -> None:
         """Let the parameters show placeholders: scalars of the right dtype and device, a place for each parameter.
@@ -190,114 +178,14 @@ class Chunk:
         Raises:
             ModelError: one was written in place and that cannot be honoured.
         """
-        self.check_written()
+        self.params.check_written()
         self.compute = None
-        for position in range(len(self.params)):
-            self.show(position)
-        self._remember_binding()
-
-    def show(self, position: int, values: torch.Tensor | None = None) -> None:
-        """Let one parameter show other values than its own.
-
-        Args:
-            position: the parameter's, in the layout.
-            values: of its shape, in compute memory; None: its own, which is a placeholder while they are away.
-        """
-        place = self.spec.places[position]
-        with torch.inference_mode(False), torch._C.DisableTorchFunctionSubclass():
-            if values is None and self.compute is not None:
-                values = param_view(self.compute, place)
-            elif values is None:
-                values = self._missing[position].expand(place.spec.shape)
-            show_values(self.params[position], values)
-
-    def check_params(self) -> None:
-        """Refuse parameters that were given other data behind the engine's back, or, with gradients, re-flagged.
-
-        Raises:
-            ModelError: one was.
-        """
-        self.check_written()
-        is_trainable = self.spec.is_trainable
-        checks_flags = torch.is_grad_enabled()
-        with torch._C.DisableTorchFunctionSubclass():
-            for place, param, address in zip(self.spec.places, self.params, self._addresses, strict=True):
-                if checks_flags and param.requires_grad is not is_trainable:
-                    raise ModelError(
-                        f"parameter {place.spec.name} had requires_grad={is_trainable} when it was wrapped and has "
-                        f"{not is_trainable} now, in a forward with gradients; set requires_grad before GeminiDDP(...)"
-                    )
-                if local_part(param).data_ptr() != address:
-                    raise ModelError(
-                        f"parameter {place.spec.name} no longer shows its chunk: its memory was exchanged after "
-                        "GeminiDDP(...); write values with param.copy_(...) or engine.load_state_dict instead"
-                    )
-
-    def version_of(self, position: int) -> int:
-        """Return how often a parameter was written in place, as torch counts it."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return int(self.params[position]._version)
-
-    def position_at(self, element: int) -> int:
-        """Return the position of the parameter that an element of the chunk belongs to."""
-        return bisect_right(self._begins, element) - 1
-
-    @property
-    def missing_address(self) -> int:
-        """Address of the placeholders; identifies their storage."""
-        return self._missing.untyped_storage().data_ptr()
-
-    def _remember_binding(self) -> None:
-        with torch._C.DisableTorchFunctionSubclass():
-            self._addresses = [local_part(param).data_ptr() for param in self.params]
-        self.remember_versions()
-
-    def remember_versions(self) -> None:
-        """Take what was written in place until now as seen."""
-        with torch._C.DisableTorchFunctionSubclass():
-            self._versions = [param._version for param in self.params]
-
-    def check_written(self) -> None:
-        """Bring home what was written in place without a function of torch's that said so.
-
-        Raises:
-            ModelError: that cannot be honoured.
-        """
-        if self.keep_write is None or self.compute is None:
-            return
-        with torch._C.DisableTorchFunctionSubclass():
-            versions = [param._version for param in self.params]
-        if versions == self._versions:
-            return
-        changed = [i for i, version in enumerate(versions) if version != self._versions[i]]
-        self._versions = versions
-        for position in changed:
-            self.keep_write(self, position)
+        self.params.show_all(None)
 
 
 def count_holders(buffer: torch.Tensor) -> int:
     """Return how many tensors and storages refer to a buffer's memory."""
     return int(torch._C._storage_Use_Count(buffer.untyped_storage()._cdata))
-
-
-def param_view(flat: torch.Tensor, place: ParamPlace) -> torch.Tensor:
-    """Return a parameter's part of a chunk-sized tensor, in the parameter's shape."""
-    return flat[place.begin : place.end].view(place.spec.shape)
-
-
-def placeholders(dtype: torch.dtype, device: torch.device, count: int) -> torch.Tensor:
-    """Return the scalars that absent weights show: NaN, a sign to code that goes past torch's functions.
-
-    Args:
-        dtype: of the weights.
-        device: of compute memory.
-        count: how many weights there are.
-
-    Returns:
-        [count], one storage.
-    """
-    value = float("nan") if dtype.is_floating_point else 0
-    return torch.full((max(count, 1),), value, dtype=torch.float32).to(dtype).to(device)
 
 
 def viewed_error(chunk: Chunk) -> ModelError:

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from gemini.chunk.chunk import Chunk, Slot, placeholders, viewed_error
+from gemini.chunk.chunk import Chunk, Slot, viewed_error
 from gemini.chunk.fetch import Fetch, Gather, MoveStats
 from gemini.chunk.layout import ChunkSpec
 from gemini.chunk.residents import Residents
+from gemini.chunk.shown_params import ShownParams, placeholders
 from gemini.chunk.slot_table import SlotTable
 from gemini.chunk.staging import Staging
 from gemini.chunk.state import ChunkState, ChunkUpdater, check_transition
@@ -61,9 +62,7 @@ class ChunkCore:
         self.residents = Residents(self.chunks, resources.transfers, evict=self.evict, fetch=self._fetch)
         self._next_use = next_use
         self._listeners = listeners
-        self._slots = SlotTable(slots)
-        self._num_protected = num_protected
-        self._recent: list[int] = []
+        self.slots = SlotTable(slots, num_protected=num_protected)
         self._staging = Staging(staging)
         self._stages_pageable = False
         """Whether weights in memory that is not page-locked pass through `staging`, which is."""
@@ -96,9 +95,10 @@ class ChunkCore:
         """
         assert spec.chunk_id == len(self.chunks)
         missing = placeholders(spec.dtype, self.resources.transfers.device, len(params))
-        chunk = Chunk(spec, params, home, missing, is_resident=is_resident, listeners=self._listeners, shard=shard)
+        shown = ShownParams(spec, params, missing)
+        chunk = Chunk(spec, shown, home, is_resident=is_resident, listeners=self._listeners, shard=shard)
         chunk.unbind()
-        self.by_placeholder[chunk.missing_address] = chunk
+        self.by_placeholder[chunk.params.placeholder_address] = chunk
         self.chunks.append(chunk)
         return chunk
 
@@ -166,16 +166,8 @@ class ChunkCore:
             self._listeners.stalled("weights", chunk_id, start, end)
         if chunk.is_resident:
             return chunk
-        if chunk_id in self._recent:
-            self._recent.remove(chunk_id)
-        self.protect(chunk_id)
+        self.slots.protect(chunk_id, is_used_now=True)
         return chunk
-
-    def protect(self, chunk_id: int) -> None:
-        """Count a chunk that is in a slot among the last few used, if it is not one of them."""
-        if chunk_id not in self._recent:
-            self._recent.append(chunk_id)
-            del self._recent[: max(len(self._recent) - self._num_protected, 0)]
 
     def can_prefetch(self, chunk_id: int) -> bool:
         """Return whether a fetch of this chunk could start now without waiting, given a slot."""
@@ -219,21 +211,9 @@ class ChunkCore:
         if fetch is not None:
             fetch.begin_gather()
 
-    def in_slots(self) -> set[int]:
-        """Return the chunks that are in a slot or on their way to one."""
-        return _ids(self._slots.chunks())
-
-    def evictable(self) -> set[int]:
-        """Return the chunks whose slots could be taken now: not held, not just used, and seen by nobody else."""
-        return self._slots.evictable(self._recent)
-
-    def num_free_slots(self) -> int:
-        """Return how many slots are empty."""
-        return self._slots.num_free()
-
     def poll(self) -> None:
         """Push every fetch under way one stage further, and finish those that are complete."""
-        for chunk in self._slots.chunks(ChunkState.FETCHING):
+        for chunk in self.slots.chunks(ChunkState.FETCHING):
             if chunk.fetch is not None:
                 chunk.fetch.poll()
 
@@ -260,26 +240,23 @@ class ChunkCore:
 
     def evict_idle(self) -> None:
         """Free every slot that is not held."""
-        self._recent.clear()
-        for chunk_id in self.evictable() | _ids(self._slots.chunks(ChunkState.FETCHING)):
+        self.slots.protect_none()
+        for chunk_id in self.slots.evictable() | _ids(self.slots.chunks(ChunkState.FETCHING)):
             self.evict(chunk_id)
 
     # ---------------------------------------------------------------- for the optimizer and for others
 
     def chunk_in(self, storage_address: int) -> Chunk | None:
         """Return the chunk whose weights a storage of compute memory holds now, None if it holds none."""
-        slot = self._slots.find(storage_address)
+        slot = self.slots.find(storage_address)
         return slot.chunk if slot is not None else self.residents.at(storage_address)
 
     def has_room(self, chunk_id: int) -> bool:
         """Return whether a chunk can be made usable without taking anything from anybody who uses it."""
         chunk = self.chunks[chunk_id]
-        is_here = chunk.is_resident or chunk.compute is not None or chunk.fetch is not None
-        return is_here or bool(self._slots.num_free() or self.evictable() or self._slots.chunks(ChunkState.FETCHING))
-
-    def is_slot(self, storage_address: int) -> bool:
-        """Return whether a storage is a slot, that is, memory that is refilled."""
-        return self._slots.find(storage_address) is not None
+        if chunk.is_resident or chunk.compute is not None or chunk.fetch is not None:
+            return True
+        return bool(self.slots.num_free() or self.slots.evictable() or self.slots.chunks(ChunkState.FETCHING))
 
     def check_updatable(self, chunk_id: int) -> None:
         """Check that `begin_update` will succeed.
@@ -296,7 +273,7 @@ class ChunkCore:
             self._finish_update(chunk)
         if chunk.is_held:
             check_transition(chunk.name, chunk.state, ChunkState.UPDATING)
-        if chunk.compute is not None and not chunk.is_resident and self._slots.is_viewed(chunk):
+        if chunk.compute is not None and not chunk.is_resident and self.slots.is_viewed(chunk):
             raise viewed_error(chunk)
 
     def begin_update(self, chunk_id: int, *, keeps_slot: bool = False, updater: ChunkUpdater | None = None) -> Chunk:
@@ -357,7 +334,7 @@ class ChunkCore:
                     self._leave_slot(chunk)
             chunk.slot = None
             chunk.home.close()
-        self._slots.close()
+        self.slots.close()
         self._staging.close()
 
     # ---------------------------------------------------------------- inside
@@ -373,14 +350,14 @@ class ChunkCore:
         """Give a chunk that is not resident a slot, evicting others for it if need be."""
         if chunk.is_resident:
             return
-        while (slot := self._slots.take(chunk)) is None:
+        while (slot := self.slots.take(chunk)) is None:
             # Chunks fetched ahead, and those used last, leave only if nothing else can.
-            fetching, ready = (_ids(self._slots.chunks(state)) for state in (ChunkState.FETCHING, ChunkState.READY))
-            candidates = self.evictable() or fetching or ready
+            fetching, ready = (_ids(self.slots.chunks(state)) for state in (ChunkState.FETCHING, ChunkState.READY))
+            candidates = self.slots.evictable() or fetching or ready
             if not candidates:
-                updating = self._slots.chunks(ChunkState.UPDATING)
+                updating = self.slots.chunks(ChunkState.UPDATING)
                 if not updating:
-                    raise self._slots.shortage_error(chunk, self.resources.transfers.compute_tier)
+                    raise self.slots.shortage_error(chunk, self.resources.transfers.compute_tier)
                 self._finish_update(updating[-1])
                 continue
             self.evict(farthest_next_use(candidates, {i: self._next_use(i) for i in candidates}))
@@ -390,8 +367,8 @@ class ChunkCore:
         """Give a chunk's slot back; return whether someone still looks at it."""
         assert chunk.slot is not None
         chunk.unbind()
-        is_viewed = self._slots.is_viewed(chunk)
-        self._slots.give_back(chunk.slot)
+        is_viewed = self.slots.is_viewed(chunk)
+        self.slots.give_back(chunk.slot)
         chunk.slot = None
         return is_viewed
 

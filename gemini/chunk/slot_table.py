@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from gemini.chunk.chunk import Chunk, Slot, count_holders
 from gemini.chunk.state import ChunkState
 from gemini.errors import OutOfTierMemoryError
@@ -18,10 +16,13 @@ class SlotTable:
 
     Args:
         source: the buffers; closed with the table.
+        num_protected: how many of the chunks used last never leave.
     """
 
-    def __init__(self, source: SlotSource) -> None:
+    def __init__(self, source: SlotSource, *, num_protected: int) -> None:
         self._source = source
+        self._num_protected = num_protected
+        self._recent: list[int] = []
         self._slots: dict[int, Slot] = {}  # those in use, by address of their storage
 
     def take(self, chunk: Chunk) -> Slot | None:
@@ -46,12 +47,34 @@ class SlotTable:
         """Return the chunks in slots, or on their way to one, that are in one of some states; no states: all."""
         return [slot.chunk for slot in self._slots.values() if not states or slot.chunk.state in states]
 
-    def evictable(self, recent: Collection[int]) -> set[int]:
+    def chunk_ids(self) -> set[int]:
+        """Return the chunks that are in a slot or on their way to one."""
+        return {slot.chunk.spec.chunk_id for slot in self._slots.values()}
+
+    def protect(self, chunk_id: int, *, is_used_now: bool) -> None:
+        """Count a chunk among the last few used.
+
+        Args:
+            chunk_id: the chunk.
+            is_used_now: whether it becomes the last one; else one that is among them keeps its turn.
+        """
+        if chunk_id in self._recent:
+            if not is_used_now:
+                return
+            self._recent.remove(chunk_id)
+        self._recent.append(chunk_id)
+        del self._recent[: max(len(self._recent) - self._num_protected, 0)]
+
+    def protect_none(self) -> None:
+        """Let every chunk leave that nobody holds."""
+        self._recent.clear()
+
+    def evictable(self) -> set[int]:
         """Return the chunks whose slots could be taken now: not held, not just used, and seen by nobody else."""
         return {
             chunk.spec.chunk_id
             for chunk in self.chunks(ChunkState.READY)
-            if chunk.spec.chunk_id not in recent and not self.is_viewed(chunk)
+            if chunk.spec.chunk_id not in self._recent and not self.is_viewed(chunk)
         }
 
     def is_viewed(self, chunk: Chunk) -> bool:

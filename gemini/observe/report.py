@@ -271,20 +271,20 @@ def make_report(
         io_engine=store.backend.name.lower() if store is not None else None,
         is_direct_io=store.is_direct if store is not None else None,
         instruction_set=resources.isa.name.lower(),
-        step_s=runtime.steps.step_s,
+        step_s=runtime.steps.clock.step_s,
         predicted=_predict(runtime, profile, flops) if profile is not None and flops is not None else None,
     )
 
 
 def _update_report(runtime: Runtime) -> UpdateReport:
-    overlap = runtime.updates
+    stats, overlap = runtime.updates.stats, runtime.updates.overlap
     return UpdateReport(
         overlap_asked=runtime.config.overlap,
         overlap=overlap.mode.value,
         why_not_asked=overlap.why_not_ahead,
-        num_updates=overlap.stats.num_updates,
-        num_ahead=overlap.stats.num_ahead,
-        num_redone=overlap.stats.num_redone,
+        num_updates=stats.num_updates,
+        num_ahead=stats.num_ahead,
+        num_redone=stats.num_redone,
         busy_s=overlap.last_step.busy_s if overlap.last_step is not None else None,
         step_s=overlap.last_step.elapsed_s if overlap.last_step is not None else None,
     )
@@ -296,7 +296,7 @@ def _predict(runtime: Runtime, profile: HardwareProfile, flops: StepFlops) -> St
         count_step(runtime.demands, runtime.plan, runtime.shape, flops),
         profile,
         dtype=str(runtime.config.dtype).removeprefix("torch."),
-        mode=runtime.updates.mode,
+        mode=runtime.updates.overlap.mode,
         has_device=runtime.shape.has_device,
     )
 

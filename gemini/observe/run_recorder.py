@@ -247,7 +247,7 @@ def describe_run(
         began_unix_s=time.time(),
         compute_tier=runtime.resources.transfers.compute_tier.value,
         dtype=str(runtime.config.dtype).removeprefix("torch."),
-        overlap=runtime.updates.mode.value,
+        overlap=runtime.updates.overlap.mode.value,
         num_params=sum(place.spec.numel for place in layout.place_by_name.values()),
         num_slots=plan.num_slots,
         slot_nbytes=plan.slot_nbytes,

@@ -120,9 +120,9 @@ class Lookahead:
             return
         decisions = choose_prefetch(
             self._trace.upcoming(self._horizon),
-            self._core.in_slots(),
-            num_free_slots=self._core.num_free_slots(),
-            evictable=self._core.evictable(),
+            self._core.slots.chunk_ids(),
+            num_free_slots=self._core.slots.num_free(),
+            evictable=self._core.slots.evictable(),
             depth=self._depth,
         )
         for decision in decisions:
@@ -146,9 +146,9 @@ class Lookahead:
         residents = [chunk_id for chunk_id in upcoming if self._core.chunks[chunk_id].is_resident]
         decisions = choose_prefetch(
             [chunk_id for chunk_id in upcoming if chunk_id not in residents],
-            self._core.in_slots(),
-            num_free_slots=self._core.num_free_slots(),
-            evictable=self._core.evictable(),
+            self._core.slots.chunk_ids(),
+            num_free_slots=self._core.slots.num_free(),
+            evictable=self._core.slots.evictable(),
             depth=self._depth,
         )
         for decision in decisions:

@@ -21,7 +21,9 @@ from gemini.errors import GeminiError
 from gemini.gradients.arrivals import Gradients
 from gemini.model.tensor_parallel import local_part, take_local_gradient
 from gemini.placement.tracer import Phase
+from gemini.runtime.adaptation import PlanInForce
 from gemini.runtime.lookahead import Lookahead
+from gemini.runtime.memory_probe import MemoryProbe
 from gemini.runtime.refuses_copies import RefusesCopies
 from gemini.runtime.saved_weights import SavedWeights
 from gemini.runtime.step import StepControl
@@ -48,8 +50,11 @@ class Passes(RefusesCopies):
         gradients: take what backward makes.
         lookahead: is told of uses, and fetches ahead.
         steps: the steps that the passes belong to.
+        placement: makes room for larger batches.
+        probe: measures the memory of a step.
         access: held by the thread that runs the model.
         check_usable: raises ModelError if the engine is not.
+        check_released: raises ModelError if a step waits for its commit.
         place_of_param: chunk and position of each parameter, by its id.
         is_sharded: whether several ranks own the chunks.
     """
@@ -62,8 +67,11 @@ class Passes(RefusesCopies):
         gradients: Gradients,
         lookahead: Lookahead,
         steps: StepControl,
+        placement: PlanInForce,
+        probe: MemoryProbe,
         access: EngineAccess,
         check_usable: Callable[[], None],
+        check_released: Callable[[], None],
         place_of_param: Mapping[int, tuple[int, int]],
         is_sharded: bool,
     ) -> None:
@@ -76,7 +84,10 @@ class Passes(RefusesCopies):
         self._direct = gradients.direct
         self._lookahead = lookahead
         self._steps = steps
+        self._placement = placement
+        self._probe = probe
         self._check_usable = check_usable
+        self._check_released = check_released
         self._place_of_param = place_of_param
         self._is_sharded = is_sharded
         self._entered: list[_Entry] = []
@@ -95,20 +106,20 @@ class Passes(RefusesCopies):
             ModelError: the engine is closed, its state was lost, or a parameter was moved or re-flagged.
         """
         self._check_usable()
-        self._steps.check_released()
+        self._check_released()
         begins_step = torch.is_grad_enabled() and not self._lookahead.is_in_step
         if begins_step:
-            self._steps.begin()
+            self._steps.clock.begin_step()
         for chunk in self._core.chunks:
-            chunk.check_params()
+            chunk.params.check()
         if torch._C._current_graph_task_id() == -1:  # else a backward pass is running this forward
             self._steps.collect_gradients()
         self._drop_leftovers()
         self._warn_of_autocast()
-        self._steps.make_room(batch_numel)
+        self._placement.before_forward(batch_numel)
         self._lookahead.gather_now(self._layout.root.own_chunk_ids)  # used anywhere, without notice
         if begins_step:
-            self._steps.begin_probe()
+            self._probe.begin_step()
         self._lookahead.begin_forward(Phase.TRAIN if torch.is_grad_enabled() else Phase.INFERENCE)
         self._has_pushed_for_model = torch.is_grad_enabled()
         if self._has_pushed_for_model:
@@ -167,7 +178,7 @@ class Passes(RefusesCopies):
         for chunk_id in self._layout.units[unit_id].chunk_ids:
             self._core.release(chunk_id)
         for chunk_id in self._layout.units[unit_id].own_chunk_ids:
-            self._core.chunks[chunk_id].check_written()
+            self._core.chunks[chunk_id].params.check_written()
 
     def num_updates_of(self, unit_id: int) -> int:
         """Return how often the optimizer has changed a unit's weights."""
@@ -183,7 +194,7 @@ class Passes(RefusesCopies):
     def is_borrowed(self, tensor: torch.Tensor) -> bool:
         """Return whether a tensor lies in a slot."""
         local = local_part(tensor)
-        return type(local) is torch.Tensor and self._core.is_slot(local.untyped_storage().data_ptr())
+        return type(local) is torch.Tensor and self._core.slots.find(local.untyped_storage().data_ptr()) is not None
 
     # ---------------------------------------------------------------- backward
 
@@ -247,7 +258,8 @@ class Passes(RefusesCopies):
     def _weights_in_backward(self, chunk: Chunk) -> torch.Tensor:
         self._check_usable()
         if self._is_sharded and chunk.compute is not None and not chunk.is_resident:
-            self._core.protect(chunk.spec.chunk_id)  # and no more: ranks may use more of a unit, or less, than others
+            # And no more: ranks may use more of a unit, or less, than others.
+            self._core.slots.protect(chunk.spec.chunk_id, is_used_now=False)
         elif not chunk.is_resident:
             self._core.ensure(chunk.spec.chunk_id)
             self._lookahead.record(chunk.spec.chunk_id)

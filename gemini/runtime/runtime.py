@@ -27,7 +27,7 @@ from gemini.placement.plan import ChunkDemand, MemoryDemand, PlacementPlan, Runt
 from gemini.placement.tracer import UseTrace
 from gemini.profile.listeners import RunListeners
 from gemini.ranks.sharding import Sharding
-from gemini.runtime.adaptation import Adaptation
+from gemini.runtime.adaptation import Adaptation, FixedPlan, PlanInForce
 from gemini.runtime.lookahead import Lookahead
 from gemini.runtime.memory_probe import MemoryProbe
 from gemini.runtime.passes import Passes
@@ -113,9 +113,11 @@ class Runtime(RefusesCopies):
             predict=self.coming.expected_update,
             distance=self.lookahead.distance,
         )
-        adaptation: Adaptation | None = None
+        self.placement: PlanInForce = FixedPlan(plan)
+        """The plan in force, and what may change it."""
         if shape.has_device and config.placement == "auto" and not is_sharded:
-            adaptation = Adaptation(
+            self.placement = Adaptation(
+                plan,
                 core,
                 gradients,
                 demands,
@@ -125,12 +127,11 @@ class Runtime(RefusesCopies):
             )
         self.steps = StepControl(
             self.coming,
-            plan,
+            self.placement,
             gradients=gradients,
             grad_attributes=GradAttributes(core.chunks, gradients, is_scaled=self.coming.scaler is not None),
             updates=self.updates,
             lookahead=self.lookahead,
-            adaptation=adaptation,
             probe=self.probe,
             access=self.access,
             check_usable=self.check_usable,
@@ -149,8 +150,11 @@ class Runtime(RefusesCopies):
             gradients=gradients,
             lookahead=self.lookahead,
             steps=self.steps,
+            placement=self.placement,
+            probe=self.probe,
             access=self.access,
             check_usable=self.check_usable,
+            check_released=self.updates.check_released,
             place_of_param=self._place_of_param,
             is_sharded=is_sharded,
         )
@@ -158,7 +162,7 @@ class Runtime(RefusesCopies):
     @property
     def plan(self) -> PlacementPlan:
         """The plan in force."""
-        return self.steps.plan
+        return self.placement.plan
 
     @property
     def demand(self) -> MemoryDemand:

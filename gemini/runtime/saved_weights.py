@@ -158,7 +158,7 @@ class SavedWeights:
                 chunk,
                 chunk.num_updates,
                 position,
-                chunk.version_of(position),
+                chunk.params.version_of(position),
                 local.dtype,
                 offset,
                 tuple(local.shape),
@@ -172,7 +172,7 @@ class SavedWeights:
         chunk = self._chunk_of(address)
         if chunk is not None:
             element = offset * local.element_size() // chunk.spec.dtype.itemsize
-            return chunk, chunk.position_at(element), offset, tuple(local.stride())
+            return chunk, chunk.params.position_at(element), offset, tuple(local.stride())
         loan = self._loans.get(address)
         if loan is not None:
             chunk, position = loan
@@ -197,7 +197,7 @@ class SavedWeights:
                 f"{chunk.num_updates - saved.num_updates} times; call backward before optimizer.step(), or run the "
                 "forward again"
             )
-        if chunk.version_of(saved.position) != saved.version:
+        if chunk.params.version_of(saved.position) != saved.version:
             name = chunk.spec.places[saved.position].spec.name
             raise ModelError(
                 f"parameter {name} was written in place between the forward that needs it in backward and that "

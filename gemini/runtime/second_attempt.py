@@ -62,7 +62,7 @@ class SecondAttempt:
             reason = _let_go_of(error)
         if not self._runtime.sharding.is_alone:  # others run this forward once
             raise OutOfTierMemoryError(f"device tier: out of memory in a forward of this rank: {reason}; {ADVICE}")
-        self._runtime.steps.make_room_after_failure()
+        self._runtime.placement.after_failure()
         self._buffers = list(self._model.buffers())
         if versions != _versions(self._buffers, (args, kwargs)):
             raise OutOfTierMemoryError(

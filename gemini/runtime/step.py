@@ -11,8 +11,7 @@ from gemini.chunk.layout import ParamPlace
 from gemini.gradients.arrivals import Gradients
 from gemini.gradients.grad_attributes import GradAttributes
 from gemini.kernels.adam_tile import AdamSegment
-from gemini.placement.plan import PlacementPlan
-from gemini.runtime.adaptation import Adaptation
+from gemini.runtime.adaptation import PlanInForce
 from gemini.runtime.clipping import Clipping
 from gemini.runtime.lookahead import Lookahead
 from gemini.runtime.memory_probe import MemoryProbe
@@ -73,12 +72,11 @@ class StepControl:
 
     Args:
         coming: what is known of the coming step.
-        plan: homes of all chunks.
+        placement: the plan in force, which a step may change.
         gradients: what the step consumes.
         grad_attributes: what other code leaves in `.grad`.
         updates: runs updates.
         lookahead: knows what is used next.
-        adaptation: changes the plan as steps are measured; None: nobody does.
         probe: measures what is not the engine's.
         access: held by the thread that trains.
         check_usable: raises ModelError if the engine is not.
@@ -90,13 +88,12 @@ class StepControl:
     def __init__(
         self,
         coming: ComingStep,
-        plan: PlacementPlan,
+        placement: PlanInForce,
         *,
         gradients: Gradients,
         grad_attributes: GradAttributes,
         updates: UpdateSchedule,
         lookahead: Lookahead,
-        adaptation: Adaptation | None,
         probe: MemoryProbe,
         access: EngineAccess,
         check_usable: Callable[[], None],
@@ -105,7 +102,8 @@ class StepControl:
         max_skipped_steps: int | None,
     ) -> None:
         self.coming = coming
-        self._plan = plan
+        self.clock = StepClock()
+        self._placement = placement
         self._num_steps = 0
         self.num_skipped_steps = 0
         """Steps that were not taken, because a gradient was not finite."""
@@ -113,19 +111,12 @@ class StepControl:
         self._grad_attributes = grad_attributes
         self._updates = updates
         self._lookahead = lookahead
-        self._adaptation = adaptation
         self._probe = probe
         self._access = access
         self._check_usable = check_usable
         self._has_commits = has_commits
         self._is_sharded = is_sharded
         self._skipped = SkippedSteps(coming.scaler, most_in_a_row=max_skipped_steps)
-        self._clock = StepClock()
-
-    @property
-    def plan(self) -> PlacementPlan:
-        """The plan in force."""
-        return self._plan
 
     @property
     def num_steps(self) -> int:
@@ -135,33 +126,6 @@ class StepControl:
     def resume_at(self, num_steps: int) -> None:
         """Count on from the steps that a checkpoint or a commit was made after."""
         self._num_steps = num_steps
-
-    @property
-    def step_s(self) -> float | None:
-        """Median seconds of the newest steps, from the start of forward to the end of the update; None before two."""
-        return self._clock.step_s
-
-    def check_released(self) -> None:
-        """Raise ModelError if a step waits for its commit."""
-        self._updates.check_released()
-
-    def begin(self) -> None:
-        """Begin to time a step."""
-        self._clock.begin_step()
-
-    def begin_probe(self) -> None:
-        """Begin to measure the memory of a step."""
-        self._probe.begin_step()
-
-    def make_room(self, batch_numel: int) -> None:
-        """Let chunks leave the device for a batch, given by its elements, that is larger than any before."""
-        if self._adaptation is not None:
-            self._plan = self._adaptation.before_forward(self._plan, batch_numel=batch_numel)
-
-    def make_room_after_failure(self) -> None:
-        """Let all chunks leave the device that can, because it has run out of memory."""
-        if self._adaptation is not None:
-            self._plan = self._adaptation.after_failure(self._plan)
 
     def gradient_norm(self, places: Sequence[ParamPlace]) -> float:
         """Compute the exact L2 norm of some parameters' gradients, loss scale taken out; see Clipping.norm_of."""
@@ -192,7 +156,7 @@ class StepControl:
         scale = self.coming.gradient_scale
         planned = {chunk_id: PlannedUpdate(parts, scale) for chunk_id, parts in segments.items()}
         start = self._updates.defer if self._has_commits else self._updates.take_step
-        start(planned, kept=self._lookahead.needed_soon(self._plan.num_slots))
+        start(planned, kept=self._lookahead.needed_soon(self._placement.plan.num_slots))
         if self.coming.scaler is not None:
             self.coming.scaler.update(found_overflow=False)
         self._skipped.note_taken()
@@ -248,9 +212,8 @@ class StepControl:
         self._grad_attributes.end_step()
         self._drop_gradients()
         if self._lookahead.is_in_step:
-            self._clock.end_step()
+            self.clock.end_step()
             self._probe.end_step()
-            peak = self._probe.non_model_peak_nbytes
-            if self._adaptation is not None and peak is not None:
-                self._plan = self._adaptation.after_step(self._plan, peak_nbytes=peak)
+            if (peak := self._probe.non_model_peak_nbytes) is not None:
+                self._placement.after_step(peak)
         self._lookahead.end_step()

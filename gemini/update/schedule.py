@@ -14,7 +14,6 @@ decision is where it outlives the process.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
@@ -28,14 +27,15 @@ from gemini.kernels.device import DeviceKernels
 from gemini.kernels.pool import Ticket
 from gemini.offload.home import TiledHome
 from gemini.offload.transfer import Mark
-from gemini.placement.overlap import OverlapMode, choose_overlap, smoothed_rate, why_not_ahead
+from gemini.placement.overlap import OverlapMode
 from gemini.profile.listeners import RunListeners
 from gemini.tiers import MemoryTier, TileGrid
 from gemini.update.job import DeferredStep, PlannedUpdate, UpdateJob
+from gemini.update.overlap_choice import OverlapChoice
 from gemini.update.pipeline import tiles_of, update_on_device
 from gemini.update.worker import UpdateWorker
 
-__all__ = ["UpdateSchedule", "UpdateStats", "UpdateTimes"]
+__all__ = ["UpdateSchedule", "UpdateStats"]
 
 
 @dataclass(slots=True)
@@ -47,24 +47,6 @@ class UpdateStats:
     """Updates that were started ahead of the step."""
     num_redone: int = 0
     """Those of them that did not count."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpdateTimes:
-    """Seconds since three clocks were started, or between two readings of them."""
-
-    elapsed_s: float
-    stall_s: float
-    """Training waited for updates."""
-    busy_s: float
-    """The update thread had something to read, compute or write."""
-
-    def __sub__(self, earlier: UpdateTimes) -> UpdateTimes:
-        return UpdateTimes(
-            elapsed_s=self.elapsed_s - earlier.elapsed_s,
-            stall_s=self.stall_s - earlier.stall_s,
-            busy_s=self.busy_s - earlier.busy_s,
-        )
 
 
 class UpdateSchedule:
@@ -96,15 +78,10 @@ class UpdateSchedule:
         distance: Callable[[int], int] = lambda chunk_id: chunk_id,
     ) -> None:
         self.stats = UpdateStats()
-        self.mode = OverlapMode.OFF if asked is OverlapMode.OFF else OverlapMode.NEXT_FORWARD
-        """The mode of the step under way."""
         self.failure: str | None = None
         """Why weights and state are no longer those of any one step; None while they are."""
-        self.last_step: UpdateTimes | None = None
-        """The last step's, from the end of the one before it to its own; None before the second."""
         self.deferred: DeferredStep | None = None
         """The step whose updates wait for `release`; None: no step does."""
-        self._asked = asked
         self._core = core
         self._states = states
         self._gradients = gradients
@@ -117,15 +94,14 @@ class UpdateSchedule:
         self._pending: dict[int, list[UpdateJob]] = {}
         self._grad_slots: dict[int, torch.Tensor] = {}
         self._backwards_per_step = 0
-        self._clip_rate: float | None = None
-        self._times_before: UpdateTimes | None = None
         has_device = core.resources.transfers.compute_tier is MemoryTier.DEVICE
-        self._has_traffic = has_device or any(
+        has_traffic = has_device or any(
             home.is_on_disk for chunk_id in states for home in (states[chunk_id], core.chunks[chunk_id].home)
         )
-        self._has_spares = any(state.has_spare(tile) for state in states.values() for tile in range(len(state.tiers)))
+        has_spares = any(state.has_spare(tile) for state in states.values() for tile in range(len(state.tiers)))
+        self.overlap = OverlapChoice(asked, worker, has_traffic=has_traffic, has_spares=has_spares)
+        """When the updates of the step under way run."""
         gradients.follow(self)
-        self._choose_mode()
 
     # ---------------------------------------------------------------- during backward
 
@@ -134,7 +110,7 @@ class UpdateSchedule:
         if arrived.slot is not None:
             self._grad_slots[chunk_id] = arrived.slot
         is_last_backward = self._gradients.num_backwards >= self._backwards_per_step > 0
-        if self.mode is OverlapMode.SPECULATIVE and is_last_backward:
+        if self.overlap.mode is OverlapMode.SPECULATIVE and is_last_backward:
             update = self._predict(chunk_id)
             if update is not None:
                 self._start_ahead(chunk_id, self._at_home(chunk_id, update), arrived.tickets)
@@ -263,7 +239,7 @@ class UpdateSchedule:
                 self._update_chunk(
                     chunk_id, planned[chunk_id], keeps_slot=keeps_slot, readers=readers, sequence=sequence
                 )
-            if self.mode is OverlapMode.OFF:
+            if self.overlap.mode is OverlapMode.OFF:
                 self.finish_all()
         except BaseException as error:
             self.failure = f"an optimizer step failed half way ({error})"
@@ -366,31 +342,8 @@ class UpdateSchedule:
         """
         self.discard()
         self._backwards_per_step = self._gradients.num_backwards
-        self._clip_rate = smoothed_rate(self._clip_rate, is_clipped)
-        worker = self._worker
-        now = UpdateTimes(elapsed_s=time.perf_counter(), stall_s=worker.stall_s, busy_s=worker.busy_s)
-        if self._times_before is not None:
-            self.last_step = now - self._times_before
-        self._times_before = now
-        self._choose_mode()
+        self.overlap.end_step(is_clipped=is_clipped)
         self._listeners.step_ended()
-
-    @property
-    def why_not_ahead(self) -> str | None:
-        """Why updates do not run ahead of the step although they were asked to."""
-        return why_not_ahead(self._asked, has_spares=self._has_spares, clip_rate=self._clip_rate)
-
-    def _choose_mode(self) -> None:
-        last = self.last_step
-        self.mode = choose_overlap(
-            self._asked,
-            has_traffic=self._has_traffic,
-            has_spares=self._has_spares,
-            clip_rate=self._clip_rate,
-            is_speculating=self.mode is OverlapMode.SPECULATIVE,
-            stall_s=None if last is None else last.stall_s,
-            step_s=None if last is None else last.elapsed_s,
-        )
 
     # ---------------------------------------------------------------- after the step
 

@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,8 +68,8 @@ class _Open:
         weight, chunk = self.weight, self.weight.chunk
         self.values, self.is_copy = values, True
         self.loans.enter_context(weight.access.runtime.passes.saved.loan(values, chunk, weight.position))
-        self.loans.callback(chunk.show, weight.position)
-        chunk.show(weight.position, values)
+        self.loans.callback(chunk.params.show, weight.position)
+        chunk.params.show(weight.position, values)
 
 
 class ParamWeight:
@@ -141,7 +142,7 @@ class ParamWeight:
     def count_write(self) -> None:
         """Tell graphs that have saved the parameter that it was written, as torch's version counter does."""
         torch.autograd.graph.increment_version(self.param)
-        self.chunk.remember_versions()
+        self.chunk.params.remember_versions()
 
     def stamp(self) -> object:
         """Return an object that is unequal to a later one once the values may have changed."""
@@ -268,7 +269,7 @@ class WeightAccess:
         ]
         self._by_place = {(weight.chunk.spec.chunk_id, weight.position): weight for weight in self.weights}
         for chunk in runtime.core.chunks:
-            chunk.keep_write = self._keep_unseen_write
+            chunk.params.keep_write = partial(self._keep_unseen_write, chunk)
 
     def saved_for_backward(self) -> AbstractContextManager[None]:
         """Let backward find what autograd saves of weights while the context is open."""
@@ -304,7 +305,7 @@ class WeightAccess:
                 opened = self._open(weight, loans, is_held=is_held, is_lasting=is_lasting)
                 if writes:
                     opened.old = opened.values.clone()
-                versions = chunk.version_of(weight.position), opened.values._version
+                versions = chunk.params.version_of(weight.position), opened.values._version
                 try:
                     yield opened
                 finally:
@@ -340,16 +341,16 @@ class WeightAccess:
         weight, values = opened.weight, opened.values
         chunk = weight.chunk
         if opened.old is None:
-            if (chunk.version_of(weight.position), values._version) == versions:
+            if (chunk.params.version_of(weight.position), values._version) == versions:
                 return
         elif same_bits(opened.old, values):
-            chunk.remember_versions()
+            chunk.params.remember_versions()
             return
         self._store(weight, values, opened.old)
-        chunk.remember_versions()
+        chunk.params.remember_versions()
 
     def _keep_unseen_write(self, chunk: Chunk, position: int) -> None:
-        """Write home what was written to a weight that still shows it; see Chunk.keep_write."""
+        """Write home what was written to a weight that still shows it; see ShownParams.keep_write."""
         weight = self._by_place[chunk.spec.chunk_id, position]
         self.runtime.updates.weights_change(chunk.spec.chunk_id)
         with torch._C.DisableTorchFunctionSubclass():

@@ -128,7 +128,7 @@ def test_the_chunk_used_last_in_the_future_leaves(make: Callable[..., ChunkCore]
     for chunk_id in (0, 1):
         core.access(chunk_id)
         core.release(chunk_id)
-    core._recent.clear()
+    core.slots.protect_none()
     core.access(2)
     assert states(core) == [AT_HOME, READY, HELD, AT_HOME]
     assert values(core, 0).isnan().all()
@@ -138,7 +138,7 @@ def test_the_most_recently_used_chunk_is_protected(make: Callable[..., ChunkCore
     core = make([NVME, HOST, NVME], next_use={0: 1, 1: 9, 2: 2}.__getitem__)
     for chunk_id in (0, 1):
         core.ensure(chunk_id)
-    assert core.evictable() == {0}
+    assert core.slots.evictable() == {0}
     core.ensure(2)
     assert states(core) == [AT_HOME, READY, READY]
 
@@ -148,7 +148,7 @@ def test_a_prefetch_is_no_miss(make: Callable[..., ChunkCore]) -> None:
     core.prefetch(0)
     core.prefetch(0)
     assert states(core) == [FETCHING, AT_HOME]
-    assert core.in_slots() == {0}
+    assert core.slots.chunk_ids() == {0}
     assert values(core, 0).isnan().all()
     core.access(0)
     assert shows(core, 0)
@@ -161,7 +161,7 @@ def test_a_chunk_on_its_way_leaves_only_if_nothing_else_can(make: Callable[..., 
     core = make([HOST, HOST, HOST, HOST])
     core.prefetch(0)
     core.ensure(1)
-    core._recent.clear()
+    core.slots.protect_none()
     core.prefetch(2)
     assert states(core) == [FETCHING, AT_HOME, FETCHING, AT_HOME]
     core.access(3)  # nothing is ready: a fetch is given up
@@ -194,7 +194,7 @@ def test_a_failed_fetch_returns_home_and_can_be_tried_again(make: Callable[..., 
             with pytest.raises(OffloadIOError, match="the file ends before the bytes asked for"):
                 core.access(1)
             assert states(core) == [AT_HOME, AT_HOME]
-            assert core.in_slots() == set()
+            assert core.slots.chunk_ids() == set()
     core.access(1)
     assert shows(core, 1)
 
@@ -232,7 +232,7 @@ def test_a_fetch_that_fails_at_its_start_returns_slot_and_staging(make: Callable
         with pytest.raises(OffloadIOError, match=r"cannot write .*: No space left on device"):
             core.access(0)
     assert states(core)[0] is AT_HOME
-    assert core.num_free_slots() == NUM_SLOTS
+    assert core.slots.num_free() == NUM_SLOTS
     assert core._staging.is_free()
     for chunk_id in (1, 2):
         core.access(chunk_id)
@@ -257,7 +257,7 @@ def test_an_update_evicts_the_copy_and_gives_the_chunk_back(make: Callable[..., 
     core.ensure(0)
     core.begin_update(0)
     assert states(core) == [UPDATING]
-    assert core.in_slots() == set()
+    assert core.slots.chunk_ids() == set()
     with pytest.raises(IllegalTransitionError, match="is 'updating' and cannot become 'updating'"):
         core.begin_update(0)
     core.chunks[0].home.tile(0).view(torch.float32).fill_(7)
@@ -275,7 +275,7 @@ def test_a_resident_chunk_stays_and_takes_no_slot(make: Callable[..., ChunkCore]
     assert shows(core, 0)
     for chunk_id in (1, 2, 0):
         core.access(chunk_id)
-    assert core.in_slots() == {1, 2}
+    assert core.slots.chunk_ids() == {1, 2}
     with pytest.raises(IllegalTransitionError, match="is 'held'"):
         core.residents.give_up(0)
     core.release(0)

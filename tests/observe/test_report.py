@@ -18,7 +18,7 @@ from gemini import GeminiConfig, GeminiDDP, HybridAdam, NVMeConfig, StaticPlacem
 from gemini.observe.report import DiskWear, UpdateReport, wear_of
 from gemini.offload.io import IoStats
 from gemini.tiers import round_up
-from gemini.update import schedule, worker
+from gemini.update import overlap_choice, worker
 from gemini.update.job import UpdateJob
 from gemini.update.pipeline import TilePipeline
 
@@ -180,7 +180,7 @@ def test_the_update_thread_is_busy_while_it_works_whether_anybody_waits_or_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start, clock, has_ended = TilePipeline.start, FakeClock(), threading.Event()
-    clock.set_in(monkeypatch, worker, schedule)
+    clock.set_in(monkeypatch, worker, overlap_choice)
 
     def slow_start(self: TilePipeline, job: UpdateJob, index: int) -> None:
         assert has_ended.wait(PATIENCE_S)  # no tile of the first step counts for it

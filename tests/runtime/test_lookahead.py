@@ -29,10 +29,14 @@ class Core:
     def poll(self) -> None:
         pass
 
-    def in_slots(self) -> set[int]:
+    @property
+    def slots(self) -> Core:
+        return self
+
+    def chunk_ids(self) -> set[int]:
         return set(self.here)
 
-    def num_free_slots(self) -> int:
+    def num_free(self) -> int:
         return self.num_slots - len(self.here)
 
     def evictable(self) -> set[int]:
@@ -56,7 +60,7 @@ class Core:
     def use(self, lookahead: Lookahead, chunk_id: int) -> list[tuple[str, int]]:
         """Use a chunk as a unit does; return what was asked for ahead."""
         if chunk_id not in self.here and not self.chunks[chunk_id].is_resident:
-            while not self.num_free_slots():
+            while not self.num_free():
                 del self.here[next(iter(self.here))]
             self.here[chunk_id] = None
         lookahead.record(chunk_id)
