@@ -17,6 +17,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("no clock", deadline=None)  # how long an example takes is the machine's affair
+settings.load_profile("no clock")
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))  # importmode=importlib leaves sys.path alone
 

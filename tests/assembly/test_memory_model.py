@@ -110,7 +110,7 @@ def check_nothing_is_held(resources: Resources) -> None:
     assert [resources.ledger.by_purpose(tier) for tier in MemoryTier] == [{}, {}, {}]
 
 
-PROPERTY = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+PROPERTY = settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @PROPERTY

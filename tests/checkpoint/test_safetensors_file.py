@@ -123,14 +123,14 @@ def test_every_cut_is_found(path: Path) -> None:
     assert not is_readable(path)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.binary(max_size=100) | st.builds(with_header, st.binary(max_size=60), st.integers(0, 20)))
 def test_other_bytes_are_refused(data: bytes, path: Path) -> None:
     path.write_bytes(data)
     is_readable(path)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(header=HEADERS, num_bytes=st.integers(0, 100))
 def test_other_headers_are_refused_or_readable(header: Any, num_bytes: int, path: Path) -> None:
     path.write_bytes(with_header(json.dumps(header).encode(), num_bytes))

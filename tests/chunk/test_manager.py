@@ -435,5 +435,5 @@ class ManagerMachine(RuleBasedStateMachine):
 
 TestManagerAgainstADict = ManagerMachine.TestCase
 TestManagerAgainstADict.settings = settings(
-    max_examples=40, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=40, stateful_step_count=50, suppress_health_check=list(HealthCheck)
 )

@@ -73,7 +73,7 @@ def run_python(code: str, **environment: str) -> Any:
 
 
 @pytest.mark.usefixtures("pool")
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(
         st.one_of(

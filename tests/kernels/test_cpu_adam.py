@@ -131,7 +131,7 @@ def test_segments_have_their_own_factors_and_gaps_stay_untouched(working_dtype, 
         assert not torch.equal(old[~gaps], new[~gaps])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     cuts=st.lists(st.integers(0, 300), max_size=8).map(sorted),
     dtypes=st.sampled_from(list(itertools.product(FLOAT_DTYPES, FLOAT_DTYPES))),

@@ -130,7 +130,7 @@ def test_split_and_join_of_any_length_and_offset(numel, isa):
     assert torch.equal(joined(working, residual, isa), master)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(patterns=st.lists(st.integers(-(2**31), 2**31 - 1), max_size=40))
 def test_split_and_join_round_trip_any_bits(patterns):
     master = torch.tensor(patterns, dtype=torch.int32).view(torch.float32)

@@ -55,7 +55,7 @@ def test_sumsq_follows_the_documented_tree(numel, dtype, isa):
     assert store_gradient(None, grad, isa=isa) == reference_sumsq(grad)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(numel=st.integers(0, 20_000), seed=st.integers(0, 1000))
 def test_sumsq_of_any_length_follows_the_tree_on_every_isa(numel, seed):
     grad = random_gradient(numel, seed=seed)

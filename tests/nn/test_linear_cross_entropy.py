@@ -119,7 +119,7 @@ def test_rows_give_the_bits_that_torch_gives_for_the_same_matrix_products(reduct
     assert torch.equal(loss, expected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(0, 9),
     vocab=st.integers(1, 12),

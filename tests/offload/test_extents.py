@@ -114,7 +114,7 @@ def _check(allocator: ExtentAllocator, taken: list[Extent]) -> None:
     assert allocator.held_nbytes == sum(extent.nbytes for extent in taken)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     capacity=st.integers(0, 60 * BLOCK),
     steps=st.lists(st.tuples(st.sampled_from(["take", "take", "free", "grow"]), st.integers(1, 20 * BLOCK))),

@@ -48,7 +48,7 @@ def test_runs_are_maximal_and_contiguous(resources: Resources) -> None:
     assert found == [(HOST, 0, 0, 8192, 0), (NVME, 1, 8192, 16_384, 0), (HOST, 3, 24_576, 4096, 8192)]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.sampled_from([HOST, NVME]), st.integers(1, 3)), min_size=1, max_size=6))
 def test_tiles_keep_their_bytes_apart(resources: Resources, tiles: list[tuple[MemoryTier, int]]) -> None:
     home = make_home(resources, [tier for tier, _ in tiles], [4096 * pages for _, pages in tiles])

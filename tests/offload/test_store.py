@@ -368,7 +368,7 @@ def headers_and_noise() -> st.SearchStrategy[bytes]:
     return st.one_of(st.binary(max_size=200), behind_magic, changes.map(change), cut)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(block=headers_and_noise())
 def test_no_block_breaks_the_reader_of_headers(block: bytes) -> None:
     header = SwapHeader.unpack(block)
@@ -382,7 +382,7 @@ def test_no_block_breaks_the_reader_of_headers(block: bytes) -> None:
     assert len(header.pack()) == 4096
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(block=headers_and_noise())
 def test_a_found_file_is_taken_or_left_but_never_half_of_both(block: bytes) -> None:
     with tempfile.TemporaryDirectory() as directory:

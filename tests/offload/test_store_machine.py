@@ -178,6 +178,6 @@ class StoreMachine(RuleBasedStateMachine):
 
 TestStoreAgainstADictionary = StoreMachine.TestCase
 TestStoreAgainstADictionary.settings = settings(
-    max_examples=60, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=60, stateful_step_count=50, suppress_health_check=list(HealthCheck)
 )
 TestStoreAgainstADictionary.pytestmark = [pytest.mark.slow]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gemini.placement.eviction import farthest_next_use
 from gemini.placement.prefetch import PrefetchDecision, choose_prefetch
 
-quickly = settings(max_examples=100, deadline=None)
+quickly = settings(max_examples=100)
 
 
 def next_uses(uses: list[int], start: int) -> dict[int, int]:

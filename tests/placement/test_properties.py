@@ -30,7 +30,7 @@ DEVICE, HOST, NVME = MemoryTier.DEVICE, MemoryTier.HOST, MemoryTier.NVME
 
 
 UNLIMITED = 1 << 40
-quickly = settings(max_examples=60, deadline=None)
+quickly = settings(max_examples=60)
 
 
 @st.composite
@@ -345,7 +345,7 @@ def test_with_room_enough_all_on_disk_and_half_of_the_rest_get_second_places(chu
             else:
                 numels[tile in homes.spares] += demand.tile_length(tile, shape.tile_numel)
     # Each kind, by the state's tier, may be over its half by less than a tile.
-    assert abs(numels[True] - numels[False]) <= 2 * shape.tile_numel
+    assert 0 <= numels[True] - numels[False] <= 4 * shape.tile_numel
 
 
 @given(st.integers(0, 10**12), st.integers(1, 10**12), st.floats(0, 0.3))

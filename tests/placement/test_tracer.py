@@ -152,7 +152,7 @@ def test_step_without_accesses_or_without_end_keeps_the_old_trace():
     assert history.upcoming(5) == (0, 1)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=20), st.data())
 def test_upcoming_equals_a_search_through_the_trace(order, data):
     history = traced(order)

@@ -113,7 +113,7 @@ def test_work_under_an_unknown_name_is_drawn(run: Path, label: str, tmp_path: Pa
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_whatever_is_damaged_is_drawn_or_refused(
     run: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:

@@ -158,7 +158,7 @@ def placements(draw: st.DrawFn, has_device: bool) -> StaticPlacement:
     )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_nothing_changes_a_bit(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
     place = data.draw(st.sampled_from(["nvme", "mixed"]))

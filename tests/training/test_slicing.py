@@ -122,7 +122,7 @@ def test_batches_of_several_rows_train_as_in_plain_torch(place, num_batch_slices
     assert_trains_as_in_plain_torch(case, config_for(place, tmp_path, num_batch_slices=num_batch_slices))
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(num_rows=st.integers(1, 9).filter(lambda rows: rows != SEQ), num_batch_slices=st.integers(2, 10))
 def test_any_batch_in_any_number_of_slices_gives_the_whole_batchs_gradients(num_rows, num_batch_slices):
     case = Case(LLAMA.build, texts(num_rows))

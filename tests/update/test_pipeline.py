@@ -206,7 +206,7 @@ def resources(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Resour
 MIXED = st.lists(st.sampled_from([HOST, NVME]), min_size=NUM_TILES, max_size=NUM_TILES)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     working=MIXED,
@@ -237,7 +237,7 @@ def test_any_mixture_of_tiers_and_any_ring_give_the_bits_of_one_call(
         placed.homes[kind].close()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     working=MIXED,

@@ -14,7 +14,8 @@ from patience import PATIENCE_S
 from rank_cases import case_of, cut_batch, global_batches, sharded
 from training_harness import hybrid_adam
 
-from gemini.checkpoint import commits
+from gemini.checkpoint.commit_and_recover import commit_step
+from gemini.checkpoint.participants import Participants
 from gemini.ranks.one_rank import ALONE
 
 Outcome = tuple[int, list[float], dict[str, torch.Tensor]]
@@ -95,15 +96,13 @@ def publish(engine: Any, losses: list[float]) -> None:
     sharding, engine.runtime.sharding = engine.runtime.sharding, ALONE
     release, engine.runtime.updates.release = engine.runtime.updates.release, lambda sequence: None
     try:
-        commits.commit_step(engine.runtime, participants(engine), extra=[-1, losses])
+        commit_step(engine.runtime, participants(engine), extra=[-1, losses])
     finally:
         engine.runtime.sharding, engine.runtime.updates.release = sharding, release
 
 
 def participants(engine: Any) -> Any:
-    return commits.Participants(
-        model=engine.module, buffers={}, optimizer=engine.runtime.coming.optimizer, scheduler=None
-    )
+    return Participants(model=engine.module, buffers={}, optimizer=engine.runtime.coming.optimizer, scheduler=None)
 
 
 def be_interrupted(*, model: str, directory: Path, **fields: Any) -> list[str]:
