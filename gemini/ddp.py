@@ -32,8 +32,8 @@ from gemini.placement.cost_model import HardwareProfile, StepFlops, StepPredicti
 from gemini.pretrained import DEFAULT_SHARD_SIZE, open_pretrained, save_pretrained
 from gemini.ranks.one_rank import ALONE
 from gemini.ranks.sharding import Sharding
+from gemini.runtime.out_of_memory_retry import OutOfMemoryRetry
 from gemini.runtime.runtime import Runtime
-from gemini.runtime.second_attempt import SecondAttempt
 from gemini.slicing.activation_checkpoints import ActivationCheckpoints
 from gemini.slicing.slicer import BatchSlicer
 from gemini.weights.access import WeightAccess
@@ -113,7 +113,7 @@ class GeminiDDP(torch.nn.Module):
         own(module, self._access)
         self._slicer = self._slice_blocks(unit_names)
         self._state_hooks = install_state_hooks(module, self._runtime)
-        self._attempts = SecondAttempt(module, self._runtime)
+        self._retry = OutOfMemoryRetry(module, self._runtime)
         module.zero_grad = self.zero_grad  # type: ignore[method-assign]
 
     def _slice_blocks(self, unit_names: dict[int, str]) -> BatchSlicer | None:
@@ -135,7 +135,7 @@ class GeminiDDP(torch.nn.Module):
         check_untraced()
         self._runtime.check_usable()  # the hooks are gone once it is closed
         try:
-            return self._attempts.run(args, kwargs)
+            return self._retry.run(args, kwargs)
         except Exception:
             raise  # torch has run the hooks that end a forward
         except BaseException:  # Ctrl-C, SystemExit: torch runs no hooks, and holds must not stay

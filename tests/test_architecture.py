@@ -25,7 +25,7 @@ WITH_MORE_METHODS = {
     "RuntimeEvents": "a protocol: each event that hooks report",
     "Passes": "answers RuntimeEvents",
     "_Events": "answers RuntimeEvents",
-    "Gradients": "a protocol: the seam between backward and update",
+    "Gradients": "a protocol: the interface between backward and update",
     "GradientStore": "is Gradients and DirectGradients",
     "ShardedGradients": "is Gradients",
     "Weight": "a protocol: what a parameter's class asks of its weight",
@@ -34,8 +34,8 @@ WITH_MORE_METHODS = {
     "Chunk": "a chunk's states, its parameters and versions of them; to be divided further",
     "UpdateSchedule": "when updates run; to be divided further",
     "TiledHome": "one home, tile by tile",
-    "LeaseDesk": "answers the messages about holds",
-    "SharedShelf": "answers the messages about shared chunks",
+    "LeaseManager": "answers each message about leases",
+    "SharedChunkManager": "answers each message about shared chunks",
 }
 """Classes that have more public methods than a class should, and why."""
 

@@ -32,8 +32,8 @@ from gemini.offload.swap_file import remove_abandoned
 from gemini.offload.transfer import Move
 from gemini.ranks.sharding import ChunkShard, RankAxis, RankGrid
 from zero.own_groups import Line, alone, forget, line_of
+from zero.request_log import LOOK_S, Request, RequestLog
 from zero.sharding import shard_of
-from zero.watch import LOOK_S, Request, Trail
 
 __all__ = ["TorchGroup"]
 
@@ -87,7 +87,7 @@ class TorchGroup:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         # - Failures and their report
         self._swap_directory = swap_directory
-        self._trail = Trail()
+        self._request_log = RequestLog()
         self._failure: str | None = None
         self._board = f"zero-new-{self._rank}"  # key under which ranks report failures to each other
         own = torch.tensor([self._rank])
@@ -235,9 +235,9 @@ class TorchGroup:
         return rows
 
     def _note(self, kind: str, name: str) -> Request:
-        """Add a collective to the trail."""
+        """Add a collective to the log of requests."""
         self.check()
-        return self._trail.add(f"{kind} of {name}")
+        return self._request_log.add(f"{kind} of {name}")
 
     def _wait(self, work: dist.Work, request: Request, line: Line) -> None:
         """Wait for a collective, and check from time to time whether the others will come."""
@@ -252,7 +252,7 @@ class TorchGroup:
                 if work.is_completed():
                     raise
             peers = [rank for rank in line.ranks if rank != self._rank]
-            cause = self._trail.find_divergence(request, self._open_store(), self._rank, peers)
+            cause = self._request_log.find_divergence(request, self._open_store(), self._rank, peers)
             if cause is not None:
                 self._fail(request, f"rank {self._rank} waits for others that will not come: {cause}: {_SAME_WAY}")
 

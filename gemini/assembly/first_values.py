@@ -20,7 +20,7 @@ import torch
 from gemini.errors import ModelError
 from gemini.model.flat_values import FlatValues
 from gemini.model.plain_names import named_modules, named_params
-from gemini.model.tensor_parallel import is_dtensor, local_part, split_of, stand_in_for
+from gemini.model.tensor_parallel import is_dtensor, local_part, placeholder_like, split_of
 
 __all__ = ["InitFn", "Initialiser", "WeightSource", "find_init_fn", "place_buffers"]
 
@@ -250,7 +250,7 @@ def place_buffers(model: torch.nn.Module, device: torch.device, dtypes: Mapping[
 def _final_param(param: torch.nn.Parameter, device: torch.device, dtype: torch.dtype) -> torch.nn.Parameter:
     if not param.is_meta and not (is_dtensor(param) and param.dtype != dtype):
         return param
-    missing = stand_in_for(param, torch.zeros((), dtype=dtype, device=device))
+    missing = placeholder_like(param, torch.zeros((), dtype=dtype, device=device))
     return torch.nn.Parameter(missing, requires_grad=param.requires_grad)
 
 

@@ -45,7 +45,7 @@ __all__ = [
     "refuse",
     "release",
     "show",
-    "stand_in",
+    "make_placeholder",
     "weight_of",
 ]
 
@@ -454,14 +454,14 @@ def alias_of(weight: Weight, geometry: Geometry, device: torch.device, *, keeps_
         The view.
     """
     like = torch.empty((), dtype=geometry.dtype, device=device).expand(geometry.size)
-    alias: WeightAlias = stand_in(WeightAlias, weight, like)
+    alias: WeightAlias = make_placeholder(WeightAlias, weight, like)
     alias._geometry = geometry
     alias._keeps_version = keeps_version
     alias._binding = weight.num_bindings
     return alias
 
 
-def stand_in(kind: type, weight: Weight, like: torch.Tensor) -> Any:
+def make_placeholder(kind: type, weight: Weight, like: torch.Tensor) -> Any:
     """Return a tensor of a class, with a tensor's size, dtype and device and no memory."""
     empty = torch.full((), float("nan") if like.dtype.is_floating_point else 0, dtype=like.dtype, device=like.device)
     torch._C._set_throw_on_mutable_data_ptr(empty)

@@ -151,22 +151,22 @@ def _call(
     opened: Mapping[int, OpenWeight],
 ) -> Any:
     """Call a function on memory that holds values."""
-    stand_ins = {id(tensor): _resolve(tensor, opened[id(weight)]) for tensor, weight in found}
+    replacements = {id(tensor): _resolve(tensor, opened[id(weight)]) for tensor, weight in found}
 
-    args = tuple(_replaced(value, stand_ins) for value in args)
-    kwargs = {name: _replaced(value, stand_ins) for name, value in kwargs.items()}
+    args = tuple(_replaced(value, replacements) for value in args)
+    kwargs = {name: _replaced(value, replacements) for name, value in kwargs.items()}
     params = [tensor for tensor, weight in found if tensor is weight.param]
     result = found[0][1].call_shared(func, args, kwargs, params) if params else func(*args, **kwargs)
-    originals = {id(stand_ins[id(tensor)]): tensor for tensor, _ in found}
+    originals = {id(replacements[id(tensor)]): tensor for tensor, _ in found}
     if isinstance(result, (list, tuple)) and type(result) in (list, tuple):
         return type(result)(originals.get(id(each), each) for each in result)
     return originals.get(id(result), result)
 
 
-def _replaced(value: Any, stand_ins: Mapping[int, torch.Tensor]) -> Any:
+def _replaced(value: Any, replacements: Mapping[int, torch.Tensor]) -> Any:
     if type(value) in (list, tuple):
-        return type(value)(_replaced(each, stand_ins) for each in value)
-    return stand_ins.get(id(value), value)
+        return type(value)(_replaced(each, replacements) for each in value)
+    return replacements.get(id(value), value)
 
 
 def _needs_own_memory(tensor: torch.Tensor, opened: Collection[OpenWeight]) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from gemini.cli.service_commands import add_socket_argument, visit
-from gemini.service.visitor import Visitor
+from gemini.cli.service_commands import add_socket_argument, run_admin_command
+from gemini.service.admin_client import AdminClient
 
 __all__ = ["add_arguments", "run"]
 
@@ -22,11 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Order it, and wait until the service ends."""
 
-    def act(visitor: Visitor) -> None:
-        visitor.drain(timeout_s=arguments.timeout)
+    def act(client: AdminClient) -> None:
+        client.drain(timeout_s=arguments.timeout)
         sys.stdout.write("draining: nothing more is granted; waiting for the jobs to end\n")
         sys.stdout.flush()
-        visitor.wait_until_gone()
+        client.wait_until_gone()
         sys.stdout.write("drained: the service has ended\n")
 
-    return visit(arguments.socket, act)
+    return run_admin_command(arguments.socket, act)

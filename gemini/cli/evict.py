@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from gemini.cli.service_commands import add_socket_argument, visit
-from gemini.service.visitor import Visitor
+from gemini.cli.service_commands import add_socket_argument, run_admin_command
+from gemini.service.admin_client import AdminClient
 
 __all__ = ["add_arguments", "run"]
 
@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Free the job's kept state, and ask its processes to end."""
 
-    def act(visitor: Visitor) -> None:
-        visitor.evict(arguments.job, user=arguments.user, timeout_s=arguments.timeout)
+    def act(client: AdminClient) -> None:
+        client.evict(arguments.job, user=arguments.user, timeout_s=arguments.timeout)
         sys.stdout.write(f"{arguments.job}: what was kept is freed, and its processes are asked to end\n")
 
-    return visit(arguments.socket, act)
+    return run_admin_command(arguments.socket, act)

@@ -10,9 +10,9 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from gemini.cli.service_commands import add_socket_argument, visit
+from gemini.cli.service_commands import add_socket_argument, run_admin_command
+from gemini.service.admin_client import AdminClient
 from gemini.service.messages import MemberRow, NodeState, TierState
-from gemini.service.visitor import Visitor
 from gemini.tiers import format_nbytes
 
 __all__ = ["add_arguments", "run"]
@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Ask the service and show the answer."""
 
-    def act(visitor: Visitor) -> None:
-        state = visitor.state()
+    def act(client: AdminClient) -> None:
+        state = client.state()
         if arguments.json:
             sys.stdout.write(msgspec.json.format(msgspec.json.encode(state)).decode() + "\n")
             return
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         if state.is_draining:
             console.print("The service is draining: it grants nothing more and ends with its last job.")
 
-    return visit(arguments.socket, act)
+    return run_admin_command(arguments.socket, act)
 
 
 def tier_table(state: NodeState) -> Table:

@@ -21,8 +21,8 @@ from gemini.chunk.layout import ChunkSpec
 from gemini.gradients.accumulators import GradientAccumulators
 from gemini.gradients.arrivals import ArrivedGradients, DirectGradients, GradientListener, second_gradient_error
 from gemini.gradients.chunk_gradients import GradChunk
-from gemini.gradients.device_route import DeviceRoute
 from gemini.gradients.disk_slots import DiskSlots
+from gemini.gradients.downloads import GradientDownloads
 from gemini.kernels.cpu import GradMode
 from gemini.kernels.device import DeviceKernels
 from gemini.kernels.pool import GradTicket
@@ -81,8 +81,8 @@ class GradientStore:
             host_slots = self._allocate_on_host(num_slots, device_slot_nbytes)
         disk_slots = self._allocate_on_host(num_slots, disk_slot_nbytes) if disk_slot_nbytes else []
         self._buffers_on_device, self._buffers_on_host = device_slots, host_slots + disk_slots
-        self._route = DeviceRoute(
-            transfers, device_slots, host_slots, arrive=self._put_on_host, announce_change=self._announce_change
+        self._downloads = GradientDownloads(
+            transfers, device_slots, host_slots, store=self._put_on_host, announce_change=self._announce_change
         )
         self._disk_slots = DiskSlots(disk_slots, wait_for_sums=self.accumulators.wait, leave=self._leave_slot)
 
@@ -133,7 +133,7 @@ class GradientStore:
         elif self.expected_backwards > 1 and chunk_id in self.accumulators:
             self._accumulate(chunk, position, grad.reshape(-1))
         elif not self.can_write(chunk_id):
-            self._route.put(chunk, position, grad.reshape(-1))
+            self._downloads.put(chunk, position, grad.reshape(-1))
         elif grad.is_contiguous():
             self._put_on_host(chunk, position, grad.view(-1))
         else:
@@ -246,7 +246,7 @@ class GradientStore:
     def end_backward(self) -> None:
         """Send off what waits in device slots; called by autograd when a backward pass has ended."""
         self.backward_pass.end()
-        self._route.depart_all()
+        self._downloads.start_all()
         for chunk in self._chunks.values():
             chunk.earlier |= chunk.delivered
             chunk.delivered.clear()
@@ -259,7 +259,7 @@ class GradientStore:
             return
         partial = {chunk_id: chunk.unfinished - chunk.earlier for chunk_id, chunk in self._chunks.items()}
         self.end_backward()
-        self._route.arrive_all()
+        self._downloads.finish_all()
         for chunk_id, positions in partial.items():
             for position in positions:
                 self._drop(self._chunks[chunk_id], position)
@@ -273,7 +273,7 @@ class GradientStore:
         chunk.earlier.discard(position)
 
     def _check_accumulation(self, chunk: GradChunk, position: int) -> None:
-        again = position in chunk.sumsq or self._route.has_sent(chunk, position)
+        again = position in chunk.sumsq or self._downloads.has_sent(chunk, position)
         if again and self._dtype_of(chunk.spec) is not torch.float32:
             raise second_gradient_error(chunk.spec.places[position].spec.name, self._dtype_of(chunk.spec))
 
@@ -318,7 +318,7 @@ class GradientStore:
             self._jobs.pop(0).wait()
         chunk.arrived.add(position)
         is_complete = len(chunk.arrived) == len(chunk.spec.places) and not any(chunk.num_expected.values())
-        if is_complete and not self._route.carries(chunk):
+        if is_complete and not self._downloads.carries(chunk):
             self._announce(chunk)
 
     def _announce_change(self, chunk_id: int) -> None:
@@ -361,7 +361,7 @@ class GradientStore:
         self.end_backward()
         for chunk_id in self.accumulators.unsent():
             self._send_sums(self._chunks[chunk_id])
-        self._route.arrive_all()
+        self._downloads.finish_all()
         while self._jobs:
             self._jobs.pop(0).wait()
         self._disk_slots.write_all()
@@ -416,7 +416,7 @@ class GradientStore:
 
     def close(self) -> None:
         """Give slots and homes back."""
-        self._route.close()
+        self._downloads.close()
         self.accumulators.close()
         for buffer in self._buffers_on_device:
             self._resources.transfers.free(buffer, PURPOSE)

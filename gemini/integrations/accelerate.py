@@ -13,7 +13,7 @@ import torch
 
 from gemini.ddp import GeminiDDP
 from gemini.errors import ConfigError, MissingLibraryError
-from gemini.integrations import seams
+from gemini.integrations import overrides
 from gemini.optimizer import HybridAdam
 from gemini.weights.ownership import runtime_of
 
@@ -250,7 +250,7 @@ class GeminiAccelerator(accelerate.Accelerator):
             self._models, self._optimizers = models, optimizers
 
 
-seams.check_seams(
+overrides.check_overrides(
     GeminiAccelerator,
     accelerate.Accelerator,
     added={"_refuse_double_work", "_check_engine", "_engine_of", "_without_engines"},
@@ -270,4 +270,4 @@ class _PreparedHybridAdam(AcceleratedOptimizer):
         return norm is not None and not math.isfinite(norm)
 
 
-seams.check_seams(_PreparedHybridAdam, AcceleratedOptimizer)
+overrides.check_overrides(_PreparedHybridAdam, AcceleratedOptimizer)

@@ -11,7 +11,7 @@ import torch
 from gemini.config import GeminiConfig
 from gemini.ddp import GeminiDDP
 from gemini.errors import ConfigError, MissingLibraryError
-from gemini.integrations import seams
+from gemini.integrations import overrides
 from gemini.integrations.random_numbers import unchanged_random_numbers
 from gemini.offload.resources import device_of
 from gemini.optimizer import HybridAdam
@@ -191,7 +191,7 @@ class GeminiStrategy(SingleDeviceStrategy):
             self.optimizers[0].load_state_dict(state)
 
 
-seams.check_seams(GeminiStrategy, SingleDeviceStrategy)
+overrides.check_overrides(GeminiStrategy, SingleDeviceStrategy)
 
 
 def _check_training(trainer: Any) -> None:
@@ -228,4 +228,4 @@ class _GeminiPrecision(Precision):
         )
 
 
-seams.check_seams(_GeminiPrecision, Precision)
+overrides.check_overrides(_GeminiPrecision, Precision)

@@ -27,7 +27,7 @@ from gemini.errors import (
     MissingCheckpointError,
     MissingLibraryError,
 )
-from gemini.integrations import seams
+from gemini.integrations import overrides
 from gemini.integrations.accelerate import GeminiAccelerator
 from gemini.integrations.random_numbers import unchanged_random_numbers
 from gemini.integrations.successive import leave, owns, take_over
@@ -358,7 +358,9 @@ class GeminiTrainerMixin:
             self.engine.load_checkpoint(Path(self.state.best_model_checkpoint) / _CHECKPOINT_NAME)
 
 
-seams.check_seams(GeminiTrainerMixin, transformers.Trainer, added={"build_engine", "built_engine", "_has_own_save"})
+overrides.check_overrides(
+    GeminiTrainerMixin, transformers.Trainer, added={"build_engine", "built_engine", "_has_own_save"}
+)
 
 
 class GeminiTrainer(GeminiTrainerMixin, transformers.Trainer):

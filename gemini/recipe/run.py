@@ -18,7 +18,7 @@ from gemini.checkpoint.signals import StopOnSignals
 from gemini.config import GeminiConfig, NVMeConfig
 from gemini.ddp import GeminiDDP
 from gemini.errors import ConfigError, naming_file
-from gemini.integrations.seams import check_seams
+from gemini.integrations.overrides import check_overrides
 from gemini.integrations.transformers import GeminiTrainer, last_complete_checkpoint
 from gemini.observe.report import MemoryReport
 from gemini.observe.run_recorder import RunRecorder
@@ -234,7 +234,7 @@ class _Trainer(GeminiTrainer):
         return loss
 
 
-check_seams(_Trainer, transformers.Trainer, added={"build_engine"})
+check_overrides(_Trainer, transformers.Trainer, added={"build_engine"})
 
 
 class _StopCallback(transformers.TrainerCallback):
@@ -251,7 +251,7 @@ class _StopCallback(transformers.TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-check_seams(_StopCallback, transformers.TrainerCallback)
+check_overrides(_StopCallback, transformers.TrainerCallback)
 
 
 def _engine_config(settings: Settings, device: torch.device, dtype: torch.dtype) -> GeminiConfig:

@@ -56,7 +56,7 @@ class Session:
 
     connection: Connection
     member: Member | None = None
-    """Rank that the client is; None for a visitor."""
+    """Rank that the client is; None for an administering client."""
     num_ranks: int = 1
     priority: int = 0
     leases: dict[int, LeaseRecord] = field(default_factory=dict)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from gemini.autograd.managed_parameter import WEIGHT_ATTRIBUTE, WaitingGradient, refuse, stand_in, weight_of
+from gemini.autograd.managed_parameter import WEIGHT_ATTRIBUTE, WaitingGradient, make_placeholder, refuse, weight_of
 from gemini.autograd.weight_functions import run_function
 from gemini.chunk.chunk import Chunk
 from gemini.chunk.layout import ParamPlace
@@ -196,7 +196,7 @@ class ParamWeight:
             if stray is not None or not self._has_gradient():
                 return stray
             if not self.access.runtime.sharding.is_alone:  # reading is a collective, which a look must not be
-                waiting: WaitingGradient = stand_in(WaitingGradient, self, self.param)
+                waiting: WaitingGradient = make_placeholder(WaitingGradient, self, self.param)
                 return waiting
             values = self.read_gradient()
             assert values is not None

@@ -99,11 +99,11 @@ say(os.pread(chunk.fd, 6, 0))
 
 def test_others_see_and_administer_their_own_only(open_service):
     code = """
-from gemini.service.visitor import Visitor
+from gemini.service.admin_client import AdminClient
 own = connect("own")
-with Visitor(sys.argv[1] if len(sys.argv) > 1 else PATH) as visitor:
-    say([row.job for row in visitor.state().members])
-    for act in (lambda: visitor.evict("mine", user=0, timeout_s=1), lambda: visitor.drain(timeout_s=None)):
+with AdminClient(sys.argv[1] if len(sys.argv) > 1 else PATH) as client:
+    say([row.job for row in client.state().members])
+    for act in (lambda: client.evict("mine", user=0, timeout_s=1), lambda: client.drain(timeout_s=None)):
         try: act()
         except Exception as error: say(error)
 try: connect("urgent", priority=1)

@@ -29,7 +29,7 @@ from gemini.service.messages import AdoptShared, FillDone, FindShared, SharedGiv
 from gemini.service.packets import close_all
 from gemini.service.session import Session
 
-__all__ = ["SharedShelf"]
+__all__ = ["SharedChunkManager"]
 
 MAX_CHUNKS = 4096
 """Maximum number of chunks of one user."""
@@ -62,7 +62,7 @@ class _LostChunk:
     """Sessions, with their requests, that wait until it is known whether a client has the chunk."""
 
 
-class SharedShelf:
+class SharedChunkManager:
     """The node's shared chunks; each belongs to one user.
 
     Args:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch._C._distributed_c10d import PrefixStore
 
-__all__ = ["LOOK_S", "Request", "Trail"]
+__all__ = ["LOOK_S", "Request", "RequestLog"]
 
 LOOK_S = 1.0
 """Seconds of waiting before each look at the other ranks."""
@@ -33,7 +33,7 @@ class Request:
     what: str
 
 
-class Trail:
+class RequestLog:
     """The requests of a rank, in order."""
 
     def __init__(self) -> None:

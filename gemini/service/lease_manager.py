@@ -20,7 +20,7 @@ from gemini.service.messages import AdoptLease, AskLease, FileGiven, KeepFile, L
 from gemini.service.packets import close_all
 from gemini.service.session import LeaseRecord, Session
 
-__all__ = ["KeptRank", "LeaseDesk", "LostLease"]
+__all__ = ["KeptRank", "LeaseManager", "LostLease"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class LostLease:
         return self.entry.pid > 0 and process_start(self.entry.pid) != self.entry.process_start
 
 
-class LeaseDesk:
+class LeaseManager:
     """All leases of the node, and the requests that wait for one.
 
     Args:

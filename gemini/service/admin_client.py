@@ -21,10 +21,10 @@ from gemini.service.messages import (
     Visit,
 )
 
-__all__ = ["Visitor"]
+__all__ = ["AdminClient"]
 
 
-class Visitor:
+class AdminClient:
     """A connection of a program that holds nothing; a context manager.
 
     Args:
@@ -100,7 +100,7 @@ class Visitor:
         """End the connection."""
         self._channel.close()
 
-    def __enter__(self) -> Visitor:
+    def __enter__(self) -> AdminClient:
         return self
 
     def __exit__(self, *_: object) -> None:

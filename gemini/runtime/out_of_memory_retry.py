@@ -17,7 +17,7 @@ from gemini.model.outputs import tensors_in
 from gemini.offload.accelerator import random_states, set_random_states
 from gemini.runtime.runtime import Runtime
 
-__all__ = ["SecondAttempt"]
+__all__ = ["OutOfMemoryRetry"]
 
 ADVICE = (
     "use smaller batches, num_batch_slices or activation checkpointing, or lower device_budget by what others take on "
@@ -25,7 +25,7 @@ ADVICE = (
 )
 
 
-class SecondAttempt:
+class OutOfMemoryRetry:
     """Runs the forwards of one engine.
 
     Args:
