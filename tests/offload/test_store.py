@@ -426,7 +426,10 @@ def test_a_changed_record_is_taken_as_it_is_where_nobody_asked_to_verify(tmp_pat
 def test_a_failed_transfer_names_its_record(tmp_path: Path) -> None:
     with DiskStore(config(tmp_path), capacity_nbytes=MIB) as store:
         extent = store.allocate(4096, record="gradients of chunk 1 (a)")
-        with redirected(store, FAILING_DEVICE), pytest.raises(OffloadIOError, match="gradients of chunk 1") as caught:
+        with (
+            redirected(store.path, FAILING_DEVICE),
+            pytest.raises(OffloadIOError, match="gradients of chunk 1") as caught,
+        ):
             store.read(extent, torch.zeros(4096, dtype=torch.uint8)).wait()
         assert caught.value.errno in (errno.EIO, errno.EINVAL)
 

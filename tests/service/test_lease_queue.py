@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -211,6 +213,7 @@ class LedgerMachine(RuleBasedStateMachine):
         super().__init__()
         self.num_ranks = {"a": 1, "b": 2, "c": 3, "d": 1, "e": 1}
         self.queue, self.ledger = queue_on(self.BUDGET)
+        self.leases: set[int] = set()
         self.now_s = 0.0
 
     names = st.sampled_from("abcde")
@@ -232,11 +235,12 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(pick=st.integers(0, 100))
     def end_one(self, pick):
-        leases = sorted(self.ledger._leases)
+        leases = sorted(self.leases)
         if leases:
             number = leases[pick % len(leases)]
             who, _ = self.ledger.lease(number)
             self.ledger.end(number)
+            self.leases.remove(number)
             for _, key in list(self.ledger.shared.holds):
                 self.ledger.shared.release(who, key, now_s=self.now_s)
 
@@ -258,6 +262,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert not set(decisions.granted) & set(self.queue.waiting())
         assert all(self.ledger.lease(number) for number in decisions.granted)
         assert self.queue.decide().granted == []
+        self.leases.update(decisions.granted)
 
     @invariant()
     def the_budget_holds(self):
@@ -273,12 +278,14 @@ class LedgerMachine(RuleBasedStateMachine):
         """When everybody who holds something ends, everybody whose job has asked is granted."""
         for _ in range(200):
             self.decide()
-            for number in list(self.ledger._leases):
+            for number in self.leases:
                 self.ledger.end(number)
+            self.leases.clear()
             for (_, key), hold in list(self.ledger.shared.holds.items()):
                 for who in list(hold.holders):
                     self.ledger.shared.release(who, key, now_s=self.now_s)
-        assert not [gang for gang in self.queue._gangs.values() if gang.is_complete]
+        num_waiting = Counter(who.job for who in self.queue.waiting().values())
+        assert not [job for job, count in num_waiting.items() if count == self.num_ranks[job.name]]
 
 
 TestLedgerMachine = LedgerMachine.TestCase
