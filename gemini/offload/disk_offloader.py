@@ -140,9 +140,10 @@ class DiskOffloader:
         with self._lock:
             return self._allocator.held_nbytes
 
-    def stats(self) -> IoStats:
-        """Return the bytes moved since construction."""
-        return self._engine.stats()
+    @property
+    def written_nbytes(self) -> int:
+        """Bytes written to the file since construction."""
+        return self._engine.stats().nbytes_written
 
     def sync_write(self, tensor: torch.Tensor) -> None:
         """Write a tensor and free its memory; see sync_writev."""

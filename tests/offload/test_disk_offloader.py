@@ -221,7 +221,7 @@ def test_unsuitable_tensor_is_refused_before_anything_happens(offloader: DiskOff
         with pytest.raises(TensorError, match=message):
             call([good, bad])
     assert held_nbytes(good) == 12
-    assert offloader.stats().nbytes_written == 0
+    assert offloader.written_nbytes == 0
 
 
 def test_writing_what_is_not_in_memory_is_refused(offloader: DiskOffloader) -> None:
