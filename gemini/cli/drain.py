@@ -14,19 +14,22 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument(
-        "--timeout", type=float, metavar="SECONDS", help="evict the jobs that then still run (wait for ever)"
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="evict jobs that are still running after this time (default: wait without limit)",
     )
     add_socket_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Order it, and wait until the service ends."""
+    """Tell the service to drain, and wait until it ends."""
 
     def act(client: AdminClient) -> None:
         client.drain(timeout_s=arguments.timeout)
-        sys.stdout.write("draining: nothing more is granted; waiting for the jobs to end\n")
+        sys.stdout.write("Draining: the service grants no more memory and waits for its jobs to end\n")
         sys.stdout.flush()
         client.wait_until_gone()
-        sys.stdout.write("drained: the service has ended\n")
+        sys.stdout.write("Drained: the service has ended\n")
 
     return run_admin_command(arguments.socket, act)

@@ -13,10 +13,12 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("job", metavar="JOB", help="as ps shows it")
-    parser.add_argument("--user", type=int, default=-1, metavar="UID", help="whose (your own)")
+    parser.add_argument("job", metavar="JOB", help="name of the job, as `ps` shows it")
     parser.add_argument(
-        "--timeout", type=float, default=60.0, metavar="SECONDS", help="from SIGTERM to SIGKILL (%(default)s)"
+        "--user", type=int, default=-1, metavar="UID", help="user id of the job's owner (default: your own)"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=60.0, metavar="SECONDS", help="time between SIGTERM and SIGKILL (%(default)s)"
     )
     add_socket_argument(parser)
 
@@ -26,6 +28,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     def act(client: AdminClient) -> None:
         client.evict(arguments.job, user=arguments.user, timeout_s=arguments.timeout)
-        sys.stdout.write(f"{arguments.job}: what was kept is freed, and its processes are asked to end\n")
+        sys.stdout.write(f"{arguments.job}: freed its kept state and asked its processes to end\n")
 
     return run_admin_command(arguments.socket, act)

@@ -19,9 +19,9 @@ EXIT_NO_SERVICE = 3
 def add_socket_argument(parser: argparse.ArgumentParser) -> None:
     """Declare the option for the service's socket."""
     parser.add_argument(
-        "--socket", type=Path, default=default_socket_path(), metavar="PATH", help="the service's (%(default)s)"
+        "--socket", type=Path, default=default_socket_path(), metavar="PATH", help="socket of the service (%(default)s)"
     )
-    parser.epilog = "exit code: 0 when done; 2 when it could not be; 3 when no service is there"
+    parser.epilog = "exit code: 0 if done; 2 if it could not be done; 3 if there is no service at the socket"
 
 
 def run_admin_command(socket_path: Path, act: Callable[[AdminClient], None]) -> int:

@@ -45,7 +45,6 @@ from gemini.offload.io import (
     IoOpenFlag,
     IoOperation,
     IoRequest,
-    IoStats,
     IoTicket,
     choose_backend,
 )

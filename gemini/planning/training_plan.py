@@ -292,7 +292,7 @@ def remedies(model: torch.nn.Module, config: GeminiConfig, rehearsal: Rehearsal,
     with_disk = plan(memory=dataclasses.replace(memory, nvme=unlimited))
     if with_disk is not None:
         nbytes = with_disk.peak_nbytes(MemoryTier.NVME)
-        found.append(f"give it {format_nbytes(nbytes)} of disk (--disk)")
+        found.append(f"use {format_nbytes(nbytes)} of disk (--disk)")
     for name, option in (("host", "--host-memory"), ("device", "--device-memory")):
         held = getattr(memory, name)
 
@@ -300,7 +300,7 @@ def remedies(model: torch.nn.Module, config: GeminiConfig, rehearsal: Rehearsal,
             return plan(memory=dataclasses.replace(memory, **{name: nbytes})) is not None
 
         if held is not None and fits(unlimited):
-            found.append(f"give it {format_nbytes(_least(held, fits))} of {name} memory ({option})")
+            found.append(f"use {format_nbytes(_least(held, fits))} of {name} memory ({option})")
     return found
 
 

@@ -118,7 +118,8 @@ def test_what_does_not_fit_ends_with_one_and_says_what_would_help(capsys, profil
     assert code == 1
     assert err.startswith("gemini: does not fit: host tier is short by")
     assert err.count("\n") == 1
-    assert "It would, if you give it" in out
+    assert "Each of these changes would make it fit:" in out
+    assert "  - use " in out
 
 
 @pytest.mark.slow
@@ -244,7 +245,7 @@ def test_a_directory_with_a_configuration_is_a_model(capsys, tmp_path, profile):
         (["users_models:without_loss"], "Model: expected it to return something with a loss of one element"),
         (["users_models:failing"], "KeyError: 'missing'"),
         (["users_models:small", "--endurance", "600TBW"], "--endurance: expected --disk with it"),
-        (["users_models:small", "--what-if", "disk=1GiB", "--what-if", "disk=2GiB"], "disk is there twice"),
+        (["users_models:small", "--what-if", "disk=1GiB", "--what-if", "disk=2GiB"], "disk is given twice"),
         (["users_models:small", "--tokens", "100", "--seq", "64"], "--tokens: expected a multiple of --seq"),
         (["users_models:small", "--host-memory", "much"], "--host-memory: cannot read 'much' as bytes"),
         (["users_models:small", "--what-if", "weather=1"], "--what-if: expected one of model"),
