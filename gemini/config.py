@@ -79,7 +79,7 @@ class NVMeConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GeminiConfig:
-    """Everything the engine may be told; each field has a default that works."""
+    """The settings of an engine; each field has a default that works."""
 
     device: str | torch.device | None = None
     """Where forward and backward run: "cuda", "cuda:1", another accelerator that torch finds ("xpu"), "cpu", or
@@ -197,8 +197,8 @@ class GeminiConfig:
         _check_bool("GeminiConfig.snapshots", self.snapshots)
         if self.snapshots and (self.service is None or self.job is None):
             raise ConfigError(
-                "GeminiConfig.snapshots: expected service= too, whose memory outlives this process, and job=, by which "
-                "the next one finds it"
+                "GeminiConfig.snapshots: expected service= too, whose memory outlives this process, and job=, "
+                "with which the next process finds it"
             )
         _check_int("GeminiConfig.num_batch_slices", self.num_batch_slices, 1, 1 << 16)
         _check_names("GeminiConfig.batch_arguments", self.batch_arguments)

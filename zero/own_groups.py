@@ -71,7 +71,7 @@ def line_of(group: dist.ProcessGroup | None) -> Line:
 
 
 def forget(line: Line) -> None:
-    """Let the next engine of the same ranks have new groups, because ranks may be stuck in the present ones."""
+    """Give the next engine of the same ranks new groups, because ranks may be stuck in the present ones."""
     if line.is_own:
         _pairs.pop(line.ranks, None)
 

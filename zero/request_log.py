@@ -1,4 +1,4 @@
-"""Detects, while a rank waits, that another rank has asked for something else and will never come.
+"""Detects, while a rank waits, that another rank has called a different collective and will never come.
 
 Each rank numbers its requests and keeps a checksum of all requests so far. A rank that has waited for a while writes
 number and checksum to the group's store and reads what others have written. If a number is the same and the checksum is

@@ -1,4 +1,4 @@
-"""What is decided before an engine takes a byte: layout, shards, plan, and the memory they take."""
+"""Decisions before an engine allocates anything: layout, shards, plan, and the memory they need."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def _lay_out_commits(
     dtypes: WorkingDtypes,
     demands: tuple[ChunkDemand, ...],
 ) -> CommitLayout:
-    """Lay out what a commit file holds beside the buffers, which the plan decides."""
+    """Lay out the parts of a commit file other than the buffers, which the plan decides."""
     buffers = model.named_buffers()
     return lay_out_overhead(
         demands,
@@ -170,7 +170,7 @@ def _shape_of(
     *,
     may_speculate: bool,
 ) -> RuntimeShape:
-    """Return what the configuration says of the buffers, with spares wherever they may be of use."""
+    """Return the sizes of buffers from the configuration, with spares wherever they may be useful."""
     return RuntimeShape(
         has_device=budgets[MemoryTier.DEVICE] is not None,
         tile_numel=config.tile_numel,
@@ -241,8 +241,8 @@ def _refuse_dtensors(model: torch.nn.Module) -> None:
     for name, param in model.named_parameters():
         if is_dtensor(param):
             raise ModelError(
-                f"parameter {name} is a DTensor, of which other ranks hold parts: wrap the model with "
-                "zero.shard(model, config, mesh=...), where the mesh is that of data parallelism, of one rank or more"
+                f"parameter {name} is a DTensor, and other ranks hold parts of it: wrap the model with "
+                "zero.shard(model, config, mesh=...); mesh is that of data parallelism and may have one rank"
             )
 
 

@@ -38,7 +38,7 @@ class WeightSource(Protocol):
         """Return a buffer's value, in its shape, on the CPU; None: it has none."""
 
     def identity_of(self, name: str) -> str | None:
-        """Return words that stand for a parameter's values, wherever they are read; None: it has none."""
+        """Return words that identify a parameter's values in any process; None if there are none."""
 
 
 REMEDY = (
@@ -169,7 +169,7 @@ class Initialiser:
         return split.cut(found[0 : original.numel()].view(original.shape)).reshape(-1)
 
     def value_of(self, name: str) -> torch.Tensor:
-        """Return the first value that a parameter has of its own.
+        """Return the initial value of a parameter.
 
         Args:
             name: its canonical name.
@@ -201,7 +201,7 @@ class Initialiser:
         return real.detach() if split is None else split.cut(real.detach())
 
     def fill_buffers(self) -> None:
-        """Make buffers on the meta device real and let their modules fill them; then fill those that have a source.
+        """Allocate buffers of the meta device, have their modules fill them, then fill those with a source.
 
         Raises:
             ModelError: a buffer's module does not fill it, so its values are lost.

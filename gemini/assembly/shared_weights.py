@@ -33,7 +33,7 @@ HASHED_NBYTES = 16 << 20
 
 
 class SharedPart(NamedTuple):
-    """A chunk of frozen weights as the service knows it."""
+    """A chunk of frozen weights, in the terms of the service."""
 
     key: str
     nbytes: int
@@ -83,7 +83,7 @@ def find_shared_parts(
 
 
 def fill_shared(descriptor: int, nbytes: int, fill: Callable[[torch.Tensor], None]) -> str:
-    """Let a memory file be written; return the digest of its content. Nothing maps it any more then."""
+    """Have a memory file written; return the digest of its content. The file is unmapped again on return."""
     os.posix_fallocate(descriptor, 0, nbytes)  # a shortage is an error here, and a signal in the first write
     with mmap.mmap(descriptor, nbytes) as mapping:
         memory = torch.frombuffer(mapping, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""The state of a backward pass: running, ended or failed. Knows nothing of gradients."""
+"""The state of a backward pass: running, ended or failed. Knows no gradients."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ class BackwardPass:
         elif not is_autograd_thread():
             if self._thread not in (None, threading.get_ident()):
                 raise ModelError(
-                    f"a backward in thread {threading.current_thread().name}, while another thread runs one of this "
-                    "GeminiDDP: one thread at a time may use an engine; let threads take turns with a lock of yours"
+                    f"a backward in thread {threading.current_thread().name}, while another thread runs one of "
+                    "this GeminiDDP: one thread at a time may use an engine; let threads take turns with a lock"
                 )
             self._thread = threading.get_ident()
         return is_new

@@ -58,7 +58,7 @@ def _check_reshaping(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     if weight is None or (is_flag and (tensor is weight.param or not all((*args[1:], *kwargs.values())))):
         return
     if is_flag:
-        raise refuse(weight, "gradients were asked for of a view that is in no graph", "clone it first")
+        raise refuse(weight, "gradients were requested of a view that is in no graph", "clone it first")
     raise refuse(
         weight,
         f"{func.__name__} would change its shape, strides or storage in place",
@@ -127,7 +127,7 @@ def _run_transformed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 def _keep_precision(target: Any, source: Any) -> None:
-    """Let a weight's master keep the precision of copied values beyond the weight's own dtype."""
+    """Keep in a weight's master the precision of copied values that the weight's own dtype cannot hold."""
     weight = weight_of(target)
     if weight is None or not isinstance(source, torch.Tensor) or not source.is_floating_point():
         return
@@ -326,14 +326,14 @@ def _data_of(tensor: torch.Tensor, weight: Weight) -> torch.Tensor:
         if is_dtensor(tensor):
             raise refuse(
                 weight,
-                "its .data was taken, and it is divided among ranks",
-                "read it with .detach() and write it in place under torch.no_grad()",
+                "its .data was read, and it is divided among ranks",
+                "read it with .detach(), and write it in place under torch.no_grad()",
             )
         return alias_of(weight, geometry, tensor.device, keeps_version=True)
 
 
 def _address(tensor: torch.Tensor, weight: Weight, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Hand out memory: the weight's own while its module runs, else a copy that lives as long as its user."""
+    """Return memory: the weight's own while its module runs, otherwise a copy that lives as long as its user."""
     is_array = func.__name__ in ("numpy", "__array__", "__dlpack__")
     if weight.is_held and tensor is weight.param and not is_array:
         with torch._C.DisableTorchFunctionSubclass():

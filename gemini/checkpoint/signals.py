@@ -21,7 +21,7 @@ REPEATED_S = 1.0
 
 
 class Engine(Protocol):
-    """What StopOnSignals asks of a GeminiDDP."""
+    """The part of a GeminiDDP that StopOnSignals uses."""
 
     @property
     def runtime(self) -> Runtime:
@@ -95,7 +95,7 @@ class StopOnSignals:
         if threading.current_thread() is not threading.main_thread():
             raise ConfigError("StopOnSignals: expected the main thread: Python handles signals in no other")
         if self._before:
-            raise ConfigError("StopOnSignals: this one has been entered already")
+            raise ConfigError("StopOnSignals: it has been entered already")
         self._received, self._agreed, self._is_told = 0, 0, False
         try:
             for number in self._signals:

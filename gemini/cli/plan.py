@@ -335,7 +335,7 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
 
 
 def memory_table(plan: TrainingPlan, memory: MachineMemory) -> Table:
-    """Return what lives where, with each tier's peak."""
+    """Return the bytes of each tier by purpose, with its peak."""
     table = Table(title="Memory at its peak")
     for column in ("tier", "purpose", "bytes"):
         table.add_column(column, justify="right" if column == "bytes" else "left")

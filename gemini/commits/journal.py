@@ -1,4 +1,4 @@
-"""How far the updates of the last committed step have come, in memory that outlives the process.
+"""Progress of the updates of the last committed step, in memory that outlives the process.
 
 [Note: Redo]
 A commit is a record of what a step will do to each chunk, published while weights and state are still those of the
@@ -34,7 +34,7 @@ __all__ = ["InterruptedBlock", "TileNote", "TileStage", "UpdateJournal"]
 
 
 class TileStage(IntEnum):
-    """How far a tile is that has a part on disk."""
+    """Progress of a tile that is partly on disk."""
 
     UPDATING = 1
     """A ring buffer holds the part, in which blocks are old or new."""
@@ -91,7 +91,7 @@ class UpdateJournal:
 
     @property
     def memory(self) -> MemorySource:
-        """Where the ring's buffers lie."""
+        """Memory of the ring's buffers."""
         return self.file
 
     def begin(self, job: UpdateJob, tile: int, ring: int | None) -> TileJournal | None:

@@ -1,4 +1,4 @@
-"""What a commit publishes: what the step does to each chunk, and the small rest of a run's state."""
+"""The record of a commit: the update of each chunk, and the small remainder of a run's state."""
 
 from __future__ import annotations
 

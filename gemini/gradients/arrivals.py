@@ -1,4 +1,4 @@
-"""The seam between gradients that arrive and updates that wait for them: what keeps gradients, and whom it tells."""
+"""The interface between backward and updates: objects that keep gradients, and listeners for their changes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ArrivedGradients:
 
 
 class GradientListener(Protocol):
-    """Who wants to know when gradients come and go."""
+    """Listener that is called when gradients change."""
 
     def gradients_complete(self, chunk_id: int, arrived: ArrivedGradients) -> bool:
         """Handle that a backward pass has delivered all gradients of a chunk.
@@ -94,7 +94,7 @@ class DirectGradients(Protocol):
 
 
 class Gradients(Protocol):
-    """Where gradients wait for the update: GradientStore with one rank, ShardedGradients with several.
+    """Gradients that wait for the update: GradientStore with one rank, ShardedGradients with several.
 
     =================  ===============  ======  ==============================================================
     verb               called by        blocks  promises
@@ -126,7 +126,7 @@ class Gradients(Protocol):
         """Sums over backward passes on the device."""
 
     def follow(self, listener: GradientListener) -> None:
-        """Tell a listener of gradients that come and go; there is one."""
+        """Set the one listener for changes of gradients."""
 
     def add_chunk(
         self,

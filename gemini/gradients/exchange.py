@@ -54,7 +54,7 @@ class _Piece:
 
 
 class GradientExchange:
-    """Exchanges of one engine, first asked for first done.
+    """Exchanges of one engine, in the order of their requests.
 
     Args:
         group: the ranks.
@@ -178,7 +178,7 @@ class GradientExchange:
             self._deliver(piece.spec, piece.shard, mean)
 
     def finish(self) -> None:
-        """Deliver the means of everything under way."""
+        """Deliver the means of all running exchanges."""
         while self._under_way:
             self._arrive()
         if self._replica_sums is not None:
@@ -192,7 +192,7 @@ class GradientExchange:
             self._replica_sums.abandon()
 
     def close(self) -> None:
-        """Wait for what is under way, whatever becomes of it, and give all slots back; none is claimed any more."""
+        """Wait for running exchanges, even if they fail, and give all slots back; none may be claimed afterwards."""
         if self._replica_sums is not None:
             self._replica_sums.abandon()
         while self._under_way:

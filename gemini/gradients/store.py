@@ -95,7 +95,7 @@ class GradientStore:
         return self
 
     def follow(self, listener: GradientListener) -> None:
-        """Tell a listener of gradients that come and go; there is one."""
+        """Set the one listener for changes of gradients."""
         self.listener = listener
 
     def add_chunk(
@@ -179,7 +179,7 @@ class GradientStore:
         return position not in chunk.earlier and self._dtype_of(chunk.spec) is torch.float32
 
     def can_write(self, chunk_id: int) -> bool:
-        """Return whether `writing` is possible: a chunk's gradients wait, or are put together, where compute is."""
+        """Return whether `writing` is possible: a chunk's gradients wait, or are assembled, in compute memory."""
         is_on_host = self._resources.transfers.compute_tier is MemoryTier.HOST
         return is_on_host and self._chunks[chunk_id].tier is not MemoryTier.DEVICE
 
@@ -241,7 +241,7 @@ class GradientStore:
         return position in chunk.delivered or position in chunk.earlier
 
     def reach_unit(self, chunk_ids: Sequence[int], distance: Callable[[int], int]) -> None:
-        """Do nothing: gradients go where they wait as they come; see ShardedGradients.reach_unit."""
+        """Do nothing: each gradient is stored when it arrives; see ShardedGradients.reach_unit."""
 
     def end_backward(self) -> None:
         """Send off what waits in device slots; called by autograd when a backward pass has ended."""
@@ -331,7 +331,7 @@ class GradientStore:
         self.listener.leave_gradient_slot(chunk_id)
 
     def _announce(self, chunk: GradChunk) -> None:
-        """Tell the listener that a chunk's gradients are all here."""
+        """Tell the listener that a chunk's gradients are complete."""
         if self.listener is None:
             return
         chunk_id = chunk.spec.chunk_id

@@ -60,8 +60,8 @@ class GeminiStrategy(SingleDeviceStrategy):
     def precision_plugin(self, plugin: Precision | None) -> None:
         if plugin is not None and type(plugin) is not Precision:
             raise ConfigError(
-                f'Trainer.precision: expected "32-true", the default, got {plugin.precision!r}: the engine has working '
-                "weights of its own dtype and float32 masters; choose it with GeminiConfig(dtype=...)"
+                f'Trainer.precision: expected "32-true", the default, got {plugin.precision!r}: the engine has its own '
+                "working dtype and float32 masters; set it with GeminiConfig(dtype=...)"
             )
 
     # ---------------------------------------------------------------- preparing
@@ -89,7 +89,7 @@ class GeminiStrategy(SingleDeviceStrategy):
         return self.engine
 
     def setup_optimizers(self, trainer: Any) -> None:
-        """Let the module build its optimizer.
+        """Have the module build its optimizer.
 
         Args:
             trainer: Lightning's trainer.
@@ -206,8 +206,9 @@ def _check_training(trainer: Any) -> None:
     for callback in trainer.callbacks:
         if isinstance(callback, averaging):
             raise ConfigError(
-                f"Trainer.callbacks: {type(callback).__name__} averages the module's weights as it finds them, and "
-                "between steps an engine's are away: average what engine.master_state_dict() returns"
+                f"Trainer.callbacks: {type(callback).__name__} averages the module's weights in place, but "
+                "between steps an engine's weights are not in memory: average the result of "
+                "engine.master_state_dict()"
             )
 
 

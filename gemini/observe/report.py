@@ -21,7 +21,7 @@ __all__ = ["DiskWear", "MemoryReport", "TierReport", "UpdateReport", "check_pred
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierReport:
-    """One tier's bytes: the formula's beside the measured ones."""
+    """Planned and measured bytes of one tier."""
 
     tier: str
     budget_nbytes: int | None
@@ -291,7 +291,7 @@ def _update_report(runtime: Runtime) -> UpdateReport:
 
 
 def _predict(runtime: Runtime, profile: HardwareProfile, flops: StepFlops) -> StepPrediction:
-    """Predict how long the next step takes under the plan in force; see gemini.placement.cost_model."""
+    """Predict how long the next step takes with the current plan; see gemini.placement.cost_model."""
     return predict_step(
         count_step(runtime.demands, runtime.plan, runtime.shape, flops),
         profile,

@@ -125,8 +125,9 @@ class KeptSwap:
             what = "identity {1:#x} and {2} bytes".format(*_KEPT_HEADER.unpack_from(found))
         expected = "identity {1:#x} and {2} bytes".format(*_KEPT_HEADER.unpack_from(header))
         raise CheckpointMismatchError(
-            f"{path}: expected the swap file of the committed state, {expected}, found {what}: give NVMeConfig.path "
-            "the directory it was committed with, or go on from a checkpoint with a new commit file"
+            f"{path}: expected the swap file of the committed state, {expected}, found {what}: set "
+            "NVMeConfig.path to the directory that it was committed with, or resume from a checkpoint with a new "
+            "commit file"
         )
 
 
@@ -269,7 +270,7 @@ def check_directory(directory: Path) -> None:
 def _directory_error(path: Path, errno_value: int) -> OffloadIOError:
     hints = {
         errno.ENOENT: "create the directory first, or name another one in NVMeConfig.path",
-        errno.ENOTDIR: "NVMeConfig.path has to name a directory",
+        errno.ENOTDIR: "NVMeConfig.path must name a directory",
         errno.EROFS: "the file system is mounted read-only; name a writable directory in NVMeConfig.path",
         errno.EACCES: "the directory is not writable for this user; name another one in NVMeConfig.path",
         errno.EPERM: "the directory is not writable for this user; name another one in NVMeConfig.path",
@@ -286,7 +287,7 @@ def _lock(path: Path, fd: int) -> None:
     except BlockingIOError as error:
         header = SwapHeader.unpack(os.pread(fd, HEADER_NBYTES, 0))
         owner = "another process" if header is None else header.owner
-        hint = f"{owner} uses it now: give this run another directory or wait for that one"
+        hint = f"{owner} uses it now: give this run another directory, or wait until that process has ended"
         raise OffloadIOError("lock", str(path), errno.EBUSY, hint=hint) from error
     except OSError as error:
         raise _directory_error(path, error.errno or errno.EIO) from error

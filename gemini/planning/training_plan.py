@@ -1,4 +1,4 @@
-"""What training a model on a machine needs: placement, peaks, time and wear, computed before any allocation.
+"""Predicts what training a model on a machine needs: placement, peaks, time and wear, before any allocation.
 
 Uses the engine's blueprint and rehearses a step; the formulas are those of gemini.placement. Must not know where models
 come from or how plans are shown.
@@ -54,7 +54,7 @@ class MachineMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingPlan:
-    """What training needs with one configuration."""
+    """Predicted needs of training with one configuration."""
 
     config: GeminiConfig
     """Configuration with budgets and reserves filled in; an engine that is given it places its chunks as planned."""

@@ -118,6 +118,6 @@ def save_by_itself(model: Any, place: Path, *, max_shard_size: int | str | None)
         raise
     except Exception as error:  # the user's code may raise anything
         raise CheckpointError(
-            f"save_pretrained: {type(model).__name__}.save_pretrained, which is its own, cannot save the model "
-            f"({type(error).__name__}: {error}); mend it, or take engine.state_dict()"
+            f"save_pretrained: {type(model).__name__}.save_pretrained, the model's own method, cannot save the "
+            f"model ({type(error).__name__}: {error}); correct it, or use engine.state_dict()"
         ) from error

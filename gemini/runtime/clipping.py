@@ -11,7 +11,7 @@ __all__ = ["Clipping"]
 
 
 class Clipping:
-    """What clipping has asked for since the last update."""
+    """Clipping requested since the last update."""
 
     def __init__(self) -> None:
         self.factor = 1.0

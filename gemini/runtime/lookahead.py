@@ -52,7 +52,7 @@ class Lookahead:
         return self._trace.num_mismatches
 
     def begin_forward(self, phase: Phase) -> None:
-        """Start following a forward pass; a training step goes on if one has begun."""
+        """Start following a forward pass; it continues a training step if one has begun."""
         self._trace.phase = phase
         if phase is Phase.INFERENCE or not self.is_in_step:
             self._trace.begin_step(phase)
@@ -61,7 +61,7 @@ class Lookahead:
         self.is_in_step |= phase is Phase.TRAIN
 
     def end_forward(self) -> None:
-        """End a forward pass; one without gradients is a step of its own."""
+        """End a forward pass; a pass without gradients is a separate step."""
         if self._trace.phase is Phase.INFERENCE:
             self._trace.end_step(Phase.INFERENCE)
             self._trace.phase = Phase.TRAIN
@@ -142,7 +142,7 @@ class Lookahead:
             self._core.ensure(chunk_id)
 
     def _gather_ahead(self, upcoming: Sequence[int]) -> None:
-        """Start reading shards, and gathering the nearest ones, whatever this rank has to wait for."""
+        """Start reading shards and gathering the nearest ones, even if this rank has to wait."""
         residents = [chunk_id for chunk_id in upcoming if self._core.chunks[chunk_id].is_resident]
         decisions = choose_prefetch(
             [chunk_id for chunk_id in upcoming if chunk_id not in residents],

@@ -1,4 +1,4 @@
-"""Weights that autograd saves in forward, found again in backward wherever they are then.
+"""Weights that autograd saves in forward, and that are found again in backward in their current memory.
 
 [Note: Saved views of weights]
 Autograd saves views of weights (F.linear keeps `weight.t()`), and with them the address the weights had in forward. A
@@ -34,7 +34,7 @@ UnpackHook = Callable[[Any], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class _WeightView:
-    """A view of a chunk's weights, valid wherever the chunk is."""
+    """A view of a chunk's weights that stays valid when the chunk moves."""
 
     chunk: Chunk
     num_updates: int
@@ -62,7 +62,7 @@ class _Versioned:
 
 @dataclass(frozen=True, slots=True)
 class _Delegated:
-    """What the hooks that were active before made of a tensor, and how they undo it."""
+    """A tensor packed by the hooks that were active before, with their unpack function."""
 
     packed: Any
     unpack: UnpackHook
@@ -96,7 +96,7 @@ class SavedWeights:
 
     @property
     def is_on_top(self) -> bool:
-        """Whether what autograd saves now comes here first."""
+        """Whether our hooks are the innermost ones."""
         top = torch._C._autograd._top_saved_tensors_default_hooks(True)
         return top is not None and top[1] == self._unpack
 
@@ -120,7 +120,7 @@ class SavedWeights:
             self._loans.pop(address, None)
 
     def push(self) -> None:
-        """Put our hooks on top, passing on to what is there now all but weights."""
+        """Push our hooks, which pass everything except weights on to the hooks below."""
         previous: tuple[PackHook, UnpackHook] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
 
         def pack(tensor: torch.Tensor) -> Any:
@@ -139,7 +139,7 @@ class SavedWeights:
         torch._C._autograd._pop_saved_tensors_default_hooks()
 
     def drop(self, count: int) -> None:
-        """Take off what as many pushes have left behind, where nobody else has done so."""
+        """Pop hooks that earlier pushes have left, if they have not been popped."""
         for _ in range(count):
             if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
                 self.pop()
@@ -184,8 +184,8 @@ class SavedWeights:
         place = chunk.spec.places[offset]
         if tuple(local.shape) != place.spec.shape:
             raise ModelError(
-                f"a view of parameter {place.spec.name} is saved for backward while the parameter is away: save the "
-                "parameter itself, and take views of it in backward"
+                f"a view of parameter {place.spec.name} is saved for backward while the parameter is not in "
+                "compute memory: save the parameter itself, and take views of it in backward"
             )
         return chunk, offset, place.begin, torch.empty(place.spec.shape, device="meta").stride()
 
@@ -200,8 +200,8 @@ class SavedWeights:
         if chunk.version_of(saved.position) != saved.version:
             name = chunk.spec.places[saved.position].spec.name
             raise ModelError(
-                f"parameter {name} was written in place between the forward that needs it in backward and that "
-                "backward; write weights before forward, or after backward"
+                f"parameter {name} was written in place between a forward and its backward, which needs the old "
+                "value; write weights before forward or after backward"
             )
         view = self._weights_of(chunk).view(saved.dtype).as_strided(saved.shape, saved.strides, saved.offset)
         # With create_graph=True backward builds a graph of its own, which saves what it is given here.

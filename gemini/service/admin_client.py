@@ -74,7 +74,7 @@ class AdminClient:
         self._order(lambda request: Evict(id=request, job=job, user=user, timeout_s=timeout_s))
 
     def drain(self, *, timeout_s: float | None) -> None:
-        """Let the service grant nothing more and end when no job is left; returns at once.
+        """Make the service grant nothing more and end when no job is left; returns at once.
 
         Args:
             timeout_s: seconds after which jobs are evicted; None: never.

@@ -48,7 +48,7 @@ class Administration:
         elif isinstance(message, Evict):
             self._evict_asked(session, message)
         elif not self.may_administer(session.user):
-            session.refuse(message.id, "forbidden", "draining is for root and the user whose service this is")
+            session.refuse(message.id, "forbidden", "only root and the service's own user may drain the service")
         else:
             session.done(message.id)
             self.begin_drain(message.timeout_s)
@@ -62,7 +62,7 @@ class Administration:
             timeout_s: seconds after which jobs are evicted; None: never.
         """
         self.is_draining = True
-        self._state.leases.refuse_all("the service is draining: it grants nothing more")
+        self._state.leases.refuse_all("the service is draining and grants no more memory")
         if timeout_s is not None:
             asyncio.get_running_loop().call_later(timeout_s, self._evict_all, timeout_s)
         self.check_drained()
@@ -79,7 +79,9 @@ class Administration:
     def _evict_asked(self, session: Session, message: Evict) -> None:
         user = session.user if message.user < 0 else message.user
         if user != session.user and not self.may_administer(session.user):
-            return session.refuse(message.id, "forbidden", "only root and the service's own user evict others' jobs")
+            return session.refuse(
+                message.id, "forbidden", "only root and the service's own user may evict jobs of other users"
+            )
         if not self.evict(JobKey(user, message.job), message.timeout_s):
             return session.refuse(message.id, "unknown", f"user {user} has no job {message.job} here")
         session.done(message.id)
@@ -112,7 +114,7 @@ class Administration:
             return
         process = session.connection.process
         if process is None:
-            logger.warning("a process of another container cannot be signalled: only its leases are ended")
+            logger.warning("a process in another container cannot be signalled: only its leases are ended")
             return session.connection.close()
         try:
             signal.pidfd_send_signal(process, number)
@@ -207,7 +209,7 @@ class Administration:
         waits_for = self._state.leases.reason_of(session)
         chunk = self._state.shared_chunks.waits_for(session)
         if waits_for is None and chunk:
-            waits_for = f"another process, which fills shared chunk {chunk}"
+            waits_for = f"another process to fill shared chunk {chunk}"
         shared = [hold.nbytes for hold in ledger.shared.holds.values() if member in hold.holders]
         holds = session.leases or shared
         return MemberRow(

@@ -143,11 +143,11 @@ class LeaseQueue:
         if not gang.is_complete:
             missing = sorted(set(range(gang.num_ranks)) - set(gang.requests))
             shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-            return f"its job's other ranks, which have not asked yet: {shown} of {gang.num_ranks}"
+            return f"the other ranks of its job, which have not asked yet: {shown} of {gang.num_ranks}"
         requests = gang.requests.values()
         needed, available = self.ledger.missing(requests), self.ledger.free(requests)
         if needed.fits_in(available):
-            return "a job of its priority that has been overtaken often enough"
+            return "a job of its priority that has already been overtaken often"
         tiers = [("host memory", needed.host, available.host), ("disk", needed.disk, available.disk)]
         short = [
             f"{format_nbytes(asked)} of {name}, of which {format_nbytes(max(free, 0))} are free"
@@ -209,8 +209,9 @@ class LeaseQueue:
             free = self.ledger.free()
             result.refused[request.number] = (
                 "full",
-                f"{_text_of(request.amount)} more for a rank that holds something, which may not wait; free: "
-                f"{_text_of(Amount(max(free.host, 0), max(free.disk, 0)))}; ask for everything in one lease",
+                f"{_text_of(request.amount)} more for a rank that already holds memory cannot be granted now, and "
+                f"such a rank may not wait; free: {_text_of(Amount(max(free.host, 0), max(free.disk, 0)))}; ask "
+                "for everything in one lease",
             )
 
     def _may_grow(self, request: LeaseRequest, priority: int) -> bool:

@@ -1,4 +1,4 @@
-"""The service's state as Prometheus metrics, collected when they are asked for."""
+"""The service's state as Prometheus metrics, collected on request."""
 
 from __future__ import annotations
 

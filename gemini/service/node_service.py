@@ -263,7 +263,7 @@ class NodeService:
         try:
             connected, _ = self._listener.accept()
         except OSError as error:  # out of descriptors, or the client has already gone
-            logger.warning("a client could not be accepted: %s", error)
+            logger.warning("cannot accept a client: %s", error)
             return
         session: Session | None = None
 
@@ -314,9 +314,9 @@ class NodeService:
         if hello.rank >= hello.num_ranks:
             raise ProtocolError(f"rank {hello.rank} of {hello.num_ranks}")
         if hello.priority > 0 and not self.administration.may_administer(session.user):
-            return Refused(0, "forbidden", "a priority above 0 is for root and the user whose service this is")
+            return Refused(0, "forbidden", "only root and the service's own user may use a priority above 0")
         if self.administration.is_draining:
-            return Refused(0, "draining", "the service is draining: it takes no new jobs")
+            return Refused(0, "draining", "the service is draining and takes no new jobs")
         for other in [each for each in self.sessions if each.member == Member(job, hello.rank)]:
             other.connection.receive_now()  # it may have ended already
             if other in self.sessions:
@@ -328,7 +328,8 @@ class NodeService:
         others |= {kept.num_ranks for member, kept in self.leases.kept.items() if member.job == job}
         if others - {hello.num_ranks}:
             text = (
-                f"job {hello.job} has {others.pop()} ranks here, not {hello.num_ranks}; evict it, or use another name"
+                f"job {hello.job} has {others.pop()} ranks here, not {hello.num_ranks}; evict it, or use another "
+                "job name"
             )
             return Refused(0, "conflict", text)
         return None
@@ -364,7 +365,7 @@ class NodeService:
             case AskBudget():
                 session.connection.send(self._budget(message.id, member.job, session.num_ranks))
             case AskLease() if self.administration.is_draining:
-                session.refuse(message.id, "draining", "the service is draining: it grants nothing more")
+                session.refuse(message.id, "draining", "the service is draining and grants no more memory")
             case AskLease():
                 self.leases.forget_lost_of(member, pid=session.pid)  # a client that comes back has adopted it before
                 self.leases.ask(session, message)

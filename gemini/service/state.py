@@ -15,7 +15,7 @@ __all__ = ["ServiceState"]
 
 @dataclass(slots=True, kw_only=True)
 class ServiceState:
-    """What is granted, who holds it, and who waits."""
+    """What is granted, to which clients, and which clients wait."""
 
     ledger: NodeLedger
     leases: LeaseManager

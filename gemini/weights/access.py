@@ -127,7 +127,7 @@ class ParamWeight:
         return self.access.opened(self, writes=writes)
 
     def saving(self) -> AbstractContextManager[None]:
-        """Let backward find what autograd saves of weights while the context is open."""
+        """Save weights for backward as places in chunks while the context is open."""
         return self.access.saving()
 
     def call_shared(self, func: Callable[..., Any], args: Any, kwargs: Any, params: Sequence[torch.Tensor]) -> Any:
@@ -139,7 +139,7 @@ class ParamWeight:
         self.access.runtime.updates.finish(self.chunk.spec.chunk_id)
 
     def count_write(self) -> None:
-        """Tell graphs that have saved the parameter that it was written, as torch's version counter does."""
+        """Record a write, so that graphs that have saved the parameter notice it, as with torch's version counter."""
         torch.autograd.graph.increment_version(self.param)
         self.chunk.remember_versions()
 
@@ -271,7 +271,7 @@ class WeightAccess:
             chunk.keep_write = self._keep_unseen_write
 
     def saving(self) -> AbstractContextManager[None]:
-        """Let backward find what autograd saves of weights while the context is open."""
+        """Save weights for backward as places in chunks while the context is open."""
         if not torch.is_grad_enabled() or self.runtime.passes.saved.is_on_top:
             return nullcontext()
         return self._saving()
@@ -336,7 +336,7 @@ class WeightAccess:
         return True
 
     def _keep_write(self, opened: _Open, versions: tuple[int, int]) -> None:
-        """Write home what a function has written, if anything; `versions` are those of parameter and values before."""
+        """Store what a function has written in the home; `versions` are the earlier ones of parameter and values."""
         weight, values = opened.weight, opened.values
         chunk = weight.chunk
         if opened.old is None:
@@ -349,7 +349,7 @@ class WeightAccess:
         chunk.remember_versions()
 
     def _keep_unseen_write(self, chunk: Chunk, position: int) -> None:
-        """Write home what was written to a weight that still shows it; see Chunk.keep_write."""
+        """Store in the home what was written to a weight that is still in compute memory; see Chunk.keep_write."""
         weight = self._by_place[chunk.spec.chunk_id, position]
         self.runtime.updates.weights_change(chunk.spec.chunk_id)
         with torch._C.DisableTorchFunctionSubclass():
@@ -374,8 +374,8 @@ class WeightAccess:
             return  # the home itself was written, and it is the master
         if is_home and old is None and chunk.spec.dtype is torch.bfloat16:
             raise ModelError(
-                f"parameter {weight.name} was written in place by code that its class does not see, such as a compiled "
-                "graph: what is left of its float32 master cannot be told; write it outside of the compiled code, "
+                f"parameter {weight.name} was written in place by code that its class does not see, such as a "
+                "compiled graph: its float32 master is no longer known; write it outside the compiled code, "
                 "under torch.no_grad()"
             )
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():

@@ -314,7 +314,9 @@ def test_an_engine_that_was_loaded_half_way_refuses_to_go_on(copy: Path, tmp_pat
             os.truncate(copy / "rank-00000.safetensors", 5000)
 
     with training(SCENARIO, "host", tmp_path) as run:
-        with pytest.raises(CheckpointError, match="safetensors is damaged: it was cut short while it was read"):
+        with pytest.raises(CheckpointError, match="safetensors is damaged: it was truncated while it was read"):
             run.engine.load_checkpoint(copy, scheduler=Cutter())
-        with pytest.raises(ModelError, match=r"loading .*/copy failed half way \(.*cut short.*load a checkpoint"):
+        with pytest.raises(
+            ModelError, match=r"loading .*/copy failed before it was complete \(.*truncated.*load a checkpoint"
+        ):
             run.train(0, 1)

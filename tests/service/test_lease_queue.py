@@ -65,7 +65,7 @@ def test_an_incomplete_gang_blocks_nobody_and_says_whom_it_waits_for():
     number = ask(queue, "gang", 40, rank=1, num_ranks=4)
     other = ask(queue, "a", 100)
     assert queue.decide().granted == [other]
-    assert queue.reason(number) == "its job's other ranks, which have not asked yet: 0, 2, 3 of 4"
+    assert queue.reason(number) == "the other ranks of its job, which have not asked yet: 0, 2, 3 of 4"
 
 
 def test_all_ranks_of_a_gang_that_can_never_fit_are_refused():
@@ -97,7 +97,10 @@ def test_a_rank_that_holds_something_is_answered_at_once():
     decisions = queue.decide()
     assert decisions.granted == [more]
     assert decisions.refused[too_much][0] == "full"
-    assert "20 B of host memory and 0 B of disk more for a rank that holds something" in decisions.refused[too_much][1]
+    assert (
+        "20 B of host memory and 0 B of disk more for a rank that already holds memory"
+        in decisions.refused[too_much][1]
+    )
 
 
 def test_a_rank_waits_for_one_lease_at_a_time():
