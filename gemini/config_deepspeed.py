@@ -122,7 +122,8 @@ _REFUSED = {
     "pipeline": "see docs/parallelism.md",
     "compression_training": "compress the model before it is wrapped",
 }
-"""What would change the training, and what to do instead. Off, none, 0 or false is no matter."""
+"""Keys that would change the training, and what to do instead. They are accepted with the value off, none, 0 or
+false."""
 
 _SECTIONS = {"bf16", "fp16", "aio", "data_types", "zero_optimization"} | {
     f"zero_optimization.{name}" for name in ("offload_optimizer", "offload_param")

@@ -1,6 +1,7 @@
 """Which models an engine takes: those whose parameters are theirs alone and hold their own values.
 
-What other libraries have done to a model is recognised by the names of their classes and attributes; none is imported.
+Changes by other libraries are recognised by the names of their classes and attributes; none of the libraries is
+imported.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ class _Builder:
     commits: Commits
     memory: EngineMemory
     parts: Mapping[int, SharedPart]
-    """What other jobs may have too, by chunk id."""
+    """Chunks that can be shared with other jobs, by chunk id."""
     on_error: ExitStack
     """Closes what has been opened, should the rest fail."""
 

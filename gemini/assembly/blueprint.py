@@ -45,7 +45,7 @@ class Blueprint:
     budgets: dict[MemoryTier, int | None]
     chunks_at_once: int
     commits: CommitLayout | None
-    """What lies in the commit file, whose `nbytes` is the length it must have; None: there is none."""
+    """Layout of the commit file, whose `nbytes` is its required length; None if there is none."""
 
     def commit_content(self) -> CommitContent:
         """Return what the commit file holds; there is one."""

@@ -62,11 +62,12 @@ class NodeMemory:
         self._config = config
         self._sharding = sharding
         self._kept: KeptState | None = None
-        """What was taken over of a predecessor."""
+        """Kept state that was taken over from a predecessor."""
         self._commits: CommitFile | None = None
-        """The predecessor's; this engine's if it goes on from there."""
+        """Commit file of the predecessor; this engine's if it continues from there."""
         self._meta = b""
-        """What describes the state that is kept: the host budget, and a digest of which frozen weights it goes with."""
+        """Description of the kept state: the host budget, and a digest that identifies the frozen weights it belongs
+        to."""
         self._finalizer = weakref.finalize(self, _close_soon, client)
         self._finalizer.atexit = False  # the end of the process ends the connection
 

@@ -1,10 +1,10 @@
 """Frozen weights that several jobs of a machine read from one copy.
 
 [Note: Frozen weights of several jobs]
-A frozen chunk whose tiles all live in host memory is asked for by a key made of where its values come from: the files
-of a checkpoint (which, how long, of when) and the tensors' names there, or the values that the model has. Whoever asks
-first writes the chunk into a memory file, tells the SHA-256 of its bytes and seals it; all others map it and read
-nothing. It is mapped copy-on-write, so a page that a program writes to becomes that process's own.
+A frozen chunk whose tiles are all in host memory is requested by a key. The key is made from the source of the values:
+the files of a checkpoint (name, length and time) and the names of the tensors in them, or the values in the model. The
+first process to ask writes the chunk into a memory file, reports the SHA-256 of its bytes, and seals it. All others map
+it and read no files. The mapping is copy-on-write, so a page that a program writes to becomes that process's own.
 """
 
 from __future__ import annotations

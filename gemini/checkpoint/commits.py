@@ -35,7 +35,7 @@ class Recovered:
     step: int
     """Optimizer steps that had been taken when it was committed, skipped ones not counted."""
     extra: Any
-    """What the user gave to be kept."""
+    """Data that the user saved as `extra`."""
 
 
 def commit_step(runtime: Runtime, participants: Participants, *, extra: Any) -> None:

@@ -49,7 +49,7 @@ class LoadedCheckpoint:
     step: int
     """Optimizer steps that had been taken when it was saved."""
     extra: Any
-    """What the user gave to be kept."""
+    """Data that the user saved as `extra`."""
 
 
 def load_checkpoint(runtime: Runtime, path: Path, participants: Participants, *, verify: bool) -> LoadedCheckpoint:

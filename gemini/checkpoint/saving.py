@@ -1,13 +1,13 @@
 """Saves a training checkpoint: everything that a run needs to continue with the same bits on any machine.
 
-Of each trainable parameter the float32 master and the moments are kept, by name, as runs of its elements: neither the
-placement nor the chunks nor the number of ranks leaves a trace. A save is planned (`plan_save`), each rank's part of it
-is written (`RankFiles`), the ranks agree that all is there, and the first one publishes it.
+The float32 master and the moments of each trainable parameter are saved by name, as runs of its elements. So a
+checkpoint does not depend on the placement, the chunks or the number of ranks. A save is planned (`plan_save`), each
+rank writes its part (`RankFiles`), the ranks agree that everything is complete, and the first rank publishes it.
 
 [Note: Saving while training goes on]
-Between two optimizer steps nobody changes state: what is updated ahead of a step goes to spare places. So a save may go
-on in a thread of its own until the next step, which waits for it, and needs no second copy of anything. State on a
-device is saved first, in the caller's thread, which owns the device's streams.
+State does not change between two optimizer steps: updates ahead of a step go to spare places. So a save can run in a
+separate thread until the next step, which waits for it, and needs no second copy. State on a device is saved first, in
+the caller's thread, which owns the device's streams.
 """
 
 from __future__ import annotations

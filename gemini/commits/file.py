@@ -60,12 +60,12 @@ class CommitLayout:
     """Positions of the parts of a commit file; see [Note: commit file]."""
 
     record_nbytes: int
-    """Of a record's place."""
+    """Bytes reserved for a record."""
     num_blocks: int
     num_words: int
     num_scratches: int
     buffer_nbytes: int
-    """Of all buffers, each of whole pages."""
+    """Bytes of all buffers, each of whole pages."""
 
     @property
     def records(self) -> int:

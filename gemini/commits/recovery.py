@@ -1,10 +1,11 @@
 """Claims the state that outlives a process, and finishes the last commit of an earlier process.
 
 [Note: Commits of several ranks]
-Each rank publishes a record of its own, and begins with what it says once all have published theirs. So ranks that are
-killed leave records of one step, or of two that follow each other; of the newer step nothing has begun then, and it is
-withdrawn. With the older one, which is still there, and with state of that step, all go on. Before weights or state are
-changed otherwise the last commit is dropped, which is published and agreed in the same way.
+Each rank publishes its own record, and starts the updates when all ranks have published theirs. So killed ranks leave
+records of one step, or of two consecutive steps. In the second case, no update of the newer step has begun, and that
+step is withdrawn. All ranks then continue with the older record, which still exists, and with the state of its step.
+Before weights or state are changed in another way, the last commit is dropped; this is published and agreed on in the
+same way.
 """
 
 from __future__ import annotations

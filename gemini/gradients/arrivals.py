@@ -27,9 +27,9 @@ class ArrivedGradients:
     """All gradients of a chunk, in host memory or on their way from there to disk."""
 
     tickets: tuple[GradTicket, ...]
-    """What must be complete before they may be read."""
+    """Jobs that must be complete before the gradients may be read."""
     slot: torch.Tensor | None
-    """Where to read them as long as the slot is not needed by others; None: at home."""
+    """Buffer to read them from while the slot is not needed by others; None: read them at home."""
 
 
 class GradientListener(Protocol):
@@ -114,7 +114,7 @@ class Gradients(Protocol):
     expected_backwards: int
     """Backward passes of the last step that was taken; the coming one probably has as many."""
     hyper_fingerprint: int
-    """What the optimizer will do, in a number that all ranks must share."""
+    """Fingerprint of what the optimizer will do; all ranks must have the same."""
     backward_pass: BackwardPass
 
     @property

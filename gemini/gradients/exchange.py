@@ -1,9 +1,9 @@
 """Gradients between ranks: each sends every other rank that one's part, and takes the mean of what it receives.
 
-A chunk that is put together in a slot goes from there at once. One that fits no slot, or is kept whole elsewhere, goes
-in pieces: some elements of every rank's shard at a time, copied together in a slot. Sums are taken in float32 and in
-rank order, so that no sum overflows in half precision and all runs give the same bits. With several replicas of the
-model they go through gemini.gradients.replica_sums before they become means.
+A chunk that is assembled in a slot is sent at once. A chunk that does not fit a slot, or is kept whole elsewhere, is
+sent in pieces: some elements of every rank's shard at a time, copied together into a slot. Sums are computed in float32
+and in rank order, so no sum overflows in half precision and all runs give the same bits. With several replicas of the
+model, the sums pass through gemini.gradients.replica_sums before they become means.
 """
 
 from __future__ import annotations

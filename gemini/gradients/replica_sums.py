@@ -31,7 +31,7 @@ class _Sum:
     deliver: Callable[[torch.Tensor], None]
     stages: Generator[Collective, None, torch.Tensor]
     pending: Collective | None = None
-    """What has been started and not waited for; None: nothing has been started."""
+    """Collective that was started and not waited for; None if there is none."""
 
 
 class ReplicaSums:

@@ -1,8 +1,8 @@
 """Gradients of chunks whose shards belong to several ranks: assembled, exchanged, averaged, and kept by shard.
 
-A chunk's gradients are put together whole, in the working dtype, in an exchange slot of compute memory; see
-exchange.py for what happens to them there. The mean, rounded once to the working dtype, goes to a GradientStore
-whose chunks are shards, and from there all is as with one rank.
+A chunk's gradients are assembled whole, in the working dtype, in an exchange slot of compute memory; exchange.py
+exchanges them. The mean, rounded once to the working dtype, goes to a GradientStore whose chunks are shards. From there
+on, everything is as with one rank.
 
 [Note: Same exchanges on all ranks]
 All ranks take part in an exchange or it hangs, and all collectives of a group must be asked for in one order, gathers
@@ -90,7 +90,7 @@ class ShardedGradients:
         self.expected_backwards = 1
         """Backward passes of the last step that was taken."""
         self.hyper_fingerprint = 0
-        """Of what the optimizer will do; all ranks' must be equal."""
+        """Fingerprint of what the optimizer will do; all ranks must have the same."""
         self._shards = shards
         self._group = group
         self._transfers = transfers

@@ -1,9 +1,9 @@
 """Gradients on their way from autograd to where they wait for the update.
 
-A gradient that compute memory's own tier keeps goes straight to its home. One that leaves a device travels by
-chunk through a device slot and a host slot; one that waits on disk is put together in a host slot first. On
-arrival at host memory the sum of squares is taken in the pass that stores or adds. Where several backward passes
-make a step and the device has room, they are summed there first, see [Note: Accumulators].
+A gradient goes directly to its home if the home is in compute memory. A gradient that leaves a device moves chunk by
+chunk through a device slot and a host slot. A gradient that waits on disk is first assembled in a host slot. When it
+arrives in host memory, its sum of squares is computed in the pass that stores or adds it. If a step has several
+backward passes and the device has room, gradients are first summed there; see [Note: Accumulators].
 
 Gradients are consumed by the update: after `clear` there are none.
 """
@@ -34,7 +34,7 @@ from gemini.tiers import MemoryTier
 __all__ = ["GradientStore"]
 
 PURPOSE = "gradient slots"
-"""What their memory is for, in reports."""
+"""Purpose of their memory, in reports."""
 MAX_JOBS_IN_FLIGHT = 4
 """Gradients whose autograd buffers may be alive at once while the worker pool stores them."""
 
@@ -71,7 +71,7 @@ class GradientStore:
         self.expected_backwards = 1
         """Backward passes of the last step that was taken; the coming one probably has as many."""
         self.hyper_fingerprint = 0
-        """Nobody else's to compare with."""
+        """Not used with one rank; see Gradients."""
         self.accumulators = GradientAccumulators(resources.transfers, device_kernels)
         self.backward_pass = BackwardPass()
         self._jobs: list[GradTicket] = []

@@ -71,7 +71,7 @@ class UpdateReport:
     def __str__(self) -> str:
         why = "" if self.why_not_asked is None else f", but {self.why_not_asked}"
         text = (
-            f"overlap {self.overlap} (asked for: {self.overlap_asked}{why}); {self.num_updates} updates of chunks, "
+            f"overlap {self.overlap} (requested: {self.overlap_asked}{why}); {self.num_updates} updates of chunks, "
             f"{self.num_ahead} started ahead of the step, {self.num_redone} of them redone"
         )
         if self.busy_s is not None and self.step_s is not None:

@@ -30,7 +30,7 @@ __all__ = [
 
 PORTABLE = 1  # cudaHostRegisterPortable: locked for every device of the process
 NEEDED = ("Event", "Stream", "current_stream", "device", "stream", "synchronize")
-"""What the module of a device must have for its copies to run beside its kernels."""
+"""Functions that the module of a device must have, so that its copies can run at the same time as its kernels."""
 
 
 class Event(Protocol):

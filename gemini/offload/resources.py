@@ -54,7 +54,7 @@ class Resources:
     accelerator: Accelerator | None = None
     """The device, if it is one of torch's; None: the CPU, or the simulated device."""
     granted_by: Granter | None = None
-    """Grant of memory and disk, ended when they are given back; None if nobody was asked."""
+    """Grant of memory and disk, ended when they are given back; None without a service."""
 
     def close(self, *, keep: bool = False) -> None:
         """End all I/O and threads, and free all memory and the swap file.

@@ -1,7 +1,7 @@
 """Models with their own way of saving: they save with all weights in memory.
 
-What transformers and peft write is known, and is streamed. What a subclass writes in addition, or under other names, is
-not: so its `save_pretrained` runs while the model's parameters are plain tensors, and may read anything.
+The files of transformers and peft are known and are streamed. What a subclass writes in addition, or under other names,
+is not known. So its `save_pretrained` runs while the model's parameters are plain tensors, and may read anything.
 """
 
 from __future__ import annotations

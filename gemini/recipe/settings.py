@@ -116,7 +116,7 @@ class LoraSettings(_Section):
 
 
 class ModelSettings(_Section):
-    """What is trained."""
+    """The model to train."""
 
     path: str | None = Field(
         None, description="directory of a Hugging Face model (weights, config.json, tokenizer), or its name on the hub"
@@ -140,7 +140,7 @@ class ModelSettings(_Section):
 
 
 class DataSettings(_Section):
-    """What it is trained on."""
+    """The training data."""
 
     files: list[str] = Field(
         min_length=1,
@@ -169,7 +169,7 @@ class NvmeSettings(_Section):
 
 
 class MemorySettings(_Section):
-    """How much memory the engine may take."""
+    """The memory that the engine may use."""
 
     device: Annotated[str, AfterValidator(_check_device)] | None = Field(
         None, description='"cuda" or "cpu"; default: cuda if there is one'
@@ -190,7 +190,7 @@ class MemorySettings(_Section):
 
 
 class TrainingSettings(_Section):
-    """How it is trained."""
+    """The settings of training."""
 
     steps: Count | None = Field(None, description="number of optimizer steps; default: as many as `epochs` needs")
     epochs: float = Field(1.0, gt=0, description="number of passes over the data")
@@ -210,7 +210,7 @@ class TrainingSettings(_Section):
 
 
 class OutputSettings(_Section):
-    """What is kept."""
+    """The files that a run writes."""
 
     path: Path = Field(description="directory: checkpoints, the log and the trained model")
     save_steps: Count | None = Field(

@@ -1,13 +1,13 @@
 """Follows the order in which chunks are used and fetches what comes next.
 
-What comes next is what came next in the last step of the same kind; a step that goes another way is served on
-demand and becomes what the next one is compared with.
+The order of the last step of the same kind predicts the next uses. A step that takes another order is served on demand,
+and its order becomes the new prediction.
 
 [Note: Same order on all ranks]
-Ranks gather chunks together, so each must start the same gathers in the same order. Time is not the same on all ranks:
-which read has ended, or which update, must not decide. So with several ranks everything here follows from the order of
-uses alone, which is the same as long as all ranks run the same units in the same order. Whoever must wait for a read or
-an update before a gather that comes next does so. Only reads go ahead of that, into slots chosen by the same rule.
+Ranks gather chunks together, so each must start the same gathers in the same order. Timing differs between ranks, so
+the end of a read or of an update must not decide. With several ranks, everything here therefore follows from the order
+of uses alone, which is the same as long as all ranks run the same units in the same order. A rank that must wait for a
+read or an update before the next gather does so. Only reads run ahead of it, into slots chosen by the same rule.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
 """Weights that autograd saves in forward, and that are found again in backward in their current memory.
 
 [Note: Saved views of weights]
-Autograd saves views of weights (F.linear keeps `weight.t()`), and with them the address the weights had in forward. A
-chunk that leaves its slot makes such a view point at another chunk's weights, and nothing would notice. So, while a
-unit runs, tensors that lie in a chunk are saved as (chunk, offset, shape, strides) and rebuilt in backward on the
-chunk's memory of that moment, fetched if need be, and refused if the optimizer has written it since. Everything else
-goes to the hooks that were active before: the user's own, or those of activation checkpointing, which therefore sees
-every tensor but weights, in forward and in recomputation alike. So backward needs no holds: a chunk used by the node
-that is running is among the most recently used, which are never evicted. Weights that are away and used outside of
-their unit are shown on memory of their own for the length of one function (gemini.weights.access), which is a *loan*:
-what is saved of it is saved as a place in the chunk too. So activation checkpointing never sees a weight, whether its
-function runs in forward, inside a unit or outside, or again in backward.
+Autograd saves views of weights (F.linear keeps `weight.t()`), and with them the address that the weights had in
+forward. If the chunk leaves its slot, such a view points at another chunk's weights, and nothing notices it. So, while
+a unit runs, tensors that are in a chunk are saved as (chunk, offset, shape, strides). In backward they are rebuilt on
+the chunk's current memory; the chunk is fetched if necessary, and the use is refused if the optimizer has written it
+since. Everything else goes to the hooks that were active before: the user's own, or those of activation checkpointing,
+which therefore sees every tensor except weights, in forward and in recomputation. So backward needs no holds: a chunk
+used by the running node is among the most recently used, which are never evicted. If a weight that is not in compute
+memory is used outside its unit, it is shown in separate memory for the duration of one function
+(gemini.weights.access). This is a *loan*: what autograd saves of it is also saved as a place in the chunk. So
+activation checkpointing never sees a weight, whether its function runs in forward, inside a unit or outside, or again
+in backward.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class _WeightView:
 
     chunk: Chunk
     num_updates: int
-    """Of the chunk, when the view was saved."""
+    """Number of updates of the chunk when the view was saved."""
     position: int
     """The parameter's, in the chunk."""
     version: int

@@ -1,15 +1,15 @@
 """The queue for a node's memory and its order: pure decisions, no clock and no I/O.
 
-[Note: Nobody holds while waiting]
-A rank that holds something, a lease or a shared chunk, never waits for more: it is granted what is free, or refused.
-A job of several ranks is granted what all of them ask for at once, or nothing (such a set of requests is a *gang*).
-So no two jobs each hold a part while they wait for the other's.
+[Note: No hold while waiting]
+A rank that holds a lease or a shared chunk never waits for more: it is granted what is
+free, or refused. The requests of all ranks of a job are granted together or not at all (such a set of requests is a
+*gang*). So no two jobs each hold a part while they wait for the other's.
 
-[Note: Nobody is overtaken for ever]
-Gangs are considered by priority, then by the dominant share that their user holds, then by job, then by arrival. A
-gang that does not fit is passed over, so that no memory lies idle behind it. It is passed over at most
-`MAX_OVERTAKEN` times by gangs of its own or a lower priority that came later. After that it is *due*: no gang of its
-priority or a lower one is granted anything before it. So a stream of small requests delays a big one only by a
+[Note: Limited overtaking]
+Gangs are considered by priority, then by the dominant share that their user holds, then by
+job, then by arrival. A gang that does not fit is skipped, so that no memory stays unused because of it. It is skipped
+at most `MAX_OVERTAKEN` times for later gangs of its own or a lower priority. After that it is *due*: no gang of its
+priority or a lower one is granted anything before it. So a stream of small requests delays a large request only by a
 limited number of requests, and does not starve it.
 """
 

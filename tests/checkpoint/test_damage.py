@@ -210,7 +210,8 @@ def test_other_parameter_groups_are_refused(saved: Path) -> None:
     with GeminiDDP(SCENARIO.case.model(), config_for("host")) as engine:
         params = list(engine.parameters())
         optimizer = hybrid_adam([{"params": params[:2]}, {"params": params[2:]}])
-        with pytest.raises(CheckpointMismatchError, match=r"groups have \[11\] parameters, this optimizer's \[2, 9\]"):
+        message = r"groups have \[11\] parameters, this optimizer's groups have \[2, 9\]"
+        with pytest.raises(CheckpointMismatchError, match=message):
             engine.load_checkpoint(saved, optimizer=optimizer)
 
 

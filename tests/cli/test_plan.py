@@ -145,7 +145,7 @@ def test_the_remedy_of_disk_is_enough(capsys, profile, model):
     machine = ["--profile", profile, "--device-memory", "none", "--host-memory", "720MiB"]
     _, out, _ = run(capsys, model, *SHORT, *machine, "--json")
     (disk,) = (text for text in json.loads(out)["remedies"] if "--disk" in text)
-    amount = f"{float(disk.split()[2]) + 0.01}{disk.split()[3]}"
+    amount = f"{float(disk.split()[1]) + 0.01}{disk.split()[2]}"
     assert run(capsys, model, *SHORT, *machine, "--disk", amount)[0] == 0
 
 

@@ -180,7 +180,7 @@ def move_entry(path: Path) -> None:
         (lambda path: rewrite_index(path, '{"weight_map": {"a": 1}}'), "expected the file of each tensor"),
         (lambda path: rewrite_index(path, '{"weight_map": {"a": "/a"}}'), "names /a, which is not in its directory"),
         (lambda path: rewrite_index(path, '{"weight_map": {"a": "b/../../a"}}'), "names b/../../a, which is not in"),
-        (move_entry, r"model-0000.* has no tensor model\.norm\.weight, which model\.safetensors\.index\.json says"),
+        (move_entry, r"model-0000.* has no tensor model\.norm\.weight, although model\.safetensors\.index\.json lists"),
     ],
 )
 def test_a_directory_of_shards_that_is_damaged_says_where(

@@ -179,7 +179,7 @@ def test_a_step_without_details_is_refused_by_name(tmp_path: Path) -> None:
     write(tmp_path)
     recording = read_recording(tmp_path)
     assert recording.step() is recording.step(0) is recording.steps[0]
-    with pytest.raises(RecordingError, match=r"moves of step 5 were not recorded, only those of 0: .*steps=\.\.\."):
+    with pytest.raises(RecordingError, match=r"details of step 5 were not recorded, only those of 0: .*steps=\.\.\."):
         recording.step(5)
 
 

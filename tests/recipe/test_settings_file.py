@@ -66,7 +66,7 @@ def test_numbers_as_people_write_them() -> None:
         (BASE + "training:\n  batch_size: 0", "f:6: training.batch_size: .* greater than or equal to 1, got 0"),
         (BASE + "training: {betas: [0.9]}", "f:5: training.betas: "),
         (BASE + "memory:\n  host_budget: 3 apples", 'f:6: memory.host_budget: .*write for example "6GiB"'),
-        (BASE + "memory:\n  nvme:\n    path: a", "f:6: memory.nvme.budget is missing: bytes the swap file may take"),
+        (BASE + "memory:\n  nvme:\n    path: a", "f:6: memory.nvme.budget is missing: maximum size of the swap file"),
         (BASE + "memory:\n  nvme:", "f:5: memory: nvme is empty"),
         (BASE + "memory: {host_budget: 16G}", "f:5: memory.host_budget: cannot read '16G' as bytes; write .* 1048576$"),
         (BASE + "memory: {host_budget: true}", "f:5: memory.host_budget: expected a value, not true or false"),

@@ -283,7 +283,7 @@ def test_a_signal_after_the_last_step_stops_nothing(
     [
         ({"num_attention_heads": 5}, "model: .*: The hidden size \\(32\\) is not a multiple"),
         ({"num_hidden_layers": 4}, "model.path: .* lacks 9 weights, for example model.layers.3"),
-        ({"vocab_size": 100}, "model.tokenizer: it has 260 tokens, the model 100"),
+        ({"vocab_size": 100}, "model.tokenizer: it has 260 tokens, the model has 100 embeddings"),
     ],
 )
 def test_a_configuration_of_another_model_is_refused(
