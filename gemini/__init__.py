@@ -116,8 +116,8 @@ def __getattr__(name: str) -> object:
         module = importlib.import_module(_MODULE_OF_NAME[name])
     except AttributeError as error:  # which `from gemini import ...` would take for a missing name, and hide
         raise ImportError(
-            f"{_MODULE_OF_NAME[name]} cannot be imported ({error}); is the compiled part of older sources? "
-            "python native/build.py"
+            f"{_MODULE_OF_NAME[name]} cannot be imported ({error}); if the compiled part was built from older "
+            "sources, run python native/build.py"
         ) from error
     found: object = getattr(module, name)
     globals()[name] = found

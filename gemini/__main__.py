@@ -17,14 +17,14 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "init": ("gemini.cli.init", "write a training file with every setting explained"),
-    "train": ("gemini.cli.train", "fine-tune a model as a training file says"),
+    "train": ("gemini.cli.train", "fine-tune a model with the settings of a training file"),
     "bench": ("gemini.cli.bench", "measure this machine"),
-    "report": ("gemini.cli.report", "show what was recorded of a run"),
-    "plan": ("gemini.cli.plan", "say what training a model would take, without allocating it"),
-    "serve": ("gemini.cli.serve", "let the jobs of this machine share its memory"),
-    "ps": ("gemini.cli.ps", "show which jobs hold what of a service's memory"),
-    "evict": ("gemini.cli.evict", "end a job of a service"),
-    "drain": ("gemini.cli.drain", "end a service when its jobs have ended"),
+    "report": ("gemini.cli.report", "show the recording of a run"),
+    "plan": ("gemini.cli.plan", "predict the memory and time that training a model takes, without allocating it"),
+    "serve": ("gemini.cli.serve", "run the memory service, which shares this machine's memory among jobs"),
+    "ps": ("gemini.cli.ps", "show the memory that each job of a service holds"),
+    "evict": ("gemini.cli.evict", "end a job of a memory service"),
+    "drain": ("gemini.cli.drain", "end a memory service when its jobs have ended"),
 }
 """Module and summary of each command. A module has `add_arguments(parser)`, and `run(arguments)`, an exit code."""
 
@@ -32,9 +32,9 @@ EXTRAS = {"train": "train", "serve": "service", "ps": "service", "evict": "servi
 """Extra that installs what a command imports; a command that is missing here names the package itself."""
 
 EXIT_USAGE = 2
-"""As argparse's own."""
+"""Same exit code as argparse's."""
 EXIT_INTERRUPTED = 130
-"""As a shell says it of a program that Ctrl-C has ended."""
+"""Exit code of a shell for a program that Ctrl-C has ended."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

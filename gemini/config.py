@@ -79,96 +79,99 @@ class NVMeConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GeminiConfig:
-    """Everything the engine may be told; each field has a default that works."""
+    """The settings of an engine; each field has a default that works."""
 
     device: str | torch.device | None = None
-    """Where forward and backward run: "cuda", "cuda:1", another accelerator that torch finds ("xpu"), "cpu", or
-    "simulated" (host memory that plays a device with its own budget and its own copies, for tests). None: the
-    accelerator if there is one, else cpu."""
+    """Device of forward and backward: "cuda", "cuda:1", another accelerator that torch finds ("xpu"), "cpu", or
+    "simulated" (host memory that acts as a device with its own budget and copies, for tests). None: the accelerator if
+    there is one, else the CPU."""
     dtype: torch.dtype = torch.bfloat16
     """Working dtype of floating-point parameters: bfloat16, float16 (with dynamic loss scaling) or float32. Most
     buffers are cast too; float8, and what transformers keeps in float32, stay as they are (docs/weights.md)."""
     cast_forward_inputs: bool = True
-    """Whether floating-point tensors that the model is called with, in containers too, are cast to `dtype`. False gives
-    them as they are, to models that need times or positions in float32."""
+    """Whether floating-point inputs of the model, also in containers, are cast to `dtype`. False passes them unchanged,
+    for models that need times or positions in float32."""
     device_budget: str | int | None = None
-    """Bytes of device memory that everything together may take, activations included. None: what is free at
-    construction, less a tenth. Has no meaning on the CPU, where the host budget is the only memory budget."""
+    """Bytes of device memory that everything together may take, including activations. None: nine tenths of what is
+    free at construction. Not used on the CPU, where the host budget is the only memory budget."""
     host_budget: str | int | None = None
-    """Bytes of host memory the engine may hold. None: what is available at construction, less a tenth."""
+    """Bytes of host memory that the engine may hold. None: nine tenths of what is available at construction."""
     nvme: NVMeConfig | None = None
     """The disk tier; None: there is none."""
     placement: Literal["auto"] | StaticPlacement | PlacementPlan = "auto"
-    """Who decides where chunks live: "auto" fills the fastest tiers the budgets allow, a StaticPlacement gives byte
-    fractions per tier, a PlacementPlan is taken as it is."""
+    """Placement of chunks: "auto" fills the fastest tiers that the budgets allow, a StaticPlacement gives byte
+    fractions per tier, and a PlacementPlan is used as it is."""
     gradient_accumulation: bool = True
-    """Whether several backward passes may come before one optimizer step. Gradients then wait as float32 (4 bytes a
-    parameter); False keeps them in the working dtype, and if that is a half precision (2 bytes) makes a second backward
-    an error."""
+    """Whether several backward passes may come before one optimizer step. Gradients then wait as float32 (4 bytes per
+    parameter). False keeps them in the working dtype; if that is a half precision (2 bytes), a second backward is an
+    error."""
     num_batch_slices: int = 1
-    """Slices in which a batch passes through each repeated block, forward and backward, so that a large batch takes the
-    activations of a small one while weights, gradients and state still move once a step. More than one runs every block
-    a second time in backward, as activation checkpointing does; each block must treat the rows of its batch, dimension
-    0 of its first argument, independently. Further tensors as long in dimension 0 are cut too if they are named and
-    shaped as masks, positions and encoder states are in transformers, or listed in `batch_arguments`; all slices share
-    them if they are listed in `shared_arguments`; otherwise they are refused, because one for each head looks alike."""
+    """Number of slices in which a batch passes through each repeated block, in forward and backward. A large batch then
+    needs only the activations of a small one, and weights, gradients and state still move once per step. With more than
+    one slice, every block runs a second time in backward, as with activation checkpointing. Each block must treat the
+    rows of its batch, dimension 0 of its first argument, independently. Other tensors of the same length in dimension 0
+    are sliced too if their names and shapes are those of masks, positions and encoder states in transformers, or if
+    they are listed in `batch_arguments`. All slices share them if they are listed in `shared_arguments`. Otherwise they
+    are refused, because a tensor with one row per head can look the same."""
     batch_arguments: tuple[str, ...] = ()
-    """Names of blocks' arguments whose tensors have one row for each row of the batch in dimension 0. Matters where
-    that dimension is as long as the batch, with several `num_batch_slices`."""
+    """Names of blocks' arguments whose tensors have one row for each row of the batch in dimension 0. Only needed if
+    that dimension is as long as the batch and `num_batch_slices` is above 1."""
     shared_arguments: tuple[str, ...] = ()
-    """Names of blocks' arguments whose tensors are the same for all rows of a batch, whatever their length. The
-    first argument with tensors that is not among them is the batch."""
+    """Names of blocks' arguments whose tensors are the same for all rows of a batch, with any length. The first
+    argument with tensors that is not among them is the batch."""
     overlap: Literal["auto", "off", "next-forward", "speculative"] = "auto"
-    """When updates run; the bits are the same. "off": inside `optimizer.step()`. "next-forward": while the next forward
-    computes, which waits for each unit's own update. "speculative": also during backward, as if nothing will be clipped
-    or skipped, to a second place that counts only once `step()` knows. Weights and state that are both on disk take
-    twice their bytes there. With a device, weights in host memory, and their state, may have second places too, as far
-    as `host_budget` leaves room. "auto" takes what the budgets allow and measured times recommend."""
+    """When updates run; the bits are the same. "off": inside `optimizer.step()`. "next-forward": during the next
+    forward, which waits for each unit's own update. "speculative": also during backward, on the assumption that nothing
+    will be clipped or skipped. The results go to a second place and become valid when `step()` confirms them. Weights
+    and state that are both on disk take twice their bytes there. With a device, weights in host memory and their state
+    may have second places too, as far as `host_budget` leaves room. "auto" chooses what the budgets allow and measured
+    times recommend."""
     prefetch_depth: int = 2
-    """Chunks fetched ahead of their use; a unit, such as a block, is one chunk or a few."""
+    """Number of chunks that are fetched ahead of their use. A unit, such as a block, is one chunk or a few."""
     activation_reserve: str | int | None = None
-    """Device bytes kept free for activations and temporaries, at least. None: 30 % of the device budget until the first
-    step has measured what they take. Without meaning on the CPU."""
+    """Minimum device bytes that are kept free for activations and temporaries. None: 30 % of the device budget until
+    the first step has measured what they take. Not used on the CPU."""
     checkpoint_reserve: str | int | None = None
-    """Host bytes kept free for activation checkpoints of sliced blocks: what every block is given waits there for
-    backward. None: a tenth of the host budget. Without meaning on the CPU, or without slices."""
+    """Host bytes that are kept free for activation checkpoints of sliced blocks, the inputs of blocks that wait for
+    backward. None: a tenth of the host budget. Not used on the CPU or without slices."""
     share_frozen: bool = True
-    """Whether the ranks of a machine keep frozen weights that live in host memory once, whole, for all of them, so that
-    no rank asks another for them. False cuts them as trained weights are, over the ranks of all machines. Without
-    meaning with one rank."""
+    """Whether the ranks of a machine share one whole copy of the frozen weights in host memory, so that no rank asks
+    another for them. False cuts them into shards over the ranks of all machines, like trained weights. Not used with
+    one rank."""
     min_unit_nbytes: int = 1 << 20
-    """Modules with fewer bytes of working weights that are in no repeated block join the root unit, which always stays
-    in compute memory: a fetch of its own would not pay for them."""
+    """Modules with fewer bytes of working weights, outside repeated blocks, join the root unit, which always stays in
+    compute memory, because a separate fetch would cost more than it saves."""
     tile_numel: int = 1 << 20
-    """Parameters in a tile, the unit in which optimizer state travels; a multiple of 4096."""
+    """Number of parameters in a tile, the unit in which optimizer state moves; a multiple of 4096."""
     ring_depth: int = 4
-    """Tiles in flight between the disk and the optimizer: one read, one updated, one written and one spare."""
+    """Number of tiles in flight between the disk and the optimizer: one read, one updated, one written and one
+    spare."""
     num_threads: int | None = None
-    """Native worker threads. None: as many as this process has processors; with a device, as it has cores, less two for
-    the threads that launch kernels; at most 16."""
+    """Number of native worker threads, at most 16. None: the number of processors of this process; with a device, the
+    number of its cores minus two for the threads that launch kernels."""
     isa: Literal["auto", "scalar", "avx2", "avx512", "neon"] = "auto"
-    """Instruction set of the native kernels; all give the same bits, forcing one is for tests."""
+    """Instruction set of the native kernels. All give the same bits; setting one is for tests."""
     cpu_allocator: Literal["auto", "pool", "system"] = "auto"
-    """Who serves torch's CPU memory, for the whole process. "pool": `gemini.heap`, which keeps the process small; it
-    is compiled on first use, and it is an error if that fails. "system": what is there, torch's own malloc until an
-    engine of this process installs the pool (`gemini.heap.uninstall` takes it out). "auto": the pool if
-    forward and backward run on the CPU and it can be had."""
+    """Allocator of torch's CPU memory, for the whole process. "pool": `gemini.heap`, which keeps the process small; it
+    is compiled on first use, and a failure is an error. "system": the present allocator, which is torch's own malloc
+    unless an engine of this process has installed the pool (`gemini.heap.uninstall` removes it). "auto": the pool if
+    forward and backward run on the CPU and the pool is available."""
     initial_loss_scale: float = 2.0**16
-    """First loss scale for float16; a power of two."""
+    """Initial loss scale for float16; a power of two."""
     max_skipped_steps: int | None = 20
-    """Steps in a row that may be skipped, because a gradient is infinite or NaN, before `optimizer.step()` raises
-    SkippedStepsError. Those by which float16 finds its loss scale do not count. None: any number."""
+    """Number of consecutive steps that may be skipped, because a gradient is infinite or NaN, before `optimizer.step()`
+    raises SkippedStepsError. Skips by which float16 finds its loss scale do not count. None: no limit."""
     service: str | None = None
-    """Address of the node's memory service, such as "unix:/run/user/1000/gemini.sock", which then grants host memory
-    and disk and shares frozen weights among jobs (docs/service.md). None: the engine is alone."""
+    """Address of a memory service, such as "unix:/run/user/1000/gemini.sock", which grants host memory and disk and
+    shares frozen weights among jobs (docs/service.md). None: no service."""
     job: str | None = None
-    """What the service calls this job: the same for all its ranks, another for each job, printable ASCII without
-    spaces. None: the program's name and the process's number. Without meaning without a service."""
+    """Name of this job in the service: the same for all its ranks, different for each job, printable ASCII without
+    spaces. None: the program's name and the process id. Not used without a service."""
     snapshots: bool = False
-    """Whether `engine.commit()` leaves every step with the service, so that a job of the same name that is started
-    after this one was killed goes on from it; needs `service` and `job`. See docs/commits.md."""
+    """Whether the service keeps every step of `engine.commit()`, so that a job of the same name can continue after this
+    one was killed; needs `service` and `job`. See docs/commits.md."""
     priority: int = 0
-    """Among jobs that wait for the service, from -100 to 100; more goes first."""
+    """Priority among jobs that wait for the service, from -100 to 100; higher goes first."""
     seed: int = 0
     """Seed for parameters that the engine itself initialises (models built on the meta device)."""
 
@@ -198,8 +201,8 @@ class GeminiConfig:
         _check_bool("GeminiConfig.snapshots", self.snapshots)
         if self.snapshots and (self.service is None or self.job is None):
             raise ConfigError(
-                "GeminiConfig.snapshots: expected service= too, whose memory outlives this process, and job=, by which "
-                "the next one finds it"
+                "GeminiConfig.snapshots: expected service= too, whose memory outlives this process, and job=, "
+                "with which the next process finds it"
             )
         _check_int("GeminiConfig.num_batch_slices", self.num_batch_slices, 1, 1 << 16)
         _check_names("GeminiConfig.batch_arguments", self.batch_arguments)

@@ -101,18 +101,18 @@ _LEFT_TO_THE_LOOP = {
 }
 
 _REFUSED = {
-    "scheduler": "build one of torch.optim.lr_scheduler over the HybridAdam",
+    "scheduler": "use torch.optim.lr_scheduler with the HybridAdam",
     "amp": "choose bf16 or fp16: working weights have that dtype, masters are float32",
     "torch_autocast": "choose bf16 or fp16: working weights have that dtype, masters are float32",
     "activation_checkpointing": "call model.gradient_checkpointing_enable() before the model is wrapped",
     "bf16.immediate_grad_update": "gradients are summed in float32",
     "bf16.bf16_master_weights_and_grads": "masters are float32",
     "fp16.fp16_master_weights_and_grads": "masters are float32",
-    "fp16.loss_scale": "the loss scale is found while training; set it to 0",
+    "fp16.loss_scale": "the loss scale adapts during training; set it to 0",
     "aio.use_gds": "disks are read and written through host memory",
     "data_types.grad_accum_dtype": "gradients are summed in float32",
-    "zero_optimization.zenflow": "every update is exact and none is late; GeminiConfig(overlap=...) hides them",
-    "zero_optimization.offload_optimizer.super_offload": "GeminiConfig(overlap=...) hides updates, clipped ones too",
+    "zero_optimization.zenflow": "every update is exact and none is delayed; GeminiConfig(overlap=...) overlaps them",
+    "zero_optimization.offload_optimizer.super_offload": "GeminiConfig(overlap=...) overlaps updates, clipped or not",
     "zero_optimization.zero_hpz_partition_size": "give zero.shard a mesh of two dimensions, (replicate, shard)",
     "zero_optimization.zero_quantized_weights": "weights travel as they are",
     "zero_optimization.zero_quantized_gradients": "gradients travel as they are",
@@ -122,7 +122,8 @@ _REFUSED = {
     "pipeline": "see docs/parallelism.md",
     "compression_training": "compress the model before it is wrapped",
 }
-"""What would change the training, and what to do instead. Off, none, 0 or false is no matter."""
+"""Keys that would change the training, and what to do instead. They are accepted with the value off, none, 0 or
+false."""
 
 _SECTIONS = {"bf16", "fp16", "aio", "data_types", "zero_optimization"} | {
     f"zero_optimization.{name}" for name in ("offload_optimizer", "offload_param")
@@ -139,7 +140,7 @@ def engine_arguments(deepspeed: Mapping[str, Any]) -> dict[str, Any]:
     _check_keys(values)
     for path in _READ & values.keys() - {"gradient_accumulation_steps"}:
         if values[path] == "auto":
-            raise ConfigError(f'from_deepspeed: {path}: expected a value, got "auto": write out what it stands for')
+            raise ConfigError(f'from_deepspeed: {path}: expected a value, got "auto": replace it by a value')
     stage = values.get("zero_optimization.stage", 0)
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"from_deepspeed: zero_optimization.stage: expected 0, 1, 2 or 3, got {stage!r}")
@@ -193,7 +194,7 @@ def adam_arguments(deepspeed: Mapping[str, Any]) -> dict[str, Any]:
     arguments = {**_ADAM_DEFAULTS, **params, "adamw_mode": is_decoupled, "max_grad_norm": clipping}
     for name, value in arguments.items():
         if value == "auto":
-            raise ConfigError(f'from_deepspeed: {name}: expected a value, got "auto": write out what it stands for')
+            raise ConfigError(f'from_deepspeed: {name}: expected a value, got "auto": replace it by a value')
     return arguments
 
 
@@ -217,8 +218,8 @@ def _check_keys(values: Mapping[str, Any]) -> None:
             left.append(path)
         elif path not in _READ and path not in _LEFT_TO_THE_LOOP and not (path in _SECTIONS and value is None):
             raise ConfigError(
-                f"from_deepspeed: {path}: not known here; docs/migration.md lists what is. Remove the key if the "
-                "training does not depend on it"
+                f"from_deepspeed: {path}: unknown key; docs/migration.md lists the supported keys. Remove it if "
+                "the training does not depend on it"
             )
     if left:
         logger.warning("from_deepspeed: ignored, because Gemini sets these automatically: %s", ", ".join(left))

@@ -1,4 +1,4 @@
-"""GeminiDDP: a model whose parameters live in chunks, with the training loop it always had."""
+"""GeminiDDP: a model whose parameters are in chunks and whose training loop stays as it was."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from gemini.placement.cost_model import HardwareProfile, StepFlops, StepPredicti
 from gemini.pretrained import DEFAULT_SHARD_SIZE, open_pretrained, save_pretrained
 from gemini.ranks.one_rank import ALONE
 from gemini.ranks.sharding import Sharding
+from gemini.runtime.out_of_memory_retry import OutOfMemoryRetry
 from gemini.runtime.runtime import Runtime
-from gemini.runtime.second_attempt import SecondAttempt
 from gemini.slicing.activation_checkpoints import ActivationCheckpoints
 from gemini.slicing.slicer import BatchSlicer
 from gemini.weights.access import WeightAccess
@@ -113,7 +113,7 @@ class GeminiDDP(torch.nn.Module):
         own(module, self._access)
         self._slicer = self._slice_blocks(unit_names)
         self._state_hooks = install_state_hooks(module, self._runtime)
-        self._attempts = SecondAttempt(module, self._runtime)
+        self._retry = OutOfMemoryRetry(module, self._runtime)
         module.zero_grad = self.zero_grad  # type: ignore[method-assign]
 
     def _slice_blocks(self, unit_names: dict[int, str]) -> BatchSlicer | None:
@@ -127,7 +127,7 @@ class GeminiDDP(torch.nn.Module):
 
     @property
     def runtime(self) -> Runtime:
-        """Machinery behind the engine."""
+        """Internal state of the engine."""
         return self._runtime
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -135,7 +135,7 @@ class GeminiDDP(torch.nn.Module):
         check_untraced()
         self._runtime.check_usable()  # the hooks are gone once it is closed
         try:
-            return self._attempts.run(args, kwargs)
+            return self._retry.run(args, kwargs)
         except Exception:
             raise  # torch has run the hooks that end a forward
         except BaseException:  # Ctrl-C, SystemExit: torch runs no hooks, and holds must not stay
@@ -156,7 +156,7 @@ class GeminiDDP(torch.nn.Module):
         return nullcontext()
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Clip the gradients at hand by their global L2 norm, as `torch.nn.utils.clip_grad_norm_` does.
+        """Clip the current gradients by their global L2 norm, as `torch.nn.utils.clip_grad_norm_` does.
 
         torch's own would change `.grad` in place, which is refused. The next optimizer step applies the factor.
 
@@ -173,7 +173,7 @@ class GeminiDDP(torch.nn.Module):
         return torch.tensor(norm, dtype=torch.float32)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients at hand.
+        """Drop the current gradients.
 
         Args:
             set_to_none: False: the next step updates, as in torch, all that have had a gradient, if need be with zeros.
@@ -181,7 +181,7 @@ class GeminiDDP(torch.nn.Module):
         self._runtime.steps.clear_gradients(set_to_none=set_to_none)
 
     def memory_report(self, *, profile: HardwareProfile | None = None, flops: StepFlops | None = None) -> MemoryReport:
-        """Return bytes per tier, formula beside measurement, and what the moves have cost.
+        """Return planned and measured bytes per tier, and the cost of moves.
 
         Args:
             profile: rates of this machine, from `gemini.measure_hardware`; with them the report also predicts the time
@@ -238,7 +238,7 @@ class GeminiDDP(torch.nn.Module):
             yield f"{prefix}.{name}" if prefix else name, param
 
     def _fqn_modifiers(self) -> Mapping[str, str]:
-        """Let torch.distributed.checkpoint.state_dict look for names of `state_dict` in the wrapped model."""
+        """Make torch.distributed.checkpoint.state_dict look up names of `state_dict` in the wrapped model."""
         return INSIDE_OF_MODULE
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -290,7 +290,7 @@ class GeminiDDP(torch.nn.Module):
             Exception: whatever a module's `set_extra_state` raises; weights and buffers have been loaded.
         """
         if assign:
-            raise ConfigError("GeminiDDP.load_state_dict: assign=True would take the parameters out of their chunks")
+            raise ConfigError("GeminiDDP.load_state_dict: assign=True would remove the parameters from their chunks")
         self._check_model()
         missing, unexpected = load_model_state(self._runtime, self.module, state_dict, strict=strict)
         return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
@@ -337,7 +337,7 @@ class GeminiDDP(torch.nn.Module):
         frozen: bool = True,
         wait: bool = True,
     ) -> CheckpointWriter:
-        """Save everything that training needs to go on with the same bits, in bounded memory; all ranks call.
+        """Save everything that training needs to continue with the same bits, in bounded memory; all ranks call.
 
         The checkpoint is a directory in `path` that appears when it is complete, with everything on the drive. What was
         saved with one placement, chunk layout, number of ranks or stage loads with any other.
@@ -407,7 +407,7 @@ class GeminiDDP(torch.nn.Module):
     # ---------------------------------------------------------------- commits
 
     def commit(self, *, scheduler: Stateful | None = None, extra: Any = None) -> None:
-        """Commit the step that `optimizer.step()` has decided about, and let its updates go; see docs/commits.md.
+        """Commit the step that `optimizer.step()` has decided, and start its updates; see docs/commits.md.
 
         From here on the end of this process loses nothing of it. With a commit file it follows every
         `optimizer.step()`, a skipped one too, and `scheduler.step()`; without a step it commits the rest alone.

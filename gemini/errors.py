@@ -54,7 +54,7 @@ class ModelError(GeminiError, RuntimeError):
 
 
 class OutOfTierMemoryError(GeminiError, MemoryError, RuntimeError):
-    """A memory tier cannot hold what has to live there; a RuntimeError too, as torch's own lack of memory is."""
+    """A memory tier is too small. Also a RuntimeError, like torch's own out-of-memory error."""
 
 
 class IllegalTransitionError(GeminiError, RuntimeError):
@@ -109,7 +109,7 @@ class ServiceError(GeminiError, RuntimeError):
 
 
 class OffloadIOError(GeminiError, OSError, RuntimeError):
-    """A read or write of offloaded bytes failed; carries where and why. A RuntimeError too, as TensorNVMe's errors are.
+    """A read or write of offloaded bytes failed; says where and why. Also a RuntimeError, as in TensorNVMe.
 
     Args:
         operation: what was attempted, a verb such as "read", "write" or "open".
@@ -180,7 +180,7 @@ class CorruptRecordError(OffloadIOError):
 
 @contextmanager
 def naming_file(operation: str, path: Path) -> Iterator[None]:
-    """Let an OSError inside become an OffloadIOError that says what was being done, and to which file.
+    """Turn an OSError in the context into an OffloadIOError that names the operation and the file.
 
     Args:
         operation: a verb, as for OffloadIOError.

@@ -22,7 +22,7 @@ __all__ = ["HybridAdam"]
 
 
 class HybridAdam(torch.optim.Optimizer):
-    """Adam with decoupled (default) or classic weight decay, run where the state lives.
+    """Adam with decoupled (default) or classic weight decay, run in the tier of the state.
 
     Parameter groups, learning-rate schedulers and `state_dict` work as with torch.optim.AdamW, and so does the
     arithmetic, in float32. Hyper-parameters are read when `step` is called. A step consumes the gradients; one whose
@@ -109,8 +109,8 @@ class HybridAdam(torch.optim.Optimizer):
         runtime = runtime_of(param)
         if runtime is None:
             raise ConfigError(
-                f"HybridAdam: a parameter of shape {tuple(param.shape)} belongs to no GeminiDDP; wrap the model "
-                "first and pass engine.parameters()"
+                f"HybridAdam: a parameter of shape {tuple(param.shape)} does not belong to a GeminiDDP; wrap the "
+                "model first and pass engine.parameters()"
             )
         if self._runtime is not None and runtime is not self._runtime:
             raise ConfigError("HybridAdam: the parameters belong to different GeminiDDPs; use one optimizer for each")
@@ -163,7 +163,7 @@ class HybridAdam(torch.optim.Optimizer):
         runtime = self.runtime
         if runtime.coming.optimizer is not self:
             raise ConfigError(
-                "HybridAdam: a newer one has taken over this GeminiDDP; use one optimizer with several parameter groups"
+                "HybridAdam: a newer HybridAdam trains this GeminiDDP; use one optimizer with several parameter groups"
             )
         for group in self.param_groups:
             _check_group(group)
@@ -217,7 +217,7 @@ class HybridAdam(torch.optim.Optimizer):
         return fingerprint_of((repr(self.max_grad_norm), *hypers, *steps))
 
     def _note_steps(self, param: torch.Tensor, num_steps: int) -> None:
-        """Let a parameter's state say how often it was updated, and that there are moments, which are elsewhere."""
+        """Record in a parameter's state how often it was updated, and that its moments exist elsewhere."""
         if param not in self.state:
             away = torch.empty(self._places[id(param)].spec.full_shape, dtype=torch.float32, device="meta")
             self.state[param].update({"exp_avg": away, "exp_avg_sq": away})
@@ -227,7 +227,7 @@ class HybridAdam(torch.optim.Optimizer):
         return int(self.state.get(param, {}).get("step", 0)) + 1
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients at hand.
+        """Drop the current gradients.
 
         Args:
             set_to_none: False: as in torch, the next step updates all parameters that have had a gradient since they
@@ -268,9 +268,9 @@ class HybridAdam(torch.optim.Optimizer):
         saved = [list(group["params"]) for group in state["param_groups"]]
         if own != saved:
             raise CheckpointMismatchError(
-                f"HybridAdam: the checkpoint's parameter groups have {[len(names) for names in saved]} parameters, "
-                f"this optimizer's {[len(names) for names in own]}, or others, or in another order; build the groups "
-                "as before"
+                f"HybridAdam: the checkpoint's parameter groups have {[len(names) for names in saved]} "
+                f"parameters, this optimizer's groups have {[len(names) for names in own]}, or they have other "
+                "parameters or another order; build the groups as before"
             )
 
     def load_hyper_state_dict(self, state: Mapping[str, Any]) -> None:

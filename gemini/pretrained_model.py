@@ -30,7 +30,7 @@ def load_pretrained(
     model_class: type | None = None,
     model_config: Any = None,
 ) -> GeminiDDP:
-    """Build a transformers model and stream its checkpoint straight to where the plan wants its weights.
+    """Build a transformers model and stream its checkpoint directly to the tiers that the plan has chosen.
 
     Never is more in memory than in training: of what is read a tile at a time, beside what lives there.
 
@@ -93,13 +93,13 @@ def _class_of(transformers: Any, model_config: Any) -> Any:
 
 @contextmanager
 def _by_transformers(operation: str, what: Path) -> Iterator[None]:
-    """Let whatever transformers raises inside become a CheckpointError that names the file or directory."""
+    """Turn any error of transformers in the context into a CheckpointError that names the file or directory."""
     try:
         yield
     except Exception as error:
         raise CheckpointError(
-            f"transformers cannot {operation} {what} ({type(error).__name__}: {_shortened(error)}); mend it, or build "
-            "the model yourself and load with GeminiDDP(model, config, weights=DIRECTORY)"
+            f"transformers cannot {operation} {what} ({type(error).__name__}: {_shortened(error)}); correct it, "
+            "or build the model yourself and load with GeminiDDP(model, config, weights=DIRECTORY)"
         ) from error
 
 

@@ -33,7 +33,7 @@ _NBYTES_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
 class MemoryTier(enum.Enum):
-    """Where bytes live, fastest first."""
+    """Kind of memory, fastest first."""
 
     DEVICE = "device"
     """The accelerator's own memory. Absent when computing on the CPU."""
@@ -45,7 +45,7 @@ class MemoryTier(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class TileGrid:
-    """How a chunk's elements are cut into tiles, all of one length but for the last."""
+    """Division of a chunk's elements into tiles, all of one length except the last."""
 
     numel: int
     tile_numel: int
@@ -154,8 +154,8 @@ class TierLedger:
         if budget is not None and held + nbytes > budget:
             raise OutOfTierMemoryError(
                 f"{tier.value} tier: {format_nbytes(nbytes)} more for {purpose} exceed the budget of "
-                f"{format_nbytes(budget)}, of which {format_nbytes(held)} are held; raise {tier.value}_budget "
-                "or let more live in a lower tier"
+                f"{format_nbytes(budget)}, of which {format_nbytes(held)} are held; raise {tier.value}_budget or "
+                "keep more in a lower tier"
             )
         by_purpose = self._held[tier]
         by_purpose[purpose] = by_purpose.get(purpose, 0) + nbytes

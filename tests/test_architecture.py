@@ -24,7 +24,7 @@ WITH_MORE_METHODS = {
     "RuntimeEvents": "a protocol: each event that hooks report",
     "Passes": "answers RuntimeEvents",
     "_Events": "answers RuntimeEvents",
-    "Gradients": "a protocol: the seam between backward and update",
+    "Gradients": "a protocol: the interface between backward and update",
     "GradientStore": "is Gradients and DirectGradients",
     "ShardedGradients": "is Gradients",
     "Weight": "a protocol: what a parameter's class asks of its weight",
@@ -32,8 +32,8 @@ WITH_MORE_METHODS = {
     "ChunkCore": "the moves of chunks: holds, fetches, evictions, and their reservation for an update",
     "UpdateSchedule": "every moment at which an update begins, counts, is dropped or is waited for",
     "TiledHome": "one home, tile by tile",
-    "LeaseDesk": "answers the messages about holds",
-    "SharedShelf": "answers the messages about shared chunks",
+    "LeaseManager": "answers each message about leases",
+    "SharedChunkManager": "answers each message about shared chunks",
 }
 """Classes that have more public methods than a class should, and why."""
 

@@ -199,7 +199,7 @@ def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_a_file_is_no_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OffloadIOError, match=r"/file: Not a directory .* NVMeConfig.path has to name a directory"):
+    with pytest.raises(OffloadIOError, match=r"/file: Not a directory .* NVMeConfig.path must name a directory"):
         GeminiDDP(make_model(), make_config(tmp_path / "file"))
 
 
@@ -410,7 +410,7 @@ def test_only_a_module_can_be_wrapped(what: Any) -> None:
 
 def test_parameters_of_no_engine_are_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"^HybridAdam: a parameter of shape \(128, 128\) belongs to no GeminiDDP; wrap"
+        ConfigError, match=r"^HybridAdam: a parameter of shape \(128, 128\) does not belong to a GeminiDDP; wrap"
     ):
         HybridAdam(make_model().parameters())
 
@@ -511,7 +511,7 @@ def test_every_use_after_close_says_so(on_disk: bool, tmp_path: Path) -> None:
     for use in uses:
         with pytest.raises(ModelError, match=r"^this GeminiDDP has been closed; wrap the model again to go on$"):
             use()
-    with pytest.raises(ConfigError, match="belongs to no GeminiDDP"):
+    with pytest.raises(ConfigError, match="does not belong to a GeminiDDP"):
         HybridAdam(engine.parameters())
     assert all(type(param) is nn.Parameter and param.isfinite().all() for param in engine.parameters())
 

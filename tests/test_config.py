@@ -167,7 +167,7 @@ def test_a_device_torch_knows_and_we_do_not_is_refused() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda", 1)])
 def test_cuda_that_is_not_there_is_refused(device: str | torch.device) -> None:
-    with pytest.raises(ConfigError, match=r"^GeminiConfig\.device: .*cuda.* was asked for, but torch finds no CUDA"):
+    with pytest.raises(ConfigError, match=r"^GeminiConfig\.device: .*cuda.* was requested, but torch finds no CUDA"):
         GeminiDDP(nn.Linear(2, 2), GeminiConfig(device=device))
 
 

@@ -95,7 +95,7 @@ def test_ledger_refuses_one_byte_too_many_and_records_nothing() -> None:
     ledger.charge(HOST, "state", 4096)
     message = (
         r"^host tier: 4.00 KiB more for working exceed the budget of 8.00 KiB, of which 4.00 KiB are held; "
-        r"raise host_budget or let more live in a lower tier$"
+        r"raise host_budget or keep more in a lower tier$"
     )
     with pytest.raises(OutOfTierMemoryError, match=message):
         ledger.charge(HOST, "working", 4097)

@@ -1,4 +1,4 @@
-"""What ranks must have in common before they share a model: configuration, budgets, the model and its first values."""
+"""Checks that ranks agree before they share a model: configuration, budgets, the model and its initial values."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def check_same_model(model: torch.nn.Module, group: ShardGroup) -> None:
         others = [rank for rank in _ranks_that_differ(fingerprint, group, name=what) if rank in ranks]
         if others:
             raise ModelError(
-                f"zero.shard: rank {group.rank} and rank {others[0]} have different {what}, of which each keeps a "
-                f"part: {remedy}"
+                f"zero.shard: rank {group.rank} and rank {others[0]} have different {what}, although each rank "
+                f"keeps a part of it: {remedy}"
             )
 
 
@@ -142,7 +142,10 @@ def check_all_built(error: BaseException | None, group: ShardGroup) -> None:
     failed = group.gather_values(has_failed, name="outcomes of construction")[:, 0].nonzero()[:, 0].tolist()
     if failed and error is None:
         rank = group.ranks[failed[0]]
-        raise ModelError(f"zero.shard: rank {rank} could not build its engine and says why; this one is closed")
+        raise ModelError(
+            f"zero.shard: rank {rank} could not build its engine and reports the reason; the engine of this rank is "
+            "closed"
+        )
 
 
 def _ranks_that_differ(fingerprint: int, group: ShardGroup, *, name: str) -> list[int]:

@@ -62,4 +62,6 @@ def open_frozen_file(node_ranks: Sequence[int], group: ShardGroup) -> MemoryFile
 
 
 def _warn(rank: int, error: OSError) -> None:
-    logger.warning("each rank keeps its shards of frozen weights: rank %d cannot have a common copy: %s", rank, error)
+    logger.warning(
+        "each rank keeps its own shards of frozen weights, because rank %d cannot use a common copy: %s", rank, error
+    )

@@ -4,8 +4,8 @@
 Backends match collectives only by their order. On gloo, two that differ in size give one rank a part of the other's
 bytes, or end a process without an exception. So on gloo each line of ranks has two private groups: one for weights and
 gradients, and one for agreements, where a message of fixed size goes first and says what follows. A rank that asks for
-something else than the others then waits without an answer, which is detected in time; see watch. NCCL has room for one
-group per device at a time, and gets no private ones.
+something else than the others then waits without an answer, which is detected in time; see request_log. NCCL has room
+for one group per device at a time, and gets no private ones.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def line_of(group: dist.ProcessGroup | None) -> Line:
 
 
 def forget(line: Line) -> None:
-    """Let the next engine of the same ranks have new groups, because ranks may be stuck in the present ones."""
+    """Give the next engine of the same ranks new groups, because ranks may be stuck in the present ones."""
     if line.is_own:
         _pairs.pop(line.ranks, None)
 

@@ -91,8 +91,8 @@ def shard(
         return GeminiDDP(model, config, init_fn=init_fn, weights=weights)
     if device.type == "cuda" and dist.get_backend(process_group) == "gloo":
         raise ConfigError(
-            f'zero.shard: gloo cannot exchange what is on {device}: call init_process_group("nccl"), or train with '
-            'GeminiConfig(device="cpu")'
+            f'zero.shard: gloo cannot exchange tensors on {device}: call init_process_group("nccl"), or train '
+            'with GeminiConfig(device="cpu")'
         )
     group = TorchGroup(
         process_group,
@@ -119,8 +119,8 @@ def shard(
             if len(node_ranks) == 1:
                 raise
             raise OutOfTierMemoryError(
-                f"{error}. These are one rank's bytes: give {len(node_ranks)} times as much, as this machine's ranks "
-                "share the host and disk budgets equally"
+                f"{error}. These are the bytes of one rank: set budgets {len(node_ranks)} times as large, because "
+                "the ranks of this machine divide the host and disk budgets equally"
             ) from error
         if file is not None:
             file.seal()

@@ -40,15 +40,15 @@ def find_tensor_mesh(model: torch.nn.Module, mesh: DeviceMesh | None, device: to
             first_name, found = name, own
         if own != found:
             raise ModelError(
-                f"parameters {first_name} and {name} are DTensors on different meshes, {found} and {own}: divide all "
-                "over one mesh of one dimension"
+                f"parameters {first_name} and {name} are DTensors on different meshes, {found} and {own}: divide "
+                "all parameters over one mesh of one dimension"
             )
     if found is None:
         return None
     if mesh is None:
         raise ConfigError(
-            f"zero.shard: mesh: parameter {first_name} is a DTensor on {found}, so it is not all ranks that train on "
-            f"batches of their own: {_REMEDY}"
+            f"zero.shard: mesh: parameter {first_name} is a DTensor on {found}, so not every rank trains on its "
+            f"own batches: {_REMEDY}"
         )
     common = set(found.mesh.flatten().tolist()) & set(mesh.mesh.flatten().tolist())
     if common != {dist.get_rank()}:
@@ -75,6 +75,6 @@ def check_grid(group: ShardGroup) -> None:
     """
     if len(set(group.ranks)) != len(group.ranks):
         raise ConfigError(
-            f"zero.shard: mesh: with tensor parallelism it gives the grid of ranks {list(group.ranks)}, in which some "
-            f"are several times: {_REMEDY}"
+            f"zero.shard: mesh: with tensor parallelism it gives the grid of ranks {list(group.ranks)}, in which "
+            f"some ranks occur several times: {_REMEDY}"
         )

@@ -32,8 +32,8 @@ from gemini.offload.swap_file import remove_abandoned
 from gemini.offload.transfer import Move
 from gemini.ranks.sharding import ChunkShard, RankAxis, RankGrid
 from zero.own_groups import Line, alone, forget, line_of
+from zero.request_log import LOOK_S, Request, RequestLog
 from zero.sharding import shard_of
-from zero.watch import LOOK_S, Request, Trail
 
 __all__ = ["TorchGroup"]
 
@@ -43,8 +43,8 @@ _num_groups: Counter[tuple[int, ...]] = Counter()
 """Number of groups that this process has made of the same ranks; each has its own board."""
 
 _SAME_WAY = (
-    "all ranks must run the same units in the same order, evaluation, reading (state_dict and the like), saving and "
-    "loading included"
+    "all ranks must run the same units in the same order, also in evaluation, reading (state_dict and the like), "
+    "saving and loading"
 )
 REPORT_S = 2.0
 """Seconds in which other ranks may report the same failure before they count as silent."""
@@ -87,7 +87,7 @@ class TorchGroup:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         # - Failures and their report
         self._swap_directory = swap_directory
-        self._trail = Trail()
+        self._request_log = RequestLog()
         self._failure: str | None = None
         self._board = f"zero-new-{self._rank}"  # key under which ranks report failures to each other
         own = torch.tensor([self._rank])
@@ -217,7 +217,7 @@ class TorchGroup:
                 counts = ", ".join(f"rank {rank} {count}" for rank, count, *_ in found.tolist())
                 self._fail(
                     request,
-                    f"rank {self._rank} and rank {others[0]} have not asked for the same collectives (so far: "
+                    f"rank {self._rank} and rank {others[0]} have called different collectives (so far: "
                     f"{counts}): {_SAME_WAY}",
                 )
         rows = self._collect(axes, values.contiguous().view(torch.uint8), request)
@@ -235,9 +235,9 @@ class TorchGroup:
         return rows
 
     def _note(self, kind: str, name: str) -> Request:
-        """Add a collective to the trail."""
+        """Add a collective to the log of requests."""
         self.check()
-        return self._trail.add(f"{kind} of {name}")
+        return self._request_log.add(f"{kind} of {name}")
 
     def _wait(self, work: dist.Work, request: Request, line: Line) -> None:
         """Wait for a collective, and check from time to time whether the others will come."""
@@ -252,9 +252,9 @@ class TorchGroup:
                 if work.is_completed():
                     raise
             peers = [rank for rank in line.ranks if rank != self._rank]
-            cause = self._trail.find_divergence(request, self._open_store(), self._rank, peers)
+            cause = self._request_log.find_divergence(request, self._open_store(), self._rank, peers)
             if cause is not None:
-                self._fail(request, f"rank {self._rank} waits for others that will not come: {cause}: {_SAME_WAY}")
+                self._fail(request, f"rank {self._rank} waits for ranks that will not come: {cause}: {_SAME_WAY}")
 
     def _fail(self, request: Request, reason: str) -> NoReturn:
         """Refuse further calls, and tell other ranks."""
@@ -268,7 +268,7 @@ class TorchGroup:
 
     @contextmanager
     def _behind(self, moves: Sequence[Move]) -> Iterator[None]:
-        """Issue a collective behind running copies and compute submitted so far, without delaying compute."""
+        """Issue a collective after running copies and compute submitted so far, without delaying compute."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
@@ -295,8 +295,8 @@ class TorchGroup:
             reason = str(error).splitlines()[0].split(". This ")[0]
             cause = self._find_cause(request.what, line)
             self._failure = (
-                f"{request.what} failed on rank {self._rank} of {dist.get_world_size()}: {cause}; "
-                f"the backend says: {reason}. Start all ranks again, from what was committed or a checkpoint"
+                f"{request.what} failed on rank {self._rank} of {dist.get_world_size()}: {cause}; the backend "
+                f"says: {reason}. Start all ranks again, from the last commit or a checkpoint"
             )
             self._forget_groups()
             raise CollectiveError(self._failure) from error
@@ -316,7 +316,7 @@ class TorchGroup:
             if closed:
                 cause = f"rank {', '.join(closed)} has closed its engine"
             elif silent:
-                cause = f"no word from rank {', '.join(silent)}, which has died or stalled, or waits elsewhere"
+                cause = f"no response from rank {', '.join(silent)}, which has died or stalled, or waits elsewhere"
             elif peers and not _missing(store, [f"cause {peers[0]}"]):
                 cause = store.get(f"cause {peers[0]}").decode()
             else:
@@ -353,7 +353,7 @@ class _PendingCollective:
         self._work: dist.Work | None = work
 
     def wait(self) -> None:
-        """Let compute that is submitted from now on see the result; on the CPU, block until it is there.
+        """Make compute that is submitted from now on wait for the result; on the CPU, block until it is complete.
 
         Raises:
             CollectiveError: a rank has died or stalled.
@@ -377,7 +377,7 @@ class _CudaMemory:
 
 
 def alias_of(buffer: torch.Tensor) -> torch.Tensor:
-    """Return a tensor over the same bytes with a storage of its own, which does not keep them alive.
+    """Return a tensor over the same bytes with its own storage, which does not keep them alive.
 
     Whether a slot may be evicted depends on other references to its storage. A collective may hold one for a moment
     after it has ended, and this moment is not the same on all ranks.
@@ -395,7 +395,7 @@ def alias_of(buffer: torch.Tensor) -> torch.Tensor:
 
 
 def _compare(what: str, others: Mapping[int, str]) -> str:
-    """Return why a collective may have failed although all ranks are there, given what each was in."""
+    """Return why a collective may have failed although all ranks are alive, given the collective of each."""
     for rank, other in others.items():
         if other != what:
             return f"rank {rank} was in the {other}: all ranks must run the same units in the same order"

@@ -1,6 +1,7 @@
 """Which models an engine takes: those whose parameters are theirs alone and hold their own values.
 
-What other libraries have done to a model is recognised by the names of their classes and attributes; none is imported.
+Changes by other libraries are recognised by the names of their classes and attributes; none of the libraries is
+imported.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ _MOVING_HOOKS = frozenset({"AlignDevicesHook", "CpuOffload", "LayerwiseCastingHo
 _MOVING_DIFFUSERS_HOOKS = ("offload", "casting")
 """Parts of the names of hooks of diffusers that move or cast the weights of their module."""
 _LOAD_PLAINLY = (
-    "load it without device_map, or remove the hooks with accelerate.hooks.remove_hook_from_submodules(model), before "
-    "GeminiDDP(...), which moves weights itself; where the weights were on disk they are then on meta: give "
-    "weights=DIRECTORY too"
+    "load it without device_map, or remove the hooks with accelerate.hooks.remove_hook_from_submodules(model), "
+    "before GeminiDDP(...), which moves weights itself; weights that were on disk are then on the meta device: "
+    "give weights=DIRECTORY too"
 )
 
 
@@ -76,8 +77,8 @@ def refuse_foreign(model: torch.nn.Module, *, has_weights: bool) -> None:
     for name, param in model.named_parameters():
         if hasattr(param, "ds_id"):
             raise ModelError(
-                f"parameter {name} is managed by DeepSpeed (it has a ds_id), which keeps its values elsewhere: build "
-                "the model outside of deepspeed.zero.Init and without HfDeepSpeedConfig"
+                f"parameter {name} is managed by DeepSpeed (it has a ds_id), which keeps its values elsewhere: "
+                "build the model outside deepspeed.zero.Init and without HfDeepSpeedConfig"
             )
         if not torch.nn.parameter.is_lazy(param):
             check_kind(name, param)
@@ -99,12 +100,12 @@ def _refuse_wrapper(what: str, module: torch.nn.Module) -> None:
     contract = sys.modules.get("torch.distributed._composable.contract")
     if contract is not None and "replicate" in (contract._get_registry(module) or ()):
         raise ModelError(
-            f"{what} was given to torch's replicate, which exchanges its gradients: use zero.shard instead"
+            f"{what} was given to torch's replicate, which averages its gradients over ranks: use zero.shard instead"
         )
     if isinstance(module, torch.jit.ScriptModule):
         raise ModelError(
-            f"{what} is a TorchScript module, whose parameters Python cannot exchange: wrap the module that it was "
-            "scripted or traced from, and speed it up with torch.compile"
+            f"{what} is a TorchScript module, whose parameters Python cannot replace: wrap the module that it was "
+            "scripted or traced from, and use torch.compile for speed"
         )
     for kind in type(module).__mro__:
         for (package, class_name), remedy in _WRAPPERS.items():

@@ -1,4 +1,4 @@
-"""Put an engine together as its blueprint says: claim memory and disk, bring the weights home.
+"""Build an engine from its blueprint: claim memory and disk, and write the weights to their homes.
 
 Whatever fails here leaves nothing behind: the model is untouched until memory and disk have been claimed.
 """
@@ -155,15 +155,15 @@ def _check_compiled(model: torch.nn.Module, blueprint: Blueprint) -> None:
     stay = all(homes.is_resident for homes in blueprint.plan.chunks) and not any(blueprint.shards)
     if is_compiled(model) and not stay:
         raise ModelError(
-            "the model is compiled as a whole, and some of its weights are not always in compute memory: compiled code "
-            "that reads a weight outside of its module would find none; compile its blocks instead, such as "
-            "`for block in model.blocks: block.compile()`"
+            "the model is compiled as a whole, and some of its weights are not always in compute memory: "
+            "compiled code that reads a weight outside its module would find no values; compile its blocks "
+            "instead, for example `for block in model.blocks: block.compile()`"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Builder:
-    """Carries a blueprint out."""
+    """Builds the engine of a blueprint."""
 
     config: GeminiConfig
     blueprint: Blueprint
@@ -173,12 +173,12 @@ class _Builder:
     commits: Commits
     memory: EngineMemory
     parts: Mapping[int, SharedPart]
-    """What other jobs may have too, by chunk id."""
+    """Chunks that can be shared with other jobs, by chunk id."""
     on_error: ExitStack
     """Closes what has been opened, should the rest fail."""
 
     def build(self, model: torch.nn.Module, init_fn: InitFn) -> Runtime:
-        """Claim memory and disk and bring the weights home."""
+        """Claim memory and disk, and write the weights to their homes."""
         blueprint, device = self.blueprint, self.resources.transfers.device
         shape, plan = blueprint.shape, blueprint.plan
         buffers = largest_buffers(blueprint.demands, plan, shape)
@@ -247,7 +247,7 @@ class _Builder:
         )
 
     def _stage_pageable_weights(self, core: ChunkCore) -> None:
-        """Let weights that could not be page-locked reach the device through slots that are, if there is room."""
+        """Copy weights that could not be page-locked through page-locked slots, if there is room for slots."""
         arena, shape, plan = self.resources.arena, self.blueprint.shape, self.blueprint.plan
         pageable = [chunk for chunk in core.chunks if chunk.home.is_pageable]
         if not pageable:
@@ -300,7 +300,7 @@ class _Builder:
             self.sharding.frozen_file.lay_out(nbytes, is_read_in_place=not blueprint.shape.has_device)
 
     def _add_shared_chunk(self, homes: ChunkPlacement, core: ChunkCore, initialiser: Initialiser) -> None:
-        """Take a frozen chunk's part of the common file; the rank that writes it brings the weights home."""
+        """Take a frozen chunk's part of the common file; the writing rank fills it with the weights."""
         blueprint, arena = self.blueprint, self.resources.arena
         spec, demand = blueprint.layout.chunks[homes.chunk_id], blueprint.demands[homes.chunk_id]
         tile_numel = blueprint.shape.tile_numel

@@ -1,4 +1,4 @@
-"""What is decided before an engine takes a byte: layout, shards, plan, and the memory they take."""
+"""Decisions before an engine allocates anything: layout, shards, plan, and the memory they need."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Blueprint:
     budgets: dict[MemoryTier, int | None]
     chunks_at_once: int
     commits: CommitLayout | None
-    """What lies in the commit file, whose `nbytes` is the length it must have; None: there is none."""
+    """Layout of the commit file, whose `nbytes` is its required length; None if there is none."""
 
     def commit_content(self) -> CommitContent:
         """Return what the commit file holds; there is one."""
@@ -154,7 +154,7 @@ def _lay_out_commits(
     dtypes: WorkingDtypes,
     demands: tuple[ChunkDemand, ...],
 ) -> CommitLayout:
-    """Lay out what a commit file holds beside the buffers, which the plan decides."""
+    """Lay out the parts of a commit file other than the buffers, which the plan decides."""
     buffers = model.named_buffers()
     return lay_out_overhead(
         demands,
@@ -172,7 +172,7 @@ def _shape_of(
     *,
     may_speculate: bool,
 ) -> RuntimeShape:
-    """Return what the configuration says of the buffers."""
+    """Return the sizes of buffers from the configuration."""
     return RuntimeShape(
         has_device=budgets[MemoryTier.DEVICE] is not None,
         tile_numel=config.tile_numel,
@@ -236,8 +236,8 @@ def _refuse_dtensors(model: torch.nn.Module) -> None:
     for name, param in model.named_parameters():
         if is_dtensor(param):
             raise ModelError(
-                f"parameter {name} is a DTensor, of which other ranks hold parts: wrap the model with "
-                "zero.shard(model, config, mesh=...), where the mesh is that of data parallelism, of one rank or more"
+                f"parameter {name} is a DTensor, and other ranks hold parts of it: wrap the model with "
+                "zero.shard(model, config, mesh=...); mesh is that of data parallelism and may have one rank"
             )
 
 

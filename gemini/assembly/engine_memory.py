@@ -1,4 +1,4 @@
-"""Who grants an engine its memory and disk: the machine itself, or the node's memory service."""
+"""The source of an engine's memory and disk: the machine itself, or a memory service."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["EngineMemory", "Grant", "OwnMemory"]
 
 
 class Grant(NamedTuple):
-    """What an engine is given beside plain host memory."""
+    """Resources that an engine gets in addition to plain host memory."""
 
     swap_file: GivenFile | None = None
     """The swap file; None if the engine makes its own."""
@@ -50,7 +50,7 @@ class EngineMemory(Protocol):
         ...
 
     def shared(self, part: SharedPart, fill: Callable[[torch.Tensor], None]) -> torch.Tensor:
-        """Return a chunk that is shared with other jobs, uint8 [part.nbytes]; `fill` writes it if nobody has yet."""
+        """Return a chunk that is shared with other jobs, uint8 [part.nbytes]; `fill` writes it if it is empty."""
         ...
 
     def explaining(self) -> AbstractContextManager[None]:
@@ -72,7 +72,7 @@ class EngineMemory(Protocol):
 
 
 class OwnMemory:
-    """The memory and the disk that a configuration names; nobody is asked for them. See EngineMemory.
+    """The memory and disk of a configuration, without a memory service. See EngineMemory.
 
     Args:
         config: of the engine.
@@ -108,7 +108,7 @@ class OwnMemory:
         return nullcontext()
 
     def confirm(self) -> None:
-        """Return: nobody waits for it."""
+        """Do nothing: no one waits for it."""
 
     def abandon(self) -> None:
         """Return: nothing was taken."""

@@ -20,7 +20,7 @@ import torch
 from gemini.errors import ModelError
 from gemini.model.flat_values import FlatValues
 from gemini.model.names import named_modules, named_params
-from gemini.model.tensor_parallel import is_dtensor, local_part, split_of, stand_in_for
+from gemini.model.tensor_parallel import is_dtensor, local_part, placeholder_like, split_of
 
 __all__ = ["InitFn", "Initialiser", "WeightSource", "find_init_fn", "place_buffers"]
 
@@ -38,7 +38,7 @@ class WeightSource(Protocol):
         """Return a buffer's value, in its shape, on the CPU; None: it has none."""
 
     def identity_of(self, name: str) -> str | None:
-        """Return words that stand for a parameter's values, wherever they are read; None: it has none."""
+        """Return words that identify a parameter's values in any process; None if there are none."""
 
 
 REMEDY = (
@@ -169,7 +169,7 @@ class Initialiser:
         return split.cut(found[0 : original.numel()].view(original.shape)).reshape(-1)
 
     def value_of(self, name: str) -> torch.Tensor:
-        """Return the first value that a parameter has of its own.
+        """Return the initial value of a parameter.
 
         Args:
             name: its canonical name.
@@ -201,7 +201,7 @@ class Initialiser:
         return real.detach() if split is None else split.cut(real.detach())
 
     def fill_buffers(self) -> None:
-        """Make buffers on the meta device real and let their modules fill them; then fill those that have a source.
+        """Allocate buffers of the meta device, have their modules fill them, then fill those with a source.
 
         Raises:
             ModelError: a buffer's module does not fill it, so its values are lost.
@@ -250,7 +250,7 @@ def place_buffers(model: torch.nn.Module, device: torch.device, dtypes: Mapping[
 def _final_param(param: torch.nn.Parameter, device: torch.device, dtype: torch.dtype) -> torch.nn.Parameter:
     if not param.is_meta and not (is_dtensor(param) and param.dtype != dtype):
         return param
-    missing = stand_in_for(param, torch.zeros((), dtype=dtype, device=device))
+    missing = placeholder_like(param, torch.zeros((), dtype=dtype, device=device))
     return torch.nn.Parameter(missing, requires_grad=param.requires_grad)
 
 

@@ -1,4 +1,4 @@
-"""Bring first weights into their homes, tile by tile; the float32 value a parameter has becomes its master, exactly."""
+"""Write initial weights to their homes, tile by tile; a parameter's float32 value becomes its master exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine has of a memory service: budgets, a lease, a file on its disk, what is kept of a predecessor."""
+"""An engine's resources from a memory service: budgets, a lease, a disk file, the kept state of a predecessor."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ ASKING = "asking the memory service"
 
 
 class NodeMemory:
-    """One engine's dealings with the service, from `connect` to `close`; see EngineMemory.
+    """One engine's use of the service, from `connect` to `close`; see EngineMemory.
 
     Args:
         client: connected; closed with this.
@@ -62,11 +62,12 @@ class NodeMemory:
         self._config = config
         self._sharding = sharding
         self._kept: KeptState | None = None
-        """What was taken over of a predecessor."""
+        """Kept state that was taken over from a predecessor."""
         self._commits: CommitFile | None = None
-        """The predecessor's; this engine's if it goes on from there."""
+        """Commit file of the predecessor; this engine's if it continues from there."""
         self._meta = b""
-        """What describes the state that is kept: the host budget, and a digest of which frozen weights it goes with."""
+        """Description of the kept state: the host budget, and a digest that identifies the frozen weights it belongs
+        to."""
         self._finalizer = weakref.finalize(self, _close_soon, client)
         self._finalizer.atexit = False  # the end of the process ends the connection
 
@@ -90,8 +91,8 @@ class NodeMemory:
         rank, num_ranks = sharding.node_ranks.index(sharding.group.rank), len(sharding.node_ranks)
         if config.job is None and num_ranks > 1:
             raise ConfigError(
-                f"GeminiConfig.job: expected a name that the {num_ranks} ranks have in common, by which the memory "
-                "service grants them what they need together; got None"
+                f"GeminiConfig.job: expected a name that all {num_ranks} ranks share, so that the memory service "
+                "can grant their requests together; got None"
             )
         try:
             from gemini.service import ServiceClient
@@ -105,7 +106,7 @@ class NodeMemory:
         )
         if client.kept is not None and not config.snapshots:
             logger.warning(
-                "the memory service keeps the state of a job %s that was killed: GeminiConfig(snapshots=True) goes on "
+                "the memory service keeps the state of a killed job %s: GeminiConfig(snapshots=True) continues "
                 "from it, `python -m gemini evict %s` drops it",
                 job,
                 job,
@@ -143,7 +144,7 @@ class NodeMemory:
         if kept is not None:
             if self._config.host_budget is not None and budgets[MemoryTier.HOST] != kept:
                 logger.warning(
-                    "job %s goes on within the host budget of %s that it had when it was killed",
+                    "job %s continues with the host budget of %s that it had when it was killed",
                     self._config.job,
                     format_nbytes(kept),
                 )
@@ -153,20 +154,20 @@ class NodeMemory:
         nvme_nbytes = budgets[MemoryTier.NVME]
         if nvme_nbytes is not None:
             if node.disk_total == 0:
-                logger.warning("the memory service has no disk, so nothing will live there: serve --nvme DIR:BYTES")
+                logger.warning("the memory service has no disk, so none is used; start it with serve --nvme DIR:BYTES")
             budgets[MemoryTier.NVME] = min(
                 nvme_nbytes, max(0, node.disk_total // len(self._sharding.node_ranks) - HEADER_NBYTES)
             )
         return budgets
 
     def _take_kept(self) -> None:
-        """Take over what the service keeps of a predecessor, if anything."""
+        """Take over the kept state of a predecessor, if there is any."""
         if self.client.kept is not None and self._config.snapshots:
             self._kept = self.client.take_kept()
             self._commits = CommitFile.open(self._kept.fd)
 
     def _drop_kept(self) -> None:
-        """Give back what was taken over: there is no step in it that all ranks have committed."""
+        """Give back the kept state, because it has no step that all ranks have committed."""
         if self._commits is not None:
             self._commits.close()
         if self._kept is not None:
@@ -179,11 +180,11 @@ class NodeMemory:
     def shared_parts(
         self, blueprint: Blueprint, model: torch.nn.Module, weights: WeightSource | None
     ) -> Mapping[int, SharedPart]:
-        """Return the frozen chunks that other jobs may have too, by chunk id; see find_shared_parts."""
+        """Return the frozen chunks that can be shared with other jobs, by chunk id; see find_shared_parts."""
         return find_shared_parts(blueprint, model, weights)
 
     def claim(self, blueprint: Blueprint, shared: Iterable[SharedPart]) -> Grant:
-        """Wait until the service grants what an engine takes, or take over what it keeps of a predecessor.
+        """Wait until the service grants the memory of an engine, or take over the kept state of a predecessor.
 
         Args:
             blueprint: says how much.
@@ -209,8 +210,8 @@ class NodeMemory:
         if self._kept is not None:
             if self._kept.meta.split()[1:] != [frozen]:
                 logger.warning(
-                    "job %s goes on from its last commit, but its frozen weights come from other files, or from files "
-                    "that were changed since: what it has learnt may not fit them",
+                    "job %s continues from its last commit, but its frozen weights come from other files, or the "
+                    "files have changed: the trained weights may not fit them",
                     self._config.job,
                 )
             return Grant(_swap_file(self._kept.lease), self._commits)
@@ -247,8 +248,8 @@ class NodeMemory:
             if self._config.host_budget is not None:
                 raise
             raise OutOfTierMemoryError(
-                f"{error}. The host budget is this rank's fair part of what the memory service has to grant (serve "
-                "--host-budget), unless host_budget says less"
+                f"{error}. By default, the host budget is this rank's fair share of what the memory service can "
+                "grant (serve --host-budget); host_budget can lower it"
             ) from error
 
     def shared(self, part: SharedPart, fill: Callable[[torch.Tensor], None]) -> torch.Tensor:
@@ -271,8 +272,8 @@ class NodeMemory:
         except OutOfTierMemoryError as error:  # only who has taken over what was kept has not asked for it before
             raise OutOfTierMemoryError(
                 f"host tier: no room for {format_nbytes(part.nbytes)} of frozen weights now, which are granted "
-                f"apart from what is kept of job {self._config.job}: start it again when other jobs have ended; what "
-                "it committed is kept meanwhile"
+                f"separately from the kept state of job {self._config.job}: start the job again when other jobs "
+                "have ended; its committed state is kept until then"
             ) from error
         with found as chunk:
             if not chunk.is_filled:
@@ -290,7 +291,7 @@ class NodeMemory:
         self.client.close(keep=keep)
 
     def confirm(self) -> None:
-        """Say that the engine has come to be: of what was kept for it, it needs nothing but what it has asked for."""
+        """Tell the service that the engine is complete: it needs no kept chunks except those that it has asked for."""
         if self._kept is not None:
             self._kept.lease.set_meta(self._meta)
 
@@ -302,7 +303,7 @@ class NodeMemory:
 
 
 def _close_soon(client: ServiceClient) -> None:
-    """Give back what an engine had that nobody has closed, but what it committed; takes no lock in this thread."""
+    """Give back what an engine that was not closed had, except its committed state; takes no lock in this thread."""
     threading.Thread(target=client.close, kwargs={"keep": True}, daemon=True).start()
 
 

@@ -1,10 +1,10 @@
 """Frozen weights that several jobs of a machine read from one copy.
 
 [Note: Frozen weights of several jobs]
-A frozen chunk whose tiles all live in host memory is asked for by a key made of where its values come from: the files
-of a checkpoint (which, how long, of when) and the tensors' names there, or the values that the model has. Whoever asks
-first writes the chunk into a memory file, tells the SHA-256 of its bytes and seals it; all others map it and read
-nothing. It is mapped copy-on-write, so a page that a program writes to becomes that process's own.
+A frozen chunk whose tiles are all in host memory is requested by a key. The key is made from the source of the values:
+the files of a checkpoint (name, length and time) and the names of the tensors in them, or the values in the model. The
+first process to ask writes the chunk into a memory file, reports the SHA-256 of its bytes, and seals it. All others map
+it and read no files. The mapping is copy-on-write, so a page that a program writes to becomes that process's own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HASHED_NBYTES = 16 << 20
 
 
 class SharedPart(NamedTuple):
-    """A chunk of frozen weights as the service knows it."""
+    """A chunk of frozen weights, in the terms of the service."""
 
     key: str
     nbytes: int
@@ -83,7 +83,7 @@ def find_shared_parts(
 
 
 def fill_shared(descriptor: int, nbytes: int, fill: Callable[[torch.Tensor], None]) -> str:
-    """Let a memory file be written; return the digest of its content. Nothing maps it any more then."""
+    """Have a memory file written; return the digest of its content. The file is unmapped again on return."""
     os.posix_fallocate(descriptor, 0, nbytes)  # a shortage is an error here, and a signal in the first write
     with mmap.mmap(descriptor, nbytes) as mapping:
         memory = torch.frombuffer(mapping, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""The state of a backward pass: running, ended or failed. Knows nothing of gradients."""
+"""The state of a backward pass: running, ended or failed. Knows no gradients."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class BackwardPass:
     def ends_as_failed(self) -> bool:
         """Return whether the open pass has failed, and wait a moment for autograd to forget it if that may still come.
 
-        Where a device has a thread of autograd's, that thread is the last to hold what a pass held, and lets go of it
-        only after the thread that called backward has got the error. There is nothing to wait for inside of a backward,
-        nor in a pass that its caller ends.
+        Autograd's device thread, if there is one, is the last to hold the objects of a pass, and releases them only
+        after the thread that called backward has got the error. There is nothing to wait for inside a backward, or in a
+        pass that its caller ends.
         """
         if self._is_awaited and torch._C._current_graph_task_id() == -1:
             deadline_s = time.monotonic() + PATIENCE_S
@@ -78,8 +78,8 @@ class BackwardPass:
         elif not is_autograd_thread():
             if self._thread not in (None, threading.get_ident()):
                 raise ModelError(
-                    f"a backward in thread {threading.current_thread().name}, while another thread runs one of this "
-                    "GeminiDDP: one thread at a time may use an engine; let threads take turns with a lock of yours"
+                    f"a backward in thread {threading.current_thread().name}, while another thread runs one of "
+                    "this GeminiDDP: one thread at a time may use an engine; let threads take turns with a lock"
                 )
             self._thread = threading.get_ident()
         return is_new

@@ -49,7 +49,7 @@ class EngineAccess:
             )
 
     def claim(self, action: str) -> None:
-        """Let this thread hold the engine until `release`; repeated calls change nothing.
+        """Claim the engine for this thread until `release`; repeated calls change nothing.
 
         Args:
             action: what the thread is about to do, for messages.
@@ -64,7 +64,7 @@ class EngineAccess:
             self._holder["thread"] = (threading.get_ident(), action)  # replaces the entry of a thread that has ended
 
     def release(self) -> None:
-        """Let any thread hold the engine. Called from: the thread that holds it."""
+        """Release the engine for other threads. Called from: the thread that claimed it."""
         self._holder.clear()
 
     @property
@@ -81,9 +81,9 @@ class EngineAccess:
         other = next((thread for thread in threading.enumerate() if thread.ident == holder[0]), None)
         if other is not None:
             raise ModelError(
-                f"{action} in thread {threading.current_thread().name}, while {holder[1]} of the same GeminiDDP is "
-                f"under way in thread {other.name}: one thread at a time may use an engine, whose weights are fetched "
-                "for one forward; let threads take turns with a lock of yours, or hand their batches to one of them"
+                f"{action} in thread {threading.current_thread().name}, while {holder[1]} of the same GeminiDDP "
+                f"is under way in thread {other.name}: one thread at a time may use an engine, whose weights are "
+                "fetched for one forward; let threads take turns with a lock, or hand their batches to one thread"
             )
 
     @contextmanager

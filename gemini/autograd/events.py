@@ -28,11 +28,11 @@ class Moments:
 
     @property
     def listeners(self) -> tuple[MomentListener, ...]:
-        """Listeners in the order in which they are told."""
+        """Listeners in the order in which they are called."""
         return tuple(self._listeners)
 
     def add(self, listener: MomentListener) -> None:
-        """Tell a listener every moment from now on."""
+        """Report every moment to a listener from now on."""
         self._listeners.append(listener)
 
     def remove(self, listener: MomentListener) -> None:
@@ -40,7 +40,7 @@ class Moments:
         self._listeners.remove(listener)
 
     def note(self, kind: str, unit_id: int) -> None:
-        """Tell all listeners a moment; see MomentListener."""
+        """Report a moment to all listeners; see MomentListener."""
         for listener in self._listeners:
             listener.moment(kind, unit_id)
 

@@ -106,7 +106,7 @@ _RESHAPING = frozenset(
 
 @lru_cache(maxsize=4096)
 def kind_of(func: Any) -> FunctionKind:
-    """Return what a function of torch's wants of a weight."""
+    """Return what a torch function needs from a weight."""
     name = getattr(func, "__name__", "")
     if name in ("__get__", "__set__", "__delete__"):
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")

@@ -113,7 +113,7 @@ class GradientUse:
 
 
 def attach_sink(param: torch.Tensor, sink: GradientSink) -> None:
-    """Let uses of a parameter deliver to a sink."""
+    """Make the uses of a parameter deliver their gradients to a sink."""
     setattr(param, _SINK_ATTRIBUTE, sink)
 
 

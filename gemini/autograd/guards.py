@@ -60,9 +60,10 @@ class OptimizerGuard:
         if refused:
             num_params = sum(map(len, groups))
             raise ConfigError(
-                f"{type(optimizer).__name__}.step: {len(refused)} of its {num_params} parameters belong to a GeminiDDP "
-                f"(the first is of shape {tuple(refused[0].shape)}), whose gradients it does not find and would not "
-                "train: use HybridAdam(engine.parameters()), and this optimizer for other parameters only"
+                f"{type(optimizer).__name__}.step: {len(refused)} of its {num_params} parameters belong to a "
+                f"GeminiDDP (the first is of shape {tuple(refused[0].shape)}), whose gradients it cannot find, so "
+                "it would not train them: use HybridAdam(engine.parameters()), and this optimizer only for other "
+                "parameters"
             )
         self._passed[optimizer] = seen
 
@@ -81,17 +82,18 @@ def foreign_write_error(function_name: str, param_name: str) -> ConfigError | Mo
         return grad_scaler_error()
     return ModelError(
         f"torch.{function_name} would change the gradient of {param_name} in place, but .grad only shows where it "
-        "waits: clip with HybridAdam(..., max_grad_norm=...) or engine.clip_grad_norm_, not with torch.nn.utils' "
-        "functions; drop gradients with zero_grad(); scale the loss, not gradients (of torch's pipeline schedules: "
-        "scale_grads=False); change single ones with parameter.register_hook, or assign a new tensor to .grad"
+        "waits: clip with HybridAdam(..., max_grad_norm=...) or engine.clip_grad_norm_, not with functions of "
+        "torch.nn.utils; drop gradients with zero_grad(); scale the loss, not gradients (in torch's pipeline "
+        "schedules, scale_grads=False); change single gradients with parameter.register_hook, or assign a new "
+        "tensor to .grad"
     )
 
 
 def grad_scaler_error() -> ConfigError:
     """Return the error for a GradScaler around HybridAdam."""
     return ConfigError(
-        "GradScaler around HybridAdam: leave it out, or make it with enabled=False: a GeminiDDP in float16 scales the "
-        "loss by itself (GeminiConfig.initial_loss_scale), and bfloat16 and float32 need no scaling"
+        "GradScaler around HybridAdam: leave it out, or create it with enabled=False: in float16, a GeminiDDP "
+        "scales the loss itself (GeminiConfig.initial_loss_scale), and bfloat16 and float32 need no scaling"
     )
 
 

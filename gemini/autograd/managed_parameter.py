@@ -45,7 +45,7 @@ __all__ = [
     "refuse",
     "release",
     "show",
-    "stand_in",
+    "make_placeholder",
     "weight_of",
 ]
 
@@ -65,7 +65,7 @@ class OpenWeight(Protocol):
 
 
 class Weight(Protocol):
-    """What an engine knows of one of its parameters."""
+    """One parameter of an engine, as its class sees it."""
 
     @property
     def name(self) -> str:
@@ -90,13 +90,13 @@ class Weight(Protocol):
         """Make the parameter show its values while the context is open; writes reach the home at its end."""
 
     def saved_for_backward(self) -> AbstractContextManager[None]:
-        """Let backward find what autograd saves of weights while the context is open."""
+        """Save weights for backward as places in chunks while the context is open."""
 
     def finish_update(self) -> None:
         """Wait until the weight is not being written."""
 
     def count_write(self) -> None:
-        """Tell graphs that have saved the parameter that it was written, as torch's version counter does."""
+        """Record a write, so that graphs that have saved the parameter notice it, as with torch's version counter."""
 
     def stamp(self) -> object:
         """Return an object that is unequal to a later one once the values may have changed."""
@@ -127,7 +127,7 @@ class Weight(Protocol):
 
 
 def _run(args: tuple[Any, ...], kwargs: Mapping[str, Any], func: Any) -> Any:
-    """Let the weight behind the first managed argument run a function."""
+    """Run a function with the weight of the first managed argument."""
     weight = _first_weight(args) or _first_weight(kwargs.values())
     if weight is None:  # a subclass of these classes, or an attribute of the class itself
         with torch._C.DisableTorchFunctionSubclass():
@@ -186,7 +186,7 @@ def _managed_type(kind: type) -> type:
 
 
 def manage(param: torch.nn.Parameter, weight: Weight) -> None:
-    """Let a parameter read as a weight's value from now on."""
+    """Make a parameter read as a weight's value from now on."""
     setattr(param, _WEIGHT, weight)
     param.__class__ = _managed_type(type(param))
 
@@ -284,7 +284,7 @@ class WeightAlias(_View):
             raise refuse(
                 weight,
                 "a view of it is used after its .data was replaced",
-                "take the view anew, from the parameter, or write with copy_ instead of replacing .data",
+                "take a new view from the parameter, or write with copy_ instead of replacing .data",
             )
 
 
@@ -314,7 +314,7 @@ class GraphView(_View):
             )
 
 
-_INSTEAD_OF_A_VIEW = "set the parameter's .grad to the values it shall have, or clone the tensor to change the copy"
+_INSTEAD_OF_A_VIEW = "assign the new values to the parameter's .grad, or clone the tensor to change the copy"
 
 
 class WaitingGradient(torch.Tensor):
@@ -454,14 +454,14 @@ def alias_of(weight: Weight, geometry: Geometry, device: torch.device, *, keeps_
         The view.
     """
     like = torch.empty((), dtype=geometry.dtype, device=device).expand(geometry.size)
-    alias: WeightAlias = stand_in(WeightAlias, weight, like)
+    alias: WeightAlias = make_placeholder(WeightAlias, weight, like)
     alias._geometry = geometry
     alias._keeps_version = keeps_version
     alias._binding = weight.num_bindings
     return alias
 
 
-def stand_in(kind: type, weight: Weight, like: torch.Tensor) -> Any:
+def make_placeholder(kind: type, weight: Weight, like: torch.Tensor) -> Any:
     """Return a tensor of a class, with a tensor's size, dtype and device and no memory."""
     empty = torch.full((), float("nan") if like.dtype.is_floating_point else 0, dtype=like.dtype, device=like.device)
     torch._C._set_throw_on_mutable_data_ptr(empty)

@@ -192,7 +192,7 @@ class HookSet:
         self._release()
 
     def _release(self) -> None:
-        """Let other threads use the engine if no part of it is running here."""
+        """Release the engine for other threads if no part of it is running in this thread."""
         if not self._depth and not self._entered and self._events.access.is_ours:
             self._events.access.release()
 
@@ -221,9 +221,9 @@ class HookSet:
         for module, name, param in self._owners:
             if module._parameters.get(name) is not param:
                 raise ModelError(
-                    f"parameter {name} of a {type(module).__name__} was replaced after GeminiDDP(...), which manages "
-                    "the one it found; change the model before wrapping it, and call torch.func.functional_call, which "
-                    "replaces parameters for a while, on a plain copy of it"
+                    f"parameter {name} of a {type(module).__name__} was replaced after GeminiDDP(...), which "
+                    "manages the one it found; change the model before wrapping it; call "
+                    "torch.func.functional_call, which replaces parameters temporarily, on a plain copy of it"
                 )
 
     def _hide(self, unit_id: int) -> None:

@@ -35,7 +35,7 @@ def is_transforming() -> bool:
 
 @contextmanager
 def outside_transforms() -> Iterator[None]:
-    """Let code run, while the context is open, as if no transform of torch.func were active."""
+    """Run code in the context as if no transform of torch.func were active."""
     message = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
     with temporarily_clear_interpreter_stack():
         torch._C._autograd._saved_tensors_hooks_enable()

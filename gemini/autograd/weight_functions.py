@@ -58,7 +58,7 @@ def _check_reshaping(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     if weight is None or (is_flag and (tensor is weight.param or not all((*args[1:], *kwargs.values())))):
         return
     if is_flag:
-        raise refuse(weight, "gradients were asked for of a view that is in no graph", "clone it first")
+        raise refuse(weight, "gradients were requested of a view that is in no graph", "clone it first")
     raise refuse(
         weight,
         f"{func.__name__} would change its shape, strides or storage in place",
@@ -127,7 +127,7 @@ def _run_transformed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 def _keep_precision(target: Any, source: Any) -> None:
-    """Let a weight's master keep the precision of copied values beyond the weight's own dtype."""
+    """Keep in a weight's master the precision of copied values that the weight's own dtype cannot hold."""
     weight = weight_of(target)
     if weight is None or not isinstance(source, torch.Tensor) or not source.is_floating_point():
         return
@@ -151,22 +151,22 @@ def _call(
     opened: Mapping[int, OpenWeight],
 ) -> Any:
     """Call a function on memory that holds values."""
-    stand_ins = {id(tensor): _resolve(tensor, opened[id(weight)]) for tensor, weight in found}
+    replacements = {id(tensor): _resolve(tensor, opened[id(weight)]) for tensor, weight in found}
 
-    args = tuple(_replaced(value, stand_ins) for value in args)
-    kwargs = {name: _replaced(value, stand_ins) for name, value in kwargs.items()}
+    args = tuple(_replaced(value, replacements) for value in args)
+    kwargs = {name: _replaced(value, replacements) for name, value in kwargs.items()}
     params = [tensor for tensor, weight in found if tensor is weight.param]
     result = found[0][1].call_shared(func, args, kwargs, params) if params else func(*args, **kwargs)
-    originals = {id(stand_ins[id(tensor)]): tensor for tensor, _ in found}
+    originals = {id(replacements[id(tensor)]): tensor for tensor, _ in found}
     if isinstance(result, (list, tuple)) and type(result) in (list, tuple):
         return type(result)(originals.get(id(each), each) for each in result)
     return originals.get(id(result), result)
 
 
-def _replaced(value: Any, stand_ins: Mapping[int, torch.Tensor]) -> Any:
+def _replaced(value: Any, replacements: Mapping[int, torch.Tensor]) -> Any:
     if type(value) in (list, tuple):
-        return type(value)(_replaced(each, stand_ins) for each in value)
-    return stand_ins.get(id(value), value)
+        return type(value)(_replaced(each, replacements) for each in value)
+    return replacements.get(id(value), value)
 
 
 def _needs_own_memory(tensor: torch.Tensor, opened: Collection[OpenWeight]) -> bool:
@@ -326,14 +326,14 @@ def _data_of(tensor: torch.Tensor, weight: Weight) -> torch.Tensor:
         if is_dtensor(tensor):
             raise refuse(
                 weight,
-                "its .data was taken, and it is divided among ranks",
-                "read it with .detach() and write it in place under torch.no_grad()",
+                "its .data was read, and it is divided among ranks",
+                "read it with .detach(), and write it in place under torch.no_grad()",
             )
         return alias_of(weight, geometry, tensor.device, keeps_version=True)
 
 
 def _address(tensor: torch.Tensor, weight: Weight, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Hand out memory: the weight's own while its module runs, else a copy that lives as long as its user."""
+    """Return memory: the weight's own while its module runs, otherwise a copy that lives as long as its user."""
     is_array = func.__name__ in ("numpy", "__array__", "__dlpack__")
     if weight.is_held and tensor is weight.param and not is_array:
         with torch._C.DisableTorchFunctionSubclass():

@@ -31,12 +31,12 @@ SOURCE = "the commit file"
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What `recover_step` found."""
+    """The result of `recover_step`."""
 
     step: int
     """Optimizer steps that had been taken when it was committed, skipped ones not counted."""
     extra: Any
-    """What the user gave to be kept."""
+    """Data that the user saved as `extra`."""
 
 
 def commit_step(runtime: Runtime, participants: Participants, *, extra: Any) -> None:
@@ -76,7 +76,7 @@ def commit_step(runtime: Runtime, participants: Participants, *, extra: Any) -> 
 
 
 def recover_step(runtime: Runtime, participants: Participants) -> Recovered:
-    """Restore what the engine's homes do not hold; see GeminiDDP.recover."""
+    """Restore the state that is not in the engine's homes; see GeminiDDP.recover."""
     runtime.check_usable()
     found = runtime.commits.step
     if found is None:

@@ -1,4 +1,4 @@
-"""Where checkpoints are kept: each in a directory of its own, which appears under its name when it is complete.
+"""A directory of checkpoints: each has its own directory, which gets its name when it is complete.
 
     DIR/step-00000300-save-00001/     complete
     DIR/step-00000400-save-00002/
@@ -50,11 +50,11 @@ class CheckpointDirectory:
 
     @property
     def place(self) -> Path:
-        """Where a checkpoint is put together."""
+        """Directory in which a checkpoint is assembled."""
         return self._staged.place
 
     def begin(self) -> None:
-        """Lock the directory and make an empty place; what earlier attempts have left behind is removed.
+        """Lock the directory and make an empty one inside; what earlier attempts have left is removed.
 
         Raises:
             OffloadIOError: it cannot be made, or another process is saving into it.
@@ -72,11 +72,11 @@ class CheckpointDirectory:
                 shutil.rmtree(left, ignore_errors=True)
 
     def abandon(self) -> None:
-        """Remove what has been put together since `begin`, if anything has."""
+        """Remove what has been written since `begin`, if anything."""
         self._staged.abandon()
 
     def publish(self, manifest: Manifest, *, keep_last: int | None) -> int:
-        """Make a checkpoint visible, all of whose files are on the drive; then remove the oldest ones.
+        """Publish a checkpoint whose files are all on the drive; then remove the oldest checkpoints.
 
         Renaming the directory is the atomic moment: before it there is no new checkpoint, after it a whole one.
 
@@ -93,7 +93,7 @@ class CheckpointDirectory:
         """
         fault = _find_fault(self.place, manifest)
         if fault is not None:
-            raise CheckpointError(f"{fault}; give all ranks one directory that they share")
+            raise CheckpointError(f"{fault}; give all ranks the same shared directory")
         with naming_file("complete checkpoint", self.place):
             write_durably(self.place / MANIFEST, manifest.to_json().encode())
             number = max(map(_number_of, self.path.iterdir()), default=0) + 1  # incomplete ones stand in the way, too
@@ -175,7 +175,7 @@ def has_checkpoint(path: str | os.PathLike[str]) -> bool:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read a checkpoint's manifest, and make sure that all its files are there in full length.
+    """Read a checkpoint's manifest, and check that all its files exist in full length.
 
     Args:
         path: from `find_checkpoint`.

@@ -1,4 +1,4 @@
-"""Loading a training checkpoint into an engine of the same model, whatever placement, chunks or ranks it has.
+"""Loads a training checkpoint into an engine of the same model, with any placement, chunks or ranks.
 
 Each rank takes what it owns from whichever files have it, a tile at a time. What can be checked is checked before
 anything is changed.
@@ -42,14 +42,14 @@ CHECKED_NUMEL = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class LoadedCheckpoint:
-    """What `load_checkpoint` found."""
+    """The result of `load_checkpoint`."""
 
     path: Path
     """The checkpoint's own directory."""
     step: int
     """Optimizer steps that had been taken when it was saved."""
     extra: Any
-    """What the user gave to be kept."""
+    """Data that the user saved as `extra`."""
 
 
 def load_checkpoint(runtime: Runtime, path: Path, participants: Participants, *, verify: bool) -> LoadedCheckpoint:
@@ -81,7 +81,7 @@ def load_checkpoint(runtime: Runtime, path: Path, participants: Participants, *,
                 _load_params(runtime, files, manifest)
                 restore_run_state(runtime, participants, state, of_rank)
         except BaseException as error:
-            runtime.updates.failure = f"loading {path} failed half way ({error or type(error).__name__})"
+            runtime.updates.failure = f"loading {path} failed before it was complete ({error or type(error).__name__})"
             raise
     runtime.steps.resume_at(manifest.step)
     if own is not None:
@@ -95,8 +95,8 @@ def _check_same(runtime: Runtime, manifest: Manifest, path: Path) -> None:
     others = [rank for rank, checksum in enumerate(found) if checksum != found[0]]
     if others:
         raise CheckpointError(
-            f"load_checkpoint: {path}: rank 0 and rank {others[0]} see different checkpoints; give all ranks one "
-            "directory that they share"
+            f"load_checkpoint: {path}: rank 0 and rank {others[0]} see different checkpoints; give all ranks the "
+            "same shared directory"
         )
 
 
@@ -188,7 +188,7 @@ def _load_params(runtime: Runtime, files: Mapping[str, SafetensorsReader], manif
 def _read_run(
     files: Mapping[str, SafetensorsReader], manifest: Manifest, place: ParamPlace, kind: str, begin: int, end: int
 ) -> torch.Tensor:
-    """Return elements [begin, end) of this rank's part of a parameter, from wherever they are."""
+    """Return elements [begin, end) of this rank's part of a parameter from the files that have them."""
     param = place.spec.name
     runs = []
     for run in _saved_runs(manifest.params[param].division, place, begin, end):

@@ -1,4 +1,4 @@
-"""What a checkpoint consists of: the last file to be written, and the first to be read. Pure but for the parsing."""
+"""The manifest of a checkpoint, which is written last and read first. Pure except for parsing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MAX_NUM_PARTS = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """How a parameter was divided into equal parts before these were cut into runs: as tensor parallelism does.
+    """Division of a parameter into equal parts, as by tensor parallelism; the parts are then cut into runs.
 
     Blocks of its elements, in row-major order, were dealt to the parts in turn.
     """
@@ -158,7 +158,7 @@ class Manifest:
             return _manifest_of(document["body"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
-                f"{source} is damaged or no manifest ({type(error).__name__}: {error}); take another checkpoint"
+                f"{source} is damaged or is not a manifest ({type(error).__name__}: {error}); take another checkpoint"
             ) from None
 
 
@@ -227,7 +227,7 @@ def find_pieces(manifest: Manifest, param: str, part: int, begin: int, end: int)
     found = [(name, p) for name, p in pieces if p.part == part and p.begin < end and p.end > begin]
     found.sort(key=lambda pair: pair[1].begin)
     if begin < end and not _covers([piece for _, piece in found], begin, end):
-        raise ValueError(f"elements of {param} are missing, or there twice")
+        raise ValueError(f"elements of {param} are missing or duplicated")
     return found
 
 

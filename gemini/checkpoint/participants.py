@@ -1,4 +1,4 @@
-"""Who takes part in a checkpoint: the engine's ranks, and what the user trains with besides the engine."""
+"""The participants of a checkpoint: the engine's ranks, and the user's optimizer, scheduler and modules."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 
 
 class CheckpointedOptimizer(Protocol):
-    """An optimizer whose moments are the engine's, as far as checkpoints know one."""
+    """The parts of an optimizer that checkpoints use; its moments belong to the engine."""
 
     def hyper_state_dict(self) -> dict[str, Any]:
         """Return parameter groups and step counts, by parameter name."""
@@ -52,7 +52,7 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Participants:
-    """What a checkpoint keeps the state of, besides the engine's parameters."""
+    """Objects whose state a checkpoint contains, in addition to the engine's parameters."""
 
     model: torch.nn.Module
     """The wrapped one, whose modules may keep extra state."""
@@ -82,8 +82,8 @@ def participants_of(
     own: Any = runtime.coming.optimizer
     if optimizer is not None and optimizer is not own:
         raise ConfigError(
-            f"GeminiDDP: optimizer: expected the HybridAdam that was built last on this engine, got a "
-            f"{type(optimizer).__name__} that is not"
+            "GeminiDDP: optimizer: expected the HybridAdam that was built last on this engine, got another "
+            f"{type(optimizer).__name__}"
         )
     buffers = {name: local_part(buffer) for name, buffer in persistent_buffers(model).items()}
     return Participants(model=model, buffers=buffers, optimizer=own, scheduler=scheduler)

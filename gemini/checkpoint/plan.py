@@ -1,4 +1,4 @@
-"""What a save will write, decided before anything is written: plain data, and functions that touch nothing.
+"""The plan of a save, made before anything is written: plain data and pure functions.
 
 Every rank's file of parameters has an entry for each kind of each parameter. It is empty where other ranks save all
 elements, so that all ranks' files list the same.
@@ -33,7 +33,7 @@ __all__ = ["PlannedRun", "SavePlan", "SavedChunk", "manifest_of", "plan_save", "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedChunk:
-    """A chunk, as far as a save must know one."""
+    """The parts of a chunk that a save needs."""
 
     spec: ChunkSpec
     shard: ChunkShard | None
@@ -67,7 +67,7 @@ class PlannedRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavePlan:
-    """What one rank writes of a checkpoint."""
+    """The part of a checkpoint that one rank writes."""
 
     step: int
     """Optimizer steps taken."""
@@ -95,7 +95,7 @@ class SavePlan:
 
     @property
     def runs_behind(self) -> Iterator[PlannedRun]:
-        """Runs that are written while training goes on, in this order."""
+        """Runs that are written while training continues, in this order."""
         return (run for run in self.runs if run.begin < run.end and not run.is_on_device)
 
     def entry_of(self, run: PlannedRun, kind: str) -> TensorEntry:
@@ -156,7 +156,7 @@ def _run_of(place: ParamPlace, shard: ChunkShard | None, *, rank: int, grid: Ran
 
 
 def summary_of(plan: SavePlan, checksums: Mapping[str, int], run_state: FileRecord) -> list[int]:
-    """Return what the first rank must know of a rank's files, when they are written.
+    """Return the summary of a rank's written files that the first rank needs.
 
     Args:
         plan: what the files hold.

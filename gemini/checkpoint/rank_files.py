@@ -17,7 +17,7 @@ __all__ = ["RankFiles"]
 
 
 class RankFiles:
-    """Writes what a rank saves, a tile at a time, from wherever it lives.
+    """Writes the data that a rank saves, one tile at a time, from its tiers.
 
     Args:
         runtime: the engine's.
@@ -60,5 +60,5 @@ class RankFiles:
 
     @property
     def summary(self) -> list[int]:
-        """What the first rank must know of the files, once they are written; see `summary_of`."""
+        """Summary of the written files for the first rank; see `summary_of`."""
         return summary_of(self.plan, self._weights.checksums, self._run_state)

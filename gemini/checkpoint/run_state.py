@@ -1,4 +1,4 @@
-"""The small rest of a checkpoint: random number generators, hyper-parameters, buffers, what the user wants kept."""
+"""The small remainder of a checkpoint: random number generators, hyper-parameters, buffers, the user's own data."""
 
 from __future__ import annotations
 
@@ -111,14 +111,15 @@ def check_buffers(state: dict[str, Any], participants: Participants, *, source: 
             raise CheckpointMismatchError(f"buffer {name}: expected shape {tuple(buffer.shape)}, {source} has {found}")
         if not torch.can_cast(saved.dtype, buffer.dtype):
             raise CheckpointMismatchError(
-                f"buffer {name}: expected {buffer.dtype}, {source} has {saved.dtype}, values of which would be cut off"
+                f"buffer {name}: expected {buffer.dtype}, {source} has {saved.dtype}, so its values would lose digits"
             )
     if state["modules"] is None:  # of an earlier version, which kept none
         return
     for name in takers_of_extra_state(participants.model, remove_duplicate=True):
         if name not in state["modules"]:
             raise CheckpointMismatchError(
-                f"{name}: {source} has none, and the module has a set_extra_state: build the model as it was saved"
+                f"{name}: {source} has no extra state, and the module has a set_extra_state: build the model as "
+                "it was saved"
             )
 
 
@@ -195,11 +196,11 @@ def _simplify_all(value: Any, key: str) -> Any:
     try:
         return _simplify(value)
     except RecursionError as error:
-        raise ConfigError(f"save_checkpoint: {key}: it contains itself, or is nested too deeply to be kept") from error
+        raise ConfigError(f"save_checkpoint: {key}: it contains itself, or is nested too deeply to be saved") from error
 
 
 def _simplify(value: Any) -> Any:
-    """Return a value with NumPy's numbers as Python's, and views of larger tensors as tensors of their own."""
+    """Return a value with NumPy's numbers as Python's, and views of larger tensors as separate tensors."""
     if isinstance(value, torch.Tensor):
         is_view = value.layout is torch.strided and value.untyped_storage().nbytes() > value.nbytes
         return value.detach().clone() if is_view else value

@@ -1,13 +1,13 @@
-"""Saving a training checkpoint: everything a run needs to go on with the same bits, whatever it runs on next.
+"""Saves a training checkpoint: everything that a run needs to continue with the same bits on any machine.
 
-Of each trainable parameter the float32 master and the moments are kept, by name, as runs of its elements: neither the
-placement nor the chunks nor the number of ranks leaves a trace. A save is planned (`plan_save`), each rank's part of it
-is written (`RankFiles`), the ranks agree that all is there, and the first one publishes it.
+The float32 master and the moments of each trainable parameter are saved by name, as runs of its elements. So a
+checkpoint does not depend on the placement, the chunks or the number of ranks. A save is planned (`plan_save`), each
+rank writes its part (`RankFiles`), the ranks agree that everything is complete, and the first rank publishes it.
 
 [Note: Saving while training goes on]
-Between two optimizer steps nobody changes state: what is updated ahead of a step goes to spare places. So a save may go
-on in a thread of its own until the next step, which waits for it, and needs no second copy of anything. State on a
-device is saved first, in the caller's thread, which owns the device's streams.
+State does not change between two optimizer steps: updates ahead of a step go to spare places. So a save can run in a
+separate thread until the next step, which waits for it, and needs no second copy. State on a device is saved first, in
+the caller's thread, which owns the device's streams.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def save_checkpoint(
 
 
 class CheckpointWriter:
-    """A checkpoint that is being written while training goes on. The next optimizer step waits for it.
+    """A checkpoint that is being written while training continues. The next optimizer step waits for it.
 
     Args:
         runtime: the engine's.
@@ -163,7 +163,7 @@ class CheckpointWriter:
         self._directory.abandon()
 
     def _write(self) -> None:
-        """Write what is not on a device; in a thread of its own."""
+        """Write what is not on a device, in a separate thread."""
         if self._error is None:
             try:
                 assert self._files is not None
@@ -175,7 +175,7 @@ class CheckpointWriter:
             self._complete()
 
     def _complete(self) -> None:
-        """Let the checkpoint count once all ranks have written their parts; all ranks call."""
+        """Publish the checkpoint when all ranks have written their parts; all ranks call."""
         try:
             self._path = self._publish(self._agree())
         except Exception as error:
@@ -189,7 +189,7 @@ class CheckpointWriter:
         return agree(self._runtime.sharding, None, self._files.summary)
 
     def _publish(self, summaries: list[list[int]]) -> Path:
-        """Let the first rank give the checkpoint its name, which all ranks return."""
+        """Give the checkpoint its name on the first rank; all ranks return it."""
         number = 0
         with on_all_ranks(self._runtime.sharding):
             if self._rank == 0:

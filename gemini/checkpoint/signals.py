@@ -21,7 +21,7 @@ REPEATED_S = 1.0
 
 
 class Engine(Protocol):
-    """What StopOnSignals asks of a GeminiDDP."""
+    """The part of a GeminiDDP that StopOnSignals uses."""
 
     @property
     def runtime(self) -> Runtime:
@@ -31,12 +31,12 @@ class Engine(Protocol):
 class StopOnSignals:
     """Remembers a signal until training asks for it between two steps; a context manager.
 
-    With several ranks a signal counts once all have heard of it, in the same call of `should_stop`; until then
-    `received` is None on each, so that none stops alone.
+    With several ranks, a signal counts when all ranks know of it, in the same call of `should_stop`; until then
+    `received` is None on each rank, so that none stops alone.
 
-    Inside the context the first SIGTERM or SIGINT (Ctrl-C) is remembered. One that comes a second later does what it
-    did before: it ends the process, or interrupts it, at once; one that comes sooner is the same, told twice, as by a
-    terminal and by torchrun. A signal that nobody was told of is raised when the context ends.
+    Inside the context, the first SIGTERM or SIGINT (Ctrl-C) is remembered. A signal more than a second later has its
+    usual effect: it ends or interrupts the process at once. A signal within a second counts as the same one, because a
+    terminal and torchrun send it twice. A signal that `should_stop` did not report is raised when the context ends.
 
     Args:
         engine: the GeminiDDP whose training is to be stopped, on all its ranks.
@@ -95,7 +95,7 @@ class StopOnSignals:
         if threading.current_thread() is not threading.main_thread():
             raise ConfigError("StopOnSignals: expected the main thread: Python handles signals in no other")
         if self._before:
-            raise ConfigError("StopOnSignals: this one has been entered already")
+            raise ConfigError("StopOnSignals: it has been entered already")
         self._received, self._agreed, self._is_told = 0, 0, False
         try:
             for number in self._signals:

@@ -21,12 +21,26 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("--nvme", type=Path, metavar="DIR", help="directory on the disk to measure (no disk)")
-    parser.add_argument("--device", help='"cuda" or "cpu" (cuda if there is one)')
-    parser.add_argument("--seconds", type=_seconds, default=0.5, help="for each rate but the disk's (%(default)s)")
-    parser.add_argument("--disk-seconds", type=_seconds, default=5.0, help="for each of the disk's three (%(default)s)")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="directory of profiles (~/.cache/gemini-memory)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the profile there too")
+    parser.add_argument(
+        "--nvme", type=Path, metavar="DIR", help="directory on the disk to measure (default: measure no disk)"
+    )
+    parser.add_argument("--device", help='device to measure, "cuda" or "cpu" (default: cuda if there is one)')
+    parser.add_argument(
+        "--seconds",
+        type=_seconds,
+        default=0.5,
+        help="seconds to measure each rate except those of the disk (%(default)s)",
+    )
+    parser.add_argument(
+        "--disk-seconds",
+        type=_seconds,
+        default=5.0,
+        help="seconds to measure each of the three rates of the disk (%(default)s)",
+    )
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="directory in which profiles are kept (~/.cache/gemini-memory)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the profile to this file")
 
 
 def _seconds(text: str) -> float:
@@ -53,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
             with naming_file("write", path):
                 save_profile(profile, path, machine)
     Console().print(machine_table(machine), rates_table(profile))
-    sys.stdout.write(f"kept in {kept}\n")
+    sys.stdout.write(f"Saved the profile to {kept}\n")
     return 0
 
 
@@ -76,7 +90,7 @@ def machine_table(machine: MachineDescription) -> Table:
 def rates_table(profile: HardwareProfile) -> Table:
     """Return what was measured."""
     table = Table(title="Rates")
-    table.add_column("of")
+    table.add_column("operation")
     table.add_column("rate", justify="right")
     for dtype, flops in profile.matrix_rates.items():
         table.add_row(f"matrix products, {dtype}", f"{flops / 1e12:.3g} TFLOP/s")

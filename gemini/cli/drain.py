@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from gemini.cli.service_commands import add_socket_argument, visit
-from gemini.service.visitor import Visitor
+from gemini.cli.service_commands import add_socket_argument, run_admin_command
+from gemini.service.admin_client import AdminClient
 
 __all__ = ["add_arguments", "run"]
 
@@ -14,19 +14,22 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument(
-        "--timeout", type=float, metavar="SECONDS", help="evict the jobs that then still run (wait for ever)"
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="evict jobs that are still running after this time (default: wait without limit)",
     )
     add_socket_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Order it, and wait until the service ends."""
+    """Tell the service to drain, and wait until it ends."""
 
-    def act(visitor: Visitor) -> None:
-        visitor.drain(timeout_s=arguments.timeout)
-        sys.stdout.write("draining: nothing more is granted; waiting for the jobs to end\n")
+    def act(client: AdminClient) -> None:
+        client.drain(timeout_s=arguments.timeout)
+        sys.stdout.write("Draining: the service grants no more memory and waits for its jobs to end\n")
         sys.stdout.flush()
-        visitor.wait_until_gone()
-        sys.stdout.write("drained: the service has ended\n")
+        client.wait_until_gone()
+        sys.stdout.write("Drained: the service has ended\n")
 
-    return visit(arguments.socket, act)
+    return run_admin_command(arguments.socket, act)

@@ -14,14 +14,16 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("file", type=Path, nargs="?", metavar="FILE", help="to be written; without: printed")
+    parser.add_argument("file", type=Path, nargs="?", metavar="FILE", help="file to write (default: print it)")
     parser.add_argument(
         "--model", default="my-model", metavar="DIR", help="directory of a Hugging Face model (%(default)s)"
     )
     parser.add_argument(
-        "--data", nargs="+", default=["data/*.jsonl"], metavar="FILE", help="training data (data/*.jsonl)"
+        "--data", nargs="+", default=["data/*.jsonl"], metavar="FILE", help="files with training data (data/*.jsonl)"
     )
-    parser.add_argument("--output", default="runs/my-run", metavar="DIR", help="for what the run makes (%(default)s)")
+    parser.add_argument(
+        "--output", default="runs/my-run", metavar="DIR", help="directory for the results of the run (%(default)s)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -39,5 +41,5 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{arguments.file} exists; name another file, or remove it first")
     with naming_file("write", arguments.file):
         arguments.file.write_text(text, encoding="utf-8")
-    sys.stdout.write(f"Wrote {arguments.file}; look through it, then: python -m gemini train {arguments.file}\n")
+    sys.stdout.write(f"Wrote {arguments.file}. Check its settings, then run: python -m gemini train {arguments.file}\n")
     return 0

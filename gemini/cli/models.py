@@ -58,10 +58,10 @@ _FUNCTION_FORM = "module:function"
 
 
 def describe_model_names() -> str:
-    """Return what a model may be called, for a help text."""
+    """Return the accepted model names, for a help text."""
     return (
         f"one of {', '.join(SHAPES)}; a config.json of transformers or a directory with one; or {_FUNCTION_FORM}, "
-        "which is called without arguments and returns a model like transformers' causal language models"
+        "a function without arguments that returns a model like transformers' causal language models"
     )
 
 
@@ -91,7 +91,10 @@ def load_model(name: str, *, sequence_length: int = 1, has_checkpoints: bool = F
         enable = getattr(model, "activation_checkpointing_enable", None)
         enable = enable or getattr(model, "gradient_checkpointing_enable", None)
         if enable is None:
-            raise ConfigError(f"model {name!r}: {type(model).__name__} cannot checkpoint activations; leave it off")
+            raise ConfigError(
+                f"model {name!r}: {type(model).__name__} has no activation checkpointing; "
+                "leave out --checkpoint-activations"
+            )
         enable({"use_reentrant": False})
     return model.train()
 
@@ -110,10 +113,10 @@ def _from_transformers(name: str, sequence_length: int) -> Any:
             model: Any = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     except Exception as error:  # errors of many types, because a configuration may hold anything
         first = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"model {name!r}: not a causal language model of transformers: {first}") from error
+        raise ConfigError(f"model {name!r}: expected a causal language model of transformers: {first}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(
-            f"model {name!r}: it is quantized, and cannot be trained as it is: give the original's config"
+            f"model {name!r}: it is quantized, and quantized models cannot be trained: give the config of the original"
         )
     if name not in SHAPES:
         check_positions(config, sequence_length, name="--seq")
@@ -167,7 +170,7 @@ def _told(error: Exception) -> str:
 
 
 def slice_loss(model: torch.nn.Module, num_tokens: int, *, has_device: bool) -> None:
-    """Let a model compute its loss in slices, sized for the device that is planned for.
+    """Make a model compute its loss in slices, sized for the planned device.
 
     Args:
         model: a causal language model of transformers.
@@ -194,8 +197,8 @@ def causal_lm_loss(num_sequences: int, sequence_length: int) -> LossFn:
         loss = getattr(model(input_ids=token_ids, labels=token_ids), "loss", None)
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             raise ConfigError(
-                f"{type(model).__name__}: expected it to return something with a loss of one element, as transformers' "
-                "models do when they are given labels"
+                f"{type(model).__name__}: expected an output with a loss of one element, as transformers' models "
+                "return if they get labels"
             )
         return loss
 

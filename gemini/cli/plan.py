@@ -66,27 +66,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("model", help=describe_model_names())
     step = parser.add_argument_group("a step")
-    step.add_argument("--tokens", type=int, default=2048, help="tokens of a batch (%(default)s)")
-    step.add_argument("--seq", type=int, default=512, help="tokens of a sequence (%(default)s)")
-    step.add_argument("--dtype", choices=DTYPES, default="bf16", help="of working weights (%(default)s)")
+    step.add_argument("--tokens", type=int, default=2048, help="number of tokens in a batch (%(default)s)")
+    step.add_argument("--seq", type=int, default=512, help="number of tokens in a sequence (%(default)s)")
+    step.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of the working weights (%(default)s)")
     step.add_argument("--checkpoint-activations", action="store_true", help="recompute activations in backward")
-    step.add_argument("--slices", type=int, default=1, help="GeminiConfig.num_batch_slices (%(default)s)")
-    step.add_argument("--sliced-loss", action="store_true", help="loss in slices: gemini.nn.use_sliced_loss")
-    step.add_argument("--no-accumulation", action="store_true", help="GeminiConfig(gradient_accumulation=False)")
-    machine = parser.add_argument_group(
-        "the machine", "Where nothing is said, that of the profile, or this one, without a disk."
+    step.add_argument(
+        "--slices", type=int, default=1, help="number of slices of a batch, GeminiConfig.num_batch_slices (%(default)s)"
     )
-    machine.add_argument("--device-memory", help='memory of the device, such as "24GiB", or "none"')
-    machine.add_argument("--host-memory", help="main memory that training may take")
-    machine.add_argument("--disk", help="disk that training may take (none)")
-    machine.add_argument("--endurance", help='what the drive is rated to take, such as "600TBW"')
-    machine.add_argument("--profile", type=Path, metavar="FILE", help="what `bench` wrote on that machine")
+    step.add_argument(
+        "--sliced-loss", action="store_true", help="compute the loss in slices, as gemini.nn.use_sliced_loss does"
+    )
+    step.add_argument(
+        "--no-accumulation", action="store_true", help="plan for GeminiConfig(gradient_accumulation=False)"
+    )
+    machine = parser.add_argument_group(
+        "the machine", "The default is the machine of the profile, or else this machine, without a disk."
+    )
+    machine.add_argument("--device-memory", help='memory of the device, such as "24GiB" or "none"')
+    machine.add_argument("--host-memory", help="main memory that training may use")
+    machine.add_argument("--disk", help="disk space that training may use (none)")
+    machine.add_argument("--endurance", help='rated endurance of the drive, such as "600TBW"')
+    machine.add_argument(
+        "--profile", type=Path, metavar="FILE", help="profile that `bench --json` wrote on the machine to plan for"
+    )
     parser.add_argument(
         "--what-if",
         action="append",
         default=[],
         metavar="NAME=A,B,...",
-        help=f"vary {', '.join(VARIABLES)}; may be given again for all combinations",
+        help=f"vary {', '.join(VARIABLES)}; repeat the option to plan all combinations",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -94,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Plan one case or a table of cases; the exit code says whether all fit."""
     if arguments.endurance is not None and not _names_disk(arguments):
-        raise ConfigError("--endurance: expected --disk with it: only what is on a drive wears it")
+        raise ConfigError("--endurance: expected --disk too: a drive wears only if it is used")
     if arguments.tokens < 1 or arguments.seq < 1 or arguments.tokens % arguments.seq:
         raise ConfigError(f"--tokens: expected a multiple of --seq ({arguments.seq}), got {arguments.tokens}")
     if arguments.profile is None:
@@ -146,7 +154,7 @@ def make_cases(arguments: argparse.Namespace, machine: MachineDescription) -> li
         if name not in VARIABLES or not values:
             raise ConfigError(f"--what-if: expected one of {', '.join(VARIABLES)}, = and values, got {variation!r}")
         if name in varied:
-            raise ConfigError(f"--what-if: {name} is there twice: give all its values at once, separated by commas")
+            raise ConfigError(f"--what-if: {name} is given twice: put all its values in one option")
         varied.add(name)
         names[name] = list(values.split(","))
     return [
@@ -234,7 +242,7 @@ def _plan_case(case: Case, plan: Callable[..., TrainingPlan], profile: HardwareP
     try:
         return Outcome(case=case, plan=plan(profile=profile))
     except MissingRateError as error:
-        reason = f"{str(error).partition(',')[0]}; give --profile of a machine where bench has measured it"
+        reason = f"{str(error).partition(',')[0]}; give --profile from a machine on which bench has measured it"
         return Outcome(case=case, plan=plan(), why_no_time=reason)
 
 
@@ -307,11 +315,12 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
     """
     plan = outcome.plan
     if plan is None:
-        console.print(f"{outcome.case.model} does not fit.")
+        hint = " Each of these changes would make it fit:" if outcome.remedies else ""
+        console.print(f"{outcome.case.model} does not fit.{hint}")
         for remedy in outcome.remedies:
-            console.print(f"  It would, if you {remedy}", highlight=False)
+            console.print(f"  - {remedy}", highlight=False)
         return
-    console.print(f"{outcome.case.model} fits: {plan.num_params:,} parameters, {plan.num_tokens:,} tokens a step")
+    console.print(f"{outcome.case.model} fits: {plan.num_params:,} parameters, {plan.num_tokens:,} tokens per step")
     console.print(memory_table(plan, outcome.case.memory))
     if plan.prediction is None:
         console.print(f"Step time: {outcome.why_no_time}", highlight=False)
@@ -319,16 +328,16 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
         console.print(time_table(plan))
     written = plan.work.total.nvme_written_nbytes
     if written:
-        life = "" if plan.days_of_life is None else f"; the drive's rated life is {plan.days_of_life:,.0f} days of that"
-        console.print(f"Drive: {format_nbytes(written)} written a step{life}")
+        life = "" if plan.days_of_life is None else f"; its rated life is {plan.days_of_life:,.0f} days of that"
+        console.print(f"Drive: {format_nbytes(written)} written per step{life}")
     fields = ", ".join(f"{name}={value!r}" for name, value in _changed_fields(plan.config).items())
     console.print(f"GeminiConfig({fields})", highlight=False, soft_wrap=True)
 
 
 def memory_table(plan: TrainingPlan, memory: MachineMemory) -> Table:
-    """Return what lives where, with each tier's peak."""
+    """Return the bytes of each tier by purpose, with its peak."""
     table = Table(title="Memory at its peak")
-    for column in ("tier", "what", "bytes"):
+    for column in ("tier", "purpose", "bytes"):
         table.add_column(column, justify="right" if column == "bytes" else "left")
     for tier in MemoryTier:
         purposes = plan.peak_by_purpose(tier)
@@ -336,11 +345,11 @@ def memory_table(plan: TrainingPlan, memory: MachineMemory) -> Table:
             continue
         total = getattr(memory, tier.value)
         of_total = "" if total is None else f" of {format_nbytes(total)}"
-        table.add_row(tier.value, "all", f"{format_nbytes(plan.peak_nbytes(tier))}{of_total}", style="bold")
+        table.add_row(tier.value, "total", f"{format_nbytes(plan.peak_nbytes(tier))}{of_total}", style="bold")
         for purpose, nbytes in purposes.items():
             table.add_row("", purpose, format_nbytes(nbytes))
         if tier is MemoryTier.HOST:
-            table.add_row("", "besides: left to the process itself", format_nbytes(PROCESS_NBYTES))
+            table.add_row("", "not included: reserved for the process", format_nbytes(PROCESS_NBYTES))
     return table
 
 
@@ -349,7 +358,7 @@ def time_table(plan: TrainingPlan) -> Table:
     prediction = plan.prediction
     assert prediction is not None
     table = Table(title="Predicted step")
-    table.add_column("what")
+    table.add_column("quantity")
     table.add_column("value", justify="right")
     table.add_row("step", f"{prediction.step_s:.3f} s", style="bold")
     table.add_row("tokens per second", f"{plan.tokens_per_s:,.0f}")
@@ -359,14 +368,22 @@ def time_table(plan: TrainingPlan) -> Table:
         if seconds:
             table.add_row(f"  {channel.value} busy", f"{seconds:.3f} s")
     if plan.compute_bound_tokens is not None:
-        table.add_row("compute-bound from", f"{plan.compute_bound_tokens:,} tokens a step")
+        table.add_row("compute-bound from", f"{plan.compute_bound_tokens:,} tokens per step")
     return table
 
 
 def outcomes_table(outcomes: list[Outcome]) -> Table:
     """Return a row for each outcome."""
     table = Table(title="What if")
-    for column in ("model", "device / host / disk", "fits", "peaks of the three", "step", "tokens/s", "bottleneck"):
+    for column in (
+        "model",
+        "device / host / disk",
+        "fits",
+        "peaks",
+        "step",
+        "tokens/s",
+        "bottleneck",
+    ):
         table.add_column(column)
     for outcome in outcomes:
         memory, plan = outcome.case.memory, outcome.plan

@@ -17,7 +17,7 @@ def cache_path(machine: MachineDescription, directory: Path | None = None) -> Pa
     """Return the file of a machine's profile.
 
     Args:
-        machine: the machine. Its disk does not count, so that the latest measurement is found, whatever disk it was of.
+        machine: the machine. The disk is ignored, so that the latest measurement is found for any disk.
         directory: directory of all profiles; None: the user's own.
 
     Returns:

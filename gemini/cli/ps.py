@@ -10,9 +10,9 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from gemini.cli.service_commands import add_socket_argument, visit
+from gemini.cli.service_commands import add_socket_argument, run_admin_command
+from gemini.service.admin_client import AdminClient
 from gemini.service.messages import MemberRow, NodeState, TierState
-from gemini.service.visitor import Visitor
 from gemini.tiers import format_nbytes
 
 __all__ = ["add_arguments", "run"]
@@ -24,15 +24,15 @@ PIPE_COLUMNS = 160
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("--json", action="store_true", help="write it as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     add_socket_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Ask the service and show the answer."""
 
-    def act(visitor: Visitor) -> None:
-        state = visitor.state()
+    def act(client: AdminClient) -> None:
+        state = client.state()
         if arguments.json:
             sys.stdout.write(msgspec.json.format(msgspec.json.encode(state)).decode() + "\n")
             return
@@ -43,13 +43,13 @@ def run(arguments: argparse.Namespace) -> int:
         if state.shared:
             console.print(shared_table(state))
         if state.is_draining:
-            console.print("The service is draining: it grants nothing more and ends with its last job.")
+            console.print("The service is draining: it grants no more memory and ends with its last job.")
 
-    return visit(arguments.socket, act)
+    return run_admin_command(arguments.socket, act)
 
 
 def tier_table(state: NodeState) -> Table:
-    """Return what the node's memory is taken by."""
+    """Return how the memory of each tier is used."""
     table = Table(title="Memory")
     for name in ("", "budget", "leased", "kept", "shared", "unused", "free"):
         table.add_column(name, justify="right" if name else "left")
@@ -67,7 +67,7 @@ def free(tier: TierState) -> str:
 
 
 def job_table(members: list[MemberRow]) -> Table:
-    """Return who holds what."""
+    """Return what each rank of each job holds."""
     table = Table(title="Jobs")
     for name in ("job", "user", "rank", "process", "state", "host", "disk", "shared", "priority", "for", "waits for"):
         table.add_column(name, overflow="fold", no_wrap=name not in ("job", "waits for"))
@@ -99,7 +99,7 @@ def shared_table(state: NodeState) -> Table:
 
 
 def user_name(user: int) -> str:
-    """Return a user's name, or number if it has none here."""
+    """Return a user's name, or the user id if it has no name here."""
     try:
         return pwd.getpwuid(user).pw_name
     except KeyError:

@@ -22,22 +22,25 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument(
-        "run", type=Path, metavar="RUN", help="directory that engine.record wrote into, or a run's output.path"
+        "run", type=Path, metavar="RUN", help="directory with a recording of engine.record, or the output.path of a run"
     )
-    parser.add_argument("--rank", type=int, default=0, help="whose recording (%(default)s)")
+    parser.add_argument("--rank", type=int, default=0, help="rank whose recording is shown (%(default)s)")
     parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="write the page (RUN/report.html if nothing is named)"
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="write the page to this file (default: RUN/report.html if no other output is requested)",
     )
     parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="write a trace for ui.perfetto.dev or chrome://tracing"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what the page shows as JSON")
-    parser.add_argument("--terminal", action="store_true", help="show one step here")
-    parser.add_argument("--step", type=int, help="which step --terminal shows (the last one with details)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the data of the page as JSON")
+    parser.add_argument("--terminal", action="store_true", help="show one step in the terminal")
+    parser.add_argument("--step", type=int, help="step that --terminal shows (default: the last step with details)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write and show what the arguments ask for.
+    """Write and show the requested outputs.
 
     Args:
         arguments: arguments from `add_arguments`.
@@ -52,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False)
     recording = read_recording(arguments.run, rank=arguments.rank)
     if not recording.steps:
-        raise RecordingError(f"the recording in {arguments.run} has no step: take one before it is looked at")
+        raise RecordingError(f"the recording in {arguments.run} has no step: record at least one step")
     files: dict[str, tuple[Path | None, Callable[[Recording], str]]] = {
         "trace": (arguments.trace, lambda recording: json.dumps(chrome_trace(recording))),
         "JSON": (arguments.json, lambda recording: json.dumps(report_of(recording), indent=1, allow_nan=False)),

@@ -1,4 +1,4 @@
-"""`python -m gemini serve`: let the jobs of this machine share its memory."""
+"""`python -m gemini serve`: run the memory service of this machine."""
 
 from __future__ import annotations
 
@@ -30,32 +30,37 @@ MAX_LOG_RECORDS = 1000
 """Maximum number of log records that wait to be written."""
 
 EPILOG = """\
-Jobs use it with GeminiConfig(service="unix:PATH"). SIGTERM lets no new job in, waits for --drain-timeout and leaves
-jobs that still run to themselves; they find the next service. docs/service.md says what is promised to whom.
+Jobs use the service with GeminiConfig(service="unix:PATH"). After SIGTERM, the service accepts no new job, waits for
+--drain-timeout and ends. Jobs that still run continue without it and find the next service. docs/service.md describes
+the guarantees.
 
-exit code: 0 when ended as it was told to; 2 when it could not begin
+exit code: 0 if it ended as requested; 2 if it could not begin
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--host-budget", required=True, metavar="BYTES", help='host memory to grant, such as "96GiB"')
-    parser.add_argument("--nvme", metavar="DIR:BYTES", help="disk to grant, and the directory for its files (none)")
     parser.add_argument(
-        "--socket", type=Path, default=default_socket_path(), metavar="PATH", help="where to listen (%(default)s)"
+        "--nvme", metavar="DIR:BYTES", help="directory for swap files, and disk space to grant there (default: no disk)"
     )
     parser.add_argument(
-        "--mode", type=lambda text: int(text, 8), default=0o600, metavar="OCTAL", help="of the socket (600)"
+        "--socket", type=Path, default=default_socket_path(), metavar="PATH", help="socket to listen on (%(default)s)"
     )
-    parser.add_argument("--group", metavar="NAME", help="of the socket, with --mode 660 for all in it")
+    parser.add_argument(
+        "--mode", type=lambda text: int(text, 8), default=0o600, metavar="OCTAL", help="permissions of the socket (600)"
+    )
+    parser.add_argument("--group", metavar="NAME", help="group of the socket; use with --mode 660 to admit its members")
     for name, default, text in (
-        ("--grace", 600.0, "that a dead job's state is kept (%(default)s)"),
-        ("--warm", 600.0, "that shared chunks stay without use (%(default)s)"),
-        ("--drain-timeout", 10.0, "that SIGTERM waits for jobs (%(default)s)"),
+        ("--grace", 600.0, "time for which the state of a dead job is kept (%(default)s)"),
+        ("--warm", 600.0, "time for which unused shared chunks are kept (%(default)s)"),
+        ("--drain-timeout", 10.0, "time for which the service waits for jobs after SIGTERM (%(default)s)"),
     ):
         parser.add_argument(name, type=float, default=default, metavar="SECONDS", help=text)
-    parser.add_argument("--http", metavar="HOST:PORT", help="serve metrics and a page there, to whoever can reach it")
-    parser.add_argument("--endurance", metavar="BYTES", help='that the drive is rated for, such as "600TB"')
+    parser.add_argument(
+        "--http", metavar="HOST:PORT", help="serve metrics and a page at this address, to anyone who can reach it"
+    )
+    parser.add_argument("--endurance", metavar="BYTES", help='rated endurance of the drive, such as "600TB"')
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 

@@ -1,4 +1,4 @@
-"""`python -m gemini train FILE`: fine-tune a model as a training file says."""
+"""`python -m gemini train FILE`: fine-tune a model with the settings of a training file."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from gemini.recipe.settings_file import read_settings
 __all__ = ["add_arguments", "run"]
 
 SERVICE_VARIABLE = "GEMINI_SERVICE"
-"""Environment variable with the address of the memory service for files that name none."""
+"""Environment variable with the address of the memory service, for training files that do not name one."""
 
 EPILOG = """\
-`python -m gemini init FILE` writes such a file, with every setting explained. Ctrl-C and SIGTERM end the run after its
-step, with a checkpoint; a second one ends it at once. Checkpoints, log.csv and the trained model are in output.path.
+`python -m gemini init FILE` writes such a file, with every setting explained. Ctrl-C and SIGTERM end the run after the
+current step, with a checkpoint. A second signal ends it at once. Checkpoints, log.csv and the trained model are in
+output.path.
 
-$GEMINI_SERVICE names a memory service for files that name none; see `python -m gemini serve --help`.
+$GEMINI_SERVICE sets the memory service for files that do not name one; see `python -m gemini serve --help`.
 
-exit code: 0 when trained; 2 when something is wrong with the file, the data or the machine; 130 after Ctrl-C and 143
-after SIGTERM, with a checkpoint to go on from by --resume if a step had been taken
+exit code: 0 if trained; 2 if something is wrong with the file, the data or the machine; 130 after Ctrl-C and 143 after
+SIGTERM, with a checkpoint for --resume if at least one step was done
 """
 
 
@@ -32,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("file", type=Path, metavar="FILE", help="the training file, YAML")
-    parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in output.path")
+    parser.add_argument("file", type=Path, metavar="FILE", help="training file (YAML)")
+    parser.add_argument("--resume", action="store_true", help="resume from the last complete checkpoint in output.path")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -46,9 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
     finished = train(settings, resume=arguments.resume, console=console, profile=cached_profile())
     console.print(str(finished.report), markup=False, soft_wrap=True)
     if finished.recording is not None:
-        console.print(f"What happened in it: python -m gemini report {finished.recording}", soft_wrap=True)
+        console.print(f"Show what happened in the run: python -m gemini report {finished.recording}", soft_wrap=True)
     if finished.stopped_by is not None:
-        console.print(f"{finished.stopped_by.name}: saved {finished.path}; --resume goes on from there", soft_wrap=True)
+        console.print(f"{finished.stopped_by.name}: saved {finished.path}; resume with --resume", soft_wrap=True)
         return 128 + finished.stopped_by
     loss = "" if finished.loss is None else f", last loss {finished.loss:.4f}"
     console.print(f"Trained{loss}. The model is in {finished.path}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""A memory file that somebody else holds, in which the state of a process outlives it.
+"""A memory file that another process holds, in which the state of a process outlives it.
 
 Knows parts, words and records of bytes, and in which order they are stored; must not know what they mean.
 
@@ -57,15 +57,15 @@ _BUFFER_ALIGNMENT_NBYTES = 2 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitLayout:
-    """Where everything lies in a commit file; see [Note: commit file]."""
+    """Positions of the parts of a commit file; see [Note: commit file]."""
 
     record_nbytes: int
-    """Of a record's place."""
+    """Bytes reserved for a record."""
     num_blocks: int
     num_words: int
     num_scratches: int
     buffer_nbytes: int
-    """Of all buffers, each of whole pages."""
+    """Bytes of all buffers, each of whole pages."""
 
     @property
     def records(self) -> int:
@@ -105,7 +105,7 @@ class CommitLayout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitRecord:
-    """What was published last."""
+    """The record that was published last."""
 
     sequence: int
     """From 1."""
@@ -129,7 +129,8 @@ class CommitFile:
         except BlockingIOError as error:
             os.close(descriptor)
             raise ConfigError(
-                "the commit file is in use by another process: wait until that one has ended, or give this one its own"
+                "the commit file is in use by another process: wait until that process has ended, or give this "
+                "one its own file"
             ) from error
         self._descriptor = descriptor
         self._closer = weakref.finalize(self, os.close, descriptor)
@@ -145,7 +146,7 @@ class CommitFile:
 
     @staticmethod
     def create(descriptor: int, nbytes: int) -> CommitFile:
-        """Make a memory file a commit file; whatever it held is gone.
+        """Make a memory file a commit file; its earlier content is lost.
 
         Args:
             descriptor: a memory file, open for reading and writing; it stays open and the caller's.
@@ -209,7 +210,7 @@ class CommitFile:
 
     @property
     def identity(self) -> int:
-        """Tells the file from others."""
+        """Number that identifies the file."""
         return int(self._header()[2])
 
     def _header(self) -> tuple[bytes, int, int, int, bytes, bytes]:
@@ -237,16 +238,17 @@ class CommitFile:
         _, nbytes, _, record_nbytes, found, found_text = self._header()
         if nbytes < layout.nbytes:
             raise ConfigError(
-                f"the commit file has {nbytes} bytes, this engine needs {layout.nbytes}: make it as long as the "
-                "blueprint says (Blueprint.commits.nbytes)"
+                f"the commit file has {nbytes} bytes, this engine needs {layout.nbytes}: make a file of "
+                "Blueprint.commits.nbytes bytes"
             )
         newest = self._newest()
         is_ours = (found, record_nbytes) == (fingerprint.encode(), layout.record_nbytes)
         if newest is not None and newest.content and not is_ours:
             raise CheckpointMismatchError(
                 f"the commit file holds the state of another engine: {found_text.decode(errors='replace')} "
-                f"({found.decode(errors='replace')[:12]}), this one is: {text} ({fingerprint[:12]}). Give the engine "
-                "the same model, configuration and budgets as before, all of them in numbers, or a new commit file"
+                f"({found.decode(errors='replace')[:12]}), this one is: {text} ({fingerprint[:12]}). Give the "
+                "engine the same model, configuration and budgets as before, with all budgets as numbers, or a "
+                "new commit file"
             )
         self._taken_nbytes = 0
         self._memory = _map(self._descriptor, layout.nbytes)
@@ -261,7 +263,7 @@ class CommitFile:
             self._find_newest()
 
     def resume(self, sequence: int) -> CommitRecord | None:
-        """Begin with what was published or dropped last, or with what was before it; see `withdraw`.
+        """Begin with the last record, published or dropped, or with the one before it; see `withdraw`.
 
         Args:
             sequence: of it; 0: whatever there is does not count.
@@ -335,7 +337,7 @@ class CommitFile:
 
     @property
     def sequence(self) -> int:
-        """Of what was published or dropped last, in this process or found; 0: nothing was."""
+        """Sequence number of the last record, published or dropped by any process; 0 if there is none."""
         return self._sequence
 
     def publish(self, content: bytes) -> int:
@@ -353,16 +355,16 @@ class CommitFile:
         """
         if self.is_disputed:
             raise ModelError(
-                "engine.commit: the last commit was interrupted, and whether the other ranks made it is not known: "
-                "start all ranks again, which find out"
+                "engine.commit: the last commit was interrupted, and it is unknown whether the other ranks "
+                "completed it: start all ranks again"
             )
         assert self._layout is not None
         assert self._memory is not None
         limit = self._layout.record_nbytes - _RECORD_OFFSET
         if len(content) > limit:
             raise ConfigError(
-                f"engine.commit: the record takes {len(content)} bytes, its place in the commit file holds {limit}: "
-                "keep less in extra"
+                f"engine.commit: the record takes {len(content)} bytes, the commit file has room for {limit}: "
+                "store less in extra"
             )
         sequence = self._sequence + 1
         place = self._place_of(sequence)
@@ -375,7 +377,7 @@ class CommitFile:
         return sequence
 
     def withdraw(self, sequence: int) -> None:
-        """Let what was published or dropped last be undone, of which nothing may have begun; what was before it counts.
+        """Undo the last record, of which nothing may have begun; the one before it is valid again.
 
         Args:
             sequence: of what counts then: the last one's, for which nothing changes, or one less.
@@ -416,13 +418,13 @@ class CommitFile:
         content = os.pread(self._descriptor, min(nbytes, record_nbytes), places[number] + _RECORD_OFFSET)
         if zlib.crc32(content) != checksum:
             raise CheckpointError(
-                f"the commit file is damaged: the checksum of record {sequence} is wrong; go on from a checkpoint, "
-                "with a new commit file"
+                f"the commit file is damaged: the checksum of record {sequence} is wrong; resume from a "
+                "checkpoint with a new commit file"
             )
         return CommitRecord(sequence=sequence, content=content)
 
     def close(self) -> None:
-        """Let go of the file; what has been taken stays until nobody refers to it. Idempotent."""
+        """Close the file; memory taken from it stays valid while it is referenced. Idempotent."""
         self._memory = None
         self._closer()
 

@@ -1,9 +1,10 @@
-"""How far the updates of the last committed step have come, in memory that outlives the process.
+"""Progress of the updates of the last committed step, in memory that outlives the process.
 
 [Note: Redo]
-A commit is a record of what a step will do to each chunk, published while weights and state are still those of the
-step before, and gradients are where they wait. The updates follow, in place. Whoever finds the file later does what is
-not done yet, with the same kernels, so with the same bits. What is done is told by a sequence, the record's:
+A commit is a record of what a step will do to each chunk. It is published while weights and state are still those of
+the previous step and the gradients are waiting. The updates follow, in place. A process that later gets the file does
+the remaining updates with the same kernels, and so with the same bits. Finished work is marked with the sequence number
+of the record:
 
 *State and working weights of a tile in the file*: each block of elements has an entry, and a block that is interrupted
 has its image in a thread's scratch (kernels/journal.py).
@@ -34,14 +35,14 @@ __all__ = ["InterruptedBlock", "TileNote", "TileStage", "UpdateJournal"]
 
 
 class TileStage(IntEnum):
-    """How far a tile is that has a part on disk."""
+    """Progress of a tile that is partly on disk."""
 
     UPDATING = 1
     """A ring buffer holds the part, in which blocks are old or new."""
     UPDATED = 2
     """A ring buffer holds the part, all new; what is on disk may be anything."""
     WRITTEN = 3
-    """What is on disk is new."""
+    """The tile on disk is new."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class TileNote:
     """A tile's word."""
 
     sequence: int
-    """Of the step that it tells about; 0: of none."""
+    """Sequence number of the step that it describes; 0 if there is none."""
     stage: TileStage
     ring: int
     """Number of the ring buffer."""
@@ -91,7 +92,7 @@ class UpdateJournal:
 
     @property
     def memory(self) -> MemorySource:
-        """Where the ring's buffers lie."""
+        """Memory of the ring's buffers."""
         return self.file
 
     def begin(self, job: UpdateJob, tile: int, ring: int | None) -> TileJournal | None:

@@ -1,4 +1,4 @@
-"""How long a commit file must be, what lies in it, and whether an engine can have one; before anything is taken."""
+"""The length and layout of a commit file, and whether an engine can have one; before anything is allocated."""
 
 from __future__ import annotations
 
@@ -75,13 +75,13 @@ def lay_out_buffers(demands: Sequence[ChunkDemand], plan: PlacementPlan, shape: 
 
 
 def refuse_device_homes(layout: ChunkLayout, plan: PlacementPlan) -> None:
-    """Raise ConfigError if anything that is trained lives on the device, whose memory ends with the process."""
+    """Raise ConfigError if a trainable chunk is at home on the device, whose memory ends with the process."""
     for chunk, homes in zip(layout.chunks, plan.chunks, strict=True):
         if homes.grad is not None and _lives_on_device(homes):
             raise ConfigError(
-                f"commits: {chunk.name} is trained and lives on the device, whose memory ends with the process: let it "
-                'live in host memory or on disk, with placement="auto", or with a StaticPlacement whose param_device '
-                "and state_device are 0"
+                f"commits: {chunk.name} is trainable and at home on the device, whose memory ends with the process: "
+                'keep it in host memory or on disk, with placement="auto", or with a StaticPlacement whose '
+                "param_device and state_device are 0"
             )
 
 
@@ -91,7 +91,7 @@ def _lives_on_device(homes: ChunkPlacement) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitContent:
-    """What an engine keeps in its commit file, and in the swap file that belongs to it."""
+    """The content of an engine's commit file and of the swap file that belongs to it."""
 
     layout: ChunkLayout
     shards: tuple[ChunkShard | None, ...]

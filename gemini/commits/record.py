@@ -1,4 +1,4 @@
-"""What a commit publishes: what the step does to each chunk, and the small rest of a run's state."""
+"""The record of a commit: the update of each chunk, and the small remainder of a run's state."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class CommittedStep:
     num_steps: int
     """Optimizer steps that have been taken, this one included."""
     planned: Mapping[int, PlannedUpdate]
-    """What is done to the home of each chunk, in the home's coordinates, by chunk id."""
+    """Update of each chunk's home, in the home's coordinates, by chunk id."""
     run_state: bytes
     """As gemini.checkpoint.run_state encodes it."""
 

@@ -1,10 +1,11 @@
-"""What of an engine outlives its process: claim it, and bring what another process has left to its last commit.
+"""Claims the state that outlives a process, and finishes the last commit of an earlier process.
 
 [Note: Commits of several ranks]
-Each rank publishes a record of its own, and begins with what it says once all have published theirs. So ranks that are
-killed leave records of one step, or of two that follow each other; of the newer step nothing has begun then, and it is
-withdrawn. With the older one, which is still there, and with state of that step, all go on. Before weights or state are
-changed otherwise the last commit is dropped, which is published and agreed in the same way.
+Each rank publishes its own record, and starts the updates when all ranks have published theirs. So killed ranks leave
+records of one step, or of two consecutive steps. In the second case, no update of the newer step has begun, and that
+step is withdrawn. All ranks then continue with the older record, which still exists, and with the state of its step.
+Before weights or state are changed in another way, the last commit is dropped; this is published and agreed on in the
+same way.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ WHAT = "claiming the commit files"
 
 
 class Commits(Protocol):
-    """What makes an engine's steps outlive its process, if anything does."""
+    """Commits of an engine, whose steps then outlive its process."""
 
     @property
     def log(self) -> ProgressLog:
-        """Told how far updates are; also where the memory of what is trained comes from."""
+        """Gets the progress of updates; also the source of memory for trainable chunks."""
         ...
 
     @property
@@ -51,7 +52,7 @@ class Commits(Protocol):
 
     @property
     def step(self) -> CommittedStep | None:
-        """What was committed last when the engine was made; None if nothing was, and it began with first weights."""
+        """Last committed step when the engine was built; None if there was none, so it began with initial weights."""
         ...
 
     @property
@@ -61,7 +62,7 @@ class Commits(Protocol):
 
     @property
     def has_record(self) -> bool:
-        """Whether there is a committed step that the next engine would go on from."""
+        """Whether there is a committed step from which the next engine would continue."""
         ...
 
     def redo(
@@ -74,14 +75,14 @@ class Commits(Protocol):
         """Finish the updates of `step`, if there is one; see gemini.commits.redo."""
 
     def drop(self) -> None:
-        """Let there be no committed step any more."""
+        """Drop the committed step."""
 
     def close(self) -> None:
         """Close the file."""
 
 
 class NoCommits:
-    """Nothing outlives the process; see Commits."""
+    """An engine without commits: nothing outlives the process; see Commits."""
 
     log = NoProgressLog()
     file = None
@@ -120,11 +121,11 @@ class ClaimedCommits:
 
     @property
     def has_record(self) -> bool:
-        """Whether there is a committed step that the next engine would go on from."""
+        """Whether there is a committed step from which the next engine would continue."""
         return self.file.has_record
 
     def drop(self) -> None:
-        """Let there be no committed step any more."""
+        """Drop the committed step."""
         self.file.drop()
 
     def close(self) -> None:
@@ -188,7 +189,7 @@ class ClaimedCommits:
 
 
 def common_sequence(sharding: Sharding, file: CommitFile | None) -> int:
-    """Return with which of their commits all ranks go on; with several ranks all call.
+    """Return the commit with which all ranks continue; with several ranks, all call.
 
     Args:
         sharding: the ranks.
@@ -208,9 +209,9 @@ def common_sequence(sharding: Sharding, file: CommitFile | None) -> int:
     found = ", ".join(f"{sequence} on the {i + 1}." for i, sequence in enumerate(sequences))
     if oldest > 0 and newest - oldest > 1:
         raise CheckpointMismatchError(
-            f"the ranks' commit files are not of one run (commits so far: {found} rank): give all ranks the files of "
-            "one run, or new ones"
+            f"the ranks' commit files belong to different runs (commits so far: {found} rank): give all ranks the "
+            "files of one run, or new ones"
         )
     if oldest == 0 and newest > 1:
-        logger.warning("what some ranks have committed is dropped, as others have nothing of it (%s rank)", found)
+        logger.warning("the commits of some ranks are dropped, because other ranks have none (%s rank)", found)
     return oldest if all(has_record for sequence, has_record in table if sequence == oldest) else 0

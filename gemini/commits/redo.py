@@ -18,7 +18,7 @@ __all__ = ["redo_updates"]
 
 
 def redo_updates(jobs: Sequence[UpdateJob], pipeline: TilePipeline, journal: UpdateJournal, *, sequence: int) -> None:
-    """Bring weights and state to where the last commit wants them; blocks until disk and memory hold them.
+    """Finish the updates of the last commit; blocks until memory and disk hold the new weights and state.
 
     May itself be interrupted and done again.
 

@@ -44,7 +44,7 @@ class DirectoryLock:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(descriptor)
-            hint = "another process is saving into it: give each run a directory of its own"
+            hint = "another process is saving into it: give each run its own directory"
             raise OffloadIOError("lock", str(self._path), errno.EBUSY, hint=hint) from error
         except OSError as error:  # NFS cannot lock directories, some file systems nothing
             logger.info("%s is not locked while something is saved there: %s", self._path, error)

@@ -46,7 +46,7 @@ def sync(path: Path) -> None:
 
 
 class StagedDirectory:
-    """A directory that is put together inside another one, which is locked meanwhile, and then gets its name there.
+    """A directory that is assembled inside another one, which is locked meanwhile, and then gets its name there.
 
     Args:
         parent: the other directory; made if need be.
@@ -81,7 +81,7 @@ class StagedDirectory:
             raise
 
     def abandon(self) -> None:
-        """Remove what has been put together since `begin` and has no name yet, if anything, and release the lock."""
+        """Remove what has been written since `begin` and has no name yet, if anything, and release the lock."""
         if self._lock.is_held:
             shutil.rmtree(self.place, ignore_errors=True)
             self._lock.release()
@@ -100,5 +100,5 @@ class StagedDirectory:
         sync(self.parent)
 
     def release(self) -> None:
-        """Let others save into the parent; idempotent."""
+        """Release the lock, so that others can save into the parent. Idempotent."""
         self._lock.release()

@@ -121,7 +121,7 @@ def lay_out_tensors(
         if dtype not in _NAMES:
             raise CheckpointError(f"{name}: {dtype} cannot be written to a safetensors file")
         if name == _METADATA or name.encode(errors="replace").decode() != name:
-            raise CheckpointError(f"{name!r} cannot be the name of a tensor in a safetensors file")
+            raise CheckpointError(f"{name!r} cannot be a tensor name in a safetensors file")
         nbytes = math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
         offset += nbytes
@@ -214,7 +214,7 @@ class SafetensorsReader:
             nbytes = os.fstat(self._file).st_size
             length = int.from_bytes(self._read_bytes(0, min(8, nbytes)), "little")
             if nbytes < 8 or not 2 <= length <= min(_MAX_HEADER_NBYTES, nbytes - 8):
-                raise self._damaged("it is not a safetensors file, or was cut short")
+                raise self._damaged("it is not a safetensors file, or is truncated")
             self.entries = self._parse(self._read_bytes(8, length), 8 + length)
             expected = 8 + length + sum(entry.nbytes for entry in self.entries.values())
             if nbytes != expected:
@@ -262,7 +262,7 @@ class SafetensorsReader:
                 end += entry.nbytes
             return entries
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise self._damaged(f"its header cannot be understood ({type(error).__name__}: {error})") from None
+            raise self._damaged(f"its header cannot be parsed ({type(error).__name__}: {error})") from None
 
     def _damaged(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.path} is damaged: {what}; take another checkpoint")
@@ -299,7 +299,7 @@ class SafetensorsReader:
             while data:
                 num_read = os.preadv(self._file, [data], offset)
                 if not num_read:
-                    raise self._damaged("it was cut short while it was read")
+                    raise self._damaged("it was truncated while it was read")
                 offset += num_read
                 data = data[num_read:]
 

@@ -1,12 +1,13 @@
 """Sums of gradients that stay on the device while one backward pass follows another, and leave once before the update.
 
 [Note: Accumulators]
-Without them every backward pass sends its gradients down, where GradientStore.put adds them to those that wait. An
-accumulator is the same float32 sum, added in the same order and so with the same bits, on the device. It goes home in
-the last pass, as soon as it is complete. Which pass is the last is what the step before tells; if another one follows
-all the same, the sum goes home once more. Chunks with an accumulator are resident, because a copy of the weights saves
-more and so takes the room first. Such chunks are never updated ahead of the step, so nobody need know that a sum is
-complete.
+Without accumulators, every backward pass copies its gradients to where they wait, and
+GradientStore.put adds them there. An
+accumulator is the same float32 sum on the device, added in the same order and so with the same bits. It is copied to
+its home in the last pass, as soon as it is complete. The previous step predicts which pass is the last; if another pass
+follows, the sum is copied once more. Chunks with an accumulator are resident, because a copy of the weights saves more
+traffic and so gets the room first. Such chunks are never updated ahead of the step, so it does not matter when a sum
+becomes complete.
 """
 
 from __future__ import annotations

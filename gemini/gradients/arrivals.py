@@ -1,4 +1,4 @@
-"""The seam between gradients that arrive and updates that wait for them: what keeps gradients, and whom it tells."""
+"""The interface between backward and updates: objects that keep gradients, and listeners for their changes."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class ArrivedGradients:
     """All gradients of a chunk, in host memory or on their way from there to disk."""
 
     tickets: tuple[GradTicket, ...]
-    """What must be complete before they may be read."""
+    """Jobs that must be complete before the gradients may be read."""
     slot: torch.Tensor | None
-    """Where to read them as long as the slot is not needed by others; None: at home."""
+    """Buffer to read them from while the slot is not needed by others; None: read them at home."""
 
 
 class GradientListener(Protocol):
-    """Who wants to know when gradients come and go."""
+    """Listener that is called when gradients change."""
 
     def gradients_complete(self, chunk_id: int, arrived: ArrivedGradients) -> bool:
         """Handle that a backward pass has delivered all gradients of a chunk.
@@ -94,7 +94,7 @@ class DirectGradients(Protocol):
 
 
 class Gradients(Protocol):
-    """Where gradients wait for the update: GradientStore with one rank, ShardedGradients with several.
+    """Gradients that wait for the update: GradientStore with one rank, ShardedGradients with several.
 
     =================  ===============  ======  ==============================================================
     verb               called by        blocks  promises
@@ -114,7 +114,7 @@ class Gradients(Protocol):
     expected_backwards: int
     """Backward passes of the last step that was taken; the coming one probably has as many."""
     hyper_fingerprint: int
-    """What the optimizer will do, in a number that all ranks must share."""
+    """Fingerprint of what the optimizer will do; all ranks must have the same."""
     backward_pass: BackwardPass
 
     @property
@@ -126,7 +126,7 @@ class Gradients(Protocol):
         """Sums over backward passes on the device."""
 
     def follow(self, listener: GradientListener) -> None:
-        """Tell a listener of gradients that come and go; there is one."""
+        """Set the one listener for changes of gradients."""
 
     def add_chunk(
         self,

@@ -1,4 +1,4 @@
-"""What has come of one chunk's gradients, and what is still to come."""
+"""The gradients of one chunk: which have arrived, and which are still to come."""
 
 from __future__ import annotations
 

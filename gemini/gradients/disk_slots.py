@@ -1,4 +1,4 @@
-"""The way of gradients from host memory to disk: each chunk is put together in a slot, written when that is needed."""
+"""Slots through which gradients go to disk: a chunk is assembled in a slot, which is written when needed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class DiskSlots:
         self._in_slot: OrderedDict[int, tuple[GradChunk, GradientSlot]] = OrderedDict()
 
     def slot_of(self, chunk: GradChunk) -> GradientSlot | None:
-        """Return the slot in which a chunk's gradients are put together; None if they are in none."""
+        """Return the slot in which a chunk's gradients are assembled; None if there is none."""
         found = self._in_slot.get(chunk.spec.chunk_id)
         return None if found is None else found[1]
 

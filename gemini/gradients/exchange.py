@@ -1,9 +1,9 @@
 """Gradients between ranks: each sends every other rank that one's part, and takes the mean of what it receives.
 
-A chunk that is put together in a slot goes from there at once. One that fits no slot, or is kept whole elsewhere, goes
-in pieces: some elements of every rank's shard at a time, copied together in a slot. Sums are taken in float32 and in
-rank order, so that no sum overflows in half precision and all runs give the same bits. With several replicas of the
-model they go through gemini.gradients.replica_sums before they become means.
+A chunk that is assembled in a slot is sent at once. A chunk that does not fit a slot, or is kept whole elsewhere, is
+sent in pieces: some elements of every rank's shard at a time, copied together into a slot. Sums are computed in float32
+and in rank order, so no sum overflows in half precision and all runs give the same bits. With several replicas of the
+model, the sums pass through gemini.gradients.replica_sums before they become means.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _Piece:
 
 
 class GradientExchange:
-    """Exchanges of one engine, first asked for first done.
+    """Exchanges of one engine, in the order of their requests.
 
     Args:
         group: the ranks.
@@ -178,7 +178,7 @@ class GradientExchange:
             self._deliver(piece.spec, piece.shard, mean)
 
     def finish(self) -> None:
-        """Deliver the means of everything under way."""
+        """Deliver the means of all running exchanges."""
         while self._under_way:
             self._arrive()
         if self._replica_sums is not None:
@@ -192,7 +192,7 @@ class GradientExchange:
             self._replica_sums.abandon()
 
     def close(self) -> None:
-        """Wait for what is under way, whatever becomes of it, and give all slots back; none is claimed any more."""
+        """Wait for running exchanges, even if they fail, and give all slots back; none may be claimed afterwards."""
         if self._replica_sums is not None:
             self._replica_sums.abandon()
         while self._under_way:

@@ -1,4 +1,4 @@
-"""What plain torch would have in `.grad`, where gradients wait elsewhere.
+"""The `.grad` attributes of parameters whose gradients wait elsewhere.
 
 [Note: Gradients in .grad]
 Autograd's accumulation hands each gradient to the engine at once and leaves `.grad` None. But other code may write
@@ -29,7 +29,7 @@ GivenGradient = tuple[int, int, torch.Tensor]
 
 
 class GradientIntake(Protocol):
-    """Where gradients wait."""
+    """Object that keeps gradients until the update."""
 
     def add(self, gradients: Sequence[GivenGradient]) -> None:
         """Take gradients that no backward pass delivers."""
@@ -81,9 +81,9 @@ class GradAttributes:
             found = [(param, name, place) for param, name, place in self._params if param.grad is not None]
             if found and self._is_scaled:
                 raise ModelError(
-                    f"a gradient was written to .grad of {found[0][1]}, and with float16 nobody can tell whether it "
-                    "carries the loss scale: let loss.backward() deliver it, or train in bfloat16 or float32; "
-                    "zero_grad() drops it"
+                    f"a gradient was written to .grad of {found[0][1]}, and in float16 the engine cannot know "
+                    "whether it includes the loss scale: let loss.backward() compute it, or train in bfloat16 or "
+                    "float32; zero_grad() drops it"
                 )
             if found:
                 on_found()

@@ -31,7 +31,7 @@ class _Sum:
     deliver: Callable[[torch.Tensor], None]
     stages: Generator[Collective, None, torch.Tensor]
     pending: Collective | None = None
-    """What has been started and not waited for; None: nothing has been started."""
+    """Collective that was started and not waited for; None if there is none."""
 
 
 class ReplicaSums:
@@ -56,7 +56,7 @@ class ReplicaSums:
         self._sums.append(_Sum(deliver, _stages(self._group, total, name)))
 
     def advance(self) -> None:
-        """Bring every sum one stage further, and deliver those that have passed the last.
+        """Advance every sum by one stage, and deliver those that are complete.
 
         Raises:
             CollectiveError: a rank did not take part.
@@ -83,7 +83,7 @@ class ReplicaSums:
             self.advance()
 
     def abandon(self) -> None:
-        """Wait for what has been started, whatever becomes of it, and forget all sums."""
+        """Wait for running exchanges, even if they fail, and forget all sums."""
         while self._sums:
             pending = self._sums.popleft().pending
             if pending is not None:

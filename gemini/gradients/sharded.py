@@ -1,8 +1,8 @@
-"""Gradients of chunks whose shards belong to several ranks: put together, exchanged, averaged, and kept by shard.
+"""Gradients of chunks whose shards belong to several ranks: assembled, exchanged, averaged, and kept by shard.
 
-A chunk's gradients are put together whole, in the working dtype, in an exchange slot of compute memory; see
-exchange.py for what happens to them there. The mean, rounded once to the working dtype, goes to a GradientStore
-whose chunks are shards, and from there all is as with one rank.
+A chunk's gradients are assembled whole, in the working dtype, in an exchange slot of compute memory; exchange.py
+exchanges them. The mean, rounded once to the working dtype, goes to a GradientStore whose chunks are shards. From there
+on, everything is as with one rank.
 
 [Note: Same exchanges on all ranks]
 All ranks take part in an exchange or it hangs, and all collectives of a group must be asked for in one order, gathers
@@ -90,7 +90,7 @@ class ShardedGradients:
         self.expected_backwards = 1
         """Backward passes of the last step that was taken."""
         self.hyper_fingerprint = 0
-        """Of what the optimizer will do; all ranks' must be equal."""
+        """Fingerprint of what the optimizer will do; all ranks must have the same."""
         self._shards = shards
         self._group = group
         self._transfers = transfers
@@ -133,7 +133,7 @@ class ShardedGradients:
     # ---------------------------------------------------------------- during backward
 
     def begin_backward(self, distance: Callable[[int], int]) -> None:
-        """Begin a backward pass, which autograd will end; inside of one, do nothing.
+        """Begin a backward pass, which autograd will end; do nothing inside another one.
 
         Args:
             distance: how soon forward uses a chunk, lower is sooner; the same on all ranks.
@@ -262,14 +262,14 @@ class ShardedGradients:
         chunk.filled.add(position)
 
     def _whole(self, chunk: _Chunk) -> torch.Tensor:
-        """Return where a chunk's gradients are put together, [padded numel] of the waiting or the working dtype."""
+        """Return the buffer in which a chunk's gradients are assembled, [padded numel], waiting or working dtype."""
         if chunk.kept is not None:
             return chunk.kept.view(self.dtype_of(chunk.spec.chunk_id))[: chunk.shard.whole_numel]
         assert chunk.slot is not None
         return chunk.slot.sent.view(chunk.spec.dtype)[: chunk.shard.whole_numel]
 
     def _exchange_next(self) -> None:
-        """Exchange the chunk whose turn it is, whatever it has."""
+        """Exchange the next chunk in the order, even if its gradients are incomplete."""
         chunk = self._order[self._num_gone]
         if self._has_slot(chunk):
             slot, chunk.slot = chunk.slot, None
@@ -312,7 +312,7 @@ class ShardedGradients:
             self._shards.put(spec.chunk_id, position, mean[piece.begin : piece.end])
 
     def _end_means(self) -> None:
-        """Hand on the means of everything under way."""
+        """Deliver the means of all running exchanges."""
         self._exchange.finish()
         if self._is_taking_means:
             self._shards.end_backward()
@@ -321,7 +321,7 @@ class ShardedGradients:
     # ---------------------------------------------------------------- between backward and update
 
     def finish(self) -> None:
-        """Block until every gradient has reached its home, on all ranks, and all know which there are.
+        """Block until every gradient has reached its home on all ranks, and all ranks know which gradients exist.
 
         Raises:
             CollectiveError: a rank did not take part.
@@ -347,7 +347,7 @@ class ShardedGradients:
             self._agree()
 
     def _agree(self) -> list[_Chunk]:
-        """Let all ranks know all sums of squares; return the chunks of which any rank has latecomers."""
+        """Share all sums of squares with all ranks; return the chunks for which any rank has late gradients."""
         own = self._shards.sums_of_squares()
         chunks = list(self._chunks.values())
         params = [place.spec for chunk in chunks for place in chunk.spec.places]
@@ -360,8 +360,8 @@ class ShardedGradients:
         sums, is_anywhere, is_late_anywhere, fingerprints = parts
         if not fingerprints.eq(fingerprints[0]).all():
             raise ConfigError(
-                "HybridAdam: ranks have different hyper-parameters, max_grad_norm or step counts: give all the same, "
-                "and to a scheduler that follows a loss the mean of all ranks'"
+                "HybridAdam: ranks have different hyper-parameters, max_grad_norm or step counts: give all ranks "
+                "the same values; give a scheduler that follows the loss the mean loss of all ranks"
             )
         with_gradient = is_anywhere.any(dim=0).tolist()
         grid = self._group.grid  # replicas have the same sums, and so have tensor ranks where they hold copies
@@ -413,7 +413,7 @@ class ShardedGradients:
                 found.clear()
 
     def close(self) -> None:
-        """Wait for what is under way, whatever becomes of it, and give slots and homes back."""
+        """Wait for running exchanges, even if they fail, and give slots and homes back."""
         for chunk in self._chunks.values():
             if chunk.slot is not None:
                 self._exchange.give_back(chunk.slot)
@@ -432,7 +432,7 @@ class ShardedGradients:
         return None
 
     def follow(self, listener: GradientListener) -> None:
-        """Tell a listener of gradients of shards that come and go; there is one."""
+        """Set the one listener for changes of gradients of shards."""
         self._shards.follow(listener)
 
     @property

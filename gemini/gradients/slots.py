@@ -18,4 +18,4 @@ class GradientSlot:
     buffer: torch.Tensor
     busy: IoTicket | None = None
     reader: int | None = None
-    """The chunk whose gradients somebody may be reading here."""
+    """Chunk whose gradients may be read here now; None if there is none."""

@@ -2,10 +2,10 @@
 
 `GradientStore.put` takes one: what waits already is added to, in float32, by the pass that stores it.
 
-A gradient that compute memory's own tier keeps goes straight to its home. One that leaves a device travels by
-chunk through a device slot and a host slot; one that waits on disk is put together in a host slot first. On
-arrival at host memory the sum of squares is taken in the pass that stores or adds. Where several backward passes
-make a step and the device has room, they are summed there first, see [Note: Accumulators].
+A gradient goes directly to its home if the home is in compute memory. A gradient that leaves a device moves chunk by
+chunk through a device slot and a host slot. A gradient that waits on disk is first assembled in a host slot. When it
+arrives in host memory, its sum of squares is computed in the pass that stores or adds it. If a step has several
+backward passes and the device has room, gradients are first summed there; see [Note: Accumulators].
 
 Gradients are consumed by the update: after `clear` there are none.
 """
@@ -23,8 +23,8 @@ from gemini.chunk.layout import ChunkSpec
 from gemini.gradients.accumulators import GradientAccumulators
 from gemini.gradients.arrivals import ArrivedGradients, DirectGradients, GradientListener, second_gradient_error
 from gemini.gradients.chunk_gradients import GradChunk
-from gemini.gradients.device_route import DeviceRoute
 from gemini.gradients.disk_slots import DiskSlots
+from gemini.gradients.downloads import GradientDownloads
 from gemini.kernels.cpu import GradMode
 from gemini.kernels.device import DeviceKernels
 from gemini.kernels.pool import GradTicket
@@ -36,7 +36,7 @@ from gemini.tiers import MemoryTier
 __all__ = ["GradientStore"]
 
 PURPOSE = "gradient slots"
-"""What their memory is for, in reports."""
+"""Purpose of their memory, in reports."""
 MAX_JOBS_IN_FLIGHT = 4
 """Gradients whose autograd buffers may be alive at once while the worker pool stores them."""
 
@@ -73,7 +73,7 @@ class GradientStore:
         self.expected_backwards = 1
         """Backward passes of the last step that was taken; the coming one probably has as many."""
         self.hyper_fingerprint = 0
-        """Nobody else's to compare with."""
+        """Not used with one rank; see Gradients."""
         self.accumulators = GradientAccumulators(resources.transfers, device_kernels)
         self.backward_pass = BackwardPass()
         self._jobs: list[GradTicket] = []
@@ -83,8 +83,8 @@ class GradientStore:
             host_slots = self._allocate_on_host(num_slots, device_slot_nbytes)
         disk_slots = self._allocate_on_host(num_slots, disk_slot_nbytes) if disk_slot_nbytes else []
         self._buffers_on_device, self._buffers_on_host = device_slots, host_slots + disk_slots
-        self._route = DeviceRoute(
-            transfers, device_slots, host_slots, arrive=self._put_on_host, announce_change=self._announce_change
+        self._downloads = GradientDownloads(
+            transfers, device_slots, host_slots, store=self._put_on_host, announce_change=self._announce_change
         )
         self._disk_slots = DiskSlots(disk_slots, wait_for_sums=self.accumulators.wait, leave=self._leave_slot)
 
@@ -97,7 +97,7 @@ class GradientStore:
         return self
 
     def follow(self, listener: GradientListener) -> None:
-        """Tell a listener of gradients that come and go; there is one."""
+        """Set the one listener for changes of gradients."""
         self.listener = listener
 
     def add_chunk(
@@ -135,7 +135,7 @@ class GradientStore:
         elif self.expected_backwards > 1 and chunk_id in self.accumulators:
             self._accumulate(chunk, position, grad.reshape(-1))
         elif not self.can_write(chunk_id):
-            self._route.put(chunk, position, grad.reshape(-1))
+            self._downloads.put(chunk, position, grad.reshape(-1))
         elif grad.is_contiguous():
             self._put_on_host(chunk, position, grad.view(-1))
         else:
@@ -181,7 +181,7 @@ class GradientStore:
         return position not in chunk.earlier and self._dtype_of(chunk.spec) is torch.float32
 
     def can_write(self, chunk_id: int) -> bool:
-        """Return whether `writing` is possible: a chunk's gradients wait, or are put together, where compute is."""
+        """Return whether `writing` is possible: a chunk's gradients wait, or are assembled, in compute memory."""
         is_on_host = self._resources.transfers.compute_tier is MemoryTier.HOST
         return is_on_host and self._chunks[chunk_id].tier is not MemoryTier.DEVICE
 
@@ -243,12 +243,12 @@ class GradientStore:
         return position in chunk.delivered or position in chunk.earlier
 
     def reach_unit(self, chunk_ids: Sequence[int], distance: Callable[[int], int]) -> None:
-        """Do nothing: gradients go where they wait as they come; see ShardedGradients.reach_unit."""
+        """Do nothing: each gradient is stored when it arrives; see ShardedGradients.reach_unit."""
 
     def end_backward(self) -> None:
         """Send off what waits in device slots; called by autograd when a backward pass has ended."""
         self.backward_pass.end()
-        self._route.depart_all()
+        self._downloads.start_all()
         for chunk in self._chunks.values():
             chunk.earlier |= chunk.delivered
             chunk.delivered.clear()
@@ -261,7 +261,7 @@ class GradientStore:
             return
         partial = {chunk_id: chunk.unfinished - chunk.earlier for chunk_id, chunk in self._chunks.items()}
         self.end_backward()
-        self._route.arrive_all()
+        self._downloads.finish_all()
         for chunk_id, positions in partial.items():
             for position in positions:
                 self._drop(self._chunks[chunk_id], position)
@@ -275,7 +275,7 @@ class GradientStore:
         chunk.earlier.discard(position)
 
     def _check_accumulation(self, chunk: GradChunk, position: int) -> None:
-        again = position in chunk.sumsq or self._route.has_sent(chunk, position)
+        again = position in chunk.sumsq or self._downloads.has_sent(chunk, position)
         if again and self._dtype_of(chunk.spec) is not torch.float32:
             raise second_gradient_error(chunk.spec.places[position].spec.name, self._dtype_of(chunk.spec))
 
@@ -320,7 +320,7 @@ class GradientStore:
             self._jobs.pop(0).wait()
         chunk.arrived.add(position)
         is_complete = len(chunk.arrived) == len(chunk.spec.places) and not any(chunk.num_expected.values())
-        if is_complete and not self._route.carries(chunk):
+        if is_complete and not self._downloads.carries(chunk):
             self._announce(chunk)
 
     def _announce_change(self, chunk_id: int) -> None:
@@ -333,7 +333,7 @@ class GradientStore:
         self.listener.leave_gradient_slot(chunk_id)
 
     def _announce(self, chunk: GradChunk) -> None:
-        """Tell the listener that a chunk's gradients are all here."""
+        """Tell the listener that a chunk's gradients are complete."""
         if self.listener is None:
             return
         chunk_id = chunk.spec.chunk_id
@@ -363,7 +363,7 @@ class GradientStore:
         self.end_backward()
         for chunk_id in self.accumulators.unsent():
             self._send_sums(self._chunks[chunk_id])
-        self._route.arrive_all()
+        self._downloads.finish_all()
         while self._jobs:
             self._jobs.pop(0).wait()
         self._disk_slots.write_all()
@@ -418,7 +418,7 @@ class GradientStore:
 
     def close(self) -> None:
         """Give slots and homes back."""
-        self._route.close()
+        self._downloads.close()
         self.accumulators.close()
         for buffer in self._buffers_on_device:
             self._resources.transfers.free(buffer, PURPOSE)

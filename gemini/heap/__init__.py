@@ -65,7 +65,7 @@ def serve_cpu_memory(choice: Literal["auto", "pool", "system"], *, is_compute_on
     except HeapUnavailableError as error:
         if choice == "pool":
             raise ConfigError(
-                f'GeminiConfig.cpu_allocator: "pool" cannot be had, use "auto" or "system": {error}'
+                f'GeminiConfig.cpu_allocator: "pool" is not available, use "auto" or "system": {error}'
             ) from error
         logger.info("torch keeps its own CPU allocator, whose heap takes more memory: %s", error)
 
@@ -82,7 +82,7 @@ def install() -> None:
     """
     status = _library().gn_heap_install()
     if status == -errno.EBUSY:
-        raise HeapUnavailableError("another library has given torch a CPU allocator of its own")
+        raise HeapUnavailableError("another library has replaced torch's CPU allocator")
     if status != 0:
         raise HeapUnavailableError(f"no address space can be reserved: {os.strerror(-status)}; see ulimit -v")
 

@@ -33,7 +33,7 @@ TIMEOUT_S = 300
 
 
 def cache_dir() -> Path:
-    """Return the directory of compiled allocators: beside torch's hub directory, so TORCH_HOME moves it."""
+    """Return the directory of compiled allocators, next to torch's hub directory, so TORCH_HOME moves it."""
     return Path(torch.hub.get_dir()).with_name("gemini")
 
 

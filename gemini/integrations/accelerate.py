@@ -13,7 +13,7 @@ import torch
 
 from gemini.ddp import GeminiDDP
 from gemini.errors import ConfigError, MissingLibraryError
-from gemini.integrations import seams
+from gemini.integrations import overrides
 from gemini.optimizer import HybridAdam
 from gemini.weights.ownership import runtime_of
 
@@ -66,26 +66,26 @@ class GeminiAccelerator(accelerate.Accelerator):
     def _refuse_double_work(self) -> None:
         if self.mixed_precision != "no":
             raise ConfigError(
-                f'Accelerator.mixed_precision: expected "no", got {self.mixed_precision!r}: the engine has working '
-                "weights of its own dtype and float32 masters; choose it with GeminiConfig(dtype=...)"
+                f'Accelerator.mixed_precision: expected "no", got {self.mixed_precision!r}: the engine has its own '
+                "working dtype and float32 masters; set it with GeminiConfig(dtype=...)"
             )
         if self.state.dynamo_plugin.backend != accelerate.utils.DynamoBackend.NO:
             raise ConfigError(
-                "Accelerator.dynamo_plugin: a whole model that is compiled hides which weights it needs when; compile "
-                "its blocks before it is wrapped: for block in model.model.layers: block.compile()"
+                "Accelerator.dynamo_plugin: a model compiled as a whole does not show which weights it needs; "
+                "compile its blocks before wrapping it: for block in model.model.layers: block.compile()"
             )
 
     def _check_engine(self, engine: GeminiDDP) -> None:
         if self.num_processes > 1 and engine.runtime.sharding.is_alone:
             raise ConfigError(
-                f"Accelerator.prepare: {self.num_processes} processes, and the engine shares its model with none: "
-                "wrap it with zero.shard(model, config) in place of GeminiDDP"
+                f"Accelerator.prepare: there are {self.num_processes} processes, but the engine has one rank: "
+                "wrap the model with zero.shard(model, config) instead of GeminiDDP"
             )
         device = engine.runtime.resources.transfers.device
         if device.type != self.device.type:
             raise ConfigError(
-                f"Accelerator.device: {self.device}, where batches go, and the engine computes on {device}: give "
-                "Accelerator(cpu=...) and GeminiConfig(device=...) the same"
+                f"Accelerator.device: batches go to {self.device}, but the engine computes on {device}: give "
+                "Accelerator(cpu=...) and GeminiConfig(device=...) the same device"
             )
 
     def prepare_optimizer(
@@ -111,8 +111,8 @@ class GeminiAccelerator(accelerate.Accelerator):
             params = (param for group in optimizer.param_groups for param in group["params"])
             if any(runtime_of(param) is not None for param in params):
                 raise ConfigError(
-                    f"Accelerator.prepare: expected a HybridAdam for the parameters of a GeminiDDP, got a "
-                    f"{type(optimizer).__name__}, which would find no gradients and train nothing"
+                    "Accelerator.prepare: expected a HybridAdam for the parameters of a GeminiDDP, got a "
+                    f"{type(optimizer).__name__}, which would find no gradients"
                 )
         return super().prepare_optimizer(optimizer, device_placement)
 
@@ -159,13 +159,13 @@ class GeminiAccelerator(accelerate.Accelerator):
         given = {id(param) for param in params}
         if any(id(param) not in given for param in engine.parameters() if param.requires_grad):
             raise ConfigError(
-                "Accelerator.clip_grad_norm_: parameters: expected all that the engine trains, whose gradients are "
-                "clipped together; pass model.parameters()"
+                "Accelerator.clip_grad_norm_: parameters: expected all parameters that the engine trains, "
+                "because their gradients are clipped together; pass model.parameters()"
             )
         if any(runtime_of(param) is not engine.runtime for param in params):
             raise ConfigError(
-                "Accelerator.clip_grad_norm_: parameters: expected those of one GeminiDDP alone, whose norm does not "
-                "count gradients that wait elsewhere; clip each model by itself"
+                "Accelerator.clip_grad_norm_: parameters: expected parameters of one GeminiDDP only, because its "
+                "norm does not include other gradients; clip each model separately"
             )
         return engine.clip_grad_norm_(max_norm)
 
@@ -191,7 +191,7 @@ class GeminiAccelerator(accelerate.Accelerator):
         for model in self._models:
             if isinstance(model, GeminiDDP) and model.runtime is runtime:
                 return model
-        raise ConfigError("Accelerator: these are parameters of a GeminiDDP that has not been given to prepare()")
+        raise ConfigError("Accelerator: these are parameters of a GeminiDDP that was not passed to prepare()")
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -250,7 +250,7 @@ class GeminiAccelerator(accelerate.Accelerator):
             self._models, self._optimizers = models, optimizers
 
 
-seams.check_seams(
+overrides.check_overrides(
     GeminiAccelerator,
     accelerate.Accelerator,
     added={"_refuse_double_work", "_check_engine", "_engine_of", "_without_engines"},
@@ -270,4 +270,4 @@ class _PreparedHybridAdam(AcceleratedOptimizer):
         return norm is not None and not math.isfinite(norm)
 
 
-seams.check_seams(_PreparedHybridAdam, AcceleratedOptimizer)
+overrides.check_overrides(_PreparedHybridAdam, AcceleratedOptimizer)

@@ -11,7 +11,7 @@ import torch
 from gemini.config import GeminiConfig
 from gemini.ddp import GeminiDDP
 from gemini.errors import ConfigError, MissingLibraryError
-from gemini.integrations import seams
+from gemini.integrations import overrides
 from gemini.integrations.random_numbers import unchanged_random_numbers
 from gemini.offload.resources import device_of
 from gemini.optimizer import HybridAdam
@@ -60,8 +60,8 @@ class GeminiStrategy(SingleDeviceStrategy):
     def precision_plugin(self, plugin: Precision | None) -> None:
         if plugin is not None and type(plugin) is not Precision:
             raise ConfigError(
-                f'Trainer.precision: expected "32-true", the default, got {plugin.precision!r}: the engine has working '
-                "weights of its own dtype and float32 masters; choose it with GeminiConfig(dtype=...)"
+                f'Trainer.precision: expected "32-true", the default, got {plugin.precision!r}: the engine has its own '
+                "working dtype and float32 masters; set it with GeminiConfig(dtype=...)"
             )
 
     # ---------------------------------------------------------------- preparing
@@ -89,7 +89,7 @@ class GeminiStrategy(SingleDeviceStrategy):
         return self.engine
 
     def setup_optimizers(self, trainer: Any) -> None:
-        """Let the module build its optimizer.
+        """Have the module build its optimizer.
 
         Args:
             trainer: Lightning's trainer.
@@ -191,7 +191,7 @@ class GeminiStrategy(SingleDeviceStrategy):
             self.optimizers[0].load_state_dict(state)
 
 
-seams.check_seams(GeminiStrategy, SingleDeviceStrategy)
+overrides.check_overrides(GeminiStrategy, SingleDeviceStrategy)
 
 
 def _check_training(trainer: Any) -> None:
@@ -206,8 +206,9 @@ def _check_training(trainer: Any) -> None:
     for callback in trainer.callbacks:
         if isinstance(callback, averaging):
             raise ConfigError(
-                f"Trainer.callbacks: {type(callback).__name__} averages the module's weights as it finds them, and "
-                "between steps an engine's are away: average what engine.master_state_dict() returns"
+                f"Trainer.callbacks: {type(callback).__name__} averages the module's weights in place, but "
+                "between steps an engine's weights are not in memory: average the result of "
+                "engine.master_state_dict()"
             )
 
 
@@ -228,4 +229,4 @@ class _GeminiPrecision(Precision):
         )
 
 
-seams.check_seams(_GeminiPrecision, Precision)
+overrides.check_overrides(_GeminiPrecision, Precision)

@@ -27,7 +27,7 @@ from gemini.errors import (
     MissingCheckpointError,
     MissingLibraryError,
 )
-from gemini.integrations import seams
+from gemini.integrations import overrides
 from gemini.integrations.accelerate import GeminiAccelerator
 from gemini.integrations.random_numbers import unchanged_random_numbers
 from gemini.integrations.successive import leave, owns, take_over
@@ -51,7 +51,7 @@ _CHECKPOINT_NAME = "gemini"
 _ADAMW_NAMES = (OptimizerNames.ADAMW_TORCH.value, OptimizerNames.ADAMW_TORCH_FUSED.value)
 
 _REFUSED_ARGUMENTS = {
-    "deepspeed": "GeminiConfig says where memory comes from; GeminiConfig.from_deepspeed reads such a file",
+    "deepspeed": "GeminiConfig sets the memory to use; GeminiConfig.from_deepspeed reads a DeepSpeed file",
     "fsdp": "the engine places and moves the weights itself",
     "torch_compile": "compile the blocks of the model instead: for block in model.model.layers: block.compile()",
     "fp16_full_eval": "evaluation uses the engine's working weights: choose GeminiConfig(dtype=...)",
@@ -94,8 +94,8 @@ def config_for_arguments(config: GeminiConfig | None, arguments: Any) -> GeminiC
         return GeminiConfig(dtype=wanted or torch.float32, gradient_accumulation=accumulates, device=arguments.device)
     if wanted not in (None, config.dtype):
         raise ConfigError(
-            f"TrainingArguments.{flag}: expected what GeminiConfig.dtype says, which is {config.dtype}: pass "
-            f"{flag}=False, or GeminiConfig(dtype={wanted})"
+            f"TrainingArguments.{flag}: expected GeminiConfig.dtype, which is {config.dtype}: pass {flag}=False, "
+            f"or GeminiConfig(dtype={wanted})"
         )
     if accumulates and not config.gradient_accumulation:
         raise ConfigError(
@@ -145,7 +145,7 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 class GeminiTrainerMixin:
-    """Lets a trainer train through a GeminiDDP: `class Trainer(GeminiTrainerMixin, transformers.Trainer)`.
+    """Makes a trainer train through a GeminiDDP: `class Trainer(GeminiTrainerMixin, transformers.Trainer)`.
 
     The rest of the script stays unchanged. AdamW is HybridAdam, with the trainer's parameter groups, learning rates and
     clipping; a checkpoint contains the engine's, streamed, in place of the optimizer's file. With several processes,
@@ -188,7 +188,7 @@ class GeminiTrainerMixin:
         self.args._n_gpu = 1  # more would mean torch.nn.DataParallel
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        """Let accelerate cast nothing: `bf16` and `fp16` have become the engine's dtype."""
+        """Prevent casts by accelerate: `bf16` and `fp16` set the engine's dtype."""
         arguments: dict[str, Any] = super()._build_accelerator_args(**kwargs)  # type: ignore[misc]
         return arguments | {"mixed_precision": "no"}
 
@@ -245,8 +245,8 @@ class GeminiTrainerMixin:
             self.built_engine()
         elif not isinstance(getattr(self.optimizer, "optimizer", self.optimizer), HybridAdam):  # of an earlier train()
             raise ConfigError(
-                "GeminiTrainer: optimizers: expected none: HybridAdam is built over the engine's parameters, from "
-                "TrainingArguments; a scheduler of your own is made by overriding create_scheduler"
+                "GeminiTrainer: optimizers: expected none: the trainer builds a HybridAdam over the engine's "
+                "parameters from TrainingArguments; override create_scheduler to use your own scheduler"
             )
         optimizer: torch.optim.Optimizer = super().create_optimizer()  # type: ignore[misc]
         return optimizer
@@ -316,7 +316,7 @@ class GeminiTrainerMixin:
         torch.save(self.args, directory / TRAINING_ARGS_NAME)
 
     def _has_own_save(self) -> bool:
-        """Return whether the trainer behind this mixin saves in its own way, as that of sentence-transformers."""
+        """Return whether the trainer's class has its own way to save, as in sentence-transformers."""
         behind = type(self).__mro__[type(self).__mro__.index(GeminiTrainerMixin) + 1 :]
         owner = next(kind for kind in behind if "_save" in vars(kind))
         return owner.__module__ != transformers.trainer.__name__
@@ -337,8 +337,8 @@ class GeminiTrainerMixin:
             return
         if self.engine is not None:
             raise CheckpointMismatchError(
-                f"GeminiTrainer: {resume_from_checkpoint} has no {_CHECKPOINT_NAME} directory: it was saved by another "
-                "trainer, and is loaded before anything is trained or evaluated, or not at all"
+                f"GeminiTrainer: {resume_from_checkpoint} has no {_CHECKPOINT_NAME} directory: it was saved by "
+                "another trainer, so it can be loaded only before anything is trained or evaluated"
             )
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
@@ -358,7 +358,9 @@ class GeminiTrainerMixin:
             self.engine.load_checkpoint(Path(self.state.best_model_checkpoint) / _CHECKPOINT_NAME)
 
 
-seams.check_seams(GeminiTrainerMixin, transformers.Trainer, added={"build_engine", "built_engine", "_has_own_save"})
+overrides.check_overrides(
+    GeminiTrainerMixin, transformers.Trainer, added={"build_engine", "built_engine", "_has_own_save"}
+)
 
 
 class GeminiTrainer(GeminiTrainerMixin, transformers.Trainer):

@@ -1,3 +1,3 @@
-"""The user's model as it was given, and decisions about it; knows no chunk."""
+"""Describes the user's model and makes decisions about it; knows no chunks."""
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""State of modules besides parameters and buffers: torch's `get_extra_state` and `set_extra_state`."""
+"""State of modules other than parameters and buffers: torch's `get_extra_state` and `set_extra_state`."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def load_extra_states(model: torch.nn.Module, states: Mapping[str, Any]) -> None
 def _overriding(
     model: torch.nn.Module, method: str, *, remove_duplicate: bool
 ) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Yield the modules whose class has a method of its own in place of torch's, by name in a state dict."""
+    """Yield the modules whose class overrides one of torch's methods, by name in a state dict."""
     for name, module in named_modules(model, remove_duplicate=remove_duplicate):
         if getattr(type(module), method, None) is not getattr(torch.nn.Module, method):
             yield (f"{name}.{_SUFFIX}" if name else _SUFFIX), module

@@ -21,8 +21,8 @@ _KEPT_DTYPES = frozenset(
 _TAKEN_OVER = ("__torch_function__", "__torch_dispatch__", "to", "cuda", "cpu", "data")
 """Attributes whose definition shows that a subclass computes with its values or moves them itself."""
 _DEQUANTIZE = (
-    "dequantize it, or load the model without its quantization; weights of 8 bits or fewer work as frozen integer or "
-    "float8 parameters of modules of your own, with their scales beside them"
+    "dequantize it, or load the model without its quantization; weights of 8 bits or fewer work as frozen "
+    "integer or float8 parameters of your own modules, with their scales as separate parameters"
 )
 
 
@@ -50,7 +50,9 @@ def check_kind(name: str, param: torch.Tensor) -> None:
         )
     local = local_part(param)
     if local.is_quantized:
-        raise ModelError(f"parameter {name} has dtype {param.dtype}, whose scales lie beside its bytes: {_DEQUANTIZE}")
+        raise ModelError(
+            f"parameter {name} has dtype {param.dtype}, whose scales are stored beside its bytes: {_DEQUANTIZE}"
+        )
     if local.layout is not torch.strided or local.is_nested:
         kind_of_layout = "a nested tensor" if local.is_nested else f"of layout {local.layout}"
         raise ModelError(

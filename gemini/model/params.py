@@ -13,7 +13,7 @@ __all__ = ["ParamSpec"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParamSpec:
-    """What packing needs to know about one parameter."""
+    """Description of one parameter for packing."""
 
     name: str
     """Fully qualified name: the first one in `named_parameters`."""

@@ -21,7 +21,7 @@ __all__ = [
     "local_part",
     "show_values",
     "split_of",
-    "stand_in_for",
+    "placeholder_like",
     "take_local_gradient",
     "with_local_part",
 ]
@@ -129,7 +129,7 @@ def take_local_gradient(param: torch.Tensor) -> torch.Tensor:
         return local.wait() if hasattr(local, "wait") else local
 
 
-def stand_in_for(param: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
+def placeholder_like(param: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
     """Return a tensor without values that is divided like a parameter and has another dtype or device.
 
     Args:

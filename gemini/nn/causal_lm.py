@@ -28,7 +28,7 @@ _LOSS_NAME = "ForCausalLMLoss"
 LOSS_ARGUMENTS = frozenset({"logits", "labels", "vocab_size", "num_items_in_batch", "ignore_index", "shift_labels"})
 """Arguments with which that loss computes; any other name is unknown here."""
 _ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-_REMEDY = "call linear_cross_entropy in a forward of your own"
+_REMEDY = "call linear_cross_entropy in your own forward"
 
 
 def use_sliced_loss(
@@ -38,7 +38,7 @@ def use_sliced_loss(
     slice_size: int | None = None,
     keep_logits: bool = False,
 ) -> None:
-    """Let a transformers causal language model compute its loss with `linear_cross_entropy` from now on.
+    """Make a transformers causal language model compute its loss with `linear_cross_entropy` from now on.
 
     `model(input_ids=..., labels=...)` then returns the same loss as before and no logits; without labels, nothing
     changes. May be called before or after GeminiDDP or PEFT wrap the model, and again to change the slicing.
@@ -100,7 +100,7 @@ def _check_loss_arguments(model: Any) -> None:
     unknown = [each.name for each in params if each.kind not in _ANY and each.name not in LOSS_ARGUMENTS]
     if unknown:
         raise ModelError(
-            f"{type(model).__name__}: its loss takes {unknown[0]}, which is not known here: this version of "
+            f"{type(model).__name__}: its loss takes {unknown[0]}, which is unknown here: this version of "
             f"transformers is too new; {_REMEDY}"
         )
 
@@ -142,7 +142,7 @@ class _SlicedLossForward:
 
     @contextmanager
     def _exchanged(self) -> Iterator[None]:
-        """Let the output layer return `DeferredLogits` and the model's loss take them."""
+        """Replace the output layer's result by `DeferredLogits`, and the model's loss by one that takes them."""
         head, plain_loss = _output_layer_of(self.model), self.model.loss_function
         name = type(self.model).__name__
         head.forward = lambda hidden: DeferredLogits(name, hidden, head.weight, head.bias)

@@ -94,7 +94,7 @@ class DeferredLogits:
         if not is_number and not (isinstance(operand, torch.Tensor) and operand.dim() == 0):
             raise self._refusal("scales its logits by something other than a number")
         if isinstance(operand, torch.Tensor) and operand.requires_grad:
-            raise self._refusal("scales its logits by a tensor that is trained")
+            raise self._refusal("scales its logits by a trainable tensor")
         return self._after(lambda logits: operate(logits, operand))
 
     def _after(self, step: LogitsFn) -> DeferredLogits:
@@ -123,5 +123,5 @@ class DeferredLogits:
     def _refusal(self, what: str) -> ModelError:
         return ModelError(
             f"{self._model_name} {what} before its loss, so the loss cannot be computed in slices: leave out "
-            "use_sliced_loss, or call linear_cross_entropy in a forward of your own"
+            "use_sliced_loss, or call linear_cross_entropy in your own forward"
         )

@@ -215,15 +215,17 @@ def check_options(
 ) -> None:
     """Raise ConfigError if an option of `linear_cross_entropy` has no meaning."""
     if reduction not in ("none", "mean", "sum"):
-        raise ConfigError(f'linear_cross_entropy: reduction is "none", "mean" or "sum", got {reduction!r}')
+        raise ConfigError(f'linear_cross_entropy: reduction: expected "none", "mean" or "sum", got {reduction!r}')
     if not 0.0 <= label_smoothing <= 1.0:
-        raise ConfigError(f"linear_cross_entropy: label_smoothing lies in [0, 1], got {label_smoothing}")
+        raise ConfigError(
+            f"linear_cross_entropy: label_smoothing: expected a number from 0 to 1, got {label_smoothing}"
+        )
     if slicing not in ("rows", "vocabulary"):
-        raise ConfigError(f'linear_cross_entropy: slicing is "rows" or "vocabulary", got {slicing!r}')
+        raise ConfigError(f'linear_cross_entropy: slicing: expected "rows" or "vocabulary", got {slicing!r}')
     if slice_size is not None and slice_size < 1:
-        raise ConfigError(f"linear_cross_entropy: slice_size is at least 1, got {slice_size}")
+        raise ConfigError(f"linear_cross_entropy: slice_size: expected at least 1, got {slice_size}")
     if not isinstance(keep_logits, bool):
-        raise ConfigError(f"linear_cross_entropy: keep_logits is True or False, got {keep_logits!r}")
+        raise ConfigError(f"linear_cross_entropy: keep_logits: expected True or False, got {keep_logits!r}")
 
 
 def _check_range(row_labels: torch.Tensor, is_counted: torch.Tensor, num_tokens: int) -> None:

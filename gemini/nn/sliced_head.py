@@ -70,13 +70,14 @@ class SlicedHead:
         expected = _sum_dtype(linear.dtype)
         if not logits.is_floating_point() or _sum_dtype(logits.dtype) != expected:
             raise ConfigError(
-                f"linear_cross_entropy: expected logits_fn to return logits of {expected} or less, as it was given "
-                f"{linear.dtype}, got {logits.dtype}; convert `hidden` and `weight` to compute in another dtype"
+                f"linear_cross_entropy: expected logits_fn to return logits of {expected} or a smaller dtype, "
+                f"because its input was {linear.dtype}, got {logits.dtype}; convert `hidden` and `weight` to "
+                "compute in another dtype"
             )
         return logits.to(expected)
 
     def logits_backward(self, grad_of: Callable[[torch.Tensor], torch.Tensor], linear: torch.Tensor) -> torch.Tensor:
-        """Carry the gradient of the logits back through `logits_fn`.
+        """Propagate the gradient of the logits back through `logits_fn`.
 
         Args:
             grad_of: gradient of the logits as the loss sees them, from these; may overwrite them.

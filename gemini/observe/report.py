@@ -21,7 +21,7 @@ __all__ = ["DiskWear", "MemoryReport", "TierReport", "UpdateReport", "check_pred
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierReport:
-    """One tier's bytes: the formula's beside the measured ones."""
+    """Planned and measured bytes of one tier."""
 
     tier: str
     budget_nbytes: int | None
@@ -71,7 +71,7 @@ class UpdateReport:
     def __str__(self) -> str:
         why = "" if self.why_not_asked is None else f", but {self.why_not_asked}"
         text = (
-            f"overlap {self.overlap} (asked for: {self.overlap_asked}{why}); {self.num_updates} updates of chunks, "
+            f"overlap {self.overlap} (requested: {self.overlap_asked}{why}); {self.num_updates} updates of chunks, "
             f"{self.num_ahead} started ahead of the step, {self.num_redone} of them redone"
         )
         if self.busy_s is not None and self.step_s is not None:
@@ -291,7 +291,7 @@ def _update_report(runtime: Runtime) -> UpdateReport:
 
 
 def _predict(runtime: Runtime, profile: HardwareProfile, flops: StepFlops) -> StepPrediction:
-    """Predict how long the next step takes under the plan in force; see gemini.placement.cost_model."""
+    """Predict how long the next step takes with the current plan; see gemini.placement.cost_model."""
     return predict_step(
         count_step(runtime.demands, runtime.plan, runtime.shape, flops),
         profile,

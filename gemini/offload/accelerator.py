@@ -1,4 +1,4 @@
-"""An accelerator of torch's, whatever its maker: streams, events, memory, random numbers, and page-locked host memory.
+"""Any accelerator that torch supports: streams, events, memory, random numbers, and page-locked host memory.
 
 torch gives each kind of device a module (`torch.cuda`, which ROCm's devices use too, `torch.xpu`, or one that another
 maker has registered), and these modules have the same functions. What only some devices can do is asked for here, and
@@ -30,7 +30,7 @@ __all__ = [
 
 PORTABLE = 1  # cudaHostRegisterPortable: locked for every device of the process
 NEEDED = ("Event", "Stream", "current_stream", "device", "stream", "synchronize")
-"""What the module of a device must have for its copies to run beside its kernels."""
+"""Functions that the module of a device must have, so that its copies can run at the same time as its kernels."""
 
 
 class Event(Protocol):
@@ -47,10 +47,10 @@ class Event(Protocol):
 
 
 class Stream(Protocol):
-    """What comes in order on a device: `torch.Stream`, `torch.cuda.Stream`."""
+    """A stream, whose operations run in order on a device: `torch.Stream`, `torch.cuda.Stream`."""
 
     def wait_event(self, event: Any) -> None:
-        """Let what is submitted from now on wait for an event."""
+        """Make operations that are submitted from now on wait for an event."""
 
 
 class Accelerator:
@@ -67,7 +67,7 @@ class Accelerator:
     # ---------------------------------------------------------------- streams and events
 
     def new_stream(self) -> Stream:
-        """Return a stream beside the others, which may be one of a pool."""
+        """Return another stream, which may come from a pool."""
         stream: Stream = self._module.Stream(device=self.device)
         return stream
 
@@ -78,7 +78,7 @@ class Accelerator:
 
     @contextmanager
     def using(self, stream: Stream) -> Iterator[None]:
-        """Let the calling thread's operations run on a stream."""
+        """Run the calling thread's operations on a stream while the context is open."""
         # The outer context is for threads and programs whose current device is another one: leaving the inner one
         # alone would select that device, and so make a context, and take memory, on a device that is not ours.
         with self.selected(), self._module.stream(stream):
@@ -116,7 +116,7 @@ class Accelerator:
     # ---------------------------------------------------------------- memory
 
     def free_nbytes(self) -> int:
-        """Return the bytes of the device that nobody has taken."""
+        """Return the free bytes of the device."""
         return int(self._module.mem_get_info(self.device)[0])
 
     def allocated_nbytes(self) -> int:
@@ -134,7 +134,7 @@ class Accelerator:
     # ---------------------------------------------------------------- host memory
 
     def lock(self, buffer: torch.Tensor) -> str | None:
-        """Page-lock host memory, so that copies from and to it can run beside what the host does.
+        """Page-lock host memory, so that copies from and to it do not block the host.
 
         Args:
             buffer: contiguous, on the CPU, page aligned; `unlock` it before its memory goes.
@@ -171,7 +171,7 @@ class Accelerator:
 
 
 def _clear_last_error() -> None:
-    """Provoke the report of a failed call that torch did not see, which the next kernel would be blamed for."""
+    """Clear the error of a failed call that torch did not see; otherwise the next kernel would report it."""
     with suppress(RuntimeError):
         torch.ones(1, device="cuda")
 

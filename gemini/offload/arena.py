@@ -43,7 +43,7 @@ class MemorySource(Protocol):
         ...
 
     def take(self, nbytes: int) -> torch.Tensor:
-        """Return uint8 [nbytes] on the CPU, page aligned, with a storage of its own."""
+        """Return uint8 [nbytes] on the CPU, page aligned, with its own storage."""
 
 
 class _Grant(NamedTuple):
@@ -175,7 +175,9 @@ class HostArena:
         refusal = self._accelerator.lock(buffer)
         if refusal is not None and not self._has_warned:
             self._has_warned = True
-            logger.warning("page-locking host memory failed (%s): what is not locked passes through slots", refusal)
+            logger.warning(
+                "page-locking host memory failed (%s): memory that is not locked is copied through slots", refusal
+            )
         for address, grant in reversed(list(self._buffers.items())) if purpose not in MAY_BE_PAGEABLE else ():
             if refusal is None:
                 break

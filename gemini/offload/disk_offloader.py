@@ -38,7 +38,16 @@ import torch
 
 from gemini.errors import ConfigError, OffloadIOError, TensorError
 from gemini.offload.extents import Extent, ExtentAllocator
-from gemini.offload.io import IoEngine, IoFile, IoOpenFlag, IoOperation, IoRequest, IoTicket, choose_backend
+from gemini.offload.io import (
+    IoBackend,
+    IoEngine,
+    IoFile,
+    IoOpenFlag,
+    IoOperation,
+    IoRequest,
+    IoTicket,
+    choose_backend,
+)
 from gemini.tiers import IO_ALIGNMENT_NBYTES, round_up
 
 __all__ = ["DiskOffloader"]
@@ -118,6 +127,22 @@ class DiskOffloader:
         self._operations: list[_Operation] = []  # oldest first
         self._errors: dict[IoOperation, list[BaseException]] = {kind: [] for kind in IoOperation}
         self._is_closed = False
+
+    @property
+    def backend(self) -> IoBackend:
+        """Kernel interface that moves the bytes."""
+        return self._engine.backend
+
+    @property
+    def held_nbytes(self) -> int:
+        """Bytes that records take in the file, each rounded up to a multiple of 4096."""
+        with self._lock:
+            return self._allocator.held_nbytes
+
+    @property
+    def written_nbytes(self) -> int:
+        """Bytes written to the file since construction."""
+        return self._engine.stats().nbytes_written
 
     def sync_write(self, tensor: torch.Tensor) -> None:
         """Write a tensor and free its memory; see sync_writev."""

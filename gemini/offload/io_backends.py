@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 
 class IoBackend(enum.Enum):
-    """Kernel interface that carries the bytes, best first."""
+    """Kernel interface for transfers, best first."""
 
     URING = "io_uring"
     AIO = "aio"

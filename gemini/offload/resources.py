@@ -54,7 +54,7 @@ class Resources:
     accelerator: Accelerator | None = None
     """The device, if it is one of torch's; None: the CPU, or the simulated device."""
     granted_by: Granter | None = None
-    """Grant of memory and disk, ended when they are given back; None if nobody was asked."""
+    """Grant of memory and disk, ended when they are given back; None without a service."""
 
     def close(self, *, keep: bool = False) -> None:
         """End all I/O and threads, and free all memory and the swap file.
@@ -119,7 +119,7 @@ def device_of(config: GeminiConfig) -> torch.device | str | None:
     found = find_accelerator()
     if found is None or found.type != device.type:
         name = "CUDA" if device.type == "cuda" else device.type
-        raise ConfigError(f"GeminiConfig.device: {wanted!r} was asked for, but torch finds no {name} device")
+        raise ConfigError(f"GeminiConfig.device: {wanted!r} was requested, but torch finds no {name} device")
     return device if device.index is not None else found
 
 
@@ -143,7 +143,7 @@ def budgets_of(config: GeminiConfig) -> dict[MemoryTier, int | None]:
                 "leave one of them out"
             )
         if config.device_budget is not None:
-            logger.warning("device_budget is not used: there is no accelerator, and host_budget bounds all memory")
+            logger.warning("device_budget is not used: there is no accelerator, so host_budget limits all memory")
         device_nbytes = None
     elif config.device_budget is not None:
         device_nbytes = config.device_budget_nbytes

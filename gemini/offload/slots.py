@@ -104,4 +104,4 @@ class GrowingSlots:
         return 0
 
     def close(self) -> None:
-        """Do nothing: a buffer is freed as soon as it is given back."""
+        """Do nothing: each buffer is freed when it is given back."""

@@ -18,7 +18,7 @@ and no owner may therefore be taken, whatever its version; a file without the ma
 device before anything else is done with the file, so that this also holds after a crash of the whole machine.
 
 [Note: kept swap file]
-`gemini-rank{rank}.kept` is locked in the same way and holds what a commit file (commit_file.py) refers to. It outlives
+`gemini-rank{rank}.kept` is locked in the same way and holds what a commit file (commits/file.py) refers to. It outlives
 its processes; the owner of the commit file removes it. Its header:
 
     offset  type      field
@@ -38,6 +38,7 @@ import fcntl
 import logging
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,8 +125,9 @@ class KeptSwap:
             what = "identity {1:#x} and {2} bytes".format(*_KEPT_HEADER.unpack_from(found))
         expected = "identity {1:#x} and {2} bytes".format(*_KEPT_HEADER.unpack_from(header))
         raise CheckpointMismatchError(
-            f"{path}: expected the swap file of the committed state, {expected}, found {what}: give NVMeConfig.path "
-            "the directory it was committed with, or go on from a checkpoint with a new commit file"
+            f"{path}: expected the swap file of the committed state, {expected}, found {what}: set "
+            "NVMeConfig.path to the directory that it was committed with, or resume from a checkpoint with a new "
+            "commit file"
         )
 
 
@@ -201,26 +203,7 @@ def remove_abandoned(directory: Path) -> list[Path]:
 
 
 def take_file(path: Path) -> int:
-    """Open and lock the swap file, taking over the file of a dead owner; return the lock's descriptor."""
-    check_directory(path.parent)
-    while True:
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            raise _directory_error(path, error.errno or errno.EIO) from error
-        try:
-            _lock(path, fd)
-            if _is_same_file(path, fd):
-                _empty_stale_file(path, fd)
-                return fd
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)  # its owner removed it between this process's open and lock
-
-
-def take_kept_file(path: Path) -> int:
-    """Open and lock a swap file that outlives its processes, made if it is missing; return the descriptor.
+    """Open and lock the swap file, which is made if it is missing; a dead owner's file is emptied and taken over.
 
     Args:
         path: the file's path.
@@ -231,20 +214,46 @@ def take_kept_file(path: Path) -> int:
     Raises:
         OffloadIOError: another process holds it, something else is at the path, or the directory cannot be used.
     """
+    return _open_locked(path, _empty_stale_file)
+
+
+def take_kept_file(path: Path) -> int:
+    """Open and lock a swap file that outlives its processes; it is made if it is missing.
+
+    Args:
+        path: the file's path.
+
+    Returns:
+        The descriptor that holds the lock.
+
+    Raises:
+        OffloadIOError: another process holds it, something else is at the path, or the directory cannot be used.
+    """
+    return _open_locked(path, _check_kept_file)
+
+
+def _open_locked(path: Path, prepare: Callable[[Path, int], None]) -> int:
     check_directory(path.parent)
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise _directory_error(path, error.errno or errno.EIO) from error
-    try:
-        _lock(path, fd)
-        if os.fstat(fd).st_size and not os.pread(fd, HEADER_NBYTES, 0).startswith(_KEPT_MAGIC):
-            hint = "a file of that name exists but is not a kept swap file: move it away"
-            raise OffloadIOError("use as swap space", str(path), errno.EEXIST, hint=hint)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise _directory_error(path, error.errno or errno.EIO) from error
+        try:
+            _lock(path, fd)
+            if _is_same_file(path, fd):
+                prepare(path, fd)
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)  # its owner removed it between this process's open and lock
+
+
+def _check_kept_file(path: Path, fd: int) -> None:
+    if os.fstat(fd).st_size and not os.pread(fd, HEADER_NBYTES, 0).startswith(_KEPT_MAGIC):
+        hint = "a file of that name exists but is not a kept swap file: move it away"
+        raise OffloadIOError("use as swap space", str(path), errno.EEXIST, hint=hint)
 
 
 def check_directory(directory: Path) -> None:
@@ -261,7 +270,7 @@ def check_directory(directory: Path) -> None:
 def _directory_error(path: Path, errno_value: int) -> OffloadIOError:
     hints = {
         errno.ENOENT: "create the directory first, or name another one in NVMeConfig.path",
-        errno.ENOTDIR: "NVMeConfig.path has to name a directory",
+        errno.ENOTDIR: "NVMeConfig.path must name a directory",
         errno.EROFS: "the file system is mounted read-only; name a writable directory in NVMeConfig.path",
         errno.EACCES: "the directory is not writable for this user; name another one in NVMeConfig.path",
         errno.EPERM: "the directory is not writable for this user; name another one in NVMeConfig.path",
@@ -278,7 +287,7 @@ def _lock(path: Path, fd: int) -> None:
     except BlockingIOError as error:
         header = SwapHeader.unpack(os.pread(fd, HEADER_NBYTES, 0))
         owner = "another process" if header is None else header.owner
-        hint = f"{owner} uses it now: give this run another directory or wait for that one"
+        hint = f"{owner} uses it now: give this run another directory, or wait until that process has ended"
         raise OffloadIOError("lock", str(path), errno.EBUSY, hint=hint) from error
     except OSError as error:
         raise _directory_error(path, error.errno or errno.EIO) from error

@@ -67,7 +67,7 @@ class Move(Protocol):
         """Block until the copy has ended."""
 
     def wait_on_compute(self) -> None:
-        """Let compute that is submitted from now on see the result; blocks only where the host itself computes."""
+        """Make compute that is submitted from now on wait for the result; blocks only if the host itself computes."""
 
 
 class Transfers(Protocol):
@@ -81,7 +81,7 @@ class Transfers(Protocol):
     """Counters of copies."""
 
     def allocate(self, nbytes: int, purpose: str) -> torch.Tensor:
-        """Return uint8 [nbytes rounded up to a page] of compute memory with a storage of its own."""
+        """Return uint8 [nbytes rounded up to a page] of compute memory with its own storage."""
 
     def free(self, buffer: torch.Tensor, purpose: str) -> None:
         """Free compute memory; copies and kernels that were already submitted may still use it."""
@@ -255,7 +255,7 @@ class StreamTransfers:
             ) from error
 
     def free(self, buffer: torch.Tensor, purpose: str) -> None:
-        """Let the caching allocator reuse the memory once compute and both copy streams are done with it."""
+        """Free the memory for the caching allocator when compute and both copy streams have finished with it."""
         copies = (self._upload_stream, self._download_stream, self._refresh_stream)
         for stream in (self._accelerator.current_stream(), *copies):
             buffer.record_stream(stream)  # type: ignore[arg-type]  # a torch.Stream
@@ -266,7 +266,7 @@ class StreamTransfers:
         return self._accelerator.record_event()
 
     def upload(self, dst: torch.Tensor, src: torch.Tensor, *, after: Mark | None = None, record: str = "") -> Move:
-        """Start a copy on the upload stream, behind `after` or else the calling thread's current stream."""
+        """Start a copy on the upload stream, after `after` or else after the calling thread's current stream."""
         self.traffic.count_upload(src.nbytes)
         stream = self._upload_stream if after is None else self._refresh_stream
         after = self.mark() if after is None else after

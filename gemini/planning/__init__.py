@@ -1,3 +1,3 @@
-"""What a run needs, computed without running it."""
+"""Predicts the needs of a run without running it."""
 
 __all__: list[str] = []

@@ -105,8 +105,9 @@ def _count(model: torch.nn.Module, loss_fn: LossFn, fakes: FakeTensorMode, check
             loss.backward()  # type: ignore[no-untyped-call]
     except (RuntimeError, NotImplementedError) as error:  # fake tensors raise several kinds of these errors
         raise ModelError(
-            f"cannot estimate the activation memory of {type(model).__name__}: its forward depends on tensor values "
-            f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}); give its activations instead"
+            f"cannot estimate the activation memory of {type(model).__name__}: its forward depends on tensor "
+            f"values ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}); give its activation "
+            "memory instead"
         ) from error
     return Rehearsal(
         peak_nbytes=counter.peak_nbytes,

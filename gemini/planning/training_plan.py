@@ -1,4 +1,4 @@
-"""What training a model on a machine needs: placement, peaks, time and wear, computed before any allocation.
+"""Predicts what training a model on a machine needs: placement, peaks, time and wear, before any allocation.
 
 Uses the engine's blueprint and rehearses a step; the formulas are those of gemini.placement. Must not know where models
 come from or how plans are shown.
@@ -54,7 +54,7 @@ class MachineMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingPlan:
-    """What training needs with one configuration."""
+    """Predicted needs of training with one configuration."""
 
     config: GeminiConfig
     """Configuration with budgets and reserves filled in; an engine that is given it places its chunks as planned."""
@@ -292,7 +292,7 @@ def remedies(model: torch.nn.Module, config: GeminiConfig, rehearsal: Rehearsal,
     with_disk = plan(memory=dataclasses.replace(memory, nvme=unlimited))
     if with_disk is not None:
         nbytes = with_disk.peak_nbytes(MemoryTier.NVME)
-        found.append(f"give it {format_nbytes(nbytes)} of disk (--disk)")
+        found.append(f"use {format_nbytes(nbytes)} of disk (--disk)")
     for name, option in (("host", "--host-memory"), ("device", "--device-memory")):
         held = getattr(memory, name)
 
@@ -300,7 +300,7 @@ def remedies(model: torch.nn.Module, config: GeminiConfig, rehearsal: Rehearsal,
             return plan(memory=dataclasses.replace(memory, **{name: nbytes})) is not None
 
         if held is not None and fits(unlimited):
-            found.append(f"give it {format_nbytes(_least(held, fits))} of {name} memory ({option})")
+            found.append(f"use {format_nbytes(_least(held, fits))} of {name} memory ({option})")
     return found
 
 

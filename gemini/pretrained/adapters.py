@@ -39,7 +39,7 @@ class Weights(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Adapters:
-    """What peft saves of a model."""
+    """The adapters that peft saves for a model."""
 
     files: list[tuple[str, tuple[Conversion, ...]]]
     """Path of each adapter, and the conversions that give its content by name."""
@@ -48,7 +48,7 @@ class Adapters:
 
 
 def find_adapters(model: Any, weights: Weights) -> Adapters:
-    """Find out what peft saves of a model; see [Note: Adapters that peft computes]. All ranks call.
+    """Find the adapters that peft saves for a model; see [Note: Adapters that peft computes]. All ranks call.
 
     Args:
         model: a model with adapters.
@@ -123,7 +123,7 @@ class _Computed:
 
 
 def write_adapter_configs(model: Any, weights: Weights, adapters: Adapters, place: Path) -> None:
-    """Let peft write everything except the weights, on the first rank only.
+    """Have peft write everything except the weights, on the first rank only.
 
     Args:
         model: a model with adapters.

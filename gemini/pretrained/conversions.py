@@ -134,8 +134,8 @@ def _loading_conversion(
         targets = tuple(convert({name: stored[name] for name in names}))
     except Exception as error:  # transformers' operations raise errors of any type
         raise CheckpointMismatchError(
-            f"{target}: cannot be made of the {len(names)} tensors that the checkpoint has for it, {names[0]} and so "
-            f"on: {type(error).__name__}: {error}; is it complete, and of this model?"
+            f"{target}: cannot be made from the {len(names)} tensors of the checkpoint, such as {names[0]}: "
+            f"{type(error).__name__}: {error}; is it complete, and of this model?"
         ) from error
     return Conversion(names, targets, convert)
 

@@ -41,7 +41,7 @@ class NewFiles:
 
     @property
     def place(self) -> Path:
-        """Where the new files are put together."""
+        """Directory in which the new files are assembled."""
         return self._staged.place
 
     def begin(self) -> None:

@@ -53,14 +53,14 @@ def _check_directory(path: Path) -> None:
     if not path.is_dir():
         raise MissingCheckpointError(
             f"{path} is not a directory; expected one with {SINGLE_FILE}, or {INDEX} and the files it names. "
-            "huggingface_hub.snapshot_download(NAME) returns that of a model of the hub"
+            "huggingface_hub.snapshot_download(NAME) returns the directory of a model on the hub"
         )
     if (path / SINGLE_FILE).is_file() or (path / INDEX).is_file():
         _refuse_quantized(path)
         return
     remedy = f"expected {SINGLE_FILE}, or {INDEX} and the files it names"
     if (path / SAVED).is_dir():
-        remedy = f"a save was interrupted while it moved its files into place: move those in {SAVED} there up by hand"
+        remedy = f"a save was interrupted while it moved its files: move the files in {SAVED} up by hand"
     elif (path / ADAPTER_CONFIG).is_file():
         remedy = "it is a PEFT adapter: load the base model, then peft.PeftModel.from_pretrained(model, DIRECTORY)"
     elif any(path.glob("pytorch_model*.bin")):
@@ -69,8 +69,8 @@ def _check_directory(path: Path) -> None:
             "AutoModel.from_pretrained(DIRECTORY).save_pretrained(NEW_DIRECTORY)"
         )
     elif (path / SAVING).is_dir():
-        remedy = f"its first save is under way or was interrupted; the files in {SAVING} are not complete: save again"
-    raise MissingCheckpointError(f"{path} is no checkpoint that can be loaded: {remedy}")
+        remedy = f"its first save is running or was interrupted; the files in {SAVING} are not complete: save again"
+    raise MissingCheckpointError(f"{path} is not a checkpoint that can be loaded: {remedy}")
 
 
 def _refuse_quantized(path: Path) -> None:
@@ -137,7 +137,7 @@ class CheckpointFiles:
         reader_of = {tensor: reader for reader in readers.values() for tensor in reader.entries}
         for tensor, name in file_of.items():
             if tensor not in readers[name].entries:
-                raise CheckpointError(f"{self.path / name} has no tensor {tensor}, which {index.name} says is in it")
+                raise CheckpointError(f"{self.path / name} has no tensor {tensor}, although {index.name} lists it")
             reader_of[tensor] = readers[name]
         return reader_of
 
@@ -145,7 +145,9 @@ class CheckpointFiles:
         path = self.path / name
         with naming_file("open", path):
             if not path.is_file():
-                raise CheckpointError(f"{path} is missing from the checkpoint, whose {INDEX} names it: fetch it again")
+                raise CheckpointError(
+                    f"{path} is missing from the checkpoint, although its {INDEX} names it: download it again"
+                )
         return self._files.enter_context(SafetensorsReader(path))
 
     def identity_of(self, name: str) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Models with their own way of saving: they save with all weights in memory.
 
-What transformers and peft write is known, and is streamed. What a subclass writes in addition, or under other names, is
-not: so its `save_pretrained` runs while the model's parameters are plain tensors, and may read anything.
+The files of transformers and peft are known and are streamed. What a subclass writes in addition, or under other names,
+is not known. So its `save_pretrained` runs while the model's parameters are plain tensors, and may read anything.
 """
 
 from __future__ import annotations
@@ -118,6 +118,6 @@ def save_by_itself(model: Any, place: Path, *, max_shard_size: int | str | None)
         raise
     except Exception as error:  # the user's code may raise anything
         raise CheckpointError(
-            f"save_pretrained: {type(model).__name__}.save_pretrained, which is its own, cannot save the model "
-            f"({type(error).__name__}: {error}); mend it, or take engine.state_dict()"
+            f"save_pretrained: {type(model).__name__}.save_pretrained, the model's own method, cannot save the "
+            f"model ({type(error).__name__}: {error}); correct it, or use engine.state_dict()"
         ) from error

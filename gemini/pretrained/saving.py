@@ -130,7 +130,7 @@ def _save_whole(
     *,
     max_shard_size: int | str | None,
 ) -> None:
-    """Let a model save itself, on the first rank, with all weights in memory."""
+    """Call a model's own way to save, on the first rank, with all weights in memory."""
     values = weights.read_params()
     try:
         with on_all_ranks(runtime.sharding):

@@ -151,8 +151,8 @@ class PretrainedWeights:
         if not self._conversion_of and state:
             raise CheckpointMismatchError(
                 f"{self._files.path}: none of its {len(self._files.entries)} tensors, "
-                f"{_shown([*self._files.entries])}, has a place in the model, which expects {_shown([*state])}; is it "
-                "of this model?"
+                f"{_shown([*self._files.entries])}, is in the model, which expects {_shown([*state])}; load the "
+                "checkpoint of this model"
             )
         for name in self._conversion_of:
             expected, found = state[name], self._on_meta(name)
@@ -164,8 +164,8 @@ class PretrainedWeights:
                 )
             if not torch.can_cast(found.dtype, expected.dtype):
                 raise CheckpointMismatchError(
-                    f"{self._files.path}: {name} has {found.dtype}, the model expects {expected.dtype}, to which "
-                    "values would be cut off: load another checkpoint, or convert this one"
+                    f"{self._files.path}: {name} has {found.dtype}, the model expects {expected.dtype}, which "
+                    "would lose digits: load another checkpoint, or convert this one"
                 )
 
     def _on_meta(self, name: str) -> torch.Tensor:
@@ -299,14 +299,14 @@ def _harmless(model: torch.nn.Module, unexpected: list[str]) -> set[str]:
 def _log(report: LoadingReport, model: torch.nn.Module) -> None:
     what = []
     if report.missing_keys:
-        what.append(f"missing, and left as they are or newly initialised: {_shown(report.missing_keys)}")
+        what.append(f"missing, and unchanged or newly initialised: {_shown(report.missing_keys)}")
     if report.unexpected_keys:
-        what.append(f"unexpected, and passed over: {_shown(report.unexpected_keys)}")
+        what.append(f"unexpected, and ignored: {_shown(report.unexpected_keys)}")
     if report.untied_keys:
-        what.append(f"tied in the model but not in the checkpoint, and tied no more: {_shown(report.untied_keys)}")
+        what.append(f"tied in the model but not in the checkpoint, and no longer tied: {_shown(report.untied_keys)}")
     if what:
         name = type(base_model_of(model)).__name__
-        logger.warning("%s was loaded from %s, but for what is %s", name, report.path, "; ".join(what))
+        logger.warning("%s was loaded from %s, except weights that are %s", name, report.path, "; ".join(what))
 
 
 def _shown(names: list[str] | tuple[str, ...]) -> str:

@@ -261,7 +261,7 @@ def _describe(bar: Bar, recording: Recording, why: dict[tuple[int, int], Explain
 
 
 def channels_figure(measured: dict[str, float], predicted: dict[str, float] | None) -> Figure:
-    """Draw the busy seconds of each channel, predicted beside measured."""
+    """Draw the predicted and measured busy seconds of each channel."""
     names = [name for name in measured if measured[name] or (predicted or {}).get(name)]
     traces = []
     for label, seconds, color in (("measured", measured, PALETTE[0]), ("predicted", predicted, NON_MODEL_COLOR)):

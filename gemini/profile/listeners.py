@@ -1,4 +1,4 @@
-"""Who is told what an engine does, event by event."""
+"""Listeners for the events of an engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class RunListener(Protocol):
         """Note that a chunk enters a state; see gemini.chunk.state."""
 
     def stalled(self, reason: str, chunk_id: int, begin_s: float, end_s: float) -> None:
-        """Note that the thread that trains has waited for a chunk; times are those of time.perf_counter."""
+        """Note that the training thread has waited for a chunk; times are those of time.perf_counter."""
 
     def updates_begin(self) -> None:
         """Note that a step's updates begin."""
@@ -30,32 +30,32 @@ class RunListeners:
         self._listeners: list[RunListener] = []
 
     def add(self, listener: RunListener) -> None:
-        """Tell a listener of every event from now on."""
+        """Report every event to a listener from now on."""
         self._listeners.append(listener)
 
     def remove(self, listener: RunListener) -> None:
-        """Tell a listener no more."""
+        """Remove a listener."""
         self._listeners.remove(listener)
 
     def __len__(self) -> int:
         return len(self._listeners)
 
     def chunk_became(self, chunk_id: int, state: str) -> None:
-        """Tell all; see RunListener."""
+        """Report to all listeners; see RunListener."""
         for listener in self._listeners:
             listener.chunk_became(chunk_id, state)
 
     def stalled(self, reason: str, chunk_id: int, begin_s: float, end_s: float) -> None:
-        """Tell all; see RunListener."""
+        """Report to all listeners; see RunListener."""
         for listener in self._listeners:
             listener.stalled(reason, chunk_id, begin_s, end_s)
 
     def updates_begin(self) -> None:
-        """Tell all; see RunListener."""
+        """Report to all listeners; see RunListener."""
         for listener in self._listeners:
             listener.updates_begin()
 
     def step_ended(self) -> None:
-        """Tell all; see RunListener."""
+        """Report to all listeners; see RunListener."""
         for listener in self._listeners:
             listener.step_ended()

@@ -91,7 +91,7 @@ class Recording:
             numbers = ", ".join(str(step.number) for step in detailed) or "no step"
             wanted = "any step" if number is None else f"step {number}"
             raise RecordingError(
-                f"the moves of {wanted} were not recorded, only those of {numbers}: name the steps to record in "
+                f"the details of {wanted} were not recorded, only those of {numbers}: name the steps to record in "
                 "engine.record(steps=...)"
             )
         return found[-1]
@@ -124,7 +124,7 @@ class RecordingWriter:
             self._file.flush()
 
     def write(self, events: Iterable[Event]) -> None:
-        """Append events and give them to the system; if it refuses, warn once and write no more: training goes on."""
+        """Append events and give them to the system; if that fails, warn once and write no more. Training continues."""
         if self._has_failed:
             return
         try:
@@ -181,7 +181,7 @@ def read_recording(directory: Path, *, rank: int = 0) -> Recording:
         except RecordingError as error:
             raise RecordingError(f"{path}, line {number}: {error}") from error
         if event is not None and not _is_of_run(event, recording.run):
-            raise RecordingError(f"{path}, line {number}: it is about a chunk or unit that the run does not have")
+            raise RecordingError(f"{path}, line {number}: it names a chunk or unit that the run does not have")
         if event is not None:
             recording.add(event)
     return recording
@@ -199,7 +199,7 @@ def _read_header(path: Path, line: str) -> RunDescription:
         header = json.loads(line)
         found = (header.get("format"), header.get("version"))
     except (ValueError, AttributeError) as error:
-        raise RecordingError(f"{path} is not a recording: its first line describes no run") from error
+        raise RecordingError(f"{path} is not a recording: its first line does not describe a run") from error
     if found[0] != FORMAT_NAME:
         raise RecordingError(f"{path} is not a recording: expected the format {FORMAT_NAME}, found {found[0]!r}")
     if found[1] != FORMAT_VERSION:

@@ -56,8 +56,8 @@ def facts_of(recording: Recording) -> str:
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.began_unix_s))
     detailed = ", ".join(str(step.number) for step in recording.detailed_steps) or "none"
     return (
-        f"Rank {run.rank}, {run.num_params:,} parameters in {run.dtype}; recorded from {when}, {len(recording.steps)} "
-        f"steps, of which every move: {detailed}."
+        f"Rank {run.rank}, {run.num_params:,} parameters in {run.dtype}; recorded from {when}, "
+        f"{len(recording.steps)} steps, in detail: {detailed}."
     )
 
 
@@ -71,8 +71,8 @@ def _parts_of_step(recording: Recording, step: Step) -> dict[str, list[Part]]:
             expectations_table(recording, step),
             {
                 "title": "How long each channel was busy" + (", predicted beside measured" if predicted else ""),
-                "note": "Host memory: Adam, gradients being stored, and copies that processors make. Compute: forward "
-                "and backward, waits taken out.",
+                "note": "Host memory: Adam, storing gradients, and copies by the processor. Compute: forward and "
+                "backward, without waits.",
                 "figure": channels,
             },
             *stall_tables(recording, stalls),
@@ -95,16 +95,17 @@ def _parts_of_step(recording: Recording, step: Step) -> dict[str, list[Part]]:
         ],
         "chunks": [
             {
-                "title": "Where each chunk is, moment by moment",
-                "note": "A moment is a unit entered, left, or reached by backward. Colours change where a chunk moves.",
+                "title": "Tier of each chunk at each moment",
+                "note": "At each moment, a unit is entered, left, or reached by backward. Colours change when a chunk "
+                "moves.",
                 "figure": map_figure(chunk_map(recording, step), recording),
             }
         ],
         "timeline": [
             {
                 "title": "Who was busy when",
-                "note": "Red: training waited; hover over a wait for its chunk and what the time was spent on. Drag to "
-                "zoom, double-click to see the whole step again.",
+                "note": "Red: training waited. Hover over a wait to see its chunk and its causes. Drag to zoom; "
+                "double-click to see the whole step again.",
                 "figure": timeline_figure(bars, stalls, recording, step),
             }
         ],
@@ -141,7 +142,7 @@ def step_tiles(recording: Recording, step: Step) -> list[tuple[str, str]]:
 
 
 def expectations_table(recording: Recording, step: Step) -> Part:
-    """Return what was planned and predicted of a step beside what it took."""
+    """Return the planned, predicted and measured figures of a step."""
     run = recording.run
     rows = []
     if run.predicted is not None:
@@ -184,12 +185,12 @@ def stall_tables(recording: Recording, stalls: list[ExplainedStall]) -> list[Par
         for each in longest
     ]
     if not rows:
-        return [{"title": "Waits", "note": "None: everything was there when it was needed."}]
+        return [{"title": "Waits", "note": "None: every chunk was available when it was needed."}]
     return [
         {
             "title": "What training waited for",
-            "note": "A wait counts as what was done to its chunk meanwhile. Others first: its own work stood in line. "
-            "Nothing under way: threads had yet to be given a processor, or did their bookkeeping.",
+            "note": "A wait is attributed to the work done on its chunk in the meantime. Others first: the chunk's own "
+            "work was queued. Nothing under way: threads waited for a processor, or did their bookkeeping.",
             "table": {"head": ["cause", "ms"], "rows": causes, "numbers": [1]},
         },
         {

@@ -77,7 +77,7 @@ def chrome_trace(recording: Recording) -> dict[str, Any]:
 
 
 def _arguments(bar: Bar, recording: Recording, why: dict[tuple[int, int], ExplainedStall]) -> dict[str, Any]:
-    """Return what a viewer shows of a bar beside its name."""
+    """Return the details that a viewer shows for a bar."""
     arguments: dict[str, Any] = {}
     if bar.chunk_id is not None:
         arguments["chunk"] = recording.run.chunks[bar.chunk_id].name

@@ -38,12 +38,12 @@ def plan_in_words(run: RunDescription) -> str:
             sentences.append(f"{subject} {verb} {places}.".replace("nvme memory", "the swap file on NVMe"))
     when = {
         "off": "inside the optimizer's step",
-        "next-forward": "behind the next forward, which waits for each unit's own",
-        "speculative": "during backward already, ahead of the step, which counts or drops them",
+        "next-forward": "during the next forward, which waits for the update of each unit",
+        "speculative": "during backward, ahead of the step, which accepts or drops them",
     }[run.overlap]
     sentences.append(f"When the recording began, updates ran {when}.")
     if run.predicted is not None:
         sentences.append(
-            f"The cost model expects {run.predicted.step_s:.3f} s a step, held up by {run.predicted.bottleneck}."
+            f"The cost model expects {run.predicted.step_s:.3f} s per step, limited by {run.predicted.bottleneck}."
         )
     return " ".join(sentences)

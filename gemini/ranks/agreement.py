@@ -28,7 +28,7 @@ def fingerprint_of(texts: Iterable[str]) -> int:
 
 
 def agree_on_loading(sharding: Sharding, error: Exception | None, texts: Iterable[str], *, what: str = "names") -> None:
-    """Let no rank load unless all can, and all load the same; all ranks must call.
+    """Make sure that all ranks can load, and load the same, before any rank loads; all ranks must call.
 
     Args:
         sharding: the ranks.
@@ -47,10 +47,10 @@ def agree_on_loading(sharding: Sharding, error: Exception | None, texts: Iterabl
         raise error
     if failed.any():
         rank = sharding.group.ranks[int(failed.argmax())]
-        raise CheckpointMismatchError(f"rank {rank} cannot load what it was given and says why; nothing was loaded")
+        raise CheckpointMismatchError(f"rank {rank} cannot load its values and reports the reason; nothing was loaded")
     if not fingerprints.eq(fingerprints[0]).all():
         raise CheckpointMismatchError(
-            f"ranks were given different {what} to load; nothing was loaded: give all of them the same"
+            f"ranks were given different {what} to load; nothing was loaded: give all ranks the same"
         )
 
 

@@ -1,4 +1,4 @@
-"""The group of an engine that shares its model with nobody: every exchange is with itself, and done at once."""
+"""The group of an engine with a single rank: every exchange is with itself and is done at once."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["ALONE", "OneRank"]
 
 
 class Done:
-    """A collective that ended before it began; see Collective."""
+    """A collective that is complete from the start; see Collective."""
 
     def wait(self) -> None:
         """Return at once."""
 
 
 class OneRank:
-    """A group of one rank; see ShardGroup, whose methods these are. It has no state, so all engines may share one."""
+    """A group of one rank with the methods of ShardGroup. It has no state, so all engines may share one."""
 
     rank = 0
     grid = RankGrid(num_shards=1)

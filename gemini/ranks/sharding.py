@@ -90,7 +90,7 @@ class Collective(Protocol):
     """A running operation of several ranks."""
 
     def wait(self) -> None:
-        """Let compute that is submitted from now on see the result; blocks where the host itself computes.
+        """Make compute that is submitted from now on wait for the result; blocks if the host itself computes.
 
         Raises:
             CollectiveError: a rank has died, stalled or called something else.

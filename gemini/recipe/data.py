@@ -109,13 +109,13 @@ def _without_idle_rows(rows: Any, *, length: int, name: str) -> Any:
     kept = rows.filter(teaches, batched=True, input_columns="labels", desc=f"{name}: rows")
     if not len(kept):
         raise ConfigError(
-            f"{name}: there is nothing to learn in the first {length} tokens of any row: prompts do not count; raise "
+            f"{name}: no row has tokens to train on within its first {length} tokens: prompts do not count; raise "
             "data.sequence_length, or set data.train_on_prompts"
         )
     if len(kept) < len(rows):
         logger.warning(
-            "%s: %d of %d rows have nothing to learn in their %d tokens, such as those that a prompt fills, and are "
-            "left out",
+            "%s: %d of %d rows have nothing to train on in their %d tokens, for example because a prompt fills "
+            "them; they are left out",
             *(name, len(rows) - len(kept), len(rows), length),
         )
     return kept

@@ -121,7 +121,7 @@ def _encode(tokenizer: Any, text: str, *, is_first: bool) -> list[int]:
 def _segments_of_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any, *, name: str) -> list[Segment]:
     """Divide a conversation where the assistant's messages begin and end, by the text that each message adds."""
     if tokenizer.chat_template is None:
-        raise ConfigError(f"{name}: messages need a tokenizer with a chat template, and this one has none")
+        raise ConfigError(f"{name}: messages need a tokenizer with a chat template; this tokenizer has none")
 
     def render(count: int, *, asks: bool) -> list[int]:
         try:
@@ -148,8 +148,8 @@ def _extend(segments: list[Segment], before: list[int], now: list[int], *, count
     """Append the tokens of a conversation that are new since the previous call."""
     if now[: len(before)] != before:
         raise ConfigError(
-            f"{name}: the tokenizer's chat template rewrites earlier messages when later ones are added, so that the "
-            "assistant's own cannot be told apart: use the form completion, or text"
+            f"{name}: the tokenizer's chat template rewrites earlier messages when later ones are added, so the "
+            "assistant's tokens cannot be identified: use the form completion or text"
         )
     segments.append(Segment(now[len(before) :], counts=counts))
     return now

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """What forward and backward of one full batch need."""
+    """Predicted needs of forward and backward of one full batch."""
 
     flops_per_token: float
     """Operations of matrix products per token, forward and backward, without recomputation."""
@@ -61,7 +61,7 @@ def forecast_batch(
         try:
             return rehearse(model, loss_of, config, draw_layout(model, config), has_device=has_device)
         except Exception as error:  # errors of any type from a model's own code; training works without a forecast
-            logger.info("nothing is predicted of %s: %s", type(model).__name__, error)
+            logger.info("no prediction for %s: %s", type(model).__name__, error)
             return None
 
     plain = rehearsed()

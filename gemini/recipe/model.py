@@ -113,7 +113,8 @@ def build_model(settings: ModelSettings, config: Any, *, num_tokens: int, sequen
     num_embeddings = model.get_input_embeddings().num_embeddings
     if num_tokens > num_embeddings:
         raise ConfigError(
-            f"model.tokenizer: it has {num_tokens} tokens, the model {num_embeddings}: take the model's own"
+            f"model.tokenizer: it has {num_tokens} tokens, the model has {num_embeddings} embeddings: use the "
+            "model's own tokenizer"
         )
     check_positions(config, sequence_length, name="data.sequence_length")
     model.config.use_cache = False
@@ -122,7 +123,7 @@ def build_model(settings: ModelSettings, config: Any, *, num_tokens: int, sequen
 
 
 def save_activation_memory(model: Any, *, has_checkpoints: bool) -> None:
-    """Let a model recompute in backward what it would otherwise keep.
+    """Make a model recompute activations in backward instead of keeping them.
 
     Args:
         model: a model from `build_model`.

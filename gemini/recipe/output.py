@@ -96,7 +96,7 @@ def find_start(settings: Settings, *, resume: bool) -> Start:
         has_model = (path / MODEL_NAME).exists()
         if checkpoint is not None or has_model:
             what = "the checkpoints" if checkpoint is not None else "the trained model"
-            going_on = "go on with it by --resume, or " if checkpoint is not None else ""
+            going_on = "resume it with --resume, or " if checkpoint is not None else ""
             raise ConfigError(f"output.path: {path} has {what} of a run: {going_on}name another directory")
         return Start(checkpoint=None, dtype=None)
     if checkpoint is None:
@@ -137,7 +137,7 @@ def _read_kept(path: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"--resume: {path / SETTINGS_NAME} is damaged ({error}); remove it to go on unchecked"
+            f"--resume: {path / SETTINGS_NAME} is damaged ({error}); remove it to resume without this check"
         ) from None
 
 

@@ -25,6 +25,6 @@ def check_positions(config: Any, sequence_length: int, *, name: str) -> None:
     num_positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if num_positions is not None and sequence_length > num_positions:
         raise ConfigError(
-            f"{name}: {sequence_length} tokens, and the model has {num_positions} positions: shorten the sequences, or "
-            "set max_position_embeddings in its config.json, if it can be extended"
+            f"{name}: expected at most {num_positions} tokens, the positions of the model, got {sequence_length}: "
+            "shorten the sequences, or set max_position_embeddings in its config.json, if it can be extended"
         )

@@ -224,7 +224,7 @@ class ProgressCallback(transformers.TrainerCallback):
         self._pause = now
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Add the pace to what is logged; show and store all of it."""
+        """Add the pace to the logged values; show and store them."""
         if not logs or self._before is None or "train_runtime" in logs:
             return
         values: dict[str, Any] = {"step": state.global_step, **logs}

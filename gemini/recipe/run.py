@@ -1,4 +1,4 @@
-"""One training run: brings the settings' model, data and memory together in Hugging Face's Trainer."""
+"""One training run: combines the model, data and memory of the settings in Hugging Face's Trainer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gemini.checkpoint.signals import StopOnSignals
 from gemini.config import GeminiConfig, NVMeConfig
 from gemini.ddp import GeminiDDP
 from gemini.errors import ConfigError, naming_file
-from gemini.integrations.seams import check_seams
+from gemini.integrations.overrides import check_overrides
 from gemini.integrations.transformers import GeminiTrainer, last_complete_checkpoint
 from gemini.observe.report import MemoryReport
 from gemini.observe.run_recorder import RunRecorder
@@ -101,7 +101,7 @@ def _build_trainer(
     dtype, reason = choose_dtype(start.dtype or settings.model.dtype, device)
     console.print(f"Working weights on {device}: {reason}")
     if device.type == "cpu" and settings.memory.device_budget is not None:
-        console.print("memory.device_budget is not used: forward and backward run on the processor")
+        console.print("memory.device_budget is not used, because forward and backward run on the processor")
     source = find_model(settings.model)
     model_config = read_config(source)
     tokenizer = read_tokenizer(settings.model, source)
@@ -151,8 +151,8 @@ def _check_loaded(engine: GeminiDDP, source: Path) -> None:
     missing = engine.loading_report.missing_keys if engine.loading_report is not None else ()
     if missing:
         raise ConfigError(
-            f"model.path: {source} lacks {len(missing)} of the weights, the first of them {missing[0]}: expected "
-            "all that the model of its config.json has"
+            f"model.path: {source} lacks {len(missing)} weights, for example {missing[0]}: expected all weights "
+            "of the model in its config.json"
         )
 
 
@@ -160,7 +160,7 @@ def _check_loggers(names: list[Any]) -> None:
     known = integration_utils.get_available_reporting_integrations()  # type: ignore[no-untyped-call]
     for name in names:
         if name not in known:
-            raise ConfigError(f"output.report_to: {name} is not installed: pip install {name}, or leave it out")
+            raise ConfigError(f"output.report_to: {name} is not installed: run pip install {name}, or leave it out")
 
 
 def _load_data(settings: Settings, tokenizer: Any, console: Console) -> tuple[Any, Any]:
@@ -179,9 +179,12 @@ def _utilization(
     """Return the inputs of MFU; if they are not known, print how to get them."""
     peak = None if profile is None else profile.matrix_rates.get(str(dtype).removeprefix("torch."))
     if peak is None:
-        console.print("MFU is left out: this machine's peak is not known. Measure it once: python -m gemini bench")
+        console.print(
+            "MFU is not shown, because this machine's peak rate is not known. Measure it once with python -m gemini "
+            "bench"
+        )
     elif forecast is None:
-        console.print("MFU is left out: the model's operations cannot be counted ahead of training")
+        console.print("MFU is not shown, because the model's operations cannot be counted before training")
     else:
         return Utilization(flops_per_token=forecast.flops_per_token, peak_flops_per_s=peak)
     return None
@@ -234,7 +237,7 @@ class _Trainer(GeminiTrainer):
         return loss
 
 
-check_seams(_Trainer, transformers.Trainer, added={"build_engine"})
+check_overrides(_Trainer, transformers.Trainer, added={"build_engine"})
 
 
 class _StopCallback(transformers.TrainerCallback):
@@ -251,7 +254,7 @@ class _StopCallback(transformers.TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-check_seams(_StopCallback, transformers.TrainerCallback)
+check_overrides(_StopCallback, transformers.TrainerCallback)
 
 
 def _engine_config(settings: Settings, device: torch.device, dtype: torch.dtype) -> GeminiConfig:

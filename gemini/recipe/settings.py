@@ -87,7 +87,7 @@ class _Section(BaseModel):
         """Refuse true as a number, and an empty name as the current directory."""
         assert info.field_name is not None
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError("expected a value, not yes or no")
+            raise ValueError("expected a value, not true or false")
         if value == "":
             raise ValueError("is empty: write a value, or remove it")
         return value
@@ -109,26 +109,26 @@ class LoraSettings(_Section):
 
     rank: Count = Field(16, description="rank of each adapter")
     alpha: Count = Field(32, description="adapters are scaled by alpha / rank")
-    dropout: Share = Field(0.0, description="share of the adapters' inputs that is dropped")
+    dropout: Share = Field(0.0, description="dropout probability of the adapters' inputs")
     target_modules: str | list[str] = Field(
-        "all-linear", description='names of modules, or "all-linear": all but the output layer'
+        "all-linear", description='names of modules, or "all-linear" for all linear layers except the output layer'
     )
 
 
 class ModelSettings(_Section):
-    """What is trained."""
+    """The model to train."""
 
     path: str | None = Field(
         None, description="directory of a Hugging Face model (weights, config.json, tokenizer), or its name on the hub"
     )
     config: str | None = Field(
-        None, description="instead: a config.json, or a directory with one; starts from random weights"
+        None, description="instead of path: a config.json or a directory with one, to start from random weights"
     )
-    tokenizer: str | None = Field(None, description="directory of a tokenizer, if it is not in the model's")
+    tokenizer: str | None = Field(None, description="directory of the tokenizer, if it is not in the model's directory")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="working weights; auto: bf16 if this machine computes in it as fast as in fp32"
+        "auto", description="dtype of the working weights; auto: bf16 if this machine computes it as fast as fp32"
     )
-    lora: LoraSettings | None = Field(None, description="adapters; without, all weights are trained")
+    lora: LoraSettings | None = Field(None, description="LoRA adapters; without this section, all weights are trained")
 
     @model_validator(mode="after")
     def _check_source(self) -> ModelSettings:
@@ -140,83 +140,88 @@ class ModelSettings(_Section):
 
 
 class DataSettings(_Section):
-    """What it is trained on."""
+    """The training data."""
 
     files: list[str] = Field(
         min_length=1,
         description="text, JSON lines or parquet (.txt .md .json .jsonl .parquet), all of one kind; may have wildcards",
     )
-    eval_files: list[str] = Field([], description="for evaluation; of the same form")
+    eval_files: list[str] = Field([], description="files for evaluation, in the same form")
     form: Literal["auto", "text", "messages", "instruction", "completion"] = Field(
         "auto",
-        description="columns: text; messages (of {role, content}); instruction, output, input; or prompt, completion. "
-        "auto: by their names",
+        description="columns of the data: text; messages (of {role, content}); instruction, output, input; or prompt, "
+        "completion. auto: detected from their names",
     )
     sequence_length: Annotated[int, Field(ge=2, lt=2**31)] = Field(1024, description="tokens of a row")
-    packing: bool = Field(True, description="put examples one after another and cut them into full rows; no padding")
-    train_on_prompts: bool = Field(False, description="count the loss of prompts and users' messages too")
+    packing: bool = Field(True, description="concatenate examples and cut them into full rows, without padding")
+    train_on_prompts: bool = Field(False, description="also compute the loss on prompts and users' messages")
 
 
 class NvmeSettings(_Section):
     """A disk tier."""
 
     path: Path = Field(description="directory of the swap file, on a fast drive")
-    budget: NBytes = Field(description="bytes the swap file may take")
-    verify: bool = Field(False, description="check a CRC-32C of everything read back")
+    budget: NBytes = Field(description="maximum size of the swap file")
+    verify: bool = Field(False, description="verify everything read back with a CRC-32C")
     endurance: Annotated[str, AfterValidator(_check_endurance)] | None = Field(
-        None, description='what the drive is rated to take, such as "600 TBW"'
+        None, description='rated endurance of the drive, such as "600 TBW"'
     )
 
 
 class MemorySettings(_Section):
-    """How much memory the engine may take."""
+    """The memory that the engine may use."""
 
     device: Annotated[str, AfterValidator(_check_device)] | None = Field(
-        None, description='"cuda" or "cpu"; without: cuda if there is one'
+        None, description='"cuda" or "cpu"; default: cuda if there is one'
     )
     device_budget: NBytes | None = Field(
-        None, description='GPU memory for everything, such as "8GiB"; without: what is free'
+        None, description='GPU memory for everything, such as "8GiB"; default: what is free'
     )
-    host_budget: NBytes | None = Field(None, description="main memory for the engine; without: nearly all that is free")
-    nvme: NvmeSettings | None = Field(None, description="disk for what memory cannot hold")
+    host_budget: NBytes | None = Field(None, description="main memory for the engine; default: nearly all that is free")
+    nvme: NvmeSettings | None = Field(None, description="disk for weights and state that do not fit into memory")
     service: str | None = Field(
-        None, description='a memory service that grants it, such as "unix:/run/gemini.sock"; without: $GEMINI_SERVICE'
+        None,
+        description='memory service that grants the memory, such as "unix:/run/gemini.sock"; default: $GEMINI_SERVICE',
     )
-    job: str | None = Field(None, description="what the service calls this run; without: the program and its process")
+    job: str | None = Field(None, description="name of this run in the service; default: the program and its process")
     activation_checkpointing: bool = Field(
-        True, description="keep a block's input alone, and compute it again in backward"
+        True, description="keep only the input of each block, and recompute the block in backward"
     )
 
 
 class TrainingSettings(_Section):
-    """How it is trained."""
+    """The settings of training."""
 
-    steps: Count | None = Field(None, description="optimizer steps; without: as many as `epochs` makes")
-    epochs: float = Field(1.0, gt=0, description="times the data is gone through")
-    batch_size: Count = Field(1, description="rows of one forward and backward")
-    gradient_accumulation: Count = Field(1, description="forwards and backwards of one optimizer step")
+    steps: Count | None = Field(None, description="number of optimizer steps; default: as many as `epochs` needs")
+    epochs: float = Field(1.0, gt=0, description="number of passes over the data")
+    batch_size: Count = Field(1, description="rows per forward and backward")
+    gradient_accumulation: Count = Field(1, description="forwards and backwards per optimizer step")
     learning_rate: float = Field(2e-5, gt=0, description="at its highest")
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "cosine", description="how it changes"
     )
-    warmup_steps: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="steps in which it rises to that")
-    weight_decay: float = Field(0.0, ge=0, description="as of AdamW; not for norms and biases")
+    warmup_steps: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+        0, description="steps in which the learning rate rises to its value"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW; not applied to norms and biases")
     betas: tuple[Share, Share] = Field((0.9, 0.999), description="Adam's")
-    max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to that norm; 0: they are not")
-    seed: int = Field(0, ge=0, lt=2**32, description="decides the order of the data, and random first weights")
+    max_grad_norm: float = Field(1.0, ge=0, description="maximum gradient norm, by clipping; 0: no clipping")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of the order of the data and of random initial weights")
 
 
 class OutputSettings(_Section):
-    """What is kept."""
+    """The files that a run writes."""
 
     path: Path = Field(description="directory: checkpoints, the log and the trained model")
     save_steps: Count | None = Field(
-        None, description="save a checkpoint every so many steps; without: only when a signal ends the run"
+        None, description="steps between checkpoints; default: save only when a signal ends the run"
     )
     keep_last: Count = Field(2, description="checkpoints to keep")
     log_steps: Count = Field(1, description="log every so many steps")
-    eval_steps: Count | None = Field(None, description="evaluate every so many steps; without: at the end")
-    record: bool = Field(True, description="keep what `python -m gemini report` shows: every move of three steps")
+    eval_steps: Count | None = Field(None, description="steps between evaluations; default: evaluate at the end")
+    record: bool = Field(
+        True, description="record the run for `python -m gemini report`, with every move of three steps"
+    )
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
         [], description="loggers besides log.csv: tensorboard, wandb, trackio, mlflow, if they are installed"
     )
@@ -227,6 +232,6 @@ class Settings(_Section):
 
     model: ModelSettings = Field(description="what is trained")
     data: DataSettings = Field(description="what it is trained on")
-    memory: MemorySettings = Field(MemorySettings(), description="how much memory it may take")
+    memory: MemorySettings = Field(MemorySettings(), description="memory that the run may use")
     training: TrainingSettings = Field(TrainingSettings(), description="how it is trained")
     output: OutputSettings = Field(description="what is kept")

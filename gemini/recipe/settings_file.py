@@ -63,7 +63,7 @@ def parse_settings(text: str, *, source: str) -> Settings:
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # invalid numbers and dates
         raise ConfigError(f"{source}: this is not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
-        raise ConfigError(f"{source}: expected sections and settings, got values within values without end") from None
+        raise ConfigError(f"{source}: expected sections and settings, got endlessly nested values") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{source}:1: expected keys with values, such as model:, got {type(values).__name__}")
     try:
@@ -94,7 +94,7 @@ def _lines_of(node: yaml.Node, place: Place, source: str) -> Iterator[tuple[Plac
                     f"{source}:{key.start_mark.line + 1}: expected the name of a setting before the colon"
                 )
             if key.value in seen:
-                raise ConfigError(f"{source}:{key.start_mark.line + 1}: {key.value} is there twice; remove one")
+                raise ConfigError(f"{source}:{key.start_mark.line + 1}: {key.value} is given twice; remove one")
             seen.add(key.value)
             yield (*place, key.value), key.start_mark.line + 1
             for inner, line in _lines_of(value, (*place, key.value), source):
@@ -145,7 +145,7 @@ def write_template(known: dict[str, dict[str, Any]]) -> str:
     Returns:
         YAML that `parse_settings` accepts, if `known` contains everything without a default.
     """
-    lines = ["# A training file: python -m gemini train THIS", "# What is commented out has the value shown."]
+    lines = ["# A training file: python -m gemini train THIS", "# A line that is commented out shows the default."]
     for name, field in Settings.model_fields.items():
         section = section_in(field.annotation)
         assert section is not None

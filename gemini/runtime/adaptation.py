@@ -64,9 +64,9 @@ class FixedPlan:
 
 
 class Adaptation:
-    """Adapts one engine's use of the device to what its steps take of it. Is PlanInForce.
+    """Adapts one engine's use of the device to the measured needs of its steps. Is PlanInForce.
 
-    Copies and sums are only an advantage: what the device refuses is left out, with a warning.
+    Copies and sums are optional: if the device has no memory for one, it is left out with a warning.
 
     Args:
         plan: the plan to begin with.
@@ -137,7 +137,7 @@ class Adaptation:
             self._open_accumulators(peak_nbytes)
 
     def _room_nbytes(self, peak_nbytes: int) -> int:
-        """Return the device bytes that chunks may take beside everything else, accumulators' bytes subtracted."""
+        """Return the device bytes that are left for chunks, without the bytes of accumulators."""
         kept_nbytes = max(int(peak_nbytes * NON_MODEL_MARGIN), self._reserve_nbytes)
         return self._budget_nbytes - kept_nbytes - self._gradients.accumulators.nbytes
 
@@ -150,7 +150,7 @@ class Adaptation:
         adapted = adapt_residency(self._chunks, self.plan, self._shape, device_nbytes=room_nbytes)
         num_before, num_after = (sum(homes.is_resident for homes in each.chunks) for each in (self.plan, adapted))
         logger.info(
-            "a larger batch: it may take %s beside chunks, of which %d of %d stay on the device",
+            "a larger batch may take %s; %d of %d chunks stay on the device",
             format_nbytes(peak_nbytes),
             num_after,
             num_before,
@@ -192,13 +192,15 @@ class Adaptation:
                     residents.take_in(homes.chunk_id)
             except OutOfTierMemoryError as error:
                 self._may_promote = False
-                logger.warning("no more chunks are kept on the device, which has refused the memory for one: %s", error)
+                logger.warning(
+                    "no more chunks are kept on the device, because it has no memory for another one: %s", error
+                )
             if not self._may_promote:
                 refused.add(homes.chunk_id)
         self.plan = without_copies(self._chunks, wanted, refused) if refused else wanted
 
     def _open_accumulators(self, peak_nbytes: int) -> None:
-        """Let as many chunks as fit sum their gradients on the device."""
+        """Open accumulators on the device for as many chunks as fit."""
         free_nbytes = self._room_nbytes(peak_nbytes) - self._core.resources.ledger.held_nbytes(MemoryTier.DEVICE)
         chosen = choose_accumulators(self._chunks, self.plan, free_nbytes=free_nbytes)
         num_opened = 0
@@ -207,5 +209,7 @@ class Adaptation:
                 self._gradients.accumulators.open(self._core.chunks[chunk_id].spec)
                 num_opened += 1
         except OutOfTierMemoryError as error:
-            logger.warning("the device has refused memory for sums of gradients, which wait below it: %s", error)
+            logger.warning(
+                "the device has no memory for sums of gradients, which stay in host memory or on disk: %s", error
+            )
         logger.info("%d of %d chunks sum their gradients on the device", num_opened, len(self._chunks))

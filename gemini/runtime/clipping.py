@@ -11,11 +11,11 @@ __all__ = ["Clipping"]
 
 
 class Clipping:
-    """What clipping has asked for since the last update."""
+    """Clipping requested since the last update."""
 
     def __init__(self) -> None:
         self.factor = 1.0
-        """Of all gradients at hand; 1.0: they are not clipped."""
+        """Factor for all current gradients; 1.0 if they are not clipped."""
 
     def norm_of(self, sums: Mapping[str, float], names: Iterable[str], *, loss_scale: float) -> float:
         """Return the exact L2 norm of some gradients as they are clipped so far.

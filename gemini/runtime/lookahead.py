@@ -1,13 +1,13 @@
 """Follows the order in which chunks are used and fetches what comes next.
 
-What comes next is what came next in the last step of the same kind; a step that goes another way is served on
-demand and becomes what the next one is compared with.
+The order of the last step of the same kind predicts the next uses. A step that takes another order is served on demand,
+and its order becomes the new prediction.
 
 [Note: Same order on all ranks]
-Ranks gather chunks together, so each must start the same gathers in the same order. Time is not the same on all ranks:
-which read has ended, or which update, must not decide. So with several ranks everything here follows from the order of
-uses alone, which is the same as long as all ranks run the same units in the same order. Whoever must wait for a read or
-an update before a gather that comes next does so. Only reads go ahead of that, into slots chosen by the same rule.
+Ranks gather chunks together, so each must start the same gathers in the same order. Timing differs between ranks, so
+the end of a read or of an update must not decide. With several ranks, everything here therefore follows from the order
+of uses alone, which is the same as long as all ranks run the same units in the same order. A rank that must wait for a
+read or an update before the next gather does so. Only reads run ahead of it, into slots chosen by the same rule.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Lookahead:
         return self._trace.num_mismatches
 
     def begin_forward(self, phase: Phase) -> None:
-        """Start following a forward pass; a training step goes on if one has begun."""
+        """Start following a forward pass; it continues a training step if one has begun."""
         self._trace.phase = phase
         if phase is Phase.INFERENCE or not self.is_in_step:
             self._trace.begin_step(phase)
@@ -61,7 +61,7 @@ class Lookahead:
         self.is_in_step |= phase is Phase.TRAIN
 
     def end_forward(self) -> None:
-        """End a forward pass; one without gradients is a step of its own."""
+        """End a forward pass; a pass without gradients is a separate step."""
         if self._trace.phase is Phase.INFERENCE:
             self._trace.end_step(Phase.INFERENCE)
             self._trace.phase = Phase.TRAIN
@@ -142,7 +142,7 @@ class Lookahead:
             self._core.ensure(chunk_id)
 
     def _gather_ahead(self, upcoming: Sequence[int]) -> None:
-        """Start reading shards, and gathering the nearest ones, whatever this rank has to wait for."""
+        """Start reading shards and gathering the nearest ones, even if this rank has to wait."""
         residents = [chunk_id for chunk_id in upcoming if self._core.chunks[chunk_id].is_resident]
         decisions = choose_prefetch(
             [chunk_id for chunk_id in upcoming if chunk_id not in residents],

@@ -1,4 +1,4 @@
-"""How much memory everything but chunks takes: activations, temporaries, gradients still with autograd.
+"""Measures the memory of everything except chunks: activations, temporaries, gradients still held by autograd.
 
 On an accelerator the allocator knows. On the CPU and the simulated device a dispatch mode counts the storages that
 operations create; it slows every operation down, so it runs only inside `trace`.

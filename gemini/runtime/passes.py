@@ -1,4 +1,4 @@
-"""What the hooks report of forward and backward, turned into holds, fetches and gradients."""
+"""Turns the events of forward and backward into holds, fetches and gradients."""
 
 from __future__ import annotations
 
@@ -268,16 +268,16 @@ class Passes(RefusesCopies):
         return chunk.compute
 
     def _warn_of_autocast(self) -> None:
-        """Warn, once, of copies of float32 weights that autograd keeps until backward, wherever the weights are."""
+        """Warn once that autograd keeps copies of float32 weights in compute memory until backward."""
         device = self._core.resources.transfers.device.type
         if self._has_warned_of_autocast or not torch.is_grad_enabled() or not torch.is_autocast_enabled(device):
             return
         if any(chunk.spec.dtype is torch.float32 and chunk.spec.is_trainable for chunk in self._core.chunks):
             self._has_warned_of_autocast = True
             logger.warning(
-                "torch.autocast with float32 working weights: autograd keeps a copy of every weight in %s in compute "
-                "memory from forward to backward, so that streaming them saves nothing; leave autocast out and give "
-                "GeminiConfig(dtype=torch.bfloat16), which keeps float32 masters",
+                "torch.autocast with float32 working weights: autograd keeps a copy of every weight in %s in "
+                "compute memory from forward to backward, so streaming them saves no memory; leave autocast out "
+                "and set GeminiConfig(dtype=torch.bfloat16), which keeps float32 masters",
                 str(torch.get_autocast_dtype(device)).removeprefix("torch."),
             )
 

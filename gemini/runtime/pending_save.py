@@ -1,4 +1,4 @@
-"""The checkpoint that is being written while training goes on, if there is one."""
+"""The checkpoint that is being written while training continues, if there is one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["PendingSave", "UnfinishedSave"]
 
 
 class UnfinishedSave(Protocol):
-    """A checkpoint being written, as far as the runtime knows one."""
+    """The parts of a checkpoint being written that the runtime uses."""
 
     def wait(self) -> Any:
         """Block until it is complete, and release it; raises if it failed."""
@@ -34,12 +34,12 @@ class PendingSave:
             self._current.wait()
 
     def release(self, save: UnfinishedSave) -> None:
-        """Let go of a save that reads nothing any more; its `wait` calls this."""
+        """Forget a save that has finished reading; its `wait` calls this."""
         if self._current is save:
             self._current = None
 
     def close(self) -> None:
-        """Wait until the save reads nothing any more, whatever becomes of it."""
+        """Wait until the save has finished reading, even if it fails."""
         save, self._current = self._current, None
         if save is not None:
             save.close()

@@ -1,4 +1,4 @@
-"""What hooks hold of an engine refuses to be copied with the model that they are on."""
+"""Objects of an engine that hooks refer to, and that must not be copied with the model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["RefusesCopies"]
 
 
 class RefusesCopies:
-    """Base of what belongs to one engine only."""
+    """Base of objects that belong to one engine; copying or pickling them is an error."""
 
     def __getstate__(self) -> object:
         raise ModelError(

@@ -1,16 +1,17 @@
-"""Weights that autograd saves in forward, found again in backward wherever they are then.
+"""Weights that autograd saves in forward, and that are found again in backward in their current memory.
 
 [Note: Saved views of weights]
-Autograd saves views of weights (F.linear keeps `weight.t()`), and with them the address the weights had in forward. A
-chunk that leaves its slot makes such a view point at another chunk's weights, and nothing would notice. So, while a
-unit runs, tensors that lie in a chunk are saved as (chunk, offset, shape, strides) and rebuilt in backward on the
-chunk's memory of that moment, fetched if need be, and refused if the optimizer has written it since. Everything else
-goes to the hooks that were active before: the user's own, or those of activation checkpointing, which therefore sees
-every tensor but weights, in forward and in recomputation alike. So backward needs no holds: a chunk used by the node
-that is running is among the most recently used, which are never evicted. Weights that are away and used outside of
-their unit are shown on memory of their own for the length of one function (gemini.weights.access), which is a *loan*:
-what is saved of it is saved as a place in the chunk too. So activation checkpointing never sees a weight, whether its
-function runs in forward, inside a unit or outside, or again in backward.
+Autograd saves views of weights (F.linear keeps `weight.t()`), and with them the address that the weights had in
+forward. If the chunk leaves its slot, such a view points at another chunk's weights, and nothing notices it. So, while
+a unit runs, tensors that are in a chunk are saved as (chunk, offset, shape, strides). In backward they are rebuilt on
+the chunk's current memory; the chunk is fetched if necessary, and the use is refused if the optimizer has written it
+since. Everything else goes to the hooks that were active before: the user's own, or those of activation checkpointing,
+which therefore sees every tensor except weights, in forward and in recomputation. So backward needs no holds: a chunk
+used by the running node is among the most recently used, which are never evicted. If a weight that is not in compute
+memory is used outside its unit, it is shown in separate memory for the duration of one function
+(gemini.weights.access). This is a *loan*: what autograd saves of it is also saved as a place in the chunk. So
+activation checkpointing never sees a weight, whether its function runs in forward, inside a unit or outside, or again
+in backward.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ UnpackHook = Callable[[Any], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class _WeightView:
-    """A view of a chunk's weights, valid wherever the chunk is."""
+    """A view of a chunk's weights that stays valid when the chunk moves."""
 
     chunk: Chunk
     num_updates: int
-    """Of the chunk, when the view was saved."""
+    """Number of updates of the chunk when the view was saved."""
     position: int
     """The parameter's, in the chunk."""
     version: int
@@ -62,7 +63,7 @@ class _Versioned:
 
 @dataclass(frozen=True, slots=True)
 class _Delegated:
-    """What the hooks that were active before made of a tensor, and how they undo it."""
+    """A tensor packed by the hooks that were active before, with their unpack function."""
 
     packed: Any
     unpack: UnpackHook
@@ -96,7 +97,7 @@ class SavedWeights:
 
     @property
     def is_on_top(self) -> bool:
-        """Whether what autograd saves now comes here first."""
+        """Whether our hooks are the innermost ones."""
         top = torch._C._autograd._top_saved_tensors_default_hooks(True)
         return top is not None and top[1] == self._unpack
 
@@ -120,7 +121,7 @@ class SavedWeights:
             self._loans.pop(address, None)
 
     def push(self) -> None:
-        """Put our hooks on top, passing on to what is there now all but weights."""
+        """Push our hooks, which pass everything except weights on to the hooks below."""
         previous: tuple[PackHook, UnpackHook] | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
 
         def pack(tensor: torch.Tensor) -> Any:
@@ -139,7 +140,7 @@ class SavedWeights:
         torch._C._autograd._pop_saved_tensors_default_hooks()
 
     def drop(self, count: int) -> None:
-        """Take off what as many pushes have left behind, where nobody else has done so."""
+        """Pop hooks that earlier pushes have left, if they have not been popped."""
         for _ in range(count):
             if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
                 self.pop()
@@ -184,8 +185,8 @@ class SavedWeights:
         place = chunk.spec.places[offset]
         if tuple(local.shape) != place.spec.shape:
             raise ModelError(
-                f"a view of parameter {place.spec.name} is saved for backward while the parameter is away: save the "
-                "parameter itself, and take views of it in backward"
+                f"a view of parameter {place.spec.name} is saved for backward while the parameter is not in "
+                "compute memory: save the parameter itself, and take views of it in backward"
             )
         return chunk, offset, place.begin, torch.empty(place.spec.shape, device="meta").stride()
 
@@ -200,8 +201,8 @@ class SavedWeights:
         if chunk.params.version_of(saved.position) != saved.version:
             name = chunk.spec.places[saved.position].spec.name
             raise ModelError(
-                f"parameter {name} was written in place between the forward that needs it in backward and that "
-                "backward; write weights before forward, or after backward"
+                f"parameter {name} was written in place between a forward and its backward, which needs the old "
+                "value; write weights before forward or after backward"
             )
         view = self._weights_of(chunk).view(saved.dtype).as_strided(saved.shape, saved.strides, saved.offset)
         # With create_graph=True backward builds a graph of its own, which saves what it is given here.

@@ -12,10 +12,10 @@ __all__ = ["SkippedSteps"]
 logger = logging.getLogger(__name__)
 
 _CAUSES = (
-    "a gradient is infinite or NaN, most often because the learning rate is too high, the loss overflows or a batch is "
-    "bad (NaN in it, no labels), more rarely because the loss reads weights outside of the model's forward"
+    "a gradient is infinite or NaN, most often because the learning rate is too high, the loss overflows or a "
+    "batch is bad (NaN in it, no labels), or, rarely, because the loss reads weights outside the model's forward"
 )
-_SKIPPED = "skipped an optimizer step, which changed nothing: %s (further skips are counted, not printed)"
+_SKIPPED = "skipped an optimizer step; nothing was changed: %s (further skips are counted, not printed)"
 
 
 class SkippedSteps:

@@ -24,7 +24,7 @@ __all__ = ["ComingStep", "StepControl"]
 
 
 class ComingStep:
-    """What is known of the step that the gradients at hand are for.
+    """What is known about the next step, for which gradients are being collected.
 
     Args:
         scaler: of the loss; None: it is not scaled.
@@ -51,16 +51,16 @@ class ComingStep:
 
     @property
     def loss_scale(self) -> float:
-        """What gradients carry of the loss scale."""
+        """Loss scale that is included in the gradients."""
         return self.scaler.scale if self.scaler is not None else 1.0
 
     @property
     def gradient_scale(self) -> float:
-        """What gradients that wait must be multiplied by to be the loss's: clipping and loss scale."""
+        """Factor for waiting gradients: applies clipping, removes the loss scale."""
         return self.clipping.factor / self.loss_scale
 
     def expected_update(self, chunk_id: int) -> PlannedUpdate | None:
-        """Return what the step will ask of a chunk if nothing changes before it; None if nobody knows."""
+        """Return the update that the step will plan for a chunk if nothing changes before; None if unknown."""
         optimizer = self.optimizer
         if optimizer is None:
             return None
@@ -120,7 +120,7 @@ class StepControl:
 
     @property
     def num_steps(self) -> int:
-        """Steps taken, those before a checkpoint or commit from which training goes on included."""
+        """Number of steps taken, including those before a loaded checkpoint or commit."""
         return self._num_steps
 
     def resume_at(self, num_steps: int) -> None:
@@ -137,11 +137,11 @@ class StepControl:
         return self.coming.clipping.norm_of(self._gradients.sums_of_squares(), names, loss_scale=self.coming.loss_scale)
 
     def clip(self, norm: float, max_norm: float) -> None:
-        """Scale the gradients at hand so that a norm becomes at most `max_norm`, as torch's clip_grad_norm_ does."""
+        """Scale the current gradients so that a norm becomes at most `max_norm`, as torch's clip_grad_norm_ does."""
         self.coming.clipping.clip(norm, max_norm)
 
     def update(self, segments: Mapping[int, tuple[AdamSegment, ...]]) -> None:
-        """Update parameters and consume all gradients; depending on the overlap, the work goes on after the return.
+        """Update parameters and consume all gradients; depending on the overlap, the work continues after the return.
 
         With commits the work waits for `updates.release`.
 

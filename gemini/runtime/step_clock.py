@@ -1,4 +1,4 @@
-"""How long training steps take."""
+"""Measures how long training steps take."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ __all__ = ["default_socket_path", "parse_address"]
 
 
 def default_socket_path() -> Path:
-    """Return where a user's service listens unless it is told otherwise.
+    """Return the default socket of a user's service.
 
     Returns:
         `/run/user/UID/gemini.sock`, or for root, and without such a directory, `/run/gemini/service.sock`.

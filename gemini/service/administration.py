@@ -48,7 +48,7 @@ class Administration:
         elif isinstance(message, Evict):
             self._evict_asked(session, message)
         elif not self.may_administer(session.user):
-            session.refuse(message.id, "forbidden", "draining is for root and the user whose service this is")
+            session.refuse(message.id, "forbidden", "only root and the service's own user may drain the service")
         else:
             session.done(message.id)
             self.begin_drain(message.timeout_s)
@@ -62,7 +62,7 @@ class Administration:
             timeout_s: seconds after which jobs are evicted; None: never.
         """
         self.is_draining = True
-        self._state.desk.refuse_all("the service is draining: it grants nothing more")
+        self._state.leases.refuse_all("the service is draining and grants no more memory")
         if timeout_s is not None:
             asyncio.get_running_loop().call_later(timeout_s, self._evict_all, timeout_s)
         self.check_drained()
@@ -79,7 +79,9 @@ class Administration:
     def _evict_asked(self, session: Session, message: Evict) -> None:
         user = session.user if message.user < 0 else message.user
         if user != session.user and not self.may_administer(session.user):
-            return session.refuse(message.id, "forbidden", "only root and the service's own user evict others' jobs")
+            return session.refuse(
+                message.id, "forbidden", "only root and the service's own user may evict jobs of other users"
+            )
         if not self.evict(JobKey(user, message.job), message.timeout_s):
             return session.refuse(message.id, "unknown", f"user {user} has no job {message.job} here")
         session.done(message.id)
@@ -96,15 +98,15 @@ class Administration:
         """
         service = self._state
         sessions = [each for each in service.sessions if each.member is not None and each.member.job == job]
-        kept = [member for member in service.desk.kept if member.job == job]
+        kept = [member for member in service.leases.kept if member.job == job]
         for member in kept:
-            service.desk.drop_kept(member)
+            service.leases.drop_kept(member)
         for session in sessions:
             session.is_evicted = True
             self._signal(session, signal.SIGTERM)
             asyncio.get_running_loop().call_later(timeout_s, self._signal, session, signal.SIGKILL)
-        service.shelf.drop_warm_of(job)
-        service.desk.decide()
+        service.shared_chunks.drop_warm_of(job)
+        service.leases.decide()
         return bool(sessions or kept)
 
     def _signal(self, session: Session, number: signal.Signals) -> None:
@@ -112,7 +114,7 @@ class Administration:
             return
         process = session.connection.process
         if process is None:
-            logger.warning("a process of another container cannot be signalled: only its leases are ended")
+            logger.warning("a process in another container cannot be signalled: only its leases are ended")
             return session.connection.close()
         try:
             signal.pidfd_send_signal(process, number)
@@ -157,14 +159,14 @@ class Administration:
         return TierState(total=ledger.budget.disk, leased=ledger.held().disk - kept, kept=kept, shared=0, warm=0)
 
     def _kept_nbytes(self) -> tuple[int, int]:
-        amounts = [kept.record.amount for kept in self._state.desk.kept.values()]
+        amounts = [kept.record.amount for kept in self._state.leases.kept.values()]
         return sum(each.host for each in amounts), sum(each.disk for each in amounts)
 
     def member_rows(self, user: int | None = None) -> list[MemberRow]:
         """Return all ranks that are connected, kept or expected; with `user`, only that user's."""
         service, now_s = self._state, time.monotonic()
         rows = [self._session_row(each, each.member, now_s) for each in service.sessions if each.member is not None]
-        for member, kept in service.desk.kept.items():
+        for member, kept in service.leases.kept.items():
             amount = kept.record.amount
             rows.append(
                 MemberRow(
@@ -182,7 +184,7 @@ class Administration:
                     waits_for="",
                 )
             )
-        for entry in (lost.entry for lost in service.desk.lost):
+        for entry in (lost.entry for lost in service.leases.lost):
             rows.append(
                 MemberRow(
                     job=entry.job or "(unknown)",
@@ -204,10 +206,10 @@ class Administration:
     def _session_row(self, session: Session, member: Member, now_s: float) -> MemberRow:
         ledger = self._state.ledger
         amounts = [record.amount for record in session.leases.values()]
-        waits_for = self._state.desk.reason_of(session)
-        chunk = self._state.shelf.waits_for(session)
+        waits_for = self._state.leases.reason_of(session)
+        chunk = self._state.shared_chunks.waits_for(session)
         if waits_for is None and chunk:
-            waits_for = f"another process, which fills shared chunk {chunk}"
+            waits_for = f"another process to fill shared chunk {chunk}"
         shared = [hold.nbytes for hold in ledger.shared.holds.values() if member in hold.holders]
         holds = session.leases or shared
         return MemberRow(

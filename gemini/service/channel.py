@@ -1,4 +1,4 @@
-"""A client's end of the connection: one background thread receives, and any thread may ask. Knows messages, not leases.
+"""The client's side of the connection: a background thread receives, any thread sends. Knows messages, not leases.
 
 When the service dies, the thread logs it once, tells callers that wait for an answer, and tries to reconnect every
 second.
@@ -245,7 +245,7 @@ class Channel:
             pending.abandon()
             raise ServiceError(
                 f"the memory service at unix:{self._path} has not answered for {ANSWER_TIMEOUT_S:.0f} s; "
-                "see what its process does"
+                "check its process"
             ) from error
         except BaseException:
             pending.abandon()
@@ -335,7 +335,8 @@ class Channel:
             self._changed.notify_all()
         if not self.is_ending:
             logger.warning(
-                "the memory service at unix:%s is gone; this process works on with what it has, and looks for it",
+                "the memory service at unix:%s is gone; this process continues with what it has, and looks for "
+                "the service",
                 self._path,
             )
 

@@ -277,7 +277,8 @@ class ServiceClient:
             seal_whole(chunk.fd)
         except OSError as error:
             raise ServiceError(
-                f"shared chunk {chunk.key} cannot be sealed ({error.strerror}): unmap what it was written through first"
+                f"shared chunk {chunk.key} cannot be sealed ({error.strerror}): unmap the memory through which it "
+                "was written first"
             ) from error
         try:
             if chunk.is_own:
@@ -308,7 +309,7 @@ class ServiceClient:
         try:
             self._channel.begin(request, Bye(id=request, keep=keep)).wait(BYE_TIMEOUT_S)
         except (ServiceError, TimeoutError) as error:
-            logger.debug("the memory service was not told that this is the end: %s", error)
+            logger.debug("the memory service could not be told that this client ends: %s", error)
         self._channel.close()
         for lease in leases:
             lease.is_ended = True
@@ -351,7 +352,7 @@ class ServiceClient:
         while True:
             left_s = None if until_s is None else max(0.0, until_s - time.monotonic())
             if not self._channel.wait_connected(left_s) or self._channel.is_foreign:
-                raise ServiceError("the memory service is gone, and has not come back in time")
+                raise ServiceError("the memory service is gone and has not returned in time")
             request = self._channel.new_id()
             try:
                 pending = self._channel.begin(request, message_of(request))
@@ -408,7 +409,7 @@ class ServiceClient:
             logger.warning("the new memory service does not count this process's lease: %s", answer.text)
 
     def _end_meanwhile(self) -> None:
-        """Tell the new service what was given back while the client was reporting what it holds."""
+        """Tell the new service what was given back while the client was reporting its holdings."""
         for each in self._adopted:
             if isinstance(each, Lease) and each.is_ended:
                 self._tell(lambda id, number=each.number: EndLease(id=id, lease=number))  # type: ignore[misc]

@@ -146,7 +146,9 @@ class Connection:
         except (ProtocolError, MalformedMessageError, OSError) as error:
             self._refuse(error)
         except Exception:
-            logger.exception("a message of process %d (user %d) met a defect", self.peer.pid, self.peer.user)
+            logger.exception(
+                "a message of process %d (user %d) caused an internal error", self.peer.pid, self.peer.user
+            )
             self.close()
         return True
 

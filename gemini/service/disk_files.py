@@ -36,7 +36,7 @@ def lock_file(path: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
-        raise ServiceError(f"{path} is locked: another service is at work there; use another place") from error
+        raise ServiceError(f"{path} is locked: another service uses it; name another path") from error
     return descriptor
 
 

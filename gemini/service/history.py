@@ -1,4 +1,4 @@
-"""What the page and the metrics show of a service, with a limited history."""
+"""Data for the page and the metrics of a service, with a limited history."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client of the memory service holds: leases, kept state and shared chunks."""
+"""Objects that a client of the memory service holds: leases, kept state and shared chunks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Holder(Protocol):
-    """What a holding needs of the client that it belongs to; see ServiceClient."""
+    """The part of a client that its leases and chunks use; see ServiceClient."""
 
     def ask(self, message_of: Callable[[int], ClientMessage]) -> Answer:
         """Send a message that the service answers at once, and return the answer."""
@@ -45,7 +45,7 @@ class Holder(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeBudget:
-    """What the service can grant, in bytes."""
+    """Bytes that the service can grant."""
 
     host_total: int
     host_free: int

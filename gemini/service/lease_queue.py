@@ -1,15 +1,15 @@
 """The queue for a node's memory and its order: pure decisions, no clock and no I/O.
 
-[Note: Nobody holds while waiting]
-A rank that holds something, a lease or a shared chunk, never waits for more: it is granted what is free, or refused.
-A job of several ranks is granted what all of them ask for at once, or nothing (such a set of requests is a *gang*).
-So no two jobs each hold a part while they wait for the other's.
+[Note: No hold while waiting]
+A rank that holds a lease or a shared chunk never waits for more: it is granted what is
+free, or refused. The requests of all ranks of a job are granted together or not at all (such a set of requests is a
+*gang*). So no two jobs each hold a part while they wait for the other's.
 
-[Note: Nobody is overtaken for ever]
-Gangs are considered by priority, then by the dominant share that their user holds, then by job, then by arrival. A
-gang that does not fit is passed over, so that no memory lies idle behind it. It is passed over at most
-`MAX_OVERTAKEN` times by gangs of its own or a lower priority that came later. After that it is *due*: no gang of its
-priority or a lower one is granted anything before it. So a stream of small requests delays a big one only by a
+[Note: Limited overtaking]
+Gangs are considered by priority, then by the dominant share that their user holds, then by
+job, then by arrival. A gang that does not fit is skipped, so that no memory stays unused because of it. It is skipped
+at most `MAX_OVERTAKEN` times for later gangs of its own or a lower priority. After that it is *due*: no gang of its
+priority or a lower one is granted anything before it. So a stream of small requests delays a large request only by a
 limited number of requests, and does not starve it.
 """
 
@@ -143,11 +143,11 @@ class LeaseQueue:
         if not gang.is_complete:
             missing = sorted(set(range(gang.num_ranks)) - set(gang.requests))
             shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-            return f"its job's other ranks, which have not asked yet: {shown} of {gang.num_ranks}"
+            return f"the other ranks of its job, which have not asked yet: {shown} of {gang.num_ranks}"
         requests = gang.requests.values()
         needed, available = self.ledger.missing(requests), self.ledger.free(requests)
         if needed.fits_in(available):
-            return "a job of its priority that has been overtaken often enough"
+            return "a job of its priority that has already been overtaken often"
         tiers = [("host memory", needed.host, available.host), ("disk", needed.disk, available.disk)]
         short = [
             f"{format_nbytes(asked)} of {name}, of which {format_nbytes(max(free, 0))} are free"
@@ -209,8 +209,9 @@ class LeaseQueue:
             free = self.ledger.free()
             result.refused[request.number] = (
                 "full",
-                f"{_text_of(request.amount)} more for a rank that holds something, which may not wait; free: "
-                f"{_text_of(Amount(max(free.host, 0), max(free.disk, 0)))}; ask for everything in one lease",
+                f"{_text_of(request.amount)} more for a rank that already holds memory cannot be granted now, and "
+                f"such a rank may not wait; free: {_text_of(Amount(max(free.host, 0), max(free.disk, 0)))}; ask "
+                "for everything in one lease",
             )
 
     def _may_grow(self, request: LeaseRequest, priority: int) -> bool:

@@ -1,4 +1,4 @@
-"""What a rank asks for, and sums of requests."""
+"""Requests for leases, and sums of requests."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class NodeLedger:
         del self._leases[number]
 
     def keep(self, number: int) -> None:
-        """Let a lease outlive its rank's process, and count it as a user of all filled chunks that the rank uses."""
+        """Keep a lease after its rank's process has ended, as a user of all filled chunks that the rank uses."""
         member, amount = self._leases[number]
         self._leases[number] = (kept_of(member), amount)
         self.shared.keep(member)

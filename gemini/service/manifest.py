@@ -110,7 +110,9 @@ def read_manifest(path: Path) -> Manifest | None:
     except FileNotFoundError:
         return None
     except (OSError, msgspec.MsgspecError) as error:
-        logger.warning("%s is no manifest of this version (%s); leases of a service before are not known", path, error)
+        logger.warning(
+            "%s is not a manifest of this version (%s); leases of an earlier service are unknown", path, error
+        )
         return None
     return manifest if manifest.version == MANIFEST_VERSION else None
 
@@ -159,7 +161,7 @@ class ManifestWriter:
                 await write_whole(self._path, msgspec.json.encode(self._describe()))
             except OSError as error:
                 if not self._has_warned:
-                    logger.warning("%s: a service after this one will not know of leases", error)
+                    logger.warning("%s: a later service will not know the leases", error)
                 self._has_warned = True
             for each in waiting:
                 if not each.done():

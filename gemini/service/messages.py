@@ -247,7 +247,7 @@ class Drain(Request, frozen=True, tag="drain"):
 
 
 class Kept(msgspec.Struct, frozen=True):
-    """What was kept of a rank that died."""
+    """Kept state of a rank that died."""
 
     lease: int
     host_nbytes: int

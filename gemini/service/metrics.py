@@ -1,4 +1,4 @@
-"""The service's state as Prometheus metrics, collected when they are asked for."""
+"""The service's state as Prometheus metrics, collected on request."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class ServiceCollector(Collector):
         """Return the metrics as they are now."""
         yield from self._memory()
         yield from self._jobs()
-        desk = self._service.desk
-        yield CounterMetricFamily("gemini_leases_granted", "Leases granted.", value=desk.num_granted)
+        leases = self._service.leases
+        yield CounterMetricFamily("gemini_leases_granted", "Leases granted.", value=leases.num_granted)
         yield CounterMetricFamily("gemini_messages_received", "Messages of clients.", value=self._service.num_messages)
         yield CounterMetricFamily(
             "gemini_connections_refused", "Connections ended because of a message.", value=self._service.num_malformed

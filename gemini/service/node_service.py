@@ -21,7 +21,7 @@ from gemini.service.administration import Administration
 from gemini.service.connection import Connection, ProtocolError
 from gemini.service.disk_files import DiskFiles, lock_file
 from gemini.service.fairness import Amount
-from gemini.service.lease_desk import LeaseDesk
+from gemini.service.lease_manager import LeaseManager
 from gemini.service.lease_queue import LeaseQueue
 from gemini.service.ledger import NodeLedger
 from gemini.service.manifest import (
@@ -65,8 +65,8 @@ from gemini.service.messages import (
 )
 from gemini.service.packets import close_all
 from gemini.service.session import Session
+from gemini.service.shared_chunk_manager import SharedChunkManager
 from gemini.service.shared_holds import SharedHolds
-from gemini.service.shared_shelf import SharedShelf
 from gemini.service.state import ServiceState
 
 __all__ = ["NodeService", "ServiceOptions"]
@@ -114,8 +114,8 @@ class NodeService:
     options: ServiceOptions
     ledger: NodeLedger = field(init=False)
     queue: LeaseQueue = field(init=False)
-    desk: LeaseDesk = field(init=False)
-    shelf: SharedShelf = field(init=False)
+    leases: LeaseManager = field(init=False)
+    shared_chunks: SharedChunkManager = field(init=False)
     sessions: set[Session] = field(init=False, default_factory=set)
     administration: Administration = field(init=False)
     num_messages: int = field(init=False, default=0)
@@ -132,12 +132,16 @@ class NodeService:
         self.ledger = NodeLedger(self.options.budget, SharedHolds())
         self.queue = LeaseQueue(self.ledger)
         self._manifest = ManifestWriter(self._manifest_path, self._manifest_now)
-        self.shelf = SharedShelf(self.ledger, self.queue, record_change=self._manifest.changed)
-        self.desk = LeaseDesk(
-            self.ledger, self.queue, drop_shared=self.shelf.forget, record_change=self._manifest.changed
+        self.shared_chunks = SharedChunkManager(self.ledger, self.queue, record_change=self._manifest.changed)
+        self.leases = LeaseManager(
+            self.ledger, self.queue, drop_shared=self.shared_chunks.forget, record_change=self._manifest.changed
         )
         state = ServiceState(
-            ledger=self.ledger, desk=self.desk, shelf=self.shelf, sessions=self.sessions, started_s=self.started_s
+            ledger=self.ledger,
+            leases=self.leases,
+            shared_chunks=self.shared_chunks,
+            sessions=self.sessions,
+            started_s=self.started_s,
         )
         self.administration = Administration(state, self._stopped.set)
 
@@ -160,7 +164,7 @@ class NodeService:
         lock = lock_file(path.with_name(path.name + ".lock"))
         try:
             if self.options.disk_directory is not None:
-                self._disk = self.desk.disk = DiskFiles(self.options.disk_directory)
+                self._disk = self.leases.disk = DiskFiles(self.options.disk_directory)
             self._expect_leases()
             self._listener = listen(self.options)
             loop.add_reader(self._listener, self._accept)
@@ -184,8 +188,8 @@ class NodeService:
         self._listener.close()
         with suppress(FileNotFoundError):
             self.options.socket_path.unlink()
-        for member in list(self.desk.kept):
-            self.desk.drop_kept(member)
+        for member in list(self.leases.kept):
+            self.leases.drop_kept(member)
         self._manifest.changed()
         await self._manifest.close()
         self.administration.is_ending = True
@@ -205,12 +209,12 @@ class NodeService:
         while True:
             await asyncio.sleep(TICK_S)
             now_s = time.monotonic()
-            self.desk.expire_kept(now_s - self.options.grace_s)
-            self.desk.expire_lost(is_grace_over=now_s - self.started_s > self.options.grace_s)
-            expired = self.shelf.expire_lost(is_over=now_s - self.started_s > RETURN_S)
-            if self.shelf.expire(now_s - self.options.warm_s) or expired:
-                self.desk.decide()
-            self.desk.tell_reasons()
+            self.leases.expire_kept(now_s - self.options.grace_s)
+            self.leases.expire_lost(is_grace_over=now_s - self.started_s > self.options.grace_s)
+            expired = self.shared_chunks.expire_lost(is_over=now_s - self.started_s > RETURN_S)
+            if self.shared_chunks.expire(now_s - self.options.warm_s) or expired:
+                self.leases.decide()
+            self.leases.tell_reasons()
             self.administration.check_drained()
 
     # What a service before left
@@ -219,21 +223,21 @@ class NodeService:
         manifest = read_manifest(self._manifest_path)
         files = self._disk.existing() if self._disk is not None else {}
         for chunk in manifest.shared if manifest is not None else ():
-            self.shelf.expect(chunk)
+            self.shared_chunks.expect(chunk)
         for entry in manifest.leases if manifest is not None else ():
             if not entry.disk_name or files.pop(entry.disk_name, None) is not None:
-                self.desk.expect(entry)
+                self.leases.expect(entry)
         for name, nbytes in files.items():
             assert self._disk is not None
             user = self._disk.user_of(name)
             assert user is not None
-            self.desk.expect(unknown_lease(user, name, nbytes))
-        self.desk.expire_lost(is_grace_over=False)
-        self.shelf.expire_lost(is_over=False)
+            self.leases.expect(unknown_lease(user, name, nbytes))
+        self.leases.expire_lost(is_grace_over=False)
+        self.shared_chunks.expire_lost(is_over=False)
 
     def _manifest_now(self) -> Manifest:
         leases = self._leases_to_write()
-        return Manifest(version=MANIFEST_VERSION, leases=leases, shared=self.shelf.entries(self.sessions))
+        return Manifest(version=MANIFEST_VERSION, leases=leases, shared=self.shared_chunks.entries(self.sessions))
 
     def _leases_to_write(self) -> list[LeaseEntry]:
         held = [(session, record) for session in self.sessions for record in session.leases.values()]
@@ -251,7 +255,7 @@ class NodeService:
             )
             for session, record in held
         ]
-        return entries + [lost.entry for lost in self.desk.lost]
+        return entries + [lost.entry for lost in self.leases.lost]
 
     # Connections
 
@@ -259,7 +263,7 @@ class NodeService:
         try:
             connected, _ = self._listener.accept()
         except OSError as error:  # out of descriptors, or the client has already gone
-            logger.warning("a client could not be accepted: %s", error)
+            logger.warning("cannot accept a client: %s", error)
             return
         session: Session | None = None
 
@@ -300,7 +304,7 @@ class NodeService:
                 return None
             session.member = Member(JobKey(session.user, message.job), message.rank)
             session.num_ranks, session.priority = message.num_ranks, message.priority
-        kept = self.desk.kept.get(session.member) if session.member is not None else None
+        kept = self.leases.kept.get(session.member) if session.member is not None else None
         self.sessions.add(session)
         connection.send(Welcome(PROTOCOL_VERSION, kept.record.describe_kept() if kept is not None else None))
         return session
@@ -310,9 +314,9 @@ class NodeService:
         if hello.rank >= hello.num_ranks:
             raise ProtocolError(f"rank {hello.rank} of {hello.num_ranks}")
         if hello.priority > 0 and not self.administration.may_administer(session.user):
-            return Refused(0, "forbidden", "a priority above 0 is for root and the user whose service this is")
+            return Refused(0, "forbidden", "only root and the service's own user may use a priority above 0")
         if self.administration.is_draining:
-            return Refused(0, "draining", "the service is draining: it takes no new jobs")
+            return Refused(0, "draining", "the service is draining and takes no new jobs")
         for other in [each for each in self.sessions if each.member == Member(job, hello.rank)]:
             other.connection.receive_now()  # it may have ended already
             if other in self.sessions:
@@ -321,10 +325,11 @@ class NodeService:
                 text = f"rank {hello.rank} of job {hello.job} is {who}, or name the job otherwise"
                 return Refused(0, "conflict", text)
         others = {each.num_ranks for each in self.sessions if each.member is not None and each.member.job == job}
-        others |= {kept.num_ranks for member, kept in self.desk.kept.items() if member.job == job}
+        others |= {kept.num_ranks for member, kept in self.leases.kept.items() if member.job == job}
         if others - {hello.num_ranks}:
             text = (
-                f"job {hello.job} has {others.pop()} ranks here, not {hello.num_ranks}; evict it, or use another name"
+                f"job {hello.job} has {others.pop()} ranks here, not {hello.num_ranks}; evict it, or use another "
+                "job name"
             )
             return Refused(0, "conflict", text)
         return None
@@ -334,16 +339,16 @@ class NodeService:
         if session.member is None or self.administration.is_ending:
             return
         now_s = time.monotonic()
-        self.desk.end_session(session, keep=not session.is_evicted, now_s=now_s)
-        self.shelf.release_all(session, now_s=now_s)
-        self.desk.decide()
+        self.leases.end_session(session, keep=not session.is_evicted, now_s=now_s)
+        self.shared_chunks.release_all(session, now_s=now_s)
+        self.leases.decide()
         self.administration.check_drained()
 
     # Messages
 
     def _handle(self, session: Session, message: ClientMessage, descriptors: tuple[int, ...]) -> None:
         if isinstance(message, (AdoptLease, AdoptShared)) and session.member is not None:
-            adopt = self.desk.adopt if isinstance(message, AdoptLease) else self.shelf.adopt
+            adopt = self.leases.adopt if isinstance(message, AdoptLease) else self.shared_chunks.adopt
             return adopt(session, message, descriptors)  # type: ignore[arg-type]
         if descriptors:
             close_all(descriptors)
@@ -360,35 +365,35 @@ class NodeService:
             case AskBudget():
                 session.connection.send(self._budget(message.id, member.job, session.num_ranks))
             case AskLease() if self.administration.is_draining:
-                session.refuse(message.id, "draining", "the service is draining: it grants nothing more")
+                session.refuse(message.id, "draining", "the service is draining and grants no more memory")
             case AskLease():
-                self.desk.forget_lost_of(member, pid=session.pid)  # a client that comes back has adopted it before
-                self.desk.ask(session, message)
+                self.leases.forget_lost_of(member, pid=session.pid)  # a client that comes back has adopted it before
+                self.leases.ask(session, message)
             case Withdraw():
-                self.shelf.withdraw(session, message.request, now_s=now_s)
-                self.desk.withdraw(session, message.request)
+                self.shared_chunks.withdraw(session, message.request, now_s=now_s)
+                self.leases.withdraw(session, message.request)
                 session.done(message.id)
             case EndLease():
                 self._end_lease(session, message, now_s)
             case KeepFile():
-                self.desk.make_keep_file(session, message)
+                self.leases.make_keep_file(session, message)
             case SetMeta():
-                self.desk.set_meta(session, message)
+                self.leases.set_meta(session, message)
             case TakeKept():
-                self.desk.take_kept(session, message.id)
+                self.leases.take_kept(session, message.id)
             case DropKept():
-                self.desk.drop_kept(member)
+                self.leases.drop_kept(member)
                 session.done(message.id)
             case FindShared():
-                self.shelf.find(session, message)
+                self.shared_chunks.find(session, message)
             case FillDone():
-                self.shelf.finish(session, message)
+                self.shared_chunks.finish(session, message)
             case GiveUpFill() | ReleaseShared():
-                self.shelf.release(session, message.key, now_s=now_s)
-                self.desk.decide()
+                self.shared_chunks.release(session, message.key, now_s=now_s)
+                self.leases.decide()
                 session.done(message.id)
             case AdoptEnd():
-                self.desk.forget_lost_of(member)
+                self.leases.forget_lost_of(member)
                 session.done(message.id)
             case Bye():
                 session.is_evicted = not message.keep
@@ -398,11 +403,11 @@ class NodeService:
     def _end_lease(self, session: Session, message: EndLease, now_s: float) -> None:
         if message.lease not in session.leases:
             return session.refuse(message.id, "unknown", f"this rank has no lease {message.lease}")
-        self.desk.end(session, message.lease)
+        self.leases.end(session, message.lease)
         if not session.leases:
-            self.shelf.release_unfound(session, now_s=now_s)
+            self.shared_chunks.release_unfound(session, now_s=now_s)
         session.done(message.id)
-        self.desk.decide()
+        self.leases.decide()
 
     def _budget(self, request: int, job: JobKey, num_ranks: int) -> Budget:
         total, free = self.options.budget, self.ledger.free()

@@ -1,4 +1,4 @@
-"""What the service knows of one client, and how it answers."""
+"""The state of one client in the service, and the answers to it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LeaseRecord:
     meta: bytes = b""
 
     def describe_kept(self) -> Kept:
-        """Return what a successor is told of the kept lease."""
+        """Return the description of the kept lease for a successor."""
         return Kept(
             lease=self.number,
             host_nbytes=self.amount.host,
@@ -56,7 +56,7 @@ class Session:
 
     connection: Connection
     member: Member | None = None
-    """Rank that the client is; None for a visitor."""
+    """Rank that the client is; None for an administering client."""
     num_ranks: int = 1
     priority: int = 0
     leases: dict[int, LeaseRecord] = field(default_factory=dict)

@@ -94,5 +94,5 @@ class SharedHolds:
 
 
 def kept_of(member: Member) -> Member:
-    """Return the holder that represents a rank's kept state, beside the rank's process."""
+    """Return the holder for a rank's kept state, which is separate from the holder for its process."""
     return Member(member.job, -1 - member.rank)

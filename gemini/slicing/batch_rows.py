@@ -203,10 +203,10 @@ def take_apart(
         if kind is None:
             raise ModelError(
                 f"argument {_path_of(place, args, kwargs)} of {block_name} has shape {tuple(tensor.shape)}, as many in "
-                f"dimension 0 as the batch {tuple(batch.shape)} has rows: whether it has a row for each or is "
-                f'shared by all cannot be told; name "{names[place]}" in GeminiConfig.batch_arguments or in '
+                f"dimension 0 as the batch {tuple(batch.shape)} has rows: it may have one row per row of the "
+                f'batch, or be shared by all rows; name "{names[place]}" in GeminiConfig.batch_arguments or in '
                 f"GeminiConfig.shared_arguments; if {_path_of(batch_place, args, kwargs)}, the first tensor, is not "
-                "the batch, name its argument in the latter"
+                "the batch, name its argument in shared_arguments"
             )
         kinds.append(kind)
     call = BlockCall(

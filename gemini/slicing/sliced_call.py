@@ -30,7 +30,7 @@ __all__ = ["SlicedBlock", "UnitScope", "run_in_slices"]
 
 
 class UnitScope(Protocol):
-    """What slicing needs from the engine."""
+    """The part of the engine that slicing uses."""
 
     slice_sums: SliceSums
     """Sums that take all gradients that arrive while they are open."""
@@ -81,7 +81,7 @@ def run_in_slices(block: SlicedBlock, call: BlockCall, tensors: Sequence[torch.T
 
 
 class _SlicedCall:
-    """One call of a block, which runs in slices in forward and again in backward. Holds no tensors of its own."""
+    """One call of a block, which runs in slices in forward and again in backward. Owns no tensors."""
 
     def __init__(self, block: SlicedBlock, call: BlockCall, device: torch.device) -> None:
         self._block = block
@@ -183,7 +183,7 @@ class _SlicedCall:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """Set the block's environment: the autocast of its call, and no activation checkpointing of its own."""
+        """Set the block's environment: the autocast of its call, and no separate activation checkpointing."""
         flagged = [module for module in self._block.module.modules() if vars(module).get("gradient_checkpointing")]
         with ExitStack() as stack:
             for device_type, dtype, is_enabled in self._autocast:
@@ -232,8 +232,8 @@ def _refusing_writes(block: SlicedBlock, tensors: Sequence[torch.Tensor]) -> Ite
     for name, tensor, version in versions:
         if tensor._version != version:
             raise ModelError(
-                f"{block.name} wrote to its {name} in forward; what runs in slices, and once more in backward, must "
-                "leave it alone; set GeminiConfig(num_batch_slices=1) for this model"
+                f"{block.name} wrote to its {name} in forward; code that runs in slices, and again in backward, "
+                "must not change it; set GeminiConfig(num_batch_slices=1) for this model"
             )
 
 

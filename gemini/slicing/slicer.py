@@ -119,9 +119,9 @@ def _describe(module: nn.Module, name: str, *, unit_id: int, num_slices: int, sc
         has_other_states = inner is module and isinstance(inner, nn.RNNBase)
         if has_other_states or getattr(inner, "batch_first", True) is False:
             raise ModelError(
-                f"{inner_name or 'all'} of {block_name} is a {type(inner).__name__} without the batch in dimension 0 "
-                "of all it takes and returns; build it with batch_first=True in a block that returns hidden states "
-                "only, or set GeminiConfig(num_batch_slices=1)"
+                f"{inner_name or 'all'} of {block_name} is a {type(inner).__name__} whose inputs and outputs do "
+                "not all have the batch in dimension 0; build it with batch_first=True in a block that returns "
+                "hidden states only, or set GeminiConfig(num_batch_slices=1)"
             )
     return SlicedBlock(
         name=block_name,
@@ -140,13 +140,13 @@ def _refuse_what_mixes_rows(block: SlicedBlock, kwargs: Mapping[str, Any]) -> No
         if isinstance(module, _BatchNorm) and module.training:
             raise ModelError(
                 f"{name or 'all'} of {block.name} is a {type(module).__name__}, whose statistics are those of the "
-                "batch and not of a slice; put it into evaluation mode, or set GeminiConfig(num_batch_slices=1)"
+                "whole batch; put it into evaluation mode, or set GeminiConfig(num_batch_slices=1)"
             )
     for name, value in kwargs.items():
         if name.startswith("output_") and name != "output_hidden_states" and value:
             raise ModelError(
-                f"{block.name} was called with {name}={value!r}: what its modules would record belongs to single "
-                "slices and has no gradient; leave it off, or set GeminiConfig(num_batch_slices=1)"
+                f"{block.name} was called with {name}={value!r}: its modules would record values of single "
+                "slices, without gradients; turn it off, or set GeminiConfig(num_batch_slices=1)"
             )
     for name, param in block.module.named_parameters():
         if param._backward_hooks:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from gemini.autograd.managed_parameter import WEIGHT_ATTRIBUTE, WaitingGradient, refuse, stand_in, weight_of
+from gemini.autograd.managed_parameter import WEIGHT_ATTRIBUTE, WaitingGradient, make_placeholder, refuse, weight_of
 from gemini.autograd.weight_functions import run_function
 from gemini.chunk.chunk import Chunk
 from gemini.chunk.layout import ParamPlace
@@ -128,7 +128,7 @@ class ParamWeight:
         return self.access.opened(self, writes=writes)
 
     def saved_for_backward(self) -> AbstractContextManager[None]:
-        """Let backward find what autograd saves of weights while the context is open."""
+        """Save weights for backward as places in chunks while the context is open."""
         return self.access.saved_for_backward()
 
     def call_shared(self, func: Callable[..., Any], args: Any, kwargs: Any, params: Sequence[torch.Tensor]) -> Any:
@@ -140,7 +140,7 @@ class ParamWeight:
         self.access.runtime.updates.finish(self.chunk.spec.chunk_id)
 
     def count_write(self) -> None:
-        """Tell graphs that have saved the parameter that it was written, as torch's version counter does."""
+        """Record a write, so that graphs that have saved the parameter notice it, as with torch's version counter."""
         torch.autograd.graph.increment_version(self.param)
         self.chunk.params.remember_versions()
 
@@ -197,7 +197,7 @@ class ParamWeight:
             if stray is not None or not self._has_gradient():
                 return stray
             if not self.access.runtime.sharding.is_alone:  # reading is a collective, which a look must not be
-                waiting: WaitingGradient = stand_in(WaitingGradient, self, self.param)
+                waiting: WaitingGradient = make_placeholder(WaitingGradient, self, self.param)
                 return waiting
             values = self.read_gradient()
             assert values is not None
@@ -272,7 +272,7 @@ class WeightAccess:
             chunk.params.keep_write = partial(self._keep_unseen_write, chunk)
 
     def saved_for_backward(self) -> AbstractContextManager[None]:
-        """Let backward find what autograd saves of weights while the context is open."""
+        """Save weights for backward as places in chunks while the context is open."""
         if not torch.is_grad_enabled() or self.runtime.passes.saved.is_on_top:
             return nullcontext()
         return self._saving()
@@ -337,7 +337,7 @@ class WeightAccess:
         return True
 
     def _keep_write(self, opened: _Open, versions: tuple[int, int]) -> None:
-        """Write home what a function has written, if anything; `versions` are those of parameter and values before."""
+        """Store what a function has written in the home; `versions` are the earlier ones of parameter and values."""
         weight, values = opened.weight, opened.values
         chunk = weight.chunk
         if opened.old is None:
@@ -350,7 +350,7 @@ class WeightAccess:
         chunk.params.remember_versions()
 
     def _keep_unseen_write(self, chunk: Chunk, position: int) -> None:
-        """Write home what was written to a weight that still shows it; see ShownParams.keep_write."""
+        """Store what was written to a weight in compute memory in its home; see ShownParams.keep_write."""
         weight = self._by_place[chunk.spec.chunk_id, position]
         self.runtime.updates.weights_change(chunk.spec.chunk_id)
         with torch._C.DisableTorchFunctionSubclass():
@@ -375,8 +375,8 @@ class WeightAccess:
             return  # the home itself was written, and it is the master
         if is_home and old is None and chunk.spec.dtype is torch.bfloat16:
             raise ModelError(
-                f"parameter {weight.name} was written in place by code that its class does not see, such as a compiled "
-                "graph: what is left of its float32 master cannot be told; write it outside of the compiled code, "
+                f"parameter {weight.name} was written in place by code that its class does not see, such as a "
+                "compiled graph: its float32 master is no longer known; write it outside the compiled code, "
                 "under torch.no_grad()"
             )
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():

@@ -65,7 +65,7 @@ def disown(model: torch.nn.Module, access: WeightAccess) -> None:
 
 
 def is_shown(model: torch.nn.Module) -> bool:
-    """Return whether plain tensors stand in for a wrapped model's parameters now, so that it can save itself."""
+    """Return whether plain tensors replace a wrapped model's parameters now, so that it can save itself."""
     return SHOWN_ATTRIBUTE in vars(model)
 
 
@@ -102,6 +102,6 @@ def check_unchanged(model: torch.nn.Module, runtime: Runtime, places: Mapping[st
             changed.append(name)
     if changed:
         raise ModelError(
-            f"parameter {changed[0]} was added, removed, replaced or resized after the model was wrapped, of which the "
-            "engine knows nothing: undo that, or change the model before GeminiDDP(...)"
+            f"parameter {changed[0]} was added, removed, replaced or resized after the model was wrapped, which "
+            "the engine cannot follow: undo the change, or make it before GeminiDDP(...)"
         )

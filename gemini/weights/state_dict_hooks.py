@@ -1,4 +1,4 @@
-"""Lets `state_dict` of the wrapped model, and of every module in it, hold copies of weights; see docs/weights.md."""
+"""Fills `state_dict` of the wrapped model and of every module in it with copies of weights; see docs/weights.md."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def install_state_hooks(module: torch.nn.Module, runtime: Runtime) -> list[Any]:
     def refuse_assignment(owner: Any, state: Any, prefix: str, metadata: dict[str, Any], *_: Any) -> None:
         if metadata.get("assign_to_params_buffers"):
             raise ModelError(
-                "load_state_dict(assign=True) on a model in a GeminiDDP would take its parameters out of their chunks: "
-                "leave assign out, or call engine.load_state_dict"
+                "load_state_dict(assign=True) on a model in a GeminiDDP would remove its parameters from their "
+                "chunks: leave assign out, or call engine.load_state_dict"
             )
 
     handles: list[Any] = []

@@ -132,7 +132,7 @@ def read_master(runtime: Runtime, place: ParamPlace) -> torch.Tensor:
 
 
 def _collect(runtime: Runtime, place: ParamPlace, runs: Iterable[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Return a parameter's values in its shape, given what lives here of them."""
+    """Return a parameter's values in its shape, given this rank's part."""
     flat = torch.empty(_chunk_and_piece(runtime, place)[1].spec.numel, dtype=dtype)
     done = 0
     for run in runs:
@@ -264,7 +264,7 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _own_piece(chunk: Chunk, place: ParamPlace, values: torch.Tensor) -> torch.Tensor:
-    """Return what lives here of this rank's part of a parameter, flat on the CPU."""
+    """Return the elements of a parameter in this rank's shard, flat on the CPU."""
     flat = values.detach().to("cpu").reshape(-1)
     return flat if chunk.shard is None else flat[piece_of(place, chunk.shard)]
 
@@ -385,7 +385,7 @@ def reset_moments(runtime: Runtime) -> None:
 
 
 def _chunk_and_piece(runtime: Runtime, place: ParamPlace) -> tuple[Chunk, ParamPlace]:
-    """Return a parameter's chunk, and the piece of the parameter that lives here, in its place at home."""
+    """Return a parameter's chunk, and the piece of the parameter in this rank's shard, with its place at home."""
     chunk = runtime.core.chunks[place.chunk_id]
     if chunk.shard is None:
         return chunk, place
@@ -395,7 +395,7 @@ def _chunk_and_piece(runtime: Runtime, place: ParamPlace) -> tuple[Chunk, ParamP
 
 
 def _cut(chunk: Chunk, place: ParamPlace, value: torch.Tensor) -> torch.Tensor:
-    """Return the piece of a parameter's value that lives here, flat on the CPU."""
+    """Return the piece of a parameter's value in this rank's shard, flat on the CPU."""
     whole = value.detach().to("cpu")
     flat = (whole if place.spec.split is None else place.spec.split.cut(whole)).reshape(-1)
     return flat if chunk.shard is None else flat[piece_of(place, chunk.shard)]

@@ -210,7 +210,8 @@ def test_other_parameter_groups_are_refused(saved: Path) -> None:
     with GeminiDDP(SCENARIO.case.model(), config_for("host")) as engine:
         params = list(engine.parameters())
         optimizer = hybrid_adam([{"params": params[:2]}, {"params": params[2:]}])
-        with pytest.raises(CheckpointMismatchError, match=r"groups have \[11\] parameters, this optimizer's \[2, 9\]"):
+        message = r"groups have \[11\] parameters, this optimizer's groups have \[2, 9\]"
+        with pytest.raises(CheckpointMismatchError, match=message):
             engine.load_checkpoint(saved, optimizer=optimizer)
 
 
@@ -314,7 +315,9 @@ def test_an_engine_that_was_loaded_half_way_refuses_to_go_on(copy: Path, tmp_pat
             os.truncate(copy / "rank-00000.safetensors", 5000)
 
     with training(SCENARIO, "host", tmp_path) as run:
-        with pytest.raises(CheckpointError, match="safetensors is damaged: it was cut short while it was read"):
+        with pytest.raises(CheckpointError, match="safetensors is damaged: it was truncated while it was read"):
             run.engine.load_checkpoint(copy, scheduler=Cutter())
-        with pytest.raises(ModelError, match=r"loading .*/copy failed half way \(.*cut short.*load a checkpoint"):
+        with pytest.raises(
+            ModelError, match=r"loading .*/copy failed before it was complete \(.*truncated.*load a checkpoint"
+        ):
             run.train(0, 1)

@@ -116,7 +116,7 @@ def test_a_changed_body_under_a_right_checksum_is_refused_or_complete(data: st.D
 
 @pytest.mark.parametrize(
     ("version", "message"),
-    [(2, "here: version 2 of the format; .* reads up to 1: upgrade"), (0, "here is damaged or no manifest")],
+    [(2, "here: version 2 of the format; .* reads up to 1: upgrade"), (0, "here is damaged or is not a manifest")],
 )
 def test_other_versions_are_refused(version: int, message: str) -> None:
     text = MANIFEST.to_json().replace('"version":1', f'"version":{version}')
@@ -150,7 +150,7 @@ def test_missing_and_repeated_elements_are_found(second: tuple[int, int, int]) -
     body = json.loads(MANIFEST.to_json())["body"]
     body["files"]["rank-00000.safetensors"]["pieces"]["body.weight"]["begin"] = begin
     body["files"]["rank-00001.safetensors"]["pieces"]["body.weight"] |= {"begin": middle, "end": end}
-    with pytest.raises(CheckpointError, match=r"elements of body\.weight are missing, or there twice"):
+    with pytest.raises(CheckpointError, match=r"elements of body\.weight are missing or duplicated"):
         Manifest.from_json(sealed(body), source="here")
 
 
@@ -193,5 +193,5 @@ def test_impossible_divisions_are_refused(division: tuple[int, int]) -> None:
 def test_a_missing_part_is_found() -> None:
     body = json.loads(MANIFEST.to_json())["body"]
     body["files"]["rank-00001.safetensors"]["pieces"]["divided"]["part"] = 0
-    with pytest.raises(CheckpointError, match="elements of divided are missing, or there twice"):
+    with pytest.raises(CheckpointError, match="elements of divided are missing or duplicated"):
         Manifest.from_json(sealed(body), source="here")

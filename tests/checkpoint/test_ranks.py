@@ -59,12 +59,12 @@ def test_a_file_that_one_rank_finds_damaged_is_refused_by_all(damaged: str, rank
 def test_ranks_that_see_different_checkpoints_are_refused(ranks: RankPool, tmp_path: Path) -> None:
     for type_name, message in ranks.run(2, load_apart, directory=tmp_path):
         assert type_name == "CheckpointError"
-        assert "rank 0 and rank 1 see different checkpoints; give all ranks one directory" in message
+        assert "rank 0 and rank 1 see different checkpoints; give all ranks the same shared directory" in message
 
 
 def test_ranks_that_save_into_different_directories_complete_nothing(ranks: RankPool, tmp_path: Path) -> None:
     first, second = ranks.run(2, save_apart, directory=tmp_path)
 
     assert first[0] == second[0] == "CheckpointError"
-    assert "rank-00001.safetensors is missing from the checkpoint; give all ranks one directory" in first[1]
+    assert "rank-00001.safetensors is missing from the checkpoint; give all ranks the same shared directory" in first[1]
     assert list((tmp_path / "0").iterdir()) == []

@@ -83,7 +83,7 @@ def test_a_reader_inside_a_writer_does_not_lose_what_was_written(manager: ChunkM
     chunk_id = manager.register([torch.zeros(100)], tier=NVME)
     with manager.using(chunk_id, is_modified=False), manager.using(chunk_id) as (tensor,):
         tensor.fill_(3)
-    manager._core.evict_idle()
+    manager.move(chunk_id, HOST)  # from its home: the copy that was in compute memory does not count
     with manager.using(chunk_id) as (tensor,):
         assert bool((tensor == 3).all())
 
@@ -254,13 +254,18 @@ def test_a_full_tier_refuses_and_leaves_everything_as_it_was(tmp_path: Path, tie
 
 
 def test_a_move_that_does_not_fit_leaves_the_chunk_where_it_was(tmp_path: Path) -> None:
-    with make_manager(tmp_path, "simulated", device_budget="16KiB") as manager:
-        chunk_id = manager.register([torch.full((8192,), 2.0)], tier=NVME)
-        with pytest.raises(OutOfTierMemoryError, match=r"^device tier: 32.00 KiB more for working exceed"):
+    with make_manager(tmp_path, "simulated", device_budget="48KiB") as manager:
+        chunk_id, other = (manager.register([torch.full((8192,), value)], tier=NVME) for value in (2.0, 3.0))
+        with (
+            manager.using(other),
+            pytest.raises(OutOfTierMemoryError, match=r"^device tier: 32.00 KiB more for working exceed"),
+        ):
             manager.move(chunk_id, DEVICE)
-        assert manager.tier_of(chunk_id) is NVME
-        manager.move(chunk_id, HOST)
-        assert manager._core.chunks[chunk_id].home.tile(0).view(torch.float32).unique().tolist() == [2.0]
+        for tier in (NVME, HOST):
+            manager.move(chunk_id, tier)
+            assert manager.tier_of(chunk_id) is tier
+            with manager.using(chunk_id, is_modified=False) as (tensor,):
+                assert tensor.unique().tolist() == [2.0]
 
 
 def test_idle_copies_make_room_for_a_home(tmp_path: Path) -> None:
@@ -299,7 +304,10 @@ class ManagerMachine(RuleBasedStateMachine):
         self.directory = tempfile.TemporaryDirectory()
         self.tiers = tiers_of(device)
         self.manager = make_manager(self.directory.name, device, host_budget="96KiB")
+        self.tensors: dict[int, torch.Tensor] = {}
+        """What was registered."""
         self.values: dict[int, torch.Tensor] = {}
+        """What the registered tensors must show while they are held."""
         self.homes: dict[int, MemoryTier] = {}
         self.holds: dict[int, int] = {}
         self.modified: set[int] = set()  # since they were last at home
@@ -313,11 +321,12 @@ class ManagerMachine(RuleBasedStateMachine):
         value = torch.full((numel,), float(len(self.values)))
         tier = data.draw(st.sampled_from(self.tiers))
         try:
-            chunk_id = self.manager.register([value.clone()], tier=tier)
+            chunk_id = self.manager.register([tensor := value.clone()], tier=tier)
         except OutOfTierMemoryError:
             return
         assert chunk_id == len(self.values)
-        self.values[chunk_id], self.homes[chunk_id], self.holds[chunk_id] = value, tier, 0
+        self.tensors[chunk_id], self.values[chunk_id] = tensor, value
+        self.homes[chunk_id], self.holds[chunk_id] = tier, 0
 
     @precondition(lambda self: self.values)
     @rule(data=st.data())
@@ -331,6 +340,7 @@ class ManagerMachine(RuleBasedStateMachine):
         except OffloadIOError:
             assert chunk_id in self.doubtful
             return
+        assert tensor is self.tensors[chunk_id]
         assert torch.equal(tensor, self.values[chunk_id])
         self.holds[chunk_id] += 1
 
@@ -338,7 +348,7 @@ class ManagerMachine(RuleBasedStateMachine):
     @rule(data=st.data(), added=st.sampled_from([0.0, 1.0]))
     def release(self, data: st.DataObject, added: float) -> None:
         chunk_id = self.pick(data, [i for i, count in self.holds.items() if count])
-        self.manager._core.chunks[chunk_id].params[0].add_(added)
+        self.tensors[chunk_id].add_(added)
         self.values[chunk_id] = self.values[chunk_id] + added
         self.holds[chunk_id] -= 1
         if added:
@@ -369,9 +379,7 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @contextmanager
     def failing_disk(self) -> Iterator[None]:
-        store = self.manager._resources.store
-        assert store is not None
-        with redirected(store, FAILING_DEVICE):
+        with redirected(Path(self.directory.name) / "gemini-rank0.swap", FAILING_DEVICE):
             yield
 
     @precondition(lambda self: self.values)
@@ -393,7 +401,7 @@ class ManagerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def release_while_the_disk_fails(self, data: st.DataObject) -> None:
         chunk_id = self.pick(data, [i for i, n in self.holds.items() if n == 1 and self.homes[i] is NVME])
-        self.manager._core.chunks[chunk_id].params[0].add_(1.0)
+        self.tensors[chunk_id].add_(1.0)
         self.values[chunk_id] = self.values[chunk_id] + 1.0
         with self.failing_disk(), pytest.raises(OffloadIOError, match="cannot write"):
             self.manager.release(chunk_id)
@@ -425,7 +433,7 @@ class ManagerMachine(RuleBasedStateMachine):
         assert self.manager.held_nbytes(DEVICE) <= 64 * KIB
         for chunk_id, count in self.holds.items():
             if count:
-                assert torch.equal(self.manager._core.chunks[chunk_id].params[0], self.values[chunk_id])
+                assert torch.equal(self.tensors[chunk_id], self.values[chunk_id])
 
     def teardown(self) -> None:
         if hasattr(self, "manager"):

@@ -18,7 +18,13 @@ def test_what_is_measured_is_shown_kept_and_found_again(tmp_path, capsys):
     assert cached_profile(kept) is None
     assert main(["bench", *argv]) == 0
     out = capsys.readouterr().out
-    for text in ("matrix products, float32", "both at once", "instruction sets", "not measured", "kept in"):
+    for text in (
+        "matrix products, float32",
+        "both at once",
+        "instruction sets",
+        "not measured",
+        "Saved the profile to",
+    ):
         assert text in out
     profile = load_profile(copy)
     assert profile == cached_profile(kept)

@@ -124,7 +124,7 @@ def test_what_cannot_be_kept_leaves_the_step_to_be_committed_again(tmp_path: Pat
             training.train(1, commits=False)
             with pytest.raises(ConfigError, match=r"engine\.commit: extra\['model'\]: expected tensors"):
                 training.engine.commit(extra={"model": training.engine})
-            with pytest.raises(ConfigError, match=r"the record takes \d+ bytes.*keep less in extra"):
+            with pytest.raises(ConfigError, match=r"the record takes \d+ bytes.*store less in extra"):
                 training.engine.commit(extra=torch.zeros(1 << 20))
             training.commit()
         with attached(scenario, tmp_path, descriptor) as training:
@@ -237,7 +237,7 @@ def test_a_file_that_is_none_of_ours_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("scenario", "message"),
     [
-        (Scenario("resident"), "is trained and lives on the device"),
+        (Scenario("resident"), "is trainable and at home on the device"),
         (Scenario("nvme", config={"overlap": "speculative"}), '"speculative" updates state before a step'),
     ],
 )

@@ -126,7 +126,7 @@ def test_clipping_some_parameters_or_another_norm_is_refused() -> None:
     loop = ours(config_for("host"))
     with loop.model as engine:
         params = list(engine.parameters())
-        with pytest.raises(ConfigError, match="all that the engine trains"):
+        with pytest.raises(ConfigError, match="all parameters that the engine trains"):
             loop.accelerator.clip_grad_norm_(params[1:], 1.0)
         with pytest.raises(ConfigError, match="norm_type: expected 2"):
             loop.accelerator.clip_grad_norm_(params, 1.0, norm_type=1)
@@ -144,7 +144,7 @@ def test_clipping_an_engine_together_with_anything_else_is_refused() -> None:
         accelerator.prepare(engine, other)
         for rest in (other, torch.nn.Linear(2, 2)):
             params = [*engine.parameters(), *rest.parameters()]
-            with pytest.raises(ConfigError, match="clip each model by itself"):
+            with pytest.raises(ConfigError, match="clip each model separately"):
                 accelerator.clip_grad_norm_(params, 1.0)
 
 

@@ -25,7 +25,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gemini import MissingLibraryError
-from gemini.integrations import seams
+from gemini.integrations import overrides
 from gemini.integrations import transformers as trainer_integration
 from gemini.nn import causal_lm
 from gemini.pretrained import files
@@ -51,8 +51,8 @@ def test_a_method_that_the_library_has_renamed_is_found_out() -> None:
 
     Override.__module__ = "gemini.somewhere"
     with pytest.raises(MissingLibraryError, match=r"gemini\.somewhere needs Base\.new_name, which .* does not have"):
-        seams.check_seams(Override, Base)
-    seams.check_seams(Override, Base, added={"new_name"})
+        overrides.check_overrides(Override, Base)
+    overrides.check_overrides(Override, Base, added={"new_name"})
 
 
 def test_a_property_that_the_library_has_renamed_is_found_out() -> None:
@@ -60,7 +60,7 @@ def test_a_property_that_the_library_has_renamed_is_found_out() -> None:
         new_property = property(lambda self: 2)
 
     with pytest.raises(MissingLibraryError, match=r"Base\.new_property"):
-        seams.check_seams(Override, Base)
+        overrides.check_overrides(Override, Base)
 
 
 def overridden_in(module: ModuleType) -> Iterator[tuple[type, type]]:
@@ -86,13 +86,13 @@ def test_every_integration_looks_for_what_it_overrides(
 ) -> None:
     """A library without one of the methods: the integration cannot be imported, and says which one it is."""
     checked: list[tuple[str, type]] = []
-    real = seams.check_seams
+    real = overrides.check_overrides
 
     def check(ours: type, theirs: type, **options: Any) -> None:
         checked.append((ours.__name__, theirs))
         real(ours, theirs, **options)
 
-    monkeypatch.setattr(seams, "check_seams", check)
+    monkeypatch.setattr(overrides, "check_overrides", check)
     found = load_again(f"gemini.integrations.{module}")
     assert {theirs for _, theirs in checked} == bases
     assert name in {ours for ours, _ in checked}

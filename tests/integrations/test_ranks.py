@@ -40,4 +40,4 @@ def test_two_ranks_train_save_and_resume_as_with_ddp(tmp_path: Path) -> None:
         assert resumed == found, key
     assert summary["is_same"]
     assert is_close(*([loss] for loss in summary["eval_loss"]))
-    assert "wrap it with zero.shard(model, config)" in summary["refusal"]
+    assert "wrap the model with zero.shard(model, config)" in summary["refusal"]

@@ -252,7 +252,7 @@ def test_adapters_train_and_resume_and_are_saved_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"bf16": True}, "TrainingArguments.bf16: expected what GeminiConfig.dtype says, which is torch.float32"),
+        ({"bf16": True}, "TrainingArguments.bf16: expected GeminiConfig.dtype, which is torch.float32"),
         ({"torch_compile": True}, "block.compile()"),
         ({"optim": "adafactor"}, "expected one of adamw_torch"),
         ({"bf16_full_eval": True}, "TrainingArguments.bf16_full_eval"),

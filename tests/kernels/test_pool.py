@@ -363,16 +363,26 @@ def test_a_forked_process_is_refused_instead_of_hanging():
                 use()
         with pytest.raises(WorkerError, match=refused):
             pool.limit_background(1)
-        number = ffi.new("uint64_t *")
-        assert lib.gn_pool_wait(pool._handle, 1, -1) == -errno.ESRCH
-        assert lib.gn_pool_submit_copy(pool._handle, ffi.NULL, ffi.NULL, 0, 0, number) == -errno.ESRCH
         pool.close()
-        assert lib.gn_pool_destroy(pool._handle) == -errno.ESRCH
 
     assert run_in_fork(use_the_pool) == 0
     gate.ticket.wait()
     assert ticket.sumsq() == 10.0
     pool.close()
+
+
+def test_a_native_pool_refuses_a_forked_process():
+    pool = ffi.new("gn_pool **")
+    assert lib.gn_pool_create(pool, 2) == 0
+
+    def use_the_pool():
+        number = ffi.new("uint64_t *")
+        assert lib.gn_pool_wait(pool[0], 1, -1) == -errno.ESRCH
+        assert lib.gn_pool_submit_copy(pool[0], ffi.NULL, ffi.NULL, 0, 0, number) == -errno.ESRCH
+        assert lib.gn_pool_destroy(pool[0]) == -errno.ESRCH
+
+    assert run_in_fork(use_the_pool) == 0
+    assert lib.gn_pool_destroy(pool[0]) == 0
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a second processor")

@@ -231,7 +231,7 @@ def test_a_loss_that_takes_more_than_is_known_is_refused() -> None:
 
     model = build()
     model.loss_function = ForCausalLMLoss
-    with pytest.raises(ModelError, match="GPT2LMHeadModel: its loss takes label_smoothing, which is not known here"):
+    with pytest.raises(ModelError, match="GPT2LMHeadModel: its loss takes label_smoothing, which is unknown here"):
         gemini.nn.use_sliced_loss(model)
 
 
@@ -243,7 +243,7 @@ def test_a_loss_that_takes_more_than_is_known_is_refused() -> None:
         (lambda logits: logits[..., :-1, :], r"reads logits\[...\]"),
         (lambda logits: logits.view(-1, VOCAB), "reads logits.view"),
         (lambda logits: logits * torch.ones(VOCAB), "scales its logits by something other than a number"),
-        (lambda logits: logits / torch.ones((), requires_grad=True), "scales its logits by a tensor that is trained"),
+        (lambda logits: logits / torch.ones((), requires_grad=True), "scales its logits by a trainable tensor"),
         (lambda logits: torch.softmax(logits, -1), "calls softmax on its logits"),
         (lambda logits: torch.tensor(1.0) + logits, "calls .*add.* on its logits"),
     ],

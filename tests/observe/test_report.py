@@ -159,11 +159,11 @@ def test_the_report_tells_which_updates_ran_ahead_and_which_were_redone(tmp_path
     )
     found = report.updates
     assert (found.overlap_asked, found.overlap, found.why_not_asked) == ("speculative", "speculative", None)
-    assert "(asked for: speculative, but no step has been taken)" in str(before)
+    assert "(requested: speculative, but no step has been taken)" in str(before)
     assert (found.num_updates, found.num_ahead, found.num_redone) == (4 * NUM_CHUNKS, 3 * NUM_CHUNKS, NUM_CHUNKS)
     assert json.loads(report.to_json())["updates"] == dataclasses.asdict(found)
     assert (
-        "\nupdates: overlap speculative (asked for: speculative); 12 updates of chunks, 9 started ahead of the step, "
+        "\nupdates: overlap speculative (requested: speculative); 12 updates of chunks, 9 started ahead of the step, "
         f"3 of them redone; thread busy {found.busy_s:.3f} s of the last step's {found.step_s:.3f} s\n"
     ) in str(report)
 
@@ -172,7 +172,7 @@ def test_a_mode_that_was_chosen_is_told_from_one_that_was_asked_for() -> None:
     with GeminiDDP(make_model(), GeminiConfig(device="cpu", dtype=torch.float32, host_budget="64MiB")) as engine:
         report = engine.memory_report()
     assert (report.updates.overlap_asked, report.updates.overlap) == ("auto", "off")
-    assert "overlap off (asked for: auto); 0 updates of chunks" in str(report)
+    assert "overlap off (requested: auto); 0 updates of chunks" in str(report)
     assert "thread busy" not in str(report)
 
 

@@ -237,7 +237,7 @@ def test_a_refusal_to_lock_is_said_once_and_blamed_on_no_later_call(
     buffers = [arena.allocate(8192, "working") for _ in range(2)]
     assert driver.calls.count("clear the error") == 2
     assert [record.message for record in caplog.records] == [
-        "page-locking host memory failed (CUDA error 2): what is not locked passes through slots"
+        "page-locking host memory failed (CUDA error 2): memory that is not locked is copied through slots"
     ]
     for buffer in buffers:
         arena.free(buffer)

@@ -151,7 +151,7 @@ def test_collected_tensor_gives_its_place_back(offloader: DiskOffloader) -> None
         del tensors
     survivor = torch.ones(1)
     offloader.sync_write(survivor)
-    assert offloader._allocator.held_nbytes == 4096
+    assert offloader.held_nbytes == 4096
     assert len(offloader._records) == 1
 
 
@@ -160,7 +160,7 @@ def test_rewriting_frees_the_former_place(offloader: DiskOffloader) -> None:
     for _ in range(5):
         offloader.sync_write(tensor)
         offloader.sync_read(tensor)
-    assert offloader._allocator.held_nbytes == 4096
+    assert offloader.held_nbytes == 4096
 
 
 def test_reused_identity_is_not_mistaken(offloader: DiskOffloader) -> None:
@@ -221,7 +221,7 @@ def test_unsuitable_tensor_is_refused_before_anything_happens(offloader: DiskOff
         with pytest.raises(TensorError, match=message):
             call([good, bad])
     assert held_nbytes(good) == 12
-    assert offloader._engine.stats().nbytes_written == 0
+    assert offloader.written_nbytes == 0
 
 
 def test_writing_what_is_not_in_memory_is_refused(offloader: DiskOffloader) -> None:
@@ -247,7 +247,7 @@ def test_backend_names_of_both_worlds(tmp_path: Path, name: str, expected: str) 
     if expected not in {backend.value for backend in available_backends()}:
         pytest.skip(f"{expected} does not work here")
     with DiskOffloader(tmp_path, backend=name) as offloader:
-        assert offloader._engine.backend.value == expected
+        assert offloader.backend.value == expected
 
 
 def test_unknown_backend_is_refused(tmp_path: Path) -> None:

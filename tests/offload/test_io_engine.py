@@ -16,14 +16,14 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from patience import PATIENCE_S
+from patience import PATIENCE_S, wait_until
 
 from gemini import _native
 from gemini.errors import ConfigError, OffloadIOError
@@ -31,6 +31,7 @@ from gemini.offload.io import (
     IoBackend,
     IoBuffer,
     IoEngine,
+    IoFile,
     IoOpenFlag,
     IoOperation,
     IoRequest,
@@ -38,6 +39,7 @@ from gemini.offload.io import (
     choose_backend,
     empty_aligned,
 )
+from gemini.offload.io_backends import native_number
 
 pytestmark = pytest.mark.processes
 
@@ -214,11 +216,14 @@ def test_dropped_ticket_keeps_its_buffer_until_complete(engine: IoEngine, tmp_pa
 
 def test_completed_tickets_hold_no_memory(engine: IoEngine, tmp_path: Path) -> None:
     file = engine.open(tmp_path / "f", READ_WRITE)
-    tickets = [file.write(random_bytes(100), 0) for _ in range(50)]
+    buffers = [random_bytes(100) for _ in range(50)]
+    remaining = [weakref.ref(buffer) for buffer in buffers]
+    tickets = [file.write(buffer, 0) for buffer in buffers]
+    del buffers
     for ticket in tickets:
         ticket.wait()
-    file.write(random_bytes(100), 0).wait()
-    assert len(engine._in_flight) == 0
+    gc.collect()
+    assert [buffer for buffer in remaining if buffer() is not None] == []
 
 
 def test_wait_gives_up_after_its_timeout(engine: IoEngine, tmp_path: Path) -> None:
@@ -276,14 +281,24 @@ def test_closing_twice_and_from_two_threads_is_harmless(engine: IoEngine, tmp_pa
         file.write(random_bytes(1), 0)
 
 
+def can_be_closed(file: IoFile) -> bool:
+    """Close a file if no transfer of it is running; return whether it is closed."""
+    try:
+        file.close()
+    except OffloadIOError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True
+
+
 def test_forgotten_failure_is_logged_at_close(
     engine: IoEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "f").write_bytes(b"")
-    ticket = engine.open(tmp_path / "f").read(random_bytes(10), 0)
-    while not engine.stats().nbytes_read and len(engine._in_flight):
-        engine._drop_completed(1)
-        time.sleep(0.001)
+    file = engine.open(tmp_path / "f")
+    ticket = file.read(random_bytes(10), 0)
+    wait_until(lambda: can_be_closed(file))
     with caplog.at_level(logging.WARNING):
         engine.close()
     assert "1 unreported failed transfers" in caplog.text
@@ -578,14 +593,27 @@ def test_fork_leaves_the_parents_engine_alone(engine: IoEngine, tmp_path: Path) 
     def use_in_child() -> str:
         with pytest.raises(OffloadIOError, match="open another one after a fork"):
             file.write(torch.empty(10), 0)
-        assert _native.lib.gn_io_wait(engine._native, 1, -1, _native.ffi.NULL) == -errno.ESRCH
-        assert _native.lib.gn_io_destroy(engine._native) == -errno.ESRCH
         engine.close()
         return "refused"
 
     assert in_forked_child(use_in_child) == "refused"
     file.write(torch.ones(10), 0).wait()
     assert (tmp_path / "f").stat().st_size == 40
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_native_engine_refuses_a_forked_process(backend: IoBackend) -> None:
+    ffi, lib = _native.ffi, _native.lib
+    native = ffi.new("gn_io **")
+    assert lib.gn_io_create(native, native_number(backend), 4, 2) == 0
+
+    def use_in_child() -> str:
+        assert lib.gn_io_wait(native[0], 1, -1, ffi.NULL) == -errno.ESRCH
+        assert lib.gn_io_destroy(native[0]) == -errno.ESRCH
+        return "refused"
+
+    assert in_forked_child(use_in_child) == "refused"
+    assert lib.gn_io_destroy(native[0]) == 0
 
 
 # ---------------------------------------------------------------------- choice of a backend

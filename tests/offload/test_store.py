@@ -215,7 +215,7 @@ def test_opening_and_closing_leaks_nothing(tmp_path: Path) -> None:
 
 def test_second_store_in_the_directory_is_refused(store: DiskStore) -> None:
     owner = re.escape(f"process {os.getpid()} on {socket.gethostname()}")
-    expected = f"{owner} uses it now: give this run another directory or wait for that one"
+    expected = f"{owner} uses it now: give this run another directory, or wait until that process has ended"
     with pytest.raises(OffloadIOError, match=expected) as caught:
         DiskStore(config(store.path.parent), capacity_nbytes=MIB)
     assert caught.value.errno == errno.EBUSY
@@ -426,7 +426,10 @@ def test_a_changed_record_is_taken_as_it_is_where_nobody_asked_to_verify(tmp_pat
 def test_a_failed_transfer_names_its_record(tmp_path: Path) -> None:
     with DiskStore(config(tmp_path), capacity_nbytes=MIB) as store:
         extent = store.allocate(4096, record="gradients of chunk 1 (a)")
-        with redirected(store, FAILING_DEVICE), pytest.raises(OffloadIOError, match="gradients of chunk 1") as caught:
+        with (
+            redirected(store.path, FAILING_DEVICE),
+            pytest.raises(OffloadIOError, match="gradients of chunk 1") as caught,
+        ):
             store.read(extent, torch.zeros(4096, dtype=torch.uint8)).wait()
         assert caught.value.errno in (errno.EIO, errno.EINVAL)
 
@@ -448,7 +451,7 @@ def test_missing_directory_is_named(tmp_path: Path) -> None:
 def test_file_in_place_of_the_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(OffloadIOError, match=r"NVMeConfig\.path has to name a directory"):
+        with pytest.raises(OffloadIOError, match=r"NVMeConfig\.path must name a directory"):
             DiskStore(config(path), capacity_nbytes=MIB)
 
 

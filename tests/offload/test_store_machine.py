@@ -97,7 +97,7 @@ class StoreMachine(RuleBasedStateMachine):
     def write_to_a_failing_disk(self, data: st.DataObject, device: str) -> None:
         extent, first, count = self.draw_part(data)
         content = self.fresh(count)
-        with redirected(self.store, device), pytest.raises(OffloadIOError, match="cannot write"):
+        with redirected(self.store.path, device), pytest.raises(OffloadIOError, match="cannot write"):
             self.store.write(extent, buffer_of(content), offset=first * BLOCK).wait()
         self.note(extent, first, None, count)
 
@@ -153,7 +153,7 @@ class StoreMachine(RuleBasedStateMachine):
     def read_from_a_failing_disk(self, data: st.DataObject) -> None:
         extent, first, count = self.draw_part(data)
         target = empty_aligned(count * BLOCK, torch.uint8)
-        with redirected(self.store, FAILING_DEVICE), pytest.raises(OffloadIOError, match="cannot read"):
+        with redirected(self.store.path, FAILING_DEVICE), pytest.raises(OffloadIOError, match="cannot read"):
             self.store.read(extent, target, offset=first * BLOCK).wait()
 
     @precondition(lambda self: self.expected)

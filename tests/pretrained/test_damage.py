@@ -113,10 +113,13 @@ def of_another_dtype(path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (empty, r"no checkpoint that can be loaded: expected model\.safetensors, or model\.safetensors\.index\.json"),
+        (
+            empty,
+            r"not a checkpoint that can be loaded: expected model\.safetensors, or model\.safetensors\.index\.json",
+        ),
         (pickled, r"pickled \(\.bin\): convert them"),
         (adapter, "it is a PEFT adapter: load the base model"),
-        (lambda path: interrupted(path, ".saved"), r"a save was interrupted .* move those in \.saved there up"),
+        (lambda path: interrupted(path, ".saved"), r"a save was interrupted .* move the files in \.saved up"),
         (lambda path: interrupted(path, ".saving"), r"interrupted; the files in \.saving are not complete: save again"),
         (quantized, "is quantized, .* dequantize it"),
         (without_config, r"has no config\.json to build the model from: give model_config="),
@@ -142,7 +145,7 @@ def of_another_dtype(path: Path) -> None:
             "model.safetensors: .* has dtype F4 , expected one of .* BF16, .*: store it as",
         ),
         (lambda path: cut_short(path / "model.safetensors"), r"model\.safetensors is damaged: its header promises"),
-        (lambda path: (path / "model.safetensors").write_bytes(b"no"), "not a safetensors file, or was cut short"),
+        (lambda path: (path / "model.safetensors").write_bytes(b"no"), "not a safetensors file, or is truncated"),
     ],
 )
 def test_a_directory_that_cannot_be_loaded_says_why(change: Callable[[Path], object], message: str, single: Path):
@@ -177,7 +180,7 @@ def move_entry(path: Path) -> None:
         (lambda path: rewrite_index(path, '{"weight_map": {"a": 1}}'), "expected the file of each tensor"),
         (lambda path: rewrite_index(path, '{"weight_map": {"a": "/a"}}'), "names /a, which is not in its directory"),
         (lambda path: rewrite_index(path, '{"weight_map": {"a": "b/../../a"}}'), "names b/../../a, which is not in"),
-        (move_entry, r"model-0000.* has no tensor model\.norm\.weight, which model\.safetensors\.index\.json says"),
+        (move_entry, r"model-0000.* has no tensor model\.norm\.weight, although model\.safetensors\.index\.json lists"),
     ],
 )
 def test_a_directory_of_shards_that_is_damaged_says_where(
@@ -249,7 +252,7 @@ def test_a_checkpoint_of_another_model_is_refused(single: Path) -> None:
     with torch.device("meta"):
         model = HF_CASES["convnext"].build()
 
-    with pytest.raises(CheckpointMismatchError, match="none of its 30 tensors, lm_head.weight, .* has a place"):
+    with pytest.raises(CheckpointMismatchError, match="none of its 30 tensors, lm_head.weight, .* is in the model"):
         GeminiDDP(model, config_for("host"), weights=single)
 
 

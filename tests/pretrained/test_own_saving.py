@@ -134,7 +134,9 @@ def test_its_errors_say_whose_they_are_and_leave_the_older_files(tmp_path: Path)
             raise KeyError("nothing")
 
         engine.module.save_pretrained = fail
-        with pytest.raises(CheckpointError, match=r"WithFile.save_pretrained, which is its own, .*KeyError: 'nothing'"):
+        with pytest.raises(
+            CheckpointError, match=r"WithFile.save_pretrained, the model's own method, .*KeyError: 'nothing'"
+        ):
             engine.save_pretrained(tmp_path)
         assert same_bits(load_file(tmp_path / "model.safetensors"), older)
         assert engine.state_dict().keys() == engine.module.state_dict().keys()

@@ -87,10 +87,13 @@ def test_ranks_that_see_different_weights_load_nothing(ranks: RankPool, tmp_path
         plain_model("gpt2").save_pretrained(tmp_path / str(rank))
     rewrite(tmp_path / "1", lambda tensors: tensors["transformer.ln_f.bias"].add_(1e-7))
 
-    expected = "ranks were given different checkpoints to load; nothing was loaded: give all of them the same"
+    expected = "ranks were given different checkpoints to load; nothing was loaded: give all ranks the same"
     assert ranks.run(2, load_apart, directory=tmp_path) == [("CheckpointMismatchError", expected)] * 2
 
     (tmp_path / "1" / "model.safetensors").unlink()
     first, second = ranks.run(2, load_apart, directory=tmp_path)
-    assert first == ("CheckpointMismatchError", "rank 1 cannot load what it was given and says why; nothing was loaded")
+    assert first == (
+        "CheckpointMismatchError",
+        "rank 1 cannot load its values and reports the reason; nothing was loaded",
+    )
     assert second[0] == "MissingCheckpointError"

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from faults import FULL_DEVICE, descriptors_of
 from recorded import NUM_LAYERS, NUM_STEPS, WIDTH, config_for, make_model, record, train_step
 
 import zero
@@ -196,8 +197,9 @@ def test_a_full_drive_ends_the_recording_and_not_the_training(tmp_path: Path, ca
     with GeminiDDP(make_model(), config_for("disk", tmp_path)) as engine:
         optimizer = HybridAdam(engine.parameters())
         with RecordingWriter(tmp_path / "run", describe_run(engine.runtime, None)) as writer:
-            full = os.open("/dev/full", os.O_WRONLY)
-            os.dup2(full, writer._file.fileno())
+            full = os.open(FULL_DEVICE, os.O_WRONLY)
+            (number,) = descriptors_of(tmp_path / "run" / "rank0.jsonl")
+            os.dup2(full, number)
             os.close(full)
             recorder = RunRecorder(engine.runtime, writer, steps=None)
             for _ in range(2):

@@ -97,8 +97,8 @@ def test_kinds_of_events_that_are_not_known_are_left_out(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "its first line describes no run"),
-        ("[]\n", "its first line describes no run"),
+        ("", "its first line does not describe a run"),
+        ("[]\n", "its first line does not describe a run"),
         ('{"format": "tar"}\n', "expected the format gemini-recording, found 'tar'"),
         ('{"format": "gemini-recording", "version": 2}\n', "of version 2, and this program reads version 1"),
         ('{"format": "gemini-recording", "version": 1}\n', "description is damaged: KeyError"),
@@ -135,7 +135,7 @@ def test_a_damaged_line_is_named(line: str, tmp_path: Path) -> None:
 def test_what_is_about_no_part_of_the_run_is_named(line: str, tmp_path: Path) -> None:
     path = write(tmp_path)
     path.write_text(path.read_text() + line)
-    with pytest.raises(RecordingError, match="line 9: it is about a chunk or unit that the run does not have"):
+    with pytest.raises(RecordingError, match="line 9: it names a chunk or unit that the run does not have"):
         read_recording(tmp_path)
 
 
@@ -179,7 +179,7 @@ def test_a_step_without_details_is_refused_by_name(tmp_path: Path) -> None:
     write(tmp_path)
     recording = read_recording(tmp_path)
     assert recording.step() is recording.step(0) is recording.steps[0]
-    with pytest.raises(RecordingError, match=r"moves of step 5 were not recorded, only those of 0: .*steps=\.\.\."):
+    with pytest.raises(RecordingError, match=r"details of step 5 were not recorded, only those of 0: .*steps=\.\.\."):
         recording.step(5)
 
 

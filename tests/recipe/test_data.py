@@ -74,7 +74,7 @@ def test_messages_may_begin_or_end_with_anyone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "message"), [(None, "this one has none"), (FORGETFUL_TEMPLATE, "rewrites earlier messages")]
+    ("template", "message"), [(None, "this tokenizer has none"), (FORGETFUL_TEMPLATE, "rewrites earlier messages")]
 )
 def test_templates_that_cannot_be_used_are_named(template: str | None, message: str) -> None:
     turns = [{"role": role, "content": f"{role}!"} for role in ("user", "assistant", "user", "assistant")]
@@ -191,11 +191,11 @@ def test_rows_that_teach_nothing_are_left_out(tmp_path: Path, caplog: pytest.Log
     """Their loss would be 0 or NaN, and a step of theirs would shrink weights for nothing."""
     found = rows_of(tmp_path, lines({"prompt": "12345678", "completion": "9"}, {"prompt": "1", "completion": "2"}))
     assert found == ["12</s>"]
-    assert "1 of 2 rows have nothing to learn in their 8 tokens" in caplog.text
+    assert "1 of 2 rows have nothing to train on in their 8 tokens" in caplog.text
 
 
 def test_data_that_teaches_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nothing to learn in the first 8 tokens of any row"):
+    with pytest.raises(ConfigError, match="no row has tokens to train on within its first 8 tokens"):
         rows_of(tmp_path, lines({"prompt": "12345678", "completion": "9"}))
 
 

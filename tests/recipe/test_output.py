@@ -104,7 +104,7 @@ def test_how_far_and_where_may_change(tmp_path: Path) -> None:
 def test_damaged_settings_are_named(tmp_path: Path, text: str) -> None:
     save(tmp_path, 3)
     (tmp_path / "settings.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"settings.json is damaged .*; remove it to go on unchecked"):
+    with pytest.raises(ConfigError, match=r"settings.json is damaged .*; remove it to resume without this check"):
         find_start(settings_of(tmp_path), resume=True)
 
 

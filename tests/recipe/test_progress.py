@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from gemini.recipe import progress as module
@@ -63,8 +64,7 @@ class Run:
     def step(self, *, evaluation_s: float = 0.0) -> None:
         self.state.global_step += 1
         self.now_s += 1.0
-        self.callback._num_tokens += 5
-        self.callback._num_padded_tokens += 5
+        self.callback.count({"input_ids": torch.zeros(1, 5)})
         self.tell("on_step_end", control={"should_evaluate": evaluation_s > 0, "should_save": evaluation_s > 0})
         self.tell("on_log", logs={"loss": 2.0})
         if evaluation_s:

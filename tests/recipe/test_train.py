@@ -183,7 +183,7 @@ def test_a_signal_ends_the_run_and_resume_goes_on_with_the_same_numbers(
     assert stopped == 6
 
     again = start(file)
-    assert again.communicate()[1].endswith("go on with it by --resume, or name another directory\n")
+    assert again.communicate()[1].endswith("resume it with --resume, or name another directory\n")
     assert again.returncode == 2
     resumed = start(file, "--resume")
     output, errors = resumed.communicate()
@@ -207,7 +207,10 @@ def test_a_signal_ends_the_run_and_resume_goes_on_with_the_same_numbers(
             {"model": {"lora": {"target_modules": ["q_proj", "nope"]}}},
             "no module nope; its linear layers are down_proj",
         ),
-        ({"data": {"sequence_length": 129}}, "data.sequence_length: 129 tokens, and the model has 128 positions"),
+        (
+            {"data": {"sequence_length": 129}},
+            "data.sequence_length: expected at most 128 tokens, the positions of the model, got 129",
+        ),
         ({"output": {"report_to": ["wandb"]}}, "output.report_to: wandb is not installed"),
         ({"memory": {"nvme": {"path": "/dev/null/x", "budget": "1MiB"}}}, "memory.nvme.path, /dev/null/x: Not a dir"),
         ({"output": {"path": "/dev/null/x"}}, "output.path, /dev/null/x: Not a directory"),
@@ -279,8 +282,8 @@ def test_a_signal_after_the_last_step_stops_nothing(
     ("fields", "message"),
     [
         ({"num_attention_heads": 5}, "model: .*: The hidden size \\(32\\) is not a multiple"),
-        ({"num_hidden_layers": 4}, "model.path: .* lacks 9 of the weights, the first of them model.layers.3"),
-        ({"vocab_size": 100}, "model.tokenizer: it has 260 tokens, the model 100"),
+        ({"num_hidden_layers": 4}, "model.path: .* lacks 9 weights, for example model.layers.3"),
+        ({"vocab_size": 100}, "model.tokenizer: it has 260 tokens, the model has 100 embeddings"),
     ],
 )
 def test_a_configuration_of_another_model_is_refused(

@@ -49,7 +49,7 @@ def test_the_first_skip_is_a_warning_that_names_the_likely_cause_first(caplog: p
             skipped.note_taken()
     (record,) = caplog.records
     message = record.getMessage()
-    assert message.index("learning rate is too high") < message.index("outside of the model's forward")
+    assert message.index("learning rate is too high") < message.index("outside the model's forward")
 
 
 def engine_of(dtype: torch.dtype = torch.float32, **fields: object) -> GeminiDDP:

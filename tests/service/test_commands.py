@@ -106,7 +106,7 @@ def test_drain_grants_no_more_and_ends_with_the_last_job(service, capsys):
         )
         waiting.join(PATIENCE_S)
         assert len(refused) == 1
-        with pytest.raises(ServiceError, match="draining: it takes no new jobs"):
+        with pytest.raises(ServiceError, match="draining and takes no new jobs"):
             service.client("new")
         assert service.process.poll() is None
     _, errors = drain.communicate(timeout=PATIENCE_S)

@@ -214,7 +214,7 @@ def test_engines_of_one_process_need_no_names(node: ServiceProcess, tmp_path: Pa
 def test_ranks_without_a_common_name_are_refused(node: ServiceProcess) -> None:
     config = GeminiConfig(device="cpu", service=node.address)
     group: Any = SimpleNamespace(rank=0)
-    with pytest.raises(ConfigError, match=r"GeminiConfig.job: expected a name that the 2 ranks have in common"):
+    with pytest.raises(ConfigError, match=r"GeminiConfig.job: expected a name that all 2 ranks share"):
         NodeMemory.connect(config, Sharding(group=group, node_ranks=(0, 1), stage=3))
 
 
@@ -417,4 +417,4 @@ def test_other_frozen_weights_than_those_of_the_killed_run_are_said(
         go_on(seed=0)
     assert "frozen weights come from other files" not in caplog.text
     go_on(seed=1)
-    assert "job here goes on from its last commit, but its frozen weights come from other files" in caplog.text
+    assert "job here continues from its last commit, but its frozen weights come from other files" in caplog.text

@@ -94,7 +94,7 @@ def test_nobody_waits_for_a_successor_longer_than_the_grace():
 def test_the_kept_file_has_one_length_and_is_part_of_its_lease(service):
     with service.client("job") as client:
         lease = client.lease(MIB, 0)
-        with pytest.raises(ServiceError, match="a kept file of 1048577 bytes is more than its lease's 1048576"):
+        with pytest.raises(ServiceError, match="a kept file of 1048577 bytes is larger than its lease of 1048576"):
             lease.keep_file(MIB + 1)
         descriptor = lease.keep_file(MIB)
         with pytest.raises(PermissionError):

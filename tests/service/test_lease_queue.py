@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -63,7 +65,7 @@ def test_an_incomplete_gang_blocks_nobody_and_says_whom_it_waits_for():
     number = ask(queue, "gang", 40, rank=1, num_ranks=4)
     other = ask(queue, "a", 100)
     assert queue.decide().granted == [other]
-    assert queue.reason(number) == "its job's other ranks, which have not asked yet: 0, 2, 3 of 4"
+    assert queue.reason(number) == "the other ranks of its job, which have not asked yet: 0, 2, 3 of 4"
 
 
 def test_all_ranks_of_a_gang_that_can_never_fit_are_refused():
@@ -95,7 +97,10 @@ def test_a_rank_that_holds_something_is_answered_at_once():
     decisions = queue.decide()
     assert decisions.granted == [more]
     assert decisions.refused[too_much][0] == "full"
-    assert "20 B of host memory and 0 B of disk more for a rank that holds something" in decisions.refused[too_much][1]
+    assert (
+        "20 B of host memory and 0 B of disk more for a rank that already holds memory"
+        in decisions.refused[too_much][1]
+    )
 
 
 def test_a_rank_waits_for_one_lease_at_a_time():
@@ -211,6 +216,7 @@ class LedgerMachine(RuleBasedStateMachine):
         super().__init__()
         self.num_ranks = {"a": 1, "b": 2, "c": 3, "d": 1, "e": 1}
         self.queue, self.ledger = queue_on(self.BUDGET)
+        self.leases: set[int] = set()
         self.now_s = 0.0
 
     names = st.sampled_from("abcde")
@@ -232,11 +238,12 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(pick=st.integers(0, 100))
     def end_one(self, pick):
-        leases = sorted(self.ledger._leases)
+        leases = sorted(self.leases)
         if leases:
             number = leases[pick % len(leases)]
             who, _ = self.ledger.lease(number)
             self.ledger.end(number)
+            self.leases.remove(number)
             for _, key in list(self.ledger.shared.holds):
                 self.ledger.shared.release(who, key, now_s=self.now_s)
 
@@ -258,6 +265,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert not set(decisions.granted) & set(self.queue.waiting())
         assert all(self.ledger.lease(number) for number in decisions.granted)
         assert self.queue.decide().granted == []
+        self.leases.update(decisions.granted)
 
     @invariant()
     def the_budget_holds(self):
@@ -273,12 +281,14 @@ class LedgerMachine(RuleBasedStateMachine):
         """When everybody who holds something ends, everybody whose job has asked is granted."""
         for _ in range(200):
             self.decide()
-            for number in list(self.ledger._leases):
+            for number in self.leases:
                 self.ledger.end(number)
+            self.leases.clear()
             for (_, key), hold in list(self.ledger.shared.holds.items()):
                 for who in list(hold.holders):
                     self.ledger.shared.release(who, key, now_s=self.now_s)
-        assert not [gang for gang in self.queue._gangs.values() if gang.is_complete]
+        num_waiting = Counter(who.job for who in self.queue.waiting().values())
+        assert not [job for job, count in num_waiting.items() if count == self.num_ranks[job.name]]
 
 
 TestLedgerMachine = LedgerMachine.TestCase

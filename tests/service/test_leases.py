@@ -91,7 +91,7 @@ def test_what_can_never_fit_is_refused_with_the_numbers(service):
 
 def test_ranks_are_granted_together(service):
     with service.client("gang", rank=0, num_ranks=2) as first, service.client("gang", rank=1, num_ranks=2) as second:
-        assert waits_for(first, MIB) == "its job's other ranks, which have not asked yet: 1 of 2"
+        assert waits_for(first, MIB) == "the other ranks of its job, which have not asked yet: 1 of 2"
         with pytest.raises(ServiceError, match=r"not granted within 0\.1 s; it waits for "):
             first.lease(MIB, 0, timeout_s=0.1)
         other = threading.Thread(target=lambda: second.lease(MIB, 0))

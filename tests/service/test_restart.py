@@ -197,7 +197,7 @@ def test_one_service_at_a_time_has_a_socket_and_a_directory(service):
         command = [sys.executable, "-m", "gemini", "serve", "--socket", str(socket), *service.options]
         refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
         assert refused.returncode == 2
-        assert f"{lock} is locked: another service is at work there" in refused.stderr
+        assert f"{lock} is locked: another service uses it" in refused.stderr
 
 
 @pytest.mark.quick_cases(1)

@@ -72,7 +72,7 @@ def test_others_wait_for_the_filler_and_the_next_fills_if_it_gives_up(service):
             waiting.start()
             wait_until(lambda: bool(reasons))
         waiting.join()
-        assert reasons == ["another process, which fills shared chunk weights"]
+        assert reasons == ["another process to fill shared chunk weights"]
         assert not found[0].is_filled
         later = threading.Thread(target=lambda: found.append(third.shared("weights", MIB)))
         later.start()

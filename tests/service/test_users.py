@@ -99,11 +99,11 @@ say(os.pread(chunk.fd, 6, 0))
 
 def test_others_see_and_administer_their_own_only(open_service):
     code = """
-from gemini.service.visitor import Visitor
+from gemini.service.admin_client import AdminClient
 own = connect("own")
-with Visitor(sys.argv[1] if len(sys.argv) > 1 else PATH) as visitor:
-    say([row.job for row in visitor.state().members])
-    for act in (lambda: visitor.evict("mine", user=0, timeout_s=1), lambda: visitor.drain(timeout_s=None)):
+with AdminClient(sys.argv[1] if len(sys.argv) > 1 else PATH) as client:
+    say([row.job for row in client.state().members])
+    for act in (lambda: client.evict("mine", user=0, timeout_s=1), lambda: client.drain(timeout_s=None)):
         try: act()
         except Exception as error: say(error)
 try: connect("urgent", priority=1)
@@ -112,9 +112,9 @@ except Exception as error: say(error)
     with open_service.client("mine"):
         said = as_other(open_service, f"PATH = {str(open_service.socket)!r}\n" + code).splitlines()
         assert said[0] == "['own']"
-        assert "only root and the service's own user evict others' jobs" in said[1]
-        assert "draining is for root and the user whose service this is" in said[2]
-        assert "a priority above 0 is for root and the user whose service this is" in said[3]
+        assert "only root and the service's own user may evict jobs of other users" in said[1]
+        assert "only root and the service's own user may drain the service" in said[2]
+        assert "only root and the service's own user may use a priority above 0" in said[3]
         assert [row.job for row in open_service.state().members] == ["mine"]
 
 
@@ -128,6 +128,6 @@ name = {lease.disk.path.name!r}
 try: client.ask(lambda id: AdoptLease(id=id, lease=1, host_nbytes=0, disk_nbytes=1 << 20, disk_name=name, meta=b""))
 except Exception as error: say(error)
 """
-        assert "no service before has granted this" in as_other(open_service, code)
+        assert "no earlier service is known to have granted this lease" in as_other(open_service, code)
     with pytest.raises(ServiceError, match="is gone"):
         mine.budget()

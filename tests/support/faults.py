@@ -15,9 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from gemini.offload.store import DiskStore
-
-__all__ = ["FAILING_DEVICE", "FULL_DEVICE", "flip_bit", "forbid", "mounted", "redirected", "run_program"]
+__all__ = [
+    "FAILING_DEVICE",
+    "FULL_DEVICE",
+    "descriptors_of",
+    "flip_bit",
+    "forbid",
+    "mounted",
+    "redirected",
+    "run_program",
+]
 
 TESTS = Path(__file__).parent.parent
 FULL_DEVICE = "/dev/full"
@@ -51,14 +58,16 @@ def mounted(point: Path, *arguments: str) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(point)], capture_output=True, check=False)
 
 
+def descriptors_of(path: Path) -> list[int]:
+    """Return this process's descriptors of a file, without those that hold a lock on it."""
+    links = [link for link in Path("/proc/self/fd").iterdir() if link.exists() and link.readlink() == path]
+    return [int(link.name) for link in links if "lock:" not in Path("/proc/self/fdinfo", link.name).read_text()]
+
+
 @contextlib.contextmanager
-def redirected(store: DiskStore, device: str) -> Iterator[None]:
+def redirected(path: Path, device: str) -> Iterator[None]:
     """Let every transfer of a swap file go to a device for a while; none may be under way before or after."""
-    numbers = [
-        int(link.name)
-        for link in Path("/proc/self/fd").iterdir()
-        if link.exists() and link.readlink() == store.path and int(link.name) != store._fd
-    ]
+    numbers = descriptors_of(path)
     assert numbers
     kept = [os.dup(number) for number in numbers]
     opened = os.open(device, os.O_RDWR)

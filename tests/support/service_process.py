@@ -17,8 +17,8 @@ from patience import PATIENCE_S, wait_until
 
 from gemini.errors import ServiceError
 from gemini.service import ServiceClient
+from gemini.service.admin_client import AdminClient
 from gemini.service.messages import MemberRow, NodeState
-from gemini.service.visitor import Visitor
 
 MIB = 1 << 20
 ROOT = Path(__file__).parent.parent.parent
@@ -88,8 +88,8 @@ class ServiceProcess:
         return ServiceClient.connect(self.address, job=job, **options)
 
     def state(self) -> NodeState:
-        with Visitor(self.socket) as visitor:
-            return visitor.state()
+        with AdminClient(self.socket) as client:
+            return client.state()
 
     def rows(self, job: str) -> list[MemberRow]:
         return [row for row in self.state().members if row.job == job]

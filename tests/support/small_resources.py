@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from faults import FULL_DEVICE, descriptors_of
 
 from gemini.config import GeminiConfig, NVMeConfig
 from gemini.offload.resources import Resources, budgets_of, open_resources
@@ -52,12 +53,11 @@ def random_bytes(nbytes: int, seed: int = 0) -> torch.Tensor:
 def break_writes(resources: Resources) -> None:
     """Let every further transfer of the swap file fail for want of space: its descriptors lead to a full device."""
     assert resources.store is not None
-    swap = os.fspath(resources.store.path)
-    full = os.open("/dev/full", os.O_RDWR)
-    for name in os.listdir("/proc/self/fd"):
-        link = f"/proc/self/fd/{name}"
-        if os.path.exists(link) and os.readlink(link) == swap and int(name) != resources.store._fd:
-            os.dup2(full, int(name))
+    full = os.open(FULL_DEVICE, os.O_RDWR)
+    numbers = descriptors_of(resources.store.path)
+    assert numbers
+    for number in numbers:
+        os.dup2(full, number)
     os.close(full)
 
 

@@ -118,7 +118,9 @@ def test_a_checkpoint_without_it_is_of_another_model(tmp_path: Path) -> None:
         engine.save_checkpoint(tmp_path)
     with (
         GeminiDDP(build(), config_for("host")) as engine,
-        pytest.raises(CheckpointMismatchError, match="^0._extra_state: load_checkpoint: .* has none, and the module"),
+        pytest.raises(
+            CheckpointMismatchError, match="^0._extra_state: load_checkpoint: .* has no extra state, and the module"
+        ),
     ):
         engine.load_checkpoint(tmp_path)
 

@@ -184,7 +184,7 @@ def broken(engine: GeminiDDP, device: str) -> Iterator[None]:
     """Let a device stand in for the disk until no update is under way; unverified, for a full one reads as zeros."""
     store = store_of(engine)
     store._file.verify(0)
-    with redirected(store, device):
+    with redirected(store.path, device):
         yield
         with contextlib.suppress(GeminiError):
             engine.runtime.updates.finish_all()
@@ -198,7 +198,7 @@ def test_gradients_that_find_no_room_leave_weights_and_state_to_be_saved(tmp_pat
         before, moments = engine.master_state_dict(), optimizer.state_dict()["state"]
         loss = square(engine(**second))
         with (
-            redirected(store_of(engine), FULL_DEVICE),
+            redirected(store_of(engine).path, FULL_DEVICE),
             pytest.raises(OffloadIOError, match=r"gradients of .*: No space"),
         ):
             deliver(engine, loss)
@@ -223,7 +223,7 @@ def test_an_io_error_in_forward_costs_nothing_once_the_device_is_back(config: Ge
         engine.runtime.finish_updates()
         engine.runtime.core.evict_idle()
         expected = pytest.raises(OffloadIOError, match=r"cannot read .*, weights of chunk \d+ ")
-        with redirected(store_of(engine), FAILING_DEVICE), expected as caught:
+        with redirected(store_of(engine).path, FAILING_DEVICE), expected as caught:
             engine(**TOWER.batches(1)[0])
         assert caught.value.errno in (errno.EIO, errno.EINVAL)
 

@@ -45,7 +45,7 @@ def test_the_wrapped_model_and_its_modules_load_as_the_engine_does(place, dtype,
         engine.module.transformer.h.load_state_dict(blocks)
         masters = engine.master_state_dict()
         assert same_bits({name: masters[f"transformer.h.{name}"] for name in blocks}, blocks)
-        with pytest.raises(RuntimeError, match="would take its parameters out of their chunks"):
+        with pytest.raises(RuntimeError, match="would remove its parameters from their chunks"):
             engine.module.load_state_dict(given, assign=True)
 
 

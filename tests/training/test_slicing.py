@@ -398,7 +398,7 @@ class HeadsTower(nn.Module):
 def test_an_argument_as_long_as_the_batch_by_chance_is_not_cut(config):
     case = Case(HeadsTower, vectors(4), square)
     assert_trains_as_in_plain_torch(Case(HeadsTower, vectors(6), square), config)
-    with pytest.raises(ModelError, match=r"of block blocks\.0 \(Heads\) has shape .*shared by all cannot be told"):
+    with pytest.raises(ModelError, match=r"of block blocks\.0 \(Heads\) has shape .*shared by all rows"):
         train_gemini(case, config, 1)
     assert_trains_as_in_plain_torch(case, replace(config, shared_arguments=("bias",)))
 
@@ -775,7 +775,7 @@ class SequenceFirst(nn.Module):
         (Summing, r"block 0 \(Summing\) returned a tensor of shape \(\) for a slice of 2 rows"),
         (
             SequenceFirst,
-            r"attention of block 0 \(SequenceFirst\) is a MultiheadAttention without the batch in",
+            r"attention of block 0 \(SequenceFirst\) is a MultiheadAttention whose inputs and outputs do not all have",
         ),
         (lambda: nn.BatchNorm1d(SEQ), r"block 0 \(BatchNorm1d\) is a BatchNorm1d"),
     ],

@@ -49,7 +49,7 @@ def test_a_collective_of_the_users_never_meets_ours(theirs, tmp_path) -> None:
         (kind, message, _), *_ = group.call(act_alone, arguments)
         assert kind == "CollectiveError"
         # The other's own collective may run out of time first, and end its engine.
-        assert "no word from rank 1, which has died or stalled, or waits elsewhere" in message or (
+        assert "no response from rank 1, which has died or stalled, or waits elsewhere" in message or (
             "rank 1 has closed its engine" in message
         )
     finally:

@@ -47,7 +47,7 @@ def test_a_killed_rank_ends_the_others(when, tmp_path):
     assert results[2].type_name == "Died"
     for failure in failures_of(results, [0, 1]):
         assert failure.type_name == "CollectiveError"
-        assert "no word from rank 2, which has died or stalled" in failure.message
+        assert "no response from rank 2, which has died or stalled" in failure.message
     assert any("blocks." in failure.message or "norms" in failure.message for failure in failures_of(results, [0, 1]))
     assert list(tmp_path.iterdir()) == []
 
@@ -61,7 +61,7 @@ def test_a_stalled_rank_ends_the_others_within_the_timeout(tmp_path):
     (failure,) = failures_of(results, [0])
     assert failure.type_name == "CollectiveError"
     assert "all-gather of chunk" in failure.message
-    assert "no word from rank 1" in failure.message
+    assert "no response from rank 1" in failure.message
 
 
 @pytest.mark.slow
@@ -88,14 +88,14 @@ def test_ranks_that_go_different_ways_are_told_where_the_others_were(tmp_path):
         results = group.call(train_until_fault, {"fault": "skip", "when": "", "directory": tmp_path})
     messages = [failure.message for failure in failures_of(results, [0, 1])]
     assert any("must run the same units in the same order" in message for message in messages)
-    assert not any("all ranks are there" in message or "no word" in message for message in messages)
+    assert not any("all ranks are there" in message or "no response" in message for message in messages)
 
 
 def test_ranks_that_run_other_units_are_found_out_before_weights_change(ranks: RankPool, tmp_path):
     results = ranks.try_run(2, train_until_fault, fault="stray", when="forward", directory=tmp_path)
     for failure in failures_of(results, [0, 1]):
         assert failure.type_name == "CollectiveError"
-        assert "have not asked for the same collectives" in failure.message
+        assert "have called different collectives" in failure.message
     assert list(tmp_path.iterdir()) == []
 
 

@@ -129,7 +129,7 @@ def test_the_weights_outlive_the_rank_that_made_them():
     assert results[0].type_name == "Died"
     expected = case_of(MODEL).model().state_dict()[FROZEN]
     for result in results[1:]:
-        assert "no word from rank 0, which has died or stalled" in result["message"]
+        assert "no response from rank 0, which has died or stalled" in result["message"]
         assert result["num_mapped"] == 1
         assert result["num_left"] == 0
         assert torch.equal(result["frozen"], expected)

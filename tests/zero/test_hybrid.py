@@ -111,5 +111,5 @@ def test_a_killed_rank_ends_all_replicas(tmp_path):
     assert results[3].type_name == "Died"
     failures = failures_of(results, [0, 1, 2])
     assert [failure.type_name for failure in failures] == ["CollectiveError"] * 3
-    assert all("no word from rank 3, which has died or stalled" in failure.message for failure in failures)
+    assert all("no response from rank 3, which has died or stalled" in failure.message for failure in failures)
     assert list(tmp_path.iterdir()) == []

@@ -139,7 +139,7 @@ def test_batches_in_slices_train_alike(ranks: RankPool):
     [
         ("no mesh", "ConfigError", "parameter norm.weight is a DTensor on"),
         ("same mesh", "ConfigError", "which shares ranks [0, 1] with"),
-        ("no zero", "ModelError", "parameter norm.weight is a DTensor, of which other ranks hold parts"),
+        ("no zero", "ModelError", "parameter norm.weight is a DTensor, and other ranks hold parts of it"),
         ("uneven", "ModelError", "parameter up.weight has 33 elements in dimension 0, which 2 ranks cannot share"),
         ("partial", "ModelError", "parameter up.weight has placement"),
         ("two dimensions", "ModelError", "parameter up.weight is a DTensor on a mesh of 2 dimensions: expected one"),

@@ -1,4 +1,4 @@
-"""Detects, while a rank waits, that another rank has asked for something else and will never come.
+"""Detects, while a rank waits, that another rank has called a different collective and will never come.
 
 Each rank numbers its requests and keeps a checksum of all requests so far. A rank that has waited for a while writes
 number and checksum to the group's store and reads what others have written. If a number is the same and the checksum is
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch._C._distributed_c10d import PrefixStore
 
-__all__ = ["LOOK_S", "Request", "Trail"]
+__all__ = ["LOOK_S", "Request", "RequestLog"]
 
 LOOK_S = 1.0
 """Seconds of waiting before each look at the other ranks."""
@@ -33,7 +33,7 @@ class Request:
     what: str
 
 
-class Trail:
+class RequestLog:
     """The requests of a rank, in order."""
 
     def __init__(self) -> None:

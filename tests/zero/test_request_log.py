@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from zero.watch import Trail
+from zero.request_log import RequestLog
 
 
-def trails(*names: str) -> Trail:
-    trail = Trail()
+def log_of(*names: str) -> RequestLog:
+    log = RequestLog()
     for name in names:
-        trail.add(name)
-    return trail
+        log.add(name)
+    return log
 
 
-def look(trail: Trail, request: object, store: dist.Store, rank: int) -> str | None:
-    return trail.find_divergence(request, store, rank, [1 - rank])  # type: ignore[arg-type]
+def look(log: RequestLog, request: object, store: dist.Store, rank: int) -> str | None:
+    return log.find_divergence(request, store, rank, [1 - rank])  # type: ignore[arg-type]
 
 
 def test_ranks_that_have_asked_for_the_same_are_not_accused_however_long_they_wait() -> None:
     store = dist.HashStore()
-    ahead, behind = trails("a", "b"), trails("a")
+    ahead, behind = log_of("a", "b"), log_of("a")
     ahead_at, behind_at = ahead.add("c"), behind.add("b")
     for _ in range(3):
         assert look(ahead, ahead_at, store, 0) is None
@@ -30,7 +30,7 @@ def test_ranks_that_have_asked_for_the_same_are_not_accused_however_long_they_wa
 
 def test_whoever_can_tell_says_so_and_the_other_hears_of_it() -> None:
     store = dist.HashStore()
-    first, second = trails("a"), trails("a")
+    first, second = log_of("a"), log_of("a")
     first_at, second_at = first.add("state"), second.add("chunk 3")
     second.add("chunk 4")
     assert look(first, first_at, store, 0) is None  # nothing is written yet
@@ -40,7 +40,7 @@ def test_whoever_can_tell_says_so_and_the_other_hears_of_it() -> None:
 
 def test_one_that_is_ahead_cannot_be_judged_and_judges() -> None:
     store = dist.HashStore()
-    behind, ahead = trails("x"), trails("y", "z")
+    behind, ahead = log_of("x"), log_of("y", "z")
     behind_at, ahead_at = behind.add("b"), ahead.add("c")
     assert look(ahead, ahead_at, store, 1) is None
     assert look(behind, behind_at, store, 0) is None
@@ -50,7 +50,7 @@ def test_one_that_is_ahead_cannot_be_judged_and_judges() -> None:
 
 
 def test_a_checksum_that_is_no_longer_kept_proves_nothing() -> None:
-    trail = trails("a")
-    assert trail.differs_at(1, 0)
-    assert not trail.differs_at(2, 0)
-    assert not trail.differs_at(-1, 0)
+    log = log_of("a")
+    assert log.differs_at(1, 0)
+    assert not log.differs_at(2, 0)
+    assert not log.differs_at(-1, 0)

@@ -1,4 +1,4 @@
-"""Leases from request to end: carries out the queue's decisions. Knows sessions, not sockets or other requests."""
+"""Handles leases from request to end with the queue's decisions. Knows sessions, not sockets or other requests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gemini.service.messages import AdoptLease, AskLease, FileGiven, KeepFile, L
 from gemini.service.packets import close_all
 from gemini.service.session import LeaseRecord, Session
 
-__all__ = ["KeptRank", "LeaseDesk", "LostLease"]
+__all__ = ["KeptRank", "LeaseManager", "LostLease"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ MAX_LEASES = 64
 
 @dataclass(slots=True)
 class KeptRank:
-    """What is kept of a rank that died."""
+    """Kept state of a rank that died."""
 
     record: LeaseRecord
     num_ranks: int
@@ -51,7 +51,7 @@ class LostLease:
         return self.entry.pid > 0 and process_start(self.entry.pid) != self.entry.process_start
 
 
-class LeaseDesk:
+class LeaseManager:
     """All leases of the node, and the requests that wait for one.
 
     Args:
@@ -118,7 +118,7 @@ class LeaseDesk:
         self.decide()
 
     def refuse_all(self, text: str) -> None:
-        """Tell all waiting clients that nothing will be granted any more."""
+        """Refuse all waiting requests, because nothing will be granted any more."""
         for number, (session, request, _) in self._asked.items():
             self.queue.withdraw(number)
             session.refuse(request, "draining", text)
@@ -206,7 +206,8 @@ class LeaseDesk:
         if record is None:
             return session.refuse(message.id, "unknown", f"this rank has no lease {message.lease}")
         if message.nbytes > record.amount.host:
-            text = f"a kept file of {message.nbytes} bytes is more than its lease's {record.amount.host} of host memory"
+            text = f"a kept file of {message.nbytes} bytes is larger than its lease of {record.amount.host} bytes of "
+            "host memory"
             return session.refuse(message.id, "conflict", text)
         if any(each.keep_file >= 0 for each in session.leases.values()):
             return session.refuse(message.id, "conflict", "this rank has a kept file already; end its lease first")
@@ -254,7 +255,7 @@ class LeaseDesk:
     def expire_kept(self, before_s: float) -> None:
         """Free everything that has been kept since before the given time."""
         for member in [member for member, kept in self.kept.items() if kept.since_s < before_s]:
-            logger.info("rank %d of job %s has not come back; what was kept is freed", member.rank, member.job.name)
+            logger.info("rank %d of job %s has not come back; its kept state is freed", member.rank, member.job.name)
             self.drop_kept(member)
 
     # Ending
@@ -270,7 +271,7 @@ class LeaseDesk:
                 self.queue.withdraw(number)
                 del self._asked[number]
             if asker is not session and _job_of(asker) == _job_of(session):
-                text = "another rank of the job has ended, and all are granted together: start all ranks again"
+                text = "another rank of the job has ended, and all ranks are granted together: start all ranks again"
                 asker.refuse(request, "conflict", text)
         for number, record in list(session.leases.items()):
             if keep and record.keep_file >= 0 and session.member is not None:
@@ -334,15 +335,15 @@ class LeaseDesk:
     ) -> str:
         """Return why a lease is not adopted; empty if it is."""
         if bool(message.disk_name) != bool(message.disk_nbytes):
-            return "a lease with disk has a file there, and one without has none"
+            return "a lease with disk has a file, and a lease without disk has none"
         if len(descriptors) > 1 or not all(is_sealed_length(each) for each in descriptors):
             return "expected at most one descriptor, of a memory file whose length is sealed"
         if descriptors and nbytes_of(descriptors[0]) > amount.host:
             return "the kept file is longer than its lease"
         if lost is None and (message.disk_name or not amount.fits_in(self.ledger.free())):
-            return "no service before has granted this, as far as is known here, or it has ended; ask for another lease"
+            return "no earlier service is known to have granted this lease, or it has ended; ask for another lease"
         if lost is not None and not amount.fits_in(self._adoptable(lost.entry)):
-            return "the service before granted less than that"
+            return "the earlier service granted less"
         return ""
 
     def _adoptable(self, entry: LeaseEntry) -> Amount:

@@ -8,10 +8,10 @@ from types import FunctionType
 
 from gemini.errors import MissingLibraryError
 
-__all__ = ["check_seams"]
+__all__ = ["check_overrides"]
 
 
-def check_seams(ours: type, theirs: type, *, added: Collection[str] = ()) -> None:
+def check_overrides(ours: type, theirs: type, *, added: Collection[str] = ()) -> None:
     """Check that every method and property of a class overrides one of another class.
 
     Args:

@@ -1,4 +1,4 @@
-"""A forward in which the device runs out of memory: chunks leave the device, and the forward runs once more.
+"""Repeats a forward in which the device runs out of memory, after chunks have left the device.
 
 It runs again only if it gives what it would have given at once: random generators are set back, and neither the model's
 buffers nor the inputs may have changed.
@@ -17,16 +17,16 @@ from gemini.model.outputs import tensors_in
 from gemini.offload.accelerator import random_states, set_random_states
 from gemini.runtime.runtime import Runtime
 
-__all__ = ["SecondAttempt"]
+__all__ = ["OutOfMemoryRetry"]
 
 ADVICE = (
-    "use smaller batches, num_batch_slices or activation checkpointing, or lower device_budget by what others take on "
-    "the device"
+    "use smaller batches, num_batch_slices or activation checkpointing, or lower device_budget by the memory "
+    "that other programs take on the device"
 )
 
 
-class SecondAttempt:
-    """Runs the forwards of one engine.
+class OutOfMemoryRetry:
+    """Runs the forwards of one engine, and repeats one that runs out of device memory.
 
     Args:
         model: the user's model.
@@ -66,9 +66,9 @@ class SecondAttempt:
         self._buffers = list(self._model.buffers())
         if versions != _versions(self._buffers, (args, kwargs)):
             raise OutOfTierMemoryError(
-                "device tier: out of memory in a forward, which is not repeated because it had changed buffers of the "
-                f"model or its inputs: {reason}; chunks have left the device, so a next call has more room; if it "
-                f"fails too, {ADVICE}"
+                "device tier: out of memory in a forward, which is not repeated because it had changed buffers "
+                f"of the model or its inputs: {reason}; chunks have left the device, so the next call has more "
+                f"room; if that fails too, {ADVICE}"
             )
         set_random_states(self._device, generators)
         try:
@@ -76,13 +76,13 @@ class SecondAttempt:
         except torch.OutOfMemoryError as error:
             reason = _let_go_of(error)
         raise OutOfTierMemoryError(
-            "device tier: out of memory in a forward, and again after all chunks had left the device that can: "
-            f"{reason}; {ADVICE}"
+            "device tier: out of memory in a forward, and again after as many chunks as possible had left the "
+            f"device: {reason}; {ADVICE}"
         )
 
 
 def _versions(buffers: Sequence[torch.Tensor], inputs: Any) -> list[tuple[int, int]]:
-    """Return what tells whether buffers or inputs were replaced or written."""
+    """Return identities and versions, which change if buffers or inputs are replaced or written."""
     tensors = (*buffers, *tensors_in(inputs))
     return [(id(tensor), tensor._version) for tensor in tensors if not tensor.is_inference()]
 

@@ -29,7 +29,7 @@ from gemini.service.messages import AdoptShared, FillDone, FindShared, SharedGiv
 from gemini.service.packets import close_all
 from gemini.service.session import Session
 
-__all__ = ["SharedShelf"]
+__all__ = ["SharedChunkManager"]
 
 MAX_CHUNKS = 4096
 """Maximum number of chunks of one user."""
@@ -37,7 +37,7 @@ MAX_CHUNKS = 4096
 
 @dataclass(slots=True, eq=False)
 class _Chunk:
-    """What the service knows of a chunk apart from its bytes, which the ledger counts."""
+    """State of a chunk; the ledger counts its bytes."""
 
     file: int
     """Descriptor: the filler's file, for writing, until the chunk is filled; then a read-only one."""
@@ -62,7 +62,7 @@ class _LostChunk:
     """Sessions, with their requests, that wait until it is known whether a client has the chunk."""
 
 
-class SharedShelf:
+class SharedChunkManager:
     """The node's shared chunks; each belongs to one user.
 
     Args:
@@ -81,15 +81,16 @@ class SharedShelf:
         self._lost: dict[tuple[int, str], _LostChunk] = {}
 
     def find(self, session: Session, message: FindShared) -> None:
-        """Give a chunk or the claim to fill it, or let the client wait for the process that fills it."""
+        """Give a chunk or the claim to fill it, or make the client wait for the process that fills it."""
         member = _member_of(session)
         where = (session.user, message.key)
         if where in self._lost:
             self._lost[where].finds.append((session, message))
-            return session.connection.send(Waiting(message.id, f"processes that have shared chunk {message.key}"))
+            return session.connection.send(Waiting(message.id, f"the processes that have shared chunk {message.key}"))
         hold = self.ledger.shared.holds.get(where)
         if hold is not None and hold.nbytes != message.nbytes:
-            text = f"shared chunk {message.key} has {hold.nbytes} bytes, not {message.nbytes}; a key names one content"
+            text = f"shared chunk {message.key} has {hold.nbytes} bytes, not {message.nbytes}; use one key for one "
+            "content"
             return session.refuse(message.id, "conflict", text)
         if hold is None and sum(user == session.user for user, _ in self.ledger.shared.holds) >= MAX_CHUNKS:
             return session.refuse(message.id, "too-many", f"a user may have {MAX_CHUNKS} shared chunks")
@@ -109,7 +110,7 @@ class SharedShelf:
         self._record_change()
         if chunk.filler not in (None, session):
             chunk.waiting.append((session, message.id))
-            session.connection.send(Waiting(message.id, f"another process, which fills shared chunk {message.key}"))
+            session.connection.send(Waiting(message.id, f"another process to fill shared chunk {message.key}"))
         else:
             self._give(session, message.id, chunk)
 
@@ -118,7 +119,7 @@ class SharedShelf:
         where = (session.user, message.key)
         chunk = self._chunks.get(where)
         if chunk is None or chunk.filler is not session:
-            return session.refuse(message.id, "unknown", f"this client fills no shared chunk {message.key}")
+            return session.refuse(message.id, "unknown", f"this client is not filling shared chunk {message.key}")
         try:
             seal_whole(chunk.file)
         except OSError as error:

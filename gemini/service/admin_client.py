@@ -21,10 +21,10 @@ from gemini.service.messages import (
     Visit,
 )
 
-__all__ = ["Visitor"]
+__all__ = ["AdminClient"]
 
 
-class Visitor:
+class AdminClient:
     """A connection of a program that holds nothing; a context manager.
 
     Args:
@@ -74,7 +74,7 @@ class Visitor:
         self._order(lambda request: Evict(id=request, job=job, user=user, timeout_s=timeout_s))
 
     def drain(self, *, timeout_s: float | None) -> None:
-        """Let the service grant nothing more and end when no job is left; returns at once.
+        """Make the service grant nothing more and end when no job is left; returns at once.
 
         Args:
             timeout_s: seconds after which jobs are evicted; None: never.
@@ -100,7 +100,7 @@ class Visitor:
         """End the connection."""
         self._channel.close()
 
-    def __enter__(self) -> Visitor:
+    def __enter__(self) -> AdminClient:
         return self
 
     def __exit__(self, *_: object) -> None:
