@@ -221,13 +221,7 @@ class TorchGroup:
         if not line.is_own:
             work.wait()
             return
-        while True:
-            try:
-                work.wait(timedelta(seconds=LOOK_S))
-                return
-            except RuntimeError:
-                if work.is_completed():
-                    raise
+        while not has_ended(work, timedelta(seconds=LOOK_S)):
             self.failures.look(request, line)
 
     @contextmanager
@@ -305,6 +299,28 @@ def alias_of(buffer: torch.Tensor) -> torch.Tensor:
         return torch.as_tensor(_CudaMemory(buffer), device=buffer.device)
     memory = (ctypes.c_uint8 * buffer.numel()).from_address(buffer.data_ptr())
     return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def has_ended(work: dist.Work, timeout: timedelta) -> bool:
+    """Wait for a collective at most so long.
+
+    Args:
+        work: the collective.
+        timeout: maximum wait.
+
+    Returns:
+        Whether it has ended.
+
+    Raises:
+        RuntimeError: it has failed.
+    """
+    try:
+        work.wait(timeout)
+    except RuntimeError:  # it has failed, or time was up
+        if not work.is_completed():
+            return False
+        work.wait()  # it may have ended well since: only this tells
+    return True
 
 
 def _start_all_gather(gathered: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup | None) -> dist.Work:
