@@ -59,6 +59,7 @@ class TorchGroup:
         tensor_ranks: dist.ProcessGroup | None = None,
         swap_directory: Path | None = None,
     ) -> None:
+        self.device = device
         # - The grid of ranks
         self._lines = {RankAxis.SHARD: line_of(shards)}
         if replicas is not None:
@@ -86,7 +87,7 @@ class TorchGroup:
     @property
     def grid(self) -> RankGrid:
         """The grid of ranks."""
-        replicas, tensor_ranks = (self._lines.get(axis, alone()) for axis in (RankAxis.REPLICA, RankAxis.TENSOR))
+        replicas, tensor_ranks = self.line(RankAxis.REPLICA), self.line(RankAxis.TENSOR)
         return RankGrid(
             num_shards=self._lines[RankAxis.SHARD].num_ranks,
             num_replicas=replicas.num_ranks,
@@ -99,6 +100,10 @@ class TorchGroup:
     def ranks(self) -> tuple[int, ...]:
         """Numbers of all ranks that share the model: by tensor rank, then by replica, in the order of shards."""
         return self._ranks
+
+    def line(self, axis: RankAxis) -> Line:
+        """Return the ranks along an axis; one that the grid does not have is this rank's alone."""
+        return self._lines.get(axis, alone())
 
     def shard_of(self, numel: int, itemsize: int) -> ChunkShard:
         """Return this rank's shard of a chunk; see zero.sharding."""

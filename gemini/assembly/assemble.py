@@ -28,6 +28,7 @@ from gemini.commits.recovery import ClaimedCommits, Commits, NoCommits
 from gemini.config import GeminiConfig
 from gemini.errors import ModelError, OutOfTierMemoryError, ServiceError
 from gemini.gradients.arrivals import Gradients
+from gemini.gradients.part_sums import CollectiveSums
 from gemini.gradients.sharded import ShardedGradients
 from gemini.gradients.store import GradientStore
 from gemini.heap import serve_cpu_memory
@@ -50,7 +51,7 @@ from gemini.placement.tracer import UseTrace
 from gemini.profile.listeners import RunListeners
 from gemini.ranks.agreement import on_all_ranks
 from gemini.ranks.one_rank import ALONE
-from gemini.ranks.sharding import Sharding
+from gemini.ranks.sharding import PartSums, Sharding
 from gemini.runtime.runtime import Runtime
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, format_nbytes, round_up
 from gemini.update.pipeline import TilePipeline
@@ -284,12 +285,15 @@ class _Builder:
         if self.sharding.is_alone:
             return store
         return ShardedGradients(
-            store,
-            self.sharding.group,
-            self.resources.transfers,
-            num_slots=num_slots,
-            slot_nbytes=buffers["exchange slots"] // 2,
+            store, self.sharding.group, self.resources.transfers, self._make_sums(num_slots, buffers["exchange slots"])
         )
+
+    def _make_sums(self, num_slots: int, slot_nbytes: int) -> PartSums:
+        """Claim the memory in which gradients of ranks are put together and meet."""
+        resources, sharding = self.resources, self.sharding
+        if sharding.host_sums is not None:
+            return sharding.host_sums.open(resources, num_slots=num_slots, slot_nbytes=slot_nbytes)
+        return CollectiveSums(sharding.group, resources.transfers, num_slots=num_slots, slot_nbytes=slot_nbytes)
 
     def _lay_out_shared_weights(self) -> None:
         """Say how much the ranks of this machine will keep in their common file."""

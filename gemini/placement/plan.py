@@ -148,6 +148,8 @@ class RuntimeShape:
     has_spares: bool = False
     """Whether tiles that live on disk whole have a second place there, so that an update may run before it is known
     whether it will count."""
+    meets_in_host: bool = False
+    """Whether gradients of ranks are added up in host memory that they share, so that nothing is received elsewhere."""
     has_checksums: bool = False
     """Whether host memory holds checksums of what is on disk."""
     commits_nbytes: int = 0
@@ -232,7 +234,8 @@ class DemandTally:
         by_purpose = {tier: dict(sums) for tier, sums in self._held.items()}
         host, device = by_purpose[MemoryTier.HOST], by_purpose[MemoryTier.DEVICE]
         by_purpose[self._compute]["slots"] = num_slots * slot_nbytes
-        by_purpose[self._compute]["exchange slots"] = shape.num_grad_slots * largest.get("exchange slots", 0)
+        for tier, nbytes in exchange_nbytes(largest.get("exchange slots", 0), shape).items():
+            by_purpose[tier]["exchange slots"] = nbytes
         host["update ring"] = shape.ring_depth * largest.get("update ring", 0)
         host["fetch slots"] = shape.num_fetch_slots * largest.get("fetch slots", 0)
         host["gradient slots"] = shape.num_grad_slots * (device_gradient + largest.get("disk gradient slots", 0))
@@ -293,15 +296,39 @@ def _buffer_needs(demand: ChunkDemand, homes: ChunkPlacement, shape: RuntimeShap
     needs = {"update ring": _ring_tile_nbytes(demand, homes, shape)}
     if shape.has_device and MemoryTier.NVME in homes.working:
         needs["fetch slots"] = _aligned(demand.working_nbytes)
-    if shape.has_device and homes.grad in (MemoryTier.HOST, MemoryTier.NVME):
+    is_summed_on_host = demand.is_sharded and shape.meets_in_host
+    if shape.has_device and homes.grad in (MemoryTier.HOST, MemoryTier.NVME) and not is_summed_on_host:
         needs["device gradient slots"] = _aligned(demand.working_nbytes)
     if homes.grad is MemoryTier.NVME:
         needs["disk gradient slots"] = _aligned(demand.numel * demand.grad_itemsize(shape))
     if demand.is_sharded and homes.grad is not None:
         is_elsewhere = demand.keeps_whole_gradient or demand.has_one_param
         nbytes = min(demand.compute_nbytes, EXCHANGE_PIECE_NBYTES) if is_elsewhere else demand.compute_nbytes
-        needs["exchange slots"] = 2 * _aligned(nbytes)
+        needs["exchange slots"] = _aligned(nbytes)
     return needs
+
+
+def exchange_nbytes(slot_nbytes: int, shape: RuntimeShape) -> dict[MemoryTier, int]:
+    """Return the bytes by tier that exchanges of gradients take.
+
+    By collectives, compute memory has two buffers for each slot: what is sent and what is received. In host memory the
+    ranks see what is sent there, and a page of marks: the slots are compute memory themselves on the CPU, and copied
+    from a device.
+
+    Args:
+        slot_nbytes: bytes of a slot; 0: nothing is exchanged.
+        shape: sizes of the buffers.
+
+    Returns:
+        Bytes by tier.
+    """
+    if not slot_nbytes:
+        return {}
+    slots_nbytes = shape.num_grad_slots * slot_nbytes
+    if not shape.meets_in_host:
+        return {MemoryTier.DEVICE if shape.has_device else MemoryTier.HOST: 2 * slots_nbytes}
+    meeting = {MemoryTier.HOST: slots_nbytes + IO_ALIGNMENT_NBYTES}
+    return meeting | {MemoryTier.DEVICE: slots_nbytes} if shape.has_device else meeting
 
 
 def _ring_tile_nbytes(demand: ChunkDemand, homes: ChunkPlacement, shape: RuntimeShape) -> int:

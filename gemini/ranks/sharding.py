@@ -15,11 +15,15 @@ from typing import Protocol
 import torch
 
 from gemini.offload.memory_file import MemoryFile
+from gemini.offload.resources import Resources
 from gemini.offload.transfer import Move
 
 __all__ = [
     "ChunkShard",
     "Collective",
+    "HostSums",
+    "PartSums",
+    "PendingSum",
     "RankAxis",
     "RankGrid",
     "ShardGroup",
@@ -95,6 +99,85 @@ class Collective(Protocol):
         Raises:
             CollectiveError: a rank has died, stalled or called something else.
         """
+
+
+class PendingSum(Protocol):
+    """A sum of all ranks' parts, on its way."""
+
+    def wait(self) -> torch.Tensor:
+        """Return the sum; blocks until it is there and the slot with this rank's parts may be filled again.
+
+        Returns:
+            [numel], a new tensor; where compute or host memory is meant, see PartSums.are_on_host.
+
+        Raises:
+            CollectiveError: a rank has died, stalled or called something else.
+        """
+
+
+class PartSums(Protocol):
+    """Sums over the ranks of the shard axis: each fills a slot with a part for every rank and gets the sum of its own.
+
+    Parts are added in float32 in the order of ranks. All ranks start the same sums in the same order.
+    """
+
+    @property
+    def slots(self) -> Sequence[torch.Tensor]:
+        """Compute memory in which parts are put together, uint8 [slot_nbytes] each."""
+        ...
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Bytes of a slot; 0 if there are none. The same on all ranks."""
+        ...
+
+    @property
+    def are_on_host(self) -> bool:
+        """Whether sums come to lie in host memory; False: in compute memory."""
+        ...
+
+    def start(self, slot: int, *, numel: int, dtype: torch.dtype, divisor: int | None, name: str) -> PendingSum:
+        """Start bringing each rank the sum of all ranks' parts for it.
+
+        Args:
+            slot: index of the slot that holds this rank's parts, [num_ranks, numel] of `dtype` in rank order; unchanged
+                until the sum has been awaited.
+            numel: elements of a part.
+            dtype: float32, bfloat16 or float16.
+            divisor: divides the sum, which is then rounded once to `dtype`; None: the sum is left as it is, in float32.
+            name: name of the content, for messages.
+
+        Returns:
+            The sum.
+
+        Raises:
+            CollectiveError: the group has failed.
+        """
+
+    def close(self) -> None:
+        """Give the slots back; sums under way have been awaited."""
+
+
+class HostSums(Protocol):
+    """Host memory of one machine, in which gradients of its ranks meet and are added up."""
+
+    def open(self, resources: Resources, *, num_slots: int, slot_nbytes: int) -> PartSums:
+        """Take this rank's part of that memory, and see the others'.
+
+        Args:
+            resources: memory, threads and copy engine; not closed here.
+            num_slots: sums at the same time; the same on all ranks.
+            slot_nbytes: bytes of a slot, in whole pages; the same on all ranks.
+
+        Returns:
+            The sums.
+
+        Raises:
+            OutOfTierMemoryError: the budgets or the machine do not have the memory.
+        """
+
+    def close(self) -> None:
+        """Let go of what has been prepared; what was opened remains. Idempotent."""
 
 
 class ShardGroup(Protocol):
@@ -214,6 +297,8 @@ class Sharding:
     frozen_file: MemoryFile | None = None
     """Memory file with the complete frozen weights in host memory, for all ranks on this machine; None if each rank
     keeps its own shards. One rank fills it at construction, and the ranks must meet before the first use."""
+    host_sums: HostSums | None = None
+    """Host memory in which gradients are added up; None: the group exchanges them."""
     is_alone: bool = False
     """Whether chunks are not cut and nothing is exchanged, because this rank has the model to itself."""
 
