@@ -1,4 +1,4 @@
-"""The choice of where gradients of ranks meet, and the memory files for those that meet in host memory."""
+"""The choice of where gradients and weights of ranks meet, and the memory files for those that do in host memory."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from gemini.config import GeminiConfig
 from gemini.errors import ConfigError
 from gemini.offload.memory_file import MemoryFile
 from gemini.offload.resources import Resources
-from gemini.ranks.sharding import RankAxis
+from gemini.ranks.sharding import HostExchange, RankAxis
 from gemini.tiers import IO_ALIGNMENT_NBYTES
 from zero.host_pages import Peer
 from zero.host_sums import PURPOSE, MeetingSums
+from zero.host_weights import HostWeights
 from zero.memory_files import NOWHERE, gather_addresses
 from zero.own_groups import timeout_of
 from zero.torch_group import TorchGroup
 
-__all__ = ["HostMeeting", "choose_host_sums", "lacks_peer_access"]
+__all__ = ["HostMeeting", "choose_host_memory", "lacks_peer_access"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ Identity = tuple[int, int]
 
 
 class HostMeeting:
-    """Memory files of all ranks of a shard axis, one each; see HostSums.
+    """Memory files of all ranks of a shard axis, one each; see HostMemory.
 
     Args:
         group: the ranks.
@@ -40,19 +41,23 @@ class HostMeeting:
         self._group = group
         self._files = files
 
-    def open(self, resources: Resources, *, num_slots: int, slot_nbytes: int) -> MeetingSums:
-        """Take this rank's slots, and map those of the others; see HostSums.open."""
-        line = self._group.line(RankAxis.SHARD)
+    def open(self, resources: Resources, *, num_slots: int, slot_nbytes: int, homes_nbytes: int) -> HostExchange:
+        """Take this rank's slots and homes, and map those of the others; see HostMemory.open."""
+        group, line = self._group, self._group.line(RankAxis.SHARD)
         num_slots = num_slots if slot_nbytes else 0
         nbytes = IO_ALIGNMENT_NBYTES + num_slots * slot_nbytes
         timeout_s = timeout_of(line.data).total_seconds()
-        peers = []
+        peers, homes = [], []
         for rank, (file, pid) in zip(line.ranks, self._files, strict=True):
-            file.lay_out(nbytes, is_read_in_place=False)
-            is_own = rank == self._group.rank
+            file.lay_out(nbytes + homes_nbytes, is_read_in_place=False)
+            is_own = rank == group.rank
             memory = (resources.arena.take_shared(file, nbytes, PURPOSE) if is_own else file.take(nbytes)).view
             peers.append(Peer(rank, pid, memory, page_nbytes=IO_ALIGNMENT_NBYTES, timeout_s=timeout_s))
-        return MeetingSums(peers, line, self._group.failures, resources, num_slots=num_slots, slot_nbytes=slot_nbytes)
+            is_empty = is_own or not homes_nbytes  # its own are taken one by one
+            homes.append(memory[:0] if is_empty else file.take(homes_nbytes).view)
+        sums = MeetingSums(peers, line, group.failures, resources, num_slots=num_slots, slot_nbytes=slot_nbytes)
+        file = self._files[line.place][0]
+        return HostExchange(sums, HostWeights(peers, homes, file, line, group.failures, resources))
 
     def seal(self) -> None:
         """Forbid further mappings of this rank's file, once all ranks have mapped it."""
@@ -65,7 +70,7 @@ class HostMeeting:
             file.close()
 
 
-def choose_host_sums(config: GeminiConfig, node_ranks: Sequence[int], group: TorchGroup) -> HostMeeting | None:
+def choose_host_memory(config: GeminiConfig, node_ranks: Sequence[int], group: TorchGroup) -> HostMeeting | None:
     """Decide where gradients meet, the same on all ranks, and prepare the memory; all ranks call.
 
     Args:

@@ -1,7 +1,8 @@
-"""What ranks of a machine tell each other about gradients that meet in their common memory.
+"""What ranks of a machine tell each other about gradients and weights in their common memory.
 
 Each rank has a page in memory that the others see, and stores there alone: how many slots it has published, where they
-are, and of how many it has added up its part. Who waits for a rank waits for the event of that rank's page, which is
+are, and of how many it has added up its part; in how many gathers its homes may be read, and in how many it has read
+the others'. Who waits for a rank waits for the event of that rank's page, which is
 the kernel's work; whether the rank still lives is looked at only when nothing has come for a while.
 """
 
@@ -22,7 +23,7 @@ __all__ = ["NUM_ENTRIES", "Peer", "Published", "RankPage"]
 
 NUM_ENTRIES = 64
 """Published slots that a page describes at a time; more than a rank has slots."""
-_NUM_PUBLISHED, _NUM_TAKEN, _HAS_LEFT, _FIRST_ENTRY = 0, 1, 2, 8
+_NUM_PUBLISHED, _NUM_TAKEN, _HAS_LEFT, _NUM_OFFERED, _NUM_READ, _FIRST_ENTRY = 0, 1, 2, 3, 4, 8
 _ENTRY_WORDS = 3
 
 
@@ -67,6 +68,16 @@ class RankPage:
         self._words.store(_NUM_TAKEN, number + 1)
         self._words.signal()
 
+    def offer(self, number: int) -> None:
+        """Let the others read this rank's home of what a gather is of; homes of earlier gathers have been offered."""
+        self._words.store(_NUM_OFFERED, number + 1)
+        self._words.signal()
+
+    def note_read(self, number: int) -> None:
+        """Say that this rank has read the others' homes in a gather, and in all before."""
+        self._words.store(_NUM_READ, number + 1)
+        self._words.signal()
+
     def leave(self) -> None:
         """Say that nothing more will be published or taken."""
         self._words.store(_HAS_LEFT, 1)
@@ -84,6 +95,14 @@ class RankPage:
     def has_taken(self, number: int) -> bool:
         """Return whether the rank has added up its part of a sum."""
         return self._words.load(_NUM_TAKEN) > number
+
+    def has_offered(self, number: int) -> bool:
+        """Return whether the rank's home may be read in a gather."""
+        return self._words.load(_NUM_OFFERED) > number
+
+    def has_read(self, number: int) -> bool:
+        """Return whether the rank has read the others' homes in a gather."""
+        return self._words.load(_NUM_READ) > number
 
     @property
     def has_left(self) -> bool:

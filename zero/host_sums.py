@@ -74,7 +74,7 @@ class MeetingSums:
     """Sums of parts in host memory; see PartSums, whose methods these are.
 
     Args:
-        peers: all ranks of the shard axis, in rank order, with memory of a page and the slots each.
+        peers: all ranks of the shard axis, in rank order, with memory of a page and the slots each; closed by others.
         line: the ranks.
         failures: of the group.
         resources: memory, threads and copy engine; not closed here.
@@ -160,8 +160,6 @@ class MeetingSums:
         self._resources.arena.free(self._meeting.own.memory)
         for slot in self._slots if self._has_device else ():
             self._resources.transfers.free(slot, PURPOSE)
-        for peer in self._meeting.peers:
-            peer.close()
         self._slots, self._on_host = [], []
         self._meeting.peers = ()
 

@@ -22,7 +22,7 @@ from gemini.offload.resources import device_of
 from gemini.ranks.sharding import ShardGroup, Sharding
 from zero.agreement import check_all_built, check_same_config, check_same_model, find_node_ranks, share_node
 from zero.frozen import open_frozen_file
-from zero.host_meeting import choose_host_sums
+from zero.host_meeting import choose_host_memory
 from zero.tensor_mesh import check_grid, find_tensor_mesh
 from zero.torch_group import TorchGroup
 
@@ -115,10 +115,10 @@ def shard(
             file = open_frozen_file(node_ranks, group)
         if file is not None:
             files.callback(file.close)
-        meeting = choose_host_sums(config, node_ranks, group)
+        meeting = choose_host_memory(config, node_ranks, group)
         if meeting is not None:
             files.callback(meeting.close)
-        sharding = Sharding(group=group, node_ranks=node_ranks, stage=stage, frozen_file=file, host_sums=meeting)
+        sharding = Sharding(group=group, node_ranks=node_ranks, stage=stage, frozen_file=file, host_memory=meeting)
         try:
             build = partial(GeminiDDP, model, config, init_fn=init_fn, weights=weights, sharding=sharding)
             engine = _build(build, group)

@@ -177,7 +177,7 @@ def _shape_of(
         tile_numel=config.tile_numel,
         ring_depth=config.ring_depth,
         grad_itemsize=4 if config.gradient_accumulation else config.dtype.itemsize,
-        meets_in_host=sharding.host_sums is not None,
+        meets_in_host=sharding.host_memory is not None,
         has_checksums=config.nvme is not None and config.nvme.verify,
         has_spares=config.nvme is not None and may_speculate and config.overlap in ("auto", "speculative"),
         commits_nbytes=0 if commits is None else commits.buffers,

@@ -20,6 +20,7 @@ __all__ = [
     "PlacementPlan",
     "RuntimeShape",
     "has_shared_home",
+    "is_read_by_ranks",
     "is_used_in_place",
     "memory_demand",
     "state_record_nbytes",
@@ -149,7 +150,8 @@ class RuntimeShape:
     """Whether tiles that live on disk whole have a second place there, so that an update may run before it is known
     whether it will count."""
     meets_in_host: bool = False
-    """Whether gradients of ranks are added up in host memory that they share, so that nothing is received elsewhere."""
+    """Whether ranks share host memory in which gradients are added up, so that nothing is received elsewhere, and
+    weights are read by all."""
     has_checksums: bool = False
     """Whether host memory holds checksums of what is on disk."""
     commits_nbytes: int = 0
@@ -175,6 +177,13 @@ def state_record_nbytes(length: int, master_itemsize: int) -> int:
 def has_shared_home(demand: ChunkDemand, working: Sequence[MemoryTier]) -> bool:
     """Return whether a chunk whose tiles live in `working` is there once, whole, for several ranks of a machine."""
     return demand.num_sharers > 1 and working.count(MemoryTier.HOST) == len(working)
+
+
+def is_read_by_ranks(demand: ChunkDemand, working: Sequence[MemoryTier], shape: RuntimeShape) -> bool:
+    """Return whether other ranks read a shard whose tiles live in `working` right there, when they gather the chunk."""
+    is_in_reach = shape.meets_in_host and demand.is_sharded and not demand.is_committed
+    is_cut = not has_shared_home(demand, working)
+    return is_in_reach and is_cut and working.count(MemoryTier.HOST) == len(working)
 
 
 def is_used_in_place(demand: ChunkDemand, working: Sequence[MemoryTier], shape: RuntimeShape) -> bool:

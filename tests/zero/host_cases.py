@@ -22,9 +22,9 @@ import zero
 from gemini import CollectiveError, GeminiDDP
 from gemini.gradients.part_sums import CollectiveSums
 from gemini.offload.resources import budgets_of, open_resources
-from gemini.ranks.sharding import PartSums, Sharding
+from gemini.ranks.sharding import PartSums, Sharding, SharedHomes
 from zero import host_sums
-from zero.host_meeting import choose_host_sums
+from zero.host_meeting import choose_host_memory
 from zero.host_pages import RankPage
 from zero.torch_group import TorchGroup
 
@@ -38,10 +38,11 @@ def opened_sums(exchange: str, *, place: str = "host") -> Iterator[PartSums]:
     group = TorchGroup(None, torch.device("cpu"))
     resources = open_resources(config, budgets_of(config), disk_nbytes=0)
     sums: PartSums
+    homes: SharedHomes | None = None
     if exchange == "host":
-        meeting = choose_host_sums(config, group.ranks, group)
+        meeting = choose_host_memory(config, group.ranks, group)
         assert meeting is not None
-        sums = meeting.open(resources, num_slots=2, slot_nbytes=SLOT_NBYTES)
+        sums, homes = meeting.open(resources, num_slots=2, slot_nbytes=SLOT_NBYTES, homes_nbytes=0)
         dist.barrier()
         meeting.seal()
         meeting.close()
@@ -52,6 +53,8 @@ def opened_sums(exchange: str, *, place: str = "host") -> Iterator[PartSums]:
         dist.barrier()
     finally:
         sums.close()
+        if homes is not None:
+            homes.close()
         resources.close()
 
 
@@ -109,9 +112,9 @@ def train_alone_in_a_group(*, exchange: str, place: str, stage: int) -> Fit:
     """Train in a group of one rank, which exchanges with itself."""
     case, config = case_of("tower"), config_for(place, exchange=exchange)
     group = TorchGroup(None, torch.device("cpu"))
-    meeting = choose_host_sums(config, group.ranks, group)
+    meeting = choose_host_memory(config, group.ranks, group)
     assert (meeting is not None) is (exchange == "host")
-    sharding = Sharding(group=group, node_ranks=(0,), stage=stage, host_sums=meeting)
+    sharding = Sharding(group=group, node_ranks=(0,), stage=stage, host_memory=meeting)
     with GeminiDDP(case.model(), config, sharding=sharding) as engine:
         if meeting is not None:
             meeting.close()
@@ -141,11 +144,11 @@ def count_what_is_left(**fields: Any) -> dict[str, Any]:
 
 
 def train_until_killed(*, where: str, place: str = "host") -> dict[str, Any]:
-    """Train; in the second step the last rank is killed in the middle of an exchange.
+    """Train; in the second step the last rank is killed in the middle of an exchange or a gather.
 
     Args:
-        where: "publish", before its second slot of the step is told of; "take", when it has added up and told nobody;
-            "add", in the thread that adds up.
+        where: the rank's words on its page before which it is killed, such as "publish" or "take"; "add": in the thread
+            that adds up.
         place: where weights live.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -214,7 +217,7 @@ def shard_without_memory_files(**fields: Any) -> None:
         os.memfd_create = inner
 
 
-def has_host_sums(*, directory: Path | None = None, **fields: Any) -> bool:
+def has_host_memory(*, directory: Path | None = None, **fields: Any) -> bool:
     """Return whether an engine's gradients meet in host memory."""
     with zero.shard(case_of("tower").model(), config_for("host", directory, **fields)) as engine:
-        return engine.runtime.sharding.host_sums is not None
+        return engine.runtime.sharding.host_memory is not None

@@ -13,7 +13,7 @@ from host_cases import (
     add_up_plainly,
     ask_for_different_sums,
     count_what_is_left,
-    has_host_sums,
+    has_host_memory,
     shard_on_machines,
     shard_without_memory_files,
     train_alone_in_a_group,
@@ -30,6 +30,7 @@ from rank_cases import (
     train_sharded,
 )
 from rank_pool import RankGroup, RankPool
+from tensor_ranks import train_divided
 from training_harness import same_bits
 
 from gemini.offload.memory_file import F_SEAL_FUTURE_WRITE
@@ -39,6 +40,7 @@ from zero.host_meeting import lacks_peer_access
 pytestmark = pytest.mark.processes
 
 NUMELS = [1, 3, 4097, 1024, 2, 4096, 30_001]
+EXCHANGES = ("host", "collective")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -131,6 +133,7 @@ def test_one_rank_exchanges_with_itself(stage, place, ranks: RankPool):
         pytest.param({"model": "gpt2", "dtype": torch.bfloat16}, id="bfloat16"),
         pytest.param({"model": "gpt2", "dtype": torch.bfloat16, "gradient_accumulation": False}, id="half gradients"),
         pytest.param({"model": "adapted", "place": "device"}, id="frozen weights"),
+        pytest.param({"model": "adapted", "share_frozen": False}, id="frozen weights in shards"),
         pytest.param({"model": "tower", "num_batch_slices": 2}, id="slices"),
         pytest.param({"model": "tower", "prefetch_depth": 3, "place": "device"}, id="prefetching"),
     ],
@@ -148,6 +151,16 @@ def test_replicas_add_up_what_met_in_host_memory(mesh, ranks: RankPool):
     assert_exchanges_alike(ranks, 4, model="tower", mesh=mesh, place="device" if mesh == (2, 2) else "host")
 
 
+@pytest.mark.quick_cases(1)
+@pytest.mark.parametrize("sizes", [(2, 2), (1, 2)], ids=str)
+def test_parts_of_divided_parameters_meet_too(sizes, ranks: RankPool):
+    fields = {"model": "llama", "sizes": sizes, "stage": 3}
+    world_size = sizes[0] * sizes[1]
+    found, expected = (agreed(ranks.run(world_size, train_divided, exchange=e, **fields)) for e in EXCHANGES)
+    assert same_bits(found.weights, expected.weights)
+    assert (found.losses, found.norms) == (expected.losses, expected.norms)
+
+
 def test_pieces_change_no_bit(ranks: RankPool):
     fields = {"model": "wide_head", "num_micro": 2}
     whole = agreed([each for each, _ in ranks.run(2, train_in_pieces, piece_nbytes=1 << 30, **fields)])
@@ -156,7 +169,7 @@ def test_pieces_change_no_bit(ranks: RankPool):
 
 
 def test_an_overflow_on_one_rank_skips_the_step_on_all(ranks: RankPool):
-    found, expected = (ranks.run(2, overflow_on_last_rank, exchange=exchange) for exchange in ("host", "collective"))
+    found, expected = (ranks.run(2, overflow_on_last_rank, exchange=exchange) for exchange in EXCHANGES)
     assert [result["num_skipped"] for result in found] == [1, 1]
     assert same_bits(found[0]["weights"], expected[0]["weights"])
 
@@ -240,9 +253,9 @@ def test_a_rank_that_is_killed_in_an_exchange_ends_the_others(where, place):
 
 
 def test_cpu_ranks_use_collectives_unless_told_otherwise(ranks: RankPool):
-    assert ranks.run(2, has_host_sums) == [False, False]
-    assert ranks.run(2, has_host_sums, exchange="collective") == [False, False]
-    assert ranks.run(2, has_host_sums, exchange="host") == [True, True]
+    assert ranks.run(2, has_host_memory) == [False, False]
+    assert ranks.run(2, has_host_memory, exchange="collective") == [False, False]
+    assert ranks.run(2, has_host_memory, exchange="host") == [True, True]
 
 
 @pytest.mark.parametrize("machines", [["a", "b", "b"], ["a", "b", "a"], ["a", "b", "c"]])
