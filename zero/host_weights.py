@@ -52,7 +52,7 @@ class _Gather:
     number: int
     request: Request
     shards: Sequence[_Shard]
-    """The shards of the other ranks."""
+    """The shards of the other ranks; none once their copies have started, as nobody else may look at a slot then."""
     mark: Mark
     """Compute that the copies follow."""
     moves: list[Move | Ticket] = field(default_factory=list)
@@ -125,7 +125,7 @@ class HostWeights:
         request = self._failures.note("gather", name)
         nbytes = whole.numel() // self._line.num_ranks
         begin = self._offsets[chunk_id]
-        alias = alias_of(whole)
+        alias = alias_of(whole) if whole.device.type in ("cpu", "cuda") else whole
         shards = [
             _Shard(peer, home[begin : begin + nbytes], alias[place * nbytes : (place + 1) * nbytes])
             for place, (peer, home) in enumerate(zip(self._peers, self._homes, strict=True))
@@ -229,6 +229,7 @@ def _serve(copies: _Copies, page: RankPage) -> None:
         try:
             if failure is None:
                 _copy(copies, gather)
+                gather.shards = ()
                 gather.are_started.set()
                 _wait_for(gather)
                 page.note_read(gather.number)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
+import async_device
 import pytest
 import torch
 from access_cases import train_moving
-from comparison import STAGES
+from comparison import STAGES, agreed
 from host_cases import train_until_killed
 from patience import PATIENCE_S
+from rank_cases import Fit
 from rank_pool import RankGroup, RankPool
 from training_harness import same_bits
 from weights_cases import (
     gather_what_changes,
     measure_weights,
+    train_on_async_device,
     write_in_place_between_steps,
     write_while_another_reads,
 )
@@ -22,6 +28,13 @@ from gemini.tiers import MemoryTier
 pytestmark = pytest.mark.processes
 
 HOST = MemoryTier.HOST
+DELAYS = {
+    "prompt": {},
+    "late copies": {"max_copy_delay_us": 3000, "seed": 1},
+    "late kernels": {"max_kernel_delay_us": 100, "seed": 2},
+    "last copies": {"has_lazy_copies": 1},
+    "last kernels": {"has_lazy_kernels": 1},
+}
 
 
 @pytest.mark.parametrize("place", ["host", "device"])
@@ -79,6 +92,34 @@ def test_models_that_write_their_weights_see_what_one_process_sees(world_size, p
     for found in ranks.run(world_size, train_moving, stage=stage, exchange="host", **fields):
         assert all(map(torch.equal, found["seen"], right["seen"]))
         assert same_bits(found["masters"], right["masters"])
+
+
+def on_async_device(world_size: int, **fields: Any) -> list[Fit]:
+    """Train in processes that have had no backward, and so no threads of autograd that lack the device."""
+    group = RankGroup(world_size)
+    try:
+        results = group.call(train_on_async_device, fields)
+    finally:
+        group.close()
+    assert all(isinstance(result, Fit) for result in results), results
+    return results
+
+
+@cache
+def alone_on_async_device(num_parts: int) -> Fit:
+    return on_async_device(1, num_parts=num_parts, stage=None, options={})[0]
+
+
+@pytest.mark.quick_cases(2)
+@pytest.mark.parametrize("delays", DELAYS)
+@pytest.mark.parametrize(("world_size", "stage", "depth"), [(2, 3, 2), (2, 3, 0), (2, 1, 1), (4, 3, 1)])
+def test_an_asynchronous_device_trains_as_one_process(world_size, stage, depth, delays):
+    async_device.compiled()  # or skip
+    fields = {"stage": stage, "exchange": "host", "prefetch_depth": depth, "options": DELAYS[delays]}
+    found = agreed(on_async_device(world_size, num_parts=world_size, **fields))
+    expected = alone_on_async_device(world_size)
+    assert same_bits(found.weights, expected.weights)
+    assert found.norms == expected.norms
 
 
 @pytest.mark.quick_cases(1)

@@ -6,14 +6,17 @@ import gc
 import threading
 from typing import Any
 
+import async_device
 import pytest
 import torch
 import torch.distributed as dist
 from frozen_cases import nbytes_of
 from patience import PATIENCE_S
-from rank_cases import case_of, cut_batch, fit, gathered_names, global_batches, sharded
+from rank_cases import Fit, case_of, cut_batch, fit, gathered_names, global_batches, sharded
 from training_harness import config_for, hybrid_adam
 
+import zero
+from gemini import GeminiDDP
 from gemini.offload.resources import budgets_of, open_resources
 from gemini.tiers import MemoryTier
 from zero import host_weights
@@ -139,6 +142,37 @@ def measure_weights(*, stage: int, place: str, directory: Any = None, **fields: 
         }
         dist.barrier()
         return result
+
+
+def train_on_async_device(*, num_parts: int, stage: int | None, options: dict[str, int], **fields: Any) -> Fit:
+    """Train on the simulated asynchronous device, where gloo carries nothing.
+
+    Args:
+        num_parts: of each batch; with a stage as many as there are ranks.
+        stage: None: one process takes one part after another, without ranks.
+        options: of the device.
+        **fields: of the configuration.
+    """
+    async_device.load()
+    case, losses, norms = case_of("gpt2"), [], []
+    own_parts = range(num_parts) if stage is None else [dist.get_rank()]
+    config = config_for("device", None, device=async_device.NAME, **fields)
+    with (
+        async_device.device_with(fills_new_blocks=1, **options) as device,
+        GeminiDDP(case.model(), config) if stage is None else zero.shard(case.model(), config, stage=stage) as engine,
+    ):
+        optimizer = hybrid_adam(engine.parameters())
+        for batch in global_batches(case, 4, num_parts):
+            for part in own_parts:
+                given = {name: value.to(device) for name, value in cut_batch(batch, part, num_parts).items()}
+                loss = case.loss(engine(**given)) / len(own_parts)
+                loss.backward()
+                losses.append(loss.detach())
+            optimizer.step()
+            optimizer.zero_grad()
+            norms.append(optimizer.last_grad_norm)
+        values = [loss.item() for loss in losses]
+        return Fit(values, norms, engine.master_state_dict(), engine.runtime.steps.num_skipped_steps)
 
 
 def write_in_place_between_steps(*, exchange: str, place: str, stage: int, **fields: Any) -> dict[str, torch.Tensor]:
