@@ -14,7 +14,7 @@ from gemini.offload.memory_file import MemoryFile
 from gemini.offload.resources import Resources
 from gemini.ranks.sharding import HostExchange, RankAxis
 from gemini.tiers import IO_ALIGNMENT_NBYTES
-from zero.host_pages import Peer
+from zero.host_pages import Peer, PeerProcess
 from zero.host_sums import PURPOSE, MeetingSums
 from zero.host_weights import HostWeights
 from zero.memory_files import NOWHERE, gather_addresses
@@ -34,10 +34,10 @@ class HostMeeting:
 
     Args:
         group: the ranks.
-        files: the file of each rank of the axis, in rank order, and the process that made it.
+        files: the file of each rank of the axis, in rank order, and its process.
     """
 
-    def __init__(self, group: TorchGroup, files: Sequence[tuple[MemoryFile, int]]) -> None:
+    def __init__(self, group: TorchGroup, files: Sequence[tuple[MemoryFile, PeerProcess]]) -> None:
         self._group = group
         self._files = files
 
@@ -48,11 +48,11 @@ class HostMeeting:
         nbytes = IO_ALIGNMENT_NBYTES + num_slots * slot_nbytes
         timeout_s = timeout_of(line.data).total_seconds()
         peers, homes = [], []
-        for rank, (file, pid) in zip(line.ranks, self._files, strict=True):
+        for rank, (file, process) in zip(line.ranks, self._files, strict=True):
             file.lay_out(nbytes + homes_nbytes, is_read_in_place=False)
             is_own = rank == group.rank
             memory = (resources.arena.take_shared(file, nbytes, PURPOSE) if is_own else file.take(nbytes)).view
-            peers.append(Peer(rank, pid, memory, page_nbytes=IO_ALIGNMENT_NBYTES, timeout_s=timeout_s))
+            peers.append(Peer(rank, process, memory, page_nbytes=IO_ALIGNMENT_NBYTES, timeout_s=timeout_s))
             is_empty = is_own or not homes_nbytes  # its own are taken one by one
             homes.append(memory[:0] if is_empty else file.take(homes_nbytes).view)
         sums = MeetingSums(peers, line, group.failures, resources, num_slots=num_slots, slot_nbytes=slot_nbytes)
@@ -114,8 +114,8 @@ def choose_host_memory(config: GeminiConfig, node_ranks: Sequence[int], group: T
 
 
 def _open_meeting(group: TorchGroup) -> HostMeeting | None:
-    """Make a memory file and open those of the others; None on all ranks if one cannot."""
-    files: dict[int, tuple[MemoryFile, int]] = {}
+    """Make a memory file, open those of the others and watch these; None on all ranks if one cannot."""
+    files: dict[int, tuple[MemoryFile, PeerProcess]] = {}
     own = None
     try:
         own = MemoryFile.create()
@@ -125,10 +125,9 @@ def _open_meeting(group: TorchGroup) -> HostMeeting | None:
     try:
         for rank in group.line(RankAxis.SHARD).ranks:
             address = addresses[rank]
-            if rank == group.rank and own is not None:
-                files[rank] = (own, address.pid)
-            elif address != NOWHERE:
-                files[rank] = (MemoryFile.open(address), address.pid)
+            if address != NOWHERE:
+                process = PeerProcess(address.pid)
+                files[rank] = (own if rank == group.rank and own is not None else MemoryFile.open(address), process)
     except OSError as error:
         _warn(group.rank, error)
     meeting = HostMeeting(group, list(files.values()))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import select
 import time
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ import torch
 from gemini.kernels.events import SharedWords
 from zero.watch import LOOK_S
 
-__all__ = ["NUM_ENTRIES", "Peer", "Published", "RankPage"]
+__all__ = ["NUM_ENTRIES", "Peer", "PeerProcess", "Published", "RankPage"]
 
 NUM_ENTRIES = 64
 """Published slots that a page describes at a time; more than a rank has slots."""
@@ -122,25 +123,50 @@ class RankPage:
         return _FIRST_ENTRY + number % NUM_ENTRIES * _ENTRY_WORDS
 
 
+class PeerProcess:
+    """A process of this machine, watched for its end without asking it.
+
+    Args:
+        pid: its number.
+
+    Raises:
+        OSError: it is gone, or the system cannot watch processes (Linux before 5.3).
+    """
+
+    def __init__(self, pid: int) -> None:
+        descriptor = os.pidfd_open(pid)
+        self._close = weakref.finalize(self, os.close, descriptor)
+        self._end = select.poll()
+        self._end.register(descriptor, select.POLLIN)
+
+    def has_ended(self) -> bool:
+        """Return whether the process has ended; does not block."""
+        return self._close.alive and bool(self._end.poll(0))
+
+    def close(self) -> None:
+        """Watch no more. Idempotent."""
+        self._close()
+
+
 class Peer:
     """A rank whose page this one reads, its own included.
 
     Args:
         rank: its number among all processes.
-        pid: its process.
+        process: its process; closed with this.
         memory: uint8, the rank's memory: the page and its slots.
         page_nbytes: bytes of the page.
         timeout_s: how long it may give no sign, in seconds.
     """
 
-    def __init__(self, rank: int, pid: int, memory: torch.Tensor, *, page_nbytes: int, timeout_s: float) -> None:
+    def __init__(
+        self, rank: int, process: PeerProcess, memory: torch.Tensor, *, page_nbytes: int, timeout_s: float
+    ) -> None:
         self.rank = rank
         self.memory = memory
         self.page = RankPage(memory[:page_nbytes])
         self._timeout_s = timeout_s
-        self._process: int | None = os.pidfd_open(pid)
-        self._end = select.poll()
-        self._end.register(self._process, select.POLLIN)
+        self._process = process
 
     def wait_for(self, is_there: Callable[[], bool], *, look: Callable[[], None] | None = None) -> None:
         """Block until something is on the rank's page, without the interpreter lock.
@@ -161,18 +187,13 @@ class Peer:
                 raise RuntimeError(f"rank {self.rank} has left the exchange in host memory")
             if self.page.wait(seen, LOOK_S):
                 continue
-            if self._has_ended() and not is_there():
+            if self._process.has_ended() and not is_there():
                 raise RuntimeError(f"the process of rank {self.rank} has ended")
             if time.monotonic() > deadline_s:
                 raise RuntimeError(f"rank {self.rank} has given no sign for {self._timeout_s:g} s")
             if look is not None:
                 look()
 
-    def _has_ended(self) -> bool:
-        return self._process is None or bool(self._end.poll(0))
-
     def close(self) -> None:
         """Let go of the process; the memory goes with its last view."""
-        if self._process is not None:
-            os.close(self._process)
-            self._process = None
+        self._process.close()

@@ -149,11 +149,10 @@ class MeetingSums:
             self._thread.start()
 
     def close(self) -> None:
-        """End the thread and give the memory back. Idempotent."""
+        """End the thread and give the memory back. Idempotent. That the rank has left is said when homes are closed."""
         if not self._stop.alive:
             return
         self._meeting.is_closing = True
-        self._meeting.own.page.leave()  # whoever still waits for this rank does so in vain
         self._stop()
         if self._thread is not None:
             self._thread.join()
@@ -242,5 +241,7 @@ def _await_slot(meeting: _Meeting, peer: Peer, coming: _Sum) -> Published:
     peer.wait_for(is_there, look=look)
     assert found is not None
     if (found.nbytes, found.checksum) != (coming.slot.nbytes, coming.slot.checksum):
-        raise DifferentRequestError(f"rank {peer.rank} has not asked for the same sums: {SAME_WAY}")
+        raise DifferentRequestError(
+            f"rank {meeting.own.rank} and rank {peer.rank} have not asked for the same collectives: {SAME_WAY}"
+        )
     return found

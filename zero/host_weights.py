@@ -157,13 +157,14 @@ class HostWeights:
         peer.wait_for(lambda: peer.page.has_read(number), look=lambda: self._failures.look(request, self._line))
 
     def close(self) -> None:
-        """End the thread and let go of the other ranks. Idempotent."""
+        """End the thread, tell the other ranks and let go of them. Idempotent."""
         if not self._stop.alive:
             return
         self._copies.is_closing = True
         self._stop()
         if self._thread is not None:
             self._thread.join()
+        self._peers[self._line.place].page.leave()  # now that it reads no more: whoever waits for it does so in vain
         for home in self._homes:
             if home.numel():
                 self._copies.resources.arena.free(home)

@@ -187,6 +187,8 @@ class _Builder:
         kernels = select_device_kernels(device)
         listeners, trace = RunListeners(), UseTrace()
         sums, shared_homes = self._open_exchange(buffers["exchange slots"])
+        self.on_error.callback(sums.close)
+        self.on_error.callback(shared_homes.close)
         core = self._make_core(listeners, trace, shared_homes, fetch_slot_nbytes=buffers["fetch slots"])
         gradients = self._make_gradients(kernels, buffers, sums)
         self.on_error.callback(core.close)

@@ -159,7 +159,7 @@ class PartSums(Protocol):
         """
 
     def close(self) -> None:
-        """Give the slots back; sums under way have been awaited."""
+        """Give the slots back; sums under way have been awaited. Idempotent."""
 
 
 class SharedHomes(Protocol):

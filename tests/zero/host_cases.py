@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from rank_cases import Fit, case_of, cut_batch, fit, global_batches, train_shard
 from training_harness import config_for, hybrid_adam
 
 import zero
-from gemini import CollectiveError, GeminiDDP
+from gemini import CollectiveError, GeminiConfig, GeminiDDP
 from gemini.gradients.part_sums import CollectiveSums
 from gemini.offload.resources import budgets_of, open_resources
 from gemini.ranks.sharding import PartSums, Sharding, SharedHomes
@@ -200,6 +201,34 @@ def shard_on_machines(*, machines: list[str], mesh: tuple[int, ...] | None = Non
         return train_sharded(model="tower", mesh=mesh, **fields)
     finally:
         socket.gethostname = inner
+
+
+def choose_as_if_on_gpus(*, unreachable: list[tuple[int, int]], hidden: bool = False, machines: int = 1) -> bool:
+    """Return whether ranks that each had a GPU would meet in host memory by themselves.
+
+    Args:
+        unreachable: pairs of GPUs of which the first cannot reach the second's memory.
+        hidden: whether each rank sees its own GPU alone.
+        machines: how many there are, with as many ranks each.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    numbers = [rank] if hidden else list(range(world_size))
+    group = TorchGroup(None, torch.device("cpu"))
+    group.device = torch.device("cuda", numbers.index(rank))
+
+    def can_access(own: int, other: int) -> bool:
+        return (numbers[own], numbers[other]) not in unreachable
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: len(numbers))
+        patch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(uuid=f"GPU-{numbers[i]}"))
+        patch.setattr(torch.cuda, "can_device_access_peer", can_access)
+        num_near = world_size // machines
+        node_ranks = range(rank // num_near * num_near, (rank // num_near + 1) * num_near)
+        meeting = choose_host_memory(GeminiConfig(), node_ranks, group)
+    if meeting is not None:
+        meeting.close()
+    return meeting is not None
 
 
 def shard_without_memory_files(**fields: Any) -> None:

@@ -12,6 +12,7 @@ from host_cases import (
     add_up,
     add_up_plainly,
     ask_for_different_sums,
+    choose_as_if_on_gpus,
     count_what_is_left,
     has_host_memory,
     shard_on_machines,
@@ -84,7 +85,7 @@ def test_a_rank_that_waits_elsewhere_holds_up_nobodys_sum(ranks: RankPool):
 def test_ranks_that_ask_for_different_sums_are_told(ranks: RankPool):
     failures = ranks.try_run(2, ask_for_different_sums)
     assert [failure.type_name for failure in failures] == ["CollectiveError"] * 2
-    assert all("must run the same units in the same order" in failure.message for failure in failures)
+    assert all("have not asked for the same collectives" in failure.message for failure in failures)
 
 
 # ---------------------------------------------------------------- training
@@ -256,6 +257,20 @@ def test_cpu_ranks_use_collectives_unless_told_otherwise(ranks: RankPool):
     assert ranks.run(2, has_host_memory) == [False, False]
     assert ranks.run(2, has_host_memory, exchange="collective") == [False, False]
     assert ranks.run(2, has_host_memory, exchange="host") == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("fields", "meets"),
+    [
+        pytest.param({"unreachable": []}, False, id="all reach each other"),
+        pytest.param({"unreachable": [(0, 2), (2, 0)]}, True, id="one pair does not"),
+        pytest.param({"unreachable": [(1, 0)]}, True, id="one way"),
+        pytest.param({"unreachable": [(0, 2), (2, 0)], "hidden": True}, False, id="not known"),
+        pytest.param({"unreachable": [(0, 2), (2, 0)], "machines": 3}, False, id="several machines"),
+    ],
+)
+def test_gpus_that_cannot_reach_each_other_let_their_ranks_meet_in_host_memory(fields, meets, ranks: RankPool):
+    assert ranks.run(3, choose_as_if_on_gpus, **fields) == [meets] * 3
 
 
 @pytest.mark.parametrize("machines", [["a", "b", "b"], ["a", "b", "a"], ["a", "b", "c"]])
