@@ -53,6 +53,7 @@ def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
 # ---------------------------------------------------------------- sums by themselves
 
 
+@pytest.mark.quick_cases(4)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_sums_are_plain_torchs_in_rank_order_and_collectives(world_size, dtype, ranks: RankPool):
@@ -99,7 +100,7 @@ def assert_exchanges_alike(ranks: RankPool, world_size: int, **fields: Any) -> N
     assert (found.losses, found.norms, found.num_skipped) == (expected.losses, expected.norms, expected.num_skipped)
 
 
-@pytest.mark.quick_cases(6)
+@pytest.mark.quick_cases(4)
 @STAGES
 @pytest.mark.parametrize(
     ("world_size", "place"),
@@ -190,6 +191,7 @@ def train_in(group: RankGroup, results: list[Any]) -> None:
     results += group.call(train_sharded, {"model": "tower", "exchange": "host", "num_steps": 6})
 
 
+@pytest.mark.slow
 def test_two_trainings_at_once_do_not_meet(ranks: RankPool):
     expected = agreed(ranks.run(2, train_sharded, model="tower", exchange="collective", num_steps=6))
     groups = [RankGroup(2), RankGroup(2)]
@@ -231,7 +233,7 @@ def test_nothing_stays_behind(ranks: RankPool):
         assert result["after"] == result["before"]
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("place", ["host", "device"])
 @pytest.mark.parametrize("where", ["publish", "take", "add"])
 def test_a_rank_that_is_killed_in_an_exchange_ends_the_others(where, place):
@@ -259,6 +261,7 @@ def test_cpu_ranks_use_collectives_unless_told_otherwise(ranks: RankPool):
     assert ranks.run(2, has_host_memory, exchange="host") == [True, True]
 
 
+@pytest.mark.quick_cases(2)
 @pytest.mark.parametrize(
     ("fields", "meets"),
     [
@@ -273,6 +276,7 @@ def test_gpus_that_cannot_reach_each_other_let_their_ranks_meet_in_host_memory(f
     assert ranks.run(3, choose_as_if_on_gpus, **fields) == [meets] * 3
 
 
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("machines", [["a", "b", "b"], ["a", "b", "a"], ["a", "b", "c"]])
 def test_ranks_of_several_machines_are_refused_on_all(machines, ranks: RankPool):
     for failure in ranks.try_run(3, shard_on_machines, machines=machines, exchange="host"):

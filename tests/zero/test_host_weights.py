@@ -37,6 +37,7 @@ DELAYS = {
 }
 
 
+@pytest.mark.quick_cases(3)
 @pytest.mark.parametrize("place", ["host", "device"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_every_gather_finds_what_all_ranks_last_wrote(world_size, place, ranks: RankPool):
@@ -49,7 +50,7 @@ def test_a_home_is_not_written_while_another_rank_reads_it(ranks: RankPool):
     assert ranks.run(3, write_while_another_reads)[0] == (False, True)
 
 
-@pytest.mark.quick_cases(3)
+@pytest.mark.quick_cases(2)
 @STAGES
 @pytest.mark.parametrize("place", ["host", "device"])
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -110,7 +111,7 @@ def alone_on_async_device(num_parts: int) -> Fit:
     return on_async_device(1, num_parts=num_parts, stage=None, options={})[0]
 
 
-@pytest.mark.quick_cases(2)
+@pytest.mark.quick_cases(1)
 @pytest.mark.parametrize("delays", DELAYS)
 @pytest.mark.parametrize(("world_size", "stage", "depth"), [(2, 3, 2), (2, 3, 0), (2, 1, 1), (4, 3, 1)])
 def test_an_asynchronous_device_trains_as_one_process(world_size, stage, depth, delays):
