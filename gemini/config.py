@@ -21,6 +21,7 @@ from gemini.tiers import parse_nbytes
 __all__ = ["GeminiConfig", "NVMeConfig"]
 
 OVERLAPS = ("auto", "off", "next-forward", "speculative")
+EXCHANGES = ("auto", "host", "collective")
 _BYTES_WRITTEN_PATTERN = re.compile(r"([TP]B)W\s*$", re.IGNORECASE)
 _WORD_PATTERN = re.compile(r"[!-~]{1,128}")
 DEFAULT_ACTIVATION_RESERVE = 0.3
@@ -138,6 +139,11 @@ class GeminiConfig:
     """Whether the ranks of a machine share one whole copy of the frozen weights in host memory, so that no rank asks
     another for them. False cuts them into shards over the ranks of all machines, like trained weights. Not used with
     one rank."""
+    exchange: Literal["auto", "host", "collective"] = "auto"
+    """Where gradients of ranks meet. "host": in host memory that the ranks of a machine share, where the CPU sums
+    them; all ranks that a chunk is cut over must be on one machine. "collective": in compute memory, by
+    torch.distributed. "auto": in host memory where the ranks' GPUs cannot reach each other's memory, else by
+    collectives. Not used with one rank."""
     min_unit_nbytes: int = 1 << 20
     """Modules with fewer bytes of working weights, outside repeated blocks, join the root unit, which always stays in
     compute memory, because a separate fetch would cost more than it saves."""
@@ -189,6 +195,8 @@ class GeminiConfig:
             )
         if self.overlap not in OVERLAPS:
             raise ConfigError(f"GeminiConfig.overlap: expected one of {', '.join(OVERLAPS)}, got {self.overlap!r}")
+        if self.exchange not in EXCHANGES:
+            raise ConfigError(f"GeminiConfig.exchange: expected one of {', '.join(EXCHANGES)}, got {self.exchange!r}")
         _check_bool("GeminiConfig.gradient_accumulation", self.gradient_accumulation)
         _check_bool("GeminiConfig.cast_forward_inputs", self.cast_forward_inputs)
         _check_bool("GeminiConfig.share_frozen", self.share_frozen)

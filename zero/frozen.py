@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 
 import torch
 
-from gemini.offload.memory_file import MemoryFile, MemoryFileAddress
+from gemini.offload.memory_file import MemoryFile
 from gemini.ranks.sharding import ShardGroup
+from zero.memory_files import NOWHERE, gather_addresses
 
 __all__ = ["open_frozen_file"]
 
 logger = logging.getLogger(__name__)
-
-NOWHERE = MemoryFileAddress(pid=-1, descriptor=-1, inode=-1)
 
 
 def open_frozen_file(node_ranks: Sequence[int], group: ShardGroup) -> MemoryFile | None:
@@ -34,17 +32,13 @@ def open_frozen_file(node_ranks: Sequence[int], group: ShardGroup) -> MemoryFile
     Raises:
         CollectiveError: a rank did not take part.
     """
-    file, address = None, NOWHERE
+    file = None
     try:
         if group.rank == node_ranks[0]:
             file = MemoryFile.create()
-            address = file.address
     except OSError as error:
         _warn(group.rank, error)
-    own = torch.tensor(dataclasses.astuple(address), dtype=torch.int64)
-    addresses = group.gather_values(own, name="addresses of frozen weights")
-    pid, descriptor, inode = addresses[list(group.ranks).index(node_ranks[0])].tolist()
-    address = MemoryFileAddress(pid=pid, descriptor=descriptor, inode=inode)
+    address = gather_addresses(file, group, name="frozen weights")[node_ranks[0]]
     try:
         if group.rank != node_ranks[0] and address != NOWHERE:
             file = MemoryFile.open(address)

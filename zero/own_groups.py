@@ -16,7 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-__all__ = ["Line", "alone", "forget", "line_of"]
+__all__ = ["Line", "alone", "forget", "line_of", "timeout_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +86,13 @@ def _is_gloo(group: dist.ProcessGroup | None) -> bool:
 
 def _new_group(group: dist.ProcessGroup | None, ranks: tuple[int, ...]) -> dist.ProcessGroup:
     made: dist.ProcessGroup = dist.new_group(
-        list(ranks), timeout=_timeout_of(group), backend="gloo", use_local_synchronization=True
+        list(ranks), timeout=timeout_of(group), backend="gloo", use_local_synchronization=True
     )
     return made
 
 
-def _timeout_of(*groups: dist.ProcessGroup | None) -> timedelta:
-    """Return the shortest timeout of some groups."""
+def timeout_of(*groups: dist.ProcessGroup | None) -> timedelta:
+    """Return the shortest timeout of some groups; None stands for the group of all processes."""
     whole = dist.distributed_c10d._get_default_group()
     backends = [each._get_backend(device) for each in (g or whole for g in groups) for device in each._device_types]
     timeout: timedelta = min(backend.options._timeout for backend in backends)
@@ -101,4 +101,4 @@ def _timeout_of(*groups: dist.ProcessGroup | None) -> timedelta:
 
 def _shorten_timeout(group: dist.ProcessGroup) -> None:
     """Limit a group's timeout to the default group's; a mesh makes its gloo groups with half an hour."""
-    dist.distributed_c10d._set_pg_timeout(_timeout_of(group, None), group)
+    dist.distributed_c10d._set_pg_timeout(timeout_of(group, None), group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,7 @@ from gemini.offload.resources import device_of
 from gemini.ranks.sharding import ShardGroup, Sharding
 from zero.agreement import check_all_built, check_same_config, check_same_model, find_node_ranks, share_node
 from zero.frozen import open_frozen_file
+from zero.host_meeting import choose_host_memory
 from zero.tensor_mesh import check_grid, find_tensor_mesh
 from zero.torch_group import TorchGroup
 
@@ -58,8 +60,8 @@ def shard(
         The engine. With one rank, and no DTensors, it is a plain GeminiDDP.
 
     Raises:
-        ConfigError: there is no process group, the stage or the mesh is not supported, or ranks have different
-            configurations.
+        ConfigError: there is no process group, the stage or the mesh is not supported, ranks have different
+            configurations, or gradients cannot meet where `exchange` says.
         ModelError: ranks have different models, DTensors are divided unevenly or over several meshes, another library
             manages the model, a parameter is of a kind that chunks cannot hold, or another rank could not build its
             engine.
@@ -106,12 +108,17 @@ def shard(
     check_same_model(model, group)
     node_ranks = find_node_ranks(group)
     config = share_node(config, len(node_ranks), group)
-    file = None
-    has_frozen = any(not param.requires_grad for param in model.parameters())
-    if config.share_frozen and has_frozen and tensor_mesh is None:  # its ranks hold different parts
-        file = open_frozen_file(node_ranks, group)
-    try:
-        sharding = Sharding(group=group, node_ranks=node_ranks, stage=stage, frozen_file=file)
+    with ExitStack() as files:
+        file = None
+        has_frozen = any(not param.requires_grad for param in model.parameters())
+        if config.share_frozen and has_frozen and tensor_mesh is None:  # its ranks hold different parts
+            file = open_frozen_file(node_ranks, group)
+        if file is not None:
+            files.callback(file.close)
+        meeting = choose_host_memory(config, node_ranks, group)
+        if meeting is not None:
+            files.callback(meeting.close)
+        sharding = Sharding(group=group, node_ranks=node_ranks, stage=stage, frozen_file=file, host_memory=meeting)
         try:
             build = partial(GeminiDDP, model, config, init_fn=init_fn, weights=weights, sharding=sharding)
             engine = _build(build, group)
@@ -122,11 +129,9 @@ def shard(
                 f"{error}. These are the bytes of one rank: set budgets {len(node_ranks)} times as large, because "
                 "the ranks of this machine divide the host and disk budgets equally"
             ) from error
-        if file is not None:
-            file.seal()
-    finally:
-        if file is not None:
-            file.close()
+        for each in (file, meeting):
+            if each is not None:
+                each.seal()
     return engine
 
 

@@ -2,37 +2,28 @@
 
 Two collectives are used: an all-gather for weights and values, and an all-to-all for gradients, which the receiver adds
 up. Everything is sent as bytes. Each axis of the grid of ranks has a process group; values that all ranks must know are
-gathered along one axis after the other.
-
-[Note: When a rank is lost]
-Backends report that a connection broke or that time ran out, but not which ranks were missing. So a rank that fails
-writes to the group's store what it was waiting for, looks briefly which other ranks on its axis do so, and names the
-silent ones. A rank whose peers have all failed before it names these and what they were waiting for. The first failure
-stays: every later call raises at once.
+gathered along one axis after the other. What becomes of failures is in zero.failures.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore
 
-from gemini.errors import CollectiveError, GeminiError
 from gemini.offload.swap_file import remove_abandoned
 from gemini.offload.transfer import Move
 from gemini.ranks.sharding import ChunkShard, RankAxis, RankGrid
-from zero.own_groups import Line, alone, forget, line_of
-from zero.request_log import LOOK_S, Request, RequestLog
+from zero.failures import SAME_WAY, Failures
+from zero.own_groups import Line, alone, line_of
+from zero.request_log import LOOK_S, Request
 from zero.sharding import shard_of
 
 __all__ = ["TorchGroup"]
@@ -41,13 +32,6 @@ logger = logging.getLogger(__name__)
 
 _num_groups: Counter[tuple[int, ...]] = Counter()
 """Number of groups that this process has made of the same ranks; each has its own board."""
-
-_SAME_WAY = (
-    "all ranks must run the same units in the same order, also in evaluation, reading (state_dict and the like), "
-    "saving and loading"
-)
-REPORT_S = 2.0
-"""Seconds in which other ranks may report the same failure before they count as silent."""
 
 
 class TorchGroup:
@@ -75,6 +59,7 @@ class TorchGroup:
         tensor_ranks: dist.ProcessGroup | None = None,
         swap_directory: Path | None = None,
     ) -> None:
+        self.device = device
         # - The grid of ranks
         self._lines = {RankAxis.SHARD: line_of(shards)}
         if replicas is not None:
@@ -87,13 +72,11 @@ class TorchGroup:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         # - Failures and their report
         self._swap_directory = swap_directory
-        self._request_log = RequestLog()
-        self._failure: str | None = None
-        self._board = f"zero-new-{self._rank}"  # key under which ranks report failures to each other
+        self.failures = Failures(self._rank, f"zero-new-{self._rank}", self._lines.values())
         own = torch.tensor([self._rank])
         request = Request(0, 0, "all-gather of numbers of ranks")
         self._ranks = tuple(self._collect(self._lines, own, request)[:, 0].tolist())
-        self._board = f"zero-{self._ranks}-{_num_groups[self._ranks]}"
+        self.failures.board = f"zero-{self._ranks}-{_num_groups[self._ranks]}"
         _num_groups[self._ranks] += 1
 
     @property
@@ -104,7 +87,7 @@ class TorchGroup:
     @property
     def grid(self) -> RankGrid:
         """The grid of ranks."""
-        replicas, tensor_ranks = (self._lines.get(axis, alone()) for axis in (RankAxis.REPLICA, RankAxis.TENSOR))
+        replicas, tensor_ranks = self.line(RankAxis.REPLICA), self.line(RankAxis.TENSOR)
         return RankGrid(
             num_shards=self._lines[RankAxis.SHARD].num_ranks,
             num_replicas=replicas.num_ranks,
@@ -117,6 +100,10 @@ class TorchGroup:
     def ranks(self) -> tuple[int, ...]:
         """Numbers of all ranks that share the model: by tensor rank, then by replica, in the order of shards."""
         return self._ranks
+
+    def line(self, axis: RankAxis) -> Line:
+        """Return the ranks along an axis; one that the grid does not have is this rank's alone."""
+        return self._lines.get(axis, alone())
 
     def shard_of(self, numel: int, itemsize: int) -> ChunkShard:
         """Return this rank's shard of a chunk; see zero.sharding."""
@@ -142,11 +129,11 @@ class TorchGroup:
         Raises:
             CollectiveError: the group has failed.
         """
-        line, request = self._lines[axis], self._note("all-gather", name)
+        line, request = self._lines[axis], self.failures.note("all-gather", name)
         nbytes = whole.numel() // line.num_ranks
         alias = alias_of(whole)
         own = alias[line.place * nbytes : (line.place + 1) * nbytes]
-        with self._failing(request, line), self._behind(after):
+        with self.failures.failing(request, line), self._behind(after):
             return _PendingCollective(self, request, line, _start_all_gather(alias, own, line.data))
 
     def exchange(
@@ -166,8 +153,8 @@ class TorchGroup:
         Raises:
             CollectiveError: the group has failed.
         """
-        line, request = self._lines[axis], self._note("all-to-all", name)
-        with self._failing(request, line), self._behind(()):
+        line, request = self._lines[axis], self.failures.note("all-to-all", name)
+        with self.failures.failing(request, line), self._behind(()):
             work = dist.all_to_all_single(alias_of(received), alias_of(sent), group=line.data, async_op=True)
             return _PendingCollective(self, request, line, work)
 
@@ -207,7 +194,7 @@ class TorchGroup:
 
         The check goes first, in messages of one size, so that it cannot be mistaken for anything else.
         """
-        request = self._note("all-gather", name)
+        request = self.failures.note("all-gather", name)
         own = torch.tensor([self._rank, request.number, request.checksum, values.nbytes], dtype=torch.int64)
         found = own.view(1, -1)
         for axis in axes:
@@ -215,10 +202,10 @@ class TorchGroup:
             others = [int(other[0]) for other in found if not torch.equal(other[1:], own[1:])]
             if others:
                 counts = ", ".join(f"rank {rank} {count}" for rank, count, *_ in found.tolist())
-                self._fail(
+                self.failures.fail(
                     request,
                     f"rank {self._rank} and rank {others[0]} have called different collectives (so far: "
-                    f"{counts}): {_SAME_WAY}",
+                    f"{counts}): {SAME_WAY}",
                 )
         rows = self._collect(axes, values.contiguous().view(torch.uint8), request)
         return rows.contiguous().view(values.dtype)
@@ -228,43 +215,19 @@ class TorchGroup:
         rows = values.view(1, -1)
         for line in [self._lines[axis] for axis in axes]:
             gathered = rows.new_empty(line.num_ranks * rows.numel(), device=self._values_device)
-            with self._failing(request, line):
+            with self.failures.failing(request, line):
                 work = _start_all_gather(gathered, rows.view(-1).to(self._values_device), line.control)
                 self._wait(work, request, line)
                 rows = gathered.cpu().view(-1, values.numel())
         return rows
-
-    def _note(self, kind: str, name: str) -> Request:
-        """Add a collective to the log of requests."""
-        self.check()
-        return self._request_log.add(f"{kind} of {name}")
 
     def _wait(self, work: dist.Work, request: Request, line: Line) -> None:
         """Wait for a collective, and check from time to time whether the others will come."""
         if not line.is_own:
             work.wait()
             return
-        while True:
-            try:
-                work.wait(timedelta(seconds=LOOK_S))
-                return
-            except RuntimeError:
-                if work.is_completed():
-                    raise
-            peers = [rank for rank in line.ranks if rank != self._rank]
-            cause = self._request_log.find_divergence(request, self._open_store(), self._rank, peers)
-            if cause is not None:
-                self._fail(request, f"rank {self._rank} waits for ranks that will not come: {cause}: {_SAME_WAY}")
-
-    def _fail(self, request: Request, reason: str) -> NoReturn:
-        """Refuse further calls, and tell other ranks."""
-        self._failure = f"{request.what}: {reason}"
-        self._forget_groups()
-        with suppress(RuntimeError):  # the process that holds the store is gone
-            store = self._open_store()
-            store.set(f"{self._rank}", request.what)
-            store.set(f"cause {self._rank}", f"rank {self._rank} has failed before, in the {request.what}")
-        raise CollectiveError(self._failure)
+        while not has_ended(work, timedelta(seconds=LOOK_S)):
+            self.failures.look(request, line)
 
     @contextmanager
     def _behind(self, moves: Sequence[Move]) -> Iterator[None]:
@@ -280,63 +243,12 @@ class TorchGroup:
 
     def check(self) -> None:
         """Raise CollectiveError if a collective has failed."""
-        if self._failure is not None:
-            raise CollectiveError(f"this group has failed before: {self._failure}")
-
-    @contextmanager
-    def _failing(self, request: Request, line: Line) -> Iterator[None]:
-        """Turn a backend's error into one that names the collective and the ranks."""
-        try:
-            yield
-        except RuntimeError as error:
-            if isinstance(error, GeminiError):
-                raise
-            self.check()
-            reason = str(error).splitlines()[0].split(". This ")[0]
-            cause = self._find_cause(request.what, line)
-            self._failure = (
-                f"{request.what} failed on rank {self._rank} of {dist.get_world_size()}: {cause}; the backend "
-                f"says: {reason}. Start all ranks again, from the last commit or a checkpoint"
-            )
-            self._forget_groups()
-            raise CollectiveError(self._failure) from error
-
-    def _forget_groups(self) -> None:
-        for line in self._lines.values():
-            forget(line)
-
-    def _find_cause(self, what: str, line: Line) -> str:
-        """Report a failure to the others through the store; return the ranks of a line that report none."""
-        peers = [rank for rank in line.ranks if rank != self._rank]
-        try:
-            store = self._open_store()
-            store.set(f"{self._rank}", what)
-            silent = _missing(store, [f"{rank}" for rank in peers])
-            closed = [rank for rank in silent if store.check([f"closed {rank}"])]
-            if closed:
-                cause = f"rank {', '.join(closed)} has closed its engine"
-            elif silent:
-                cause = f"no response from rank {', '.join(silent)}, which has died or stalled, or waits elsewhere"
-            elif peers and not _missing(store, [f"cause {peers[0]}"]):
-                cause = store.get(f"cause {peers[0]}").decode()
-            else:
-                cause = _compare(what, {rank: store.get(f"{rank}").decode() for rank in peers})
-            store.set(f"cause {self._rank}", f"rank {self._rank} has failed before, in the {what}: {cause}")
-        except RuntimeError:
-            return "the process that holds the group's store is gone"
-        return cause
-
-    def _open_store(self) -> PrefixStore:
-        store = PrefixStore(self._board, dist.distributed_c10d._get_default_store())
-        store.set_timeout(timedelta(seconds=REPORT_S))
-        return store
+        self.failures.check()
 
     def close(self) -> None:
         """Release the process group, which its owner destroys, and remove swap files of dead ranks."""
-        if self._failure is None:
-            self._failure = "it is closed"
-            with suppress(RuntimeError, ValueError):  # the process that holds the store, or the group, is gone
-                self._open_store().set(f"closed {self._rank}", "")
+        if not self.failures.has_failed:
+            self.failures.close()
         elif self._swap_directory is not None:
             for path in remove_abandoned(self._swap_directory):
                 logger.info("removed %s, whose rank has died", path)
@@ -360,7 +272,7 @@ class _PendingCollective:
         """
         work, self._work = self._work, None
         if work is not None:
-            with self._group._failing(self._request, self._line):
+            with self._group.failures.failing(self._request, self._line):
                 self._group._wait(work, self._request, self._line)
 
 
@@ -394,21 +306,26 @@ def alias_of(buffer: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def _compare(what: str, others: Mapping[int, str]) -> str:
-    """Return why a collective may have failed although all ranks are alive, given the collective of each."""
-    for rank, other in others.items():
-        if other != what:
-            return f"rank {rank} was in the {other}: all ranks must run the same units in the same order"
-    return "a connection was lost, but all ranks are there"
+def has_ended(work: dist.Work, timeout: timedelta) -> bool:
+    """Wait for a collective at most so long.
 
+    Args:
+        work: the collective.
+        timeout: maximum wait.
 
-def _missing(store: PrefixStore, keys: list[str]) -> list[str]:
-    """Return which keys do not appear in a store within a while."""
-    deadline_s = time.monotonic() + REPORT_S
-    while keys and time.monotonic() < deadline_s:
-        keys = [key for key in keys if not store.check([key])]
-        time.sleep(0.05)
-    return keys
+    Returns:
+        Whether it has ended.
+
+    Raises:
+        RuntimeError: it has failed.
+    """
+    try:
+        work.wait(timeout)
+    except RuntimeError:  # it has failed, or time was up
+        if not work.is_completed():
+            return False
+        work.wait()  # it may have ended well since: only this tells
+    return True
 
 
 def _start_all_gather(gathered: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup | None) -> dist.Work:

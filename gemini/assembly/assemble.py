@@ -28,6 +28,7 @@ from gemini.commits.recovery import ClaimedCommits, Commits, NoCommits
 from gemini.config import GeminiConfig
 from gemini.errors import ModelError, OutOfTierMemoryError, ServiceError
 from gemini.gradients.arrivals import Gradients
+from gemini.gradients.part_sums import CollectiveSums
 from gemini.gradients.sharded import ShardedGradients
 from gemini.gradients.store import GradientStore
 from gemini.heap import serve_cpu_memory
@@ -35,7 +36,7 @@ from gemini.kernels.device import DeviceKernels, select_device_kernels
 from gemini.model.flat_values import FlatValues
 from gemini.model.module_calls import is_compiled
 from gemini.offload.arena import MemorySource
-from gemini.offload.home import TiledHome
+from gemini.offload.home import HomeReaders, TiledHome
 from gemini.offload.memory_file import SharedBuffer
 from gemini.offload.resources import Resources, open_resources
 from gemini.offload.slots import FixedSlots
@@ -44,13 +45,14 @@ from gemini.placement.plan import (
     ChunkDemand,
     ChunkPlacement,
     has_shared_home,
+    is_read_by_ranks,
     largest_buffers,
 )
 from gemini.placement.tracer import UseTrace
 from gemini.profile.listeners import RunListeners
 from gemini.ranks.agreement import on_all_ranks
-from gemini.ranks.one_rank import ALONE
-from gemini.ranks.sharding import Sharding
+from gemini.ranks.one_rank import ALONE, PRIVATE_HOMES
+from gemini.ranks.sharding import HostExchange, PartSums, Sharding, SharedHomes
 from gemini.runtime.runtime import Runtime
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, format_nbytes, round_up
 from gemini.update.pipeline import TilePipeline
@@ -184,8 +186,11 @@ class _Builder:
         buffers = largest_buffers(blueprint.demands, plan, shape)
         kernels = select_device_kernels(device)
         listeners, trace = RunListeners(), UseTrace()
-        core = self._make_core(listeners, trace, fetch_slot_nbytes=buffers["fetch slots"])
-        gradients = self._make_gradients(kernels, buffers)
+        sums, shared_homes = self._open_exchange(buffers["exchange slots"])
+        self.on_error.callback(sums.close)
+        self.on_error.callback(shared_homes.close)
+        core = self._make_core(listeners, trace, shared_homes, fetch_slot_nbytes=buffers["fetch slots"])
+        gradients = self._make_gradients(kernels, buffers, sums)
         self.on_error.callback(core.close)
         self.on_error.callback(gradients.close)
         pipeline = TilePipeline(
@@ -229,7 +234,20 @@ class _Builder:
             commits=self.commits,
         )
 
-    def _make_core(self, listeners: RunListeners, trace: UseTrace, *, fetch_slot_nbytes: int) -> ChunkCore:
+    def _open_exchange(self, slot_nbytes: int) -> HostExchange:
+        """Claim the memory in which gradients of ranks are put together, and that in which ranks see each other's."""
+        resources, sharding, shape = self.resources, self.sharding, self.blueprint.shape
+        num_slots = shape.num_grad_slots
+        if sharding.host_memory is None:
+            sums = CollectiveSums(sharding.group, resources.transfers, num_slots=num_slots, slot_nbytes=slot_nbytes)
+            return HostExchange(sums, PRIVATE_HOMES)
+        pairs = zip(self.blueprint.demands, self.blueprint.plan.chunks, strict=True)
+        nbytes = sum(demand.working_nbytes for demand, homes in pairs if is_read_by_ranks(demand, homes.working, shape))
+        return sharding.host_memory.open(resources, num_slots=num_slots, slot_nbytes=slot_nbytes, homes_nbytes=nbytes)
+
+    def _make_core(
+        self, listeners: RunListeners, trace: UseTrace, shared_homes: SharedHomes, *, fetch_slot_nbytes: int
+    ) -> ChunkCore:
         plan, transfers = self.blueprint.plan, self.resources.transfers
         return ChunkCore(
             self.resources,
@@ -242,6 +260,7 @@ class _Builder:
             ),
             num_protected=max(1, min(self.blueprint.chunks_at_once, plan.num_slots - 1)),
             group=self.sharding.group,
+            shared_homes=shared_homes,
             next_use=trace.next_use_distance,
             listeners=listeners,
         )
@@ -271,7 +290,7 @@ class _Builder:
         core.stage_pageable(slots)
         logger.info("%s of weights are not page-locked and pass through slots that are", format_nbytes(sum(sizes)))
 
-    def _make_gradients(self, kernels: DeviceKernels, buffers: dict[str, int]) -> Gradients:
+    def _make_gradients(self, kernels: DeviceKernels, buffers: dict[str, int], sums: PartSums) -> Gradients:
         num_slots = self.blueprint.shape.num_grad_slots
         store = GradientStore(
             self.resources,
@@ -283,13 +302,7 @@ class _Builder:
         )
         if self.sharding.is_alone:
             return store
-        return ShardedGradients(
-            store,
-            self.sharding.group,
-            self.resources.transfers,
-            num_slots=num_slots,
-            slot_nbytes=buffers["exchange slots"] // 2,
-        )
+        return ShardedGradients(store, self.sharding.group, self.resources.transfers, sums)
 
     def _lay_out_shared_weights(self) -> None:
         """Say how much the ranks of this machine will keep in their common file."""
@@ -371,7 +384,7 @@ class _Builder:
         part = self.parts.get(chunk_id)
         if part is not None:
             source = SharedWeights(self.memory.shared, part, partial(self._write_shared, spec, demand, initialiser))
-        working, state, grad = self._open_homes(demand, homes, source, name=spec.name)
+        working, state, grad = self._open_homes(demand, homes, source, core.shared_homes, name=spec.name)
         if part is None and not (demand.is_trainable and self.commits.step is not None):
             home_spec = spec if shard is None else cut_spec(spec, shard)
             values = (initialiser.values_of(place.spec.name) for place in home_spec.places)
@@ -385,14 +398,26 @@ class _Builder:
         gradients.add_chunk(spec, grad, homes.grad, shard=shard, is_kept_whole=demand.keeps_whole_gradient)
 
     def _open_homes(
-        self, demand: ChunkDemand, homes: ChunkPlacement, source: MemorySource | None, *, name: str
+        self,
+        demand: ChunkDemand,
+        homes: ChunkPlacement,
+        source: MemorySource | None,
+        shared_homes: SharedHomes,
+        *,
+        name: str,
     ) -> tuple[TiledHome, TiledHome | None, TiledHome | None]:
         """Claim memory and disk for a chunk's working weights, state and gradients."""
         resources, shape = self.resources, self.blueprint.shape
         tiles = range(demand.num_tiles(shape.tile_numel))
 
         def open_home(
-            tiers: tuple[MemoryTier, ...], tile_nbytes: list[int], purpose: str, spare_tiles: tuple[int, ...] = ()
+            tiers: tuple[MemoryTier, ...],
+            tile_nbytes: list[int],
+            purpose: str,
+            *,
+            spare_tiles: tuple[int, ...] = (),
+            source: MemorySource | None = source,
+            readers: HomeReaders | None = None,
         ) -> TiledHome:
             home = TiledHome(
                 tiers,
@@ -401,6 +426,7 @@ class _Builder:
                 store=resources.store,
                 transfers=resources.transfers,
                 source=source,
+                readers=readers,
                 spare_tiles=spare_tiles,
                 purpose=purpose,
                 spare_purpose="state spares" if purpose == "state" else "spares",
@@ -410,11 +436,16 @@ class _Builder:
             return home
 
         working_nbytes = [round_up(demand.working_tile_nbytes(t, shape.tile_numel), IO_ALIGNMENT_NBYTES) for t in tiles]
-        working = open_home(homes.working, working_nbytes, "working", homes.spares)
+        if is_read_by_ranks(demand, homes.working, shape):
+            readers = shared_homes.readers_of(demand.chunk_id)
+            shared = shared_homes.claim(demand.chunk_id, sum(working_nbytes))
+            working = open_home(homes.working, working_nbytes, "working", source=shared, readers=readers)
+        else:
+            working = open_home(homes.working, working_nbytes, "working", spare_tiles=homes.spares)
         if homes.grad is None:
             return working, None, None
         state_nbytes = [demand.state_tile_nbytes(t, shape.tile_numel) for t in tiles]
-        state = open_home(homes.state, state_nbytes, "state", homes.spares)
+        state = open_home(homes.state, state_nbytes, "state", spare_tiles=homes.spares)
         grad_itemsize = demand.grad_itemsize(shape)
         grad_nbytes = [
             round_up(demand.tile_length(t, shape.tile_numel) * grad_itemsize, IO_ALIGNMENT_NBYTES) for t in tiles

@@ -106,7 +106,7 @@ def draw_blueprint(
         for chunk, shard in zip(layout.chunks, shards, strict=True)
     )
     commits = _lay_out_commits(model, config, layout, dtypes, demands) if has_commits else None
-    shape = _shape_of(config, budgets, commits, may_speculate=sharding.is_alone and not has_commits)
+    shape = _shape_of(config, budgets, commits, sharding, may_speculate=sharding.is_alone and not has_commits)
     chunks_at_once = max(len(unit.chunk_ids) for unit in layout.units)
     plan = _place(config, demands, shape, budgets, chunks_at_once)
     if commits is not None:
@@ -169,6 +169,7 @@ def _shape_of(
     config: GeminiConfig,
     budgets: Mapping[MemoryTier, int | None],
     commits: CommitLayout | None,
+    sharding: Sharding,
     *,
     may_speculate: bool,
 ) -> RuntimeShape:
@@ -178,6 +179,7 @@ def _shape_of(
         tile_numel=config.tile_numel,
         ring_depth=config.ring_depth,
         grad_itemsize=4 if config.gradient_accumulation else config.dtype.itemsize,
+        meets_in_host=sharding.host_memory is not None,
         has_checksums=config.nvme is not None and config.nvme.verify,
         has_spares=may_speculate and config.overlap in ("auto", "speculative"),
         commits_nbytes=0 if commits is None else commits.buffers,

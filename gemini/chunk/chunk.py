@@ -153,11 +153,12 @@ class Chunk:
         return self._num_holds == 0
 
     def begin_update(self) -> None:
-        """Become UPDATING; blocks while a copy to the device still reads the home, which is about to change."""
+        """Become UPDATING; blocks while a copy, or another process, reads the home, which is about to change."""
         self.transition(ChunkState.UPDATING)
         if self.last_fetch is not None:
             self.last_fetch.wait_for_copies()
             self.last_fetch = None
+        self.home.await_readers()
         self.num_updates += 1
 
     def drop_holds(self) -> None:

@@ -26,7 +26,8 @@ from gemini.offload.resources import Resources
 from gemini.offload.slots import SlotSource
 from gemini.placement.eviction import farthest_next_use
 from gemini.profile.listeners import RunListeners
-from gemini.ranks.sharding import ChunkShard, ShardGroup
+from gemini.ranks.one_rank import PRIVATE_HOMES
+from gemini.ranks.sharding import ChunkShard, ShardGroup, SharedHomes
 from gemini.tiers import MemoryTier
 
 __all__ = ["ChunkCore"]
@@ -42,6 +43,7 @@ class ChunkCore:
         group: the ranks that own the shards of chunks.
         next_use: returns in how many uses from now a chunk, given by its id, is used again.
         listeners: told of chunks' states and of waits for them.
+        shared_homes: homes of shards that other ranks read themselves; closed with the core.
         num_protected: how many of the most recently used chunks are never evicted.
     """
 
@@ -54,6 +56,7 @@ class ChunkCore:
         group: ShardGroup,
         next_use: Callable[[int], int],
         listeners: RunListeners,
+        shared_homes: SharedHomes = PRIVATE_HOMES,
         num_protected: int = 1,
     ) -> None:
         self.resources = resources
@@ -66,6 +69,8 @@ class ChunkCore:
         self._staging = Staging(staging)
         self._stages_pageable = False
         """Whether weights in memory that is not page-locked pass through `staging`, which is."""
+        self.shared_homes = shared_homes
+        """Homes of shards that other ranks read themselves."""
         self.by_placeholder: dict[int, Chunk] = {}  # all chunks, by the address of their placeholders
         self._group = group
 
@@ -334,6 +339,7 @@ class ChunkCore:
                     self._leave_slot(chunk)
             chunk.slot = None
             chunk.home.close()
+        self.shared_homes.close()
         self.slots.close()
         self._staging.close()
 
@@ -407,7 +413,9 @@ class ChunkCore:
     def _gather_of(self, chunk: Chunk, slot: Slot) -> Gather | None:
         if chunk.shard is None:
             return None
-        group, nbytes = self._group, chunk.slot_nbytes
+        group, homes, nbytes = self._group, self.shared_homes, chunk.slot_nbytes
+        if homes.has(chunk.spec.chunk_id):
+            return lambda copies: homes.gather(chunk.spec.chunk_id, slot.buffer[:nbytes], name=chunk.name)
         return lambda copies: group.all_gather(slot.buffer[:nbytes], name=chunk.name, after=copies)
 
     def _finish_fetch(self, chunk: Chunk) -> None:

@@ -1,9 +1,10 @@
-"""Gradients between ranks: each sends every other rank that one's part, and takes the mean of what it receives.
+"""Gradients between ranks: each gets the mean of its part of what all of them have.
 
 A chunk that is assembled in a slot is sent at once. A chunk that does not fit a slot, or is kept whole elsewhere, is
 sent in pieces: some elements of every rank's shard at a time, copied together into a slot. Sums are computed in float32
-and in rank order, so no sum overflows in half precision and all runs give the same bits. With several replicas of the
-model, the sums pass through gemini.gradients.replica_sums before they become means.
+and in rank order, so no sum overflows in half precision and all runs give the same bits; implementations of
+gemini.ranks.sharding.PartSums decide how. With several replicas of the model, the sums pass through
+gemini.gradients.replica_sums before they become means.
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ import torch
 
 from gemini.chunk.layout import ChunkSpec
 from gemini.errors import GeminiError
-from gemini.gradients.replica_sums import ReplicaSums, sum_of_parts
-from gemini.offload.transfer import Transfers
-from gemini.ranks.sharding import ChunkShard, Collective, ShardGroup
+from gemini.gradients.replica_sums import ReplicaSums
+from gemini.ranks.sharding import ChunkShard, PartSums, PendingSum, ShardGroup
 
 __all__ = ["ExchangeSlot", "GradientExchange", "copy_piece", "mean_of_sum"]
 
@@ -29,10 +29,10 @@ __all__ = ["ExchangeSlot", "GradientExchange", "copy_piece", "mean_of_sum"]
 class ExchangeSlot:
     """Room for one exchange."""
 
+    index: int
+    """Its place among the slots."""
     sent: torch.Tensor
     """uint8; gradients of a whole chunk, or of a piece of every shard, in the working dtype and in rank order."""
-    received: torch.Tensor
-    """uint8; this rank's part of them, from every rank."""
 
 
 @dataclass(eq=False)
@@ -44,7 +44,7 @@ class _Piece:
     begin: int
     numel: int
     slot: ExchangeSlot
-    under_way: Collective
+    under_way: PendingSum
     mean: torch.Tensor | None
     """Takes the mean, the whole shard's; None: the piece is all of it."""
 
@@ -58,30 +58,27 @@ class GradientExchange:
 
     Args:
         group: the ranks.
-        transfers: source of compute memory.
-        num_slots: exchanges at the same time.
-        slot_nbytes: bytes of what is exchanged at once; 0: nothing ever is.
-        deliver: takes the mean of this rank's shard of a chunk's gradients, [shard numel] of the working dtype.
+        sums: adds up what the ranks have; closed with this.
+        device: device of compute memory.
+        deliver: takes the mean of this rank's shard of a chunk's gradients, [shard numel] of the working dtype, in host
+            memory if sums are there, else in compute memory.
     """
 
     def __init__(
         self,
         group: ShardGroup,
-        transfers: Transfers,
+        sums: PartSums,
+        device: torch.device,
         *,
-        num_slots: int,
-        slot_nbytes: int,
         deliver: Callable[[ChunkSpec, ChunkShard, torch.Tensor], None],
     ) -> None:
         self._group = group
+        self._sums = sums
         self._replica_sums = ReplicaSums(group) if group.grid.num_replicas > 1 else None
-        self._transfers = transfers
-        self._slot_nbytes = slot_nbytes
+        self._device = device
+        self._slot_nbytes = sums.slot_nbytes
         self._deliver = deliver
-        self._free = [
-            ExchangeSlot(*(transfers.allocate(slot_nbytes, "exchange slots") for _ in range(2)))
-            for _ in range(num_slots if slot_nbytes else 0)
-        ]
+        self._free = [ExchangeSlot(index, sent) for index, sent in enumerate(sums.slots)]
         self._under_way: deque[_Piece] = deque()
 
     def fits(self, spec: ChunkSpec, shard: ChunkShard) -> bool:
@@ -121,7 +118,7 @@ class GradientExchange:
         piece_numel = min(self._slot_nbytes // (shard.num_ranks * spec.dtype.itemsize), shard.numel)
         mean = None
         if piece_numel < shard.numel:
-            mean = torch.empty(shard.numel, dtype=spec.dtype, device=self._transfers.device)
+            mean = torch.empty(shard.numel, dtype=spec.dtype, device="cpu" if self._sums.are_on_host else self._device)
         for begin in range(0, shard.numel, piece_numel):
             numel = min(piece_numel, shard.numel - begin)
             slot = self.claim()
@@ -140,10 +137,10 @@ class GradientExchange:
         numel: int,
         mean: torch.Tensor | None,
     ) -> None:
-        nbytes = shard.num_ranks * numel * spec.dtype.itemsize
+        divisor = self._group.grid.num_batches if self._replica_sums is None else None
         name = f"gradients of {spec.name}"
         try:
-            under_way = self._group.exchange(slot.sent[:nbytes], slot.received[:nbytes], name=name)
+            under_way = self._sums.start(slot.index, numel=numel, dtype=spec.dtype, divisor=divisor, name=name)
         except GeminiError:
             self._free.append(slot)
             raise
@@ -157,20 +154,22 @@ class GradientExchange:
         """Wait for the oldest exchange and take its sum; starts nothing, for ranks may come here at different times."""
         piece = self._under_way.popleft()
         try:
-            piece.under_way.wait()
-            numel, num_ranks = piece.numel, piece.shard.num_ranks
-            parts = piece.slot.received.view(piece.spec.dtype)[: num_ranks * numel].view(num_ranks, numel)
-            total = sum_of_parts(parts)
+            result = piece.under_way.wait()
         finally:
             self._free.append(piece.slot)
         if self._replica_sums is None:
-            self._take_sum(piece, total)
+            self._take_mean(piece, result)
         else:
+            total = result.to(self._device)
             self._replica_sums.add(total, name=f"sums of {piece.spec.name}", deliver=partial(self._take_sum, piece))
 
     def _take_sum(self, piece: _Piece, total: torch.Tensor) -> None:
-        """Take the mean of a piece, and hand that of the shard on when it is complete; the sum is overwritten."""
+        """Make the mean of a sum over all replicas, which is overwritten."""
         mean = mean_of_sum(total, self._group.grid.num_batches, piece.spec.dtype)
+        self._take_mean(piece, mean.cpu() if self._sums.are_on_host else mean)
+
+    def _take_mean(self, piece: _Piece, mean: torch.Tensor) -> None:
+        """Take the mean of a piece, and hand that of the shard on when it is complete."""
         if piece.mean is not None:
             piece.mean[piece.begin : piece.begin + piece.numel] = mean
             mean = piece.mean
@@ -200,10 +199,8 @@ class GradientExchange:
             self._free.append(piece.slot)
             with suppress(GeminiError):
                 piece.under_way.wait()
-        for slot in self._free:
-            for buffer in (slot.sent, slot.received):
-                self._transfers.free(buffer, "exchange slots")
         self._free = []
+        self._sums.close()
 
 
 def copy_piece(rows: torch.Tensor, flat: torch.Tensor, *, at: int, stride: int) -> None:

@@ -35,7 +35,7 @@ from gemini.gradients.exchange import ExchangeSlot, GradientExchange
 from gemini.gradients.store import GradientStore
 from gemini.offload.home import TiledHome
 from gemini.offload.transfer import Transfers
-from gemini.ranks.sharding import ChunkShard, ShardGroup
+from gemini.ranks.sharding import ChunkShard, PartSums, ShardGroup
 from gemini.tiers import IO_ALIGNMENT_NBYTES, MemoryTier, round_up
 
 __all__ = ["ShardedGradients"]
@@ -77,14 +77,12 @@ class ShardedGradients:
         shards: keeps the gradients of this rank's shards; closed with this.
         group: the ranks.
         transfers: source of compute memory.
-        num_slots: chunks whose gradients are put together, or exchanged, at the same time; at least 2.
-        slot_nbytes: bytes of a slot. Gradients of a chunk that is larger, in the working dtype, wait as autograd made
-            them until it is the chunk's turn.
+        sums: adds up what the ranks have; closed with this. It has as many slots, at least 2, as there are chunks whose
+            gradients are put together, or exchanged, at the same time. Gradients of a chunk that is larger than a slot,
+            in the working dtype, wait as autograd made them until it is the chunk's turn.
     """
 
-    def __init__(
-        self, shards: GradientStore, group: ShardGroup, transfers: Transfers, *, num_slots: int, slot_nbytes: int
-    ) -> None:
+    def __init__(self, shards: GradientStore, group: ShardGroup, transfers: Transfers, sums: PartSums) -> None:
         self.num_backwards = 0
         """Backward passes since gradients were last cleared, the one under way included."""
         self.expected_backwards = 1
@@ -95,9 +93,8 @@ class ShardedGradients:
         self._group = group
         self._transfers = transfers
         self._chunks: dict[int, _Chunk] = {}
-        self._exchange = GradientExchange(
-            group, transfers, num_slots=num_slots, slot_nbytes=slot_nbytes, deliver=self._put_mean
-        )
+        self._exchange = GradientExchange(group, sums, transfers.device, deliver=self._put_mean)
+        self._put_shard = shards.put_on_host if sums.are_on_host else shards.put
         self._order: list[_Chunk] = []
         self._num_gone = 0
         self.backward_pass = BackwardPass()
@@ -309,7 +306,7 @@ class ShardedGradients:
             self._shards.begin_backward()
             self._is_taking_means = True
         for position, piece in enumerate(cut_spec(spec, shard).places):
-            self._shards.put(spec.chunk_id, position, mean[piece.begin : piece.end])
+            self._put_shard(spec.chunk_id, position, mean[piece.begin : piece.end])
 
     def _end_means(self) -> None:
         """Deliver the means of all running exchanges."""

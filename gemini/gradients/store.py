@@ -142,6 +142,22 @@ class GradientStore:
             with self._writing(chunk, position) as place:
                 place.add(slice(None), grad)
 
+    def put_on_host(self, chunk_id: int, position: int, grad: torch.Tensor) -> None:
+        """Take one parameter's gradient that is in host memory, wherever compute is; otherwise as `put`.
+
+        Args:
+            chunk_id: the parameter's chunk.
+            position: its position in the chunk's layout.
+            grad: 1D and contiguous, of any float dtype, in host memory; unchanged until it has reached its home.
+
+        Raises:
+            ModelError: as `put`.
+        """
+        if self._chunks[chunk_id].tier is MemoryTier.DEVICE:
+            self.put(chunk_id, position, grad.to(self._resources.transfers.device))
+        else:
+            self._put_on_host(self._begin_delivery(chunk_id, position), position, grad)
+
     def expect(self, chunk_id: int, position: int) -> None:
         """Expect that one more use of a parameter will deliver its gradient apart from the others'."""
         self._chunks[chunk_id].num_expected[position] += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import errno
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ __all__ = [
     "split_master",
     "state_format_of",
     "store_gradient",
+    "sum_parts",
     "supported_isas",
 ]
 
@@ -195,6 +197,23 @@ def store_gradient(dst: Tensor | None, src: Tensor, *, mode: GradMode = GradMode
     return float(sumsq[0])
 
 
+def sum_parts(dst: Tensor, parts: Sequence[Tensor], *, divisor: int = 1, isa: Isa = Isa.AUTO) -> None:
+    """Add tensors in float32, one after another in their order, divide, and round once. Blocking, one thread.
+
+    Args:
+        dst: [numel] of the parts' dtype or float32; overwritten. May be one of the parts if it has their dtype.
+        parts: float32, bfloat16 or float16 [numel], all of one dtype; read only.
+        divisor: divides the sum; exact as a float32.
+        isa: instruction set to use.
+
+    Raises:
+        ValueError: a tensor is not 1D contiguous on the CPU, dtypes or lengths differ, or there are no parts.
+        ConfigError: the machine lacks this instruction set.
+    """
+    args, _pointers = make_sum_args(dst, parts, divisor, isa)
+    check_status(lib.gn_sum_parts(args), "sum_parts", isa)
+
+
 # ------------------------------------------------------------------ shared with the pool, not public
 
 
@@ -261,6 +280,22 @@ def make_grad_args(dst: Tensor | None, src: Tensor, mode: GradMode, isa: Isa, su
     args.src, args.dst = address_of(src), address_of(dst)
     args.numel, args.sumsq = numel, sumsq
     return args
+
+
+def make_sum_args(dst: Tensor, parts: Sequence[Tensor], divisor: int, isa: Isa) -> tuple[Any, Any]:
+    """Check the tensors of a sum; return its gn_sum_args and the pointers in it, which keep no tensor alive."""
+    if not parts:
+        raise ValueError("sum_parts: parts: expected at least one tensor, got none")
+    dtype = parts[0].dtype
+    for part in parts:
+        check_tensor("sum_parts: part", part, (dtype,) if dtype in FLOAT_DTYPES else FLOAT_DTYPES, dst.numel())
+    check_tensor("sum_parts: dst", dst, (dtype, torch.float32), dst.numel())
+    pointers = ffi.new("void *[]", [address_of(part) for part in parts])
+    args = ffi.new("gn_sum_args *")
+    args.dtype, args.dst_dtype, args.isa = _DTYPE_CODES[dtype], _DTYPE_CODES[dst.dtype], isa.code
+    args.num_parts, args.parts = len(parts), ffi.cast("void const * const *", pointers)
+    args.dst, args.numel, args.divisor = address_of(dst), dst.numel(), float(divisor)
+    return args, pointers
 
 
 def _split_pointers(working: Tensor, residual: Tensor, master: Tensor) -> tuple[Any, Any, Any]:

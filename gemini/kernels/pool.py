@@ -20,7 +20,15 @@ from torch import Tensor
 from gemini._native import ffi, lib
 from gemini.errors import WorkerError
 from gemini.kernels.adam_tile import AdamTile
-from gemini.kernels.cpu import GradMode, Isa, address_of, check_status, make_adam_args, make_grad_args
+from gemini.kernels.cpu import (
+    GradMode,
+    Isa,
+    address_of,
+    check_status,
+    make_adam_args,
+    make_grad_args,
+    make_sum_args,
+)
 from gemini.kernels.journal import TileJournal, make_journal_args
 from gemini.kernels.spans import MAX_SPANS, Span, SpanRecorder, read_spans
 from gemini.kernels.topology import choose_worker_cpus, read_launching_core, read_topology
@@ -247,6 +255,30 @@ class WorkerPool:
         number = self._submit("copy", lib.gn_pool_submit_copy, args, (dst, src))
         self._note(number, operation, record, src.nbytes)
         return Ticket(self, number, "copy")
+
+    def submit_sum(
+        self, dst: Tensor, parts: Sequence[Tensor], *, divisor: int = 1, priority: int = 0, record: str = ""
+    ) -> Ticket:
+        """Queue a sum of tensors in their order; see sum_parts.
+
+        Args:
+            dst: the sum's destination.
+            parts: what is added; read only.
+            divisor: divides the sum.
+            priority: lower starts first.
+            record: name of the content, for recordings.
+
+        Returns:
+            The job's ticket.
+
+        Raises:
+            ValueError: as sum_parts.
+            WorkerError: the pool is closed.
+        """
+        args, _pointers = make_sum_args(dst, parts, divisor, self._isa)
+        number = self._submit("sum", lib.gn_pool_submit_sum, (args, priority), (dst, *parts))
+        self._note(number, "sum", record, len(parts) * parts[0].nbytes)
+        return Ticket(self, number, "sum")
 
     def submit_sweep(self, read: Sequence[Tensor], inverted: Sequence[Tensor], *, priority: int = 0) -> SweepTicket:
         """Queue one pass over several tensors at once, each in proportion to its length, without arithmetic.

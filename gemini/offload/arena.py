@@ -126,6 +126,10 @@ class HostArena:
         self._grant(buffer.view, file.share_of(nbytes), purpose)
         return buffer
 
+    def adopt(self, buffer: torch.Tensor, purpose: str) -> None:
+        """Page-lock memory that another process has been charged for, as if it came from here; `free` undoes it."""
+        self._grant(buffer, 0, purpose)
+
     @contextmanager
     def _charging(self, nbytes: int, purpose: str) -> Iterator[None]:
         """Charge the ledger for what is mapped inside the context, unless the machine refuses it."""

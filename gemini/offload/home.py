@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -24,7 +25,14 @@ from gemini.offload.store import DiskStore
 from gemini.offload.transfer import Transfers
 from gemini.tiers import MemoryTier
 
-__all__ = ["TileRun", "TiledHome"]
+__all__ = ["HomeReaders", "TileRun", "TiledHome"]
+
+
+class HomeReaders(Protocol):
+    """Processes that read a home's host memory themselves."""
+
+    def wait(self) -> None:
+        """Block until none reads what it has asked for so far."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +66,7 @@ class TiledHome:
         transfers: source of device memory; None if no tile is there.
         shared: the memory file's part, from the arena, that holds all tiles; None: the home has its own memory.
         source: provides the host memory; None: private memory of this process.
+        readers: others who read that memory, awaited before it changes; None: nobody does.
         spare_tiles: tiles in host memory or on disk that have a spare place.
         purpose: the ledger's name for the purpose of these bytes.
         spare_purpose: the same for spare places in host memory.
@@ -74,6 +83,7 @@ class TiledHome:
         transfers: Transfers | None = None,
         shared: SharedBuffer | None = None,
         source: MemorySource | None = None,
+        readers: HomeReaders | None = None,
         spare_tiles: Iterable[int] = (),
         purpose: str,
         spare_purpose: str = "spares",
@@ -92,6 +102,7 @@ class TiledHome:
         self.device_buffer: torch.Tensor | None = None
         """Memory of the tiles on the device, uint8; None if there are none."""
         self._shared = shared
+        self._readers = readers
         self._extents: dict[bool, Extent] = {}  # key: whether it is the extent of the spare places
         # - Writes under way
         self.writes: list[tuple[TileRun, IoTicket]] = []
@@ -165,6 +176,11 @@ class TiledHome:
         """Show the present content of a shared home, whatever this process has written to its parameters."""
         if self._shared is not None:
             self._shared.refresh()
+
+    def await_readers(self) -> None:
+        """Block until no other process reads the home, which is about to change."""
+        if self._readers is not None:
+            self._readers.wait()
 
     def has_spare(self, tile: int) -> bool:
         """Return whether a tile can be written ahead."""
@@ -270,6 +286,8 @@ class TiledHome:
             OffloadIOError: the tile cannot be read or written.
         """
         tier = self.tiers[tile]
+        if write:
+            self.await_readers()
         if tier is MemoryTier.HOST:
             yield self.tile(tile)
             return

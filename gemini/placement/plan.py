@@ -22,6 +22,7 @@ __all__ = [
     "RuntimeShape",
     "can_have_spare",
     "has_shared_home",
+    "is_read_by_ranks",
     "is_used_in_place",
     "memory_demand",
     "spare_nbytes",
@@ -148,6 +149,9 @@ class RuntimeShape:
     """Host buffers through which working weights travel from disk to a device."""
     has_spares: bool = False
     """Whether tiles may be given second places."""
+    meets_in_host: bool = False
+    """Whether ranks share host memory in which gradients are added up, so that nothing is received elsewhere, and
+    weights are read by all."""
     has_checksums: bool = False
     """Whether host memory holds checksums of what is on disk."""
     commits_nbytes: int = 0
@@ -175,6 +179,13 @@ def has_shared_home(demand: ChunkDemand, working: Sequence[MemoryTier]) -> bool:
     return demand.num_sharers > 1 and working.count(MemoryTier.HOST) == len(working)
 
 
+def is_read_by_ranks(demand: ChunkDemand, working: Sequence[MemoryTier], shape: RuntimeShape) -> bool:
+    """Return whether other ranks read a shard whose tiles live in `working` right there, when they gather the chunk."""
+    is_in_reach = shape.meets_in_host and demand.is_sharded and not demand.is_committed
+    is_cut = not has_shared_home(demand, working)
+    return is_in_reach and is_cut and working.count(MemoryTier.HOST) == len(working)
+
+
 def is_used_in_place(demand: ChunkDemand, working: Sequence[MemoryTier], shape: RuntimeShape) -> bool:
     """Return whether forward and backward read a chunk whose tiles live in `working` right there."""
     compute = MemoryTier.DEVICE if shape.has_device else MemoryTier.HOST
@@ -191,7 +202,7 @@ def can_have_spare(demand: ChunkDemand, homes: ChunkPlacement, tile: int, shape:
     tiers = (homes.state[tile], homes.working[tile])
     if MemoryTier.DEVICE in tiers or is_used_in_place(demand, homes.working, shape):
         return False
-    if has_shared_home(demand, homes.working):
+    if has_shared_home(demand, homes.working) or is_read_by_ranks(demand, homes.working, shape):
         return False
     if tiers == (MemoryTier.NVME, MemoryTier.NVME):
         return not homes.is_resident
@@ -270,7 +281,8 @@ class DemandTally:
         by_purpose = {tier: dict(sums) for tier, sums in self._held.items()}
         host, device = by_purpose[MemoryTier.HOST], by_purpose[MemoryTier.DEVICE]
         by_purpose[self._compute]["slots"] = num_slots * slot_nbytes
-        by_purpose[self._compute]["exchange slots"] = shape.num_grad_slots * largest.get("exchange slots", 0)
+        for tier, nbytes in exchange_nbytes(largest.get("exchange slots", 0), shape).items():
+            by_purpose[tier]["exchange slots"] = nbytes
         host["update ring"] = shape.ring_depth * largest.get("update ring", 0)
         host["fetch slots"] = shape.num_fetch_slots * largest.get("fetch slots", 0)
         host["gradient slots"] = shape.num_grad_slots * (device_gradient + largest.get("disk gradient slots", 0))
@@ -330,15 +342,39 @@ def _buffer_needs(demand: ChunkDemand, homes: ChunkPlacement, shape: RuntimeShap
     needs = {"update ring": _ring_tile_nbytes(demand, homes, shape)}
     if shape.has_device and MemoryTier.NVME in homes.working:
         needs["fetch slots"] = _aligned(demand.working_nbytes)
-    if shape.has_device and homes.grad in (MemoryTier.HOST, MemoryTier.NVME):
+    is_summed_on_host = demand.is_sharded and shape.meets_in_host
+    if shape.has_device and homes.grad in (MemoryTier.HOST, MemoryTier.NVME) and not is_summed_on_host:
         needs["device gradient slots"] = _aligned(demand.working_nbytes)
     if homes.grad is MemoryTier.NVME:
         needs["disk gradient slots"] = _aligned(demand.numel * demand.grad_itemsize(shape))
     if demand.is_sharded and homes.grad is not None:
         is_elsewhere = demand.keeps_whole_gradient or demand.has_one_param
         nbytes = min(demand.compute_nbytes, EXCHANGE_PIECE_NBYTES) if is_elsewhere else demand.compute_nbytes
-        needs["exchange slots"] = 2 * _aligned(nbytes)
+        needs["exchange slots"] = _aligned(nbytes)
     return needs
+
+
+def exchange_nbytes(slot_nbytes: int, shape: RuntimeShape) -> dict[MemoryTier, int]:
+    """Return the bytes by tier that exchanges of gradients take.
+
+    By collectives, compute memory has two buffers for each slot: what is sent and what is received. In host memory the
+    ranks see what is sent there, and a page of marks: the slots are compute memory themselves on the CPU, and copied
+    from a device.
+
+    Args:
+        slot_nbytes: bytes of a slot; 0: nothing is exchanged.
+        shape: sizes of the buffers.
+
+    Returns:
+        Bytes by tier.
+    """
+    if not slot_nbytes:
+        return {}
+    slots_nbytes = shape.num_grad_slots * slot_nbytes
+    if not shape.meets_in_host:
+        return {MemoryTier.DEVICE if shape.has_device else MemoryTier.HOST: 2 * slots_nbytes}
+    meeting = {MemoryTier.HOST: slots_nbytes + IO_ALIGNMENT_NBYTES}
+    return meeting | {MemoryTier.DEVICE: slots_nbytes} if shape.has_device else meeting
 
 
 def _ring_tile_nbytes(demand: ChunkDemand, homes: ChunkPlacement, shape: RuntimeShape) -> int:

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
+from gemini.offload.arena import MemorySource
+from gemini.offload.home import HomeReaders
 from gemini.offload.transfer import Move
 from gemini.ranks.sharding import ChunkShard, RankAxis, RankGrid, Sharding
 
-__all__ = ["ALONE", "OneRank"]
+__all__ = ["ALONE", "PRIVATE_HOMES", "OneRank"]
 
 
 class Done:
@@ -58,5 +60,30 @@ class OneRank:
         """Return: nothing is held."""
 
 
+class PrivateHomes:
+    """Homes that nobody else reads; see SharedHomes, whose methods these are."""
+
+    def has(self, chunk_id: int) -> bool:
+        """Return False."""
+        return False
+
+    def claim(self, chunk_id: int, nbytes: int) -> MemorySource:
+        """Never called: no home is shared."""
+        raise AssertionError("no home is shared")
+
+    def readers_of(self, chunk_id: int) -> HomeReaders:
+        """Never called: no home is shared."""
+        raise AssertionError("no home is shared")
+
+    def gather(self, chunk_id: int, whole: torch.Tensor, *, name: str) -> Done:
+        """Never called: no home is shared."""
+        raise AssertionError("no home is shared")
+
+    def close(self) -> None:
+        """Return: nothing is held."""
+
+
+PRIVATE_HOMES = PrivateHomes()
+"""The homes of an engine whose ranks, if any, ask each other for weights."""
 ALONE = Sharding(group=OneRank(), node_ranks=(0,), stage=3, is_alone=True)
 """The sharding of an engine that has its model to itself."""

@@ -10,19 +10,27 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
+from gemini.offload.arena import MemorySource
+from gemini.offload.home import HomeReaders
 from gemini.offload.memory_file import MemoryFile
+from gemini.offload.resources import Resources
 from gemini.offload.transfer import Move
 
 __all__ = [
     "ChunkShard",
     "Collective",
+    "HostExchange",
+    "HostMemory",
+    "PartSums",
+    "PendingSum",
     "RankAxis",
     "RankGrid",
     "ShardGroup",
+    "SharedHomes",
     "Sharding",
 ]
 
@@ -95,6 +103,133 @@ class Collective(Protocol):
         Raises:
             CollectiveError: a rank has died, stalled or called something else.
         """
+
+
+class PendingSum(Protocol):
+    """A sum of all ranks' parts, on its way."""
+
+    def wait(self) -> torch.Tensor:
+        """Return the sum; blocks until it is there and the slot with this rank's parts may be filled again.
+
+        Returns:
+            [numel], a new tensor; where compute or host memory is meant, see PartSums.are_on_host.
+
+        Raises:
+            CollectiveError: a rank has died, stalled or called something else.
+        """
+
+
+class PartSums(Protocol):
+    """Sums over the ranks of the shard axis: each fills a slot with a part for every rank and gets the sum of its own.
+
+    Parts are added in float32 in the order of ranks. All ranks start the same sums in the same order.
+    """
+
+    @property
+    def slots(self) -> Sequence[torch.Tensor]:
+        """Compute memory in which parts are put together, uint8 [slot_nbytes] each."""
+        ...
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Bytes of a slot; 0 if there are none. The same on all ranks."""
+        ...
+
+    @property
+    def are_on_host(self) -> bool:
+        """Whether sums come to lie in host memory; False: in compute memory."""
+        ...
+
+    def start(self, slot: int, *, numel: int, dtype: torch.dtype, divisor: int | None, name: str) -> PendingSum:
+        """Start bringing each rank the sum of all ranks' parts for it.
+
+        Args:
+            slot: index of the slot that holds this rank's parts, [num_ranks, numel] of `dtype` in rank order; unchanged
+                until the sum has been awaited.
+            numel: elements of a part.
+            dtype: float32, bfloat16 or float16.
+            divisor: divides the sum, which is then rounded once to `dtype`; None: the sum is left as it is, in float32.
+            name: name of the content, for messages.
+
+        Returns:
+            The sum.
+
+        Raises:
+            CollectiveError: the group has failed.
+        """
+
+    def close(self) -> None:
+        """Give the slots back; sums under way have been awaited. Idempotent."""
+
+
+class SharedHomes(Protocol):
+    """Homes of this rank's shards in memory that other ranks read. All ranks have them of the same chunks."""
+
+    def has(self, chunk_id: int) -> bool:
+        """Return whether a chunk's home has been claimed."""
+
+    def claim(self, chunk_id: int, nbytes: int) -> MemorySource:
+        """Return where the home of a chunk's shard finds its memory, which is then taken at once.
+
+        Args:
+            chunk_id: the chunk; all ranks claim the same chunks in the same order.
+            nbytes: bytes of the home, in whole pages; the same on all ranks.
+
+        Returns:
+            The source.
+        """
+
+    def readers_of(self, chunk_id: int) -> HomeReaders:
+        """Return those who read a chunk's home, to be awaited before it changes."""
+
+    def gather(self, chunk_id: int, whole: torch.Tensor, *, name: str) -> Collective:
+        """Start copying the other ranks' shards of a chunk from their homes; this rank's home may be read from here on.
+
+        Args:
+            chunk_id: the chunk.
+            whole: uint8 [num_ranks * n] in compute memory; all but this rank's n bytes is overwritten. It must not be
+                used until the result has been awaited.
+            name: name of the content, for messages.
+
+        Returns:
+            The operation.
+
+        Raises:
+            CollectiveError: the group has failed.
+        """
+
+    def close(self) -> None:
+        """Let go of the other ranks' homes; what was gathered has been awaited. Idempotent."""
+
+
+class HostExchange(NamedTuple):
+    """What one engine has in host memory that ranks of a machine share."""
+
+    sums: PartSums
+    homes: SharedHomes
+
+
+class HostMemory(Protocol):
+    """Host memory of one machine that its ranks share, in which their gradients meet and their weights live."""
+
+    def open(self, resources: Resources, *, num_slots: int, slot_nbytes: int, homes_nbytes: int) -> HostExchange:
+        """Take this rank's part of that memory, and see the others'.
+
+        Args:
+            resources: memory, threads and copy engine; not closed here.
+            num_slots: sums at the same time; the same on all ranks.
+            slot_nbytes: bytes of a slot, in whole pages; the same on all ranks.
+            homes_nbytes: bytes of all homes that will be claimed, in whole pages; the same on all ranks.
+
+        Returns:
+            Sums and homes, each closed by who uses it.
+
+        Raises:
+            OutOfTierMemoryError: the budgets or the machine do not have the memory.
+        """
+
+    def close(self) -> None:
+        """Let go of what has been prepared; what was opened remains. Idempotent."""
 
 
 class ShardGroup(Protocol):
@@ -214,6 +349,8 @@ class Sharding:
     frozen_file: MemoryFile | None = None
     """Memory file with the complete frozen weights in host memory, for all ranks on this machine; None if each rank
     keeps its own shards. One rank fills it at construction, and the ranks must meet before the first use."""
+    host_memory: HostMemory | None = None
+    """Memory in which gradients are added up and weights are read by all; None: the group exchanges both."""
     is_alone: bool = False
     """Whether chunks are not cut and nothing is exchanged, because this rank has the model to itself."""
 

@@ -101,6 +101,26 @@ typedef struct gn_grad_args {
  * numel = 0 gives 0.0. Blocking, single thread. */
 int32_t gn_grad_store(const gn_grad_args* args);
 
+enum { GN_MAX_PARTS = 1024 };
+
+/* What several processes have of the same gradients. */
+typedef struct gn_sum_args {
+    int32_t dtype;            /* gn_dtype of the parts */
+    int32_t dst_dtype;        /* dtype or GN_DTYPE_F32 */
+    int32_t isa;              /* gn_isa */
+    int32_t num_parts;        /* 1 to GN_MAX_PARTS */
+    const void* const* parts; /* [num_parts] pointers to [numel] elements; read only */
+    void* dst;                /* [numel]; may be one of the parts if the types agree */
+    int64_t numel;
+    float divisor; /* what the sum is divided by */
+} gn_sum_args;
+
+/* Add parts in binary32, one after another in the order given, divide, and round once to dst_dtype:
+ *     dst[i] = round((..((parts[0][i] + parts[1][i]) + parts[2][i]) + ..) / divisor)
+ * numel = 0 does nothing. Blocking, single thread. -EINVAL: unknown type, negative count, too many parts or
+ * none; -ENOTSUP: isa. */
+int32_t gn_sum_parts(const gn_sum_args* args);
+
 /* ------------------------------------------------------------------ Adam */
 
 enum gn_state_format {
@@ -259,6 +279,9 @@ int32_t gn_pool_submit_grad(gn_pool* pool, const gn_grad_args* args, int32_t pri
 int32_t gn_pool_submit_copy(gn_pool* pool, void* dst, const void* src, int64_t nbytes, int32_t priority,
                             uint64_t* ticket);
 
+/* Submit gn_sum_parts; its array of pointers is copied too. */
+int32_t gn_pool_submit_sum(gn_pool* pool, const gn_sum_args* args, int32_t priority, uint64_t* ticket);
+
 /* gn_pool_submit_adam with a journal, which is copied. -EINVAL if it has fewer scratches than the pool has
  * threads. */
 int32_t gn_pool_submit_adam_journalled(gn_pool* pool, const gn_adam_args* args,
@@ -305,6 +328,25 @@ int32_t gn_memory_unmap(void* address, int64_t nbytes);
  * one ended at any instruction, finds everything stored before this call if it finds `value`, and nothing
  * stored after this call if it does not. `place` is aligned to 8 bytes. */
 void gn_memory_publish(uint64_t* place, uint64_t value);
+
+/* Load a word that another process publishes: what it stored before is visible after this call. */
+uint64_t gn_memory_load(const uint64_t* place);
+
+/* ------------------------------------------------------------------ events between processes */
+
+/* An event is a word in memory that processes share, aligned to 4 bytes: it counts signals, modulo 2^32. Who
+ * waits for something in that memory loads the event, looks, and waits for the next signal if it is not
+ * there; who has stored it signals. */
+
+/* Load an event; what was stored before the signals it counts is visible after this call. */
+uint32_t gn_event_load(const uint32_t* event);
+
+/* Count a signal and wake all who wait. Does not block. -ENOSYS: no such system call here. */
+int32_t gn_event_signal(uint32_t* event);
+
+/* Block while the event is `seen`, at most timeout_ns (negative: without limit). 0: it changed, or a signal
+ * of the system came, or nothing did: look again. -ETIMEDOUT: time is up. -ENOSYS: no such system call. */
+int32_t gn_event_wait(const uint32_t* event, uint32_t seen, int64_t timeout_ns);
 
 /* ------------------------------------------------------------------ checksums */
 

@@ -45,6 +45,11 @@ int64_t padded_count(int64_t count);
 // Reduce padded_count(num_blocks) sums, those past num_blocks being zero; overwrites them.
 double reduce_block_sums(double* block_sums, int64_t num_blocks);
 
+int32_t check_sum(const gn_sum_args* args, const Kernels** kernels);
+
+// Add the elements [begin, end) of a checked job.
+void run_sum(const Kernels& kernels, const gn_sum_args& args, int64_t begin, int64_t end);
+
 int32_t check_sweep(const gn_sweep_buffer* buffers, int64_t num_buffers);
 
 // A checked sweep is cut into pieces that each take their share of every buffer.

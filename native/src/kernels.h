@@ -31,6 +31,10 @@ struct Kernels {
     void (*join)(float* master, const uint16_t* working, const int16_t* residual, int64_t numel);
     // [source type]: dst += float(src)
     void (*add[3])(float* dst, const void* src, int64_t numel);
+    // [destination type][source type]: dst[i] = (parts[0][i] + parts[1][i] + ..) / divisor for i in
+    // [begin, end), added in float in that order; null unless the destination is the source's type or float.
+    void (*sum[3][3])(void* dst, const void* const* parts, int64_t num_parts, float divisor, int64_t begin,
+                      int64_t end);
     // Root of the tree over exactly kSumsqBlockNumel values.
     double (*sumsq_block)(const float* values);
     // [state format][gradient type]

@@ -170,6 +170,27 @@ void add_all(float* dst, const void* src, int64_t numel) {
     if (V::kWidth > 1) add_run<ScalarVec>(dst, from, done, numel);
 }
 
+template <class V, class Dst, class Src>
+GN_INLINE int64_t sum_run(Dst* dst, const void* const* parts, int64_t num_parts, float divisor, int64_t i,
+                          int64_t end) {
+    const typename V::F by = V::splat(divisor);
+    for (; i + V::kWidth <= end; i += V::kWidth) {
+        typename V::F sum = V::load(static_cast<const Src*>(parts[0]) + i);
+        for (int64_t part = 1; part < num_parts; ++part)
+            sum = V::add(sum, V::load(static_cast<const Src*>(parts[part]) + i));
+        V::store(dst + i, V::div(sum, by));
+    }
+    return i;
+}
+
+template <class V, class Dst, class Src>
+void sum_all(void* dst, const void* const* parts, int64_t num_parts, float divisor, int64_t begin,
+             int64_t end) {
+    Dst* to = static_cast<Dst*>(dst);
+    const int64_t done = sum_run<V, Dst, Src>(to, parts, num_parts, divisor, begin, end);
+    if (V::kWidth > 1) sum_run<ScalarVec, Dst, Src>(to, parts, num_parts, divisor, done, end);
+}
+
 // The first three halvings (h = 2048, 1024, 512) happen in registers while squaring.
 template <class V>
 double sumsq_block(const float* x) {
@@ -327,6 +348,9 @@ const Kernels* make_kernels() {
         split_all<V>,
         join_all<V>,
         {add_all<V, float>, add_all<V, Bf16>, add_all<V, F16>},
+        {{sum_all<V, float, float>, sum_all<V, float, Bf16>, sum_all<V, float, F16>},
+         {nullptr, sum_all<V, Bf16, Bf16>, nullptr},
+         {nullptr, nullptr, sum_all<V, F16, F16>}},
         sumsq_block<V>,
         {{adam_all<V, SplitState, float>, adam_all<V, SplitState, Bf16>, adam_all<V, SplitState, F16>},
          {adam_all<V, F16State, float>, adam_all<V, F16State, Bf16>, adam_all<V, F16State, F16>},

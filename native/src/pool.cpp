@@ -93,6 +93,22 @@ struct GradJob final : Job {
     }
 };
 
+struct SumJob final : Job {
+    gn_sum_args args;
+    std::vector<const void*> parts;
+    const gn::Kernels* kernels;
+
+    SumJob(const gn_sum_args& source, const gn::Kernels* kernels)
+        : args(source), parts(source.parts, source.parts + source.num_parts), kernels(kernels) {
+        args.parts = parts.data();
+        num_blocks = (args.numel + kBlockNumel - 1) / kBlockNumel;
+    }
+    void run_block(int64_t block, int32_t) override {
+        const int64_t begin = block * kBlockNumel;
+        gn::run_sum(*kernels, args, begin, std::min(args.numel, begin + kBlockNumel));
+    }
+};
+
 struct CopyJob final : Job {
     char* dst;
     const char* src;
@@ -376,6 +392,15 @@ int32_t gn_pool_submit_grad(gn_pool* pool, const gn_grad_args* args, int32_t pri
         const gn::Kernels* kernels = nullptr;
         if (const int32_t status = gn::check_grad(args, &kernels)) return status;
         return pool->submit(std::make_unique<GradJob>(*args, kernels), priority, ticket);
+    });
+}
+
+int32_t gn_pool_submit_sum(gn_pool* pool, const gn_sum_args* args, int32_t priority, uint64_t* ticket) {
+    if (!ticket) return -EINVAL;
+    return gn::guarded_on(pool, [=]() -> int32_t {
+        const gn::Kernels* kernels = nullptr;
+        if (const int32_t status = gn::check_sum(args, &kernels)) return status;
+        return pool->submit(std::make_unique<SumJob>(*args, kernels), priority, ticket);
     });
 }
 

@@ -44,3 +44,5 @@ int32_t gn_memory_unmap(void* address, int64_t nbytes) {
 }
 
 void gn_memory_publish(uint64_t* place, uint64_t value) { gn::publish(place, value); }
+
+uint64_t gn_memory_load(const uint64_t* place) { return __atomic_load_n(place, __ATOMIC_ACQUIRE); }

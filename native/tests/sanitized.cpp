@@ -121,6 +121,24 @@ gn_grad_args store_args(Tensor<float>* dst, Tensor<float>* src, int32_t mode, in
     return args;
 }
 
+void run_sums(int64_t numel, int32_t isa) {
+    Tensor<float> first(numel, 1.0f), second(numel, 2.0f), sum(numel);
+    const void* parts[] = {first.data(), second.data()};
+    gn_sum_args args = {};
+    args.isa = isa;
+    args.num_parts = 2;
+    args.parts = parts;
+    args.dst = sum.data();
+    args.numel = numel;
+    args.divisor = 2.0f;
+    CHECK(gn_sum_parts(&args) == 0);
+    CHECK(numel == 0 || sum.data()[numel - 1] == 1.5f);
+    args.dst = first.data();
+    CHECK(gn_sum_parts(&args) == 0);
+    args.num_parts = 0;
+    CHECK(gn_sum_parts(&args) == -EINVAL);
+}
+
 void run_gradients(int64_t numel, int32_t isa) {
     Tensor<float> src(numel, 2.0f), dst(numel);
     for (int32_t mode : {GN_GRAD_STORE, GN_GRAD_ADD}) {
@@ -137,6 +155,7 @@ void test_kernels() {
             run_casts(numel, isa);
             run_updates(numel, isa);
             run_gradients(numel, isa);
+            run_sums(numel, isa);
         }
 }
 
@@ -172,17 +191,28 @@ void use_pool(gn_pool* pool, int32_t isa) {
         Update update(numel, GN_FORMAT_F32, GN_DTYPE_F32, isa);
         Tensor<float> src(numel, 2.0f), dst(numel), copy(numel);
         double sumsq = -1;
-        uint64_t checksum = 0, tickets[4];
+        uint64_t checksum = 0, tickets[5];
+        Tensor<float> sum(numel);
+        const void* parts[] = {src.data(), src.data(), src.data()};
+        gn_sum_args adding = {};
+        adding.isa = isa;
+        adding.num_parts = 3;
+        adding.parts = parts;
+        adding.dst = sum.data();
+        adding.numel = numel;
+        adding.divisor = 1.0f;
         const gn_grad_args gradient = store_args(&dst, &src, GN_GRAD_STORE, isa, &sumsq);
         const gn_sweep_buffer swept = {src.data(), numel * 4, GN_SWEEP_READ};
         CHECK(gn_pool_submit_adam(pool, &update.args, 2, &tickets[0]) == 0);
         CHECK(gn_pool_submit_grad(pool, &gradient, GN_PRIORITY_BACKGROUND, &tickets[1]) == 0);
         CHECK(gn_pool_submit_copy(pool, copy.data(), src.data(), numel * 4, 0, &tickets[2]) == 0);
         CHECK(gn_pool_submit_sweep(pool, &swept, 1, &checksum, 1, &tickets[3]) == 0);
+        CHECK(gn_pool_submit_sum(pool, &adding, 0, &tickets[4]) == 0);
         CHECK(gn_pool_limit_background(pool, 1) == 0);
         for (uint64_t ticket : tickets) CHECK(gn_pool_wait(pool, ticket, kForEver) == 0);
         CHECK(sumsq == 4.0 * static_cast<double>(numel));
         CHECK(numel == 0 || copy.data()[numel - 1] == 2.0f);
+        CHECK(numel == 0 || sum.data()[numel - 1] == 6.0f);
     }
 }
 
@@ -212,6 +242,31 @@ void test_pool() {
     CHECK(gn_pool_submit_copy(pool, dst.data(), src.data(), 1, 0, &ticket) == -ECANCELED);
     waiter.join();
     CHECK(gn_pool_destroy(pool) == 0);
+}
+
+// ---------------------------------------------------------------------- events
+
+// Two threads take turns, each woken by the other's word.
+void test_events() {
+    uint32_t event = 0;
+    uint64_t turn = 0;
+    const auto take_turns = [&](uint64_t parity) {
+        for (uint64_t round = parity; round < 200; round += 2) {
+            for (;;) {
+                const uint32_t seen = gn_event_load(&event);
+                if (gn_memory_load(&turn) == round) break;
+                CHECK(gn_event_wait(&event, seen, kForEver) == 0);
+            }
+            gn_memory_publish(&turn, round + 1);
+            CHECK(gn_event_signal(&event) == 0);
+        }
+    };
+    std::thread other(take_turns, 1);
+    take_turns(0);
+    other.join();
+    CHECK(gn_memory_load(&turn) == 200);
+    CHECK(gn_event_wait(&event, gn_event_load(&event), 1000) == -ETIMEDOUT);
+    CHECK(gn_event_wait(&event, gn_event_load(&event) + 1, kForEver) == 0);
 }
 
 // ---------------------------------------------------------------------- I/O engines
@@ -312,6 +367,7 @@ int main(int argc, char** argv) {
     test_kernels();
     test_checksums();
     test_pool();
+    test_events();
     test_engines(argv[1]);
     puts("sanitized: all paths ran clean");
     return 0;

@@ -203,12 +203,12 @@ def train_alone(
         return Fit(losses, norms, engine.master_state_dict(), engine.runtime.steps.num_skipped_steps)
 
 
-def overflow_on_last_rank(*, mesh: tuple[int, ...] | None = None) -> dict[str, Any]:
+def overflow_on_last_rank(*, mesh: tuple[int, ...] | None = None, **fields: Any) -> dict[str, Any]:
     """Train three float16 steps; in the first the last rank's gradients overflow."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     case = case_of("gpt2")
     batches = [cut_batch(batch, rank, world_size) for batch in global_batches(case, 3, world_size)]
-    with sharded(case, stage=3, place="device", directory=None, mesh=mesh, dtype=torch.float16) as engine:
+    with sharded(case, stage=3, place="device", directory=None, mesh=mesh, dtype=torch.float16, **fields) as engine:
         optimizer = hybrid_adam(engine.parameters())
         scaler = engine.runtime.coming.scaler
         assert scaler is not None
@@ -338,12 +338,12 @@ def evaluate_between_steps(*, stage: int, place: str) -> list[float]:
 
 
 def measure_memory(
-    *, model: str, stage: int, place: str, directory: Path | None, mesh: tuple[int, ...] | None = None
+    *, model: str, stage: int, place: str, directory: Path | None, mesh: tuple[int, ...] | None = None, **fields: Any
 ) -> dict[str, Any]:
     """Train two steps; return bytes planned and held by tier and purpose, and bytes fetched."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     case = case_of(model)
-    with sharded(case, stage=stage, place=place, directory=directory, mesh=mesh) as engine:
+    with sharded(case, stage=stage, place=place, directory=directory, mesh=mesh, **fields) as engine:
         optimizer = hybrid_adam(engine.parameters())
         batches = global_batches(case, 2, world_size)
         fit(engine, optimizer, case, batches, rank=rank, world_size=world_size)

@@ -60,6 +60,7 @@ def assert_same(found: list[Outcome], expected: list[Outcome]) -> None:
         (2, {"stage": 3, "place": "nvme", **MIXED}),
         (2, {"stage": 3, "model": "gpt2", "dtype": torch.bfloat16, "overlap": "next-forward"}),
         (2, {"stage": 3, "model": "gpt2", "frozen": "mlp"}),
+        (2, {"stage": 3, "exchange": "host"}),
         (4, {"stage": 3, "mesh": (2, 2)}),
     ],
 )

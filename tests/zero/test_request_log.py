@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
+import pytest
 import torch.distributed as dist
 
 from zero.request_log import RequestLog
+from zero.torch_group import has_ended
 
 
 def log_of(*names: str) -> RequestLog:
@@ -54,3 +58,26 @@ def test_a_checksum_that_is_no_longer_kept_proves_nothing() -> None:
     assert log.differs_at(1, 0)
     assert not log.differs_at(2, 0)
     assert not log.differs_at(-1, 0)
+
+
+class LateWork:
+    """A collective that ends just when a wait for it has given up."""
+
+    def __init__(self, error: str | None) -> None:
+        self._error = error
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        if timeout is not None:
+            raise RuntimeError("time is up")
+        if self._error is not None:
+            raise RuntimeError(self._error)
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+
+def test_a_collective_that_ends_when_time_is_up_has_not_failed() -> None:
+    assert has_ended(LateWork(None), timedelta(seconds=1))  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="connection reset"):
+        has_ended(LateWork("connection reset"), timedelta(seconds=1))  # type: ignore[arg-type]
