@@ -211,7 +211,7 @@ def open_resources(
     # Sums of gradients leave the device for their homes without a stop.
     sums_on_device = config.gradient_accumulation and config.placement == "auto"
     never_copied = NEVER_COPIED - {"gradients"} if sums_on_device else NEVER_COPIED
-    arena = HostArena(ledger, accelerator=accelerator, nodes=nodes, never_copied=never_copied)
+    arena = HostArena(ledger, accelerator=accelerator, nodes=nodes, never_copied=never_copied, pool=pool)
     transfers: Transfers
     if device is None:
         transfers = CpuTransfers(arena)
