@@ -15,7 +15,7 @@ CPP_SOURCES = $(filter %.cpp %.h,$(NATIVE_SOURCES)) $(wildcard gemini/heap/*.cpp
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test test-all test-newest stress constraints check check-format lint typecheck docstrings docs check-native sanitize format gpu bench clean
+.PHONY: help setup quickstart test test-all test-newest stress constraints check check-format lint typecheck docstrings docs check-native sanitize format gpu gpu-wheels bench clean
 
 help:  ## say what can be made (this text)
 	@echo "Gemini: train models far larger than the device's memory. Start with: make quickstart"
@@ -75,10 +75,11 @@ format: $(TOOLS)  ## rewrite the sources in the project's form
 	$(PY) -m ruff format .
 	.venv/bin/clang-format -i $(CPP_SOURCES)
 
-gpu: $(BUILT)  ## run the GPU tests, then measure and write benchmarks/results and the tables
-	$(PY) -m pytest -m gpu tests
-	$(PY) benchmarks/gpu.py --out benchmarks/results
-	$(PY) benchmarks/tables.py
+gpu:  ## run the GPU tests and measure, in nine minutes and without a network; WHEELS=DIR, OUT=DIR
+	@$(or $(PYTHON),python3) .ci/gpu_run.py --out $(or $(OUT),build/gpu) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(PYTHON),--python $(PYTHON))
+
+gpu-wheels:  ## fetch what a GPU machine without a network may lack, into WHEELS=build/wheels; PEERS=1, ALSO="NAME ..."
+	@$(or $(PYTHON),python3) .ci/gpu_run.py --download $(or $(WHEELS),build/wheels) $(if $(PEERS),--peers) $(if $(ALSO),--also $(ALSO)) $(if $(GPU_PYTHON),--for-python $(GPU_PYTHON))
 
 bench: $(BUILT)  ## measure what this machine without a GPU can measure
 	$(PY) benchmarks/cpu.py --out benchmarks/results

@@ -6,7 +6,7 @@ torch.optim.AdamW(fused=True); a copy on the device is the ceiling. Adam in tile
 every tile. GB/s counts every byte that must be read or written once, 10^9 bytes a second. Times are medians over CUDA
 events.
 
-Called by gpu.py, which prints the rows as a table; prints them as one JSON line.
+Called by gpu.py; prints a line of JSON with the rows of each part as soon as they are measured.
 """
 
 from __future__ import annotations
@@ -184,8 +184,9 @@ def compare(rows: list[Row]) -> None:
     """Add to each row its bandwidth as a share of the ceiling's: the same copy, or a copy on the device."""
     ceilings = {row["task"]: row["gb_per_s"] for row in rows if row["system"] == "ceiling"}
     for row in rows:
-        if row["system"] != "ceiling":
-            row["of_ceiling"] = row["gb_per_s"] / ceilings.get(row["task"], ceilings["device copy"])
+        ceiling = ceilings.get(row["task"], ceilings.get("device copy"))
+        if row["system"] != "ceiling" and ceiling is not None and "gb_per_s" in row:
+            row["of_ceiling"] = row["gb_per_s"] / ceiling
 
 
 def measure(device: torch.device, *, numel: int, copy_nbytes: int, num_repeats: int) -> list[Row]:
@@ -200,13 +201,19 @@ def measure(device: torch.device, *, numel: int, copy_nbytes: int, num_repeats: 
     Returns:
         The rows, with shares of the ceilings.
     """
-    rows = measure_copies(device, copy_nbytes, num_repeats)
-    rows += measure_references(device, numel, num_repeats)
-    chosen = select_device_kernels(device)
-    for kernels in (chosen, TORCH_KERNELS) if chosen is not TORCH_KERNELS else (TORCH_KERNELS,):
-        rows += measure_kernels(device, kernels, numel, num_repeats)
+    rows = [row for part in measure_parts(device, numel, copy_nbytes, num_repeats) for row in part]
     compare(rows)
     return rows
+
+
+def measure_parts(device: torch.device, numel: int, copy_nbytes: int, num_repeats: int) -> Iterator[list[Row]]:
+    """Yield the rows of `measure` part by part, without shares."""
+    yield measure_references(device, numel, num_repeats)
+    chosen = select_device_kernels(device)
+    yield measure_kernels(device, chosen, numel, num_repeats)
+    yield measure_copies(device, copy_nbytes, num_repeats)
+    if chosen is not TORCH_KERNELS:
+        yield measure_kernels(device, TORCH_KERNELS, numel, num_repeats)
 
 
 def main() -> None:
@@ -218,8 +225,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20, help="timed calls of each row")
     options = parser.parse_args()
     device = torch.device(options.device)
-    rows = measure(device, numel=options.numel, copy_nbytes=options.copy_bytes, num_repeats=options.repeats)
-    print(json.dumps(rows), flush=True)
+    for rows in measure_parts(device, options.numel, options.copy_bytes, options.repeats):
+        print(json.dumps(rows), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""One training run of one system on a GPU, in a process of its own; prints one JSON line.
+"""One training run of one system on a GPU, in a process of its own.
+
+It prints a line of JSON when it is ready, one for each step, one when it has trained, and one with all of its numbers.
 
     torch-autocast  everything on the GPU: float32 weights under bf16 autocast, torch.optim.AdamW (fused), 16 bytes a
                     parameter; what the others' precision is to be compared with
@@ -31,6 +33,7 @@ from resident_memory import peak_resident_nbytes
 from training_step import Step, deepspeed_step, enable_checkpointing, training_step
 
 SHAPES: dict[str, dict[str, int]] = {
+    "llama-0.1b": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12},
     "llama-0.4b": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16},
     "llama-0.7b": {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 20, "num_attention_heads": 12},
     "llama-1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 16, "num_attention_heads": 16},
@@ -79,7 +82,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=8, help="sequences in a step")
     parser.add_argument("--seq", type=int, default=2048, help="tokens in a sequence")
     parser.add_argument("--steps", type=int, default=5, help="timed steps, at most")
-    parser.add_argument("--seconds", type=float, default=20.0, help="no step is begun later than this")
+    parser.add_argument("--seconds", type=float, default=15.0, help="no step is begun later than this")
     parser.add_argument("--host-budget", help="host memory to plan with, as in 100GiB (what is free now)")
     parser.add_argument("--swap", type=Path, help="directory for gemini's swap file, where host memory is short")
 
@@ -209,6 +212,7 @@ def make_gemini(options: argparse.Namespace) -> System:
         return {
             "params": report.num_params,
             "slices": options.slices,
+            "device_budget_bytes": config.device_budget_nbytes,
             "resident_chunks": report.num_resident_chunks,
             "chunks": report.num_chunks,
             "chunk_bytes": held,
@@ -310,6 +314,11 @@ def cap_device(device: str, cap_nbytes: int) -> None:
         torch.cuda.set_per_process_memory_fraction(min(cap_nbytes / total, 1.0))
 
 
+def tell(stage: str, **figures: float) -> None:
+    """Say how far the run has come; whoever follows it ends it by what it has said."""
+    print(json.dumps({"stage": stage, **figures}), flush=True)
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Train and measure.
 
@@ -326,6 +335,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     system = makers[options.system.partition("-")[0]](options)
     setup_s = time.perf_counter() - start
+    tell("ready", setup_s=setup_s)
     peak.note()
     generator = torch.Generator().manual_seed(1)
     vocab_size = SHAPES[options.model].get("vocab_size", VOCAB_SIZE)
@@ -338,7 +348,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         start = time.perf_counter()
         losses.append(float(system.step(batch.to(options.device))))  # waits for the device, as a log does
         seconds.append(time.perf_counter() - start)
+        tell("step", s=seconds[-1])
         peak.note()
+    tell("trained")
     timed = seconds[NUM_WARM_UPS:]
     return {
         "step_s": statistics.median(timed),

@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -33,6 +34,7 @@ from gemini.gradients.sharded import ShardedGradients
 from gemini.gradients.store import GradientStore
 from gemini.heap import serve_cpu_memory
 from gemini.kernels.device import DeviceKernels, select_device_kernels
+from gemini.kernels.pool import Ticket
 from gemini.model.flat_values import FlatValues
 from gemini.model.module_calls import is_compiled
 from gemini.offload.arena import MemorySource
@@ -143,10 +145,10 @@ def _assemble(
         given=swap_file,
         granted_by=memory,
     )
-    with ExitStack() as on_error:
+    with ThreadPoolExecutor(resources.pool.num_threads) as threads, ExitStack() as on_error:
         on_error.callback(resources.close, keep=kept.step is not None)
         resources.ledger.charge(MemoryTier.HOST, "commits", blueprint.shape.commits_nbytes)
-        builder = _Builder(config, blueprint, resources, sharding, weights, kept, memory, parts, on_error)
+        builder = _Builder(config, blueprint, resources, sharding, weights, kept, memory, parts, threads, on_error)
         runtime = builder.build(model, init_fn or find_init_fn(model))
         on_error.pop_all()
     return runtime
@@ -176,8 +178,12 @@ class _Builder:
     memory: EngineMemory
     parts: Mapping[int, SharedPart]
     """Chunks that can be shared with other jobs, by chunk id."""
+    threads: Executor
+    """Share the work of splitting first weights."""
     on_error: ExitStack
     """Closes what has been opened, should the rest fail."""
+    touched: list[Ticket | None] = field(default_factory=list)
+    """First touches of homes' memory that may be under way."""
 
     def build(self, model: torch.nn.Module, init_fn: InitFn) -> Runtime:
         """Claim memory and disk, and write the weights to their homes."""
@@ -210,6 +216,9 @@ class _Builder:
             self._lay_out_shared_weights()
             for homes in plan.chunks:
                 self._add_chunk(homes, core, gradients, states, initialiser)
+        for ticket in self.touched:
+            if ticket is not None:
+                ticket.wait()
         self._stage_pageable_weights(core)
         self.commits.redo(core, states, gradients, pipeline)
         for homes in plan.chunks:
@@ -365,6 +374,7 @@ class _Builder:
             tile_numel=self.blueprint.shape.tile_numel,
             transfers=self.resources.transfers,
             isa=self.resources.isa,
+            threads=self.threads,
         )
 
     def _add_chunk(
@@ -433,6 +443,8 @@ class _Builder:
                 record=f"{'weights' if purpose == 'working' else purpose} of {name}",
             )
             self.on_error.callback(home.close)
+            if home.is_private:
+                self.touched.append(home.populate())  # now, not in the first step
             return home
 
         working_nbytes = [round_up(demand.working_tile_nbytes(t, shape.tile_numel), IO_ALIGNMENT_NBYTES) for t in tiles]
@@ -451,7 +463,4 @@ class _Builder:
             round_up(demand.tile_length(t, shape.tile_numel) * grad_itemsize, IO_ALIGNMENT_NBYTES) for t in tiles
         ]
         grad = open_home((homes.grad,) * len(tiles), grad_nbytes, "gradients")
-        for home in (state, grad):
-            if home.host_buffer is not None and source is None:
-                home.host_buffer.zero_()  # touch the pages now, not in the first step
         return working, state, grad

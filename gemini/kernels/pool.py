@@ -280,6 +280,26 @@ class WorkerPool:
         self._note(number, "sum", record, len(parts) * parts[0].nbytes)
         return Ticket(self, number, "sum")
 
+    def submit_populate(self, memory: Tensor, *, priority: int = 0) -> Ticket:
+        """Queue the first touch of fresh private memory: its pages exist afterwards, with unchanged content.
+
+        Unlike other jobs, it permits its memory to be written to meanwhile.
+
+        Args:
+            memory: uint8, page aligned, on the CPU.
+            priority: lower starts first.
+
+        Returns:
+            The job's ticket.
+
+        Raises:
+            ValueError: the tensor is not contiguous on the CPU.
+            WorkerError: the pool is closed.
+        """
+        _check_bytes("submit_populate: memory", memory)
+        args = (address_of(memory), memory.nbytes, priority)
+        return Ticket(self, self._submit("populate", lib.gn_pool_submit_populate, args, (memory,)), "populate")
+
     def submit_sweep(self, read: Sequence[Tensor], inverted: Sequence[Tensor], *, priority: int = 0) -> SweepTicket:
         """Queue one pass over several tensors at once, each in proportion to its length, without arithmetic.
 

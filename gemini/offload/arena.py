@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from gemini.errors import OutOfTierMemoryError
+from gemini.kernels.pool import Ticket, WorkerPool
 from gemini.kernels.topology import interleave_memory
 from gemini.offload.accelerator import Accelerator
 from gemini.offload.memory_file import MemoryFile, SharedBuffer
@@ -62,6 +63,7 @@ class HostArena:
         nodes: memory nodes over which the pages of each buffer are spread, so that one thread's first touch does not
             put everything behind one memory controller; with fewer than two the system decides.
         never_copied: purposes of buffers that the accelerator does not copy from or to.
+        pool: threads that touch the pages of buffers first; None: whoever uses a page first does.
     """
 
     def __init__(
@@ -71,11 +73,13 @@ class HostArena:
         accelerator: Accelerator | None = None,
         nodes: Sequence[int] = (),
         never_copied: frozenset[str] = NOT_COPIED_BY_DEVICE,
+        pool: WorkerPool | None = None,
     ) -> None:
         self._ledger = ledger
         self._accelerator = accelerator
         self._never_copied = never_copied
         self._nodes = tuple(nodes)
+        self._pool = pool
         self._buffers: dict[int, _Grant] = {}
         self._has_warned = False
 
@@ -99,10 +103,22 @@ class HostArena:
             if source is None:
                 buffer = _map_memory(nbytes)
                 self._interleave(buffer)
+                self._populate_to_lock(buffer, purpose)
             else:
                 buffer = source.take(nbytes)
         self._grant(buffer, nbytes, purpose, is_lockable=source is None or source.is_lockable)
         return buffer
+
+    def populate(self, buffer: torch.Tensor) -> Ticket | None:
+        """Start the first touch of a buffer's pages, by all threads of the pool; the system then counts them as used.
+
+        Args:
+            buffer: a buffer of private memory from `allocate`; may be written to meanwhile.
+
+        Returns:
+            The job's ticket; None if there is no pool.
+        """
+        return None if self._pool is None else self._pool.submit_populate(buffer)
 
     def take_shared(self, file: MemoryFile, nbytes: int, purpose: str) -> SharedBuffer:
         """Take the next part of a memory file and charge this process's share of it.
@@ -141,6 +157,14 @@ class HostArena:
             raise OutOfTierMemoryError(
                 f"the machine refused {format_nbytes(nbytes)} of host memory for {purpose}: {error}; lower host_budget"
             ) from error
+
+    def _populate_to_lock(self, buffer: torch.Tensor, purpose: str) -> None:
+        """Touch what is to be page-locked: the driver's one thread would take far longer to do it."""
+        ticket = None
+        if self._accelerator is not None and purpose not in self._never_copied:
+            ticket = self.populate(buffer)
+        if ticket is not None:
+            ticket.wait()
 
     def _interleave(self, buffer: torch.Tensor) -> None:
         if len(self._nodes) > 1:

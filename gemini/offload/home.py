@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 
 from gemini.errors import OffloadIOError, OutOfTierMemoryError
+from gemini.kernels.pool import Ticket
 from gemini.offload.arena import HostArena, MemorySource
 from gemini.offload.extents import Extent
 from gemini.offload.io import IoTicket, empty_aligned
@@ -103,6 +104,8 @@ class TiledHome:
         """Memory of the tiles on the device, uint8; None if there are none."""
         self._shared = shared
         self._readers = readers
+        self.is_private = shared is None and source is None
+        """Whether host memory is this process's alone, and so was zero in the beginning."""
         self._extents: dict[bool, Extent] = {}  # key: whether it is the extent of the spare places
         # - Writes under way
         self.writes: list[tuple[TileRun, IoTicket]] = []
@@ -181,6 +184,15 @@ class TiledHome:
         """Block until no other process reads the home, which is about to change."""
         if self._readers is not None:
             self._readers.wait()
+
+    def populate(self) -> Ticket | None:
+        """Start the first touch of the host memory, which must be private; it may be written to meanwhile.
+
+        Returns:
+            The job's ticket; None if there is nothing to do.
+        """
+        assert self.is_private
+        return None if self.host_buffer is None else self._arena.populate(self.host_buffer)
 
     def has_spare(self, tile: int) -> bool:
         """Return whether a tile can be written ahead."""

@@ -211,7 +211,7 @@ def open_resources(
     # Sums of gradients leave the device for their homes without a stop.
     sums_on_device = config.gradient_accumulation and config.placement == "auto"
     never_copied = NOT_COPIED_BY_DEVICE - {"gradients"} if sums_on_device else NOT_COPIED_BY_DEVICE
-    arena = HostArena(ledger, accelerator=accelerator, nodes=nodes, never_copied=never_copied)
+    arena = HostArena(ledger, accelerator=accelerator, nodes=nodes, never_copied=never_copied, pool=pool)
     transfers: Transfers
     if device is None:
         transfers = CpuTransfers(arena)

@@ -90,7 +90,7 @@ def split_masters(
     elif rest.dtype is torch.int16:
         split_master(working, rest, source, isa=isa)
     else:
-        rest.copy_(source)
+        cast(rest, source, isa=isa)
         cast(working, source, isa=isa)
 
 

@@ -294,6 +294,13 @@ int32_t gn_pool_submit_adam_journalled(gn_pool* pool, const gn_adam_args* args,
 int32_t gn_pool_submit_sweep(gn_pool* pool, const gn_sweep_buffer* buffers, int64_t num_buffers,
                              uint64_t* checksum, int32_t priority, uint64_t* ticket);
 
+/* Submit the first touch of a fresh private mapping, by several threads at once: its pages exist afterwards,
+ * and their content is unchanged. `address` is page aligned. The memory may be written to meanwhile; it must
+ * stay mapped until the ticket has completed. A page that the system refuses here is left to its first use.
+ */
+int32_t gn_pool_submit_populate(gn_pool* pool, void* address, int64_t nbytes, int32_t priority,
+                                uint64_t* ticket);
+
 /* Wait for a ticket. Returns the job's result, -ETIMEDOUT after timeout_ns (negative: wait for
  * ever; 0: only look) or -EINVAL for a ticket that was never issued. May be asked
  * repeatedly and from several threads; results of completed tickets cost no memory when they are 0. */
@@ -313,6 +320,16 @@ int64_t gn_pool_take_spans(gn_pool* pool, gn_span* spans, int64_t max_count);
  * MPOL_INTERLEAVE). `address` is page aligned. Pages that exist stay where they are. Node numbers are below
  * 1024. -ENOSYS: no such system call here; -EPERM, -EINVAL: as mbind(2). */
 int32_t gn_memory_interleave(void* address, int64_t nbytes, const int32_t* nodes, int32_t num_nodes);
+
+enum gn_populate_way {
+    GN_POPULATE_BY_ADVICE = 1, /* MADV_POPULATE_WRITE, Linux 5.14 */
+    GN_POPULATE_BY_TOUCH = 2   /* a write of what is there to each page; works everywhere */
+};
+
+/* Give the pages of a mapping that is writable by this process their memory, with content unchanged, even if
+ * other threads write to it meanwhile. Blocking, single thread. `address` is page aligned. -EINVAL: unknown
+ * way, or a kernel that does not know it; else as madvise(2). */
+int32_t gn_memory_populate(void* address, int64_t nbytes, int32_t way);
 
 /* Map the first `nbytes` bytes of a file for reading and writing, shared with all who map it, from a multiple
  * of 2 MiB on. A memory file's pages become huge ones where the kernel can do that (MADV_COLLAPSE, Linux 6.1,

@@ -21,6 +21,7 @@
 #include "c_api.h"
 #include "float_mode.h"
 #include "jobs.h"
+#include "populate.h"
 #include "spans.h"
 
 namespace {
@@ -28,6 +29,7 @@ namespace {
 // One unit of work of a thread: long against the cost of taking it, short enough to spread a small job.
 constexpr int64_t kBlockNumel = 16 * gn::kSumsqBlockNumel;
 constexpr int64_t kBlockNbytes = 256 * 1024;
+constexpr int64_t kPopulatedNbytes = 8 * 1024 * 1024;  // four huge pages, each of one thread alone
 static_assert(kBlockNumel % GN_JOURNAL_BLOCK_NUMEL == 0, "threads share no block of a journal");
 
 constexpr int32_t kMaxThreads = 4096;
@@ -121,6 +123,19 @@ struct CopyJob final : Job {
     void run_block(int64_t block, int32_t) override {
         const int64_t begin = block * kBlockNbytes;
         memcpy(dst + begin, src + begin, static_cast<size_t>(std::min(kBlockNbytes, nbytes - begin)));
+    }
+};
+
+struct PopulateJob final : Job {
+    char* begin;
+    int64_t nbytes;
+
+    PopulateJob(void* address, int64_t count) : begin(static_cast<char*>(address)), nbytes(count) {
+        num_blocks = (nbytes + kPopulatedNbytes - 1) / kPopulatedNbytes;
+    }
+    void run_block(int64_t block, int32_t) override {
+        const int64_t first = block * kPopulatedNbytes;
+        gn::populate(begin + first, std::min(kPopulatedNbytes, nbytes - first));
     }
 };
 
@@ -409,6 +424,14 @@ int32_t gn_pool_submit_copy(gn_pool* pool, void* dst, const void* src, int64_t n
     if (!ticket || nbytes < 0 || (nbytes > 0 && (!dst || !src))) return -EINVAL;
     return gn::guarded_on(pool, [=]() -> int32_t {
         return pool->submit(std::make_unique<CopyJob>(dst, src, nbytes), priority, ticket);
+    });
+}
+
+int32_t gn_pool_submit_populate(gn_pool* pool, void* address, int64_t nbytes, int32_t priority,
+                                uint64_t* ticket) {
+    if (!ticket || nbytes < 0 || (nbytes > 0 && !address)) return -EINVAL;
+    return gn::guarded_on(pool, [=]() -> int32_t {
+        return pool->submit(std::make_unique<PopulateJob>(address, nbytes), priority, ticket);
     });
 }
 

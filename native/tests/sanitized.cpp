@@ -159,6 +159,18 @@ void test_kernels() {
         }
 }
 
+// ---------------------------------------------------------------------- first touch
+
+void test_populate() {
+    for (int64_t nbytes : {int64_t{0}, int64_t{4096}, int64_t{20} << 20}) {
+        Tensor<char> memory(nbytes, 'x');
+        CHECK(gn_memory_populate(memory.data(), nbytes, GN_POPULATE_BY_TOUCH) == 0);
+        CHECK(gn_memory_populate(memory.data(), nbytes, 3) == -EINVAL);
+        for (int64_t i = 0; i < nbytes; i += 4096) CHECK(memory.data()[i] == 'x');
+    }
+    CHECK(gn_memory_populate(nullptr, 1, GN_POPULATE_BY_TOUCH) == -EINVAL);
+}
+
 // ---------------------------------------------------------------------- checksums
 
 void test_checksums() {
@@ -365,6 +377,7 @@ void test_engines(const std::string& directory) {
 int main(int argc, char** argv) {
     CHECK(argc == 2);
     test_kernels();
+    test_populate();
     test_checksums();
     test_pool();
     test_events();

@@ -6,13 +6,16 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from fake_clock import FakeClock
 from patience import PATIENCE_S, wait_until
 
 pytest.importorskip("transformers")
@@ -23,6 +26,7 @@ import gpu  # noqa: E402
 import gpu_bandwidth  # noqa: E402
 import gpu_systems  # noqa: E402
 import tables  # noqa: E402
+from children import ChildError, Said, follow_child, run_child  # noqa: E402
 
 
 def options(*arguments: str) -> argparse.Namespace:
@@ -50,24 +54,62 @@ def test_every_cap_compares_a_model_that_fits_and_trains_one_that_does_not() -> 
 
 def test_what_matters_most_is_run_first() -> None:
     caps = [run.cap_nbytes // gpu.GB for run in gpu.plan_runs([10, 16, 24])]
-    assert caps == [24] * 3 + [10] * 3 + [24] * 3 + [16] * 3 + [24] * 3
+    assert caps == [24] * 6 + [10] * 3 + [16] * 3 + [24] * 3
     assert [run.system for run in gpu.plan_runs([16])[-3:]] == ["torch-bf16", "gemini-stream", "gemini-auto"]
+    assert [case.name for case in gpu.plan_cases(options())[:2]] == ["bandwidth", "placement"]
 
 
-def test_no_run_begins_without_a_reasonable_time() -> None:
-    given = options()
-    assert given.time_limit < 9 * 60
-    row = gpu.train(gpu.plan_runs([10])[0], given, left_s=5.0)
-    assert row["missing"] == "no time was left, of 500 s"
-    assert row["cap_gb"] == 10
+def made_up_case(name: str, clock: FakeClock, *, needed_s: float, takes_s: float) -> gpu.Case:
+    def measure(left_s: float) -> Iterator[gpu.Row]:
+        clock.now_s += min(takes_s, left_s)
+        yield {"case": name}
+
+    return gpu.Case(name, needed_s, measure, lambda why: {"case": name, "missing": why})
 
 
-def test_no_run_takes_more_time_than_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits: list[float] = []
-    monkeypatch.setattr(gpu, "run_child", lambda command, timeout_s: limits.append(timeout_s) or {})
-    for left_s in (30.0, 500.0):
-        gpu.train(gpu.plan_runs([10])[0], options(), left_s=left_s)
-    assert limits == [30.0, gpu.LONGEST_FITTING_S]
+def test_cases_are_begun_as_long_as_there_is_time_for_them() -> None:
+    """One is left out by name where too little is left; a shorter one behind it is still run."""
+    clock = FakeClock()
+    cases = [
+        made_up_case("long", clock, needed_s=50, takes_s=70),
+        made_up_case("too long", clock, needed_s=31, takes_s=1),
+        made_up_case("short", clock, needed_s=30, takes_s=25),
+        made_up_case("late", clock, needed_s=6, takes_s=1),
+    ]
+    assert list(gpu.measure_all(cases, 100.0, lambda: clock.now_s)) == [
+        {"case": "long"},
+        {"case": "too long", "missing": "left out: 30 s were left of 100, and it may take 31"},
+        {"case": "short"},
+        {"case": "late", "missing": "left out: 5 s were left of 100, and it may take 6"},
+    ]
+
+
+def said(*stages: tuple[float, str]) -> list[Said]:
+    return [Said(at_s, {"stage": stage}) for at_s, stage in stages]
+
+
+def test_only_training_has_a_limit_of_its_own() -> None:
+    def end_of(*stages: tuple[float, str]) -> float:
+        return gpu.end_of(said(*stages), longest_s=45.0, left_s=300.0)
+
+    assert end_of() == 300.0
+    assert end_of((200.0, "ready")) == 245.0
+    assert end_of((200.0, "ready"), (210.0, "step"), (230.0, "step")) == 245.0
+    assert end_of((280.0, "ready")) == 300.0
+    assert end_of((200.0, "ready"), (210.0, "step"), (211.0, "trained")) == 300.0
+
+
+def test_a_run_that_is_ended_is_slower_than_a_step_time_and_not_missing() -> None:
+    ready = Said(60.0, {"stage": "ready", "setup_s": 40.0})
+    steps = [Said(80.0, {"stage": "step", "s": 20.0}), Said(100.0, {"stage": "step", "s": 20.0})]
+    row = gpu.unfinished([ready, *steps], 150.0, "not done after 150 s")
+    assert row == {"setup_s": 40.0, "slower_than_s": 30.0, "steps": 2}
+    assert gpu.outcome_of(row) == "slower than 30 s a step"
+    assert gpu.unfinished([ready], 150.0, "not done after 150 s")["slower_than_s"] == 90.0
+    assert "slower_than_s" not in gpu.unfinished([ready, *steps], None, "RuntimeError: broken")
+    assert gpu.unfinished([], 150.0, "not done after 150 s") == {
+        "missing": "not set up after 150 s, when the time for everything was over"
+    }
 
 
 def test_a_command_names_all_that_its_child_needs() -> None:
@@ -98,8 +140,32 @@ def test_a_command_names_all_that_its_child_needs() -> None:
 )
 def test_a_child_that_fails_says_why(code: str, reason: str) -> None:
     with pytest.raises(RuntimeError) as caught:
-        gpu.run_child([sys.executable, "-c", code], timeout_s=PATIENCE_S)
+        run_child([sys.executable, "-c", code], timeout_s=PATIENCE_S)
     assert str(caught.value) == reason
+    if reason != "ended without a result":
+        with pytest.raises(ChildError, match=f"^{re.escape(reason)}$"):
+            list(follow_child([sys.executable, "-c", code], lambda said: PATIENCE_S))
+
+
+@pytest.mark.processes
+def test_what_a_child_says_is_known_at_once_and_moves_its_end(tmp_path: Path) -> None:
+    """The child goes on when what it said was heard; it is then ended at once."""
+    heard = tmp_path / "heard"
+    code = f"""
+import os, time
+print('no json'); print('{{"stage": "ready"}}', flush=True)
+while not os.path.exists({str(heard)!r}): time.sleep(0.01)
+print('{{"stage": "step"}}', flush=True)
+time.sleep(1000)
+"""
+    child = follow_child([sys.executable, "-c", code], lambda said: PATIENCE_S if len(said) < 2 else 0.0)
+    assert next(child).value == {"stage": "ready"}
+    heard.touch()
+    assert next(child).value == {"stage": "step"}
+    with pytest.raises(ChildError, match="^not done after 0 s$") as caught:
+        next(child)
+    assert [each.value["stage"] for each in caught.value.said] == ["ready", "step"]
+    assert caught.value.ended_s == 0.0
 
 
 @pytest.mark.processes
@@ -122,21 +188,22 @@ child.wait()
 
     monkeypatch.setattr(subprocess.Popen, "communicate", give_up)
     with pytest.raises(RuntimeError, match="^not done after 7 s$"):
-        gpu.run_child([sys.executable, "-c", code], timeout_s=7.0)
+        run_child([sys.executable, "-c", code], timeout_s=7.0)
     with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(int(note.read_text())).wait(PATIENCE_S)
 
 
 def test_what_a_library_prints_is_not_a_result() -> None:
     code = """print('{"step_s": 1.5}'); print('[2026-01-02 03:04:05] [INFO] done')"""
-    assert gpu.run_child([sys.executable, "-c", code], timeout_s=PATIENCE_S) == {"step_s": 1.5}
+    assert run_child([sys.executable, "-c", code], timeout_s=PATIENCE_S) == {"step_s": 1.5}
 
 
 def test_a_failed_run_is_a_missing_row_and_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(command: list[str], timeout_s: float) -> None:
-        raise RuntimeError("No module named 'torchao'")
+    def fail(command: list[str], deadline_of: object) -> Iterator[Said]:
+        raise ChildError("No module named 'torchao'", [])
+        yield
 
-    monkeypatch.setattr(gpu, "run_child", fail)
+    monkeypatch.setattr(gpu, "follow_child", fail)
     run = next(run for run in gpu.plan_runs([24]) if run.system == "torchao-host")
     row = gpu.train(run, options(), left_s=500.0)
     assert row == {
@@ -146,7 +213,7 @@ def test_a_failed_run_is_a_missing_row_and_does_not_end_the_others(monkeypatch: 
         "cap_gb": 24,
         "missing": "No module named 'torchao'",
     }
-    assert gpu.measure_bandwidths(options(), 1.0)[0]["missing"] == "No module named 'torchao'"
+    assert next(gpu.plan_cases(options())[0].measure(1.0))["missing"] == "No module named 'torchao'"
 
 
 def test_our_runs_are_compared_with_the_best_peer_of_the_same_model_and_cap() -> None:
@@ -222,13 +289,26 @@ def test_a_run_measures_speed_and_memory(system: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_child_is_a_row() -> None:
-    run = next(run for run in gpu.plan_runs([10], is_rehearsal=True) if run.task == "exceeds")
-    row = gpu.train(run, options(), left_s=10 * PATIENCE_S)
-    assert "missing" not in row
-    assert (row["system"], row["model"], row["cap_gb"], row["slices"]) == ("gemini, state on the host", "tiny", 10, 2)
-    assert row["tokens_per_s"] > 0
+@pytest.mark.timeout(900)
+def test_a_rehearsal_runs_everything_from_end_to_end(tmp_path: Path) -> None:
+    """Real children: a row for each case, each written at once, and last of all the table of the targets."""
+    command = [sys.executable, BENCHMARKS / "gpu.py", "--device", "cpu", "--batch", "2", "--seq", "8", "--steps", "1"]
+    command += ["--caps", "10", "--time-limit", "800", "--out", tmp_path]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    (path,) = tmp_path.glob("gpu-rehearsal_cpu_*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert not [row for row in rows if "missing" in row or "slower_than_s" in row]
+    lines = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()][1:]
+    assert [(line["task"], line["system"]) for line in lines] == [(row["task"], row["system"]) for row in rows]
+    assert all(row["same_bits"] for row in rows if row["task"] == "placement")
+    runs = gpu.plan_runs([10], is_rehearsal=True)
+    trained = [row for row in rows if row["task"] in ("fits", "exceeds")]
+    assert [(row["task"], row["system"]) for row in trained] == [(run.task, gpu.NAMES[run.system]) for run in runs]
+    assert all(row["tokens_per_s"] > 0 and row["setup_s"] > 0 for row in trained)
+    table = (tmp_path / "gpu-targets.md").read_text()
+    assert printed.endswith("\n" + table)
+    assert "| every placement gives the same bits | all | 7 of 7 placements | met |" in table
+    assert "| the GPU's Adam, of a device copy's bandwidth | at least 0.9 |  | not run |" in table
 
 
 def test_the_cap_holds_for_torch_and_leaves_gemini_a_margin(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,14 +328,19 @@ def test_deepspeed_pins_what_the_machine_can_hold() -> None:
 
 
 def test_results_are_what_the_page_of_tables_looks_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def answer(command: list[str], timeout_s: float) -> object:
+    def answer(command: list[str], deadline_of: object) -> Iterator[Said]:
         if any(word.endswith("gpu_bandwidth.py") for word in command):
-            return [{"system": "ceiling", "task": "h2d", "gb_per_s": 55.0}]
+            yield Said(1.0, [{"system": "ceiling", "task": "h2d", "gb_per_s": 55.0}])
+            return
+        if any(word.endswith("gpu_placements.py") for word in command):
+            yield Said(1.0, {"system": "gemini, auto", "task": "placement", "same_bits": True})
+            return
+        yield Said(1.0, {"stage": "ready", "setup_s": 1.0})
         if "gemini-stream" in command:
-            raise RuntimeError("not done after 75 s")
-        return {"tokens_per_s": 100.0, "peak_device_bytes": 9_000_000_000}
+            raise ChildError("not done after 75 s", [], None)
+        yield Said(2.0, {"tokens_per_s": 100.0, "setup_s": 1.0, "peak_device_bytes": 9_000_000_000})
 
-    monkeypatch.setattr(gpu, "run_child", answer)
+    monkeypatch.setattr(gpu, "follow_child", answer)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA RTX_4090 (24 GB)")
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--caps", "24", "--out", str(tmp_path / "results")])
@@ -264,11 +349,14 @@ def test_results_are_what_the_page_of_tables_looks_for(monkeypatch: pytest.Monke
     assert path is not None
     assert path.name.startswith("gpu_nvidia-rtx-4090-24-gb_")
     page = tables.rewrite("<!-- results: gpu -->\n<!-- end -->", tmp_path / "results")
-    assert "| fits | llama-1b | 24 | gemini, state on the host | 100 |  | 9 |" in page
+    assert "| fits | llama-1b | 24 | gemini, state on the host | 100 |  |  | 1 | 9 |" in page
     assert "| not done after 75 s |" in page
     document = json.loads(path.read_text())
     assert document["environment"]["gpu"] == "NVIDIA RTX_4090 (24 GB)"
     assert document["shapes"].keys() == {"llama-1b", "llama-7b"}
+    lines = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
+    assert lines[0]["environment"]["gpu"] == "NVIDIA RTX_4090 (24 GB)"
+    assert len(lines) == 1 + len(document["rows"])
 
 
 def test_a_rehearsal_is_never_taken_for_a_measurement(tmp_path: Path) -> None:

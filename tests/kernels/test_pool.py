@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import functools
 import gc
+import mmap
 import operator
 import os
 import signal
@@ -18,6 +19,7 @@ import pytest
 import torch
 from gemini._native import ffi, lib
 from patience import PATIENCE_S
+from small_resources import resident_pages
 
 from gemini.errors import WorkerError
 from gemini.kernels.cpu import AdamHyper, AdamSegment, AdamTile, GradMode, adam_update, store_gradient
@@ -96,6 +98,29 @@ def test_copy_moves_bytes_of_any_dtype_and_shape():
     assert whole[0] == 0
     assert whole[-1] == 0
     assert torch.equal(integers.view(torch.float32).view(6, 4), table)
+
+
+@pytest.mark.parametrize("nbytes", [4096, (20 << 20) + 4096])
+def test_memory_that_is_populated_exists_and_keeps_its_content(nbytes):
+    mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = torch.frombuffer(mapping, dtype=torch.uint8)
+    memory[-1] = 7
+    with WorkerPool(3) as pool:
+        pool.submit_populate(memory).wait()
+    assert resident_pages(memory) == nbytes // 4096
+    assert int(memory.sum(dtype=torch.int64)) == 7
+
+
+def test_where_the_kernel_knows_no_better_every_page_is_touched():
+    mapping = mmap.mmap(-1, 5 * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = torch.frombuffer(mapping, dtype=torch.uint8)
+    memory[4096] = 9
+    address = ffi.cast("void *", memory.data_ptr())
+    assert resident_pages(memory) == 1
+    assert lib.gn_memory_populate(address, 4 * 4096, lib.GN_POPULATE_BY_TOUCH) == 0
+    assert resident_pages(memory) == 4
+    assert int(memory[4096]) == int(memory.sum(dtype=torch.int64)) == 9
+    assert lib.gn_memory_populate(address, 4096, 3) == -errno.EINVAL
 
 
 def test_a_thousand_small_jobs_complete():

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_resources import mapped_nbytes
+from small_resources import mapped_nbytes, resident_pages
 
 from gemini.errors import OutOfTierMemoryError
+from gemini.kernels.pool import WorkerPool
 from gemini.kernels.topology import read_topology
 from gemini.offload import accelerator
 from gemini.offload.accelerator import Accelerator
@@ -199,6 +200,23 @@ def test_what_a_device_copies_is_locked_on_that_device_until_its_copies_have_end
     driver.calls.clear()
     arena.free(buffer)
     assert driver.calls == ["wait for cuda:1", "unlock"]
+
+
+def test_pages_exist_before_they_are_locked_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakeDriver(monkeypatch)
+    found: list[int] = []
+
+    def lock(self: Accelerator, buffer: torch.Tensor) -> None:
+        found.append(resident_pages(buffer))
+
+    monkeypatch.setattr(Accelerator, "lock", lock)
+    with WorkerPool(2) as pool:
+        accelerator = Accelerator(torch.device("cuda", 0))
+        arena = HostArena(TierLedger({HOST: None}), accelerator=accelerator, pool=pool)
+        arena.allocate(64 * 4096, "working")
+        assert found == [64]
+        assert resident_pages(arena.allocate(64 * 4096, "state")) == 0
+    assert driver.calls == []
 
 
 def test_what_no_device_copies_is_not_locked(monkeypatch: pytest.MonkeyPatch) -> None:

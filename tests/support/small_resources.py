@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 from collections.abc import Iterator
@@ -71,3 +72,10 @@ def mapped_nbytes() -> int:
         elif line.startswith("VmFlags:") and "wf" in line.split():  # wiped on fork: what sets our buffers apart
             total += nbytes
     return total
+
+
+def resident_pages(memory: torch.Tensor) -> int:
+    """Number of the pages of page aligned memory that exist."""
+    pages = (ctypes.c_ubyte * -(-memory.nbytes // 4096))()
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.nbytes), pages) == 0
+    return sum(page & 1 for page in pages)
