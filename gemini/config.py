@@ -1,4 +1,4 @@
-"""Configuration: typed, validated once, byte strings parsed here and nowhere else."""
+"""Configuration: typed, and validated once. Only this module parses sizes such as "6GiB"."""
 
 from __future__ import annotations
 
@@ -291,7 +291,7 @@ class GeminiConfig:
         host_budget: str | int | None = None,
         nvme_budget: str | int | None = None,
     ) -> GeminiConfig:
-        """Return what a DeepSpeed configuration of ZeRO-Offload or ZeRO-Infinity means here.
+        """Translate a DeepSpeed configuration of ZeRO-Offload or ZeRO-Infinity.
 
         `HybridAdam.from_deepspeed` reads the optimizer and the clipping.
 
@@ -299,14 +299,14 @@ class GeminiConfig:
             deepspeed: the content of its JSON file.
             device_budget: as the field; DeepSpeed has no budgets.
             host_budget: as the field.
-            nvme_budget: NVMeConfig's budget; None: nine tenths of what is free on the disk. Without meaning where
-                nothing is offloaded to "nvme".
+            nvme_budget: NVMeConfig's budget; None: nine tenths of the free space on the disk. Not used if nothing is
+                offloaded to "nvme".
 
         Returns:
-            The configuration. What DeepSpeed is told about buffers is passed over, with a warning that names it.
+            The configuration. Settings of DeepSpeed's buffers are ignored, with a warning that names them.
 
         Raises:
-            ConfigError: a key has no counterpart or is not known; says what to do about it.
+            ConfigError: a key is not supported or unknown; the message says what to do.
         """
         arguments, disk = engine_arguments(deepspeed), disk_arguments(deepspeed, nvme_budget)
         return cls(

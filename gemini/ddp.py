@@ -49,34 +49,34 @@ __all__ = ["GeminiDDP"]
 class GeminiDDP(torch.nn.Module):
     """Wrap a model so that it trains within the memory budgets given.
 
-    The model's parameters are moved, chunk by chunk, to where the plan wants them: the float32 value each has now
-    becomes its master. From here on call the engine (or `engine.module`, or methods such as
-    `engine.module.generate`), `loss.backward()` and a HybridAdam's `step()` as usual. A parameter reads as
-    its value wherever that lives, and may be written in place under `torch.no_grad()`; see docs/weights.md. Whole
-    models are read with `state_dict()` or `master_state_dict()`, and saved with `save_pretrained`.
+    The model's parameters are moved, chunk by chunk, to the tiers that the plan has chosen; the present float32 value
+    of each becomes its master. Then call the engine (or `engine.module`, or methods such as `engine.module.generate`),
+    `loss.backward()` and a HybridAdam's `step()` as usual. A parameter reads as its value in any tier, and may be
+    written in place under `torch.no_grad()`; see docs/weights.md. Read whole models with `state_dict()` or
+    `master_state_dict()`, and save them with `save_pretrained`.
 
     Args:
-        module: the model; on the CPU, or on the meta device, in which case it is initialised unit by unit straight
-            into its homes.
-        config: budgets and choices; None: defaults.
-        init_fn: for models on the meta device: gives one module's own parameters and buffers their first values.
+        module: the model; on the CPU, or on the meta device, in which case it is initialised unit by unit directly
+            in its homes.
+        config: the settings; None: defaults.
+        init_fn: for models on the meta device: initialises one module's own parameters and buffers.
             None: transformers' `_init_weights` or the module's `reset_parameters`.
-        weights: a checkpoint's directory in Hugging Face's layout, whose values take the place of the model's own, read
-            when their homes are written; see `gemini.load_pretrained`. None: the model keeps its own.
-        sharding: the ranks that share the model; `zero.shard` gives it.
-        commits: keeps committed steps beyond the end of the process, and may hold one already; see `commit`. Closed
-            with the engine. None: there are no commits.
+        weights: directory of a Hugging Face checkpoint, whose values replace the model's own; they are read when
+            the homes are written. See `gemini.load_pretrained`. None: the model keeps its own.
+        sharding: the ranks that share the model; set by `zero.shard`.
+        commits: file that keeps committed steps after the end of the process, and may hold one already; see
+            `commit`. Closed with the engine. None: no commits.
 
     Attributes:
         module: the user's model.
-        loading_report: what of `weights` and the model did not belong together; None: there were no `weights`.
+        loading_report: differences between `weights` and the model; None without `weights`.
 
     Raises:
-        CheckpointError: `weights` is no checkpoint, or a damaged one; or `commits` is damaged.
-        CheckpointMismatchError: `weights` or `commits` are of another model or engine.
+        CheckpointError: `weights` is not a checkpoint or is damaged, or `commits` is damaged.
+        CheckpointMismatchError: `weights` or `commits` belong to another model or engine.
         ConfigError: the configuration contradicts itself or the machine.
-        ModelError: the model, or a module of it, is managed already, or has parameters that cannot be placed.
-        OutOfTierMemoryError: the budgets cannot hold the model; says which tier is short by how much.
+        ModelError: the model, or a module in it, is already managed, or has parameters that cannot be placed.
+        OutOfTierMemoryError: the budgets cannot hold the model; names the tier and the missing bytes.
         OffloadIOError: the swap file cannot be made, claimed or filled.
     """
 
@@ -147,21 +147,21 @@ class GeminiDDP(torch.nn.Module):
         loss.backward()  # type: ignore[no-untyped-call]
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Return a context that does nothing: for loops that ask torch's DistributedDataParallel to put exchanges off.
+        """Return a context that does nothing, for loops written for torch's DistributedDataParallel.
 
-        With one rank, and in stage 1, none are exchanged before the step, inside of the context or not. Stages 2 and 3
-        have no room for whole gradients and exchange in every backward, here too. Either way the step takes the mean
-        over all ranks of all that was accumulated, even if every backward was inside.
+        With one rank, and in stage 1, gradients are not exchanged before the step, inside or outside the context.
+        Stages 2 and 3 have no room for whole gradients and exchange in every backward. In both cases the step takes
+        the mean over all ranks of everything accumulated, even if every backward was inside the context.
         """
         return nullcontext()
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Clip the current gradients by their global L2 norm, as `torch.nn.utils.clip_grad_norm_` does.
 
-        torch's own would change `.grad` in place, which is refused. The next optimizer step applies the factor.
+        torch's function would change `.grad` in place, which is refused. The next optimizer step applies the factor.
 
         Args:
-            max_norm: largest norm allowed.
+            max_norm: maximum norm.
 
         Returns:
             The norm before clipping, float32 [] on the CPU; NaN if a gradient is not finite, and then the next
@@ -176,7 +176,8 @@ class GeminiDDP(torch.nn.Module):
         """Drop the current gradients.
 
         Args:
-            set_to_none: False: the next step updates, as in torch, all that have had a gradient, if need be with zeros.
+            set_to_none: False: as in torch, the next step updates all parameters that have had a gradient, with zeros
+                where there is none.
         """
         self._runtime.steps.clear_gradients(set_to_none=set_to_none)
 
@@ -185,8 +186,8 @@ class GeminiDDP(torch.nn.Module):
 
         Args:
             profile: rates of this machine, from `gemini.measure_hardware`; with them the report also predicts the time
-                of a step and names the bottleneck, beside the time that was measured.
-            flops: the model's operations in one step, such as from `gemini.transformer_flops`; given with `profile`.
+                of a step and its bottleneck.
+            flops: the model's operations in one step, for example from `gemini.transformer_flops`; needs `profile`.
 
         Returns:
             The report.
@@ -210,13 +211,13 @@ class GeminiDDP(torch.nn.Module):
         """Record what happens while the context is open, for `python -m gemini report`; see docs/profiling.md.
 
         Args:
-            directory: for the recording; made if it is not there.
-            steps: whose every move is recorded, counted from here on, from 0; of others what they cost. None: all.
-            predicted: shown beside what is measured; such as `memory_report(profile=..., flops=...).predicted`.
-            activation_nbytes: shown so too: the peak that is expected, as of gemini.planning.rehearsal.
+            directory: directory of the recording; created if it does not exist.
+            steps: steps to record in detail, counted from 0 from now on; others in one line. None: all in detail.
+            predicted: prediction to show, for example `memory_report(profile=..., flops=...).predicted`.
+            activation_nbytes: predicted peak of activations to show, for example from gemini.planning.rehearsal.
 
         Returns:
-            A context that yields the recorder; tell its `log(loss=..., tokens=...)` what the engine does not know.
+            A context that yields the recorder; pass loss and tokens to its `log(loss=..., tokens=...)`.
 
         Raises:
             ConfigError: the engine is being recorded already.
@@ -248,14 +249,14 @@ class GeminiDDP(torch.nn.Module):
 
         Args:
             *args: not accepted.
-            **kwargs: `prefix` is honoured, `keep_vars` must be false, others are not accepted.
+            **kwargs: `prefix`; `keep_vars`, which must be false; no others.
 
         Returns:
-            Parameters and persistent buffers (tied names share memory), and modules' extra state as they give it.
+            Parameters and persistent buffers (tied names share memory), and the modules' extra state.
 
         Raises:
-            ConfigError: an argument cannot be honoured.
-            ModelError: the engine is closed, its state was lost, or the model has other parameters than were wrapped.
+            ConfigError: an argument is not supported.
+            ModelError: the engine is closed, its state was lost, or the model's parameters have changed.
         """
         prefix = kwargs.pop("prefix", "")
         if args or kwargs.pop("keep_vars", False) or set(kwargs) - {"destination"}:
@@ -274,10 +275,10 @@ class GeminiDDP(torch.nn.Module):
         check_unchanged(self.module, self._runtime, self._runtime.layout.place_by_name)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights into their homes; their float32 values become the masters, the moments stay.
+        """Load weights into their homes; their float32 values become the masters, and the moments stay unchanged.
 
         Args:
-            state_dict: as from `state_dict` or the plain model's.
+            state_dict: from `state_dict`, or from the plain model.
             strict: whether names must match exactly.
             assign: must be false.
 
@@ -286,8 +287,8 @@ class GeminiDDP(torch.nn.Module):
 
         Raises:
             CheckpointMismatchError: names or shapes do not match, here or on another rank; nothing has been loaded.
-            ConfigError: `assign` was asked for.
-            Exception: whatever a module's `set_extra_state` raises; weights and buffers have been loaded.
+            ConfigError: `assign` is true.
+            Exception: any error of a module's `set_extra_state`; weights and buffers have then been loaded.
         """
         if assign:
             raise ConfigError("GeminiDDP.load_state_dict: assign=True would remove the parameters from their chunks")
@@ -302,24 +303,24 @@ class GeminiDDP(torch.nn.Module):
         dtype: torch.dtype | str | None = None,
         max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     ) -> None:
-        """Save the model as its own `save_pretrained` would, in bounded memory; all ranks call, the first writes.
+        """Save the model like its own `save_pretrained`, in bounded memory; all ranks call, the first rank writes.
 
-        `from_pretrained` opens the directory: safetensors files with their index, configurations. Of a model with
-        peft's adapters these are saved, for `PeftModel.from_pretrained`. A model whose class has a `save_pretrained`
-        of its own saves itself by that, with all its weights in memory. Files of an earlier save are replaced when
-        the new ones are on the drive; others stay.
+        `from_pretrained` opens the directory: safetensors files with their index, and configurations. For a model with
+        peft's adapters, the adapters are saved, for `PeftModel.from_pretrained`. If the model's class has its own
+        `save_pretrained`, that method runs with all weights in memory. Files of an earlier save are replaced when
+        the new ones are on the drive; other files stay.
 
         Args:
-            path: the directory; made if need be.
-            dtype: "float32" saves the masters, "bfloat16" or "float16" these rounded; None: the working weights.
-            max_shard_size: bytes of a file, such as "5GB"; a larger tensor gets a file of its own. A `save_pretrained`
-                of the model's own is given it unless it is the default.
+            path: the directory; created if it does not exist.
+            dtype: "float32" saves the masters, "bfloat16" or "float16" rounds them; None: the working weights.
+            max_shard_size: maximum bytes of a file, such as "5GB"; a larger tensor gets its own file. It is passed to
+                the model's own `save_pretrained` unless it is the default.
 
         Raises:
-            ConfigError: an argument cannot be honoured, or transformers is missing or too old.
-            OffloadIOError: something could not be read or written; the directory is as it was.
-            CheckpointError: as OffloadIOError, on another rank; or the model's own `save_pretrained` raised an error.
-            ModelError: the engine is closed, its state was lost, or the model has other parameters than were wrapped.
+            ConfigError: an argument is not supported, or transformers is missing or too old.
+            OffloadIOError: a read or write failed; the directory is unchanged.
+            CheckpointError: the same on another rank, or the model's own `save_pretrained` raised an error.
+            ModelError: the engine is closed, its state was lost, or the model's parameters have changed.
         """
         self._check_model()
         save_pretrained(self._runtime, self.module, Path(path), dtype=dtype, max_shard_size=max_shard_size)
@@ -339,28 +340,28 @@ class GeminiDDP(torch.nn.Module):
     ) -> CheckpointWriter:
         """Save everything that training needs to continue with the same bits, in bounded memory; all ranks call.
 
-        The checkpoint is a directory in `path` that appears when it is complete, with everything on the drive. What was
-        saved with one placement, chunk layout, number of ranks or stage loads with any other.
+        The checkpoint is a directory in `path` that appears when it is complete and on the drive. It can be loaded
+        with any other placement, chunk layout, number of ranks or stage.
 
         Args:
-            path: directory of this run's checkpoints; made if need be. The ranks' common file system.
+            path: directory of this run's checkpoints, on a file system of all ranks; created if it does not exist.
             optimizer: the HybridAdam; None: the one that was built last on this engine.
-            scheduler: has `state_dict()`, as torch's learning-rate schedulers.
-            extra: to be kept as well: tensors, numbers, strings, lists, tuples, dictionaries. The first rank's counts.
+            scheduler: object with `state_dict()`, such as torch's learning-rate schedulers.
+            extra: your data: tensors, numbers, strings, lists, tuples, dictionaries. That of the first rank is saved.
             keep_last: complete checkpoints to keep in `path`; None: all.
-            frozen: whether frozen parameters are saved too.
-            wait: whether to return only when the checkpoint is complete. Else the next optimizer step waits for it.
+            frozen: whether to save frozen parameters too.
+            wait: whether to return only when the checkpoint is complete; if not, the next optimizer step waits for it.
 
         Returns:
             The save: `wait()` returns its directory.
 
         Raises:
-            ConfigError: gradients are waiting for a step, or `extra` cannot be kept.
-            OffloadIOError: something could not be written, or another process is saving into `path`; there is no new
-                checkpoint and training may go on. With `wait=False` the next optimizer step raises it, once, before
-                it does anything: call it again.
-            CheckpointError: another rank could not write its part; as OffloadIOError.
-            ModelError: the engine is closed, its state was lost, or the model has other parameters than were wrapped.
+            ConfigError: gradients are waiting for a step, or `extra` cannot be saved.
+            OffloadIOError: a write failed, or another process is saving into `path`; there is no new checkpoint, and
+                training can continue. With `wait=False`, the next optimizer step raises it once, before it changes
+                anything; call the step again.
+            CheckpointError: the same on another rank.
+            ModelError: the engine is closed, its state was lost, or the model's parameters have changed.
         """
         self._check_model()
         save = save_checkpoint(
@@ -383,22 +384,22 @@ class GeminiDDP(torch.nn.Module):
         scheduler: Stateful | None = None,
         verify: bool = True,
     ) -> LoadedCheckpoint:
-        """Load what `save_checkpoint` saved, in bounded memory, random number generators included; all ranks call.
+        """Load a checkpoint in bounded memory, including random number generators; all ranks call.
 
         Args:
-            path: what `save_checkpoint` was given, which means the checkpoint saved last; or a checkpoint's directory.
+            path: the path of `save_checkpoint`, for the checkpoint saved last; or the directory of one checkpoint.
             optimizer: the HybridAdam; None: the one that was built last on this engine.
-            scheduler: as given to `save_checkpoint`; None: its state, if there is any, is passed over.
-            verify: whether to read and check everything once before anything is changed.
+            scheduler: as for `save_checkpoint`; None: a saved state is ignored.
+            verify: whether to read and check everything before anything changes.
 
         Returns:
-            Where it was, the number of steps, and `extra`.
+            The checkpoint's path, the number of steps, and `extra`.
 
         Raises:
-            CheckpointError: there is no complete checkpoint, or it is damaged; with `verify` nothing has changed.
-            CheckpointMismatchError: it is of another model or optimizer; nothing has changed.
-            OffloadIOError: something could not be read. If loading had begun the engine refuses to go on.
-            ConfigError: there is optimizer state in it, and no optimizer.
+            CheckpointError: there is no complete checkpoint, or it is damaged; with `verify`, nothing has changed.
+            CheckpointMismatchError: it belongs to another model or optimizer; nothing has changed.
+            OffloadIOError: a read failed. If loading had begun, the engine refuses to continue.
+            ConfigError: it has optimizer state, but there is no optimizer.
         """
         self._check_model()
         participants = participants_of(self._runtime, self.module, optimizer, scheduler)
@@ -409,17 +410,17 @@ class GeminiDDP(torch.nn.Module):
     def commit(self, *, scheduler: Stateful | None = None, extra: Any = None) -> None:
         """Commit the step that `optimizer.step()` has decided, and start its updates; see docs/commits.md.
 
-        From here on the end of this process loses nothing of it. With a commit file it follows every
-        `optimizer.step()`, a skipped one too, and `scheduler.step()`; without a step it commits the rest alone.
+        Afterwards, the step is not lost if this process ends. With a commit file, call it after every
+        `optimizer.step()` and `scheduler.step()`, also after a skipped step. Without a step, it commits the other data.
 
         Args:
-            scheduler: has `state_dict()`, as torch's learning-rate schedulers.
-            extra: to be kept as well: tensors, numbers, strings, lists, tuples, dictionaries.
+            scheduler: object with `state_dict()`, such as torch's learning-rate schedulers.
+            extra: your data: tensors, numbers, strings, lists, tuples, dictionaries.
 
         Raises:
-            ConfigError: there is no commit file, gradients wait for a step, or `extra` cannot be kept.
+            ConfigError: there is no commit file, gradients wait for a step, or `extra` cannot be saved.
             OffloadIOError: state or gradients could not be written.
-            ModelError: the engine is closed or its state was lost, or someone looks at weights that will move.
+            ModelError: the engine is closed, its state was lost, or weights that will move are in use.
         """
         commit_step(self._runtime, participants_of(self._runtime, self.module, None, scheduler), extra=extra)
 
@@ -432,17 +433,17 @@ class GeminiDDP(torch.nn.Module):
     def recover(
         self, *, optimizer: CheckpointedOptimizer | None = None, scheduler: Stateful | None = None
     ) -> Recovered:
-        """Restore what else was committed, random number generators last.
+        """Restore the committed data that is not in the homes, random number generators last.
 
         Args:
             optimizer: the HybridAdam; None: the one that was built last on this engine.
-            scheduler: as given to `commit`; None: its state, if there is any, is passed over.
+            scheduler: as for `commit`; None: a saved state is ignored.
 
         Returns:
             The number of steps, and `extra`.
 
         Raises:
-            CheckpointMismatchError: optimizer or scheduler are others; nothing has changed.
+            CheckpointMismatchError: the optimizer or scheduler differs; nothing has changed.
             ConfigError: nothing was committed, or there is no optimizer.
         """
         return recover_step(self._runtime, participants_of(self._runtime, self.module, optimizer, scheduler))
@@ -465,14 +466,14 @@ class GeminiDDP(torch.nn.Module):
         )
 
     def close(self, *, keep: bool = False) -> None:
-        """Give memory, threads and the swap file back. Idempotent.
+        """Free memory and threads, and remove the swap file. Idempotent.
 
-        From here on the model is a plain one: its parameters hold their values again, in the dtype that they had when
-        it was wrapped. Where memory has no room for them, or several ranks share them, using a parameter is a
-        ModelError; save before.
+        Afterwards the model is a plain one: its parameters hold their values again, in the dtype that they had when
+        it was wrapped. If memory has no room for them, or several ranks share them, using a parameter is a
+        ModelError; in that case save before you close.
 
         Args:
-            keep: whether a memory service keeps what was committed; leaving the context by an exception does.
+            keep: whether a memory service keeps the committed state, as it does if an exception leaves the context.
         """
         self._close(keep=keep, hands_back=True)
 

@@ -92,7 +92,7 @@ class MissingCheckpointError(CheckpointError, FileNotFoundError):
 class CheckpointMismatchError(GeminiError, ValueError, RuntimeError):
     """Saved state does not fit the model or optimizer it is loaded into.
 
-    For models torch raises RuntimeError then, for optimizers ValueError.
+    Also a RuntimeError and a ValueError, which torch raises for models and for optimizers.
     """
 
 
@@ -118,8 +118,8 @@ class OffloadIOError(GeminiError, OSError, RuntimeError):
         offset: first byte of the transfer in the file, if there was one.
         nbytes: bytes asked for.
         nbytes_done: bytes moved before the failure.
-        record: what the bytes are, such as "state of chunk 3 (block.weight and 2 more)"; empty if nobody said.
-        hint: what the user can do, a clause without a full stop.
+        record: what the bytes are, such as "state of chunk 3 (block.weight and 2 more)"; empty if unknown.
+        hint: advice for the user, a clause without a full stop.
     """
 
     def __init__(

@@ -25,11 +25,11 @@ class HybridAdam(torch.optim.Optimizer):
     """Adam with decoupled (default) or classic weight decay, run in the tier of the state.
 
     Parameter groups, learning-rate schedulers and `state_dict` work as with torch.optim.AdamW, and so does the
-    arithmetic, in float32. Hyper-parameters are read when `step` is called. A step consumes the gradients; one whose
-    gradients are not finite changes nothing and is counted as skipped.
+    arithmetic, in float32. Hyper-parameters are read when `step` is called. A step consumes the gradients; a step
+    whose gradients are not finite changes nothing and is counted as skipped.
 
     Args:
-        params: `engine.parameters()` or parameter groups made of them; frozen parameters are passed over.
+        params: `engine.parameters()` or parameter groups made of them; frozen parameters are ignored.
         lr: learning rate.
         betas: decay rates of the moments.
         eps: added to the denominator.
@@ -38,9 +38,9 @@ class HybridAdam(torch.optim.Optimizer):
         max_grad_norm: clip the global L2 norm of the gradients of all groups to this; None: do not clip.
 
     Raises:
-        ConfigError: a value is out of range, or a parameter does not belong to a GeminiDDP, or not to the same one.
+        ConfigError: a value is out of range, or the parameters do not belong to one GeminiDDP.
 
-    Source: Kingma & Ba 2015; Loshchilov & Hutter 2019, algorithm 2; the order of operations is gn_adam_update's.
+    Source: Kingma & Ba 2015; Loshchilov & Hutter 2019, algorithm 2; the order of operations is that of gn_adam_update.
     """
 
     knows_engines = True
@@ -71,28 +71,28 @@ class HybridAdam(torch.optim.Optimizer):
 
     @classmethod
     def from_deepspeed(cls, params: Iterable[Any], deepspeed: Mapping[str, Any]) -> HybridAdam:
-        """Return an optimizer as a DeepSpeed configuration's keys `optimizer` and `gradient_clipping` ask for it.
+        """Return an optimizer with the settings `optimizer` and `gradient_clipping` of a DeepSpeed configuration.
 
         Args:
             params: `engine.parameters()` or parameter groups made of them.
             deepspeed: the content of its JSON file; GeminiConfig.from_deepspeed reads the rest.
 
         Returns:
-            The optimizer; hyper-parameters that are not given are DeepSpeed's defaults.
+            The optimizer; missing hyper-parameters get DeepSpeed's defaults.
 
         Raises:
-            ConfigError: it is not Adam, or has arguments without a counterpart.
+            ConfigError: it is not Adam, or has unsupported arguments.
         """
         return cls(params, **adam_arguments(deepspeed))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of the engine's parameters; frozen ones are passed over.
+        """Add a group of the engine's parameters; frozen ones are ignored.
 
         Args:
             param_group: `{"params": ..., "lr": ..., ...}` as for any torch optimizer.
 
         Raises:
-            ConfigError: a parameter is not managed by the engine of the others, or a value is out of range.
+            ConfigError: a parameter belongs to another engine or to none, or a value is out of range.
         """
         params = param_group["params"]
         params = [params] if isinstance(params, torch.Tensor) else list(params)
@@ -139,22 +139,22 @@ class HybridAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update all parameters that have a gradient, and consume the gradients; those set by hand in `.grad` too.
+        """Update all parameters that have a gradient, also one assigned to `.grad`, and consume the gradients.
 
         Args:
             closure: evaluates the model and returns the loss; called once, with gradients enabled.
 
         Returns:
-            The closure's loss, None without one.
+            The closure's loss; None without a closure.
 
         Raises:
-            OffloadIOError: state could not be read or written. Or a checkpoint, which was being saved since the last
-                step: then nothing has happened, and another call goes on.
+            OffloadIOError: state could not be read or written; or the checkpoint that was being saved could not be
+                written, in which case nothing has changed, and another call continues.
             CheckpointError: such a checkpoint was lost on another rank.
             ModelError: the engine was closed, or is in use by another thread.
             SkippedStepsError: too many steps in a row had gradients that are not finite.
-            ConfigError: a group's hyper-parameters are out of range, or another rank's differ, or a newer optimizer has
-                taken the engine over.
+            ConfigError: a group's hyper-parameters are out of range or differ on another rank, or a newer optimizer
+                trains the engine.
         """
         loss = None
         if closure is not None:
@@ -231,14 +231,14 @@ class HybridAdam(torch.optim.Optimizer):
 
         Args:
             set_to_none: False: as in torch, the next step updates all parameters that have had a gradient since they
-                were last set to None, with zeros where nothing comes.
+                were last set to None, with zeros where there is none.
         """
         self.runtime.steps.clear_gradients(set_to_none=set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in torch.optim.AdamW's form: `step`, `exp_avg` and `exp_avg_sq` per parameter.
 
-        The moments are read from wherever they live into new CPU tensors, 8 bytes per parameter.
+        The moments are read from their tiers into new CPU tensors, 8 bytes per parameter.
         """
         self.runtime.finish_updates()
         packed = super().state_dict()

@@ -32,27 +32,27 @@ def load_pretrained(
 ) -> GeminiDDP:
     """Build a transformers model and stream its checkpoint directly to the tiers that the plan has chosen.
 
-    Never is more in memory than in training: of what is read a tile at a time, beside what lives there.
+    Loading takes no more memory than training: in addition to the homes, one tile at a time is read.
 
     Args:
-        path: the checkpoint's directory: config.json and safetensors files, in one or sharded with their index.
-        config: budgets and choices; None: defaults.
-        model_class: a class of transformers, automatic (`AutoModelForCausalLM`) or not. None: the one that the
+        path: the checkpoint's directory, with config.json and one safetensors file, or several with their index.
+        config: the settings; None: defaults.
+        model_class: a class of transformers, automatic (`AutoModelForCausalLM`) or not. None: the class that the
             checkpoint was saved from.
-        model_config: configuration of the model, of transformers; None: that in `path`.
+        model_config: transformers' configuration of the model; None: the one in `path`.
 
     Returns:
-        The engine. The model is in evaluation mode, as from `from_pretrained`: call `train()` before training. What
-        was missing or not expected is in `loading_report`, and logged.
+        The engine. The model is in evaluation mode, as from `from_pretrained`: call `train()` before training.
+        Missing and unexpected weights are listed in `loading_report` and logged.
 
     Raises:
         CheckpointError: there is no checkpoint, it is damaged, a file is missing, or transformers cannot build the
             model; code that comes with a checkpoint is not run.
-        CheckpointMismatchError: it is of another model.
+        CheckpointMismatchError: it belongs to another model.
         ConfigError: the configuration contradicts itself or the machine; transformers is missing or too old; or the
             class must be given.
         OutOfTierMemoryError: the budgets cannot hold the model.
-        OffloadIOError: a file cannot be read, or the swap file not be made, claimed or filled.
+        OffloadIOError: a file cannot be read, or the swap file cannot be made, claimed or filled.
     """
     directory = Path(path)
     check_directory(directory)

@@ -5,7 +5,7 @@
     DIR/.saving/                      being written, or left behind by a process that was killed
     DIR/.removing-step-...            an old one that was being removed when the process was killed
 
-They are numbered as they were saved, so that a run that went back to an earlier step goes on from where it was last.
+They are numbered in the order of saving, so a run that went back to an earlier step resumes where it was last.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _NAME = re.compile(r"step-\d+-save-(\d+)")
 class CheckpointDirectory:
     """The checkpoints of one training run.
 
-    While one is being saved the directory is locked.
+    The directory is locked while a checkpoint is being saved.
 
     Args:
-        path: made when the first checkpoint is.
+        path: created with the first checkpoint.
     """
 
     def __init__(self, path: Path) -> None:
@@ -81,7 +81,7 @@ class CheckpointDirectory:
         Renaming the directory is the atomic moment: before it there is no new checkpoint, after it a whole one.
 
         Args:
-            manifest: what it consists of.
+            manifest: the content of the checkpoint.
             keep_last: complete checkpoints to keep; None: all.
 
         Returns:
@@ -134,7 +134,7 @@ def find_checkpoint(path: Path) -> Path:
     """Find a checkpoint's own directory.
 
     Args:
-        path: that, or a directory of checkpoints.
+        path: the checkpoint's directory, or a directory of checkpoints.
 
     Returns:
         `path` itself, or the complete checkpoint in it that was saved last.
@@ -159,7 +159,7 @@ def has_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Return whether `GeminiDDP.load_checkpoint(path)` would find a complete checkpoint.
 
     Args:
-        path: as for that.
+        path: as for `load_checkpoint`.
 
     Returns:
         False if there is no such directory, or nothing complete in it.

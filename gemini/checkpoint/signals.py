@@ -1,4 +1,4 @@
-"""Signals that ask a training to stop: the step under way ends, and there is time to save."""
+"""Signals that ask a run to stop: the current step ends, and there is time to save."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Engine(Protocol):
 
 
 class StopOnSignals:
-    """Remembers a signal until training asks for it between two steps; a context manager.
+    """Remembers a signal until it is queried between two steps; a context manager.
 
     With several ranks, a signal counts when all ranks know of it, in the same call of `should_stop`; until then
     `received` is None on each rank, so that none stops alone.
@@ -40,10 +40,10 @@ class StopOnSignals:
 
     Args:
         engine: the GeminiDDP whose training is to be stopped, on all its ranks.
-        signals: which to remember.
+        signals: the signals to remember.
 
     Raises:
-        ConfigError: entered in another thread than the main one, where Python lets nobody handle signals.
+        ConfigError: entered in a thread other than the main one, where Python cannot handle signals.
     """
 
     def __init__(self, engine: Engine, signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT)) -> None:

@@ -47,12 +47,12 @@ def use_sliced_loss(
         model: a causal language model of transformers, or a wrapper with one inside; its `forward` is replaced.
         slicing: dimension of the logits that is sliced, as in `linear_cross_entropy`.
         slice_size: rows, or tokens of the vocabulary, whose logits exist at once; None: chosen by their bytes.
-        keep_logits: keep the logits once, from forward to backward: faster where they fit.
+        keep_logits: keep the logits once, from forward to backward; faster if they fit into memory.
 
     Raises:
-        ConfigError: an option has no meaning.
+        ConfigError: an option is invalid.
         ModelError: the model has no output layer that is a Linear, or has another loss. In a forward with labels: the
-            model needs the logits for something besides this loss.
+            model needs the logits for something other than this loss.
     """
     check_options("mean", 0.0, slicing, slice_size, keep_logits)
     inner = _causal_lm_in(model)

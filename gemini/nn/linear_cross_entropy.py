@@ -1,6 +1,6 @@
 """The output layer and the cross entropy in one function, slice by slice, so that memory never holds all logits.
 
-Knows nothing of models or of the engine: plain functions of tensors.
+Knows no models and no engine: plain functions of tensors.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ def linear_cross_entropy(
     """Compute `F.cross_entropy(F.linear(hidden, weight, bias).float(), labels)` without holding all logits.
 
     Exact except for the order of sums: the loss differs from torch's by a few units in the last place of float32
-    (float64 for float64 inputs); for slices of rows whose matrix products have the same bits, not at all. Gradients
-    flow to `hidden`, `weight` and `bias`, but not to second order. Half-precision gradients are summed over the slices
-    in float32. Autocast is respected. Inside a model that a GeminiDDP manages, call it in the model's forward.
+    (float64 for float64 inputs). With slices of rows it does not differ if their matrix products have the same bits.
+    Gradients flow to `hidden`, `weight` and `bias`, but not to second order. Half-precision gradients are summed over
+    the slices in float32. Autocast is respected. Inside a model that a GeminiDDP manages, call it in the model's
+    forward.
 
     Args:
         hidden: inputs of the output layer, float [..., hidden_size].
@@ -58,23 +59,23 @@ def linear_cross_entropy(
         labels: int64 [...], in the shape of `hidden` without its last dimension; already shifted, see
             `next_token_labels`.
         bias: bias of the output layer, [vocabulary].
-        ignore_index: label of positions that do not count in the loss or its mean.
-        reduction: "mean" over the positions that count (NaN if none does, as in torch), "sum", or "none".
+        ignore_index: label of positions that are left out of the loss and its mean.
+        reduction: "mean" over the positions that count (NaN if there are none, as in torch), "sum", or "none".
         label_smoothing: probability spread evenly over the vocabulary, in [0, 1].
         logits_fn: differentiable elementwise function of the logits, such as soft capping; gradients flow through it,
-            but not to tensors it closes over. What it returns may be of a narrower dtype, not of a wider one than
-            float32 (float64 for float64 inputs).
+            but not to tensors it closes over. Its result may have a narrower dtype than float32 (float64 for
+            float64 inputs), but not a wider one.
         slicing: dimension of the logits that is sliced; see [Note: Two ways to slice] in sliced_head.py.
         slice_size: rows, or tokens of the vocabulary, whose logits exist at once; None: 16 MiB of float32 logits on the
             CPU, 256 MiB elsewhere, and at least 64.
-        keep_logits: keep all logits once, in the dtype of `hidden`, from forward to backward, which then needs one
-            matrix product in four less; changes no bit.
+        keep_logits: keep all logits once, in the dtype of `hidden`, from forward to backward. Backward then needs a
+            quarter fewer matrix products; no bit changes.
 
     Returns:
         The loss, float32 (float64 for float64 inputs), [] or, for "none", in the shape of `labels`.
 
     Raises:
-        ConfigError: shapes, dtypes or options do not fit each other.
+        ConfigError: shapes, dtypes or options do not match.
         IndexError: a label is neither `ignore_index` nor in the vocabulary; on a CUDA device, as for torch's own loss,
             an assertion on the device.
     """
@@ -126,7 +127,7 @@ def next_token_labels(token_ids: torch.Tensor, *, ignore_index: int = -100) -> t
 
     Args:
         token_ids: int64 [..., positions].
-        ignore_index: label of positions that do not count.
+        ignore_index: label of positions that are ignored.
 
     Returns:
         A new tensor, int64 [..., positions].
@@ -135,10 +136,10 @@ def next_token_labels(token_ids: torch.Tensor, *, ignore_index: int = -100) -> t
 
 
 class LinearCrossEntropyLoss(torch.nn.Module):
-    """`linear_cross_entropy` as a module without parameters; each call is given those of the output layer.
+    """`linear_cross_entropy` as a module without parameters; each call gets those of the output layer.
 
     Args:
-        ignore_index: label of positions that do not count.
+        ignore_index: label of positions that are ignored.
         reduction: "mean", "sum" or "none".
         label_smoothing: probability spread evenly over the vocabulary.
         logits_fn: elementwise function of the logits.
@@ -147,7 +148,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         keep_logits: keep the logits from forward to backward.
 
     Raises:
-        ConfigError: an option has no meaning.
+        ConfigError: an option is invalid.
     """
 
     def __init__(

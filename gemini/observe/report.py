@@ -229,7 +229,7 @@ def make_report(
         runtime: the runtime to report.
         profile: the machine's rates, for a prediction; None: no prediction.
         flops: operations of a step; given together with `profile`.
-        disk_at_start: bytes that the disk had moved when the first weights were written home.
+        disk_at_start: bytes that the disk had moved when the initial weights had been written.
 
     Returns:
         The report.

@@ -145,7 +145,10 @@ def write_template(known: dict[str, dict[str, Any]]) -> str:
     Returns:
         YAML that `parse_settings` accepts, if `known` contains everything without a default.
     """
-    lines = ["# A training file: python -m gemini train THIS", "# A line that is commented out shows the default."]
+    lines = [
+        "# A training file: python -m gemini train THIS",
+        "# Lines that are commented out show defaults, or examples for sections that are off.",
+    ]
     for name, field in Settings.model_fields.items():
         section = section_in(field.annotation)
         assert section is not None

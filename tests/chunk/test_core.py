@@ -32,6 +32,7 @@ def make_core(
     *,
     num_staging: int = 1,
     next_use: Callable[[int], int] = lambda chunk_id: 0,
+    num_protected: int = 1,
 ) -> ChunkCore:
     """Return a core whose chunk i has one tensor, full of i, at home in tiers[i]."""
     core = ChunkCore(
@@ -43,6 +44,7 @@ def make_core(
         group=ALONE.group,
         next_use=next_use,
         listeners=RunListeners(),
+        num_protected=num_protected,
     )
     for i, tier in enumerate(tiers):
         spec = make_chunk_spec([NUMEL], chunk_id=i, name=f"weight{i}", is_trainable=False, is_padded=False)
@@ -124,11 +126,10 @@ def test_a_leased_chunk_is_never_evicted(make: Callable[..., ChunkCore]) -> None
 
 
 def test_the_chunk_used_last_in_the_future_leaves(make: Callable[..., ChunkCore]) -> None:
-    core = make([NVME, HOST, NVME, HOST], next_use={0: 9, 1: 3, 2: 1, 3: 5}.__getitem__)
+    core = make([NVME, HOST, NVME, HOST], next_use={0: 9, 1: 3, 2: 1, 3: 5}.__getitem__, num_protected=0)
     for chunk_id in (0, 1):
         core.access(chunk_id)
         core.release(chunk_id)
-    core.slots.protect_none()
     core.access(2)
     assert states(core) == [AT_HOME, READY, HELD, AT_HOME]
     assert values(core, 0).isnan().all()
@@ -158,10 +159,9 @@ def test_a_prefetch_is_no_miss(make: Callable[..., ChunkCore]) -> None:
 
 
 def test_a_chunk_on_its_way_leaves_only_if_nothing_else_can(make: Callable[..., ChunkCore]) -> None:
-    core = make([HOST, HOST, HOST, HOST])
+    core = make([HOST, HOST, HOST, HOST], num_protected=0)
     core.prefetch(0)
     core.ensure(1)
-    core.slots.protect_none()
     core.prefetch(2)
     assert states(core) == [FETCHING, AT_HOME, FETCHING, AT_HOME]
     core.access(3)  # nothing is ready: a fetch is given up

@@ -283,7 +283,7 @@ def test_arguments_that_do_not_fit_are_refused(changes: dict[str, Any], message:
 def test_logits_of_another_precision_are_refused(slicing: Any, slice_size: int | None) -> None:
     inputs = make_inputs()
 
-    with pytest.raises(ConfigError, match=r"logits of torch\.float32 or less.*got torch\.float64"):
+    with pytest.raises(ConfigError, match=r"logits of torch\.float32 or a smaller dtype.*got torch\.float64"):
         sliced(inputs, logits_fn=torch.Tensor.double, slicing=slicing, slice_size=slice_size)
 
 

@@ -50,7 +50,7 @@ def test_the_terminal_shows_a_step(run: Path, capsys: pytest.CaptureFixture[str]
     [
         (["{missing}"], "no recording in"),
         (["{run}", "--rank", "3"], "expected rank3.jsonl"),
-        (["{run}", "--terminal", "--step", "0"], "the moves of step 0 were not recorded, only those of 1, 2"),
+        (["{run}", "--terminal", "--step", "0"], "the details of step 0 were not recorded, only those of 1, 2"),
         (["{run}", "--json", "{missing}/r.json"], "cannot write"),
         (["{empty}"], "has no step"),
     ],
