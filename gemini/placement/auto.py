@@ -15,7 +15,7 @@ from gemini.errors import ConfigError, OutOfTierMemoryError
 from gemini.placement.check import Budgets, check_plan, shortage_error
 from gemini.placement.draft import Draft, Floor, Problem, Role, draft_smallest, home_chunk, move_below
 from gemini.placement.plan import ChunkDemand, ChunkPlacement, PlacementPlan, RuntimeShape, can_have_spare
-from gemini.placement.spares import room_for_states
+from gemini.placement.spares import kept_for_slots_nbytes, room_for_states
 from gemini.tiers import MemoryTier
 
 __all__ = ["auto_placement"]
@@ -219,7 +219,10 @@ def _room_for_states(draft: Draft) -> int:
             state_nbytes += demand.state_tile_nbytes(tile, shape.tile_numel)
             if homes.working[tile] is _HOST and shape.has_spares and can_have_spare(demand, homes, tile, shape):
                 working_nbytes += demand.working_tile_nbytes(tile, shape.tile_numel)
-    return room_for_states(free_nbytes, state_nbytes, working_nbytes)
+    if not working_nbytes or state_nbytes <= free_nbytes:
+        return free_nbytes
+    kept_nbytes = min(free_nbytes, kept_for_slots_nbytes(chunks, shape))  # which second places leave free
+    return room_for_states(free_nbytes - kept_nbytes, state_nbytes, working_nbytes)
 
 
 def _tiles_that_fit(problem: Problem, chunk_id: int, free_nbytes: int) -> tuple[int, int]:

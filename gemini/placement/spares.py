@@ -22,7 +22,7 @@ from gemini.placement.plan import (
 )
 from gemini.tiers import MemoryTier, checksum_nbytes
 
-__all__ = ["HOST_SPARE_SHARE", "add_spares", "room_for_states"]
+__all__ = ["HOST_SPARE_SHARE", "add_spares", "kept_for_slots_nbytes", "room_for_states"]
 
 HOST_SPARE_SHARE = 0.5
 """Share of the elements of a kind that get second places in host memory. The rest is updated behind the next forward,
@@ -54,7 +54,7 @@ def add_spares(
         return plan
     held = memory_demand(chunks, plan, shape)
     room = _Room(
-        host=budgets.host - held.total(_HOST) - _slots_nbytes(chunks, shape),
+        host=budgets.host - held.total(_HOST) - kept_for_slots_nbytes(chunks, shape),
         nvme=budgets.of(_NVME) - held.total(_NVME),
         disk_nbytes=held.total(_NVME),
         has_checksums=shape.has_checksums,
@@ -97,8 +97,8 @@ def room_for_states(free_nbytes: int, state_nbytes: int, working_nbytes: int) ->
     return int(share * state_nbytes)
 
 
-def _slots_nbytes(chunks: Sequence[ChunkDemand], shape: RuntimeShape) -> int:
-    """Return what slots take through which weights pass if their memory turns out not to be page-locked."""
+def kept_for_slots_nbytes(chunks: Sequence[ChunkDemand], shape: RuntimeShape) -> int:
+    """Return the bytes that second places leave free: for slots, in case the memory of weights is not page-locked."""
     if not shape.has_device:
         return 0
     return shape.num_fetch_slots * max((demand.compute_nbytes for demand in chunks), default=0)

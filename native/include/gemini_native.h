@@ -157,8 +157,8 @@ typedef struct gn_adam_args {
     int64_t numel;
     const gn_adam_segment* segments;
     int64_t num_segments;
-    /* What the four are before the update, elements in no segment included; NULL: they are in place. Where not
-     * NULL, as long as what is overwritten, and not overlapping it. */
+    /* What the four are before the update, elements in no segment included; NULL: they are in place. Where
+     * not NULL, as long as what is overwritten, and not overlapping it. */
     const void* from_working;
     const void* from_master;
     const float* from_momentum;
